@@ -1,0 +1,48 @@
+"""Modular latent diffusion: stages, schedulers and pipelines for Stable-Diffusion-style models.
+
+Public names are imported on first use, so that ``import latentgen`` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# `pipelines` and `train` stand at the top of the repository and are mapped into the package on installation. In a
+# source checkout this folder hides the installed package, so the folder above joins the search path instead.
+if not (Path(__file__).parent / "pipelines").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+if TYPE_CHECKING:
+    from latentgen.diffusion.scheduler import Scheduler as Scheduler
+    from latentgen.errors import LatentgenError as LatentgenError
+    from latentgen.memory import MemoryPolicy as MemoryPolicy
+    from latentgen.models.unet import UNet as UNet
+    from latentgen.models.vae import VAEDecoder as VAEDecoder
+    from latentgen.models.vae import VAEEncoder as VAEEncoder
+    from latentgen.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
+
+_PUBLIC = {
+    "LatentgenError": "latentgen.errors",
+    "MemoryPolicy": "latentgen.memory",
+    "Scheduler": "latentgen.diffusion.scheduler",
+    "TextToImagePipeline": "latentgen.pipelines.text_to_image",
+    "UNet": "latentgen.models.unet",
+    "VAEDecoder": "latentgen.models.vae",
+    "VAEEncoder": "latentgen.models.vae",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'latentgen' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
