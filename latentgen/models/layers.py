@@ -1,0 +1,139 @@
+"""The convolutional layers that the UNet and the VAE share.
+
+Parameter names are those of the diffusers layout, so that its checkpoints load with no key map. Feature maps are
+[B, C, H, W] and stay channels_last if they come in so.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResnetBlock2D(nn.Module):
+    """Two normalised 3x3 convolutions with a skip connection, optionally conditioned on the timestep.
+
+    Args:
+        in_channels: channels that come in; a 1x1 convolution adapts the skip connection where they differ.
+        out_channels: channels that go out.
+        temb_channels: width of the time embedding, or None for a block without time conditioning.
+        groups: groups of both normalisations.
+        eps: added to the variance of both normalisations.
+        scale_shift: modulate the second normalisation (FiLM, arXiv:2105.05233 eq. 13) instead of adding to the
+            features (arXiv:2006.11239, appendix B).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        temb_channels: int | None = None,
+        groups: int = 32,
+        eps: float = 1e-6,
+        scale_shift: bool = False,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if temb_channels is not None:
+            self.time_emb_proj = nn.Linear(temb_channels, out_channels * (2 if scale_shift else 1))
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def project_time(self, emb: Tensor) -> Tensor:
+        """Project the activated time embedding [..., temb_channels] to what `forward` takes as `temb`."""
+        return self.time_emb_proj(emb)
+
+    def forward(self, hidden: Tensor, temb: Tensor | None = None) -> Tensor:
+        """Map features [B, in, H, W] to [B, out, H, W].
+
+        `temb` is the projected time embedding, [B or 1, out], or [B or 1, 2 * out] (scale, then shift) with
+        `scale_shift`.
+        """
+        residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
+        hidden = self.conv1(F.silu(self.norm1(hidden)))
+        if temb is not None:
+            temb = temb[:, :, None, None]
+        if temb is not None and not self.scale_shift:
+            hidden = hidden + temb
+        hidden = self.norm2(hidden)
+        if temb is not None and self.scale_shift:
+            scale, shift = temb.chunk(2, dim=1)
+            hidden = hidden * (1 + scale) + shift
+        return residual + self.conv2(F.silu(hidden))
+
+
+class Upsample2D(nn.Module):
+    """Enlarge features twofold (nearest neighbour), then smooth them with a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map [B, C, H, W] to [B, C, 2H, 2W], or to `size` where a skip connection of odd size must be met."""
+        if size is None:
+            size = (2 * hidden.shape[2], 2 * hidden.shape[3])
+        return self.conv(F.interpolate(hidden, size=size, mode="nearest"))
+
+
+class Downsample2D(nn.Module):
+    """Halve features with a strided 3x3 convolution.
+
+    Args:
+        channels: channels in and out.
+        padding: 1 pads all sides (UNet); 0 pads the bottom and right side alone (VAE).
+    """
+
+    def __init__(self, channels: int, *, padding: int = 1) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map [B, C, H, W] to [B, C, H/2, W/2], rounded up for the UNet and down for the VAE."""
+        if self.padding == 0:
+            hidden = F.pad(hidden, (0, 1, 0, 1))
+        return self.conv(hidden)
+
+
+class TimestepEmbedding(nn.Module):
+    """The two-layer perceptron over a sinusoidal or additive embedding: [..., in] to [..., out]."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, out_channels)
+        self.linear_2 = nn.Linear(out_channels, out_channels)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Map [..., in_channels] to [..., out_channels]."""
+        return self.linear_2(F.silu(self.linear_1(embedding)))
+
+
+def timestep_embedding(
+    timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0
+) -> Tensor:
+    """Sinusoidal embedding of (possibly fractional) timesteps, arXiv:1706.03762 section 3.5.
+
+    Args:
+        timesteps: any shape [...], any dtype.
+        dim: channels of the embedding.
+        flip_sin_to_cos: cosines first, as Stable Diffusion has it.
+        freq_shift: 0 ends the frequencies just short of 1/10000, 1 exactly there.
+
+    Returns:
+        float32 [..., dim] in -1..1.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) * (
+        -math.log(10000) / (half - freq_shift)
+    )
+    angles = timesteps[..., None].float() * exponent.exp()
+    waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(waves, dim=-1), (0, dim - 2 * half))

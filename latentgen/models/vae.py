@@ -1,0 +1,225 @@
+"""The KL autoencoder (arXiv:2112.10752, section 3.1): encoder and decoder as separate stages.
+
+Each loads its own part of a diffusers `vae/` folder strictly, so that text2img never holds an encoder. Images are
+[B, 3, H, W] in -1..1; latents are [B, C, H/f, W/f] with the scaling factor already applied, which is the scale that
+the UNet works in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from latentgen.models.attention import attention
+from latentgen.models.config import StageConfig
+from latentgen.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
+
+Channels = Annotated[int, Field(ge=1, le=8192)]
+NORM_EPS = 1e-6
+
+
+class VAEConfig(StageConfig):
+    """A diffusers `vae/config.json`. Values other than the ones listed are refused by name."""
+
+    diffusers_class: ClassVar[str] = "AutoencoderKL"
+
+    in_channels: Channels = 3
+    out_channels: Channels = 3
+    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
+    block_out_channels: Annotated[tuple[Channels, ...], Field(min_length=1, max_length=8)] = (64,)
+    layers_per_block: Annotated[int, Field(ge=1, le=16)] = 1
+    act_fn: Literal["silu"] = "silu"
+    latent_channels: Channels = 4
+    norm_num_groups: Annotated[int, Field(ge=1, le=1024)] = 32
+    sample_size: Annotated[int, Field(ge=1, le=65536)] | tuple[int, int] = 32
+    scaling_factor: Annotated[float, Field(gt=0, le=1e4)] = 0.18215
+    shift_factor: None = None
+    latents_mean: None = None
+    latents_std: None = None
+    force_upcast: bool = True
+    use_quant_conv: Literal[True] = True
+    use_post_quant_conv: Literal[True] = True
+    mid_block_add_attention: bool = True
+
+    @property
+    def spatial_factor(self) -> int:
+        """Image pixels per latent pixel, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> Self:
+        levels = len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(f"{name} must have one entry for each of the {levels} block_out_channels")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels: {channels} is not a multiple of norm_num_groups {self.norm_num_groups}"
+                )
+        return self
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian over latents; both fields [B, C, h, w]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents drawn with the given standard normal `noise`, shaped like the mean."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """KL divergence from the standard normal in nats, summed over each sample: [B] (arXiv:1312.6114, eq. 10)."""
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(dim=1)
+
+
+class VAEEncoder(nn.Module):
+    """Images to the distribution of their latents."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = _Encoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+
+    def forward(self, images: Tensor) -> Gaussian:
+        """Map images [B, 3, H, W] in -1..1 to the posterior over scaled latents [B, C, H/f, W/f]."""
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        scale = self.config.scaling_factor
+        return Gaussian(mean * scale, logvar.clamp(-30.0, 20.0) + 2 * math.log(scale))
+
+
+class VAEDecoder(nn.Module):
+    """Latents to images."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.decoder = _Decoder(config)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Map scaled latents [B, C, h, w] to images [B, 3, h*f, w*f], nominally in -1..1, not clamped."""
+        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            _DownBlock(
+                channels[max(level - 1, 0)],
+                channels[level],
+                config,
+                downsample=level < len(channels) - 1,
+            )
+            for level in range(len(channels))
+        )
+        self.mid_block = _MidBlock(channels[-1], config)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], NORM_EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.conv_in(hidden)
+        for block in self.down_blocks:
+            hidden = block(hidden)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(hidden))))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = _MidBlock(channels[0], config)
+        self.up_blocks = nn.ModuleList(
+            _UpBlock(
+                channels[max(level - 1, 0)],
+                channels[level],
+                config,
+                upsample=level < len(channels) - 1,
+            )
+            for level in range(len(channels))
+        )
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], NORM_EPS)
+        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.mid_block(self.conv_in(hidden))
+        for block in self.up_blocks:
+            hidden = block(hidden)
+        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
+
+
+def _resnets(in_channels: int, out_channels: int, count: int, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        ResnetBlock2D(in_channels if i == 0 else out_channels, out_channels, groups=groups, eps=NORM_EPS)
+        for i in range(count)
+    )
+
+
+class _DownBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, downsample: bool) -> None:
+        super().__init__()
+        self.resnets = _resnets(in_channels, out_channels, config.layers_per_block, config.norm_num_groups)
+        self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding=0)] if downsample else [])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            hidden = layer(hidden)
+        return hidden
+
+
+class _UpBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, upsample: bool) -> None:
+        super().__init__()
+        self.resnets = _resnets(in_channels, out_channels, config.layers_per_block + 1, config.norm_num_groups)
+        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)] if upsample else [])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            hidden = layer(hidden)
+        return hidden
+
+
+class _MidBlock(nn.Module):
+    def __init__(self, channels: int, config: VAEConfig) -> None:
+        super().__init__()
+        self.resnets = _resnets(channels, channels, 2, config.norm_num_groups)
+        self.attentions = nn.ModuleList(
+            [_PixelAttention(channels, config.norm_num_groups)] if config.mid_block_add_attention else []
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.resnets[0](hidden)
+        for layer in self.attentions:
+            hidden = layer(hidden)
+        return self.resnets[1](hidden)
+
+
+class _PixelAttention(nn.Module):
+    """Single-head self-attention over all pixels."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, NORM_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        pixels = self.group_norm(hidden).flatten(2).transpose(1, 2)
+        mixed = attention(self.to_q(pixels), self.to_k(pixels), self.to_v(pixels), heads=1)
+        return hidden + self.to_out[0](mixed).transpose(1, 2).unflatten(2, hidden.shape[2:])
