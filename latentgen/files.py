@@ -1,0 +1,205 @@
+"""Files of checkpoints and results: safe relative paths, JSON objects, and writes that are all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from latentgen.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    LatentgenError,
+    OutputError,
+    UnsafePathError,
+)
+
+MAX_JSON_BYTES = 32 * 2**20
+_MARKUP = re.compile(rb"\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
+_DRIVE_LETTER = re.compile(r"[A-Za-z]:")
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that appears at ``path`` only when the block ends well; parent folders are made.
+
+    The bytes go to a temporary name in the same folder, reach the disk (fsync) and are then renamed. If
+    anything fails, what stood at ``path`` is untouched and nothing is left beside it.
+
+    Raises:
+        OutputError: the folder cannot be written, the disk is full, or ``path`` is a folder.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp") if target.name else target
+    try:
+        if target.is_dir():
+            raise OutputError(f"cannot write {quote(target)}: it is a folder; give the name of a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync_folder(target.parent)
+    except LatentgenError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {quote(target)}: {error.strerror or error}; nothing was changed there: free some "
+            "space or choose a folder that can be written"
+        ) from error
+    finally:
+        with suppress(OSError, ValueError):
+            temporary.unlink()
+
+
+def write_json(path: str | Path, data: Mapping[str, object]) -> None:
+    """Write ``data`` as indented JSON through :func:`atomic_write`; NaN and infinity are a ValueError."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def read_json(path: str | Path) -> dict[str, object]:
+    """The JSON object in ``path``. NaN and Infinity are let through: who reads a field judges its bounds.
+
+    Raises:
+        CheckpointNotFoundError: there is no such file.
+        CheckpointCorruptError: not UTF-8, not JSON, not an object, with duplicate keys, too deep or too large.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"{quote(path)} does not exist; the checkpoint is incomplete"
+        ) from error
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{quote(path)} cannot be read: {error.strerror or error}") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointCorruptError(
+            f"{quote(path)} is larger than {MAX_JSON_BYTES:,} bytes, the limit for JSON"
+        )
+    if problem := wrong_content(data):
+        raise CheckpointCorruptError(
+            f"{quote(path)} is {problem}, not a JSON object; download the file again"
+        )
+    return parse_json_object(data, str(path))
+
+
+def parse_json_object(data: bytes, where: str) -> dict[str, object]:
+    """Parse a JSON object without duplicate keys; ``where`` names the file in the error.
+
+    Raises:
+        CheckpointCorruptError: anything else than such an object.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result: dict[str, object] = {}
+        for key, value in pairs:
+            if key in result:
+                raise CheckpointCorruptError(
+                    f"{quote(where)} holds the key {quote(key)} twice; download the file again"
+                )
+            result[key] = value
+        return result
+
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise CheckpointCorruptError(
+            f"{quote(where)} is not valid JSON ({reason}); download the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointCorruptError(
+            f"{quote(where)} holds a JSON {type(value).__name__}; an object is needed"
+        )
+    return value
+
+
+def safe_join(folder: Path, relative: object, field: str) -> Path:
+    """``folder / relative``, where ``relative`` was read from a file and so is not trusted.
+
+    ``field`` says in the error where it was read. Symlinks may not leave the folder; the one exception is
+    the Hub's cache, whose snapshots link to the blobs of the same repository.
+
+    Raises:
+        UnsafePathError: not a plain relative path, or it leads out of the folder.
+    """
+    problem = _path_problem(relative)
+    if problem is None:
+        root = folder.resolve()
+        try:
+            target = (root / str(relative)).resolve()
+        except (OSError, RuntimeError) as error:
+            problem = f"cannot be resolved ({error})"
+        else:
+            if not any(target.is_relative_to(allowed) for allowed in _allowed_roots(root)):
+                problem = "leads out of the folder through a symlink; copy the file into the folder instead"
+    if problem:
+        raise UnsafePathError(f"{field}: the path {quote(relative)} {problem}")
+    return folder / str(relative)
+
+
+def _path_problem(relative: object) -> str | None:
+    if not isinstance(relative, str) or not relative:
+        return "is not a file name"
+    if "\0" in relative or "\\" in relative:
+        return "holds a NUL byte or a backslash; allowed are relative paths with forward slashes"
+    try:
+        relative.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not valid Unicode"
+    if relative.startswith("/") or _DRIVE_LETTER.match(relative):
+        return "is absolute; allowed are paths inside the checkpoint's folder"
+    if ".." in relative.split("/"):
+        return "climbs out of its folder; allowed are paths inside the checkpoint's folder"
+    return None
+
+
+def _allowed_roots(root: Path) -> list[Path]:
+    """Where the files of a checkpoint at ``root`` may lie: inside, or in the blobs of the Hub's cache."""
+    roots = [root]
+    for snapshot in (root, *root.parents):
+        if snapshot.parent.name == "snapshots" and snapshot.parent.parent.name.startswith("models--"):
+            roots.append(snapshot.parent.parent / "blobs")
+    return roots
+
+
+def wrong_content(head: bytes) -> str | None:
+    """What a file really is, judged by its first bytes, if it is one of the usual mistakes; else None."""
+    if not head:
+        return "empty (0 bytes)"
+    if not head.strip(b"\0"):
+        return "filled with zero bytes"
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"\nsize (\d{1,18})\b", head)
+        expected = f" to a file of {int(size.group(1)):,} bytes" if size else ""
+        return f"a git-LFS pointer{expected} (fetch the file itself with `git lfs pull`)"
+    if _MARKUP.match(head):
+        return "an HTML or XML page, probably an error page saved by a failed download"
+    return None
+
+
+def quote(value: object) -> str:
+    """``value`` for an error message: control characters escaped, never longer than a line."""
+    text = repr(str(value) if isinstance(value, Path) else value)
+    return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; Windows cannot open folders and needs no such step."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

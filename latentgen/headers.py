@@ -1,0 +1,195 @@
+"""The header of a safetensors file: a validating pass of our own before anything is allocated.
+
+Layout (https://huggingface.co/docs/safetensors, "Format"): 8 bytes little-endian length N, N bytes of JSON
+that map each tensor's name to its dtype, shape and byte range, then the bytes of all tensors without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from latentgen.errors import CheckpointCorruptError, CheckpointNotFoundError, UnsafeCheckpointError
+from latentgen.files import parse_json_object, quote, wrong_content
+
+MAX_TENSORS = 20_000
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_DIMENSIONS = 8
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"})
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a file: ``dtype`` is the format's own name ("F16"), ``nbytes`` its size in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header(Mapping[str, TensorInfo]):
+    """The tensors of one file by name, in the file's order, and the free text that was stored with them."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def read_header(path: str | Path) -> Header:
+    """The validated header of a safetensors file; reads no tensor.
+
+    Raises:
+        CheckpointNotFoundError: there is no such file.
+        UnsafeCheckpointError: the file is a pickle.
+        CheckpointCorruptError: the file is truncated, is not safetensors, or its header is impossible.
+    """
+    path = Path(path)
+    refuse_pickle(path)
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            head = file.read(1024)
+            length = int.from_bytes(head[:8], "little")
+            _check_start(path, head, length, size)
+            file.seek(8)
+            data = file.read(length)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(f"{quote(path)} does not exist") from error
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{quote(path)} cannot be read: {error.strerror or error}") from error
+    return _parse(path, data, size - 8 - length)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise UnsafeCheckpointError if the name of the file says that it is a pickle."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise UnsafeCheckpointError(
+            f"{quote(path)} is a pickle, which can run code when it is opened; only .safetensors files are "
+            f"read: convert it safely with `latentgen convert {path.name}`"
+        )
+
+
+def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a safetensors file whose tensors follow in this order, aligned to 8 bytes."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, info in tensors.items():
+        begin, end = end, end + info.nbytes
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [begin, end]}
+    data = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    data += b" " * (-len(data) % 8)
+    return len(data).to_bytes(8, "little") + data
+
+
+def _check_start(path: Path, head: bytes, length: int, size: int) -> None:
+    if problem := wrong_content(head):
+        raise CheckpointCorruptError(
+            f"{quote(path)} is {problem}, not a safetensors file ({size:,} bytes found); download the file "
+            "again"
+        )
+    if head.startswith(_PICKLE_STARTS) and head[8:9] != b"{":
+        raise UnsafeCheckpointError(
+            f"{quote(path)} is a pickle with the name of a safetensors file; it can run code when it is "
+            f"opened: convert it safely with `latentgen convert {path.name}`"
+        )
+    if size < 10:
+        raise CheckpointCorruptError(f"{quote(path)} holds {size} bytes; a safetensors file has at least 10")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointCorruptError(
+            f"{quote(path)} is not a safetensors file: its first 8 bytes announce a header of {length:,} "
+            f"bytes, at most {MAX_HEADER_BYTES:,} are allowed"
+        )
+    if 8 + length > size:
+        raise CheckpointCorruptError(
+            f"{quote(path)} is truncated inside its header: at least {8 + length:,} bytes expected, {size:,} "
+            "found; download the file again"
+        )
+
+
+def _parse(path: Path, data: bytes, data_bytes: int) -> Header:
+    entries = parse_json_object(data, f"{path} (header)")
+    metadata = _metadata(path, entries.pop("__metadata__", {}))
+    if len(entries) > MAX_TENSORS:
+        raise CheckpointCorruptError(
+            f"{quote(path)} has {len(entries):,} tensors; at most {MAX_TENSORS:,} are read"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    ranges: list[tuple[int, int, str]] = []
+    for name, entry in entries.items():
+        info, begin, end = _tensor(path, name, entry)
+        tensors[name] = info
+        ranges.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(ranges):
+        if begin != position:
+            kind = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
+            raise CheckpointCorruptError(
+                f"{quote(path)}: tensor {quote(name)} begins at byte {begin:,} of the data, which {kind} "
+                f"(expected {position:,})"
+            )
+        position = end
+    if position != data_bytes:
+        kind = "is truncated" if position > data_bytes else "has bytes after its last tensor"
+        header_bytes = 8 + len(data)
+        raise CheckpointCorruptError(
+            f"{quote(path)} {kind}: {header_bytes + position:,} bytes expected, {header_bytes + data_bytes:,}"
+            " found; download the file again"
+        )
+    return Header(tensors, metadata)
+
+
+def _metadata(path: Path, value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise CheckpointCorruptError(f"{quote(path)}: __metadata__ has to map names to text")
+    return value
+
+
+def _tensor(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
+    """One entry of the header as its information and its byte range."""
+
+    def corrupt(what: str) -> CheckpointCorruptError:
+        return CheckpointCorruptError(f"{quote(path)}: tensor {quote(name)} {what}")
+
+    if not name or "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
+        raise corrupt("has a name that is empty or not valid text")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise corrupt("needs exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise corrupt(f"has dtype {quote(dtype)}; known are {', '.join(ITEM_BYTES)}")
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
+        raise corrupt(f"has shape {quote(shape)}; allowed are up to {MAX_DIMENSIONS} positive whole numbers")
+    if 0 in shape:
+        raise corrupt(f"has shape {shape} with a dimension of size zero; a checkpoint has no use for it")
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        raise corrupt(f"has data_offsets {quote(offsets)}; two whole numbers are needed")
+    info = TensorInfo(dtype, tuple(shape), math.prod(shape) * ITEM_BYTES[dtype])
+    begin, end = offsets
+    if end - begin != info.nbytes:
+        raise corrupt(f"spans {end - begin:,} bytes; {dtype} {quote(shape)} needs {info.nbytes:,}")
+    return info, begin, end
+
+
+def _whole_numbers(value: object) -> bool:
+    """Whether ``value`` is a list of integers from 0 to 2**63 - 1 (JSON's true and false are not numbers)."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

@@ -1,0 +1,248 @@
+"""Weights from safetensors files into modules, memory-mapped and strict, and back, all or nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from latentgen.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointValueError, InputError
+from latentgen.files import atomic_write, quote, write_json
+from latentgen.headers import MAX_TENSORS, TensorInfo, encode_header, read_header
+
+MAX_SHARD_BYTES = 10_000_000_000
+_VARIANT = re.compile(r"[A-Za-z0-9_-]{1,32}")
+_DTYPE_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
+    torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+}  # fmt: skip
+_LEGACY_VAE_ATTENTION = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
+_LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_VAE_PROJECTION = re.compile(r".*\battentions\.\d+\.to_(q|k|v|out\.0)\.weight")
+
+
+def load_weights(
+    module: nn.Module,
+    files: Iterable[Path],
+    *,
+    prefixes: tuple[str, ...] = ("",),
+    ignored_prefixes: tuple[str, ...] = (),
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    rename: Callable[[str], str] | None = None,
+) -> None:
+    """Assign the tensors of safetensors files to ``module``, which is best built on the meta device.
+
+    The tensors are views of the memory-mapped files: nothing is copied unless ``dtype`` or ``device`` asks for
+    it. Everything is checked before the first assignment, so a failure leaves the module as it was.
+
+    Args:
+        prefixes: keys that begin with one of these belong to ``module``; the prefix stays in the name.
+        ignored_prefixes: keys that belong to another part and are passed over; any other key is an error.
+        dtype: what floating-point tensors become; None keeps the dtype of the file.
+        rename: maps a key of the file to a name in ``module``, after the selection by prefix.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
+        CheckpointMismatchError: missing, extra or misshapen keys.
+        CheckpointValueError: a weight is NaN or infinite, or does not fit into ``dtype``.
+    """
+    files = list(files)
+    expected = module.state_dict()
+    sources = _match(files, expected, prefixes, ignored_prefixes, rename)
+    state: dict[str, Tensor] = {}
+    for file, names in sources.items():
+        try:
+            with safe_open(file, framework="pt", device="cpu") as reader:
+                for key, name in names.items():
+                    tensor = reader.get_tensor(key).view(expected[name].shape)
+                    _check_values(tensor, dtype, key, file)
+                    target = dtype if tensor.is_floating_point() else None
+                    state[name] = tensor.to(device=device, dtype=target)
+        except SafetensorError as error:
+            raise CheckpointCorruptError(f"{quote(file)} cannot be read: {error}") from error
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def save_weights(
+    state: Mapping[str, Tensor],
+    folder: str | Path,
+    stem: str,
+    *,
+    variant: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[Path]:
+    """Write ``state`` to ``folder/stem[.variant].safetensors``, or to shards with an index when it is larger.
+
+    All files reach the disk under temporary names before the first one is renamed; the weights that an earlier
+    call left under the same stem and variant are replaced. One tensor at a time is copied to the CPU.
+
+    Returns:
+        The safetensors files written, in order.
+
+    Raises:
+        InputError: a dtype that the format lacks, no tensors, or a bad variant.
+        OutputError: the folder cannot be written; the old files are intact.
+    """
+    folder, infix = Path(folder), variant_infix(variant)
+    if not state or len(state) > MAX_TENSORS:
+        raise InputError(f"{len(state):,} tensors cannot be saved; allowed are 1 to {MAX_TENSORS:,}")
+    shards = _split(state, max_shard_bytes)
+    if len(shards) == 1:
+        names = [f"{stem}{infix}.safetensors"]
+    else:
+        names = [f"{stem}{infix}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    with ExitStack() as stack:
+        for name, shard in zip(names, shards, strict=True):
+            _write_tensors(stack.enter_context(atomic_write(folder / name)), state, shard)
+    index = folder / f"{stem}.safetensors.index{infix}.json"
+    if len(shards) > 1:
+        total = sum(info.nbytes for shard in shards for info in shard.values())
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        names.append(index.name)
+    for old in folder.iterdir():
+        if is_weight_file(old.name, stem, variant) and old.name not in names:
+            old.unlink()
+    return [folder / name for name in names if name != index.name]
+
+
+def variant_infix(variant: str | None) -> str:
+    """What a variant adds to a file's name: ".fp16" for "fp16", nothing for None; InputError if malformed."""
+    if variant is None:
+        return ""
+    if not _VARIANT.fullmatch(variant):
+        raise InputError(f"variant {quote(variant)} is not a name like 'fp16' (letters, digits, '-' and '_')")
+    return f".{variant}"
+
+
+def is_weight_file(name: str, stem: str, variant: str | None) -> bool:
+    """Whether ``name`` holds weights (or their index) of this stem and variant, whole or sharded."""
+    base, infix = re.escape(stem), re.escape(variant_infix(variant))
+    whole_or_shard = rf"{base}{infix}(-\d{{5}}-of-\d{{5}})?\.safetensors"
+    index = rf"{base}(\.safetensors\.index{infix}|{infix}\.safetensors\.index)\.json"
+    return re.fullmatch(f"{whole_or_shard}|{index}", name) is not None
+
+
+def _match(
+    files: Sequence[Path],
+    expected: Mapping[str, Tensor],
+    prefixes: tuple[str, ...],
+    ignored_prefixes: tuple[str, ...],
+    rename: Callable[[str], str] | None,
+) -> dict[Path, dict[str, str]]:
+    """For each file, its keys and their names in the module; every name is covered exactly once."""
+    sources: dict[Path, dict[str, str]] = {}
+    found: dict[str, TensorInfo] = {}
+    extra: list[str] = []
+    for file in files:
+        names = sources.setdefault(file, {})
+        for key, info in read_header(file).items():
+            if key.startswith(ignored_prefixes):
+                continue
+            name = _current_name(rename(key) if rename else key)
+            if not key.startswith(prefixes) or name not in expected:
+                extra.append(key)
+            elif name in found:
+                raise CheckpointCorruptError(f"{quote(file)}: {quote(key)} gives {quote(name)} a second time")
+            else:
+                names[key], found[name] = name, info
+    _check_match(files, expected, found, extra)
+    return sources
+
+
+def _current_name(name: str) -> str:
+    """Undo the names that VAE attention had before diffusers 0.17."""
+    if match := _LEGACY_VAE_ATTENTION.fullmatch(name):
+        block, projection, kind = match.groups()
+        return f"{block}{_LEGACY_NAMES[projection]}.{kind}"
+    return name
+
+
+def _check_match(
+    files: Sequence[Path],
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, TensorInfo],
+    extra: Sequence[str],
+) -> None:
+    missing = [name for name in expected if name not in found]
+    misshapen = [
+        f"{name} is {info.dtype} {list(info.shape)}, expected {list(expected[name].shape)}"
+        for name, info in found.items()
+        if not _fits(name, info, expected[name])
+    ]
+    problems = [
+        f"{len(names)} {kind} ({_first_five(names)})"
+        for kind, names in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        where = ", ".join(quote(file) for file in files) or "no file"
+        raise CheckpointMismatchError(
+            f"{where}: of {len(expected)} tensors that the architecture has, {len(found)} were found: "
+            f"{', '.join(problems)}"
+        )
+
+
+def _first_five(names: Sequence[str]) -> str:
+    return "; ".join(quote(name)[1:-1] for name in names[:5]) + ("; ..." if len(names) > 5 else "")
+
+
+def _fits(name: str, info: TensorInfo, expected: Tensor) -> bool:
+    shape = info.shape
+    if _VAE_PROJECTION.fullmatch(name) and shape[2:] == (1, 1):  # old files hold 1x1 convolutions
+        shape = shape[:2]
+    same_kind = info.dtype.startswith(("F", "BF")) == expected.is_floating_point()
+    return shape == tuple(expected.shape) and same_kind
+
+
+def _check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path) -> None:
+    """Refuse NaN, infinity, and what overflows ``dtype``, in one pass that allocates nothing."""
+    if not tensor.is_floating_point():
+        return
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # no float8 reductions in torch
+    low, high = (bound.item() for bound in torch.aminmax(values))
+    where = f"{quote(file)}: tensor {quote(key)}"
+    if not (float("-inf") < low and high < float("inf")):
+        raise CheckpointValueError(f"{where} holds NaN or infinity: the file is damaged or training diverged")
+    largest = max(-low, high)
+    if dtype is not None and largest > torch.finfo(dtype).max:
+        raise CheckpointValueError(
+            f"{where} reaches {largest:.6g}, too large for {dtype}; load it as float32"
+        )
+
+
+def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, TensorInfo]]:
+    """Tensors in their order, cut into shards of at most ``max_shard_bytes`` (or of one larger tensor)."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if tensor.dtype not in _DTYPE_NAMES or tensor.numel() == 0 or tensor.is_meta:
+            raise InputError(
+                f"tensor {quote(name)} ({tensor.dtype}, {list(tensor.shape)}, {tensor.device}) cannot be saved: "
+                f"it needs values and one of the dtypes {', '.join(_DTYPE_NAMES.values())}"
+            )
+        info = TensorInfo(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+        if shards[-1] and size + info.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = info
+        size += info.nbytes
+    return shards
+
+
+def _write_tensors(file: BinaryIO, state: Mapping[str, Tensor], shard: Mapping[str, TensorInfo]) -> None:
+    """Header, then tensor by tensor: the peak is one tensor; safetensors' own writer wants all contiguous."""
+    # Wider items first, so that every tensor is aligned to its item size.
+    widest_first = dict(sorted(shard.items(), key=lambda item: -state[item[0]].element_size()))
+    file.write(encode_header(widest_first, {"format": "pt"}))
+    for name in widest_first:
+        tensor = state[name].detach().cpu().contiguous().flatten()
+        file.write(tensor.view(torch.uint8).numpy().data)
