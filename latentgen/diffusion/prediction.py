@@ -1,0 +1,88 @@
+"""What a network's output means: from output to x0, from x0 and noise to the training target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from latentgen.diffusion.schedule import BatchNoiseLevel, NoiseLevel
+from latentgen.errors import ConfigError
+
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+
+
+def add_noise(x0: Tensor, noise: Tensor, level: NoiseLevel | BatchNoiseLevel) -> Tensor:
+    """A draw from q(x_t | x_0): ``alpha * x0 + sigma * noise``, shaped like x0 (arXiv 2006.11239, eq. 4)."""
+    return level.alpha * x0 + level.sigma * noise
+
+
+def to_x0(
+    output: Tensor, x: Tensor, level: NoiseLevel | BatchNoiseLevel, prediction_type: PredictionType
+) -> Tensor:
+    """The x0 that a network's output stands for, in the dtype of x.
+
+    output and x are [B, C, H, W]. `epsilon` predicts the noise (arXiv 2006.11239), which says nothing about x0
+    at zero signal-to-noise ratio (alpha 0); `sample` predicts x0 itself; `v_prediction` predicts
+    ``alpha * noise - sigma * x0`` (arXiv 2202.00512, appendix D).
+    """
+    output = output.to(x.dtype)
+    if prediction_type == "sample":
+        return output
+    if prediction_type == "epsilon":
+        return (x - level.sigma * output) / level.alpha
+    return level.alpha * x - level.sigma * output
+
+
+def target(
+    x0: Tensor, noise: Tensor, level: NoiseLevel | BatchNoiseLevel, prediction_type: PredictionType
+) -> Tensor:
+    """What the network should put out for ``add_noise(x0, noise, level)``; the inverse of `to_x0`."""
+    if prediction_type == "sample":
+        return x0
+    if prediction_type == "epsilon":
+        return noise
+    return level.alpha * noise - level.sigma * x0
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """Bounds on a predicted x0, for models whose data lie in -1..1; latents have no such bounds.
+
+    Fields are named as in ``scheduler_config.json``. With thresholding, each sample is clipped at the
+    dynamic_thresholding_ratio quantile s of its magnitudes, held to 1..sample_max_value, and divided by s
+    (arXiv 2205.11487, section 2.3); else with clip_sample at clip_sample_range. Raises ConfigError for bad
+    bounds.
+    """
+
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.clip_sample_range > 0.0:
+            raise ConfigError(f"clip_sample_range is {self.clip_sample_range}; it must be above 0")
+        if not 0.0 <= self.dynamic_thresholding_ratio <= 1.0:
+            raise ConfigError(
+                f"dynamic_thresholding_ratio is {self.dynamic_thresholding_ratio}; it must lie in 0..1"
+            )
+        if not self.sample_max_value >= 1.0:
+            raise ConfigError(f"sample_max_value is {self.sample_max_value}; it must be at least 1")
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        """Apply the bounds to x0 [B, C, H, W]; without any, x0 itself comes back."""
+        if self.thresholding:
+            return self._threshold(x0)
+        if self.clip_sample:
+            return x0.clamp(-self.clip_sample_range, self.clip_sample_range)
+        return x0
+
+    def _threshold(self, x0: Tensor) -> Tensor:
+        magnitudes = x0.flatten(1).abs().float()
+        bound = torch.quantile(magnitudes, self.dynamic_thresholding_ratio, dim=1)
+        bound = bound.clamp(1.0, self.sample_max_value).to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-bound, bound) / bound

@@ -1,0 +1,221 @@
+"""Noise schedules, noise levels and spacings: how much noise there is, and which timesteps a run visits.
+
+Everything is variance preserving, ``x = alpha * x0 + sigma * noise`` with ``alpha = sqrt(alphas_cumprod)``
+and ``sigma = sqrt(1 - alphas_cumprod)``. ``sigma_ve`` is ``sigma / alpha``, the noise level of the
+variance-exploding form. All of it is computed in float64, before a run begins.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from latentgen.errors import ConfigError, InputError
+
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+Spacing = Literal["linspace", "leading", "trailing"]
+
+_MAX_TRAIN_TIMESTEPS = 100_000
+
+# The alphas_cumprod that stands in for zero where a finite sigma_ve is needed (sigma_ve = 4096).
+_ZERO_SNR_FLOOR = 2.0**-24
+
+
+class NoiseLevel(NamedTuple):
+    """One point of a run: ``x = alpha * x0 + sigma * noise``.
+
+    alpha and sigma lie in 0..1 with ``alpha**2 + sigma**2 == 1``; timestep is what the network is told, in
+    0..num_train_timesteps - 1, not always whole.
+    """
+
+    alpha: float
+    sigma: float
+    timestep: float
+
+    @classmethod
+    def from_sigma_ve(cls, sigma_ve: float, timestep: float) -> NoiseLevel:
+        """The level whose noise-to-signal ratio ``sigma / alpha`` is `sigma_ve`."""
+        alpha = 1.0 / math.hypot(1.0, sigma_ve)
+        return cls(alpha, sigma_ve * alpha, timestep)
+
+    @property
+    def log_snr(self) -> float:
+        """``lambda = log(alpha / sigma)``, half the log signal-to-noise ratio; infinite at either end."""
+        if self.sigma == 0.0:
+            return math.inf
+        return math.log(self.alpha / self.sigma) if self.alpha > 0.0 else -math.inf
+
+
+class BatchNoiseLevel(NamedTuple):
+    """One noise level per sample, for training: alpha and sigma are [B, 1, 1, 1] float32, timestep is [B]."""
+
+    alpha: Tensor
+    sigma: Tensor
+    timestep: Tensor
+
+
+CLEAN = NoiseLevel(1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The noise that a model was trained on; the checkpoint owns it.
+
+    Fields are named as in ``scheduler_config.json``. `linear` and `scaled_linear` run from beta_start to
+    beta_end (the latter linearly in the square root); `squaredcos_cap_v2` is the cosine schedule (arXiv
+    2102.09672, eq. 17) with betas capped at 0.999; trained_betas, one per timestep, replace all of these.
+    rescale_betas_zero_snr shifts the schedule so that the last timestep is pure noise (arXiv 2305.08891,
+    algorithm 1).
+
+    Raises ConfigError for values outside their bounds.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: BetaSchedule = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_train_timesteps <= _MAX_TRAIN_TIMESTEPS:
+            raise ConfigError(
+                f"num_train_timesteps is {self.num_train_timesteps}; it must lie in 2..{_MAX_TRAIN_TIMESTEPS}"
+            )
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise ConfigError(
+                f"beta_start is {self.beta_start} and beta_end is {self.beta_end}; they must hold "
+                "0 < beta_start <= beta_end < 1"
+            )
+        if self.beta_schedule not in get_args(BetaSchedule):
+            allowed = ", ".join(get_args(BetaSchedule))
+            raise ConfigError(f"beta_schedule is {self.beta_schedule!r}; implemented are {allowed}")
+        if self.trained_betas is not None:
+            self._check_trained_betas(self.trained_betas)
+
+    def _check_trained_betas(self, betas: tuple[float, ...]) -> None:
+        if len(betas) != self.num_train_timesteps:
+            raise ConfigError(
+                f"trained_betas has {len(betas)} values, but num_train_timesteps is {self.num_train_timesteps}; "
+                "they must be as many"
+            )
+        last = len(betas) - 1
+        for index, beta in enumerate(betas):
+            if not (0.0 < beta < 1.0 or (index == last and beta == 1.0)):
+                raise ConfigError(
+                    f"trained_betas[{index}] is {beta}; a beta must lie between 0 and 1 (the last may be 1)"
+                )
+
+    @cached_property
+    def betas(self) -> NDArray[np.float64]:
+        """The variance added at each timestep, [num_train_timesteps], before any rescaling to zero SNR."""
+        count = self.num_train_timesteps
+        if self.trained_betas is not None:
+            return np.array(self.trained_betas)
+        if self.beta_schedule == "linear":
+            return np.linspace(self.beta_start, self.beta_end, count)
+        if self.beta_schedule == "scaled_linear":
+            return np.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), count) ** 2
+        edges = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
+        return np.minimum(1.0 - edges[1:] / edges[:-1], 0.999)
+
+    @cached_property
+    def alphas_cumprod(self) -> NDArray[np.float64]:
+        """The share of the signal's variance left at each timestep, [num_train_timesteps], falling."""
+        alphas_cumprod = np.cumprod(1.0 - self.betas)
+        if self.rescale_betas_zero_snr:
+            alpha = np.sqrt(alphas_cumprod)
+            alphas_cumprod = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2
+        alphas_cumprod.setflags(write=False)
+        return alphas_cumprod
+
+    @cached_property
+    def sigmas_ve(self) -> NDArray[np.float64]:
+        """``sigma / alpha`` at each timestep, [num_train_timesteps], rising.
+
+        Pure noise would be infinite; it is held at 4096 as diffusers does.
+        """
+        alphas_cumprod = np.where(self.alphas_cumprod > 0.0, self.alphas_cumprod, _ZERO_SNR_FLOOR)
+        return np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
+
+    @cached_property
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        alpha = torch.from_numpy(np.sqrt(self.alphas_cumprod)).float()
+        return alpha, torch.from_numpy(np.sqrt(1.0 - self.alphas_cumprod)).float()
+
+    def level(self, timestep: int) -> NoiseLevel:
+        """The noise level at a whole timestep. Raises InputError outside 0..num_train_timesteps - 1."""
+        if not 0 <= timestep < self.num_train_timesteps:
+            last = self.num_train_timesteps - 1
+            raise InputError(f"timestep {timestep} is outside the schedule's 0..{last}")
+        alphas_cumprod = float(self.alphas_cumprod[timestep])
+        return NoiseLevel(math.sqrt(alphas_cumprod), math.sqrt(1.0 - alphas_cumprod), float(timestep))
+
+    def batch(self, timesteps: Tensor) -> BatchNoiseLevel:
+        """The noise levels at timesteps [B] (whole numbers), for training, on the device of `timesteps`.
+
+        alpha and sigma come as [B, 1, 1, 1] float32, ready to multiply images or latents.
+        """
+        shape = (-1, 1, 1, 1)
+        alpha, sigma = (table.to(timesteps.device)[timesteps].view(shape) for table in self._tables)
+        return BatchNoiseLevel(alpha, sigma, timesteps)
+
+    def sigma_ve_at(self, timesteps: NDArray[np.float64]) -> NDArray[np.float64]:
+        """sigma_ve at timesteps that need not be whole, interpolated linearly."""
+        return np.interp(timesteps, np.arange(self.num_train_timesteps), self.sigmas_ve)
+
+    def timestep_at(self, sigmas_ve: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The timesteps, not always whole, at which sigma_ve is `sigmas_ve`: linear in its logarithm."""
+        return np.interp(np.log(sigmas_ve), np.log(self.sigmas_ve), np.arange(self.num_train_timesteps))
+
+
+def spaced_timesteps(
+    spacing: Spacing,
+    num_train_timesteps: int,
+    num_steps: int,
+    *,
+    steps_offset: int = 0,
+    open_end: bool = False,
+) -> NDArray[np.float64]:
+    """`num_steps` timesteps, falling, spread over the schedule (arXiv 2305.08891, table 2).
+
+    `linspace` includes both ends and is not rounded; `leading` counts up from steps_offset in whole strides;
+    `trailing` counts down from the last timestep. With open_end the lowest point of `linspace` and `leading`
+    is left out: it is where the run ends, not a timestep that the network sees.
+
+    Raises InputError when so many steps do not fit.
+    """
+    last = num_train_timesteps - 1
+    limit = last if open_end else num_train_timesteps
+    if not 1 <= num_steps <= limit:
+        raise InputError(f"the number of steps is {num_steps}; this scheduler allows 1..{limit}")
+    points = num_steps + 1 if open_end else num_steps
+    if spacing == "linspace":
+        return np.linspace(0.0, last, points)[::-1][:num_steps]
+    if spacing == "trailing":
+        stride = num_train_timesteps / num_steps
+        return np.round(num_train_timesteps - stride * np.arange(num_steps)) - 1.0
+    timesteps = np.arange(points)[::-1][:num_steps] * (num_train_timesteps // points) + float(steps_offset)
+    if timesteps[0] > last:
+        raise InputError(
+            f"{num_steps} steps with steps_offset {steps_offset} begin at timestep {timesteps[0]:.0f}, but the "
+            f"schedule ends at {last}; use fewer steps"
+        )
+    return timesteps
+
+
+def karras_sigmas(
+    sigma_min: float, sigma_max: float, num_steps: int, rho: float = 7.0
+) -> NDArray[np.float64]:
+    """`num_steps` values of sigma_ve from sigma_max down to sigma_min, even in ``sigma ** (1 / rho)``.
+
+    arXiv 2206.00364, eq. 5.
+    """
+    return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps) ** rho
