@@ -1,0 +1,235 @@
+"""The UNet (arXiv 2112.10752, section 3.3): noisy latents, a timestep and a context in, the model output out.
+
+All that stays constant over a run (keys and values of the context, time embeddings of all steps) is computed by
+:meth:`UNet.constants`; :meth:`UNet.step` is what remains to be done at each step. Attribute names are those of
+diffusers, so that a folder loads with no key map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentgen.errors import InputError
+from latentgen.models.attention import (
+    AttentionBackend,
+    ContextKeyValue,
+    Transformer2DModel,
+    set_attention_backend,
+)
+from latentgen.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
+from latentgen.models.unet_blocks import DownBlock2D, UNetMidBlock2DCrossAttn, UNetPass, UpBlock2D
+from latentgen.models.unet_config import UNetConfig
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class AddedConditioning(NamedTuple):
+    """What SDXL adds to the time embedding (arXiv 2307.01952, section 2.2).
+
+    `text_embeds` is the pooled text [B, P]. `time_ids` [B, K] are, for the base model, original height and width,
+    top and left of the crop, target height and width, in pixels; for the refiner the last two are one aesthetic score.
+    """
+
+    text_embeds: Tensor
+    time_ids: Tensor
+
+
+class UNetConstants(NamedTuple):
+    """All that :meth:`UNet.step` needs besides the latents.
+
+    `times[i][j]` is the time embedding of step i projected by resnet block j, [1 or B, C]; `contexts[j]` holds the
+    keys and values of transformer j.
+    """
+
+    times: tuple[tuple[Tensor, ...], ...]
+    contexts: tuple[tuple[ContextKeyValue, ...], ...]
+
+
+class UNet(nn.Module):
+    """A conditional UNet of any family that :class:`UNetConfig` describes.
+
+    Attributes:
+        gradient_checkpointing: recompute activations in the backward pass, for less memory in training.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        levels = config.levels
+        first = config.block_out_channels[0]
+        self.time_embedding = TimestepEmbedding(first, config.time_embed_dim)
+        self.class_embedding = _class_embedding(config)
+        if config.addition_embed_type == "text_time":
+            assert config.projection_class_embeddings_input_dim is not None
+            self.add_embedding = TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, config.time_embed_dim
+            )
+        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock2D(config, level, downsample=level is not levels[-1]) for level in levels
+        )
+        self.mid_block = UNetMidBlock2DCrossAttn(config, levels[-1]) if config.mid_block_type else None
+        self.up_blocks = nn.ModuleList(
+            UpBlock2D(config, level, upsample=level is not levels[0]) for level in reversed(levels)
+        )
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        context: Tensor,
+        *,
+        class_labels: Tensor | None = None,
+        added: AddedConditioning | None = None,
+    ) -> Tensor:
+        """Return the model output [B, out, H, W] (epsilon, v or x0, as the checkpoint was trained).
+
+        Args:
+            sample: noisy latents, with any concatenated condition, [B, in, H, W].
+            timestep: one for all samples, or [B]; may be fractional.
+            context: text embedding [B, S, cross_attention_dim].
+            class_labels: integers [B] for a class table, scalars [B] for class_embed_type "timestep", vectors
+                [B, D] for "projection" and "identity".
+            added: the added conditioning of SDXL.
+
+        Raises:
+            InputError: a conditioning that this UNet requires is missing, or one that it cannot take is given.
+        """
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(1, -1)
+        constants = self.constants(context, timesteps, class_labels=class_labels, added=added)
+        return self.step(sample, constants, 0)
+
+    def constants(
+        self,
+        context: Tensor,
+        timesteps: Tensor,
+        *,
+        class_labels: Tensor | None = None,
+        added: AddedConditioning | None = None,
+    ) -> UNetConstants:
+        """Compute what does not depend on the latents, for all steps of a run.
+
+        Args:
+            context: text embedding [B, S, cross_attention_dim].
+            timesteps: of the N steps, [N], or [N, B] where every sample has its own.
+            class_labels: see :meth:`forward`.
+            added: see :meth:`forward`.
+
+        Raises:
+            InputError: see :meth:`forward`.
+        """
+        if timesteps.ndim == 1:
+            timesteps = timesteps[:, None]
+        emb = self.time_embedding(self._sinusoidal(timesteps))
+        if (class_emb := self._class_emb(class_labels)) is not None:
+            emb = emb + class_emb
+        if (added_emb := self._added_emb(added)) is not None:
+            emb = emb + added_emb
+        emb = F.silu(emb)
+        projected = [resnet.project_time(emb).unbind(0) for resnet in self._layers(ResnetBlock2D)]
+        contexts = tuple(layer.context_key_values(context) for layer in self._layers(Transformer2DModel))
+        return UNetConstants(tuple(zip(*projected, strict=True)), contexts)
+
+    def step(self, sample: Tensor, constants: UNetConstants, index: int) -> Tensor:
+        """Return the model output [B, out, H, W] for latents [B, in, H, W] at step `index` of the constants."""
+        unet_pass = UNetPass(
+            constants.times[index], constants.contexts, checkpointing=self.gradient_checkpointing
+        )
+        hidden = self.conv_in(sample)
+        unet_pass.skips.append(hidden)
+        for block in self.down_blocks:
+            hidden = block(hidden, unet_pass)
+        if self.mid_block is not None:
+            hidden = self.mid_block(hidden, unet_pass)
+        for block in self.up_blocks:
+            hidden = block(hidden, unet_pass)
+        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
+
+    @property
+    def attention_backend(self) -> AttentionBackend:
+        """The kernel that every attention uses; assign to change it."""
+        return self._attention_backend
+
+    @attention_backend.setter
+    def attention_backend(self, backend: AttentionBackend) -> None:
+        set_attention_backend(self, backend)
+        self._attention_backend: AttentionBackend = backend
+
+    _attention_backend: AttentionBackend = "auto"
+
+    def _layers(self, kind: type[M]) -> Iterator[M]:
+        """Yield the layers of a kind in the order of the pass, which is the order of registration."""
+        return (module for module in self.modules() if isinstance(module, kind))
+
+    def _sinusoidal(self, values: Tensor) -> Tensor:
+        """Embed values [...] as [..., block_out_channels[0]], in the dtype of the weights."""
+        config = self.config
+        return timestep_embedding(
+            values,
+            config.block_out_channels[0],
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        ).to(self.conv_in.weight.dtype)
+
+    def _class_emb(self, labels: Tensor | None) -> Tensor | None:
+        """Embed the class labels as [B, time_embed_dim]."""
+        if self.class_embedding is None:
+            if labels is not None:
+                raise InputError("class_labels: this UNet has no class embedding; leave them out")
+            return None
+        if labels is None:
+            raise InputError(
+                "class_labels: this UNet has a class embedding and requires them, one per sample"
+            )
+        if self.config.class_embed_type is None:
+            return self.class_embedding(labels)
+        if self.config.class_embed_type == "timestep":
+            return self.class_embedding(self._sinusoidal(labels))
+        return self.class_embedding(labels.to(self.conv_in.weight.dtype))
+
+    def _added_emb(self, added: AddedConditioning | None) -> Tensor | None:
+        """Embed the added conditioning as [B, time_embed_dim]."""
+        config = self.config
+        if config.addition_embed_type is None:
+            if added is not None:
+                raise InputError("added: this UNet has no added conditioning; leave it out")
+            return None
+        if added is None:
+            raise InputError("added: this UNet requires AddedConditioning(text_embeds, time_ids)")
+        assert config.addition_time_embed_dim is not None
+        ids = timestep_embedding(
+            added.time_ids,
+            config.addition_time_embed_dim,
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        ).flatten(1)
+        joined = torch.cat([added.text_embeds, ids], dim=-1)
+        if joined.shape[1] != config.projection_class_embeddings_input_dim:
+            raise InputError(
+                f"added: text_embeds of width {added.text_embeds.shape[1]} and {added.time_ids.shape[1]} time_ids make"
+                f" {joined.shape[1]} channels; this UNet takes {config.projection_class_embeddings_input_dim}"
+            )
+        return self.add_embedding(joined.to(self.conv_in.weight.dtype))
+
+
+def _class_embedding(config: UNetConfig) -> nn.Module | None:
+    """Build the embedding of class labels that is added to the time embedding."""
+    width = config.time_embed_dim
+    match config.class_embed_type:
+        case None:
+            return nn.Embedding(config.num_class_embeds, width) if config.num_class_embeds else None
+        case "identity":
+            return nn.Identity()
+        case "timestep":
+            return TimestepEmbedding(config.block_out_channels[0], width)
+        case "projection":
+            assert config.projection_class_embeddings_input_dim is not None
+            return TimestepEmbedding(config.projection_class_embeddings_input_dim, width)

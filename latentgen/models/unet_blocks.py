@@ -1,0 +1,143 @@
+"""The blocks that the UNet is made of, and what flows through them in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from latentgen.models.attention import ContextKeyValue, Transformer2DModel
+from latentgen.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
+from latentgen.models.unet_config import Level, UNetConfig
+
+
+class UNetPass:
+    """One pass through the UNet: hands each layer its share of the constants, and keeps the skip connections.
+
+    Args:
+        times: the projected time embedding of every resnet block, in the order of the pass.
+        contexts: the keys and values of every transformer, in the order of the pass.
+        checkpointing: recompute the inside of each layer in the backward pass instead of storing it.
+    """
+
+    def __init__(
+        self,
+        times: Iterable[Tensor],
+        contexts: Iterable[tuple[ContextKeyValue, ...]],
+        *,
+        checkpointing: bool,
+    ) -> None:
+        self.skips: list[Tensor] = []
+        self._times = iter(times)
+        self._contexts = iter(contexts)
+        self._checkpointing = checkpointing and torch.is_grad_enabled()
+
+    def resnet(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Run the next resnet block."""
+        return self._run(layer, hidden, next(self._times))
+
+    def transformer(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Run the next transformer."""
+        return self._run(layer, hidden, next(self._contexts))
+
+    def _run(
+        self, layer: nn.Module, hidden: Tensor, constant: Tensor | tuple[ContextKeyValue, ...]
+    ) -> Tensor:
+        if self._checkpointing:
+            result = checkpoint(layer, hidden, constant, use_reentrant=False)
+            assert isinstance(result, Tensor)
+            return result
+        return layer(hidden, constant)
+
+
+class DownBlock2D(nn.Module):
+    """Resnet blocks, each followed by a transformer where the level attends, then a halving of the feature map."""
+
+    def __init__(self, config: UNetConfig, level: Level, *, downsample: bool) -> None:
+        super().__init__()
+        self.resnets = _resnets(config, level.down)
+        self.attentions = _transformers(config, level, len(level.down) if level.down_attention else 0)
+        self.downsamplers = nn.ModuleList(
+            [Downsample2D(level.channels, padding=config.downsample_padding)] if downsample else []
+        )
+
+    def forward(self, hidden: Tensor, unet_pass: UNetPass) -> Tensor:
+        """Map [B, C, H, W] to [B, C', H/2, W/2] (or H, W without downsampling); leaves skip connections."""
+        for resnet, transformer in zip_longest(self.resnets, self.attentions):
+            hidden = unet_pass.resnet(resnet, hidden)
+            if transformer is not None:
+                hidden = unet_pass.transformer(transformer, hidden)
+            unet_pass.skips.append(hidden)
+        for downsampler in self.downsamplers:
+            hidden = downsampler(hidden)
+            unet_pass.skips.append(hidden)
+        return hidden
+
+
+class UNetMidBlock2DCrossAttn(nn.Module):
+    """A transformer between two resnet blocks, at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig, level: Level) -> None:
+        super().__init__()
+        self.resnets = _resnets(config, [(level.channels, level.channels)] * 2)
+        # The middle never follows only_cross_attention.
+        self.attentions = _transformers(config, level._replace(only_cross_attention=False), 1)
+
+    def forward(self, hidden: Tensor, unet_pass: UNetPass) -> Tensor:
+        """Map [B, C, H, W] to [B, C, H, W]."""
+        hidden = unet_pass.resnet(self.resnets[0], hidden)
+        hidden = unet_pass.transformer(self.attentions[0], hidden)
+        return unet_pass.resnet(self.resnets[1], hidden)
+
+
+class UpBlock2D(nn.Module):
+    """Resnet blocks on the feature map joined with its skip connections, transformers, then a doubling."""
+
+    def __init__(self, config: UNetConfig, level: Level, *, upsample: bool) -> None:
+        super().__init__()
+        self.resnets = _resnets(config, level.up)
+        self.attentions = _transformers(config, level, len(level.up) if level.up_attention else 0)
+        self.upsamplers = nn.ModuleList([Upsample2D(level.channels)] if upsample else [])
+
+    def forward(self, hidden: Tensor, unet_pass: UNetPass) -> Tensor:
+        """Map [B, C, H, W] to [B, C', 2H, 2W] (or H, W without upsampling); consumes skip connections."""
+        for resnet, transformer in zip_longest(self.resnets, self.attentions):
+            hidden = unet_pass.resnet(resnet, torch.cat([hidden, unet_pass.skips.pop()], dim=1))
+            if transformer is not None:
+                hidden = unet_pass.transformer(transformer, hidden)
+        for upsampler in self.upsamplers:
+            height, width = unet_pass.skips[-1].shape[-2:]
+            hidden = upsampler(hidden, (height, width))
+        return hidden
+
+
+def _resnets(config: UNetConfig, channels: Iterable[tuple[int, int]]) -> nn.ModuleList:
+    return nn.ModuleList(
+        ResnetBlock2D(
+            inputs,
+            outputs,
+            temb_channels=config.time_embed_dim,
+            groups=config.norm_num_groups,
+            eps=config.norm_eps,
+            scale_shift=config.resnet_time_scale_shift == "scale_shift",
+        )
+        for inputs, outputs in channels
+    )
+
+
+def _transformers(config: UNetConfig, level: Level, count: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        Transformer2DModel(
+            level.channels,
+            level.heads,
+            level.depth,
+            config.cross_attention_dim,
+            config.norm_num_groups,
+            linear_projection=config.use_linear_projection,
+            only_cross_attention=level.only_cross_attention,
+        )
+        for _ in range(count)
+    )

@@ -1,0 +1,296 @@
+"""The UNet's configuration: diffusers' `unet/config.json`, and the geometry that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from latentgen.models.config import StageConfig
+
+# Four times the largest UNet that the library knows (SDXL base, 2.6e9): more is a mistake or an attack.
+MAX_PARAMETERS = 10**10
+
+T = TypeVar("T")
+
+Channels = Annotated[int, Field(ge=1, le=16384)]
+Size = Annotated[int, Field(ge=1, le=65536)]
+Layers = Annotated[int, Field(ge=1, le=16)]
+Heads = Annotated[int, Field(ge=1, le=1024)]
+Depth = Annotated[int, Field(ge=1, le=64)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+One = Annotated[float, Field(ge=1, le=1)]
+
+
+class Level(NamedTuple):
+    """One resolution of the UNet: what its down block and its up block are made of.
+
+    `down` and `up` hold (channels in, channels out) of each resnet block, in the order of the forward pass.
+    """
+
+    channels: int
+    heads: int
+    depth: int
+    only_cross_attention: bool
+    down: tuple[tuple[int, int], ...]
+    down_attention: bool
+    up: tuple[tuple[int, int], ...]
+    up_attention: bool
+
+
+class UNetConfig(StageConfig):
+    """A diffusers `unet/config.json`. A field whose type admits a single value is not implemented beyond it.
+
+    Covers SD 1.x and 2.x, SDXL base and refiner, inpainting, instruct-pix2pix, the x4 upscaler, class labels
+    (`num_class_embeds`), a continuous scalar (`class_embed_type="timestep"`) and FiLM resnet blocks
+    (`resnet_time_scale_shift="scale_shift"`). `attention_head_dim` is the number of heads, for historical reasons.
+    """
+
+    diffusers_class: ClassVar[str] = "UNet2DConditionModel"
+
+    sample_size: Size | tuple[Size, Size] | None = None
+    in_channels: Channels = 4
+    out_channels: Channels = 4
+    center_input_sample: Literal[False] = False
+    flip_sin_to_cos: bool = True
+    freq_shift: Annotated[float, Field(ge=0, le=1)] = 0
+    down_block_types: tuple[Literal["CrossAttnDownBlock2D", "DownBlock2D"], ...] = (
+        *("CrossAttnDownBlock2D",) * 3,
+        "DownBlock2D",
+    )
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[Literal["CrossAttnUpBlock2D", "UpBlock2D"], ...] = (
+        "UpBlock2D",
+        *("CrossAttnUpBlock2D",) * 3,
+    )
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: Annotated[tuple[Channels, ...], Field(min_length=1, max_length=8)] = (
+        320,
+        640,
+        1280,
+        1280,
+    )
+    layers_per_block: Layers | tuple[Layers, ...] = 2
+    downsample_padding: Annotated[int, Field(ge=0, le=1)] = 1
+    mid_block_scale_factor: One = 1
+    dropout: Zero = 0
+    act_fn: Literal["silu"] = "silu"
+    norm_num_groups: Annotated[int, Field(ge=1, le=1024)] = 32
+    norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    cross_attention_dim: Channels = 1280
+    transformer_layers_per_block: Depth | tuple[Depth, ...] = 1
+    reverse_transformer_layers_per_block: None = None
+    encoder_hid_dim: None = None
+    encoder_hid_dim_type: None = None
+    attention_head_dim: Heads | tuple[Heads, ...] = 8
+    num_attention_heads: None = None
+    dual_cross_attention: Literal[False] = False
+    use_linear_projection: bool = False
+    class_embed_type: Literal["timestep", "identity", "projection"] | None = None
+    addition_embed_type: Literal["text_time"] | None = None
+    addition_time_embed_dim: Channels | None = None
+    num_class_embeds: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    # Kept for diffusers; here every attention kernel accumulates its softmax in float32.
+    upcast_attention: bool = False
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    resnet_skip_time_act: Literal[False] = False
+    resnet_out_scale_factor: One = 1
+    time_embedding_type: Literal["positional"] = "positional"
+    time_embedding_dim: None = None
+    time_embedding_act_fn: None = None
+    timestep_post_act: None = None
+    time_cond_proj_dim: None = None
+    conv_in_kernel: Literal[3] = 3
+    conv_out_kernel: Literal[3] = 3
+    projection_class_embeddings_input_dim: Channels | None = None
+    attention_type: Literal["default"] = "default"
+    class_embeddings_concat: Literal[False] = False
+    mid_block_only_cross_attention: Literal[False] | None = None
+    cross_attention_norm: None = None
+    # Read by diffusers only for an addition_embed_type that is refused above.
+    addition_embed_type_num_heads: Heads = 64
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Channels of the time embedding."""
+        return 4 * self.block_out_channels[0]
+
+    @property
+    def spatial_factor(self) -> int:
+        """Latent pixels at the input per pixel at the lowest resolution, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The resolutions, highest first."""
+        channels, count = self.block_out_channels, len(self.block_out_channels)
+        layers = _per_level(self.layers_per_block, count)
+        heads = _per_level(self.attention_head_dim, count)
+        depths = _per_level(self.transformer_layers_per_block, count)
+        only_cross = _per_level(self.only_cross_attention, count)
+        down, skips = self._down_resnets(layers)
+        up = self._up_resnets(layers, skips)
+        return tuple(
+            Level(
+                channels=channels[i],
+                heads=heads[i],
+                depth=depths[i],
+                only_cross_attention=only_cross[i],
+                down=down[i],
+                down_attention=self.down_block_types[i] == "CrossAttnDownBlock2D",
+                up=up[i],
+                up_attention=self.up_block_types[-1 - i] == "CrossAttnUpBlock2D",
+            )
+            for i in range(count)
+        )
+
+    def _down_resnets(self, layers: Sequence[int]) -> tuple[list[tuple[tuple[int, int], ...]], list[int]]:
+        """Channels of the resnet blocks on the way down, and of the feature maps they leave for the way up."""
+        down, width, skips = [], self.block_out_channels[0], [self.block_out_channels[0]]
+        for level, out in enumerate(self.block_out_channels):
+            down.append(tuple(pairwise((width, *(out,) * layers[level]))))
+            skips += [out] * layers[level]
+            if level < len(layers) - 1:
+                skips.append(out)
+            width = out
+        return down, skips
+
+    def _up_resnets(self, layers: Sequence[int], skips: list[int]) -> list[tuple[tuple[int, int], ...]]:
+        """Channels of the resnet blocks on the way up, highest resolution first."""
+        up, width = [], self.block_out_channels[-1]
+        for level in reversed(range(len(layers))):
+            resnets = []
+            for _ in range(layers[level] + 1):
+                resnets.append((width + skips.pop(), self.block_out_channels[level]))
+                width = self.block_out_channels[level]
+            up.append(tuple(resnets))
+        return up[::-1]
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        self._check_lengths()
+        groups = self.norm_num_groups
+        for level in self.levels:
+            if level.channels % groups:
+                raise ValueError(
+                    f"block_out_channels: {level.channels} is not a multiple of norm_num_groups {groups}"
+                )
+            attends = level.down_attention or level.up_attention
+            if attends and level.channels % level.heads:
+                raise ValueError(
+                    f"attention_head_dim: {level.heads} heads do not divide block_out_channels {level.channels}"
+                )
+        lowest = self.levels[-1]
+        if self.mid_block_type and lowest.channels % lowest.heads:
+            raise ValueError(
+                f"attention_head_dim: {lowest.heads} heads do not divide the {lowest.channels} channels"
+            )
+        if self.block_out_channels[0] // 2 <= self.freq_shift:
+            raise ValueError(
+                f"block_out_channels: {self.block_out_channels[0]} is too few for a time embedding"
+            )
+        self._check_conditioning()
+        if (count := parameter_count(self)) > MAX_PARAMETERS:
+            raise ValueError(
+                f"the model would have {count:,} parameters; at most {MAX_PARAMETERS:,} are allowed"
+            )
+        return self
+
+    def _check_lengths(self) -> None:
+        count = len(self.block_out_channels)
+        lists = {
+            "down_block_types": self.down_block_types,
+            "up_block_types": self.up_block_types,
+            "layers_per_block": self.layers_per_block,
+            "attention_head_dim": self.attention_head_dim,
+            "transformer_layers_per_block": self.transformer_layers_per_block,
+            "only_cross_attention": self.only_cross_attention,
+        }
+        for name, value in lists.items():
+            if isinstance(value, tuple) and len(value) != count:
+                raise ValueError(f"{name}: {len(value)} entries for the {count} block_out_channels")
+
+    def _check_conditioning(self) -> None:
+        width = self.projection_class_embeddings_input_dim
+        if self.class_embed_type == "projection" and width is None:
+            raise ValueError(
+                "projection_class_embeddings_input_dim is required by class_embed_type 'projection'"
+            )
+        if self.addition_embed_type == "text_time" and (
+            width is None or self.addition_time_embed_dim is None
+        ):
+            raise ValueError(
+                "addition_time_embed_dim and projection_class_embeddings_input_dim are required by"
+                " addition_embed_type 'text_time'"
+            )
+
+
+def _per_level(value: T | tuple[T, ...], count: int) -> tuple[T, ...]:
+    return value if isinstance(value, tuple) else (value,) * count
+
+
+def parameter_count(config: UNetConfig) -> int:
+    """Return the exact number of parameters of the UNet, without building it."""
+    channels, lowest = config.block_out_channels, config.levels[-1]
+    total = _conv(config.in_channels, channels[0]) + _conv(channels[0], config.out_channels) + 2 * channels[0]
+    total += _conditioning_parameters(config)
+    for index, level in enumerate(config.levels):
+        for attention, resnets in ((level.down_attention, level.down), (level.up_attention, level.up)):
+            total += sum(_resnet_parameters(config, *pair) for pair in resnets)
+            total += (
+                attention * len(resnets) * _transformer_parameters(config, level, level.only_cross_attention)
+            )
+        if index < len(channels) - 1:
+            total += _conv(level.channels, level.channels) + _conv(channels[index + 1], channels[index + 1])
+    if config.mid_block_type is not None:
+        total += 2 * _resnet_parameters(config, lowest.channels, lowest.channels)
+        total += _transformer_parameters(config, lowest, only_cross_attention=False)
+    return total
+
+
+def _conditioning_parameters(config: UNetConfig) -> int:
+    """Count the time embedding, and the class and added embeddings that are summed to it."""
+    width, projected = config.time_embed_dim, config.projection_class_embeddings_input_dim or 0
+    inputs = [config.block_out_channels[0]]
+    if config.class_embed_type == "timestep":
+        inputs.append(config.block_out_channels[0])
+    if config.class_embed_type == "projection":
+        inputs.append(projected)
+    if config.addition_embed_type is not None:
+        inputs.append(projected)
+    table = (
+        width * config.num_class_embeds if config.class_embed_type is None and config.num_class_embeds else 0
+    )
+    return table + sum(_linear(size, width) + _linear(width, width) for size in inputs)
+
+
+def _resnet_parameters(config: UNetConfig, inputs: int, outputs: int) -> int:
+    time = outputs * (2 if config.resnet_time_scale_shift == "scale_shift" else 1)
+    shortcut = _linear(inputs, outputs) if inputs != outputs else 0
+    norms = 2 * (inputs + outputs)
+    return (
+        norms
+        + _conv(inputs, outputs)
+        + _conv(outputs, outputs)
+        + _linear(config.time_embed_dim, time)
+        + shortcut
+    )
+
+
+def _transformer_parameters(config: UNetConfig, level: Level, only_cross_attention: bool) -> int:
+    width, context = level.channels, config.cross_attention_dim
+    contexts = (context if only_cross_attention else width, context)
+    attentions = sum(width * width + 2 * size * width + _linear(width, width) for size in contexts)
+    feed_forward = _linear(width, 8 * width) + _linear(4 * width, width)
+    return 2 * width + 2 * _linear(width, width) + level.depth * (6 * width + attentions + feed_forward)
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def _conv(inputs: int, outputs: int) -> int:
+    """Count the parameters of a 3x3 convolution."""
+    return 9 * inputs * outputs + outputs
