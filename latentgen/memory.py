@@ -1,0 +1,153 @@
+"""What a run may trade for memory, and the machinery that makes the trades."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from latentgen.errors import InputError
+from latentgen.models.attention import AttentionBackend
+from latentgen.models.vae import VAEDecoder
+
+Decode = Callable[[Tensor], Tensor]
+
+SMALLEST_TILE = 8
+
+
+@dataclass(frozen=True)
+class MemoryPolicy:
+    """The knobs that trade time, or with one marked exception exactness, for memory.
+
+    Attributes:
+        attention: how the UNet computes attention. "auto" takes what the machine has; "sdpa" is torch's own,
+            "xformers" needs that package, "chunked" works through the queries piece by piece and needs least.
+        offload_idle: keep every stage in the memory of the host and bring it to the device only while it works.
+            Exact; costs one transfer of each stage a call. A pipeline that offloads serves one call at a time.
+        decode_one_by_one: decode the images of a batch one after the other. Exact, and rarely slower.
+        decode_tile: decode in overlapping square tiles of this side, counted in latents (64 is 512 pixels at eight
+            pixels a latent). APPROXIMATE: each tile is normalised by its own statistics, so tone may drift from
+            tile to tile; the overlaps are blended. None decodes whole images.
+
+    Raises:
+        InputError: a knob holds a value that it cannot take.
+    """
+
+    attention: AttentionBackend = "auto"
+    offload_idle: bool = False
+    decode_one_by_one: bool = True
+    decode_tile: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.attention not in get_args(AttentionBackend):
+            raise InputError(
+                f"attention={self.attention!r} is not a backend; choose from {', '.join(get_args(AttentionBackend))}"
+            )
+        for name, value in (
+            ("offload_idle", self.offload_idle),
+            ("decode_one_by_one", self.decode_one_by_one),
+        ):
+            if not isinstance(value, bool):
+                raise InputError(f"{name}={value!r} must be True or False")
+        tile = self.decode_tile
+        if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < SMALLEST_TILE):
+            raise InputError(
+                f"decode_tile={tile!r} must be None or a whole number of latents, {SMALLEST_TILE} at least"
+            )
+
+
+@contextmanager
+def resident(module: nn.Module, device: torch.device, *, offload: bool) -> Iterator[None]:
+    """Hold the tensors of `module` on `device`; with `offload`, only inside the ``with`` block.
+
+    The weights do not change while they work, so their copies on the device are dropped and never copied back, and
+    memory-mapped weights stay memory-mapped at home.
+    """
+    if not offload:
+        yield
+        return
+    homes = [
+        (owner, name, tensor)
+        for owner in module.modules()
+        for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
+    ]
+    try:
+        for owner, name, home in homes:
+            copy = home.detach().to(device)
+            setattr(
+                owner,
+                name,
+                nn.Parameter(copy, requires_grad=False) if isinstance(home, nn.Parameter) else copy,
+            )
+        yield
+    finally:
+        for owner, name, home in homes:
+            setattr(owner, name, home)
+
+
+def decode(decoder: VAEDecoder, latents: Tensor, policy: MemoryPolicy) -> Tensor:
+    """Decode latents [B, C, h, w] to images [B, 3, H, W] in -1..1, as sparingly as `policy` asks."""
+    decode_rows: Decode = decoder
+    if policy.decode_tile is not None and max(latents.shape[2:]) > policy.decode_tile:
+        warnings.warn(
+            f"decoding in tiles of {policy.decode_tile} latents is approximate: tone may drift between tiles",
+            stacklevel=2,
+        )
+        decode_rows = partial(
+            decode_in_tiles, decoder, tile=policy.decode_tile, factor=decoder.config.spatial_factor
+        )
+    if policy.decode_one_by_one and len(latents) > 1:
+        return torch.cat([decode_rows(row) for row in latents.split(1)])
+    return decode_rows(latents)
+
+
+def decode_in_tiles(decoder: Decode, latents: Tensor, *, tile: int, factor: int) -> Tensor:
+    """Decode latents [B, C, h, w] in square tiles that overlap by a quarter, blended linearly.
+
+    Approximate: the group normalisation and the attention of the decoder see one tile at a time.
+
+    Args:
+        decoder: maps latents [B, C, h, w] to images [B, 3, h * factor, w * factor].
+        latents: what to decode.
+        tile: side of a tile in latents; a side of the latents that is shorter is taken whole.
+        factor: image pixels per latent pixel, along each side.
+
+    Returns:
+        float32 images [B, 3, h * factor, w * factor].
+    """
+    batch, _, height, width = latents.shape
+    overlap = max(tile // 4, 1)
+    tile_height, tile_width = min(tile, height), min(tile, width)
+    mask = _ramp(tile_height * factor, overlap * factor)[:, None] * _ramp(
+        tile_width * factor, overlap * factor
+    )
+    mask = mask.to(latents.device)
+    images = latents.new_zeros((batch, 3, height * factor, width * factor), dtype=torch.float32)
+    weights = torch.zeros_like(images[0, 0])
+    for top, left in itertools.product(_starts(height, tile, overlap), _starts(width, tile, overlap)):
+        piece = decoder(latents[:, :, top : top + tile_height, left : left + tile_width])
+        rows = slice(top * factor, (top + tile_height) * factor)
+        columns = slice(left * factor, (left + tile_width) * factor)
+        images[:, :, rows, columns] += piece * mask
+        weights[rows, columns] += mask
+    return images / weights
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where the tiles begin along one side; the last one ends with the side."""
+    if length <= tile:
+        return [0]
+    return [*range(0, length - tile, tile - overlap), length - tile]
+
+
+def _ramp(length: int, overlap: int) -> Tensor:
+    """Weights [length] that rise from both ends over `overlap` pixels and are never 0."""
+    distance = torch.arange(length, dtype=torch.float32) + 0.5
+    return (torch.minimum(distance, length - distance) / overlap).clamp(max=1)
