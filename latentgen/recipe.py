@@ -1,10 +1,10 @@
-"""The recipe of an image as text: prompt and settings in the form that A1111 and its relatives write and read.
+"""The recipe of an image as text: prompt and settings as A1111 and its relatives write and read them.
 
 The prompt comes first, then a line ``Negative prompt: ...`` if there is one, then one line of settings::
 
     slice of pizza
     Negative prompt: plate
-    Steps: 25, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 7, Size: 64x64, Version: latentgen 0.1.0
+    Steps: 25, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 7, Size: 64x64
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random Stable Diffusion checkpoint, written by diffusers, the oracle of the tests."""
+"""Shared fixtures: a tiny random Stable Diffusion checkpoint, written by diffusers, the tests' oracle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # No test reaches the network; read by huggingface_hub when it is first imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Merges on top of the 256 bytes of a BPE vocabulary: enough that some words become one token and others several.
+# Merges on top of the 256 bytes of a BPE vocabulary: some words become one token, others several.
 _MERGES = (
     ("c", "a"),
     ("ca", "t</w>"),
@@ -31,7 +31,7 @@ _MERGES = (
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A small byte-level CLIPTokenizer: each byte alone and at the end of a word, a few merges, 77 positions."""
+    """A byte-level CLIPTokenizer: each byte, alone and at the end of a word, a few merges, 77 positions."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -105,7 +105,7 @@ def build_pipeline() -> StableDiffusionPipeline:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of :func:`build_pipeline`; read-only by agreement, so copy it before changing a file."""
+    """A diffusers folder of :func:`build_pipeline`; copy it before changing a file."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-stable-diffusion"
     build_pipeline().save_pretrained(folder, safe_serialization=True)
     return folder

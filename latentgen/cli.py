@@ -1,0 +1,235 @@
+"""The `latentgen` command. Heavy imports stand inside the commands: help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+
+from latentgen import __version__
+from latentgen.errors import LatentgenError
+from latentgen.recipe import SAMPLERS, Recipe
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,  # plain text, which the terminal wraps and scripts can read
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command on ``arguments`` (by default those of the process) and return its exit code.
+
+    0 is success; 2 a mistake, told in one line on stderr; 130 an interruption by Ctrl-C.
+    """
+    warnings.formatwarning = _format_warning
+    try:
+        code = app(arguments, prog_name="latentgen", standalone_mode=False)
+    except LatentgenError as error:
+        message = str(error)
+    except typer.TyperException as error:
+        message = f"{error.format_message().rstrip('.')}; see latentgen --help"
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    else:
+        return code or 0
+    print(f"latentgen: error: {_one_line(message)}", file=sys.stderr)
+    return EXIT_MISTAKE
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"latentgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _latentgen(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Images from text, with Stable-Diffusion-style models.
+
+    \b
+    Draw a picture:        latentgen text2img "slice of pizza" -o pizza.png
+    Look at a checkpoint:  latentgen inspect path/to/folder
+    All options:           latentgen text2img --help
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def text2img(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw, in quotes.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A folder in the diffusers layout, or an id on the Hub (owner/name). "
+            "[default: the small model inside this package]",
+        ),
+    ] = None,
+    negative: Annotated[
+        str, typer.Option(metavar="TEXT", help="What to keep away from.", show_default=False)
+    ] = "",
+    height: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="[default: the size the model was trained at]")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="[default: the size the model was trained at]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Sampling steps: more are slower and finer. [default: 25]")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCALE", help="How closely to follow the prompt; 1 is no guidance. [default: 7.5]"
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="The same seed draws the same image; image i of several takes seed + i. "
+            "[default: drawn at random and printed]",
+        ),
+    ] = None,
+    num_images: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="How many images; several are named out-1.png, out-2.png, ..."),
+    ] = 1,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"One of {', '.join(SAMPLERS)}. [default: the checkpoint's own]"),
+    ] = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Precision of the weights; auto is float16 on CUDA, else float32.")
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto is the best that there is.")
+    ] = "auto",
+    no_metadata: Annotated[
+        bool, typer.Option("--no-metadata", help="Write no prompt, seed or settings into the image.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write: .png, .jpg or .webp.")
+    ] = Path("out.png"),
+) -> None:
+    """Draw a picture of PROMPT.
+
+    \b
+    latentgen text2img "slice of pizza" -o pizza.png
+    latentgen text2img "tiger face on a teal background" --seed 7 --steps 50
+    latentgen text2img "a castle" --model path/to/checkpoint --scheduler dpmpp_2m_karras --num-images 4
+
+    Prints the names of the files that it wrote, and the seeds if it drew them. A PNG file carries its recipe in
+    the text chunk "parameters", where other programs look for it too.
+    """
+    from latentgen.image import check_output, save_image
+
+    paths = _numbered(output, num_images)
+    for path in paths:
+        check_output(path)
+
+    from latentgen.pipelines.text_to_image import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, TextToImagePipeline
+
+    steps = DEFAULT_STEPS if steps is None else steps
+    guidance = DEFAULT_GUIDANCE_SCALE if guidance is None else guidance
+    pipeline = TextToImagePipeline.from_pretrained(model, dtype=dtype, device=device)
+    result = pipeline(
+        prompt,
+        negative_prompt=negative,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        num_images_per_prompt=num_images,
+        seed=seed,
+        scheduler=scheduler,
+        progress=sys.stderr.isatty(),
+    )
+    if seed is None:
+        print(f"seed: {', '.join(map(str, result.seeds))}", file=sys.stderr)
+    solver = scheduler or pipeline.scheduler.solver
+    sampler, schedule_type = SAMPLERS[solver]
+    for path, image, image_seed in zip(paths, cast("list[Image]", result.images), result.seeds, strict=True):
+        recipe = Recipe(
+            prompt=prompt,
+            negative_prompt=negative,
+            steps=steps,
+            sampler=sampler,
+            schedule_type=schedule_type,
+            guidance_scale=guidance,
+            seed=image_seed,
+            width=image.width,
+            height=image.height,
+            model=_model_name(model),
+            version=f"latentgen {__version__}",
+        )
+        save_image(image, path, None if no_metadata else recipe)
+        print(_printable(str(path)))
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A folder in the diffusers layout, or a .safetensors file.")
+    ],
+) -> None:
+    """Say what a checkpoint is.
+
+    Prints family, parameters, dtype, scheduler and size, read from the files' headers: nothing is loaded.
+
+    \b
+    latentgen inspect path/to/checkpoint
+    """
+    from latentgen.inspection import inspect as look
+
+    for line in look(path).lines():
+        print(line)
+
+
+def _numbered(path: Path, count: int) -> list[Path]:
+    """The path itself for one image; out-1.png, out-2.png, ... for several."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
+
+
+def _model_name(model: str | None) -> str:
+    """The model in a recipe: a Hub id as it is, a folder without the path that leads to it."""
+    if model is None:
+        return "latentgen default"
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model
+
+
+def _printable(text: str) -> str:
+    """The text with control characters and lone surrogates escaped."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def _one_line(text: str) -> str:
+    return _printable(" ".join(text.split()))
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"latentgen: warning: {_one_line(str(message))}\n"
