@@ -1,0 +1,158 @@
+"""Training recipes: YAML files, validated before anything is loaded or built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from latentgen.errors import ConfigError
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+Count = Annotated[int, Field(ge=1, le=2**40)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys fail."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class EmojiData(Section):
+    """The rendered emoji of Debian's fonts-noto-color-emoji."""
+
+    kind: Literal["emoji"]
+    image_size: Annotated[int, Field(ge=8, le=128)] = 64
+
+
+class FolderData(Section):
+    """A folder of images, with captions in `metadata.jsonl` (`file_name`, `text`) or same-stem `.txt` files."""
+
+    kind: Literal["imagefolder"]
+    path: Path
+    image_size: Annotated[int, Field(ge=8, le=4096)]
+
+
+class AutoencoderTask(Section):
+    """Train a KL autoencoder: reconstruction, edges and a slight pull of the latents towards the standard normal."""
+
+    kind: Literal["autoencoder"]
+    vae: dict[str, Any]
+    edge_weight: Annotated[float, Field(ge=0, le=100)] = 0.5
+    kl_weight: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    train_encoder: bool = True
+
+
+class TextToImageTask(Section):
+    """Train a UNet and its text encoder jointly in the latents of a finished autoencoder."""
+
+    kind: Literal["text_to_image"]
+    vae: Path
+    unet: dict[str, Any]
+    text_encoder: dict[str, Any]
+    scheduler: dict[str, Any]
+    caption_dropout: Rate = 0.1
+    cached_views: Annotated[int, Field(ge=1, le=4096)] = 16
+
+
+class Optimizer(Section):
+    """The optimiser and its learning rate: a linear warm-up, a plateau, and a linear end.
+
+    `decay_fraction` is the share of the run, at its end, in which the rate falls to zero.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: Positive = 1e-4
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    weight_decay: Rate = 0.01
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 100
+    decay_fraction: Rate = 0.0
+    max_grad_norm: Positive = 1.0
+
+    def rate_at(self, step: int, max_steps: int) -> float:
+        """The learning rate of step `step`, the first of which is 0."""
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        left = (max_steps - step) / max_steps
+        decay = min(1.0, left / self.decay_fraction) if self.decay_fraction else 1.0
+        return self.learning_rate * min(warmup, decay)
+
+
+class TrainConfig(Section):
+    """One recipe: what is learnt, from what, and how the run goes."""
+
+    output_dir: Path
+    task: Annotated[AutoencoderTask | TextToImageTask, Field(discriminator="kind")]
+    data: Annotated[EmojiData | FolderData, Field(discriminator="kind")]
+    init_from: Path | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    batch_size: Annotated[int, Field(ge=1, le=65536)]
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = 1
+    max_steps: Count
+    optimizer: Optimizer = Optimizer()
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    checkpoint_every: Count = 1000
+    keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
+    log_every: Count = 50
+    resume: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}"
+            )
+        return self
+
+
+# Fields that do not change what a step computes: a resumed run may differ in them.
+FREE_FIELDS = frozenset({"output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every", "resume"})
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `key=value` assignments, with dots for nested keys; the value is read as YAML.
+
+    Raises:
+        ConfigError: the file cannot be read, or a field is unknown, missing, of a wrong type or out of bounds.
+    """
+    try:
+        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"the recipe {path} must be a mapping of fields to values; see configs/train/ for examples")
+    for override in overrides:
+        _assign(fields, override)
+    try:
+        return TrainConfig.model_validate(fields)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in detail['loc']) or 'recipe'}: {detail['msg']}"
+            for detail in error.errors(include_url=False)
+        )
+        raise ConfigError(f"the recipe {path} cannot be used: {problems}") from None
+
+
+def _assign(fields: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes key=value, found {override!r}")
+    *parents, last = key.split(".")
+    for parent in parents:
+        fields = fields.setdefault(parent, {})
+        if not isinstance(fields, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is not a section of the recipe")
+    try:
+        fields[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None

@@ -1,0 +1,174 @@
+"""The training set of the embedded default model: Debian's Noto Color Emoji with their names.
+
+Every single-codepoint emoji that the font draws, that Unicode names and that CLDR annotates is one glyph. A sample is a
+glyph, scaled and shifted a little, on a ground of one of eleven colours, with a caption: its Unicode name, its CLDR
+short name or one of its CLDR keywords, and the ground's colour unless it is white.
+"""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from latentgen.errors import DatasetError
+from latentgen.train.data import View
+
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+ANNOTATIONS = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
+
+# The font holds bitmaps of this one size; asking for another size of type is an error.
+STRIKE = 109
+GLYPH_SIZE = (136, 128)
+
+WHITE = (255, 255, 255)
+GROUNDS = {
+    "red": (214, 48, 49),
+    "orange": (245, 146, 49),
+    "yellow": (253, 216, 80),
+    "green": (60, 160, 80),
+    "teal": (22, 150, 150),
+    "blue": (50, 100, 210),
+    "purple": (130, 70, 180),
+    "pink": (250, 150, 190),
+    "grey": (140, 145, 150),
+    "black": (20, 20, 24),
+}
+
+# A keyword that more glyphs share than this ("face", "person") does not say what to draw.
+COMMON_KEYWORD = 20
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """One emoji.
+
+    Attributes:
+        character: the codepoint.
+        name: its Unicode name in lower case.
+        nicknames: its CLDR short name and telling CLDR keywords, each with how often it is drawn: the rarer a
+            keyword, the more it says.
+    """
+
+    character: str
+    name: str
+    nicknames: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a glyph stands: the longer side in pixels, the shift of its centre, and the colour of the ground."""
+
+    size: int
+    shift: tuple[int, int] = (0, 0)
+    ground: str | None = None
+
+
+class EmojiSet:
+    """The glyphs, their captions and their renderings.
+
+    Args:
+        font: the `NotoColorEmoji.ttf` of Debian's `fonts-noto-color-emoji`.
+        annotations: the `annotations/en.xml` of Debian's `unicode-cldr-core`.
+        image_size: side of the square renderings, in pixels.
+
+    Raises:
+        DatasetError: a file is not there, with the package that brings it.
+    """
+
+    def __init__(self, *, font: Path = FONT, annotations: Path = ANNOTATIONS, image_size: int = 64) -> None:
+        for path, package in ((font, "fonts-noto-color-emoji"), (annotations, "unicode-cldr-core")):
+            if not path.is_file():
+                raise DatasetError(f"{path} is not there: install Debian's {package}, or name the file in the recipe")
+        self.image_size = image_size
+        self._font = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.BASIC)
+        self.glyphs = tuple(g for g in _named_glyphs(annotations) if self._draw(g.character).getbbox() is not None)
+        self._bitmaps = [self._draw(glyph.character) for glyph in self.glyphs]
+
+    def _draw(self, character: str) -> Image.Image:
+        """The glyph's own bitmap, RGBA, centred on a transparent square."""
+        side = max(GLYPH_SIZE)
+        bitmap = Image.new("RGBA", (side, side))
+        corner = ((side - GLYPH_SIZE[0]) // 2, (side - GLYPH_SIZE[1]) // 2)
+        if self._font.getmask(character).getbbox() is not None:
+            ImageDraw.Draw(bitmap).text(corner, character, font=self._font, embedded_color=True)
+        return bitmap
+
+    def render(self, index: int, placement: Placement) -> Image.Image:
+        """Draw glyph `index`: an RGB image of `image_size` squared."""
+        side = placement.size
+        glyph = self._bitmaps[index].resize((side, side), Image.Resampling.LANCZOS)
+        ground = WHITE if placement.ground is None else GROUNDS[placement.ground]
+        image = Image.new("RGB", (self.image_size, self.image_size), ground)
+        left = (self.image_size - side) // 2 + placement.shift[0]
+        top = (self.image_size - side) // 2 + placement.shift[1]
+        image.paste(glyph, (left, top), glyph)
+        return image
+
+    def __len__(self) -> int:
+        return len(self.glyphs)
+
+    def view(self, index: int, rng: random.Random) -> View:
+        """A random placement of glyph `index`: nearly as large as the image, half of the grounds white.
+
+        Half of the captions are the Unicode name, the others nicknames.
+        """
+        unit = self.image_size / 64
+        slack = round(2 * unit)
+        placement = Placement(
+            size=round(rng.uniform(54, 62) * unit),
+            shift=(rng.randint(-slack, slack), rng.randint(-slack, slack)),
+            ground=rng.choice(tuple(GROUNDS)) if rng.random() < 0.5 else None,
+        )
+        glyph = self.glyphs[index]
+        names = (glyph.name, *glyph.nicknames)
+        weights = (sum(glyph.nicknames.values()) or 1.0, *glyph.nicknames.values())
+        captions = tuple(caption_on(name, placement.ground) for name in names)
+        return View(self.render(index, placement), captions, weights)
+
+    def corpus(self) -> list[str]:
+        """Every name and nickname, and the words for every ground: what the tokenizer is made from."""
+        names = {name for glyph in self.glyphs for name in (glyph.name, *glyph.nicknames)}
+        return sorted(names) + [caption_on("", ground) for ground in GROUNDS]
+
+
+def caption_on(name: str, ground: str | None) -> str:
+    """The caption of something on a ground: "slice of pizza on a teal background", or the name alone on white."""
+    if ground is None:
+        return name
+    article = "an" if ground[0] in "aeiou" else "a"
+    return f"{name} on {article} {ground} background"
+
+
+def _named_glyphs(annotations: Path) -> list[Glyph]:
+    """Every single codepoint that CLDR annotates and Unicode names, in the order of codepoints."""
+    short_names: dict[str, str] = {}
+    keywords: dict[str, list[str]] = {}
+    for entry in ElementTree.parse(annotations).getroot().iter("annotation"):
+        character, text = entry.get("cp", ""), (entry.text or "").lower()
+        if len(character) != 1:
+            continue
+        if entry.get("type") == "tts":
+            short_names[character] = text
+        else:
+            keywords[character] = [keyword.strip() for keyword in text.split("|")]
+    shared = Counter(keyword for words in keywords.values() for keyword in words)
+    names = {character: unicodedata.name(character, "").lower() for character in keywords}
+    taken = {*names.values(), *short_names.values()}
+
+    def nicknames(character: str) -> dict[str, float]:
+        weights = {
+            keyword: 1 / shared[keyword]
+            for keyword in keywords[character]
+            if shared[keyword] <= COMMON_KEYWORD and keyword not in taken
+        }
+        short_name = short_names.get(character, names[character])
+        return weights if short_name == names[character] else {short_name: 1.0, **weights}
+
+    return [Glyph(character, name, nicknames(character)) for character, name in sorted(names.items()) if name]

@@ -1,0 +1,38 @@
+"""What is learnt: each objective owns its networks, turns samples into a batch, computes the loss, and saves."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from latentgen.train.data import BatchPlan
+
+
+class Loss(NamedTuple):
+    """The scalar to minimise, and what to show of it."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
+
+
+class Objective(nn.Module, ABC):
+    """A module whose `forward` computes the loss; its trainable parameters are those that require gradients."""
+
+    item_count: int
+    """How many items one epoch shows."""
+
+    @abstractmethod
+    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+        """Everything random or read from the data, as tensors: a function of the plan alone."""
+
+    @abstractmethod
+    def forward(self, *batch: Tensor) -> Loss:
+        """The mean loss of the batch."""
+
+    @abstractmethod
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the finished model in the diffusers layout, with `weights` in place of the current parameters."""
