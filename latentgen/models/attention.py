@@ -1,7 +1,8 @@
 """Multi-head attention over its backends, and the transformer blocks of the UNet.
 
-Shapes: B samples, N query tokens, M key tokens, C channels, H heads of C / H channels each. Parameter names are those
-of the diffusers layout. Every backend computes the same softmax(Q K^T / sqrt(C / H)) V (arXiv 1706.03762, equation 1).
+Shapes: B samples, N query tokens, M key tokens, C channels, H heads of C / H channels each. Every backend
+computes the same softmax(Q K^T / sqrt(C / H)) V (arXiv:1706.03762, eq. 1). Parameter names are those of the
+diffusers layout.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def resolve_backend(name: AttentionBackend, device: torch.device) -> AttentionBackend:
     """Return the backend that runs when `name` is asked for on `device`.
 
-    "auto" is scaled_dot_product_attention where the device has a fused kernel for it, and "chunked" elsewhere.
+    "auto" is "sdpa" where torch has a fused kernel for the device, and "chunked" elsewhere.
     "xformers" becomes "sdpa", with one warning, where its kernels do not run.
 
     Raises:
@@ -133,7 +134,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Linear layer gated by the GELU of its second half (arXiv 2002.05202)."""
+    """Linear layer gated by the GELU of its second half (arXiv:2002.05202)."""
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""The UNet (arXiv 2112.10752, section 3.3): noisy latents, a timestep and a context in, the model output out.
+"""The UNet (arXiv:2112.10752, section 3.3): noisy latents, a timestep and a context in, the model output out.
 
-All that stays constant over a run (keys and values of the context, time embeddings of all steps) is computed by
-:meth:`UNet.constants`; :meth:`UNet.step` is what remains to be done at each step. Attribute names are those of
-diffusers, so that a folder loads with no key map.
+What stays constant over a run (keys and values of the context, time embeddings of all steps) is computed by
+:meth:`UNet.constants`; :meth:`UNet.step` is what remains to be done at each step. Attribute names are those
+of diffusers, so that a folder loads with no key map.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class AddedConditioning(NamedTuple):
-    """What SDXL adds to the time embedding (arXiv 2307.01952, section 2.2).
+    """What SDXL adds to the time embedding (arXiv:2307.01952, section 2.2).
 
-    `text_embeds` is the pooled text [B, P]. `time_ids` [B, K] are, for the base model, original height and width,
-    top and left of the crop, target height and width, in pixels; for the refiner the last two are one aesthetic score.
+    `text_embeds` is the pooled text [B, P]. `time_ids` [B, K] are, for the base model, original height and
+    width, top and left of the crop, target height and width, in pixels; the refiner has one aesthetic score in
+    place of the last two.
     """
 
     text_embeds: Tensor
@@ -42,8 +43,8 @@ class AddedConditioning(NamedTuple):
 class UNetConstants(NamedTuple):
     """All that :meth:`UNet.step` needs besides the latents.
 
-    `times[i][j]` is the time embedding of step i projected by resnet block j, [1 or B, C]; `contexts[j]` holds the
-    keys and values of transformer j.
+    `times[i][j]` is the time embedding of step i projected by resnet block j, [1 or B, C]; `contexts[j]`
+    holds the keys and values of transformer j.
     """
 
     times: tuple[tuple[Tensor, ...], ...]
@@ -101,7 +102,7 @@ class UNet(nn.Module):
             added: the added conditioning of SDXL.
 
         Raises:
-            InputError: a conditioning that this UNet requires is missing, or one that it cannot take is given.
+            InputError: conditioning that this UNet requires is missing, or some that it cannot take is given.
         """
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(1, -1)
         constants = self.constants(context, timesteps, class_labels=class_labels, added=added)
@@ -139,7 +140,7 @@ class UNet(nn.Module):
         return UNetConstants(tuple(zip(*projected, strict=True)), contexts)
 
     def step(self, sample: Tensor, constants: UNetConstants, index: int) -> Tensor:
-        """Return the model output [B, out, H, W] for latents [B, in, H, W] at step `index` of the constants."""
+        """Return the model output [B, out, H, W] for latents [B, in, H, W] at step `index` of the run."""
         unet_pass = UNetPass(
             constants.times[index], constants.contexts, checkpointing=self.gradient_checkpointing
         )
@@ -214,8 +215,8 @@ class UNet(nn.Module):
         joined = torch.cat([added.text_embeds, ids], dim=-1)
         if joined.shape[1] != config.projection_class_embeddings_input_dim:
             raise InputError(
-                f"added: text_embeds of width {added.text_embeds.shape[1]} and {added.time_ids.shape[1]} time_ids make"
-                f" {joined.shape[1]} channels; this UNet takes {config.projection_class_embeddings_input_dim}"
+                f"added: text_embeds [B, {added.text_embeds.shape[1]}] and time_ids [B, {added.time_ids.shape[1]}]"
+                f" make {joined.shape[1]} channels of {config.projection_class_embeddings_input_dim}"
             )
         return self.add_embedding(joined.to(self.conv_in.weight.dtype))
 

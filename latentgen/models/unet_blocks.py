@@ -54,7 +54,7 @@ class UNetPass:
 
 
 class DownBlock2D(nn.Module):
-    """Resnet blocks, each followed by a transformer where the level attends, then a halving of the feature map."""
+    """Resnet blocks, each followed by a transformer where the level attends, then a halving."""
 
     def __init__(self, config: UNetConfig, level: Level, *, downsample: bool) -> None:
         super().__init__()

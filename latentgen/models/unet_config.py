@@ -45,7 +45,7 @@ class UNetConfig(StageConfig):
 
     Covers SD 1.x and 2.x, SDXL base and refiner, inpainting, instruct-pix2pix, the x4 upscaler, class labels
     (`num_class_embeds`), a continuous scalar (`class_embed_type="timestep"`) and FiLM resnet blocks
-    (`resnet_time_scale_shift="scale_shift"`). `attention_head_dim` is the number of heads, for historical reasons.
+    (`resnet_time_scale_shift="scale_shift"`). `attention_head_dim` is, as in the files, the number of heads.
     """
 
     diffusers_class: ClassVar[str] = "UNet2DConditionModel"
@@ -147,7 +147,7 @@ class UNetConfig(StageConfig):
         )
 
     def _down_resnets(self, layers: Sequence[int]) -> tuple[list[tuple[tuple[int, int], ...]], list[int]]:
-        """Channels of the resnet blocks on the way down, and of the feature maps they leave for the way up."""
+        """Channels of the resnet blocks on the way down, and of the skip connections they leave."""
         down, width, skips = [], self.block_out_channels[0], [self.block_out_channels[0]]
         for level, out in enumerate(self.block_out_channels):
             down.append(tuple(pairwise((width, *(out,) * layers[level]))))
@@ -180,7 +180,7 @@ class UNetConfig(StageConfig):
             attends = level.down_attention or level.up_attention
             if attends and level.channels % level.heads:
                 raise ValueError(
-                    f"attention_head_dim: {level.heads} heads do not divide block_out_channels {level.channels}"
+                    f"attention_head_dim: {level.heads} heads do not divide the {level.channels} channels"
                 )
         lowest = self.levels[-1]
         if self.mid_block_type and lowest.channels % lowest.heads:

@@ -1,0 +1,61 @@
+"""Prompts as tokens: what a prompt may hold, and chunks for prompts longer than the text encoder's window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from latentgen.errors import ConfigError, InputError
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse what no tokenizer can read; the empty prompt and any Unicode text are fine.
+
+    Raises:
+        InputError: there is no prompt, or one is not text, holds NUL, or holds half of a surrogate pair.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise InputError(f"prompts: expected a non-empty sequence of strings, found {prompts!r}")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt {index}: expected a string, found {type(prompt).__name__}")
+        if "\0" in prompt:
+            raise InputError(f"prompt {index}: NUL at position {prompt.index(chr(0))}; remove it")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"prompt {index}: half of a surrogate pair at position {error.start}; decode it as UTF-8"
+            ) from None
+
+
+def chunk_tokens(
+    rows: Sequence[Sequence[int]], window: int, *, bos: int, eos: int, pad: int
+) -> list[list[list[int]]]:
+    """Cut token rows into chunks that fill the text encoder's window; nothing is dropped.
+
+    A row of at most `window` - 2 tokens makes one chunk, the same as a padding tokenizer makes of it. A longer
+    row makes several, each with its own `bos` and `eos`. All rows get as many chunks as the longest one.
+
+    Args:
+        rows: B rows of token ids without special tokens.
+        window: tokens that the text encoder reads at once.
+        bos: id that begins a chunk.
+        eos: id that ends the text of a chunk.
+        pad: id that fills a chunk after its end.
+
+    Returns:
+        [B][chunks][window] token ids.
+
+    Raises:
+        ConfigError: the window has no room for a token between `bos` and `eos`.
+    """
+    size = window - 2
+    if size < 1:
+        raise ConfigError(f"the text encoder's window of {window} tokens is too short; at least 3 are needed")
+    count = max(1, *(-(-len(row) // size) for row in rows))
+
+    def chunk(row: Sequence[int], start: int) -> list[int]:
+        text = [bos, *row[start : start + size], eos]
+        return text + [pad] * (window - len(text))
+
+    return [[chunk(row, index * size) for index in range(count)] for row in rows]
