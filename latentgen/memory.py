@@ -29,12 +29,12 @@ class MemoryPolicy:
     Attributes:
         attention: how the UNet computes attention. "auto" takes what the machine has; "sdpa" is torch's own,
             "xformers" needs that package, "chunked" works through the queries piece by piece and needs least.
-        offload_idle: keep every stage in the memory of the host and bring it to the device only while it works.
-            Exact; costs one transfer of each stage a call. A pipeline that offloads serves one call at a time.
+        offload_idle: keep every stage in the memory of the host and bring it to the device only while it
+            works. Exact; costs one transfer of each stage a call. Such a pipeline serves one call at a time.
         decode_one_by_one: decode the images of a batch one after the other. Exact, and rarely slower.
-        decode_tile: decode in overlapping square tiles of this side, counted in latents (64 is 512 pixels at eight
-            pixels a latent). APPROXIMATE: each tile is normalised by its own statistics, so tone may drift from
-            tile to tile; the overlaps are blended. None decodes whole images.
+        decode_tile: decode in overlapping square tiles of this side, counted in latents (64 is 512 pixels at
+            eight pixels a latent). APPROXIMATE: each tile is normalised by its own statistics, so tone may
+            drift between tiles; their overlaps are blended. None decodes whole images.
 
     Raises:
         InputError: a knob holds a value that it cannot take.
@@ -47,13 +47,10 @@ class MemoryPolicy:
 
     def __post_init__(self) -> None:
         if self.attention not in get_args(AttentionBackend):
-            raise InputError(
-                f"attention={self.attention!r} is not a backend; choose from {', '.join(get_args(AttentionBackend))}"
-            )
-        for name, value in (
-            ("offload_idle", self.offload_idle),
-            ("decode_one_by_one", self.decode_one_by_one),
-        ):
+            allowed = ", ".join(get_args(AttentionBackend))
+            raise InputError(f"attention={self.attention!r} is not a backend; choose from {allowed}")
+        flags = {"offload_idle": self.offload_idle, "decode_one_by_one": self.decode_one_by_one}
+        for name, value in flags.items():
             if not isinstance(value, bool):
                 raise InputError(f"{name}={value!r} must be True or False")
         tile = self.decode_tile
@@ -67,7 +64,7 @@ class MemoryPolicy:
 def resident(module: nn.Module, device: torch.device, *, offload: bool) -> Iterator[None]:
     """Hold the tensors of `module` on `device`; with `offload`, only inside the ``with`` block.
 
-    The weights do not change while they work, so their copies on the device are dropped and never copied back, and
+    The weights do not change while they work, so their copies on the device are dropped and never written back;
     memory-mapped weights stay memory-mapped at home.
     """
     if not offload:

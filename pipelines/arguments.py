@@ -1,0 +1,134 @@
+"""The arguments of a call, checked before anything is computed; each function returns what it accepted.
+
+All raise InputError, which names the argument, what was found, what is allowed and the fix.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import secrets
+from collections.abc import Sequence
+from typing import Literal, SupportsIndex, get_args
+
+import torch
+from torch import Tensor
+
+from latentgen.errors import InputError
+from latentgen.prompts import check_prompts
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+
+# The side of the largest image, in pixels; a square of it has the 64 megapixels that no image may exceed.
+MAX_SIDE = 8192
+MAX_IMAGES_PER_PROMPT = 1024
+MAX_SEED = 2**64 - 1
+
+
+def as_prompts(name: str, prompts: str | Sequence[str]) -> tuple[str, ...]:
+    """One prompt, or a non-empty sequence of them."""
+    if isinstance(prompts, str):
+        rows = (prompts,)
+    elif isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
+        rows = tuple(prompts)
+    else:
+        raise InputError(f"{name} must be a str or a list of str, not {type(prompts).__name__}")
+    if not rows:
+        raise InputError(f'{name} is an empty list; give at least one prompt ("" is allowed)')
+    check_prompts(rows)
+    return rows
+
+
+def as_negative_prompts(negative_prompt: str | Sequence[str], count: int) -> tuple[str, ...]:
+    """One negative prompt for all of `count` prompts, or one for each."""
+    negatives = as_prompts("negative_prompt", negative_prompt)
+    if isinstance(negative_prompt, str):
+        return negatives * count
+    if len(negatives) != count:
+        raise InputError(
+            f"negative_prompt has {len(negatives)} entries for {count} prompts; give one str or one for each"
+        )
+    return negatives
+
+
+def check_integer(name: str, value: int, lowest: int, highest: int) -> int:
+    """A whole number in `lowest`..`highest`; bools are no numbers here."""
+    number = _as_integer(value)
+    if number is None:
+        raise InputError(f"{name}={value!r} must be a whole number from {lowest} to {highest}")
+    if not lowest <= number <= highest:
+        raise InputError(f"{name}={number} is out of bounds; it must be from {lowest} to {highest}")
+    return number
+
+
+def check_guidance_scale(value: float) -> float:
+    """A finite number, 0 or more; up to 1 means no guidance."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputError(f"guidance_scale={value!r} must be a number; 7.5 is usual, 1 is no guidance")
+    scale = float(value)
+    if not math.isfinite(scale) or scale < 0:
+        raise InputError(
+            f"guidance_scale={scale} must be finite and not negative; 7.5 is usual, 1 is no guidance"
+        )
+    return scale
+
+
+def check_side(name: str, value: int, multiple: int) -> int:
+    """A side of the image in pixels: a multiple of what one latent covers, up to MAX_SIDE."""
+    highest = MAX_SIDE // multiple * multiple
+    side = _as_integer(value)
+    if side is None:
+        raise InputError(f"{name}={value!r} must be a whole number of pixels, a multiple of {multiple}")
+    if side % multiple == 0 and 0 < side <= highest:
+        return side
+    below = min(max(side // multiple * multiple, multiple), highest)
+    above = min(max(below, multiple if side < multiple else below + multiple), highest)
+    nearest = f"{below}" if below == above else f"{below} or {above}"
+    raise InputError(
+        f"{name}={side} must be a multiple of {multiple} from {multiple} to {highest}; nearest: {nearest}"
+    )
+
+
+def check_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The seeds of `count` images: counted up from one number, or the sequence itself, or drawn at random."""
+    if seed is None:
+        first = secrets.randbits(32)
+        return tuple(range(first, first + count))
+    if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
+        if len(seed) != count:
+            raise InputError(
+                f"seed has {len(seed)} entries for {count} images; give one number or one for each image"
+            )
+        return tuple(check_integer(f"seed[{index}]", value, 0, MAX_SEED) for index, value in enumerate(seed))
+    first = check_integer("seed", seed, 0, MAX_SEED + 1 - count)
+    return tuple(range(first, first + count))
+
+
+def check_latents(latents: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Standard normal noise of `shape` [B, C, h, w], finite, in place of what the seeds draw."""
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        found = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+        raise InputError(f"latents must be a floating-point tensor, not {found}")
+    if latents.shape != shape:
+        raise InputError(f"latents have shape {list(latents.shape)}; this call needs {list(shape)}")
+    if not bool(torch.isfinite(latents).all()):
+        raise InputError("latents hold NaN or infinity; they must be finite")
+    return latents.float()
+
+
+def check_output_type(value: OutputType) -> OutputType:
+    """One of the kinds of output."""
+    if value not in get_args(OutputType):
+        raise InputError(f"output_type={value!r} is not known; choose from {', '.join(get_args(OutputType))}")
+    return value
+
+
+def _as_integer(value: object) -> int | None:
+    """The number, if `value` is a whole one of Python or numpy; a bool or a float is none."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
