@@ -6,9 +6,11 @@ import json
 import os
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from reprlib import Repr
 from typing import BinaryIO
 
 from latentgen.errors import (
@@ -19,8 +21,10 @@ from latentgen.errors import (
     UnsafePathError,
 )
 
-MAX_JSON_BYTES = 32 * 2**20
+MAX_JSON_BYTES = 16 * 2**20
 _MARKUP = re.compile(rb"\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = 200
 _DRIVE_LETTER = re.compile(r"[A-Za-z]:")
 
 
@@ -60,9 +64,13 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 def write_json(path: str | Path, data: Mapping[str, object]) -> None:
     """Write ``data`` as indented JSON through :func:`atomic_write`; NaN and infinity are a ValueError."""
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(encode_json(data))
+
+
+def encode_json(data: Mapping[str, object]) -> bytes:
+    """Indented JSON in UTF-8; NaN and infinity are a ValueError."""
+    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
 def read_json(path: str | Path) -> dict[str, object]:
@@ -70,16 +78,16 @@ def read_json(path: str | Path) -> dict[str, object]:
 
     Raises:
         CheckpointNotFoundError: there is no such file.
-        CheckpointCorruptError: not UTF-8, not JSON, not an object, with duplicate keys, too deep or too large.
+        CheckpointCorruptError: not UTF-8, not JSON, not an object, with duplicate keys, too deep, or large.
     """
     path = Path(path)
+    if not path.is_file():
+        raise CheckpointNotFoundError(
+            f"{quote(path)} is not a file that exists; the checkpoint is incomplete"
+        )
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{quote(path)} does not exist; the checkpoint is incomplete"
-        ) from error
     except OSError as error:
         raise CheckpointNotFoundError(f"{quote(path)} cannot be read: {error.strerror or error}") from error
     if len(data) > MAX_JSON_BYTES:
@@ -101,13 +109,12 @@ def parse_json_object(data: bytes, where: str) -> dict[str, object]:
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result: dict[str, object] = {}
-        for key, value in pairs:
-            if key in result:
-                raise CheckpointCorruptError(
-                    f"{quote(where)} holds the key {quote(key)} twice; download the file again"
-                )
-            result[key] = value
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise CheckpointCorruptError(
+                f"{quote(where)} repeats the key {quote(key)}; download the file again"
+            )
         return result
 
     try:
@@ -190,8 +197,7 @@ def wrong_content(head: bytes) -> str | None:
 
 def quote(value: object) -> str:
     """``value`` for an error message: control characters escaped, never longer than a line."""
-    text = repr(str(value) if isinstance(value, Path) else value)
-    return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
+    return _REPR.repr(str(value) if isinstance(value, Path) else value)
 
 
 def _sync_folder(folder: Path) -> None:

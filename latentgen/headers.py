@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from latentgen.errors import CheckpointCorruptError, CheckpointNotFoundError, UnsafeCheckpointError
 from latentgen.files import parse_json_object, quote, wrong_content
 
 MAX_TENSORS = 20_000
-MAX_HEADER_BYTES = 32 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20
 MAX_DIMENSIONS = 8
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -64,6 +64,8 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     refuse_pickle(path)
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"{quote(path)} is not a file that exists")
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -73,8 +75,6 @@ def read_header(path: str | Path) -> Header:
             _check_start(path, head, length, size)
             file.seek(8)
             data = file.read(length)
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(f"{quote(path)} does not exist") from error
     except OSError as error:
         raise CheckpointNotFoundError(f"{quote(path)} cannot be read: {error.strerror or error}") from error
     return _parse(path, data, size - 8 - length)
@@ -177,11 +177,11 @@ def _tensor(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise corrupt(f"has dtype {quote(dtype)}; known are {', '.join(ITEM_BYTES)}")
-    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
+    if not _whole_numbers(shape, MAX_DIMENSIONS):
         raise corrupt(f"has shape {quote(shape)}; allowed are up to {MAX_DIMENSIONS} positive whole numbers")
     if 0 in shape:
         raise corrupt(f"has shape {shape} with a dimension of size zero; a checkpoint has no use for it")
-    if not _whole_numbers(offsets) or len(offsets) != 2:
+    if not _whole_numbers(offsets, 2) or len(offsets) < 2:
         raise corrupt(f"has data_offsets {quote(offsets)}; two whole numbers are needed")
     info = TensorInfo(dtype, tuple(shape), math.prod(shape) * ITEM_BYTES[dtype])
     begin, end = offsets
@@ -190,6 +190,8 @@ def _tensor(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]
     return info, begin, end
 
 
-def _whole_numbers(value: object) -> bool:
-    """Whether ``value`` is a list of integers from 0 to 2**63 - 1 (JSON's true and false are not numbers)."""
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+def _whole_numbers(value: object, at_most: int) -> TypeGuard[list[int]]:
+    """Whether ``value`` lists up to ``at_most`` integers of 0 to 2**63 - 1 (true and false are no numbers)."""
+    if not isinstance(value, list) or len(value) > at_most:
+        return False
+    return all(type(item) is int and 0 <= item < 2**63 for item in value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -12,9 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from latentgen.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointValueError, InputError
-from latentgen.files import atomic_write, quote, write_json
+from latentgen.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    CheckpointValueError,
+    InputError,
+    OutputError,
+)
+from latentgen.files import atomic_write, encode_json, quote
 from latentgen.headers import MAX_TENSORS, TensorInfo, encode_header, read_header
+from latentgen.identify import likely_architecture
 
 MAX_SHARD_BYTES = 10_000_000_000
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,32}")
@@ -40,8 +48,8 @@ def load_weights(
 ) -> None:
     """Assign the tensors of safetensors files to ``module``, which is best built on the meta device.
 
-    The tensors are views of the memory-mapped files: nothing is copied unless ``dtype`` or ``device`` asks for
-    it. Everything is checked before the first assignment, so a failure leaves the module as it was.
+    The tensors are views of the memory-mapped files: nothing is copied unless ``dtype`` or ``device`` asks
+    for it. Everything is checked before the first assignment, so a failure leaves the module as it was.
 
     Args:
         prefixes: keys that begin with one of these belong to ``module``; the prefix stays in the name.
@@ -51,11 +59,16 @@ def load_weights(
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
-        CheckpointMismatchError: missing, extra or misshapen keys.
+        CheckpointMismatchError: missing, extra or misshapen keys, or buffers that would stay on meta.
         CheckpointValueError: a weight is NaN or infinite, or does not fit into ``dtype``.
     """
     files = list(files)
     expected = module.state_dict()
+    if unmade := [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in expected]:
+        raise CheckpointMismatchError(
+            f"{type(module).__name__} keeps {_first_five(unmade)} on the meta device, which no checkpoint "
+            "holds; make these buffers before the weights are loaded"
+        )
     sources = _match(files, expected, prefixes, ignored_prefixes, rename)
     state: dict[str, Tensor] = {}
     for file, names in sources.items():
@@ -81,8 +94,8 @@ def save_weights(
 ) -> list[Path]:
     """Write ``state`` to ``folder/stem[.variant].safetensors``, or to shards with an index when it is larger.
 
-    All files reach the disk under temporary names before the first one is renamed; the weights that an earlier
-    call left under the same stem and variant are replaced. One tensor at a time is copied to the CPU.
+    All files reach the disk under temporary names before the first one is renamed; the weights that an
+    earlier call left under the same stem and variant are replaced. One tensor at a time is copied to the CPU.
 
     Returns:
         The safetensors files written, in order.
@@ -99,19 +112,14 @@ def save_weights(
         names = [f"{stem}{infix}.safetensors"]
     else:
         names = [f"{stem}{infix}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    with ExitStack() as stack:
+    index = folder / f"{stem}.safetensors.index{infix}.json"
+    with ExitStack() as stack:  # closes in reverse order: the index appears when all of its shards are there
+        if len(shards) > 1:
+            _write_index(stack.enter_context(atomic_write(index)), names, shards)
         for name, shard in zip(names, shards, strict=True):
             _write_tensors(stack.enter_context(atomic_write(folder / name)), state, shard)
-    index = folder / f"{stem}.safetensors.index{infix}.json"
-    if len(shards) > 1:
-        total = sum(info.nbytes for shard in shards for info in shard.values())
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        names.append(index.name)
-    for old in folder.iterdir():
-        if is_weight_file(old.name, stem, variant) and old.name not in names:
-            old.unlink()
-    return [folder / name for name in names if name != index.name]
+    _remove_weights(folder, stem, variant, keep={*names, index.name} if len(shards) > 1 else {*names})
+    return [folder / name for name in names]
 
 
 def variant_infix(variant: str | None) -> str:
@@ -121,14 +129,6 @@ def variant_infix(variant: str | None) -> str:
     if not _VARIANT.fullmatch(variant):
         raise InputError(f"variant {quote(variant)} is not a name like 'fp16' (letters, digits, '-' and '_')")
     return f".{variant}"
-
-
-def is_weight_file(name: str, stem: str, variant: str | None) -> bool:
-    """Whether ``name`` holds weights (or their index) of this stem and variant, whole or sharded."""
-    base, infix = re.escape(stem), re.escape(variant_infix(variant))
-    whole_or_shard = rf"{base}{infix}(-\d{{5}}-of-\d{{5}})?\.safetensors"
-    index = rf"{base}(\.safetensors\.index{infix}|{infix}\.safetensors\.index)\.json"
-    return re.fullmatch(f"{whole_or_shard}|{index}", name) is not None
 
 
 def _match(
@@ -141,7 +141,7 @@ def _match(
     """For each file, its keys and their names in the module; every name is covered exactly once."""
     sources: dict[Path, dict[str, str]] = {}
     found: dict[str, TensorInfo] = {}
-    extra: list[str] = []
+    extra: dict[str, TensorInfo] = {}
     for file in files:
         names = sources.setdefault(file, {})
         for key, info in read_header(file).items():
@@ -149,12 +149,17 @@ def _match(
                 continue
             name = _current_name(rename(key) if rename else key)
             if not key.startswith(prefixes) or name not in expected:
-                extra.append(key)
+                extra[key] = info
             elif name in found:
-                raise CheckpointCorruptError(f"{quote(file)}: {quote(key)} gives {quote(name)} a second time")
+                raise CheckpointCorruptError(f"{quote(file)}: {quote(key)} repeats {quote(name)}")
             else:
                 names[key], found[name] = name, info
-    _check_match(files, expected, found, extra)
+    if problems := _problems(expected, found, extra):
+        where = ", ".join(quote(file) for file in files) or "no file"
+        raise CheckpointMismatchError(
+            f"{where}: {len(found)} of the {len(expected)} tensors of the architecture are there: {problems}."
+            f" This is probably {likely_architecture(found | extra)}; use the configuration made for it"
+        )
     return sources
 
 
@@ -166,29 +171,16 @@ def _current_name(name: str) -> str:
     return name
 
 
-def _check_match(
-    files: Sequence[Path],
-    expected: Mapping[str, Tensor],
-    found: Mapping[str, TensorInfo],
-    extra: Sequence[str],
-) -> None:
+def _problems(expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo], extra: Iterable[str]) -> str:
+    """How the tensors of the files differ from those expected: counts and the first five; empty if none."""
     missing = [name for name in expected if name not in found]
     misshapen = [
-        f"{name} is {info.dtype} {list(info.shape)}, expected {list(expected[name].shape)}"
+        f"{name} is {info.dtype} {list(info.shape)} where {list(expected[name].shape)} is due"
         for name, info in found.items()
         if not _fits(name, info, expected[name])
     ]
-    problems = [
-        f"{len(names)} {kind} ({_first_five(names)})"
-        for kind, names in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
-        where = ", ".join(quote(file) for file in files) or "no file"
-        raise CheckpointMismatchError(
-            f"{where}: of {len(expected)} tensors that the architecture has, {len(found)} were found: "
-            f"{', '.join(problems)}"
-        )
+    kinds = {"missing": missing, "extra": list(extra), "misshapen": misshapen}
+    return ", ".join(f"{len(names)} {kind} ({_first_five(names)})" for kind, names in kinds.items() if names)
 
 
 def _first_five(names: Sequence[str]) -> str:
@@ -226,8 +218,8 @@ def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, 
     for name, tensor in state.items():
         if tensor.dtype not in _DTYPE_NAMES or tensor.numel() == 0 or tensor.is_meta:
             raise InputError(
-                f"tensor {quote(name)} ({tensor.dtype}, {list(tensor.shape)}, {tensor.device}) cannot be saved: "
-                f"it needs values and one of the dtypes {', '.join(_DTYPE_NAMES.values())}"
+                f"tensor {quote(name)} ({tensor.dtype}, {list(tensor.shape)}, {tensor.device}) cannot be "
+                f"saved: it needs values and one of the dtypes {', '.join(_DTYPE_NAMES.values())}"
             )
         info = TensorInfo(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
         if shards[-1] and size + info.nbytes > max_shard_bytes:
@@ -238,6 +230,12 @@ def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, 
     return shards
 
 
+def _write_index(file: BinaryIO, names: Sequence[str], shards: Sequence[Mapping[str, TensorInfo]]) -> None:
+    total = sum(info.nbytes for shard in shards for info in shard.values())
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    file.write(encode_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
+
+
 def _write_tensors(file: BinaryIO, state: Mapping[str, Tensor], shard: Mapping[str, TensorInfo]) -> None:
     """Header, then tensor by tensor: the peak is one tensor; safetensors' own writer wants all contiguous."""
     # Wider items first, so that every tensor is aligned to its item size.
@@ -246,3 +244,18 @@ def _write_tensors(file: BinaryIO, state: Mapping[str, Tensor], shard: Mapping[s
     for name in widest_first:
         tensor = state[name].detach().cpu().contiguous().flatten()
         file.write(tensor.view(torch.uint8).numpy().data)
+    file.flush()
+    os.fsync(file.fileno())  # a full disk has to show before the first of several shards is renamed
+
+
+def _remove_weights(folder: Path, stem: str, variant: str | None, *, keep: Collection[str]) -> None:
+    """Delete what an earlier save left under this stem and variant: it would be read beside the new files."""
+    base, infix = re.escape(stem), re.escape(variant_infix(variant))
+    weights = rf"{base}{infix}(-\d{{5}}-of-\d{{5}})?\.safetensors"
+    index = rf"{base}(\.safetensors\.index{infix}|{infix}\.safetensors\.index)\.json"
+    for file in list(folder.iterdir()):
+        if file.name not in keep and re.fullmatch(f"{weights}|{index}", file.name):
+            try:
+                file.unlink()
+            except OSError as error:
+                raise OutputError(f"{quote(file)} is outdated and cannot be deleted: {error}") from error
