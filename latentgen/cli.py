@@ -140,8 +140,8 @@ def text2img(
     latentgen text2img "tiger face on a teal background" --seed 7 --steps 50
     latentgen text2img "a castle" --model path/to/checkpoint --scheduler dpmpp_2m_karras --num-images 4
 
-    Prints the names of the files that it wrote, and the seeds if it drew them. A PNG file carries its recipe in
-    the text chunk "parameters", where other programs look for it too.
+    Prints the names of the files that it wrote, and the seeds if it drew them. A PNG file carries its recipe
+    in the text chunk "parameters", where other programs look for it too.
     """
     from latentgen.image import check_output, save_image
 
@@ -168,7 +168,7 @@ def text2img(
     )
     if seed is None:
         print(f"seed: {', '.join(map(str, result.seeds))}", file=sys.stderr)
-    solver = scheduler or pipeline.scheduler.solver
+    solver = scheduler or pipeline.scheduler.name
     sampler, schedule_type = SAMPLERS[solver]
     for path, image, image_seed in zip(paths, cast("list[Image]", result.images), result.seeds, strict=True):
         recipe = Recipe(

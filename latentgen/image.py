@@ -83,8 +83,8 @@ def check_output(path: str | Path) -> None:
 def save_image(image: Image.Image, path: str | Path, recipe: Recipe | None = None) -> None:
     """Write a picture whole or not at all; the suffix of ``path`` names the format, one of FORMATS.
 
-    The recipe goes where other programs look for it: into the text chunk ``parameters`` of a PNG file, into the
-    EXIF field UserComment of the others. EXIF, GPS and comments that came with ``image`` are not written.
+    The recipe goes where other programs look for it: the text chunk ``parameters`` of a PNG file, the EXIF
+    field UserComment of the others. EXIF, GPS and comments that came with ``image`` are not written.
 
     Raises:
         OutputError: no such format, or the file cannot be written; what stood there before is intact.
@@ -106,7 +106,7 @@ def _format_of(path: Path) -> str:
         return FORMATS[path.suffix.lower()]
     except KeyError:
         raise OutputError(
-            f"cannot write {quote(path)}: {path.suffix!r} is no format that is known; use one of {', '.join(FORMATS)}"
+            f"cannot write {quote(path)}: {path.suffix!r} is no known format; use one of {', '.join(FORMATS)}"
         ) from None
 
 

@@ -21,6 +21,7 @@ SAMPLERS: dict[str, tuple[str, str | None]] = {
     "ddpm": ("DDPM", None),
     "ddim": ("DDIM", None),
     "euler": ("Euler", None),
+    "euler_karras": ("Euler", "Karras"),
     "euler_ancestral": ("Euler a", None),
     "dpmpp_2m": ("DPM++ 2M", None),
     "dpmpp_2m_karras": ("DPM++ 2M", "Karras"),

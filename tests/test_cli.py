@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentgen import cli
+from latentgen.recipe import SAMPLERS, Recipe
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-c", "import sys; from latentgen.cli import main; sys.exit(main())"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+OPTIONS = [
+    *("--model", "--negative", "--height", "--width", "--steps", "--guidance", "--seed", "--num-images"),
+    *("--scheduler", "--dtype", "--device", "--no-metadata", "--output"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _restore_warnings(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+
+@pytest.fixture
+def tiny(tiny_checkpoint: Path) -> list[str]:
+    """Options that make a run take a moment."""
+    return [
+        "--model",
+        str(tiny_checkpoint),
+        "--device",
+        "cpu",
+        "--steps",
+        "2",
+        "--height",
+        "16",
+        "--width",
+        "16",
+    ]
+
+
+def _recipe(path: Path) -> Recipe:
+    with Image.open(path) as image:
+        return Recipe.from_text(image.info["parameters"])
+
+
+def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["--help"]) == 0
+    assert 'latentgen text2img "slice of pizza" -o pizza.png' in capsys.readouterr().out
+    assert cli.main([]) == 0
+    assert "Usage: latentgen" in capsys.readouterr().out
+
+
+def test_help_of_text2img_names_every_option_and_its_default(capsys: pytest.CaptureFixture[str]):
+    from latentgen.pipelines.text_to_image import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+
+    assert cli.main(["text2img", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert not [option for option in OPTIONS if option not in text]
+    assert re.search(rf"--steps N [^\[]*\[default: {DEFAULT_STEPS}\]", text)
+    assert re.search(rf"--guidance SCALE [^\[]*\[default: {DEFAULT_GUIDANCE_SCALE}\]", text)
+
+
+def test_choices_are_those_of_the_library():
+    from latentgen.diffusion.scheduler import SOLVER_NAMES
+    from latentgen.pipelines.base import DTypeName
+
+    assert set(SAMPLERS) == set(SOLVER_NAMES)
+    assert get_args(cli.DType) == get_args(DTypeName)
+
+
+def test_help_imports_no_torch():
+    code = "import sys; from latentgen.cli import main; main(['text2img', '-h']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=ENVIRONMENT)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"latentgen \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["text2img"], "Missing argument 'PROMPT'"),
+        (["text2img", "x", "--frobnicate"], "--frobnicate"),
+        (["text2img", "x", "--steps", "many"], "'--steps'"),
+        (["text2img", "x", "--dtype", "int8"], "'bfloat16'"),
+        (["text2img", "x", "--num-images", "0"], "'--num-images'"),
+        (["text2img", "x", "--model", "nowhere/at/all"], "nowhere/at/all"),
+        # The output is looked at before the model.
+        (["text2img", "x", "--model", "nowhere/at/all", "-o", "out.gif"], "use one of .png"),
+        (["text2img", "x", "--model", "nowhere/at/all", "-o", "/dev/null/out.png"], "cannot write"),
+        (["text2img", "x", "--model", "evil\x1b[31m\nmodel"], r"\x1b[31m"),
+        (["inspect", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"latentgen: error: [^\n]+\n", printed.err)
+    assert message in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--scheduler", "fastest"], "dpmpp_2m"),
+        (["x", "--height", "17"], "height=17"),
+        (["x", "--steps", "0"], "0"),
+        (["x", "--guidance", "nan"], "guidance_scale"),
+        (["x", "--seed", "-1"], "seed"),
+        (["x", "--device", "abacus"], "abacus"),
+        (["nul \0 inside"], "NUL"),
+        (["lone \udcff surrogate"], "surrogate"),
+    ],
+)
+def test_mistakes_that_the_pipeline_finds(
+    arguments: list[str], message: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "out.png"
+    output.write_bytes(b"old")
+    assert cli.main(["text2img", *tiny, "-o", str(output), *arguments]) == 2
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"latentgen: error: [^\n]+\n", printed.err)
+    assert message in printed.err
+    assert output.read_bytes() == b"old"
+
+
+def test_draws_what_the_pipeline_draws_and_records_how(
+    tiny: list[str], tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from latentgen import TextToImagePipeline, __version__
+
+    output = tmp_path / "new" / "cat.png"
+    options = ["--negative", "dog, red", "--seed", "7", "--scheduler", "dpmpp_2m_karras", "--guidance", "3"]
+    assert cli.main(["text2img", "a cat 🐈", *tiny, *options, "-o", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    assert _recipe(output) == Recipe(
+        prompt="a cat 🐈",
+        negative_prompt="dog, red",
+        steps=2,
+        sampler="DPM++ 2M",
+        schedule_type="Karras",
+        guidance_scale=3.0,
+        seed=7,
+        width=16,
+        height=16,
+        model=tiny_checkpoint.name,
+        version=f"latentgen {__version__}",
+    )
+    expected = TextToImagePipeline.from_pretrained(tiny_checkpoint, device="cpu")(
+        "a cat 🐈",
+        negative_prompt="dog, red",
+        num_inference_steps=2,
+        guidance_scale=3,
+        height=16,
+        width=16,
+        seed=7,
+        scheduler="dpmpp_2m_karras",
+        progress=False,
+    )
+    with Image.open(output) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected.images[0]))
+
+
+def test_several_images_are_numbered_and_drawn_seeds_are_told(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(["text2img", "a cat", *tiny, "--num-images", "2", "-o", str(tmp_path / "cat.png")]) == 0
+    paths = [tmp_path / "cat-1.png", tmp_path / "cat-2.png"]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [str(path) for path in paths]
+    assert printed.err == f"seed: {', '.join(str(_recipe(path).seed) for path in paths)}\n"
+    assert _recipe(paths[0]).sampler == "DDIM"
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_no_metadata(tiny: list[str], tmp_path: Path):
+    assert cli.main(["text2img", "a secret", *tiny, "--no-metadata", "-o", str(tmp_path / "out.png")]) == 0
+    assert b"secret" not in (tmp_path / "out.png").read_bytes()
+
+
+def test_inspect(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["inspect", str(tiny_checkpoint)]) == 0
+    printed = capsys.readouterr().out
+    assert "DDIMScheduler" in printed
+    assert "parameters: 1,487,723" in printed
+
+
+def test_warnings_are_told_in_one_line(capsys: pytest.CaptureFixture[str]):
+    cli.main(["--version"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        text = warnings.formatwarning("two\nlines", UserWarning, "file.py", 1)
+    assert text == "latentgen: warning: two lines\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_ctrl_c_at_the_progress_bar(tiny: list[str], tmp_path: Path):
+    import pty
+
+    terminal, stderr = pty.openpty()
+    arguments = ["text2img", "a cat", *tiny, "--steps", "900", "-o", str(tmp_path / "out.png")]
+    with subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT
+    ) as process:
+        os.close(stderr)
+        seen = b""
+        while b"denoising" not in seen:
+            seen += os.read(terminal, 4096)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    os.close(terminal)
+    assert b"Traceback" not in seen
+    assert list(tmp_path.iterdir()) == []
