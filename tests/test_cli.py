@@ -78,7 +78,7 @@ def test_choices_are_those_of_the_library():
 
 
 def test_help_imports_no_torch():
-    code = "import sys; from latentgen.cli import main; main(['text2img', '-h']); sys.exit('torch' in sys.modules)"
+    code = "import sys, latentgen.cli as cli; cli.main(['text2img', '-h']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=ENVIRONMENT)
 
 
@@ -213,8 +213,10 @@ def test_warnings_are_told_in_one_line(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 def test_ctrl_c_at_the_progress_bar(tiny: list[str], tmp_path: Path):
     import pty
+    import termios
 
     terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))  # a bar of no width is not drawn
     arguments = ["text2img", "a cat", *tiny, "--steps", "900", "-o", str(tmp_path / "out.png")]
     with subprocess.Popen(
         [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT
