@@ -191,7 +191,7 @@ def _tensor(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]
 
 
 def _whole_numbers(value: object, at_most: int) -> TypeGuard[list[int]]:
-    """Whether ``value`` lists up to ``at_most`` integers of 0 to 2**63 - 1 (true and false are no numbers)."""
+    """Whether ``value`` lists up to ``at_most`` integers of 0 to 2**63 - 1 (true and false are none)."""
     if not isinstance(value, list) or len(value) > at_most:
         return False
     return all(type(item) is int and 0 <= item < 2**63 for item in value)
