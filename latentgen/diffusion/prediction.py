@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,9 @@ from latentgen.diffusion.schedule import BatchNoiseLevel, NoiseLevel
 from latentgen.errors import ConfigError
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
+
+# What the solvers call: x [B, C, H, W] at a noise level -> the predicted x0, of the shape and dtype of x.
+Denoiser = Callable[[Tensor, NoiseLevel], Tensor]
 
 
 def add_noise(x0: Tensor, noise: Tensor, level: NoiseLevel | BatchNoiseLevel) -> Tensor:
@@ -24,8 +28,8 @@ def to_x0(
 ) -> Tensor:
     """The x0 that a network's output stands for, in the dtype of x.
 
-    output and x are [B, C, H, W]. `epsilon` predicts the noise (arXiv 2006.11239), which says nothing about x0
-    at zero signal-to-noise ratio (alpha 0); `sample` predicts x0 itself; `v_prediction` predicts
+    output and x are [B, C, H, W]. `epsilon` predicts the noise (arXiv 2006.11239), which says nothing about
+    x0 at zero signal-to-noise ratio (alpha 0); `sample` predicts x0 itself; `v_prediction` predicts
     ``alpha * noise - sigma * x0`` (arXiv 2202.00512, appendix D).
     """
     output = output.to(x.dtype)

@@ -21,6 +21,7 @@ from latentgen.errors import ConfigError, InputError
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 Spacing = Literal["linspace", "leading", "trailing"]
+FloatArray = NDArray[np.floating]
 
 _MAX_TRAIN_TIMESTEPS = 100_000
 
@@ -103,8 +104,8 @@ class NoiseSchedule:
     def _check_trained_betas(self, betas: tuple[float, ...]) -> None:
         if len(betas) != self.num_train_timesteps:
             raise ConfigError(
-                f"trained_betas has {len(betas)} values, but num_train_timesteps is {self.num_train_timesteps}; "
-                "they must be as many"
+                f"trained_betas has {len(betas)} values; num_train_timesteps is {self.num_train_timesteps}, "
+                "and they must be as many"
             )
         last = len(betas) - 1
         for index, beta in enumerate(betas):
@@ -113,9 +114,7 @@ class NoiseSchedule:
                     f"trained_betas[{index}] is {beta}; a beta must lie between 0 and 1 (the last may be 1)"
                 )
 
-    @cached_property
-    def betas(self) -> NDArray[np.float64]:
-        """The variance added at each timestep, [num_train_timesteps], before any rescaling to zero SNR."""
+    def _betas(self) -> FloatArray:
         count = self.num_train_timesteps
         if self.trained_betas is not None:
             return np.array(self.trained_betas)
@@ -127,17 +126,23 @@ class NoiseSchedule:
         return np.minimum(1.0 - edges[1:] / edges[:-1], 0.999)
 
     @cached_property
-    def alphas_cumprod(self) -> NDArray[np.float64]:
-        """The share of the signal's variance left at each timestep, [num_train_timesteps], falling."""
-        alphas_cumprod = np.cumprod(1.0 - self.betas)
+    def alphas_cumprod(self) -> FloatArray:
+        """The share of the signal's variance left at each timestep, [num_train_timesteps] float64, falling.
+
+        Betas and products are rounded to float32, as the references do, so that a checkpoint meets the noise
+        levels that it knows; without, sigma near timestep 0 would differ by up to 1.5e-4 of its value.
+        """
+        alphas = np.float32(1.0) - self._betas().astype(np.float32)
+        alphas_cumprod = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
         if self.rescale_betas_zero_snr:
             alpha = np.sqrt(alphas_cumprod)
             alphas_cumprod = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2
+        alphas_cumprod = alphas_cumprod.astype(np.float64)
         alphas_cumprod.setflags(write=False)
         return alphas_cumprod
 
     @cached_property
-    def sigmas_ve(self) -> NDArray[np.float64]:
+    def sigmas_ve(self) -> FloatArray:
         """``sigma / alpha`` at each timestep, [num_train_timesteps], rising.
 
         Pure noise would be infinite; it is held at 4096 as diffusers does.
@@ -167,11 +172,11 @@ class NoiseSchedule:
         alpha, sigma = (table.to(timesteps.device)[timesteps].view(shape) for table in self._tables)
         return BatchNoiseLevel(alpha, sigma, timesteps)
 
-    def sigma_ve_at(self, timesteps: NDArray[np.float64]) -> NDArray[np.float64]:
+    def sigma_ve_at(self, timesteps: FloatArray) -> FloatArray:
         """sigma_ve at timesteps that need not be whole, interpolated linearly."""
         return np.interp(timesteps, np.arange(self.num_train_timesteps), self.sigmas_ve)
 
-    def timestep_at(self, sigmas_ve: NDArray[np.float64]) -> NDArray[np.float64]:
+    def timestep_at(self, sigmas_ve: FloatArray) -> FloatArray:
         """The timesteps, not always whole, at which sigma_ve is `sigmas_ve`: linear in its logarithm."""
         return np.interp(np.log(sigmas_ve), np.log(self.sigmas_ve), np.arange(self.num_train_timesteps))
 
@@ -183,7 +188,7 @@ def spaced_timesteps(
     *,
     steps_offset: int = 0,
     open_end: bool = False,
-) -> NDArray[np.float64]:
+) -> FloatArray:
     """`num_steps` timesteps, falling, spread over the schedule (arXiv 2305.08891, table 2).
 
     `linspace` includes both ends and is not rounded; `leading` counts up from steps_offset in whole strides;
@@ -205,15 +210,13 @@ def spaced_timesteps(
     timesteps = np.arange(points)[::-1][:num_steps] * (num_train_timesteps // points) + float(steps_offset)
     if timesteps[0] > last:
         raise InputError(
-            f"{num_steps} steps with steps_offset {steps_offset} begin at timestep {timesteps[0]:.0f}, but the "
-            f"schedule ends at {last}; use fewer steps"
+            f"{num_steps} steps with steps_offset {steps_offset} begin at timestep {timesteps[0]:.0f}, but "
+            f"the schedule ends at {last}; use fewer steps"
         )
     return timesteps
 
 
-def karras_sigmas(
-    sigma_min: float, sigma_max: float, num_steps: int, rho: float = 7.0
-) -> NDArray[np.float64]:
+def karras_sigmas(sigma_min: float, sigma_max: float, num_steps: int, rho: float = 7.0) -> FloatArray:
     """`num_steps` values of sigma_ve from sigma_max down to sigma_min, even in ``sigma ** (1 / rho)``.
 
     arXiv 2206.00364, eq. 5.

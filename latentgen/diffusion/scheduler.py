@@ -1,0 +1,238 @@
+"""The scheduler: a checkpoint's schedule and prediction type, a solver, a spacing; and the sampling loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from torch import Tensor
+
+from latentgen.diffusion import scheduler_config
+from latentgen.diffusion.prediction import Clipping, Denoiser, PredictionType
+from latentgen.diffusion.schedule import (
+    CLEAN,
+    FloatArray,
+    NoiseLevel,
+    NoiseSchedule,
+    Spacing,
+    karras_sigmas,
+    spaced_timesteps,
+)
+from latentgen.diffusion.solvers import SOLVERS, Evaluation, History, Solver, SolverName
+from latentgen.errors import ConfigError, InputError
+
+_KARRAS = "_karras"
+
+# The names that `Scheduler.with_solver` takes.
+SOLVER_NAMES: tuple[str, ...] = (
+    *SOLVERS,
+    *(name + _KARRAS for name, solver in SOLVERS.items() if solver.karras),
+)
+
+
+class Step(NamedTuple):
+    """One step of a run, counted from 0: latents [B, C, H, W] stand at level, x0 was predicted on the way."""
+
+    index: int
+    level: NoiseLevel
+    latents: Tensor
+    x0: Tensor
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """How a model is sampled. Immutable: one object serves many runs and threads.
+
+    schedule, prediction_type, steps_offset, set_alpha_to_one and clipping belong to the checkpoint; solver,
+    spacing (none: the solver's own default) and use_karras_sigmas to the user. Where fields are named as in
+    ``scheduler_config.json``, they mean the same: set_alpha_to_one false ends DDIM at the schedule's first
+    level, final_sigmas_type "sigma_min" ends Euler and DPM++ there; lower_order_final (below 15 steps) and
+    euler_at_final make the last step of DPM++ one of first order, as it always is when the run ends at clean
+    data.
+
+    Raises ConfigError for values that are not allowed.
+    """
+
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    prediction_type: PredictionType = "epsilon"
+    solver: SolverName = "ddim"
+    spacing: Spacing | None = None
+    steps_offset: int = 0
+    use_karras_sigmas: bool = False
+    set_alpha_to_one: bool = True
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    clipping: Clipping = field(default_factory=Clipping)
+
+    def __post_init__(self) -> None:
+        _check_choice("prediction_type", self.prediction_type, get_args(PredictionType))
+        _check_choice("solver", self.solver, tuple(SOLVERS))
+        _check_choice("timestep_spacing", self.spacing, (*get_args(Spacing), None))
+        _check_choice("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
+        if not 0 <= self.steps_offset < self.schedule.num_train_timesteps:
+            last = self.schedule.num_train_timesteps - 1
+            raise ConfigError(f"steps_offset is {self.steps_offset}; it must lie in 0..{last}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> Scheduler:
+        """Read the contents of a ``scheduler_config.json``.
+
+        Raises ConfigError for a class or a key that is not known, and for a value that is not implemented or
+        out of bounds. PNDMScheduler keeps its schedule and gets the solver "ddim", with a warning.
+        """
+        fields = scheduler_config.read(config)
+        return cls(
+            schedule=NoiseSchedule(**fields.schedule),
+            clipping=Clipping(**fields.clipping),
+            solver=fields.solver,
+            **fields.scheduler,
+        )
+
+    def to_config(self) -> dict[str, object]:
+        """The contents of a ``scheduler_config.json``: diffusers loads it, `from_config` gives an equal."""
+        return scheduler_config.write(self.solver, self._values(), Scheduler()._values())
+
+    def _values(self) -> dict[str, object]:
+        values = {
+            key: value for key, value in vars(self).items() if key not in ("solver", "schedule", "clipping")
+        }
+        values["timestep_spacing"] = values.pop("spacing")
+        values |= asdict(self.schedule) | asdict(self.clipping)
+        if self.schedule.trained_betas is not None:
+            values["trained_betas"] = list(self.schedule.trained_betas)
+        return values
+
+    @property
+    def name(self) -> str:
+        """The name under which `with_solver` gives this solver."""
+        karras = self.use_karras_sigmas and SOLVERS[self.solver].karras
+        return self.solver + _KARRAS if karras else self.solver
+
+    def with_solver(self, name: str) -> Scheduler:
+        """The same schedule, prediction type and spacing with another solver, one of SOLVER_NAMES.
+
+        Raises InputError for any other name.
+        """
+        if name not in SOLVER_NAMES:
+            raise InputError(f"scheduler {name!r} is not known; choose one of {', '.join(SOLVER_NAMES)}")
+        solver: SolverName = name.removesuffix(_KARRAS)  # type: ignore[assignment]
+        return replace(self, solver=solver, use_karras_sigmas=name.endswith(_KARRAS))
+
+    def levels(self, num_steps: int) -> tuple[NoiseLevel, ...]:
+        """The `num_steps` noise levels at which the network looks, falling, and the level where the run ends.
+
+        Raises InputError when the schedule does not hold so many steps, ConfigError when the first level is
+        pure noise, at which an epsilon prediction says nothing about x0.
+        """
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int):
+            raise InputError(f"the number of steps is {num_steps!r}; it must be a whole number")
+        solver = SOLVERS[self.solver]
+        timesteps = spaced_timesteps(
+            self.spacing or solver.default_spacing,
+            self.schedule.num_train_timesteps,
+            num_steps,
+            steps_offset=self.steps_offset,
+            open_end=solver.open_end,
+        )
+        if solver.whole_timesteps:
+            timesteps = np.round(timesteps)
+        levels = (
+            self._levels_in_sigma_ve(solver, timesteps) if solver.in_sigma_ve else self._levels_at(timesteps)
+        )
+        if levels[0].alpha == 0.0 and self.prediction_type == "epsilon":
+            raise ConfigError(
+                "prediction_type is 'epsilon', which says nothing about x0 at zero signal-to-noise ratio, where "
+                "this run begins; use a v_prediction model, timestep_spacing 'leading' or solver 'euler'"
+            )
+        return (*levels, self._end(solver))
+
+    def initial(self, noise: Tensor, levels: Sequence[NoiseLevel]) -> Tensor:
+        """The latents that begin a run over `levels`, from standard normal noise of the same shape."""
+        solver = SOLVERS[self.solver]
+        if solver.scales_start and (self.spacing or solver.default_spacing) != "leading":
+            return levels[0].sigma * noise
+        return noise
+
+    def sample(
+        self,
+        denoiser: Denoiser,
+        latents: Tensor,
+        levels: Sequence[NoiseLevel],
+        noise: Callable[[], Tensor],
+    ) -> Iterator[Step]:
+        """Run over `levels`, as `levels()` gives them or from a later one of them on, and yield every step.
+
+        latents [B, C, H, W] stand at levels[0] and are not changed; their dtype is that of all arithmetic
+        here, so let it be float32. noise draws standard normal noise like latents, at exactly the steps at
+        which diffusers draws. Raises InputError for fewer than two levels.
+        """
+        if len(levels) < 2:
+            raise InputError(
+                f"a run needs at least two noise levels, where it begins and ends; got {len(levels)}"
+            )
+        return self._run(denoiser, latents, levels, noise)
+
+    def _run(
+        self, denoiser: Denoiser, x: Tensor, levels: Sequence[NoiseLevel], noise: Callable[[], Tensor]
+    ) -> Iterator[Step]:
+        solver = SOLVERS[self.solver]
+        clipping = replace(
+            self.clipping,
+            clip_sample=self.clipping.clip_sample and solver.clips,
+            thresholding=self.clipping.thresholding and solver.thresholds,
+        )
+        history: History = ()
+        for index, (level, target) in enumerate(pairwise(levels)):
+            predicted = denoiser(x, level)
+            x0 = clipping(predicted)
+            if solver.keeps_noise and x0 is not predicted:
+                x = x + level.alpha * (x0 - predicted)
+            if index == len(levels) - 2 and self._ends_in_first_order(len(levels) - 1):
+                history = ()
+            now = Evaluation(level, x0)
+            x = solver.step(x, now, target, history, noise() if _draws(solver, level) else None)
+            history = (now, *history)[: solver.memory]
+            yield Step(index, target, x, x0)
+
+    def _levels_at(self, timesteps: FloatArray) -> list[NoiseLevel]:
+        return [self.schedule.level(int(timestep)) for timestep in timesteps]
+
+    def _levels_in_sigma_ve(self, solver: Solver, timesteps: FloatArray) -> list[NoiseLevel]:
+        sigmas_ve = self.schedule.sigma_ve_at(timesteps)
+        if self.use_karras_sigmas and solver.karras:
+            # Karras sigmas reach from end to end: of the whole schedule where the spacing has an open end.
+            ends = self.schedule.sigmas_ve if solver.open_end else sigmas_ve[::-1]
+            sigmas_ve = karras_sigmas(float(ends[0]), float(ends[-1]), len(timesteps))
+            timesteps = self.schedule.timestep_at(sigmas_ve)
+            if solver.whole_timesteps:
+                # diffusers rounds, but truncates for the cosine schedule.
+                cosine = self.schedule.beta_schedule == "squaredcos_cap_v2"
+                timesteps = np.floor(timesteps) if cosine else np.round(timesteps)
+        return [
+            NoiseLevel.from_sigma_ve(float(sigma_ve), float(timestep))
+            for sigma_ve, timestep in zip(sigmas_ve, timesteps, strict=True)
+        ]
+
+    def _end(self, solver: Solver) -> NoiseLevel:
+        stays_noisy = (solver.end == "set_alpha_to_one" and not self.set_alpha_to_one) or (
+            solver.end == "final_sigmas_type" and self.final_sigmas_type == "sigma_min"
+        )
+        return self.schedule.level(0) if stays_noisy else CLEAN
+
+    def _ends_in_first_order(self, num_steps: int) -> bool:
+        few = self.lower_order_final and num_steps < 15
+        return few or self.euler_at_final or self.final_sigmas_type == "zero"
+
+
+def _draws(solver: Solver, level: NoiseLevel) -> bool:
+    return solver.draws_noise == "always" or (solver.draws_noise == "above_0" and level.timestep > 0.0)
+
+
+def _check_choice(key: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        names = ", ".join(name for name in allowed if name)
+        raise ConfigError(f"{key} is {value!r}; implemented are {names}")

@@ -1,0 +1,158 @@
+"""The samplers, as pure steps from one noise level to the next.
+
+One step covers a family. With ``u = eta * (sigma' / sigma) * sqrt(1 - alpha**2 / alpha'**2)``,
+
+    x' = alpha' * x0 + sqrt(sigma'**2 - u**2) * noise_hat + u * z,    noise_hat = (x - alpha * x0) / sigma
+
+is DDIM for any eta (arXiv 2010.02502, eq. 12 and 16), DDPM with its small variance (arXiv 2006.11239, eq. 6
+and 7) and Euler ancestral at eta 1, Euler (arXiv 2206.00364, algorithm 1) at eta 0: they differ in the levels
+that they visit, not in the step. DPM++ 2M is the same step along an x0 extrapolated from the last two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentgen.diffusion.schedule import NoiseLevel, Spacing
+
+SolverName = Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m"]
+
+
+class Evaluation(NamedTuple):
+    """What the network said at one noise level: x0 is [B, C, H, W]."""
+
+    level: NoiseLevel
+    x0: Tensor
+
+
+# Earlier evaluations of a run, the latest first: the whole memory of a multistep solver.
+History = tuple[Evaluation, ...]
+
+# x, the evaluation at x, the target level, earlier evaluations, fresh noise or none -> x at the target level.
+SolverStep = Callable[[Tensor, Evaluation, NoiseLevel, History, Tensor | None], Tensor]
+
+
+def fresh_noise_scale(level: NoiseLevel, target: NoiseLevel, eta: float) -> float:
+    """The standard deviation u of the fresh noise in a step from level to target; 0 for eta 0."""
+    remaining = max(0.0, 1.0 - (level.alpha / target.alpha) ** 2)
+    return eta * (target.sigma / level.sigma) * math.sqrt(remaining)
+
+
+def first_order_step(
+    x: Tensor,
+    x0: Tensor,
+    level: NoiseLevel,
+    target: NoiseLevel,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """One step from level to target along the predicted x0; finite at zero signal-to-noise ratio.
+
+    x, x0 and noise are [B, C, H, W]; noise is standard normal, and used where eta asks for it.
+    """
+    fresh = fresh_noise_scale(level, target, eta)
+    keep = math.sqrt(max(0.0, target.sigma**2 - fresh**2)) / level.sigma
+    moved = torch.add(keep * x, x0, alpha=target.alpha - level.alpha * keep)
+    if noise is None or fresh == 0.0:
+        return moved
+    return torch.add(moved, noise, alpha=fresh)
+
+
+def deterministic_step(
+    x: Tensor, now: Evaluation, target: NoiseLevel, history: History, noise: Tensor | None
+) -> Tensor:
+    """DDIM at eta 0, and Euler."""
+    return first_order_step(x, now.x0, now.level, target)
+
+
+def ancestral_step(
+    x: Tensor, now: Evaluation, target: NoiseLevel, history: History, noise: Tensor | None
+) -> Tensor:
+    """DDPM, and Euler ancestral."""
+    return first_order_step(x, now.x0, now.level, target, eta=1.0, noise=noise)
+
+
+def dpmpp_2m_step(
+    x: Tensor, now: Evaluation, target: NoiseLevel, history: History, noise: Tensor | None
+) -> Tensor:
+    """DPM-Solver++ 2M, midpoint (arXiv 2211.01095, algorithm 2); without a history it is of first order."""
+    x0 = now.x0
+    if history:
+        before = history[0]
+        stride = target.log_snr - now.level.log_snr
+        stride_before = now.level.log_snr - before.level.log_snr
+        x0 = torch.lerp(before.x0, x0, 1.0 + 0.5 * stride / stride_before)
+    return first_order_step(x, x0, now.level, target)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A step, and the conventions that the references tie to it.
+
+    memory: how many earlier evaluations the step uses.
+    default_spacing: the spacing where a checkpoint names none.
+    draws_noise: when a step draws fresh noise: "never", "always", or "above_0": at every timestep but 0.
+    in_sigma_ve: the levels are spaced in sigma_ve, so fractional timesteps and Karras sigmas are possible.
+    whole_timesteps: the network only sees whole timesteps.
+    open_end: the lowest point of the spacing is where the run ends, not a timestep that the network sees.
+    scales_start: the initial noise is scaled by sigma, not by 1, unless the spacing is `leading`.
+    end: the field of the config that may move the end of a run from clean data to the schedule's first level.
+    karras: Karras sigmas may replace the spacing.
+    clips, thresholds: which bounds apply to x0.
+    keeps_noise: the bounds leave noise_hat as the network predicted it.
+    """
+
+    step: SolverStep
+    default_spacing: Spacing
+    memory: int = 0
+    draws_noise: Literal["never", "always", "above_0"] = "never"
+    in_sigma_ve: bool = False
+    whole_timesteps: bool = True
+    open_end: bool = False
+    scales_start: bool = False
+    end: Literal["set_alpha_to_one", "final_sigmas_type"] | None = None
+    karras: bool = False
+    clips: bool = False
+    thresholds: bool = False
+    keeps_noise: bool = False
+
+
+SOLVERS: dict[SolverName, Solver] = {
+    "ddpm": Solver(ancestral_step, "leading", draws_noise="above_0", clips=True, thresholds=True),
+    "ddim": Solver(
+        deterministic_step, "leading", end="set_alpha_to_one", clips=True, thresholds=True, keeps_noise=True
+    ),
+    "euler": Solver(
+        deterministic_step,
+        "linspace",
+        in_sigma_ve=True,
+        whole_timesteps=False,
+        scales_start=True,
+        end="final_sigmas_type",
+        karras=True,
+    ),
+    "euler_ancestral": Solver(
+        ancestral_step,
+        "linspace",
+        draws_noise="always",
+        in_sigma_ve=True,
+        whole_timesteps=False,
+        scales_start=True,
+    ),
+    "dpmpp_2m": Solver(
+        dpmpp_2m_step,
+        "linspace",
+        memory=1,
+        in_sigma_ve=True,
+        open_end=True,
+        end="final_sigmas_type",
+        karras=True,
+        thresholds=True,
+    ),
+}
