@@ -64,7 +64,7 @@ class MemoryPolicy:
 def resident(module: nn.Module, device: torch.device, *, offload: bool) -> Iterator[None]:
     """Hold the tensors of `module` on `device`; with `offload`, only inside the ``with`` block.
 
-    The weights do not change while they work, so their copies on the device are dropped and never written back;
+    Weights do not change while they work, so their copies on the device are dropped and never written back;
     memory-mapped weights stay memory-mapped at home.
     """
     if not offload:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -87,8 +88,8 @@ def resolve_dtype(dtype: DTypeName | torch.dtype, device: torch.device) -> torch
 class ImageNoise:
     """Standard normal noise of which every image owns its part.
 
-    Row i comes from a CPU generator seeded with seeds[i] alone, so an image depends neither on its neighbours nor
-    on the device. It is what diffusers draws from a list of CPU generators.
+    Row i comes from a CPU generator seeded with seeds[i] alone, so an image depends neither on its neighbours
+    nor on the device. It is what diffusers draws from a list of CPU generators.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> None:
@@ -209,6 +210,16 @@ class PipelineStep:
         return self._finish(self.latents if self.is_last else self.x0)
 
 
+def join_contexts(contexts: Sequence[Tensor]) -> Tensor:
+    """Join contexts [1, S, D] of different lengths S to one batch [B, lcm of S, D].
+
+    A context is repeated until it is long enough. Attention over keys that are all repeated equally often is
+    unchanged, so an image does not depend on the prompts beside its own, as it would with empty chunks.
+    """
+    length = math.lcm(*(context.shape[1] for context in contexts))
+    return torch.cat([context.repeat(1, length // context.shape[1], 1) for context in contexts])
+
+
 def build_denoiser(
     unet: UNet, context: Tensor, levels: Sequence[NoiseLevel], scheduler: Scheduler, guidance_scale: float
 ) -> Denoiser:
@@ -217,11 +228,10 @@ def build_denoiser(
     Args:
         context: [B, S, D], or with guidance [2B, S, D]: of the negative prompts, then of the prompts.
     """
-    device, dtype = context.device, context.dtype
+    dtype = unet.conv_in.weight.dtype
     index_of = {level.timestep: index for index, level in enumerate(levels[:-1])}
-    constants = unet.constants(
-        context, torch.tensor([level.timestep for level in levels[:-1]], device=device)
-    )
+    timesteps = torch.tensor([level.timestep for level in levels[:-1]], device=context.device)
+    constants = unet.constants(context.to(dtype), timesteps)
     guided = is_guided(guidance_scale)
 
     def predict(x: Tensor, level: NoiseLevel) -> tuple[Tensor | None, Tensor]:

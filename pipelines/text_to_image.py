@@ -44,6 +44,7 @@ from latentgen.pipelines.base import (
     build_denoiser,
     decode_images,
     export,
+    join_contexts,
     resolve_device,
     resolve_dtype,
 )
@@ -79,11 +80,20 @@ class TextToImagePipeline:
     source: CheckpointFolder | None = None
 
     def __post_init__(self) -> None:
-        channels, latent_channels = self.unet.config.in_channels, self.decoder.config.latent_channels
-        if channels != latent_channels or self.unet.config.out_channels != latent_channels:
+        unet, latent_channels = self.unet.config, self.decoder.config.latent_channels
+        if unet.in_channels != latent_channels or unet.out_channels != latent_channels:
             raise ConfigError(
-                f"text to image needs a UNet from and to the VAE's {latent_channels} latent channels, not from "
-                f"{channels} to {self.unet.config.out_channels} (inpainting models take 9, x4 upscalers 7)"
+                f"text to image needs a UNet from and to the VAE's {latent_channels} latent channels, not "
+                f"from {unet.in_channels} to {unet.out_channels} (inpainting has 9, x4 upscaling 7)"
+            )
+        if unet.addition_embed_type or unet.class_embed_type or unet.num_class_embeds:
+            raise ConfigError(
+                "text to image gives the UNet text alone; this one wants more (SDXL, class labels)"
+            )
+        if unet.cross_attention_dim != self.text_encoder.config.hidden_size:
+            raise ConfigError(
+                f"cross_attention_dim {unet.cross_attention_dim} of the UNet and hidden_size "
+                f"{self.text_encoder.config.hidden_size} of the text encoder must be equal"
             )
         self.unet.attention_backend = self.memory.attention
 
@@ -263,13 +273,18 @@ class TextToImagePipeline:
     ) -> tuple[int, int, int, int]:
         """[B, C, h, w] from the size asked for, else that of given latents, else that of the training."""
         factor = self.decoder.config.spatial_factor
+        size = self.unet.config.sample_size
         if isinstance(latents, Tensor) and latents.ndim == 4:
-            default = (latents.shape[2], latents.shape[3])
-        else:
-            default = self.unet.config.sample_size
-        default_height, default_width = default if isinstance(default, tuple) else (default, default)
-        height = check_side("height", default_height * factor if height is None else height, factor)
-        width = check_side("width", default_width * factor if width is None else width, factor)
+            size = (latents.shape[2], latents.shape[3])
+        if size is not None:
+            default_height, default_width = size if isinstance(size, tuple) else (size, size)
+            height = default_height * factor if height is None else height
+            width = default_width * factor if width is None else width
+        if height is None or width is None:
+            raise InputError(
+                "give height and width; the checkpoint does not say at which size it was trained"
+            )
+        height, width = check_side("height", height, factor), check_side("width", width, factor)
         return (count, self.unet.config.in_channels, height // factor, width // factor)
 
     def _choose(self, scheduler: str | Scheduler | None) -> Scheduler:
@@ -310,6 +325,8 @@ class TextToImagePipeline:
         distinct = list(dict.fromkeys(rows))
         with resident(self.text_encoder.model, self.device, offload=self.memory.offload_idle):
             context = self.text_encoder.encode(distinct).context
+            if context.shape[1] > self.text_encoder.window:
+                context = join_contexts([self.text_encoder.encode([row]).context for row in distinct])
         return context[[distinct.index(row) for row in rows]]
 
     @torch.inference_mode()

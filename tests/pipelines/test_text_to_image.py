@@ -1,0 +1,442 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latentgen.checkpoint import CheckpointFolder
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import CheckpointMismatchError, ConfigError, InputError, NumericalError
+from latentgen.memory import MemoryPolicy
+from latentgen.pipelines.text_to_image import TextToImagePipeline
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+SCHEDULERS = {
+    "ddpm": (diffusers.DDPMScheduler, False),
+    "ddim": (diffusers.DDIMScheduler, False),
+    "euler": (diffusers.EulerDiscreteScheduler, False),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, False),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, False),
+    "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, True),
+}
+LONG = "a cat on a red dog beside a tiger under a green sky " * 3
+
+
+def draw(pipeline: TextToImagePipeline, prompt: str | list[str], **arguments: object) -> np.ndarray:
+    arguments = {"num_inference_steps": 3, "seed": 7, **arguments}
+    images = pipeline(prompt, output_type="np", progress=False, **arguments).images  # type: ignore[arg-type]
+    assert isinstance(images, np.ndarray)
+    return images
+
+
+def draw_oracle(
+    oracle: StableDiffusionPipeline, prompt: str | list[str], seeds: range, **arguments: object
+) -> np.ndarray:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return oracle(prompt, generator=generators, output_type="np", **arguments).images
+
+
+def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning:diffusers")
+class TestAgainstDiffusers:
+    @pytest.mark.parametrize("name", SCHEDULERS)
+    def test_every_solver_gives_the_same_image(
+        self, pipeline: TextToImagePipeline, oracle: StableDiffusionPipeline, name: str
+    ) -> None:
+        scheduler_class, karras = SCHEDULERS[name]
+        oracle = type(oracle)(**{**oracle.components, "requires_safety_checker": False})
+        oracle.set_progress_bar_config(disable=True)
+        options = {"use_karras_sigmas": True} if karras else {}
+        oracle.scheduler = scheduler_class.from_config(oracle.scheduler.config, **options)
+        prompts = ["a cat", "tiger, red dog"]
+        theirs = draw_oracle(oracle, prompts, range(7, 9), num_inference_steps=10, guidance_scale=7.5)
+        ours = draw(pipeline, prompts, num_inference_steps=10, guidance_scale=7.5, scheduler=name)
+        assert largest_difference(ours, theirs) <= 1e-4
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"num_images_per_prompt": 2},
+            {"negative_prompt": ["red", "a dog"]},
+            {"guidance_scale": 1.0},
+            {"height": 24, "width": 40},
+        ],
+    )
+    def test_the_arguments_mean_the_same(
+        self, pipeline: TextToImagePipeline, oracle: StableDiffusionPipeline, arguments: dict[str, object]
+    ) -> None:
+        prompts = ["a cat", "tiger"]
+        seeds = range(7, 9 + 2 * ("num_images_per_prompt" in arguments))
+        theirs = draw_oracle(oracle, prompts, seeds, num_inference_steps=3, **arguments)
+        assert largest_difference(draw(pipeline, prompts, **arguments), theirs) <= 1e-4
+
+    def test_given_latents_are_the_first_noise(
+        self, pipeline: TextToImagePipeline, oracle: StableDiffusionPipeline
+    ) -> None:
+        latents = torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(1))
+        theirs = draw_oracle(
+            oracle, "cat", range(7, 8), height=24, width=16, num_inference_steps=3, latents=latents.clone()
+        )
+        assert largest_difference(draw(pipeline, "cat", latents=latents), theirs) <= 1e-4
+
+    def test_old_scheduler_configs_are_read_alike(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(tiny_checkpoint, tmp_path / "old")
+        path = folder / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "steps_offset": 0, "clip_sample": True}))
+        oracle = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        theirs = draw_oracle(oracle, "cat", range(7, 8), num_inference_steps=3)
+        ours = draw(TextToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu"), "cat")
+        assert largest_difference(ours, theirs) <= 1e-4
+
+    def test_a_saved_folder_loads_there_and_here(
+        self, pipeline: TextToImagePipeline, oracle: StableDiffusionPipeline, tmp_path: Path
+    ) -> None:
+        pipeline.save_pretrained(tmp_path / "saved")
+        again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+        for name in ("unet", "vae", "text_encoder"):
+            ours, theirs = again.components[name].state_dict(), oracle.components[name].state_dict()
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        theirs = draw_oracle(again, "cat", range(7, 8), num_inference_steps=3)
+        reloaded = TextToImagePipeline.from_pretrained(tmp_path / "saved", dtype="float32", device="cpu")
+        assert largest_difference(draw(reloaded, "cat"), theirs) <= 1e-4
+        assert reloaded.scheduler == pipeline.scheduler
+
+
+class TestSeeds:
+    @pytest.mark.parametrize("prompts", [["cat", "red dog", "tiger", ""], ["cat", LONG, "red", LONG * 2]])
+    def test_an_image_does_not_depend_on_its_batch(
+        self, pipeline: TextToImagePipeline, prompts: list[str]
+    ) -> None:
+        seeds = [3, 14, 15, 92]
+        together = draw(pipeline, prompts, seed=seeds, scheduler="euler_ancestral")
+        turned = draw(pipeline, prompts[::-1], seed=seeds[::-1], scheduler="euler_ancestral")[::-1]
+        alone = [
+            draw(pipeline, prompt, seed=seed, scheduler="euler_ancestral")[0]
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        assert largest_difference(together, turned) <= 1e-3
+        assert largest_difference(together, np.stack(alone)) <= 1e-3
+        assert largest_difference(together[1:], together[:-1]) > 1e-2
+
+    def test_the_output_names_the_seed_of_each_image(self, pipeline: TextToImagePipeline) -> None:
+        output = pipeline(["a", "b"], num_images_per_prompt=2, seed=5, num_inference_steps=1, progress=False)
+        assert output.seeds == (5, 6, 7, 8)
+        drawn = pipeline("a", num_inference_steps=1, output_type="np", progress=False)
+        again = draw(pipeline, "a", num_inference_steps=1, seed=drawn.seeds[0])
+        assert largest_difference(again, np.asarray(drawn.images)) == 0
+
+    def test_nothing_of_a_long_prompt_is_dropped(self, pipeline: TextToImagePipeline) -> None:
+        assert largest_difference(draw(pipeline, LONG * 2 + "cat"), draw(pipeline, LONG * 2 + "dog")) > 1e-5
+
+
+class TestOutput:
+    def test_kinds_of_output_agree(self, pipeline: TextToImagePipeline) -> None:
+        kinds = {
+            kind: pipeline("cat", seed=7, num_inference_steps=2, output_type=kind, progress=False).images
+            for kind in ("pil", "np", "pt", "latent")
+        }
+        array, tensor, latents = kinds["np"], kinds["pt"], kinds["latent"]
+        assert isinstance(array, np.ndarray)
+        assert isinstance(tensor, torch.Tensor)
+        assert isinstance(latents, torch.Tensor)
+        assert array.dtype == np.float32
+        assert array.shape == (1, 16, 16, 3)
+        assert array.min() >= 0
+        assert array.max() <= 1
+        np.testing.assert_array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
+        assert latents.shape == (1, 4, 8, 8)
+        (picture,) = kinds["pil"]
+        assert isinstance(picture, Image.Image)
+        np.testing.assert_array_equal(np.asarray(picture), (array[0] * 255).round().astype(np.uint8))
+
+    def test_a_stream_shows_every_step_and_ends_with_the_result(self, pipeline: TextToImagePipeline) -> None:
+        steps = list(pipeline.stream("cat", seed=7, num_inference_steps=3, output_type="np", progress=False))
+        assert [(step.index, step.total, step.is_last) for step in steps] == [
+            (0, 3, False), (1, 3, False), (2, 3, True),
+        ]  # fmt: skip
+        previews = [np.asarray(step.images()) for step in steps]
+        assert all(preview.shape == (1, 16, 16, 3) for preview in previews)
+        assert largest_difference(previews[-1], draw(pipeline, "cat")) == 0
+        assert largest_difference(previews[0], previews[1]) > 0
+
+    def test_sides_need_not_be_multiples_of_what_the_unet_halves(self, pipeline: TextToImagePipeline) -> None:
+        assert draw(pipeline, "cat", height=18, width=26).shape == (1, 18, 26, 3)
+
+    def test_a_stream_can_be_left(self, pipeline: TextToImagePipeline) -> None:
+        for step in pipeline.stream("cat", num_inference_steps=50, progress=False):
+            if step.index == 1:
+                break
+        assert not torch.is_inference_mode_enabled()
+
+    def test_progress_is_shown_unless_refused(
+        self, pipeline: TextToImagePipeline, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pipeline("cat", num_inference_steps=2, progress=False)
+        assert capsys.readouterr().err == ""
+        pipeline("cat", num_inference_steps=2)
+        assert "2/2" in capsys.readouterr().err
+
+
+class TestWork:
+    """What a run computes, and how often."""
+
+    @pytest.mark.parametrize(("guidance_scale", "rows"), [(7.5, 2), (1.0, 1), (0.0, 1)])
+    def test_guidance_alone_costs_a_second_row(
+        self, pipeline: TextToImagePipeline, guidance_scale: float, rows: int
+    ) -> None:
+        sizes: list[int] = []
+        hook = pipeline.unet.conv_in.register_forward_hook(
+            lambda _m, inputs, _o: sizes.append(len(inputs[0]))
+        )
+        draw(pipeline, "cat", guidance_scale=guidance_scale)
+        hook.remove()
+        assert sizes == [rows] * 3
+
+    def test_the_context_is_projected_once_a_run(self, pipeline: TextToImagePipeline) -> None:
+        calls: list[str] = []
+        hooks = [
+            module.register_forward_hook(lambda _m, _i, _o, name=name: calls.append(name))
+            for name, module in pipeline.unet.named_modules()
+            if name.endswith(("attn2.to_k", "attn2.to_v", "time_emb_proj"))
+        ]
+        draw(pipeline, "cat")
+        for hook in hooks:
+            hook.remove()
+        assert len(calls) == len(hooks) > 0
+
+    def test_no_step_waits_for_the_device(self, pipeline: TextToImagePipeline) -> None:
+        # Every way to read a value on the host passes one of these; `tolist` and numpy resolve the conjugate.
+        reads = {"item", "is_nonzero", "_local_scalar_dense", "nonzero", "equal", "resolve_conj"}
+
+        class Watch(TorchDispatchMode):
+            waits = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                self.waits += func._schema.name.removeprefix("aten::") in reads
+                return func(*args, **(kwargs or {}))
+
+        steps = pipeline.stream(
+            "cat", num_inference_steps=4, scheduler="euler_ancestral", output_type="pt", progress=False
+        )
+        next(steps)
+        with Watch() as watch:
+            *_, last = steps
+            assert watch.waits == 0
+            last.images()
+            assert watch.waits > 0
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", torch.bfloat16])
+    def test_half_precision_is_close_and_keeps_latents_in_float32(
+        self, tiny_checkpoint: Path, pipeline: TextToImagePipeline, dtype: str
+    ) -> None:
+        half = TextToImagePipeline.from_pretrained(tiny_checkpoint, dtype=dtype, device="cpu")  # type: ignore[arg-type]
+        assert {parameter.dtype for parameter in half.unet.parameters()} == {
+            getattr(torch, str(dtype).split(".")[-1])
+        }
+        last = [*half.stream("cat", seed=7, num_inference_steps=3, output_type="np", progress=False)][-1]
+        assert last.latents.dtype == torch.float32
+        assert largest_difference(np.asarray(last.images()), draw(pipeline, "cat")) < 0.05
+
+    def test_a_decoder_that_overflows_in_float16_runs_in_float32(
+        self, tiny_checkpoint: Path, pipeline: TextToImagePipeline
+    ) -> None:
+        half = TextToImagePipeline.from_pretrained(tiny_checkpoint, dtype="float16", device="cpu")
+        half.decoder.post_quant_conv.weight.mul_(2.0**14)
+        assert not half.decoder(torch.ones(1, 4, 8, 8, dtype=torch.float16)).isfinite().all()
+        assert np.isfinite(draw(half, "cat")).all()
+        assert half.decoder.post_quant_conv.weight.dtype == torch.float16
+
+    def test_a_decoder_that_fails_in_float32_is_an_error(self, tiny_checkpoint: Path) -> None:
+        broken = TextToImagePipeline.from_pretrained(tiny_checkpoint, dtype="float16", device="cpu")
+        broken.decoder.decoder.conv_out.bias.fill_(torch.nan)
+        with pytest.raises(NumericalError, match="VAE's weights"):
+            draw(broken, "cat")
+
+    @pytest.mark.parametrize("output_type", ["np", "latent"])
+    def test_latents_that_overflow_name_the_step(self, tiny_checkpoint: Path, output_type: str) -> None:
+        broken = TextToImagePipeline.from_pretrained(tiny_checkpoint, dtype="bfloat16", device="cpu")
+        outputs = iter([1.0, 1.0, torch.nan, 1.0])
+        broken.unet.conv_out.register_forward_hook(lambda _m, _i, output: output * next(outputs))
+        with pytest.raises(NumericalError, match=r"from step 3 of 4 on; try dtype"):
+            broken("cat", num_inference_steps=4, output_type=output_type, progress=False)  # type: ignore[arg-type]
+
+
+class TestMemory:
+    @pytest.mark.parametrize(
+        "memory",
+        [
+            MemoryPolicy(offload_idle=True),
+            MemoryPolicy(attention="chunked"),
+            MemoryPolicy(decode_one_by_one=False),
+        ],
+    )
+    def test_exact_knobs_do_not_change_the_image(
+        self, tiny_checkpoint: Path, pipeline: TextToImagePipeline, memory: MemoryPolicy
+    ) -> None:
+        sparing = TextToImagePipeline.from_pretrained(
+            tiny_checkpoint, dtype="float32", device="cpu", memory=memory
+        )
+        assert sparing.unet.attention_backend == memory.attention
+        prompts = ["cat", "dog"]
+        assert largest_difference(draw(sparing, prompts), draw(pipeline, prompts)) <= 1e-5
+
+
+class TestBadArguments:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"prompt": []}, "prompt is an empty list"),
+            ({"prompt": ["cat", None]}, "prompt 1"),
+            ({"prompt": "\ud800"}, "surrogate"),
+            ({"negative_prompt": ["a", "b"]}, "2 entries for 1 prompts"),
+            ({"height": 17}, "multiple of 2 .*nearest: 16 or 18"),
+            ({"width": 0}, "width=0"),
+            ({"width": -16}, "width=-16"),
+            ({"height": 1 << 20}, "nearest: 8192"),
+            ({"num_inference_steps": 0}, "num_inference_steps=0"),
+            ({"num_inference_steps": 1001}, "from 1 to 1000"),
+            ({"num_inference_steps": 2.5}, "num_inference_steps=2.5"),
+            ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+            ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+            ({"seed": [1, 2]}, "2 entries for 1 images"),
+            ({"scheduler": "heun"}, "dpmpp_2m_karras"),
+            ({"scheduler": 3}, "not int"),
+            ({"latents": torch.zeros(1, 3, 8, 8)}, r"\[1, 3, 8, 8\]; this call needs \[1, 4, 8, 8\]"),
+            ({"latents": torch.zeros(4, 8, 8)}, r"this call needs \[1, 4, 8, 8\]"),
+            ({"latents": torch.zeros(1, 4, 8, 8), "height": 32}, r"this call needs \[1, 4, 16, 8\]"),
+            ({"output_type": "jpeg"}, "pil, np, pt, latent"),
+        ],
+    )
+    def test_is_refused_before_any_work(
+        self, pipeline: TextToImagePipeline, arguments: dict[str, object], message: str
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise AssertionError("a stage ran")
+
+        hooks = [
+            stage.register_forward_pre_hook(fail)
+            for stage in (pipeline.text_encoder.model, pipeline.unet.conv_in)
+        ]
+        try:
+            with pytest.raises(InputError, match=message):
+                pipeline.stream(**{"prompt": "cat", **arguments})  # type: ignore[arg-type]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"dtype": "float64"}, "auto, float32, float16, bfloat16"),
+            ({"dtype": torch.int8}, "torch.int8"),
+            ({"device": "gpu"}, "device='gpu' is not a device"),
+            ({"device": "cuda:99"}, "this machine has: "),
+            ({"device": 1.5}, "device=1.5"),
+        ],
+    )
+    def test_loading_refuses_what_the_machine_lacks(
+        self, tiny_checkpoint: Path, arguments: dict[str, object], message: str
+    ) -> None:
+        with pytest.raises(InputError, match=message):
+            TextToImagePipeline.from_pretrained(tiny_checkpoint, **arguments)  # type: ignore[arg-type]
+
+    def test_a_scheduler_serves_for_one_call(self, pipeline: TextToImagePipeline) -> None:
+        chosen = Scheduler(schedule=pipeline.scheduler.schedule, solver="euler", spacing="trailing")
+        before = pipeline.scheduler
+        assert largest_difference(draw(pipeline, "cat", scheduler=chosen), draw(pipeline, "cat")) > 0
+        assert pipeline.scheduler is before
+
+
+class TestFolders:
+    @pytest.fixture
+    def folder(self, tiny_checkpoint: Path, tmp_path: Path) -> Path:
+        return shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+
+    @staticmethod
+    def edit(path: Path, **fields: object) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    def test_another_pipeline_class_is_refused_by_name(self, folder: Path) -> None:
+        self.edit(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
+        with pytest.raises(
+            ConfigError, match="'StableDiffusionXLPipeline'; this pipeline reads StableDiffusionPipeline"
+        ):
+            TextToImagePipeline.from_pretrained(folder)
+
+    def test_an_unknown_component_is_refused_and_the_safety_checker_ignored(self, folder: Path) -> None:
+        index = folder / "model_index.json"
+        self.edit(index, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+        TextToImagePipeline.from_pretrained(folder)
+        self.edit(index, prior=["diffusers", "PriorTransformer"])
+        with pytest.raises(ConfigError, match="'prior'"):
+            TextToImagePipeline.from_pretrained(folder)
+
+    def test_stages_that_do_not_fit_are_refused(self, pipeline: TextToImagePipeline, folder: Path) -> None:
+        self.edit(folder / "unet" / "config.json", in_channels=9)
+        with pytest.raises(CheckpointMismatchError, match=r"conv_in\.weight"):
+            TextToImagePipeline.from_pretrained(folder)
+        weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        state = load_file(weights)
+        state["conv_in.weight"] = torch.zeros(32, 9, 3, 3)
+        save_file(state, weights)
+        with pytest.raises(ConfigError, match="9 to 4"):
+            TextToImagePipeline.from_pretrained(folder)
+
+    def test_the_encoder_is_read_for_saving_alone(self, folder: Path, tmp_path: Path) -> None:
+        weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        save_file(
+            {key: tensor for key, tensor in load_file(weights).items() if "decoder" in key or "post" in key},
+            weights,
+        )
+        pipeline = TextToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
+        assert draw(pipeline, "cat").shape == (1, 16, 16, 3)
+        with pytest.raises(CheckpointMismatchError, match="missing"):
+            pipeline.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+
+    def test_without_a_source_nothing_is_saved(self, pipeline: TextToImagePipeline, tmp_path: Path) -> None:
+        made = TextToImagePipeline(
+            unet=pipeline.unet,
+            decoder=pipeline.decoder,
+            text_encoder=pipeline.text_encoder,
+            scheduler=pipeline.scheduler,
+        )
+        with pytest.raises(InputError, match="no VAE encoder to save; pass source="):
+            made.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+
+    def test_a_variant_is_saved_and_loaded(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        half = TextToImagePipeline.from_pretrained(tiny_checkpoint, dtype="float16", device="cpu")
+        half.save_pretrained(tmp_path, variant="fp16")
+        assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+        with pytest.raises(Exception, match="fp16"):
+            TextToImagePipeline.from_pretrained(tmp_path)
+        again = TextToImagePipeline.from_pretrained(tmp_path, variant="fp16", dtype="float16", device="cpu")
+        assert largest_difference(draw(again, "cat"), draw(half, "cat")) == 0
+        assert CheckpointFolder.open(tmp_path).components["tokenizer"] == "CLIPTokenizer"
+
+    def test_saving_over_the_source_keeps_it_whole(self, folder: Path) -> None:
+        pipeline = TextToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
+        before = draw(pipeline, "cat")
+        pipeline.save_pretrained(folder)
+        assert largest_difference(draw(pipeline, "cat"), before) == 0
+        again = TextToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
+        assert largest_difference(draw(again, "cat"), before) == 0
