@@ -38,8 +38,8 @@ def unet_kind(tensors: Mapping[str, TensorInfo]) -> UNetKind | None:
     return UNetKind(next((shape[-1] for shape in contexts if shape), None), conv_in[1])
 
 
-def likely_architecture(tensors: Mapping[str, TensorInfo]) -> str:
-    """One phrase that says what ``tensors`` probably are."""
+def likely_architecture(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """A phrase that says what ``tensors`` probably are; None if nothing known fits."""
     if any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in tensors):
         return "a single file in the original layout"
     if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora.down.weight")) for name in tensors):
@@ -53,7 +53,7 @@ def likely_architecture(tensors: Mapping[str, TensorInfo]) -> str:
     for name in ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"):
         if len(embedding := _shape(tensors, name)) == 2:
             return f"a CLIP text encoder of width {embedding[1]}"
-    return "an architecture that is not known here"
+    return None
 
 
 def _shape(tensors: Mapping[str, TensorInfo], name: str) -> tuple[int, ...]:

@@ -116,7 +116,7 @@ def _part(headers: Iterable[Mapping[str, TensorInfo]], variants: tuple[str | Non
     for info in tensors.values():
         nbytes_of[info.dtype] = nbytes_of.get(info.dtype, 0) + info.nbytes
     return Part(
-        architecture=likely_architecture(tensors),
+        architecture=likely_architecture(tensors) or "an architecture that is not known here",
         tensors=len(tensors),
         parameters=sum(math.prod(info.shape) for info in tensors.values()),
         nbytes=sum(nbytes_of.values()),

@@ -156,9 +156,10 @@ def _match(
                 names[key], found[name] = name, info
     if problems := _problems(expected, found, extra):
         where = ", ".join(quote(file) for file in files) or "no file"
+        likely = likely_architecture(found | extra)
+        hint = f". This is probably {likely}; use the configuration made for it" if likely else ""
         raise CheckpointMismatchError(
-            f"{where}: {len(found)} of the {len(expected)} tensors of the architecture are there: {problems}."
-            f" This is probably {likely_architecture(found | extra)}; use the configuration made for it"
+            f"{where}: {len(found)} of the {len(expected)} tensors that are due are there: {problems}{hint}"
         )
     return sources
 
