@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from latentgen.errors import InputError, NumericalError, OutputError
 from latentgen.files import atomic_write, quote
+from latentgen.prompts import check_prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,11 +89,14 @@ def save_image(image: Image.Image, path: str | Path, recipe: Recipe | None = Non
 
     Raises:
         OutputError: no such format, or the file cannot be written; what stood there before is intact.
-        InputError: the recipe cannot be encoded as text.
+        InputError: the recipe holds NUL or half of a surrogate pair.
     """
     path = Path(path)
     file_format = _format_of(path)
-    text = None if recipe is None else _checked(recipe.to_text())
+    text = None
+    if recipe is not None:
+        text = recipe.to_text()
+        check_prompts((text,))
     with atomic_write(path) as file:
         if file_format == "PNG":
             image.save(file, file_format, pnginfo=_png_text(text))
@@ -108,20 +112,6 @@ def _format_of(path: Path) -> str:
         raise OutputError(
             f"cannot write {quote(path)}: {path.suffix!r} is no known format; use one of {', '.join(FORMATS)}"
         ) from None
-
-
-def _checked(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the recipe cannot be written as text: {error.reason} at character {error.start}"
-        ) from error
-    if "\0" in text:
-        raise InputError(
-            f"the recipe holds a NUL at character {text.index(chr(0))}; remove it from the prompt"
-        )
-    return text
 
 
 def _png_text(text: str | None) -> PngInfo:

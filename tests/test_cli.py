@@ -202,11 +202,9 @@ def test_inspect(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert "parameters: 1,487,723" in printed
 
 
-def test_warnings_are_told_in_one_line(capsys: pytest.CaptureFixture[str]):
+def test_warnings_are_told_in_one_line():
     cli.main(["--version"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        text = warnings.formatwarning("two\nlines", UserWarning, "file.py", 1)
+    text = warnings.formatwarning("two\nlines", UserWarning, "file.py", 1)
     assert text == "latentgen: warning: two lines\n"
 
 
