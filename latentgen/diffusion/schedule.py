@@ -206,7 +206,8 @@ def spaced_timesteps(
         return np.linspace(0.0, last, points)[::-1][:num_steps]
     if spacing == "trailing":
         stride = num_train_timesteps / num_steps
-        return np.round(num_train_timesteps - stride * np.arange(num_steps)) - 1.0
+        # arange may be one too long, as the stride is not exact; its rounding is that of the references.
+        return np.round(np.arange(num_train_timesteps, 0, -stride)[:num_steps]) - 1.0
     timesteps = np.arange(points)[::-1][:num_steps] * (num_train_timesteps // points) + float(steps_offset)
     if timesteps[0] > last:
         raise InputError(

@@ -145,7 +145,7 @@ class Scheduler:
         )
         if levels[0].alpha == 0.0 and self.prediction_type == "epsilon":
             raise ConfigError(
-                "prediction_type is 'epsilon', which says nothing about x0 at zero signal-to-noise ratio, where "
+                "prediction_type is 'epsilon', which does not give x0 at zero signal-to-noise ratio, where "
                 "this run begins; use a v_prediction model, timestep_spacing 'leading' or solver 'euler'"
             )
         return (*levels, self._end(solver))

@@ -8,6 +8,8 @@ implemented.
 from __future__ import annotations
 
 import math
+import reprlib
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -56,7 +58,7 @@ Reader = Callable[[str, object], Any]
 
 
 def _wrong(key: str, value: object, allowed: str) -> ConfigError:
-    return ConfigError(f"scheduler config: {key} is {value!r}; allowed is {allowed}")
+    return ConfigError(f"scheduler config: {key} is {reprlib.repr(value)}; allowed is {allowed}")
 
 
 def _flag(key: str, value: object) -> bool:
@@ -72,9 +74,9 @@ def _integer(key: str, value: object) -> int:
 
 
 def _number(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _wrong(key, value, "a finite number")
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        return float(value)
+    raise _wrong(key, value, "a finite number")
 
 
 def _text(key: str, value: object) -> str:
@@ -95,7 +97,9 @@ def _only(*allowed: object) -> Reader:
     def read(key: str, value: object) -> None:
         if value not in allowed:
             names = " or ".join("null" if item is None else repr(item) for item in allowed)
-            raise ConfigError(f"scheduler config: {key} {value!r} is not implemented; allowed is {names}")
+            raise ConfigError(
+                f"scheduler config: {key} {reprlib.repr(value)} is not implemented; allowed is {names}"
+            )
 
     return read
 
@@ -189,7 +193,7 @@ def _identify(class_name: object) -> tuple[SolverName, dict[str, object]]:
         return "ddim", _PNDM_DEFAULTS
     if not isinstance(class_name, str) or class_name not in _CLASSES:
         known = ", ".join((*_CLASSES, _PNDM))
-        raise ConfigError(f"scheduler config: _class_name is {class_name!r}; known are {known}")
+        raise ConfigError(f"scheduler config: _class_name is {reprlib.repr(class_name)}; known are {known}")
     return _CLASSES[class_name].solver, _CLASSES[class_name].defaults
 
 

@@ -1,0 +1,78 @@
+"""Runs of diffusers' schedulers and of ours over the same small denoising problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentgen.diffusion.guidance import classifier_free
+from latentgen.diffusion.scheduler import Scheduler
+
+SHAPE = (2, 4, 6, 6)
+STABLE_DIFFUSION = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+_MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(3)) / 2
+
+
+class Run(NamedTuple):
+    """The latents after every step, and what the noise generator would give next."""
+
+    latents: list[Tensor]
+    next_draw: Tensor
+
+
+def network(x: Tensor, timestep: float | Tensor) -> Tensor:
+    """A smooth stand-in for a UNet: it depends on every channel of x and on the timestep."""
+    timestep = torch.as_tensor(timestep, dtype=torch.float32)
+    mixed = torch.einsum("oc,bchw->bohw", _MIX, x)
+    return torch.tanh(mixed) * torch.cos(timestep / 300) + 0.5 * torch.sin(x + timestep / 200)
+
+
+def normal_noise(seed: int = 1) -> tuple[torch.Generator, Callable[[], Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return generator, lambda: torch.randn(SHAPE, generator=generator)
+
+
+def run_diffusers(scheduler: Any, num_steps: int) -> Run:
+    """Step by step as diffusers' pipelines do; latents in the scale alpha**2 + sigma**2 == 1."""
+    scheduler.set_timesteps(num_steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    name = type(scheduler).__name__
+    is_stochastic = name in ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+    generator, noise = normal_noise()
+    x = noise() * scheduler.init_noise_sigma
+    latents = []
+    for index, timestep in enumerate(scheduler.timesteps):
+        output = network(scheduler.scale_model_input(x, timestep), timestep)
+        draws = {"generator": generator} if is_stochastic else {}
+        x = scheduler.step(output, timestep, x, **draws).prev_sample
+        scale = (1 + scheduler.sigmas[index + 1] ** 2) ** 0.5 if name.startswith("Euler") else 1.0
+        latents.append(x / scale)
+    return Run(latents, torch.randn(1, generator=generator))
+
+
+def run_ours(scheduler: Scheduler, num_steps: int) -> Run:
+    generator, noise = normal_noise()
+    levels = scheduler.levels(num_steps)
+    denoiser = classifier_free(
+        lambda x, level: (None, network(x, level.timestep)), scheduler.prediction_type, guidance_scale=1.0
+    )
+    steps = scheduler.sample(denoiser, scheduler.initial(noise(), levels), levels, noise)
+    return Run([step.latents for step in steps], torch.randn(1, generator=generator))
+
+
+def largest_relative_difference(ours: Run, theirs: Run) -> float:
+    """Over all steps, the norm of the difference over the norm; also checks that both drew the same noise."""
+    assert len(ours.latents) == len(theirs.latents)
+    assert torch.equal(ours.next_draw, theirs.next_draw)
+    pairs = zip(ours.latents, theirs.latents, strict=True)
+    return max(float((mine - other).norm() / other.norm()) for mine, other in pairs)

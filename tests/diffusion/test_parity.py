@@ -1,0 +1,196 @@
+"""Step for step against diffusers' five schedulers: same noise, same network, every spacing."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from typing import Any
+
+import diffusers
+import pytest
+
+from latentgen.diffusion.scheduler import Scheduler
+from tests.diffusion.references import (
+    STABLE_DIFFUSION,
+    largest_relative_difference,
+    network,
+    normal_noise,
+    run_diffusers,
+    run_ours,
+)
+
+SPACINGS = ("linspace", "leading", "trailing")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+NUM_STEPS = (5, 10, 50)
+TOLERANCE = 1e-5
+
+THRESHOLDING = {"thresholding": True, "sample_max_value": 2.0}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("DDPMScheduler", {"clip_sample": False}),
+    ("DDPMScheduler", {}),
+    ("DDPMScheduler", THRESHOLDING),
+    ("DDPMScheduler", {"variance_type": "fixed_small_log", "clip_sample": False}),
+    ("DDIMScheduler", {"clip_sample": False}),
+    ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    ("DDIMScheduler", {"clip_sample_range": 0.7}),
+    ("DDIMScheduler", THRESHOLDING),
+    ("EulerDiscreteScheduler", {}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "lower_order_final": False}),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "euler_at_final": True}),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", THRESHOLDING),
+]
+
+
+def build_diffusers(class_name: str, config: dict[str, Any]) -> Any:
+    return getattr(diffusers, class_name)(**config)
+
+
+def build_ours(class_name: str, config: dict[str, Any]) -> Scheduler:
+    return Scheduler.from_config({"_class_name": class_name, **config})
+
+
+def difference(class_name: str, config: dict[str, Any], num_steps: int) -> float:
+    theirs = run_diffusers(build_diffusers(class_name, config), num_steps)
+    return largest_relative_difference(run_ours(build_ours(class_name, config), num_steps), theirs)
+
+
+def is_comparable(class_name: str, spacing: str, prediction_type: str) -> bool:
+    """diffusers' DDIM is not on `linspace` (see below), its Euler ancestral has no `sample`."""
+    return (class_name, spacing) != ("DDIMScheduler", "linspace") and (class_name, prediction_type) != (
+        "EulerAncestralDiscreteScheduler",
+        "sample",
+    )
+
+
+@pytest.mark.parametrize(
+    ("class_name", "options", "spacing", "prediction_type"),
+    [
+        (class_name, options, spacing, prediction_type)
+        for (class_name, options), spacing, prediction_type in product(CASES, SPACINGS, PREDICTION_TYPES)
+        if is_comparable(class_name, spacing, prediction_type)
+    ],
+)
+def test_every_step_agrees(
+    class_name: str, options: dict[str, Any], spacing: str, prediction_type: str
+) -> None:
+    config = {
+        **STABLE_DIFFUSION,
+        **options,
+        "timestep_spacing": spacing,
+        "prediction_type": prediction_type,
+    }
+    for num_steps in NUM_STEPS:
+        assert difference(class_name, config, num_steps) <= TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{}, {"beta_schedule": "squaredcos_cap_v2"}], ids=["linear", "cosine"])
+@pytest.mark.parametrize(
+    "class_name",
+    ["DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"],
+)
+def test_other_schedules_agree(class_name: str, options: dict[str, Any]) -> None:
+    # The cosine schedule's last sigma_ve is 20,000, where Euler's own scale has no digits left in float32.
+    spacing = "leading" if class_name.startswith("Euler") else "trailing"
+    for num_steps in NUM_STEPS:
+        assert difference(class_name, {**options, "timestep_spacing": spacing}, num_steps) <= TOLERANCE
+
+
+@pytest.mark.parametrize("class_name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_karras_sigmas_agree_on_the_linear_schedule(class_name: str) -> None:
+    for num_steps in NUM_STEPS:
+        assert difference(class_name, {"use_karras_sigmas": True}, num_steps) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("class_name", "tolerance"),
+    [
+        ("DDPMScheduler", TOLERANCE),
+        ("DDIMScheduler", TOLERANCE),
+        # At sigma_ve 4096 diffusers' own float32 steps lose four digits: x = 4096 * noise + x0.
+        ("EulerDiscreteScheduler", 1e-4),
+        ("EulerAncestralDiscreteScheduler", 1e-4),
+        ("DPMSolverMultistepScheduler", TOLERANCE),
+    ],
+)
+def test_zero_terminal_snr_agrees(class_name: str, tolerance: float) -> None:
+    config = {
+        **STABLE_DIFFUSION,
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    }
+    for num_steps in NUM_STEPS:
+        assert difference(class_name, config, num_steps) <= tolerance
+
+
+@pytest.mark.parametrize("num_steps", NUM_STEPS)
+def test_ddim_ends_each_step_where_the_next_begins(num_steps: int) -> None:
+    """The intended departure: on `linspace`, diffusers' DDIM lands beside the level of its own next step.
+
+    Ours visits the same timesteps; Euler, the same step, is the oracle when it is given these by hand.
+    """
+    scheduler = build_ours("DDIMScheduler", {"timestep_spacing": "linspace", "clip_sample": False})
+    levels = scheduler.levels(num_steps)
+    ddim = diffusers.DDIMScheduler(timestep_spacing="linspace")
+    ddim.set_timesteps(num_steps)
+    assert [level.timestep for level in levels[:-1]] == ddim.timesteps.tolist()
+
+    oracle = diffusers.EulerDiscreteScheduler()
+    oracle.set_timesteps(timesteps=[int(level.timestep) for level in levels[:-1]])
+    _, noise = normal_noise()
+    x = start = noise()
+    for index, timestep in enumerate(oracle.timesteps):
+        if index == 0:
+            x = start * (1 + oracle.sigmas[0] ** 2) ** 0.5
+        x = oracle.step(network(oracle.scale_model_input(x, timestep), timestep), timestep, x).prev_sample
+
+    *_, last = scheduler.sample(
+        lambda x, level: (x - level.sigma * network(x, level.timestep)) / level.alpha, start, levels, noise
+    )
+    assert (last.latents - x).norm() / x.norm() <= TOLERANCE
+
+
+@pytest.mark.parametrize("class_name", sorted({name for name, _ in CASES}))
+def test_saved_configs_load_in_both_directions(class_name: str) -> None:
+    scheduler_class = getattr(diffusers, class_name)
+    saved = json.loads(scheduler_class(**STABLE_DIFFUSION).to_json_string())
+    ours = Scheduler.from_config(saved)
+    written = json.loads(json.dumps(ours.to_config()))
+    assert Scheduler.from_config(written) == ours
+
+    theirs = scheduler_class.from_config(written)
+    assert largest_relative_difference(run_ours(ours, 10), run_diffusers(theirs, 10)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "options"),
+    [
+        ("ddpm", "DDPMScheduler", {}),
+        ("ddim", "DDIMScheduler", {}),
+        ("euler", "EulerDiscreteScheduler", {}),
+        ("euler_karras", "EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("euler_ancestral", "EulerAncestralDiscreteScheduler", {}),
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", {}),
+        ("dpmpp_2m_karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    ],
+)
+@pytest.mark.parametrize("spacing", [{}, {"timestep_spacing": "trailing"}])
+def test_a_change_of_solver_is_diffusers_from_config(
+    name: str, class_name: str, options: dict[str, Any], spacing: dict[str, str]
+) -> None:
+    """Solver names change what diffusers' `OtherScheduler.from_config(scheduler.config)` changes, no more."""
+    checkpoint = diffusers.DDIMScheduler(
+        **STABLE_DIFFUSION, clip_sample=False, set_alpha_to_one=False, **spacing
+    )
+    theirs = getattr(diffusers, class_name).from_config(checkpoint.config, **options)
+    stored = {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False, **spacing}
+    ours = build_ours("DDIMScheduler", stored).with_solver(name)
+    assert ours.name == name
+    assert largest_relative_difference(run_ours(ours, 10), run_diffusers(theirs, 10)) <= TOLERANCE

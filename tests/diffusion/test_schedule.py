@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from latentgen.diffusion.schedule import (
+    NoiseLevel,
+    NoiseSchedule,
+    Spacing,
+    karras_sigmas,
+    spaced_timesteps,
+)
+from latentgen.errors import ConfigError, InputError
+
+STABLE_DIFFUSION = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def test_published_values() -> None:
+    assert STABLE_DIFFUSION.alphas_cumprod[999] == pytest.approx(0.00466010, abs=1e-8)
+    assert STABLE_DIFFUSION.sigmas_ve[[0, 999]] == pytest.approx([0.0291672, 14.61464], rel=2e-5)
+    assert NoiseSchedule().alphas_cumprod[999] == pytest.approx(4.03583e-5, rel=1e-5)
+    assert NoiseSchedule().sigmas_ve[999] == pytest.approx(157.4073, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100},
+        {"rescale_betas_zero_snr": True},
+        {"num_train_timesteps": 5, "trained_betas": (0.1, 0.2, 0.3, 0.4, 0.5)},
+    ],
+)
+def test_alphas_cumprod_are_those_of_diffusers(options: dict[str, Any]) -> None:
+    theirs = diffusers.DDIMScheduler(**options).alphas_cumprod.double().numpy()
+    ours = NoiseSchedule(**options).alphas_cumprod
+    assert ours.dtype == np.float64
+    np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-12)
+
+
+def test_zero_terminal_snr_keeps_the_first_level_and_ends_in_pure_noise() -> None:
+    schedule = NoiseSchedule(rescale_betas_zero_snr=True)
+    assert schedule.level(0).alpha == pytest.approx(NoiseSchedule().level(0).alpha, abs=1e-7)
+    assert schedule.level(999) == NoiseLevel(0.0, 1.0, 999.0)
+    assert schedule.sigmas_ve[999] == pytest.approx(4096.0)
+
+
+def test_levels_are_variance_preserving_and_one_table_serves_both_forms() -> None:
+    timesteps = torch.tensor([0, 17, 500, 999])
+    batch = STABLE_DIFFUSION.batch(timesteps)
+    assert batch.alpha.shape == (4, 1, 1, 1)
+    assert batch.alpha.dtype == torch.float32
+    assert torch.equal(batch.timestep, timesteps)
+    for index, timestep in enumerate(timesteps.tolist()):
+        level = STABLE_DIFFUSION.level(timestep)
+        assert level.alpha**2 + level.sigma**2 == pytest.approx(1.0, abs=1e-15)
+        assert float(batch.alpha[index]) == pytest.approx(level.alpha, rel=1e-7)
+        assert float(batch.sigma[index]) == pytest.approx(level.sigma, rel=1e-7)
+        sigma_ve = float(STABLE_DIFFUSION.sigmas_ve[timestep])
+        assert NoiseLevel.from_sigma_ve(sigma_ve, timestep) == pytest.approx(level, rel=1e-12)
+
+
+def test_log_snr() -> None:
+    assert NoiseLevel.from_sigma_ve(2.0, 0.0).log_snr == pytest.approx(-math.log(2.0))
+    assert NoiseLevel(1.0, 0.0, 0.0).log_snr == math.inf
+    assert NoiseLevel(0.0, 1.0, 0.0).log_snr == -math.inf
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000])
+def test_levels_outside_the_schedule_are_refused(timestep: int) -> None:
+    with pytest.raises(InputError, match=r"0\.\.999"):
+        STABLE_DIFFUSION.level(timestep)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("open_end", [False, True])
+def test_spacings_are_those_of_diffusers_at_any_number_of_steps(spacing: Spacing, open_end: bool) -> None:
+    oracle_class = diffusers.DPMSolverMultistepScheduler if open_end else diffusers.DDPMScheduler
+    oracle = oracle_class(timestep_spacing=spacing, steps_offset=1)
+    for num_steps in (*range(1, 120), 250, 333, 500, 998):
+        oracle.set_timesteps(num_steps)
+        ours = spaced_timesteps(spacing, 1000, num_steps, steps_offset=1, open_end=open_end)
+        # diffusers' trailing is one too long now and then; its -1 is no timestep.
+        assert np.round(ours).tolist() == oracle.timesteps.tolist()[:num_steps]
+
+
+@pytest.mark.parametrize("num_steps", [0, -3, 1001])
+def test_step_counts_that_do_not_fit_are_refused(num_steps: int) -> None:
+    with pytest.raises(InputError, match=r"1\.\.1000"):
+        spaced_timesteps("linspace", 1000, num_steps)
+
+
+def test_an_offset_beyond_the_schedule_is_refused() -> None:
+    with pytest.raises(InputError, match="use fewer steps"):
+        spaced_timesteps("leading", 1000, 1000, steps_offset=1)
+
+
+def test_karras_sigmas_keep_both_ends_and_are_even_in_the_seventh_root() -> None:
+    sigmas = karras_sigmas(0.03, 14.6, 12)
+    assert sigmas[[0, -1]] == pytest.approx([14.6, 0.03])
+    steps = np.diff(sigmas ** (1 / 7))
+    np.testing.assert_allclose(steps, steps[0])
+
+
+def test_timestep_at_inverts_sigma_ve_at() -> None:
+    timesteps = np.array([0.0, 12.0, 500.0, 999.0])
+    np.testing.assert_allclose(
+        STABLE_DIFFUSION.timestep_at(STABLE_DIFFUSION.sigma_ve_at(timesteps)), timesteps, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_train_timesteps": 1}, "num_train_timesteps"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps"),
+        ({"beta_start": 0.0}, "beta_start"),
+        ({"beta_start": 0.03}, "beta_start"),
+        ({"beta_end": 1.0}, "beta_end"),
+        ({"beta_end": math.nan}, "beta_end"),
+        ({"beta_schedule": "sigmoid"}, "sigmoid"),
+        ({"num_train_timesteps": 2, "trained_betas": (0.1,)}, "as many"),
+        ({"num_train_timesteps": 2, "trained_betas": (1.0, 0.1)}, r"trained_betas\[0\]"),
+        ({"num_train_timesteps": 2, "trained_betas": (0.1, math.nan)}, r"trained_betas\[1\]"),
+    ],
+)
+def test_bad_schedules_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        NoiseSchedule(**options)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
+from latentgen.diffusion.scheduler import SOLVER_NAMES, Scheduler, Step
+from latentgen.errors import ConfigError, InputError
+
+CHECKPOINT = Scheduler(
+    NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+SHAPE = (1, 4, 4, 4)
+
+
+def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
+    return torch.tanh(x * level.alpha)
+
+
+def start(seed: int) -> tuple[torch.Generator, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return generator, torch.randn(SHAPE, generator=generator)
+
+
+def run(scheduler: Scheduler, num_steps: int, seed: int) -> list[Step]:
+    generator, latents = start(seed)
+    levels = scheduler.levels(num_steps)
+    begin = scheduler.initial(latents, levels)
+    return list(scheduler.sample(denoise, begin, levels, lambda: torch.randn(SHAPE, generator=generator)))
+
+
+class NoNoise:
+    """Zeros in place of noise; counts how often it was asked for."""
+
+    def __init__(self) -> None:
+        self.num_draws = 0
+
+    def __call__(self) -> Tensor:
+        self.num_draws += 1
+        return torch.zeros(SHAPE)
+
+
+def test_solver_names() -> None:
+    assert set(SOLVER_NAMES) == {
+        "ddpm",
+        "ddim",
+        "euler",
+        "euler_karras",
+        "euler_ancestral",
+        "dpmpp_2m",
+        "dpmpp_2m_karras",
+    }
+
+
+@pytest.mark.parametrize("name", SOLVER_NAMES)
+def test_a_run_falls_to_clean_data_and_reports_each_step(name: str) -> None:
+    scheduler = CHECKPOINT.with_solver(name)
+    levels = scheduler.levels(6)
+    assert len(levels) == 7
+    assert all(level.sigma > target.sigma for level, target in pairwise(levels))
+    assert levels[-1] == (scheduler.schedule.level(0) if name == "ddim" else CLEAN)
+    steps = run(scheduler, 6, seed=0)
+    assert [step.index for step in steps] == list(range(6))
+    assert [step.level for step in steps] == list(levels[1:])
+    assert all(step.latents.shape == step.x0.shape == SHAPE for step in steps)
+
+
+@pytest.mark.parametrize("name", SOLVER_NAMES)
+def test_one_object_serves_many_threads(name: str) -> None:
+    scheduler = CHECKPOINT.with_solver(name)
+    alone = [run(scheduler, 12, seed)[-1].latents for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda seed: run(scheduler, 12, seed)[-1].latents, range(8)))
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", SOLVER_NAMES)
+def test_inputs_are_not_changed(name: str) -> None:
+    _, latents = start(0)
+    kept = latents.clone()
+    scheduler = CHECKPOINT.with_solver(name)
+    levels = scheduler.levels(4)
+    list(scheduler.sample(denoise, scheduler.initial(latents, levels), levels, NoNoise()))
+    assert torch.equal(latents, kept)
+
+
+def test_a_run_may_begin_at_a_later_level() -> None:
+    """What image to image does: the tail of a run from its own latents is the same run."""
+    levels = CHECKPOINT.levels(10)
+    whole = run(CHECKPOINT, 10, seed=3)
+    tail = list(CHECKPOINT.sample(denoise, whole[3].latents, levels[4:], NoNoise()))
+    assert len(tail) == 6
+    assert torch.equal(tail[-1].latents, whole[-1].latents)
+
+
+def test_an_abandoned_run_leaves_no_trace() -> None:
+    scheduler = CHECKPOINT.with_solver("dpmpp_2m")
+    levels = scheduler.levels(8)
+    _, latents = start(1)
+    next(iter(scheduler.sample(denoise, latents, levels, NoNoise())))
+    assert torch.equal(run(scheduler, 8, seed=1)[-1].latents, run(scheduler, 8, seed=1)[-1].latents)
+
+
+def test_every_row_of_a_batch_is_its_own_run() -> None:
+    scheduler = CHECKPOINT.with_solver("dpmpp_2m_karras")
+    levels = scheduler.levels(9)
+    rows = [start(seed)[1] for seed in range(4)]
+    *_, batch = scheduler.sample(denoise, torch.cat(rows), levels, NoNoise())
+    for index, row in enumerate(rows):
+        *_, alone = scheduler.sample(denoise, row, levels, NoNoise())
+        torch.testing.assert_close(batch.latents[index : index + 1], alone.latents, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_draws"),
+    [("ddpm", 5), ("euler_ancestral", 5), ("ddim", 0), ("euler", 0), ("dpmpp_2m", 0)],
+)
+def test_noise_is_drawn_only_where_a_step_uses_it(name: str, num_draws: int) -> None:
+    noise = NoNoise()
+    scheduler = CHECKPOINT.with_solver(name)
+    list(scheduler.sample(denoise, start(0)[1], scheduler.levels(5), noise))
+    assert noise.num_draws == num_draws
+
+
+def test_ddpm_draws_nothing_at_timestep_0() -> None:
+    noise = NoNoise()
+    scheduler = Scheduler(solver="ddpm")
+    levels = scheduler.levels(5)
+    list(scheduler.sample(denoise, start(0)[1], levels, noise))
+    assert levels[4].timestep == 0.0
+    assert noise.num_draws == 4
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_initial_noise_of_euler_is_scaled_unless_the_spacing_is_leading(spacing: str) -> None:
+    scheduler = Scheduler.from_config({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": spacing})
+    levels = scheduler.levels(10)
+    expected = 1.0 if spacing == "leading" else levels[0].sigma
+    assert float(scheduler.initial(torch.ones(1), levels)) == pytest.approx(expected)
+    assert float(scheduler.with_solver("dpmpp_2m").initial(torch.ones(1), levels)) == 1.0
+
+
+def test_unknown_solver_names_are_refused_with_the_list() -> None:
+    with pytest.raises(InputError, match="dpmpp_2m_karras"):
+        CHECKPOINT.with_solver("dpm++")
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 1001, True, 2.5, "10"])
+def test_bad_step_counts_are_refused(num_steps: int) -> None:
+    with pytest.raises(InputError, match="number of steps"):
+        CHECKPOINT.levels(num_steps)
+
+
+def test_a_run_needs_two_levels() -> None:
+    with pytest.raises(InputError, match="two noise levels"):
+        CHECKPOINT.sample(denoise, start(0)[1], (CLEAN,), NoNoise())
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_epsilon_at_zero_snr_is_refused_where_it_cannot_work(solver: str) -> None:
+    zero_snr = Scheduler(NoiseSchedule(rescale_betas_zero_snr=True), spacing="trailing").with_solver(solver)
+    with pytest.raises(ConfigError, match="epsilon"):
+        zero_snr.levels(10)
+    assert zero_snr.with_solver("euler").levels(10)[0].alpha > 0

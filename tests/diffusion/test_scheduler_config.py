@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from typing import Any
+
+import pytest
+
+from latentgen.diffusion.prediction import Clipping
+from latentgen.diffusion.schedule import NoiseSchedule
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import ConfigError
+
+# The scheduler_config.json of Stable Diffusion 1.5, and that of Stable Diffusion XL.
+SD15 = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+SDXL = {
+    **SD15,
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+STABLE_DIFFUSION = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def ddim(**options: object) -> dict[str, object]:
+    return {"_class_name": "DDIMScheduler", **options}
+
+
+def test_stable_diffusion_15_is_sampled_with_ddim_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="PNDMScheduler"):
+        scheduler = Scheduler.from_config(SD15)
+    assert scheduler == Scheduler(STABLE_DIFFUSION, solver="ddim", set_alpha_to_one=False, steps_offset=1)
+
+
+def test_stable_diffusion_xl() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler = Scheduler.from_config(SDXL)
+    assert scheduler == Scheduler(
+        STABLE_DIFFUSION, solver="euler", spacing="leading", set_alpha_to_one=False, steps_offset=1
+    )
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        Scheduler(),
+        Scheduler(
+            solver="ddpm", clipping=Clipping(clip_sample=True, thresholding=True, sample_max_value=3.0)
+        ),
+        Scheduler(STABLE_DIFFUSION, "v_prediction", "euler", "trailing", set_alpha_to_one=False),
+        Scheduler(solver="euler", use_karras_sigmas=True, final_sigmas_type="sigma_min", steps_offset=1),
+        Scheduler(solver="euler_ancestral", clipping=Clipping(clip_sample=True), lower_order_final=False),
+        Scheduler(solver="dpmpp_2m", lower_order_final=False, euler_at_final=True),
+        Scheduler(NoiseSchedule(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3))),
+        Scheduler(NoiseSchedule(rescale_betas_zero_snr=True), "sample", "dpmpp_2m", "linspace"),
+    ],
+    ids=lambda scheduler: scheduler.name,
+)
+def test_a_scheduler_survives_the_round_trip(scheduler: Scheduler) -> None:
+    assert Scheduler.from_config(json.loads(json.dumps(scheduler.to_config()))) == scheduler
+
+
+def test_defaults_of_the_classes_that_clip() -> None:
+    assert Scheduler.from_config({"_class_name": "DDPMScheduler"}).clipping.clip_sample
+    assert Scheduler.from_config(ddim()).clipping.clip_sample
+    assert not Scheduler.from_config({"_class_name": "EulerDiscreteScheduler"}).clipping.clip_sample
+
+
+def test_negative_infinity_is_how_diffusers_writes_no_bound() -> None:
+    config = json.loads('{"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -Infinity}')
+    assert Scheduler.from_config(config).solver == "dpmpp_2m"
+
+
+@pytest.mark.parametrize("class_name", ["HeunDiscreteScheduler", "os.system", None, 3, ["DDIMScheduler"]])
+def test_other_classes_are_refused_with_the_list(class_name: Any) -> None:
+    with pytest.raises(ConfigError, match="EulerDiscreteScheduler"):
+        Scheduler.from_config({"_class_name": class_name})
+
+
+def test_unknown_keys_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="beta_sched"):
+        Scheduler.from_config(ddim(beta_sched="linear"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("beta_start", "0.1"),
+        ("beta_start", math.nan),
+        ("beta_start", -1.0),
+        ("beta_end", 10**400),
+        ("beta_end", math.inf),
+        ("beta_schedule", "exp"),
+        ("beta_schedule", None),
+        ("num_train_timesteps", 10.0),
+        ("num_train_timesteps", True),
+        ("num_train_timesteps", 10**12),
+        ("trained_betas", "0.1"),
+        ("trained_betas", [0.1, None]),
+        ("trained_betas", []),
+        ("clip_sample", "no"),
+        ("clip_sample", 1),
+        ("clip_sample_range", -1.0),
+        ("thresholding", None),
+        ("dynamic_thresholding_ratio", 2),
+        ("sample_max_value", 0.1),
+        ("prediction_type", "flow"),
+        ("prediction_type", ["epsilon"]),
+        ("timestep_spacing", "even"),
+        ("steps_offset", -1),
+        ("steps_offset", 1000),
+        ("set_alpha_to_one", "true"),
+        ("final_sigmas_type", "one"),
+        ("use_karras_sigmas", 0),
+    ],
+)
+def test_bad_values_are_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key):
+        Scheduler.from_config(ddim(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("algorithm_type", "sde-dpmsolver++"),
+        ("interpolation_type", "log_linear"),
+        ("lambda_min_clipped", -5.1),
+        ("sigma_min", 0.1),
+        ("solver_order", 3),
+        ("solver_type", "heun"),
+        ("timestep_type", "continuous"),
+        ("use_beta_sigmas", True),
+        ("use_exponential_sigmas", True),
+        ("use_flow_sigmas", True),
+        ("use_lu_lambdas", True),
+        ("variance_type", "learned_range"),
+    ],
+)
+def test_features_that_are_not_implemented_are_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.*not implemented"):
+        Scheduler.from_config({"_class_name": "DPMSolverMultistepScheduler", key: value})

@@ -1,0 +1,191 @@
+"""The steps against the papers' own formulas, in float64, and against problems with a known solution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from latentgen.diffusion.prediction import Denoiser
+from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.diffusion.solvers import Evaluation, SolverName, dpmpp_2m_step, first_order_step
+
+STABLE_DIFFUSION = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+MEAN, DEVIATION = 0.5, 0.4
+
+timesteps = st.lists(st.integers(0, 999), min_size=2, max_size=2, unique=True).map(sorted)
+
+
+def draw(seed: int) -> Tensor:
+    return torch.randn(64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+X, X0, NOISE = draw(0), draw(1), draw(2)
+
+
+def levels_at(pair: list[int]) -> tuple[NoiseLevel, NoiseLevel]:
+    return STABLE_DIFFUSION.level(pair[1]), STABLE_DIFFUSION.level(pair[0])
+
+
+@given(timesteps)
+def test_at_eta_1_it_is_the_posterior_of_ddpm(pair: list[int]) -> None:
+    level, target = levels_at(pair)
+    ratio = level.alpha**2 / target.alpha**2  # alphas_cumprod_t / alphas_cumprod_s
+    beta = 1 - ratio
+    mean = (target.alpha * beta / level.sigma**2) * X0 + (
+        math.sqrt(ratio) * target.sigma**2 / level.sigma**2
+    ) * X
+    expected = mean + math.sqrt(target.sigma**2 / level.sigma**2 * beta) * NOISE
+    torch.testing.assert_close(
+        first_order_step(X, X0, level, target, eta=1.0, noise=NOISE), expected, rtol=1e-11, atol=1e-11
+    )
+
+
+@given(timesteps)
+def test_at_eta_0_it_is_euler_in_sigma_ve(pair: list[int]) -> None:
+    level, target = levels_at(pair)
+    x_ve = X / level.alpha
+    sigma, sigma_next = level.sigma / level.alpha, target.sigma / target.alpha
+    derivative = (x_ve - X0) / sigma
+    expected = target.alpha * (x_ve + derivative * (sigma_next - sigma))
+    torch.testing.assert_close(first_order_step(X, X0, level, target), expected, rtol=1e-11, atol=1e-11)
+
+
+@given(timesteps)
+def test_at_eta_1_it_is_euler_ancestral(pair: list[int]) -> None:
+    level, target = levels_at(pair)
+    x_ve = X / level.alpha
+    sigma, sigma_next = level.sigma / level.alpha, target.sigma / target.alpha
+    sigma_up = math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)
+    sigma_down = math.sqrt(sigma_next**2 - sigma_up**2)
+    stepped = x_ve + (x_ve - X0) / sigma * (sigma_down - sigma)
+    expected = target.alpha * (stepped + sigma_up * NOISE)
+    torch.testing.assert_close(
+        first_order_step(X, X0, level, target, eta=1.0, noise=NOISE), expected, rtol=1e-10, atol=1e-10
+    )
+
+
+@given(timesteps, st.floats(0.0, 1.0))
+def test_any_eta_is_ddim_with_that_eta(pair: list[int], eta: float) -> None:
+    level, target = levels_at(pair)
+    epsilon = (X - level.alpha * X0) / level.sigma
+    remaining = 1 - level.alpha**2 / target.alpha**2
+    sigma_t = eta * target.sigma / level.sigma * math.sqrt(remaining)
+    expected = target.alpha * X0 + math.sqrt(target.sigma**2 - sigma_t**2) * epsilon + sigma_t * NOISE
+    torch.testing.assert_close(
+        first_order_step(X, X0, level, target, eta=eta, noise=NOISE), expected, rtol=1e-11, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_step_from_pure_noise_is_finite_and_a_step_to_clean_data_is_x0(eta: float) -> None:
+    pure_noise = NoiseLevel(0.0, 1.0, 999.0)
+    x = first_order_step(X, X0, pure_noise, STABLE_DIFFUSION.level(900), eta, NOISE)
+    assert x.isfinite().all()
+    last = STABLE_DIFFUSION.level(1)
+    torch.testing.assert_close(first_order_step(X, X0, last, CLEAN, eta, NOISE), X0, rtol=0, atol=1e-15)
+
+
+def test_dpmpp_2m_without_history_is_of_first_order() -> None:
+    level, target = STABLE_DIFFUSION.level(800), STABLE_DIFFUSION.level(600)
+    stepped = dpmpp_2m_step(X, Evaluation(level, X0), target, (), None)
+    assert torch.equal(stepped, first_order_step(X, X0, level, target))
+
+
+def test_dpmpp_2m_is_the_formula_of_its_paper() -> None:
+    """arXiv 2211.01095, algorithm 2, in the paper's own terms."""
+    before, level, target = (STABLE_DIFFUSION.level(timestep) for timestep in (900, 700, 550))
+    h, h_before = target.log_snr - level.log_snr, level.log_snr - before.log_snr
+    r = h_before / h
+    d = (1 + 1 / (2 * r)) * X0 - 1 / (2 * r) * NOISE
+    expected = target.sigma / level.sigma * X - target.alpha * math.expm1(-h) * d
+    history = (Evaluation(before, NOISE),)
+    torch.testing.assert_close(
+        dpmpp_2m_step(X, Evaluation(level, X0), target, history, None), expected, rtol=1e-11, atol=1e-11
+    )
+
+
+def gaussian_denoiser(x: Tensor, level: NoiseLevel) -> Tensor:
+    """E[x0 | x] for x0 normal with MEAN and DEVIATION."""
+    variance = level.alpha**2 * DEVIATION**2 + level.sigma**2
+    return MEAN + level.alpha * DEVIATION**2 / variance * (x - level.alpha * MEAN)
+
+
+def gaussian_flow(x: Tensor, level: NoiseLevel, target: NoiseLevel) -> Tensor:
+    """The exact solution of the probability flow for that data: it keeps (x - mean) / deviation."""
+
+    def deviation(at: NoiseLevel) -> float:
+        return math.sqrt(at.alpha**2 * DEVIATION**2 + at.sigma**2)
+
+    return target.alpha * MEAN + (x - level.alpha * MEAN) * deviation(target) / deviation(level)
+
+
+def no_noise() -> Tensor:
+    raise AssertionError("a deterministic solver drew noise")
+
+
+def finish(
+    scheduler: Scheduler, denoiser: Denoiser, x: Tensor, num_steps: int, noise: Callable[[], Tensor]
+) -> tuple[Tensor, tuple[NoiseLevel, ...]]:
+    levels = scheduler.levels(num_steps)
+    *_, last = scheduler.sample(denoiser, x, levels, noise)
+    return last.latents, levels
+
+
+@pytest.mark.parametrize(("solver", "order", "slack"), [("euler", 1.0, 0.15), ("dpmpp_2m", 2.0, 0.2)])
+def test_order_of_convergence(solver: SolverName, order: float, slack: float) -> None:
+    scheduler = Scheduler(
+        STABLE_DIFFUSION, solver=solver, use_karras_sigmas=True, final_sigmas_type="sigma_min"
+    )
+    errors, step_counts = [], (20, 40, 80, 160)
+    for num_steps in step_counts:
+        x, levels = finish(scheduler, gaussian_denoiser, X, num_steps, no_noise)
+        errors.append(float((x - gaussian_flow(X, levels[0], levels[-1])).norm()))
+    slope = -np.polyfit(np.log(step_counts), np.log(errors), 1)[0]
+    assert slope == pytest.approx(order, abs=slack)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp_2m"])
+def test_deterministic_solvers_find_the_exact_solution(solver: SolverName) -> None:
+    x, levels = finish(Scheduler(STABLE_DIFFUSION, solver=solver), gaussian_denoiser, X, 200, no_noise)
+    exact = gaussian_flow(X, levels[0], levels[-1])
+    assert (x - exact).norm() / exact.norm() < 0.02
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "euler_ancestral"])
+def test_stochastic_solvers_sample_the_data_distribution(solver: SolverName) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def noise() -> Tensor:
+        return torch.randn(20_000, generator=generator, dtype=torch.float64)
+
+    scheduler = Scheduler(STABLE_DIFFUSION, solver=solver)
+    samples, _ = finish(scheduler, gaussian_denoiser, noise(), 1000, noise)
+    assert float(samples.mean()) == pytest.approx(MEAN, abs=0.015)
+    assert float(samples.std()) == pytest.approx(DEVIATION, rel=0.02)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "euler_ancestral"])
+def test_for_one_data_point_every_marginal_is_exact(solver: SolverName) -> None:
+    """With x0 known, x stays distributed as alpha * x0 + sigma * noise, whatever the number of steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise() -> Tensor:
+        return torch.randn(20_000, generator=generator, dtype=torch.float64)
+
+    scheduler = Scheduler(STABLE_DIFFUSION, solver=solver)
+    levels = scheduler.levels(7)
+    start = levels[0].alpha * MEAN + levels[0].sigma * noise()
+    steps = list(scheduler.sample(lambda x, level: torch.full_like(x, MEAN), start, levels, noise))
+    for step in steps[:-1]:
+        residual = (step.latents - step.level.alpha * MEAN) / step.level.sigma
+        assert float(residual.mean()) == pytest.approx(0.0, abs=0.03)
+        assert float(residual.std()) == pytest.approx(1.0, abs=0.03)
+    assert float((steps[-1].latents - MEAN).abs().max()) < 1e-12
