@@ -215,7 +215,8 @@ def _as_path(source: str | Path) -> Path:
         path = Path(source).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointNotFoundError(f"{quote(source)} is not a path to a checkpoint: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointNotFoundError(f"{quote(source)} is not a path to a checkpoint: {reason}") from error
     return path
 
 

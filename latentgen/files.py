@@ -23,6 +23,7 @@ from latentgen.errors import (
 
 MAX_JSON_BYTES = 16 * 2**20
 _MARKUP = re.compile(rb"\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
+_MAX_PATH_BYTES = 255  # what every common file system takes for a single name
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 200
 _DRIVE_LETTER = re.compile(r"[A-Za-z]:")
@@ -161,9 +162,11 @@ def _path_problem(relative: object) -> str | None:
     if "\0" in relative or "\\" in relative:
         return "holds a NUL byte or a backslash; allowed are relative paths with forward slashes"
     try:
-        relative.encode("utf-8")
+        data = relative.encode("utf-8")
     except UnicodeEncodeError:
         return "is not valid Unicode"
+    if len(data) > _MAX_PATH_BYTES:
+        return f"is {len(data):,} bytes long; allowed are {_MAX_PATH_BYTES}"
     if relative.startswith("/") or _DRIVE_LETTER.match(relative):
         return "is absolute; allowed are paths inside the checkpoint's folder"
     if ".." in relative.split("/"):

@@ -136,6 +136,7 @@ def test_missing_json_is_not_found(tmp_path: Path) -> None:
         "unet\\weights",
         "nul\0byte",
         "half\ud800surrogate",
+        "ü" * 128,
         "",
         7,
         None,

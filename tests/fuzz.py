@@ -1,0 +1,206 @@
+"""Feed damaged checkpoints to everything that reads them: only a LatentgenError may come out.
+
+    python tests/fuzz.py --cases 20000 [--seed 0]
+
+Each case takes a sound file, damages it a few times and reads it. A case is a seed: a failure prints the seed
+that makes it again. Exit code 1 if any case raised another exception or took longer than two seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from latentgen.checkpoint import CheckpointFolder
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import LatentgenError
+from latentgen.headers import read_header
+from latentgen.inspection import inspect
+from latentgen.models.text import CLIPTextConfig
+from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import VAEConfig
+
+SECONDS = 2.0
+
+HEADER = {
+    "__metadata__": {"format": "pt"},
+    "conv_in.weight": {"dtype": "F32", "shape": [2, 4, 1, 1], "data_offsets": [0, 32]},
+    "conv_in.bias": {"dtype": "BF16", "shape": [2], "data_offsets": [32, 36]},
+    "down_blocks.0.attn2.to_k.weight": {"dtype": "F16", "shape": [2, 8], "data_offsets": [36, 68]},
+}
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+}
+SHARD_INDEX = {
+    "metadata": {"total_size": 68},
+    "weight_map": dict.fromkeys(HEADER, "diffusion_pytorch_model-00001-of-00001.safetensors"),
+}
+UNET = UNetConfig(
+    block_out_channels=(32, 64),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+).to_json()
+VAE = VAEConfig(
+    block_out_channels=(32, 64),
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+).to_json()
+TEXT = CLIPTextConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4).to_json()
+SCHEDULER = Scheduler().to_config()
+
+ODD_NUMBERS = (-1, 0, 1, 3, 2**31, 2**63, 10**400, 0.5, -1e308, float("nan"), float("inf"))
+ODD_TEXTS = ("", "auto", "F16", "../secret", "/etc/passwd", "C:\\x", "nul\0", "\ud800", "x" * 10_000)
+ODD_VALUES = (None, True, *ODD_NUMBERS, *ODD_TEXTS, [], [[]], [0], [1] * 100, {}, {"a": {}})
+
+
+def damage(value: Any, rng: random.Random) -> Any:
+    """One change somewhere in a JSON value: replaced, removed, doubled, renamed or nested."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        result, key = dict(value), rng.choice(list(value))
+        match rng.randrange(6):
+            case 0:
+                del result[key]
+            case 1:
+                result[str(rng.choice(ODD_VALUES))] = result[key]
+            case _:
+                result[key] = damage(result[key], rng)
+        return result
+    if isinstance(value, list) and value and rng.random() < 0.7:
+        position = rng.randrange(len(value))
+        match rng.randrange(4):
+            case 0:
+                return value[:position] + value[position + 1 :]
+            case 1:
+                return value + [value[position]] * rng.choice((1, 1000))
+            case _:
+                return [*value[:position], damage(value[position], rng), *value[position + 1 :]]
+    return copy.deepcopy(rng.choice(ODD_VALUES)) if rng.random() < 0.9 else [value]
+
+
+def damage_bytes(data: bytes, rng: random.Random) -> bytes:
+    """One change somewhere in a file: cut, cut out, overwritten or inserted."""
+    begin = rng.randrange(len(data) + 1)
+    end = min(len(data), begin + rng.choice((0, 1, 4, 64)))
+    match rng.randrange(3):
+        case 0:
+            return data[:begin]
+        case 1:
+            return data[:begin] + data[end:]
+        case _:
+            return data[:begin] + rng.randbytes(rng.choice((1, 4, 64))) + data[end:]
+
+
+def encode(value: Any, rng: random.Random) -> bytes:
+    data = json.dumps(value).encode()
+    return damage_bytes(data, rng) if rng.random() < 0.1 else data
+
+
+def safetensors_file(rng: random.Random) -> bytes:
+    header: Any = HEADER
+    for _ in range(rng.randrange(4)):
+        header = damage(header, rng)
+    text = encode(header, rng)
+    data = len(text).to_bytes(8, "little") + text + bytes(68)
+    return damage_bytes(data, rng) if rng.random() < 0.3 else data
+
+
+def fuzz_header(folder: Path, rng: random.Random) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(safetensors_file(rng))
+    read_header(path)
+
+
+def fuzz_folder(folder: Path, rng: random.Random) -> None:
+    """A folder of which each file may be damaged, opened and inspected."""
+    (folder / "unet").mkdir(exist_ok=True)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    stem = folder / "unet" / "diffusion_pytorch_model"
+    for path, sound in (
+        (folder / "model_index.json", MODEL_INDEX),
+        (folder / "scheduler" / "scheduler_config.json", SCHEDULER),
+        (folder / "unet" / "config.json", UNET),
+        (Path(f"{stem}.safetensors.index.json"), SHARD_INDEX),
+    ):
+        path.write_bytes(encode(damage(sound, rng) if rng.random() < 0.4 else sound, rng))
+    Path(f"{stem}-00001-of-00001.safetensors").write_bytes(safetensors_file(rng))
+    opened = CheckpointFolder.open(folder)
+    for component in opened.components:
+        opened.folder(component)
+    inspect(folder).lines()
+
+
+def fuzz_config(sound: dict[str, Any], read: Callable[[dict[str, Any]], object]) -> Callable[..., None]:
+    """A target that damages a configuration one to three times and reads it."""
+
+    def target(folder: Path, rng: random.Random) -> None:
+        config: Any = sound
+        for _ in range(rng.randint(1, 3)):
+            config = damage(config, rng)
+        if isinstance(config, dict):  # read_json refuses everything else
+            read(config)
+
+    return target
+
+
+TARGETS: dict[str, Callable[[Path, random.Random], None]] = {
+    "header": fuzz_header,
+    "folder": fuzz_folder,
+    "unet": fuzz_config(UNET, UNetConfig.from_json),
+    "vae": fuzz_config(VAE, VAEConfig.from_json),
+    "text_encoder": fuzz_config(TEXT, CLIPTextConfig.from_json),
+    "scheduler": fuzz_config(SCHEDULER, Scheduler.from_config),
+}
+
+
+def run_case(seed: int, folder: Path) -> tuple[str, bool, str | None]:
+    """The target of a case, whether the damage was refused, and what is wrong with that, if anything."""
+    rng = random.Random(seed)
+    name = rng.choice(list(TARGETS))
+    begin, refused = time.perf_counter(), False
+    try:
+        TARGETS[name](folder, rng)
+    except LatentgenError:
+        refused = True
+    except Exception:
+        return name, False, traceback.format_exc(limit=-4)[:2000]
+    seconds = time.perf_counter() - begin
+    return name, refused, f"took {seconds:.1f} s" if seconds > SECONDS else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--cases", type=int, default=1000, help="how many cases to run")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the first case")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    counts = {name: [0, 0] for name in TARGETS}
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(arguments.seed, arguments.seed + arguments.cases):
+            name, refused, problem = run_case(seed, Path(folder))
+            counts[name][0] += 1
+            counts[name][1] += refused
+            if problem:
+                failures += 1
+                print(f"{name}: --cases 1 --seed {seed}\n{problem}", file=sys.stderr)
+    for name, (cases, refused) in counts.items():
+        print(f"{name}: {cases:,} cases, {refused:,} refused")
+    print(f"{failures:,} of {arguments.cases:,} cases failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
