@@ -165,7 +165,7 @@ def _match(
 
 
 def _current_name(name: str) -> str:
-    """Undo the names that VAE attention had before diffusers 0.17."""
+    """Undo the names that VAE attention has in folders of early diffusers releases."""
     if match := _LEGACY_VAE_ATTENTION.fullmatch(name):
         block, projection, kind = match.groups()
         return f"{block}{_LEGACY_NAMES[projection]}.{kind}"
