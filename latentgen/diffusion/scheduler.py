@@ -24,13 +24,14 @@ from latentgen.diffusion.schedule import (
 from latentgen.diffusion.solvers import SOLVERS, Evaluation, History, Solver, SolverName
 from latentgen.errors import ConfigError, InputError
 
-_KARRAS = "_karras"
+# What people call a solver -> the solver, and whether it runs on Karras sigmas.
+_NAMED_SOLVERS: dict[str, tuple[SolverName, bool]] = {
+    **{solver: (solver, False) for solver in SOLVERS},
+    **{f"{solver}_karras": (solver, True) for solver in SOLVERS if SOLVERS[solver].karras},
+}
 
 # The names that `Scheduler.with_solver` takes.
-SOLVER_NAMES: tuple[str, ...] = (
-    *SOLVERS,
-    *(name + _KARRAS for name, solver in SOLVERS.items() if solver.karras),
-)
+SOLVER_NAMES: tuple[str, ...] = tuple(_NAMED_SOLVERS)
 
 
 class Step(NamedTuple):
@@ -110,17 +111,17 @@ class Scheduler:
     def name(self) -> str:
         """The name under which `with_solver` gives this solver."""
         karras = self.use_karras_sigmas and SOLVERS[self.solver].karras
-        return self.solver + _KARRAS if karras else self.solver
+        return f"{self.solver}_karras" if karras else self.solver
 
     def with_solver(self, name: str) -> Scheduler:
         """The same schedule, prediction type and spacing with another solver, one of SOLVER_NAMES.
 
         Raises InputError for any other name.
         """
-        if name not in SOLVER_NAMES:
+        if name not in _NAMED_SOLVERS:
             raise InputError(f"scheduler {name!r} is not known; choose one of {', '.join(SOLVER_NAMES)}")
-        solver: SolverName = name.removesuffix(_KARRAS)  # type: ignore[assignment]
-        return replace(self, solver=solver, use_karras_sigmas=name.endswith(_KARRAS))
+        solver, karras = _NAMED_SOLVERS[name]
+        return replace(self, solver=solver, use_karras_sigmas=karras)
 
     def levels(self, num_steps: int) -> tuple[NoiseLevel, ...]:
         """The `num_steps` noise levels at which the network looks, falling, and the level where the run ends.
