@@ -1,7 +1,7 @@
 """The errors of the library: everything that a user can get wrong raises one of these.
 
-Each message names the file or field, what was found, what is allowed, and what to do next. The command prints it
-as one line and exits with code 2.
+Each message names the file or field, what was found, what is allowed, and what to do next. The command prints
+it as one line and exits with code 2.
 """
 
 from __future__ import annotations

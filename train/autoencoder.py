@@ -11,7 +11,7 @@ from torch import Tensor
 from latentgen.files import write_json
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.train.config import AutoencoderTask
-from latentgen.train.data import BatchPlan, CaptionedImages, to_tensor
+from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng, to_tensor
 from latentgen.train.objective import Loss, Objective
 from latentgen.weights import save_weights
 
@@ -54,6 +54,10 @@ class AutoencoderObjective(Objective):
         """Write `vae/` in float32, its latents brought to unit variance per channel."""
         self.load_state_dict(dict(weights))
         _normalise_latents(self.encoder, self.decoder, self._calibration_images())
+        write_json(
+            folder / "model_index.json",
+            {"_class_name": "AutoencoderKL", "vae": ["diffusers", "AutoencoderKL"]},
+        )
         write_json(folder / "vae" / "config.json", self.config.to_json())
         save_weights(
             {**self.encoder.state_dict(), **self.decoder.state_dict()},
@@ -62,8 +66,10 @@ class AutoencoderObjective(Objective):
         )
 
     def _calibration_images(self) -> Tensor:
-        plan = BatchPlan(seed=0, step=0, samples=tuple(range(512)), items=tuple(i % len(self.data) for i in range(512)))
-        return self.batch(plan)[0]
+        """As many random views as there are items, but not over a thousand, evenly over the set."""
+        count = min(1024, len(self.data))
+        items = (round(place * len(self.data) / count) for place in range(count))
+        return to_tensor([self.data.view(item, sample_rng(0, "calibration", item)).image for item in items])
 
 
 @torch.no_grad()

@@ -97,7 +97,9 @@ def load_latest(output_dir: Path) -> RunState:
         files = {stem: folder / f"{stem}.safetensors" for stem in ("weights", "ema", "optimizer")}
         tensors = {stem: load_file(file) if file.is_file() else {} for stem, file in files.items()}
         return RunState(step=state["step"], config=state["config"], **tensors)
-    raise ResumeError(f"nothing to resume in {output_dir}: it holds no whole checkpoint; start without resume")
+    raise ResumeError(
+        f"nothing to resume in {output_dir}: it holds no whole checkpoint; start without resume"
+    )
 
 
 def _folders(output_dir: Path) -> list[Path]:
@@ -111,7 +113,9 @@ def _is_whole(folder: Path) -> bool:
     if not manifest.is_file():
         return False
     sums = json.loads(manifest.read_text("utf-8"))
-    return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in sums.items())
+    return all(
+        (folder / name).is_file() and _sha256(folder / name) == digest for name, digest in sums.items()
+    )
 
 
 def _sha256(file: Path) -> str:

@@ -58,6 +58,7 @@ class TextToImageTask(Section):
     scheduler: dict[str, Any]
     caption_dropout: Rate = 0.1
     cached_views: Annotated[int, Field(ge=1, le=4096)] = 16
+    save_half: bool = False
 
 
 class Optimizer(Section):
@@ -112,7 +113,9 @@ class TrainConfig(Section):
 
 
 # Fields that do not change what a step computes: a resumed run may differ in them.
-FREE_FIELDS = frozenset({"output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every", "resume"})
+FREE_FIELDS = frozenset(
+    {"output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every", "resume"}
+)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
@@ -130,7 +133,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
-        raise ConfigError(f"the recipe {path} must be a mapping of fields to values; see configs/train/ for examples")
+        raise ConfigError(
+            f"the recipe {path} must be a mapping of fields to values; see configs/train/ for examples"
+        )
     for override in overrides:
         _assign(fields, override)
     try:

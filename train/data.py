@@ -46,6 +46,10 @@ class CaptionedImages(Protocol):
         """Draw a view of item `index`."""
         ...
 
+    def corpus(self) -> list[str]:
+        """The captions that a tokenizer for this set is made from."""
+        ...
+
 
 class ImageFolder:
     """A folder of images with captions from `metadata.jsonl` (`file_name`, `text`) or same-stem `.txt` files.
@@ -77,6 +81,10 @@ class ImageFolder:
         square = (self.image_size, self.image_size)
         return View(ImageOps.fit(upright, square, Image.Resampling.LANCZOS), (caption,), (1.0,))
 
+    def corpus(self) -> list[str]:
+        """All captions."""
+        return [caption for _, caption in self._items]
+
 
 def _folder_captions(path: Path) -> tuple[dict[Path, str], list[str]]:
     """The captions of a folder by image file, and what is wrong with them."""
@@ -84,8 +92,14 @@ def _folder_captions(path: Path) -> tuple[dict[Path, str], list[str]]:
     if not metadata.is_file():
         images = [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
         texts = {file: file.with_suffix(".txt") for file in images}
-        problems = [f"{file.name}: no caption; write it into {text.name}" for file, text in texts.items() if not text.is_file()]
-        return {file: text.read_text("utf-8").strip() for file, text in texts.items() if text.is_file()}, problems
+        problems = [
+            f"{file.name}: no caption; write it into {text.name}"
+            for file, text in texts.items()
+            if not text.is_file()
+        ]
+        return {
+            file: text.read_text("utf-8").strip() for file, text in texts.items() if text.is_file()
+        }, problems
     captions: dict[Path, str] = {}
     problems = []
     for number, line in enumerate(metadata.read_text("utf-8").splitlines(), start=1):
@@ -162,12 +176,14 @@ class BatchPlan:
 
     Attributes:
         step: the optimiser step, from 0.
+        batch_size: samples of the step in all processes together.
         samples: positions within the step's global batch.
         items: the item of each sample.
     """
 
     seed: int
     step: int
+    batch_size: int
     samples: tuple[int, ...]
     items: tuple[int, ...]
 
@@ -191,7 +207,7 @@ def plan_step(
     for part in range(parts):
         samples = tuple(range(batch_size))[part * processes + rank :: parts * processes]
         items = tuple(item_at(seed, step * batch_size + sample, count) for sample in samples)
-        plans.append(BatchPlan(seed, step, samples, items))
+        plans.append(BatchPlan(seed, step, batch_size, samples, items))
     return plans
 
 

@@ -62,7 +62,7 @@ class Glyph:
 
 
 @dataclass(frozen=True)
-class Placement:
+class GlyphPlacement:
     """Where a glyph stands: the longer side in pixels, the shift of its centre, and the colour of the ground."""
 
     size: int
@@ -85,10 +85,14 @@ class EmojiSet:
     def __init__(self, *, font: Path = FONT, annotations: Path = ANNOTATIONS, image_size: int = 64) -> None:
         for path, package in ((font, "fonts-noto-color-emoji"), (annotations, "unicode-cldr-core")):
             if not path.is_file():
-                raise DatasetError(f"{path} is not there: install Debian's {package}, or name the file in the recipe")
+                raise DatasetError(
+                    f"{path} is not there: install Debian's {package}, or name the file in the recipe"
+                )
         self.image_size = image_size
         self._font = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.BASIC)
-        self.glyphs = tuple(g for g in _named_glyphs(annotations) if self._draw(g.character).getbbox() is not None)
+        self.glyphs = tuple(
+            g for g in _named_glyphs(annotations) if self._draw(g.character).getbbox() is not None
+        )
         self._bitmaps = [self._draw(glyph.character) for glyph in self.glyphs]
 
     def _draw(self, character: str) -> Image.Image:
@@ -100,7 +104,7 @@ class EmojiSet:
             ImageDraw.Draw(bitmap).text(corner, character, font=self._font, embedded_color=True)
         return bitmap
 
-    def render(self, index: int, placement: Placement) -> Image.Image:
+    def render(self, index: int, placement: GlyphPlacement) -> Image.Image:
         """Draw glyph `index`: an RGB image of `image_size` squared."""
         side = placement.size
         glyph = self._bitmaps[index].resize((side, side), Image.Resampling.LANCZOS)
@@ -121,7 +125,7 @@ class EmojiSet:
         """
         unit = self.image_size / 64
         slack = round(2 * unit)
-        placement = Placement(
+        placement = GlyphPlacement(
             size=round(rng.uniform(54, 62) * unit),
             shift=(rng.randint(-slack, slack), rng.randint(-slack, slack)),
             ground=rng.choice(tuple(GROUNDS)) if rng.random() < 0.5 else None,

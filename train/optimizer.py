@@ -19,7 +19,9 @@ class MuonAdamW(torch.optim.Optimizer):
     root mean square, so one learning rate serves both.
     """
 
-    def __init__(self, module: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float):
+    def __init__(
+        self, module: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
+    ):
         tables = {id(p) for m in module.modules() if isinstance(m, _TABLE_MODULES) for p in m.parameters()}
         trainable = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in trainable if p.ndim in (2, 4) and id(p) not in tables and min(p.shape[:2]) > 8]
@@ -33,7 +35,9 @@ class MuonAdamW(torch.optim.Optimizer):
             weight_decay=weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-        self._adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
+        self._adamw = torch.optim.AdamW(
+            rest, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+        )
 
     def step(self, closure: Any = None) -> None:
         """Apply the gradients; the learning rate is that of the first parameter group."""

@@ -19,7 +19,13 @@ from tqdm import tqdm
 
 from latentgen.errors import NumericalError, ResumeError, RunLockedError
 from latentgen.train.autoencoder import AutoencoderObjective
-from latentgen.train.checkpoint import RunState, flatten_optimizer, load_latest, restore_optimizer, save_checkpoint
+from latentgen.train.checkpoint import (
+    RunState,
+    flatten_optimizer,
+    load_latest,
+    restore_optimizer,
+    save_checkpoint,
+)
 from latentgen.train.config import FREE_FIELDS, AutoencoderTask, Optimizer, TrainConfig
 from latentgen.train.data import open_data, plan_step
 from latentgen.train.objective import Objective
@@ -38,10 +44,14 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         # Before the optimiser is built, which may hold views of the weights.
-        self.objective = build_objective(config).to(self.accelerator.device, memory_format=torch.channels_last)
+        self.objective = build_objective(config).to(
+            self.accelerator.device, memory_format=torch.channels_last
+        )
         self.optimizer = build_optimizer(self.objective, config.optimizer)
         self.trainable = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
-        self.ema = {name: p.detach().clone() for name, p in self.trainable.items()} if config.ema_decay else {}
+        self.ema = (
+            {name: p.detach().clone() for name, p in self.trainable.items()} if config.ema_decay else {}
+        )
         self.step = 0
         self._signal: int | None = None
 
@@ -169,7 +179,9 @@ class Trainer:
         output_dir = self.config.output_dir
         if not self.config.resume:
             if any(output_dir.glob("checkpoint-*")):
-                raise ResumeError(f"{output_dir} holds a run already: add --set resume=true, or choose another output_dir")
+                raise ResumeError(
+                    f"{output_dir} holds a run already: add --set resume=true, or choose another output_dir"
+                )
             return
         state = load_latest(output_dir)
         _check_same_recipe(state.config, self.config.model_dump(mode="json"))
@@ -194,7 +206,9 @@ def build_objective(config: TrainConfig) -> Objective:
 def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
     """The optimiser of a recipe over the parameters that require gradients."""
     if config.name == "muon":
-        return MuonAdamW(module, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+        return MuonAdamW(
+            module, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
     return torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
         lr=config.learning_rate,
@@ -219,7 +233,9 @@ def run_lock(output_dir: Path, *, enabled: bool) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise RunLockedError(f"another process trains in {output_dir}; wait for it, or choose another output_dir") from None
+        raise RunLockedError(
+            f"another process trains in {output_dir}; wait for it, or choose another output_dir"
+        ) from None
     try:
         yield
     finally:
@@ -228,6 +244,10 @@ def run_lock(output_dir: Path, *, enabled: bool) -> Iterator[None]:
 
 def _check_same_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     fields = sorted((before.keys() | now.keys()) - FREE_FIELDS)
-    changed = [f"{field} was {before.get(field)}, is {now.get(field)}" for field in fields if before.get(field) != now.get(field)]
+    changed = [
+        f"{field} was {before.get(field)}, is {now.get(field)}"
+        for field in fields
+        if before.get(field) != now.get(field)
+    ]
     if changed:
         raise ResumeError(f"the recipe is not the one that the run began with: {'; '.join(changed)}")

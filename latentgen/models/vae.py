@@ -184,7 +184,9 @@ class _DownBlock(nn.Module):
 class _UpBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, upsample: bool) -> None:
         super().__init__()
-        self.resnets = _resnets(in_channels, out_channels, config.layers_per_block + 1, config.norm_num_groups)
+        self.resnets = _resnets(
+            in_channels, out_channels, config.layers_per_block + 1, config.norm_num_groups
+        )
         self.upsamplers = nn.ModuleList([Upsample2D(out_channels)] if upsample else [])
 
     def forward(self, hidden: Tensor) -> Tensor:
