@@ -33,8 +33,8 @@ def chunk_tokens(
 ) -> list[list[list[int]]]:
     """Cut token rows into chunks that fill the text encoder's window; nothing is dropped.
 
-    A row of at most `window` - 2 tokens makes one chunk, the same as a padding tokenizer makes of it. A longer
-    row makes several, each with its own `bos` and `eos`. All rows get as many chunks as the longest one.
+    A row of at most `window` - 2 tokens makes one chunk, as a tokenizer that pads makes of it. A longer row
+    makes several, each with its own `bos` and `eos`. All rows get as many chunks as the longest one.
 
     Args:
         rows: B rows of token ids without special tokens.

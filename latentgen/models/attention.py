@@ -216,19 +216,13 @@ class Transformer2DModel(nn.Module):
 
     def forward(self, hidden: Tensor, contexts: Sequence[ContextKeyValue]) -> Tensor:
         """Map a feature map [B, C, H, W] to [B, C, H, W]."""
-        height, width = hidden.shape[-2:]
-        residual = hidden
+        residual, size = hidden, hidden.shape[2:]
         hidden = self.norm(hidden)
-        if self.linear_projection:
-            hidden = self.proj_in(_to_tokens(hidden))
-        else:
-            hidden = _to_tokens(self.proj_in(hidden))
+        linear = self.linear_projection
+        hidden = self.proj_in(_to_tokens(hidden)) if linear else _to_tokens(self.proj_in(hidden))
         for block, context in zip(self.transformer_blocks, contexts, strict=True):
             hidden = block(hidden, context)
-        if self.linear_projection:
-            hidden = _to_map(self.proj_out(hidden), height, width)
-        else:
-            hidden = self.proj_out(_to_map(hidden, height, width))
+        hidden = _to_map(self.proj_out(hidden), size) if linear else self.proj_out(_to_map(hidden, size))
         return residual + hidden
 
 
@@ -237,13 +231,13 @@ def _projection(channels: int, linear: bool) -> nn.Module:
 
 
 def _to_tokens(feature_map: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H * W, C]: a view if the map is channels_last."""
-    return feature_map.flatten(2).transpose(1, 2)
+    """[B, C, H, W] -> [B, H * W, C]: a view if the map is channels_last, else a copy that later layers gain by."""
+    return feature_map.flatten(2).transpose(1, 2).contiguous()
 
 
-def _to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+def _to_map(tokens: Tensor, size: torch.Size) -> Tensor:
     """[B, H * W, C] -> [B, C, H, W], channels_last in memory."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    return tokens.transpose(1, 2).unflatten(2, size)
 
 
 def set_attention_backend(module: nn.Module, backend: AttentionBackend) -> None:

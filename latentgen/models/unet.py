@@ -22,7 +22,13 @@ from latentgen.models.attention import (
     set_attention_backend,
 )
 from latentgen.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
-from latentgen.models.unet_blocks import DownBlock2D, UNetMidBlock2DCrossAttn, UNetPass, UpBlock2D
+from latentgen.models.unet_blocks import (
+    DownBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UNetPass,
+    UpBlock2D,
+    repeat_rows,
+)
 from latentgen.models.unet_config import UNetConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,7 +38,7 @@ class AddedConditioning(NamedTuple):
     """What SDXL adds to the time embedding (arXiv:2307.01952, section 2.2).
 
     `text_embeds` is the pooled text [B, P]. `time_ids` [B, K] are, for the base model, original height and
-    width, top and left of the crop, target height and width, in pixels; the refiner has one aesthetic score in
+    width, top and left of the crop, target height and width, in pixels; the refiner has an aesthetic score in
     place of the last two.
     """
 
@@ -140,12 +146,18 @@ class UNet(nn.Module):
         return UNetConstants(tuple(zip(*projected, strict=True)), contexts)
 
     def step(self, sample: Tensor, constants: UNetConstants, index: int) -> Tensor:
-        """Return the model output [B, out, H, W] for latents [B, in, H, W] at step `index` of the run."""
-        unet_pass = UNetPass(
-            constants.times[index], constants.contexts, checkpointing=self.gradient_checkpointing
-        )
-        hidden = self.conv_in(sample)
-        unet_pass.skips.append(hidden)
+        """Return the model output [B, out, H, W] at step `index` of the run.
+
+        Args:
+            sample: noisy latents [B, in, H, W], or [b, in, H, W] with b a divisor of B where all rows i, i + b, ...
+                are the same, as in classifier-free guidance: what they share is then computed once.
+            constants: of the run, for a context of B rows.
+            index: of the step.
+        """
+        times = constants.times[index]
+        unet_pass = UNetPass(times, constants.contexts, checkpointing=self.gradient_checkpointing)
+        hidden = self.conv_in(repeat_rows(sample, max(times[0].shape[0], sample.shape[0])))
+        unet_pass.keep(hidden)
         for block in self.down_blocks:
             hidden = block(hidden, unet_pass)
         if self.mid_block is not None:
@@ -215,7 +227,7 @@ class UNet(nn.Module):
         joined = torch.cat([added.text_embeds, ids], dim=-1)
         if joined.shape[1] != config.projection_class_embeddings_input_dim:
             raise InputError(
-                f"added: text_embeds [B, {added.text_embeds.shape[1]}] and time_ids [B, {added.time_ids.shape[1]}]"
+                f"added: text_embeds {list(added.text_embeds.shape)} and time_ids {list(added.time_ids.shape)}"
                 f" make {joined.shape[1]} channels of {config.projection_class_embeddings_input_dim}"
             )
         return self.add_embedding(joined.to(self.conv_in.weight.dtype))

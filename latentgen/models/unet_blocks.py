@@ -17,6 +17,9 @@ from latentgen.models.unet_config import Level, UNetConfig
 class UNetPass:
     """One pass through the UNet: hands each layer its share of the constants, and keeps the skip connections.
 
+    Rows that differ in their context alone (the two of classifier-free guidance) are one row until the first
+    transformer tells them apart.
+
     Args:
         times: the projected time embedding of every resnet block, in the order of the pass.
         contexts: the keys and values of every transformer, in the order of the pass.
@@ -30,7 +33,7 @@ class UNetPass:
         *,
         checkpointing: bool,
     ) -> None:
-        self.skips: list[Tensor] = []
+        self._skips: list[Tensor] = []
         self._times = iter(times)
         self._contexts = iter(contexts)
         self._checkpointing = checkpointing and torch.is_grad_enabled()
@@ -40,8 +43,22 @@ class UNetPass:
         return self._run(layer, hidden, next(self._times))
 
     def transformer(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Run the next transformer."""
-        return self._run(layer, hidden, next(self._contexts))
+        """Run the next transformer, on as many rows as the context has."""
+        contexts = next(self._contexts)
+        return self._run(layer, repeat_rows(hidden, contexts[0].attn2[0].shape[0]), contexts)
+
+    def keep(self, hidden: Tensor) -> None:
+        """Keep a feature map as a skip connection."""
+        self._skips.append(hidden)
+
+    def join(self, hidden: Tensor) -> Tensor:
+        """Append the channels of the last skip connection that is left."""
+        return torch.cat([hidden, repeat_rows(self._skips.pop(), hidden.shape[0])], dim=1)
+
+    def next_size(self) -> tuple[int, int]:
+        """Height and width of the skip connection that is joined next."""
+        height, width = self._skips[-1].shape[-2:]
+        return height, width
 
     def _run(
         self, layer: nn.Module, hidden: Tensor, constant: Tensor | tuple[ContextKeyValue, ...]
@@ -51,6 +68,11 @@ class UNetPass:
             assert isinstance(result, Tensor)
             return result
         return layer(hidden, constant)
+
+
+def repeat_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Repeat a tensor [b, ...] to [rows, ...], the whole of it each time; memory layout is kept."""
+    return tensor if tensor.shape[0] == rows else torch.cat([tensor] * (rows // tensor.shape[0]))
 
 
 class DownBlock2D(nn.Module):
@@ -70,10 +92,10 @@ class DownBlock2D(nn.Module):
             hidden = unet_pass.resnet(resnet, hidden)
             if transformer is not None:
                 hidden = unet_pass.transformer(transformer, hidden)
-            unet_pass.skips.append(hidden)
+            unet_pass.keep(hidden)
         for downsampler in self.downsamplers:
             hidden = downsampler(hidden)
-            unet_pass.skips.append(hidden)
+            unet_pass.keep(hidden)
         return hidden
 
 
@@ -105,12 +127,11 @@ class UpBlock2D(nn.Module):
     def forward(self, hidden: Tensor, unet_pass: UNetPass) -> Tensor:
         """Map [B, C, H, W] to [B, C', 2H, 2W] (or H, W without upsampling); consumes skip connections."""
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
-            hidden = unet_pass.resnet(resnet, torch.cat([hidden, unet_pass.skips.pop()], dim=1))
+            hidden = unet_pass.resnet(resnet, unet_pass.join(hidden))
             if transformer is not None:
                 hidden = unet_pass.transformer(transformer, hidden)
         for upsampler in self.upsamplers:
-            height, width = unet_pass.skips[-1].shape[-2:]
-            hidden = upsampler(hidden, (height, width))
+            hidden = upsampler(hidden, unet_pass.next_size())
         return hidden
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ from diffusers import UNet2DConditionModel
 from latentgen.errors import InputError
 from latentgen.models.attention import Attention
 from latentgen.models.unet import AddedConditioning, UNet
-from latentgen.models.unet_config import UNetConfig, parameter_count
-from tests.models.unet_families import FAMILIES, SD1, SDXL, build_inputs
+from latentgen.models.unet_config import UNetConfig
+
+POOLED = 20
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -24,14 +24,41 @@ def build_pair(fields: dict[str, Any]) -> tuple[UNet, UNet2DConditionModel]:
     """A UNet and diffusers' own, with the same random weights."""
     torch.manual_seed(0)
     oracle = UNet2DConditionModel.from_config(fields).eval()
-    for parameter in oracle.parameters():
-        # Fresh biases are zero and norms are one: a swap among them would go unseen.
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else parameter.data.add_(
-            0.1 * torch.randn_like(parameter)
-        )
+    with torch.no_grad():
+        # New norms are all ones and zeros: without this a swap among them would go unseen.
+        for parameter in oracle.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
     unet = UNet(UNetConfig.from_json(fields))
     unet.load_state_dict(oracle.state_dict(), strict=True)
     return unet.eval(), oracle
+
+
+def build_inputs(config: UNetConfig, *, batch: int = 2, size: tuple[int, int] = (8, 8)) -> dict[str, Any]:
+    """Random arguments for `UNet.forward`, the same at every call."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inputs: dict[str, Any] = {
+        "sample": normal(batch, config.in_channels, *size),
+        "timestep": torch.linspace(981, 21, batch),
+        "context": normal(batch, 7, config.cross_attention_dim),
+    }
+    projected = config.projection_class_embeddings_input_dim or 0
+    match config.class_embed_type:
+        case "timestep":
+            inputs["class_labels"] = torch.linspace(0.5, 300, batch)
+        case "projection":
+            inputs["class_labels"] = normal(batch, projected)
+        case "identity":
+            inputs["class_labels"] = normal(batch, config.time_embed_dim)
+        case None if config.num_class_embeds is not None:
+            inputs["class_labels"] = torch.arange(batch) + 3
+    if config.addition_time_embed_dim is not None:
+        ids = torch.rand(batch, (projected - POOLED) // config.addition_time_embed_dim, generator=generator)
+        inputs["added"] = AddedConditioning(normal(batch, POOLED), 1024 * ids)
+    return inputs
 
 
 def run_oracle(oracle: UNet2DConditionModel, inputs: dict[str, Any]) -> torch.Tensor:
@@ -45,9 +72,166 @@ def run_oracle(oracle: UNet2DConditionModel, inputs: dict[str, Any]) -> torch.Te
     ).sample
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_agrees_with_diffusers(family):
-    unet, oracle = build_pair(FAMILIES[family])
+def test_agrees_with_diffusers(family_fields):
+    unet, oracle = build_pair(family_fields)
     inputs = build_inputs(unet.config)
     assert relative_error(unet(**inputs), run_oracle(oracle, inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(7, 5), (16, 4)])
+@torch.no_grad()
+def test_agrees_with_diffusers_at_other_sizes(sd1_fields, size):
+    unet, oracle = build_pair(sd1_fields)
+    inputs = build_inputs(unet.config, size=size)
+    assert relative_error(unet(**inputs), run_oracle(oracle, inputs)) < 1e-5
+
+
+@torch.no_grad()
+def test_channels_last_and_every_backend_give_the_same(sd1_fields):
+    unet, _ = build_pair(sd1_fields)
+    inputs = build_inputs(unet.config)
+    expected = unet(**inputs)
+    unet.to(memory_format=torch.channels_last)
+    inputs["sample"] = inputs["sample"].to(memory_format=torch.channels_last)
+    assert relative_error(unet(**inputs), expected) < 1e-5
+    unet.attention_backend = "chunked"
+    assert unet.attention_backend == "chunked"
+    assert all(module.backend == "chunked" for module in unet.modules() if isinstance(module, Attention))
+    assert relative_error(unet(**inputs), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_steps_of_a_run_equal_forward(family_fields):
+    unet, _ = build_pair(family_fields)
+    inputs = build_inputs(unet.config)
+    sample, timesteps = inputs.pop("sample"), torch.tensor([999.0, 500.5, 1.0])
+    inputs.pop("timestep")
+    constants = unet.constants(timesteps=timesteps, **inputs)
+    for index, timestep in enumerate(timesteps.tolist()):
+        expected = unet(sample, timestep, **inputs)
+        assert relative_error(unet.step(sample, constants, index), expected) < 1e-6
+
+
+@torch.no_grad()
+def test_rows_that_differ_in_context_share_their_beginning(family_fields):
+    unet, _ = build_pair(family_fields)
+    inputs = build_inputs(unet.config, batch=4)
+    sample, timestep = inputs.pop("sample")[:2], torch.tensor([500])
+    inputs.pop("timestep")
+    constants = unet.constants(timesteps=timestep, **inputs)
+    expected = unet(sample.repeat(2, 1, 1, 1), timestep, **inputs)
+    assert relative_error(unet.step(sample, constants, 0), expected) < 1e-6
+
+
+def test_guidance_rows_run_once_before_the_first_transformer(sdxl_fields):
+    sd1_like = sdxl_fields | {"addition_embed_type": None}
+    unet, _ = build_pair(sd1_like)
+    rows = []
+    for resnet in (unet.down_blocks[0].resnets[0], unet.up_blocks[-1].resnets[-1]):
+        resnet.register_forward_pre_hook(lambda module, arguments: rows.append(arguments[0].shape[0]))
+    inputs = build_inputs(unet.config)
+    constants = unet.constants(inputs["context"], torch.tensor([500]))
+    assert unet.step(inputs["sample"][:1], constants, 0).shape[0] == 2
+    assert rows == [1, 2]
+
+
+@pytest.mark.parametrize("timestep", [500, 500.0, torch.tensor(500), torch.tensor([500])])
+@torch.no_grad()
+def test_one_timestep_serves_all_samples(sd1_fields, timestep):
+    unet, oracle = build_pair(sd1_fields)
+    inputs = build_inputs(unet.config) | {"timestep": timestep}
+    assert relative_error(unet(**inputs), run_oracle(oracle, inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(sdxl_fields, dtype):
+    unet, _ = build_pair(sdxl_fields)
+    inputs = build_inputs(unet.config)
+    expected = unet(**inputs)
+    unet.to(dtype)
+    inputs |= {"sample": inputs["sample"].to(dtype), "context": inputs["context"].to(dtype)}
+    actual = unet(**inputs)
+    assert actual.dtype == dtype
+    assert relative_error(actual.float(), expected) < (0.03 if dtype == torch.bfloat16 else 0.005)
+
+
+def test_builds_and_runs_on_the_meta_device(family_fields):
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_json(family_fields))
+        sample = torch.empty(2, unet.config.in_channels, 8, 8)
+        context = torch.empty(2, 7, unet.config.cross_attention_dim)
+        conditions = {
+            name: value.to("meta")
+            if isinstance(value, torch.Tensor)
+            else AddedConditioning(*map(_meta, value))
+            for name, value in build_inputs(unet.config).items()
+            if name in ("class_labels", "added")
+        }
+        output = unet(sample, 1, context, **conditions)
+    assert output.shape == (2, unet.config.out_channels, 8, 8)
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("meta")
+
+
+def test_gradients_equal_diffusers_with_and_without_checkpointing(sd1_fields):
+    unet, oracle = build_pair(sd1_fields)
+    inputs = build_inputs(unet.config)
+    run_oracle(oracle, inputs).square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    for checkpointing in (False, True):
+        unet.zero_grad()
+        unet.gradient_checkpointing = checkpointing
+        unet(**inputs).square().mean().backward()
+        for name, parameter in unet.named_parameters():
+            assert torch.allclose(parameter.grad, expected[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_checkpointing_stores_less(sd1_fields):
+    unet, _ = build_pair(sd1_fields)
+    inputs = build_inputs(unet.config)
+    stored = []
+    for checkpointing in (False, True):
+        sizes: list[int] = []
+        unet.gradient_checkpointing = checkpointing
+        with torch.autograd.graph.saved_tensors_hooks(_record_size(sizes), lambda tensor: tensor):
+            unet(**inputs)
+        stored.append(sum(sizes))
+    assert stored[1] < stored[0] / 2
+
+
+def _record_size(sizes: list[int]):
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    return pack
+
+
+def test_conditioning_that_does_not_fit_is_refused(sd1_fields, sdxl_fields):
+    plain, labelled = (
+        UNet(UNetConfig.from_json(fields)) for fields in (sd1_fields, sd1_fields | {"num_class_embeds": 3})
+    )
+    inputs = build_inputs(plain.config)
+    added = AddedConditioning(torch.zeros(2, POOLED), torch.zeros(2, 6))
+    with pytest.raises(InputError, match="no class embedding"):
+        plain(**inputs, class_labels=torch.tensor([0, 1]))
+    with pytest.raises(InputError, match="requires them"):
+        labelled(**inputs)
+    with pytest.raises(InputError, match="no added conditioning"):
+        plain(**inputs, added=added)
+    with_added = UNet(UNetConfig.from_json(sdxl_fields))
+    with pytest.raises(InputError, match="requires AddedConditioning"):
+        with_added(**inputs)
+    with pytest.raises(InputError, match="make 60 channels"):
+        with_added(**inputs, added=added._replace(time_ids=torch.zeros(2, 5)))
+
+
+def test_unknown_backends_are_refused_and_change_nothing(sd1_fields):
+    unet = UNet(UNetConfig.from_json(sd1_fields))
+    with pytest.raises(InputError, match="'flash'"):
+        unet.attention_backend = "flash"
+    assert unet.attention_backend == "auto"
