@@ -8,9 +8,9 @@ diffusers layout.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -74,9 +74,7 @@ def resolve_backend(name: AttentionBackend, device: torch.device) -> AttentionBa
     Raises:
         InputError: `name` is not one of the backends.
     """
-    if name not in get_args(AttentionBackend):
-        allowed = ", ".join(get_args(AttentionBackend))
-        raise InputError(f"attention backend {name!r} does not exist; choose one of: {allowed}")
+    _check_backend(name)
     if name == "auto":
         return "sdpa" if device.type in _FUSED_SDPA_DEVICES else "chunked"
     if name == "xformers" and (problem := _xformers_problem(device)) is not None:
@@ -86,6 +84,12 @@ def resolve_backend(name: AttentionBackend, device: torch.device) -> AttentionBa
         )
         return "sdpa"
     return name
+
+
+def _check_backend(name: str) -> None:
+    if name not in get_args(AttentionBackend):
+        allowed = ", ".join(get_args(AttentionBackend))
+        raise InputError(f"attention backend {name!r} does not exist; choose one of: {allowed}")
 
 
 def _xformers_problem(device: torch.device) -> str | None:
@@ -212,7 +216,8 @@ class Transformer2DModel(nn.Module):
 
     def context_key_values(self, context: Tensor) -> tuple[ContextKeyValue, ...]:
         """Return the keys and values of a context [B, S, context_dim] for every block."""
-        return tuple(block.context_key_value(context) for block in self.transformer_blocks)
+        blocks = cast("Iterable[BasicTransformerBlock]", self.transformer_blocks)
+        return tuple(block.context_key_value(context) for block in blocks)
 
     def forward(self, hidden: Tensor, contexts: Sequence[ContextKeyValue]) -> Tensor:
         """Map a feature map [B, C, H, W] to [B, C, H, W]."""
@@ -241,17 +246,12 @@ def _to_map(tokens: Tensor, size: torch.Size) -> Tensor:
 
 
 def set_attention_backend(module: nn.Module, backend: AttentionBackend) -> None:
-    """Make every attention inside `module` use `backend`, here and for all later calls.
+    """Make every attention inside `module` use `backend`, now and for all later calls.
 
     Raises:
         InputError: `backend` is not one of the backends.
     """
-    resolve_backend(backend, torch.device("cpu") if backend != "xformers" else _device_of(module))
+    _check_backend(backend)
     for child in module.modules():
         if isinstance(child, Attention):
             child.backend = backend
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    parameter = next(module.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device

@@ -22,7 +22,7 @@ from latentgen.weights import load_weights, save_weights
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
-# Ten times the largest tower in use (OpenCLIP bigG, 6.9e8).
+# Ten times the largest tower in use (OpenCLIP bigG, 7e8).
 MAX_PARAMETERS = 7 * 10**9
 # Begins the names of the weights up to transformers 5.5, which is also what files on the Hub hold.
 _FILE_PREFIX = "text_model."
@@ -225,8 +225,8 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizer:
         raise CheckpointCorruptError(f"the tokenizer in {quote(folder)} cannot be read: {error}") from error
 
 
-def _special_token(token_id: int | None, name: str) -> int:
-    if token_id is None:
+def _special_token(token_id: object, name: str) -> int:
+    if not isinstance(token_id, int):
         raise CheckpointCorruptError(f"the tokenizer has no {name}; add it to tokenizer_config.json")
     return token_id
 

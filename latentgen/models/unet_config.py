@@ -20,6 +20,8 @@ Size = Annotated[int, Field(ge=1, le=65536)]
 Layers = Annotated[int, Field(ge=1, le=16)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
 Depth = Annotated[int, Field(ge=1, le=64)]
+DownBlock = Literal["CrossAttnDownBlock2D", "DownBlock2D"]
+UpBlock = Literal["CrossAttnUpBlock2D", "UpBlock2D"]
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[float, Field(ge=1, le=1)]
 
@@ -56,14 +58,18 @@ class UNetConfig(StageConfig):
     center_input_sample: Literal[False] = False
     flip_sin_to_cos: bool = True
     freq_shift: Annotated[float, Field(ge=0, le=1)] = 0
-    down_block_types: tuple[Literal["CrossAttnDownBlock2D", "DownBlock2D"], ...] = (
-        *("CrossAttnDownBlock2D",) * 3,
+    down_block_types: tuple[DownBlock, ...] = (
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
         "DownBlock2D",
     )
     mid_block_type: Literal["UNetMidBlock2DCrossAttn"] | None = "UNetMidBlock2DCrossAttn"
-    up_block_types: tuple[Literal["CrossAttnUpBlock2D", "UpBlock2D"], ...] = (
+    up_block_types: tuple[UpBlock, ...] = (
         "UpBlock2D",
-        *("CrossAttnUpBlock2D",) * 3,
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
     )
     only_cross_attention: bool | tuple[bool, ...] = False
     block_out_channels: Annotated[tuple[Channels, ...], Field(min_length=1, max_length=8)] = (
