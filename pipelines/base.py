@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -134,7 +133,10 @@ def _finite(tensor: Tensor) -> bool:
 
 def _in_float32(decoder: VAEDecoder) -> VAEDecoder:
     """A copy, because other threads may be decoding with the original."""
-    return copy.deepcopy(decoder).float()
+    with torch.device("meta"):
+        copy = VAEDecoder(decoder.config)
+    copy.load_state_dict({name: tensor.float() for name, tensor in decoder.state_dict().items()}, assign=True)
+    return copy.eval()
 
 
 def export(images: Tensor, output_type: OutputType) -> Images:
@@ -235,11 +237,10 @@ def build_denoiser(
     guided = is_guided(guidance_scale)
 
     def predict(x: Tensor, level: NoiseLevel) -> tuple[Tensor | None, Tensor]:
-        sample = x.to(dtype)
+        output = unet.step(x.to(dtype), constants, index_of[level.timestep]).float()
         if not guided:
-            return None, unet.step(sample, constants, index_of[level.timestep]).float()
-        output = unet.step(torch.cat([sample, sample]), constants, index_of[level.timestep]).float()
-        uncond, cond = output.chunk(2)
-        return uncond, cond
+            return None, output
+        unconditional, conditional = output.chunk(2)
+        return unconditional, conditional
 
     return classifier_free(predict, scheduler.prediction_type, guidance_scale)

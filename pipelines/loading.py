@@ -13,6 +13,7 @@ from latentgen.checkpoint import CheckpointFolder, load_weights, save_weights, w
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
+from latentgen.models.packing import can_pack, pack_convolutions
 from latentgen.models.text import CLIPText, CLIPTextConfig
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
@@ -27,11 +28,15 @@ _IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 class Placement(NamedTuple):
-    """How stages are loaded: in which dtype, onto which device, and which variant of the files."""
+    """How stages are loaded: in which dtype, onto which device, which variant of the files, whether to work faster.
+
+    `pack` lets convolutions on a CPU keep a second copy of their weights; see MemoryPolicy.
+    """
 
     dtype: torch.dtype
     device: torch.device
     variant: str | None = None
+    pack: bool = False
 
 
 def check_class(folder: CheckpointFolder, pipeline_class: str) -> None:
@@ -115,8 +120,10 @@ def _load(
         device=placement.device,
     )
     module.eval().requires_grad_(False)
-    if placement.device.type == "cuda":
-        # cuDNN would otherwise reorder the weights of every convolution at every call.
+    if placement.pack and can_pack(placement.dtype):
+        pack_convolutions(module)
+    else:
+        # Kernels for channels_last images would otherwise rearrange the weights at every call.
         module.to(memory_format=torch.channels_last)
 
 

@@ -129,7 +129,12 @@ class TextToImagePipeline:
         torch_dtype = resolve_dtype(dtype, torch_device)
         folder = CheckpointFolder.open(resolve(source, revision=revision, variant=variant))
         loading.check_class(folder, "StableDiffusionPipeline")
-        placement = loading.Placement(torch_dtype, _CPU if memory.offload_idle else torch_device, variant)
+        placement = loading.Placement(
+            torch_dtype,
+            _CPU if memory.offload_idle else torch_device,
+            variant,
+            pack=memory.pack_weights and torch_device.type == "cpu",
+        )
         return cls(
             unet=loading.load_unet(folder, placement),
             decoder=loading.load_decoder(folder, placement),

@@ -201,7 +201,7 @@ class TestWork:
         self, pipeline: TextToImagePipeline, guidance_scale: float, rows: int
     ) -> None:
         sizes: list[int] = []
-        hook = pipeline.unet.conv_in.register_forward_hook(
+        hook = pipeline.unet.conv_out.register_forward_hook(
             lambda _m, inputs, _o: sizes.append(len(inputs[0]))
         )
         draw(pipeline, "cat", guidance_scale=guidance_scale)
@@ -286,6 +286,7 @@ class TestMemory:
             MemoryPolicy(offload_idle=True),
             MemoryPolicy(attention="chunked"),
             MemoryPolicy(decode_one_by_one=False),
+            MemoryPolicy(pack_weights=False),
         ],
     )
     def test_exact_knobs_do_not_change_the_image(

@@ -1,0 +1,41 @@
+"""Fair timing of peers: interleaved in one process, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Work = Callable[[], object]
+
+
+def interleaved(work: Mapping[str, Work], rounds: int) -> dict[str, float]:
+    """The median seconds of each piece of work over `rounds`, taken in turn after one warm-up each."""
+    for run in work.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for round_number in range(rounds):
+        # The order turns, so that no one always follows the same neighbour.
+        names = list(work)[round_number % len(work) :] + list(work)[: round_number % len(work)]
+        for name in names:
+            _wait()
+            start = time.perf_counter()
+            work[name]()
+            _wait()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def report(title: str, medians: Mapping[str, float], *, peers: str) -> None:
+    """Print each median, and its ratio to the best of those whose names begin with `peers`."""
+    best = min(seconds for name, seconds in medians.items() if name.startswith(peers))
+    print(title)
+    for name, seconds in medians.items():
+        print(f"  {name:32} {seconds * 1e3:10.1f} ms   {seconds / best:5.2f} of {peers} at its best")
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
