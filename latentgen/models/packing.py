@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class _Copy(NamedTuple):
-    """A packed copy, and which state of which weight it was made from."""
+    """A packed copy, and the weight that it was made from, kept so that its address is not given to another."""
 
     weight: Tensor
     version: int
@@ -44,11 +44,11 @@ class PackedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve [B, in, H, W] to [B, out, H', W']."""
-        weight = self.weight
+        weight = self.weight.detach()
         version = 0 if weight.is_inference() else weight._version
         copy = self._copy
-        if copy is None or copy.weight is not weight or copy.version != version:
-            copy = _Copy(weight, version, _pack(weight.detach(), self.padding, self.stride, input.shape))
+        if copy is None or copy.weight.data_ptr() != weight.data_ptr() or copy.version != version:
+            copy = _Copy(weight, version, _pack(weight, self.padding, self.stride, input.shape))
             self._copy = copy
         return _convolve(input, copy.packed, self.bias, self.padding, self.stride)
 

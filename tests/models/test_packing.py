@@ -69,6 +69,18 @@ def test_a_changed_weight_is_packed_anew(change: Callable[[nn.Conv2d, torch.Tens
     torch.testing.assert_close(conv(image), nn.functional.conv2d(image, weight, plain.bias))
 
 
+@torch.inference_mode()
+def test_a_weight_of_another_dtype_is_packed_anew() -> None:
+    if not can_pack(torch.bfloat16):
+        pytest.skip("this CPU has no packed convolutions in bfloat16")
+    conv = PackedConv2d(nn.Conv2d(8, 8, 3))
+    conv(torch.randn(1, 8, 6, 6))
+    half = conv.to(torch.bfloat16)
+    image = torch.randn(1, 8, 6, 6, dtype=torch.bfloat16)
+    expected = nn.functional.conv2d(image, half.weight, half.bias)
+    torch.testing.assert_close(half(image), expected, rtol=2e-2, atol=2e-2)
+
+
 @torch.no_grad()
 def test_a_module_that_has_worked_can_be_copied() -> None:
     net = nn.Sequential(PackedConv2d(nn.Conv2d(3, 8, 3)))
