@@ -157,7 +157,7 @@ class CLIPText:
         Raises:
             CheckpointError: the subclass says what is wrong with which file.
         """
-        tokenizer = _load_tokenizer(tokenizer_folder)
+        tokenizer = load_tokenizer(tokenizer_folder)
         with torch.device("meta"):
             model = _build_model(config)
         _make_position_ids(model, torch.device(device))
@@ -181,10 +181,20 @@ class CLIPText:
         Raises:
             InputError: there is no prompt, or one is not text, holds NUL, or holds half of a surrogate pair.
         """
+        return self.encode_tokens(self.tokenize(prompts).to(self.model.device))
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids [B, chunks, window] of B prompts, on the CPU.
+
+        Raises:
+            InputError: as :meth:`encode`.
+        """
         check_prompts(prompts)
         rows = self.tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
-        chunks = chunk_tokens(rows, self.window, bos=self._bos, eos=self._eos, pad=self._pad)
-        ids = torch.tensor(chunks, device=self.model.device)
+        return torch.tensor(chunk_tokens(rows, self.window, bos=self._bos, eos=self._eos, pad=self._pad))
+
+    def encode_tokens(self, ids: Tensor) -> Conditioning:
+        """Encode token ids [B, chunks, window] on the model's device, as :meth:`encode` does."""
         output = self.model(input_ids=ids.flatten(0, 1))
         context = output.last_hidden_state.unflatten(0, ids.shape[:2]).flatten(1, 2)
         return Conditioning(context, output.pooler_output.unflatten(0, ids.shape[:2])[:, 0])
@@ -211,7 +221,13 @@ def _build_model(config: CLIPTextConfig) -> CLIPTextModel:
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**fields))
 
 
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Load a CLIP tokenizer from `tokenizer.json`, or `vocab.json` and `merges.txt`.
+
+    Raises:
+        CheckpointNotFoundError: the folder holds neither.
+        CheckpointCorruptError: they cannot be read.
+    """
     from transformers import CLIPTokenizer
 
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
