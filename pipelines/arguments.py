@@ -52,7 +52,7 @@ def as_negative_prompts(negative_prompt: str | Sequence[str], count: int) -> tup
     return negatives
 
 
-def check_integer(name: str, value: int, lowest: int, highest: int) -> int:
+def check_integer(name: str, value: object, lowest: int, highest: int) -> int:
     """A whole number in `lowest`..`highest`; bools are no numbers here."""
     number = _as_integer(value)
     if number is None:

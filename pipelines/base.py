@@ -79,7 +79,7 @@ def resolve_dtype(dtype: DTypeName | torch.dtype, device: torch.device) -> torch
     if dtype == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved not in _DTYPES.values():
+    if resolved is None or resolved not in _DTYPES.values():
         raise InputError(f"dtype={dtype!r} is not supported; choose from auto, {', '.join(_DTYPES)}")
     return resolved
 

@@ -310,6 +310,7 @@ class TextToImagePipeline:
         context = self._encode(run.rows)
         total = len(run.levels) - 1
         check = FiniteCheck()
+        last: PipelineStep | None = None
         finish = partial(self._finish, run.output_type, check, total)
         with (
             resident(self.unet, self.device, offload=self.memory.offload_idle),
@@ -320,10 +321,13 @@ class TextToImagePipeline:
                 check.watch(step.latents)
                 bar.update()
                 current = PipelineStep(step.index, total, step.latents, step.x0, run.seeds, finish)
-                if not current.is_last:
+                if current.is_last:
+                    last = current
+                else:
                     yield current
         # The UNet has left the device by now, so that decoding has the room.
-        yield current
+        if last is not None:
+            yield last
 
     def _encode(self, rows: Sequence[str]) -> Tensor:
         """The context [B, S, D] of each row; equal rows are encoded once."""

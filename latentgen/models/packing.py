@@ -35,11 +35,12 @@ class PackedConv2d(nn.Conv2d):
             conv.out_channels,
             (conv.kernel_size[0], conv.kernel_size[1]),
             stride=(conv.stride[0], conv.stride[1]),
-            padding=_sides(conv),
+            padding=_padding(conv),
             bias=conv.bias is not None,
             device="meta",
         )
         self.weight, self.bias = conv.weight, conv.bias
+        self._geometry = (_padding(conv), conv.stride)
         self._copy: _Copy | None = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -48,9 +49,9 @@ class PackedConv2d(nn.Conv2d):
         version = 0 if weight.is_inference() else weight._version
         copy = self._copy
         if copy is None or copy.weight.data_ptr() != weight.data_ptr() or copy.version != version:
-            copy = _Copy(weight, version, _pack(weight, self.padding, self.stride, input.shape))
+            copy = _Copy(weight, version, _pack(weight, *self._geometry, input.shape))
             self._copy = copy
-        return _convolve(input, copy.packed, self.bias, self.padding, self.stride)
+        return _convolve(input, copy.packed, self.bias, *self._geometry)
 
     def __getstate__(self) -> dict[str, object]:
         """What is copied and pickled: all but the packed copy, whose layout torch cannot store."""
@@ -64,11 +65,13 @@ def pack_convolutions(module: nn.Module) -> None:
     """
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            packable = (
-                type(child) is nn.Conv2d and child.kernel_size != (1, 1) and can_pack(child.weight.dtype)
-            )
-            if packable and child.groups == 1 and child.dilation == (1, 1):
+            if isinstance(child, nn.Conv2d) and _is_packable(child):
                 setattr(parent, name, PackedConv2d(child))
+
+
+def _is_packable(conv: nn.Conv2d) -> bool:
+    plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.dilation == (1, 1)
+    return plain and conv.kernel_size != (1, 1) and can_pack(conv.weight.dtype)
 
 
 @cache
@@ -98,6 +101,6 @@ def _convolve(
     )
 
 
-def _sides(conv: nn.Conv2d) -> tuple[int, int]:
+def _padding(conv: nn.Conv2d) -> tuple[int, int]:
     assert not isinstance(conv.padding, str)
     return conv.padding[0], conv.padding[1]
