@@ -1,0 +1,78 @@
+"""Image files as people have them, read as 8-bit sRGB."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from latentgen.errors import InputError
+from latentgen.files import quote
+
+# The limit on a decompression bomb: 64 Mi pixels are 192 MiB as RGB.
+MAX_PIXELS = 64 * 2**20
+WHITE = (255, 255, 255)
+# Colour space of an ICC profile -> the mode of Pillow that it applies to.
+_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+
+
+def read_image(path: Path, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Decode a whole file to RGB, upright, in sRGB.
+
+    The orientation that EXIF tells of is applied, an ICC profile converted, 16-bit grey rescaled, transparency
+    laid over `background`; of an animation the first frame is taken, with a warning. No metadata is kept.
+
+    Raises:
+        InputError: not an image, truncated, over 64 megapixels, or of a kind that has no clear reading as sRGB.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(
+                    f"{quote(path)} has {image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}; "
+                    "make it smaller"
+                )
+            if getattr(image, "n_frames", 1) > 1:
+                warnings.warn(f"{quote(path)} is animated; its first frame is used", stacklevel=2)
+            image.load()
+            picture = _over(ImageOps.exif_transpose(image), background)
+            picture.info = {}
+            return picture
+    except InputError:
+        raise
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more, whatever parsing ran into.
+    except Exception as error:
+        raise InputError(
+            f"{quote(path)} cannot be read as an image ({error}); replace or remove it"
+        ) from error
+
+
+def _over(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """The image in sRGB, its transparent parts on a ground of one colour."""
+    colours = _to_srgb(image)
+    if not image.has_transparency_data:
+        return colours
+    ground = Image.new("RGB", image.size, background)
+    ground.paste(colours, mask=image.convert("RGBA").getchannel("A"))
+    return ground
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.float32) / 257
+        return Image.fromarray(levels.round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
+    if not (data := image.info.get("icc_profile")):
+        return image.convert("RGB")
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+    space = profile.profile.xcolor_space.strip()
+    if space not in _MODES:
+        raise ValueError(f"its ICC profile is for {space}; save it as sRGB")
+    srgb = ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image.convert(_MODES[space]), profile, srgb, outputMode="RGB")
+    assert converted is not None  # None is for conversions in place
+    return converted
