@@ -27,7 +27,7 @@ class MemoryPolicy:
     """The knobs that trade time, or with one marked exception exactness, for memory.
 
     Attributes:
-        attention: how the UNet computes attention. "auto" takes what the machine has; "sdpa" is torch's own,
+        attention: how the UNet and the VAE compute attention. "auto" takes what the machine has; "sdpa" is torch's own,
             "xformers" needs that package, "chunked" works through the queries piece by piece and needs least.
         offload_idle: keep every stage in the memory of the host and bring it to the device only while it
             works. Exact; costs one transfer of each stage a call. Such a pipeline serves one call at a time.

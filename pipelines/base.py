@@ -136,6 +136,7 @@ def _in_float32(decoder: VAEDecoder) -> VAEDecoder:
     with torch.device("meta"):
         copy = VAEDecoder(decoder.config)
     copy.load_state_dict({name: tensor.float() for name, tensor in decoder.state_dict().items()}, assign=True)
+    copy.attention_backend = decoder.attention_backend
     return copy.eval()
 
 

@@ -96,6 +96,7 @@ class TextToImagePipeline:
                 f"{self.text_encoder.config.hidden_size} of the text encoder must be equal"
             )
         self.unet.attention_backend = self.memory.attention
+        self.decoder.attention_backend = self.memory.attention
 
     @classmethod
     def from_pretrained(

@@ -115,10 +115,14 @@ class ContextKeyValue(NamedTuple):
     attn2: KeyValue
 
 
-class Attention(nn.Module):
-    """Queries from the hidden states; keys and values from them or from a context."""
+class AttentionLayer(nn.Module):
+    """A layer that computes attention; `backend` names the kernel that it uses."""
 
     backend: AttentionBackend = "auto"
+
+
+class Attention(AttentionLayer):
+    """Queries from the hidden states; keys and values from them or from a context."""
 
     def __init__(self, channels: int, heads: int, context_dim: int) -> None:
         super().__init__()
@@ -248,10 +252,28 @@ def _to_map(tokens: Tensor, size: torch.Size) -> Tensor:
 def set_attention_backend(module: nn.Module, backend: AttentionBackend) -> None:
     """Make every attention inside `module` use `backend`, now and for all later calls.
 
+    Nothing runs yet: whether the kernel works is found out on the device of the first call.
+
     Raises:
         InputError: `backend` is not one of the backends.
     """
     _check_backend(backend)
     for child in module.modules():
-        if isinstance(child, Attention):
+        if isinstance(child, AttentionLayer):
             child.backend = backend
+
+
+class AttentionStage(nn.Module):
+    """A stage with attention somewhere inside, all of which uses one kernel."""
+
+    _attention_backend: AttentionBackend = "auto"
+
+    @property
+    def attention_backend(self) -> AttentionBackend:
+        """The kernel that every attention uses; assign to change it."""
+        return self._attention_backend
+
+    @attention_backend.setter
+    def attention_backend(self, backend: AttentionBackend) -> None:
+        set_attention_backend(self, backend)
+        self._attention_backend = backend

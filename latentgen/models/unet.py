@@ -15,12 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentgen.errors import InputError
-from latentgen.models.attention import (
-    AttentionBackend,
-    ContextKeyValue,
-    Transformer2DModel,
-    set_attention_backend,
-)
+from latentgen.models.attention import AttentionStage, ContextKeyValue, Transformer2DModel
 from latentgen.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
 from latentgen.models.unet_blocks import (
     DownBlock2D,
@@ -57,7 +52,7 @@ class UNetConstants(NamedTuple):
     contexts: tuple[tuple[ContextKeyValue, ...], ...]
 
 
-class UNet(nn.Module):
+class UNet(AttentionStage):
     """A conditional UNet of any family that :class:`UNetConfig` describes.
 
     Attributes:
@@ -165,18 +160,6 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             hidden = block(hidden, unet_pass)
         return self.conv_out(F.silu(self.conv_norm_out(hidden)))
-
-    @property
-    def attention_backend(self) -> AttentionBackend:
-        """The kernel that every attention uses; assign to change it."""
-        return self._attention_backend
-
-    @attention_backend.setter
-    def attention_backend(self, backend: AttentionBackend) -> None:
-        set_attention_backend(self, backend)
-        self._attention_backend: AttentionBackend = backend
-
-    _attention_backend: AttentionBackend = "auto"
 
     def _layers(self, kind: type[M]) -> Iterator[M]:
         """Yield the layers of a kind in the order of the pass, which is the order of registration."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from latentgen.models.attention import attention
+from latentgen.models.attention import AttentionLayer, AttentionStage, attention
 from latentgen.models.config import StageConfig
 from latentgen.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 
@@ -82,7 +82,7 @@ class Gaussian(NamedTuple):
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(dim=1)
 
 
-class VAEEncoder(nn.Module):
+class VAEEncoder(AttentionStage):
     """Images to the distribution of their latents."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -98,7 +98,7 @@ class VAEEncoder(nn.Module):
         return Gaussian(mean * scale, logvar.clamp(-30.0, 20.0) + 2 * math.log(scale))
 
 
-class VAEDecoder(nn.Module):
+class VAEDecoder(AttentionStage):
     """Latents to images."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -210,7 +210,7 @@ class _MidBlock(nn.Module):
         return self.resnets[1](hidden)
 
 
-class _PixelAttention(nn.Module):
+class _PixelAttention(AttentionLayer):
     """Single-head self-attention over all pixels."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -223,5 +223,5 @@ class _PixelAttention(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         pixels = self.group_norm(hidden).flatten(2).transpose(1, 2)
-        mixed = attention(self.to_q(pixels), self.to_k(pixels), self.to_v(pixels), heads=1)
+        mixed = attention(self.to_q(pixels), self.to_k(pixels), self.to_v(pixels), 1, self.backend)
         return hidden + self.to_out[0](mixed).transpose(1, 2).unflatten(2, hidden.shape[2:])

@@ -296,6 +296,7 @@ class TestMemory:
             tiny_checkpoint, dtype="float32", device="cpu", memory=memory
         )
         assert sparing.unet.attention_backend == memory.attention
+        assert sparing.decoder.attention_backend == memory.attention
         prompts = ["cat", "dog"]
         assert largest_difference(draw(sparing, prompts), draw(pipeline, prompts)) <= 1e-5
 

@@ -1,0 +1,123 @@
+"""The autoencoder against diffusers, its configuration, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from latentgen.errors import ConfigError
+from latentgen.models.attention import AttentionLayer
+from latentgen.models.vae import Gaussian, VAEConfig, VAEDecoder, VAEEncoder
+
+_TINY: dict[str, Any] = {
+    "block_out_channels": [16, 32, 48],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 2,
+    "norm_num_groups": 8,
+    "sample_size": 32,
+    "scaling_factor": 0.13025,
+}
+_FORMS: dict[str, dict[str, Any]] = {
+    "f4": _TINY,
+    "one-level": _TINY
+    | {
+        "block_out_channels": [16],
+        "down_block_types": ["DownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D"],
+    },
+    "eight-channels": _TINY | {"latent_channels": 8, "layers_per_block": 1},
+    "no-attention": _TINY | {"mid_block_add_attention": False},
+}
+
+
+@pytest.fixture(params=_FORMS)
+def fields(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The fields of a tiny `vae/config.json`, of each form in turn."""
+    return dict(_FORMS[request.param])
+
+
+def build(fields: dict[str, Any]) -> tuple[AutoencoderKL, VAEEncoder, VAEDecoder]:
+    """diffusers' autoencoder, and our two halves with the same weights, each loaded strictly."""
+    torch.manual_seed(0)
+    oracle = AutoencoderKL.from_config(fields).eval()
+    config = VAEConfig.from_json(fields)
+    encoder, decoder = VAEEncoder(config).eval(), VAEDecoder(config).eval()
+    weights = oracle.state_dict()
+    for half, names in ((encoder, ("encoder.", "quant_conv.")), (decoder, ("decoder.", "post_quant_conv."))):
+        half.load_state_dict({key: value for key, value in weights.items() if key.startswith(names)})
+    return oracle, encoder, decoder
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(16, 24), (20, 12)])
+def test_the_encoder_equals_that_of_diffusers(fields: dict[str, Any], size: tuple[int, int]) -> None:
+    oracle, encoder, _ = build(fields)
+    images = torch.rand(2, 3, *size) * 2 - 1
+    ours, theirs = encoder(images), oracle.encode(images).latent_dist
+    scale = fields["scaling_factor"]
+    assert relative_error(ours.mean, theirs.mean * scale) <= 1e-5
+    assert relative_error((0.5 * ours.logvar).exp(), theirs.std * scale) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "chunked"])
+def test_the_decoder_equals_that_of_diffusers(fields: dict[str, Any], backend: Any) -> None:
+    oracle, _, decoder = build(fields)
+    decoder.attention_backend = backend
+    attentions = [module for module in decoder.modules() if isinstance(module, AttentionLayer)]
+    assert len(attentions) == fields.get("mid_block_add_attention", True)
+    assert all(module.backend == backend for module in attentions)
+    latents = torch.randn(2, decoder.config.latent_channels, 6, 5)
+    theirs = oracle.decode(latents / fields["scaling_factor"]).sample
+    assert relative_error(decoder(latents), theirs) <= 1e-5
+
+
+def test_a_gaussian_is_sampled_and_measured() -> None:
+    gaussian = Gaussian(torch.full((2, 1, 1, 3), 2.0), torch.full((2, 1, 1, 3), 0.0))
+    assert gaussian.sample(torch.ones(2, 1, 1, 3)).tolist() == torch.full((2, 1, 1, 3), 3.0).tolist()
+    assert gaussian.kl().tolist() == [6.0, 6.0]  # half the squared mean, three times
+
+
+def test_the_configuration_is_that_of_diffusers(fields: dict[str, Any]) -> None:
+    oracle = AutoencoderKL.from_config(fields)
+    config = VAEConfig.from_json(json.loads(oracle.to_json_string()))
+    assert config == VAEConfig.from_json(fields)
+    written = json.loads(json.dumps(config.to_json()))
+    assert VAEConfig.from_json(written) == config
+    ours = AutoencoderKL.from_config(written).config
+    assert {name: ours[name] for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("unknown_field", 1),
+        ("latent_channels", "4"),
+        ("latent_channels", 0),
+        ("scaling_factor", float("nan")),
+        ("scaling_factor", 0),
+        ("scaling_factor", -1.0),
+        ("block_out_channels", [16, 32]),
+        ("block_out_channels", [16, 30, 48]),
+        ("block_out_channels", []),
+        ("layers_per_block", 10**6),
+        ("down_block_types", ["AttnDownEncoderBlock2D"] * 3),
+        ("act_fn", "mish"),
+        ("shift_factor", 0.1),
+        ("latents_mean", [0.0]),
+        ("use_quant_conv", False),
+    ],
+)
+def test_bad_fields_are_named(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field.removesuffix("s")):
+        VAEConfig.from_json(_TINY | {field: value})
