@@ -63,7 +63,7 @@ class CLIPTextConfig(StageConfig):
     model_config = ConfigDict(extra="ignore")
     diffusers_class: ClassVar[str] = "CLIPTextModel"
 
-    architectures: tuple[Literal["CLIPTextModel"], ...] = ("CLIPTextModel",)
+    architectures: tuple[Literal["CLIPTextModel"], ...] | None = ("CLIPTextModel",)
     model_type: Literal["clip_text_model"] = "clip_text_model"
     vocab_size: Annotated[int, Field(ge=1, le=10**7)] = 49408
     hidden_size: Width = 512

@@ -99,7 +99,7 @@ class UNetConfig(StageConfig):
     addition_time_embed_dim: Channels | None = None
     num_class_embeds: Annotated[int, Field(ge=1, le=10**6)] | None = None
     # Kept for diffusers; here every attention kernel accumulates its softmax in float32.
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     resnet_skip_time_act: Literal[False] = False
     resnet_out_scale_factor: One = 1

@@ -21,6 +21,8 @@ from latentgen.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 
 Channels = Annotated[int, Field(ge=1, le=8192)]
 NORM_EPS = 1e-6
+# Over ten times the largest autoencoder in use (Stable Diffusion's, 8.4e7): more is a mistake or an attack.
+MAX_PARAMETERS = 10**9
 
 
 class VAEConfig(StageConfig):
@@ -63,7 +65,38 @@ class VAEConfig(StageConfig):
                 raise ValueError(
                     f"block_out_channels: {channels} is not a multiple of norm_num_groups {self.norm_num_groups}"
                 )
+        if (count := parameter_count(self)) > MAX_PARAMETERS:
+            raise ValueError(
+                f"the model would have {count:,} parameters; at most {MAX_PARAMETERS:,} are allowed"
+            )
         return self
+
+
+def parameter_count(config: VAEConfig) -> int:
+    """Return the exact number of parameters of encoder and decoder together, without building them."""
+    channels, latent = config.block_out_channels, config.latent_channels
+    low, high = channels[0], channels[-1]
+    total = _conv(config.in_channels, low) + _conv(high, 2 * latent) + 2 * high
+    total += _conv(latent, high) + _conv(low, config.out_channels) + 2 * low
+    total += 4 * latent**2 + 2 * latent + latent**2 + latent  # quant_conv, post_quant_conv
+    middle = 2 * _resnet(high, high) + config.mid_block_add_attention * (4 * (high**2 + high) + 2 * high)
+    total += 2 * middle
+    for layers, order in ((config.layers_per_block, channels), (config.layers_per_block + 1, channels[::-1])):
+        for before, width in zip((order[0], *order), order, strict=False):
+            total += _resnet(before, width) + (layers - 1) * _resnet(width, width)
+        total += sum(_conv(width, width) for width in order[:-1])
+    return total
+
+
+def _resnet(inputs: int, outputs: int) -> int:
+    """Count the parameters of a resnet block without time conditioning."""
+    shortcut = inputs * outputs + outputs if inputs != outputs else 0
+    return 2 * (inputs + outputs) + _conv(inputs, outputs) + _conv(outputs, outputs) + shortcut
+
+
+def _conv(inputs: int, outputs: int) -> int:
+    """Count the parameters of a 3x3 convolution."""
+    return 9 * inputs * outputs + outputs
 
 
 class Gaussian(NamedTuple):
