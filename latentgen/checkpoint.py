@@ -51,7 +51,7 @@ def resolve(source: str | Path | None, *, revision: str | None = None, variant: 
         OfflineError: the repository has to be downloaded and the Hub cannot be reached.
     """
     infix = variant_infix(variant)
-    path = EMBEDDED_DEFAULT if source is None else _as_path(source)
+    path = EMBEDDED_DEFAULT if source is None else as_path(source)
     if path.is_file():
         refuse_pickle(path)
         raise InputError(f"{quote(path)} is a single file; give a folder in the diffusers layout")
@@ -208,7 +208,17 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _as_path(source: str | Path) -> Path:
+def as_path(source: str | Path) -> Path:
+    """The path of a checkpoint as a person writes it, "~" included.
+
+    Raises:
+        InputError: empty, or of another type.
+        CheckpointNotFoundError: a name that no file system takes.
+    """
+    if not isinstance(source, str | Path):
+        raise InputError(
+            f"a checkpoint is named by a str or a Path, not by {quote(source)}; None is the default"
+        )
     if not str(source):
         raise InputError("the checkpoint's path is empty; give a folder or a Hub id, or None for the default")
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentgen.checkpoint import CheckpointFolder
+from latentgen.checkpoint import CheckpointFolder, as_path
 from latentgen.errors import CheckpointNotFoundError
 from latentgen.files import quote
 from latentgen.headers import TensorInfo, read_header
@@ -75,8 +75,9 @@ def inspect(path: str | Path) -> Inspection:
 
     Raises:
         CheckpointError: one of its subclasses, if the checkpoint is missing, damaged or unsafe.
+        InputError: the path is empty, or no path at all.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         return _inspect_folder(CheckpointFolder.open(path))
     header = read_header(path)

@@ -126,7 +126,7 @@ def variant_infix(variant: str | None) -> str:
     """What a variant adds to a file's name: ".fp16" for "fp16", nothing for None; InputError if malformed."""
     if variant is None:
         return ""
-    if not _VARIANT.fullmatch(variant):
+    if not isinstance(variant, str) or not _VARIANT.fullmatch(variant):
         raise InputError(f"variant {quote(variant)} is not a name like 'fp16' (letters, digits, '-' and '_')")
     return f".{variant}"
 

@@ -1,21 +1,23 @@
 """The arguments of a call, checked before anything is computed; each function returns what it accepted.
 
-All raise InputError, which names the argument, what was found, what is allowed and the fix.
+All raise InputError (for a path to write, OutputError), which names the argument, what was found, what is
+allowed and the fix.
 """
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
 
-from latentgen.errors import InputError
+from latentgen.errors import InputError, OutputError
+from latentgen.files import quote
 from latentgen.prompts import check_prompts
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -24,6 +26,8 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 MAX_SIDE = 8192
 MAX_IMAGES_PER_PROMPT = 1024
 MAX_SEED = 2**64 - 1
+# Far beyond any use; it keeps the arithmetic finite.
+MAX_GUIDANCE_SCALE = 1e6
 
 
 def as_prompts(name: str, prompts: str | Sequence[str]) -> tuple[str, ...]:
@@ -63,15 +67,15 @@ def check_integer(name: str, value: object, lowest: int, highest: int) -> int:
 
 
 def check_guidance_scale(value: float) -> float:
-    """A finite number, 0 or more; up to 1 means no guidance."""
+    """A number from 0 to MAX_GUIDANCE_SCALE; up to 1 means no guidance."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputError(f"guidance_scale={value!r} must be a number; 7.5 is usual, 1 is no guidance")
-    scale = float(value)
-    if not math.isfinite(scale) or scale < 0:
+    # Compared before the conversion, which overflows for whole numbers beyond the range of a float.
+    if not 0 <= value <= MAX_GUIDANCE_SCALE:
         raise InputError(
-            f"guidance_scale={scale} must be finite and not negative; 7.5 is usual, 1 is no guidance"
+            f"guidance_scale={value} must be from 0 to {MAX_GUIDANCE_SCALE:g}; 7.5 is usual, 1 is no guidance"
         )
-    return scale
+    return float(value)
 
 
 def check_side(name: str, value: int, multiple: int) -> int:
@@ -110,6 +114,8 @@ def check_latents(latents: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         found = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise InputError(f"latents must be a floating-point tensor, not {found}")
+    if latents.is_meta:
+        raise InputError("latents stand on the meta device and hold no values; give a tensor of noise")
     if latents.shape != shape:
         raise InputError(f"latents have shape {list(latents.shape)}; this call needs {list(shape)}")
     if not bool(torch.isfinite(latents).all()):
@@ -122,6 +128,15 @@ def check_output_type(value: OutputType) -> OutputType:
     if value not in get_args(OutputType):
         raise InputError(f"output_type={value!r} is not known; choose from {', '.join(get_args(OutputType))}")
     return value
+
+
+def output_folder(folder: str | Path) -> Path:
+    """The path of a folder to write; OutputError if it cannot be one."""
+    if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
+        raise OutputError(
+            f'cannot write to {quote(folder)}: give the path of a folder; "." is the current one'
+        )
+    return Path(folder)
 
 
 def _as_integer(value: object) -> int | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentgen.errors import CheckpointNotFoundError
+from latentgen.errors import CheckpointNotFoundError, InputError
 from latentgen.headers import TensorInfo
 from latentgen.identify import likely_architecture, unet_kind
 from latentgen.inspection import inspect
@@ -33,6 +33,20 @@ def test_folder_written_by_diffusers(tiny_checkpoint: Path) -> None:
     assert any(line.startswith("vae: a VAE with 4 latent channels; ") for line in lines)
     assert any(line.startswith("text_encoder: a CLIP text encoder of width 32; ") for line in lines)
     assert all("\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("", InputError),
+        (5, InputError),
+        ("x" * 5000, CheckpointNotFoundError),
+        ("x\0", CheckpointNotFoundError),
+    ],
+)
+def test_what_is_no_path_is_refused(path: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        inspect(path)
 
 
 def test_folder_with_variants_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentgen.errors import InputError
+from latentgen.errors import InputError, OutputError
 from latentgen.pipelines.arguments import (
     MAX_SEED,
     as_negative_prompts,
@@ -17,6 +17,7 @@ from latentgen.pipelines.arguments import (
     check_output_type,
     check_seeds,
     check_side,
+    output_folder,
 )
 
 
@@ -57,6 +58,8 @@ from latentgen.pipelines.arguments import (
         (lambda: check_latents(torch.zeros(1, 4, 8, 8).long(), (1, 4, 8, 8)), "not torch.int64"),
         (lambda: check_latents(np.zeros((1, 4, 8, 8)), (1, 4, 8, 8)), "not ndarray"),  # type: ignore[arg-type]
         (lambda: check_latents(torch.full((1, 1, 1, 1), torch.nan), (1, 1, 1, 1)), "NaN or infinity"),
+        (lambda: check_guidance_scale(10**400), "from 0 to 1e\\+06"),
+        (lambda: check_latents(torch.zeros(1, 1, 1, 1, device="meta"), (1, 1, 1, 1)), "meta device"),
         (lambda: check_output_type("jpeg"), "pil, np, pt, latent"),  # type: ignore[arg-type]
         (lambda: check_output_type(["pil"]), "pil, np, pt, latent"),  # type: ignore[arg-type]
     ],
@@ -64,6 +67,12 @@ from latentgen.pipelines.arguments import (
 def test_a_bad_argument_is_refused_with_what_is_allowed(call: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("folder", ["", "a\0b", 5, b"out", None])
+def test_a_folder_that_is_none_is_refused(folder: object) -> None:
+    with pytest.raises(OutputError, match="give the path of a folder"):
+        output_folder(folder)  # type: ignore[arg-type]
 
 
 def test_prompts_may_be_one_several_or_empty_text() -> None:
