@@ -5,6 +5,7 @@ transformers takes seconds to import, so only the functions that make a model or
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self
@@ -14,7 +15,7 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from latentgen.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
-from latentgen.files import quote, write_json
+from latentgen.files import atomic_write, quote, write_json
 from latentgen.models.config import StageConfig
 from latentgen.prompts import check_prompts, chunk_tokens
 from latentgen.weights import load_weights, save_weights
@@ -211,7 +212,11 @@ class CLIPText:
         }
         save_weights(state, text_encoder_folder, "model", variant=variant)
         write_json(text_encoder_folder / "config.json", self.config.to_json())
-        self.tokenizer.save_pretrained(str(tokenizer_folder))
+        with tempfile.TemporaryDirectory() as scratch:
+            self.tokenizer.save_pretrained(scratch)
+            for made in sorted(Path(scratch).iterdir()):
+                with atomic_write(tokenizer_folder / made.name) as file:
+                    file.write(made.read_bytes())
 
 
 def _build_model(config: CLIPTextConfig) -> CLIPTextModel:
