@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from latentgen.errors import InputError
+from latentgen.errors import InputError, LatentgenError, MemoryBudgetError
 from latentgen.models.attention import AttentionBackend
 from latentgen.models.vae import VAEDecoder
 
 Decode = Callable[[Tensor], Tensor]
 
 SMALLEST_TILE = 8
+# The side of the tiles that a decoder which ran out of memory goes on with: 512 pixels at eight a latent.
+FALLBACK_TILE = 64
+# How torch tells of a failed allocation where it does not raise OutOfMemoryError: on the CPU, and on MPS.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -96,13 +101,99 @@ def resident(module: nn.Module, device: torch.device, *, offload: bool) -> Itera
             setattr(owner, name, home)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, on any device, and was not explained yet."""
+    if isinstance(error, LatentgenError):
+        return False
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def explained_out_of_memory(work: str, at_least: Callable[[], int], advice: str) -> Iterator[None]:
+    """Let running out of memory in the ``with`` block end in an error that says what helps.
+
+    Args:
+        work: what was being done, and for how much.
+        at_least: gives a lower bound of the bytes that this needs; asked only when they were not there.
+        advice: the flags that make it need less.
+
+    Raises:
+        MemoryBudgetError: in place of torch's error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryBudgetError(
+            f"out of memory while {work}, which needs at least {at_least() / 1e9:.2f} GB; {advice}"
+        ) from error
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """The size of a module's weights."""
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
 def decode(decoder: VAEDecoder, latents: Tensor, policy: MemoryPolicy) -> Tensor:
-    """Decode latents [B, C, h, w] to images [B, 3, H, W] in -1..1, as sparingly as `policy` asks."""
+    """Decode latents [B, C, h, w] to images [B, 3, H, W] in -1..1, as sparingly as `policy` asks.
+
+    If memory runs out, it goes on with the next knob, once and with a warning: images one by one, or else tiles.
+
+    Raises:
+        MemoryBudgetError: memory ran out all the same.
+    """
+    batch, _, height, width = latents.shape
+    sparing = _next_knob(latents, policy)
+    if sparing is not None:
+        try:
+            return _decode(decoder, latents, policy)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out of the handler, whose exception would keep the tensors of the first attempt alive.
+        warnings.warn(
+            f"out of memory while decoding; going on with decode_one_by_one={sparing.decode_one_by_one}, "
+            f"decode_tile={sparing.decode_tile}",
+            stacklevel=2,
+        )
+        policy = sparing
+    factor = decoder.config.spatial_factor
+    work = f"decoding {batch} image(s) of {width * factor}x{height * factor} pixels"
+    advice = (
+        "use MemoryPolicy(offload_idle=True, decode_one_by_one=True, decode_tile=...) with a small tile such as "
+        '32, a smaller height and width, or dtype="bfloat16"'
+    )
+    with explained_out_of_memory(work, partial(_decoder_bytes, decoder, latents, policy), advice):
+        return _decode(decoder, latents, policy)
+
+
+def _next_knob(latents: Tensor, policy: MemoryPolicy) -> MemoryPolicy | None:
+    """The first saving that `policy` leaves open and that would make a difference; None if there is none."""
+    if len(latents) > 1 and not policy.decode_one_by_one:
+        return replace(policy, decode_one_by_one=True)
+    if max(latents.shape[2:]) > FALLBACK_TILE and policy.decode_tile is None:
+        return replace(policy, decode_tile=FALLBACK_TILE)
+    return None
+
+
+def _decoder_bytes(decoder: VAEDecoder, latents: Tensor, policy: MemoryPolicy) -> int:
+    """A lower bound: the weights, and the widest resnet block's input, skip and output at full resolution."""
+    tile = policy.decode_tile or max(latents.shape[2:])
+    pixels = math.prod(min(side, tile) * decoder.config.spatial_factor for side in latents.shape[2:])
+    rows = 1 if policy.decode_one_by_one else len(latents)
+    channels = sum(decoder.config.block_out_channels[:2])
+    return weight_bytes(decoder) + rows * pixels * channels * latents.element_size()
+
+
+def _decode(decoder: VAEDecoder, latents: Tensor, policy: MemoryPolicy) -> Tensor:
     decode_rows: Decode = decoder
     if policy.decode_tile is not None and max(latents.shape[2:]) > policy.decode_tile:
         warnings.warn(
             f"decoding in tiles of {policy.decode_tile} latents is approximate: tone may drift between tiles",
-            stacklevel=2,
+            stacklevel=3,
         )
         decode_rows = partial(
             decode_in_tiles, decoder, tile=policy.decode_tile, factor=decoder.config.spatial_factor

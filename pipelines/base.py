@@ -18,7 +18,7 @@ from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import InputError, NumericalError
 from latentgen.image import to_numpy, to_pil, to_unit
-from latentgen.memory import MemoryPolicy, decode, resident
+from latentgen.memory import MemoryPolicy, decode, resident, weight_bytes
 from latentgen.models.unet import UNet
 from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.arguments import OutputType
@@ -221,6 +221,17 @@ def join_contexts(contexts: Sequence[Tensor]) -> Tensor:
     """
     length = math.lcm(*(context.shape[1] for context in contexts))
     return torch.cat([context.repeat(1, length // context.shape[1], 1) for context in contexts])
+
+
+def denoising_bytes(unet: UNet, rows: int, pixels: int) -> int:
+    """A lower bound of the memory of a step: the weights, and four feature maps at the highest resolution.
+
+    Args:
+        rows: what the UNet sees at once, two of each image with guidance.
+        pixels: latent pixels of one image.
+    """
+    maps = 4 * rows * pixels * unet.config.block_out_channels[0]
+    return weight_bytes(unet) + maps * unet.conv_in.weight.element_size()
 
 
 def build_denoiser(

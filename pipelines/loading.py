@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latentgen.checkpoint import CheckpointFolder, load_weights, save_weights, write_json
+from latentgen.checkpoint import CheckpointFolder, load_weights, read_header, save_weights, write_json
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
@@ -102,6 +103,17 @@ def load_scheduler(folder: CheckpointFolder) -> Scheduler:
     return replace(scheduler, steps_offset=1, clipping=replace(scheduler.clipping, clip_sample=False))
 
 
+def weight_bytes(folder: CheckpointFolder, placement: Placement) -> int:
+    """A lower bound of the memory that the stages take: the weights of UNet and text encoder."""
+    headers = [
+        read_header(file)
+        for component in ("unet", "text_encoder")
+        for file in folder.weight_files(component, placement.variant)
+    ]
+    count = sum(math.prod(info.shape) for header in headers for info in header.values())
+    return count * placement.dtype.itemsize
+
+
 def _load(
     module: nn.Module,
     folder: CheckpointFolder,
@@ -140,7 +152,7 @@ def save_folder(
     """Write a folder that diffusers' StableDiffusionPipeline loads; `model_index.json` comes last.
 
     Raises:
-        OutputError: a file could not be written; what was there before is intact.
+        OutputError: a file could not be written; it keeps its old content, as do those that follow it.
     """
     save_weights(unet.state_dict(), folder / "unet", WEIGHTS_STEM, variant=variant)
     write_json(folder / "unet" / "config.json", unet.config.to_json())

@@ -17,7 +17,8 @@ from latentgen.diffusion.guidance import is_guided
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
-from latentgen.memory import MemoryPolicy, resident
+from latentgen.files import quote
+from latentgen.memory import MemoryPolicy, explained_out_of_memory, resident
 from latentgen.models.text import CLIPText
 from latentgen.models.unet import UNet
 from latentgen.models.vae import VAEDecoder
@@ -33,6 +34,7 @@ from latentgen.pipelines.arguments import (
     check_output_type,
     check_seeds,
     check_side,
+    output_folder,
 )
 from latentgen.pipelines.base import (
     DTypeName,
@@ -43,6 +45,7 @@ from latentgen.pipelines.base import (
     PipelineStep,
     build_denoiser,
     decode_images,
+    denoising_bytes,
     export,
     join_contexts,
     resolve_device,
@@ -66,6 +69,7 @@ class TextToImagePipeline:
         memory: what to trade for memory.
         device: where the stages work. They stand there already, or on the CPU if `memory` offloads idle ones.
         source: the folder that the stages came from; saving takes the VAE's encoder from it.
+        source_variant: which of the folder's sets of weights they are, such as "fp16".
 
     Raises:
         ConfigError: the stages do not fit together.
@@ -78,6 +82,7 @@ class TextToImagePipeline:
     memory: MemoryPolicy = field(default_factory=MemoryPolicy)
     device: torch.device = _CPU
     source: CheckpointFolder | None = None
+    source_variant: str | None = None
 
     def __post_init__(self) -> None:
         unet, latent_channels = self.unet.config, self.decoder.config.latent_channels
@@ -124,8 +129,13 @@ class TextToImagePipeline:
             CheckpointError: what is wrong with the folder's files, in a subclass.
             ConfigError: a configuration holds what is not implemented.
             OfflineError: the Hub is needed and cannot be reached.
+            MemoryBudgetError: the weights do not fit into memory.
         """
-        memory = memory or MemoryPolicy()
+        memory = MemoryPolicy() if memory is None else memory
+        if not isinstance(memory, MemoryPolicy):
+            raise InputError(
+                f"memory={memory!r} must be a MemoryPolicy, such as MemoryPolicy(offload_idle=True)"
+            )
         torch_device = resolve_device(device)
         torch_dtype = resolve_dtype(dtype, torch_device)
         folder = CheckpointFolder.open(resolve(source, revision=revision, variant=variant))
@@ -136,14 +146,23 @@ class TextToImagePipeline:
             variant,
             pack=memory.pack_weights and torch_device.type == "cpu",
         )
+        with explained_out_of_memory(
+            f"loading the weights of {quote(folder.path)}",
+            partial(loading.weight_bytes, folder, placement),
+            'use dtype="bfloat16", or MemoryPolicy(offload_idle=True, pack_weights=False)',
+        ):
+            unet = loading.load_unet(folder, placement)
+            decoder = loading.load_decoder(folder, placement)
+            text_encoder = loading.load_text_encoder(folder, placement)
         return cls(
-            unet=loading.load_unet(folder, placement),
-            decoder=loading.load_decoder(folder, placement),
-            text_encoder=loading.load_text_encoder(folder, placement),
+            unet=unet,
+            decoder=decoder,
+            text_encoder=text_encoder,
             scheduler=loading.load_scheduler(folder),
             memory=memory,
             device=torch_device,
             source=folder,
+            source_variant=variant,
         )
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
@@ -157,16 +176,18 @@ class TextToImagePipeline:
 
         Raises:
             InputError: the pipeline was put together by hand and has no source for the VAE's encoder.
-            OutputError: a file could not be written; what was there before is intact.
+            OutputError: a file could not be written; it keeps its old content, as do those that follow it.
         """
         if self.source is None:
             raise InputError(
                 "this pipeline was not loaded from a folder, so there is no VAE encoder to save; pass "
                 "source=CheckpointFolder.open(...) of the folder that the VAE came from"
             )
-        encoder = loading.load_encoder(self.source, loading.Placement(_dtype_of(self.decoder), _CPU))
+        target = output_folder(folder)
+        placement = loading.Placement(_dtype_of(self.decoder), _CPU, self.source_variant)
+        encoder = loading.load_encoder(self.source, placement)
         loading.save_folder(
-            Path(folder),
+            target,
             unet=self.unet,
             encoder=encoder,
             decoder=self.decoder,
@@ -212,6 +233,7 @@ class TextToImagePipeline:
         Raises:
             InputError: an argument is out of bounds; nothing has been computed.
             NumericalError: NaN or infinity where an image was due; names the step.
+            MemoryBudgetError: memory ran out; names the arguments that help.
         """
         steps = self.stream(
             prompt,
@@ -304,6 +326,17 @@ class TextToImagePipeline:
 
     @torch.inference_mode()
     def _denoise(self, run: _Run) -> Iterator[PipelineStep]:
+        count, _, height, width = run.shape
+        factor = self.decoder.config.spatial_factor
+        with explained_out_of_memory(
+            f"denoising {count} image(s) of {width * factor}x{height * factor} pixels",
+            partial(denoising_bytes, self.unet, len(run.rows), height * width),
+            'use fewer images at once, a smaller height and width, MemoryPolicy(attention="chunked", '
+            'offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
+        ):
+            yield from self._steps(run)
+
+    def _steps(self, run: _Run) -> Iterator[PipelineStep]:
         noise = ImageNoise(run.seeds, run.shape[1:], self.device)
         latents = run.scheduler.initial(
             noise() if run.latents is None else run.latents.to(self.device), run.levels

@@ -15,8 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentgen.checkpoint import CheckpointFolder
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.errors import CheckpointMismatchError, ConfigError, InputError, NumericalError
+from latentgen.errors import (
+    CheckpointMismatchError,
+    ConfigError,
+    InputError,
+    MemoryBudgetError,
+    NumericalError,
+)
 from latentgen.memory import MemoryPolicy
+from latentgen.pipelines import loading
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 
 if TYPE_CHECKING:
@@ -300,6 +307,27 @@ class TestMemory:
         prompts = ["cat", "dog"]
         assert largest_difference(draw(sparing, prompts), draw(pipeline, prompts)) <= 1e-5
 
+    def test_running_out_while_denoising_says_what_helps(self, pipeline: TextToImagePipeline) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+        hook = pipeline.unet.mid_block.register_forward_pre_hook(fail)  # type: ignore[union-attr]
+        try:
+            with pytest.raises(MemoryBudgetError, match=r"denoising 1 image\(s\) of 16x16 .* GB; use fewer"):
+                draw(pipeline, "cat")
+        finally:
+            hook.remove()
+
+    def test_running_out_while_loading_says_what_helps(
+        self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(loading, "load_decoder", fail)
+        with pytest.raises(MemoryBudgetError, match=r"loading .* at least 0\.00 GB; use dtype=\"bfloat16\""):
+            TextToImagePipeline.from_pretrained(tiny_checkpoint)
+
 
 class TestBadArguments:
     @pytest.mark.parametrize(
@@ -352,6 +380,8 @@ class TestBadArguments:
             ({"device": "gpu"}, "device='gpu' is not a device"),
             ({"device": "cuda:99"}, "this machine has: "),
             ({"device": 1.5}, "device=1.5"),
+            ({"memory": "4GB"}, "memory='4GB' must be a MemoryPolicy"),
+            ({"variant": 16}, "variant 16 is not a name"),
         ],
     )
     def test_loading_refuses_what_the_machine_lacks(
@@ -433,6 +463,8 @@ class TestFolders:
             TextToImagePipeline.from_pretrained(tmp_path)
         again = TextToImagePipeline.from_pretrained(tmp_path, variant="fp16", dtype="float16", device="cpu")
         assert largest_difference(draw(again, "cat"), draw(half, "cat")) == 0
+        again.save_pretrained(tmp_path / "plain")
+        assert CheckpointFolder.open(tmp_path / "plain").variants("vae") == [None]
         assert CheckpointFolder.open(tmp_path).components["tokenizer"] == "CLIPTokenizer"
 
     def test_saving_over_the_source_keeps_it_whole(self, folder: Path) -> None:
