@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -27,15 +28,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        from latentgen.train.config import load_config
-        from latentgen.train.trainer import Trainer
+        from accelerate import PartialState
 
-        folder = Trainer(load_config(options.config, options.overrides)).run()
+        from latentgen.train.config import load_config
+        from latentgen.train.trainer import train
+
+        folder = train(load_config(options.config, options.overrides))
     except LatentgenError as error:
-        print(f"latentgen: error: {error}", file=sys.stderr)
-        return 2
-    print(f"the model is in {folder}")
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        return _fail(f"training needs the module {error.name}: pip install 'latentgen[train]'")
+    except KeyboardInterrupt:
+        _fail("interrupted; the last checkpoint is intact")
+        return 128 + signal.SIGINT
+    if PartialState().is_main_process:
+        print(f"the model is in {folder}")
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"latentgen: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from latentgen.checkpoint import CheckpointFolder
+from latentgen.errors import ConfigError
 from latentgen.files import write_json
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.pipelines.loading import WEIGHTS_STEM
 from latentgen.train.config import AutoencoderTask
 from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng, to_tensor
 from latentgen.train.objective import Loss, Objective
-from latentgen.weights import save_weights
+from latentgen.weights import load_weights, save_weights
+
+_CALIBRATION_IMAGES = 1024
+_CALIBRATION_BATCH = 32
 
 
 class AutoencoderObjective(Objective):
     """Reconstruction in pixels and in their differences, and a slight pull of the latents to the standard normal.
 
     The pixel differences (edges) weigh what the eye sees: a blurred edge costs little in pixels and much in edges.
+
+    Args:
+        task: what the recipe says.
+        data: the images; captions are not used.
+        init_from: a folder with a `vae/` whose weights to begin with, instead of random ones.
+
+    Raises:
+        ConfigError: the VAE's configuration is wrong or does not fit the images.
+        CheckpointError: `init_from` cannot be used; the subclass says why.
     """
 
-    def __init__(self, task: AutoencoderTask, data: CaptionedImages) -> None:
+    def __init__(
+        self, task: AutoencoderTask, data: CaptionedImages, *, init_from: Path | None = None
+    ) -> None:
         super().__init__()
         self.task = task
         self.data = data
         self.config = VAEConfig.from_json(task.vae)
-        self.encoder = VAEEncoder(self.config).requires_grad_(task.train_encoder)
+        _check_fit(self.config, data.image_size)
+        self.encoder = VAEEncoder(self.config)
         self.decoder = VAEDecoder(self.config)
+        if init_from is not None:
+            files = CheckpointFolder.open(init_from).weight_files("vae")
+            load_weights(self, files, dtype=torch.float32, rename=_name_here)
+        self.encoder.requires_grad_(task.train_encoder)
         self.item_count = len(data)
         side = data.image_size // self.config.spatial_factor
         self.latent_shape = (self.config.latent_channels, side, side)
@@ -51,41 +73,65 @@ class AutoencoderObjective(Objective):
         return Loss(total, {"pixels": pixels, "edges": edges, "kl": kl})
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write `vae/` in float32, its latents brought to unit variance per channel."""
+        """Write `vae/` in float32; latents that were learnt are brought to unit variance per channel."""
         self.load_state_dict(dict(weights))
-        _normalise_latents(self.encoder, self.decoder, self._calibration_images())
-        write_json(
-            folder / "model_index.json",
-            {"_class_name": "AutoencoderKL", "vae": ["diffusers", "AutoencoderKL"]},
-        )
+        if self.task.train_encoder:
+            normalise_latents(self.encoder, self.decoder, self._calibration_batches())
+        state = {**self.encoder.state_dict(), **self.decoder.state_dict()}
+        save_weights(state, folder / "vae", WEIGHTS_STEM)
         write_json(folder / "vae" / "config.json", self.config.to_json())
-        save_weights(
-            {**self.encoder.state_dict(), **self.decoder.state_dict()},
-            folder / "vae",
-            "diffusion_pytorch_model",
+        index = {"_class_name": "AutoencoderKL", "vae": ["diffusers", "AutoencoderKL"]}
+        write_json(folder / "model_index.json", index)
+
+    def _calibration_batches(self) -> Iterator[Tensor]:
+        """As many random views as there are items, but not over a thousand, evenly over the set."""
+        count = min(_CALIBRATION_IMAGES, len(self.data))
+        items = [round(place * len(self.data) / count) for place in range(count)]
+        for start in range(0, count, _CALIBRATION_BATCH):
+            part = items[start : start + _CALIBRATION_BATCH]
+            yield to_tensor([self.data.view(item, sample_rng(0, "calibration", item)).image for item in part])
+
+
+def _check_fit(config: VAEConfig, image_size: int) -> None:
+    if config.in_channels != 3 or config.out_channels != 3:
+        raise ConfigError(
+            f"task.vae has {config.in_channels} in_channels and {config.out_channels} out_channels; the images "
+            "are RGB, so both must be 3"
+        )
+    if image_size % config.spatial_factor:
+        raise ConfigError(
+            f"data.image_size is {image_size}; task.vae halves images {len(config.block_out_channels) - 1} times, so "
+            f"it must be a multiple of {config.spatial_factor}"
         )
 
-    def _calibration_images(self) -> Tensor:
-        """As many random views as there are items, but not over a thousand, evenly over the set."""
-        count = min(1024, len(self.data))
-        items = (round(place * len(self.data) / count) for place in range(count))
-        return to_tensor([self.data.view(item, sample_rng(0, "calibration", item)).image for item in items])
+
+def _name_here(key: str) -> str:
+    """The name of a VAE's weight in the objective."""
+    return f"{'decoder' if key.startswith(('decoder.', 'post_quant_conv.')) else 'encoder'}.{key}"
 
 
 @torch.no_grad()
-def _normalise_latents(encoder: VAEEncoder, decoder: VAEDecoder, images: Tensor) -> None:
-    """Give each latent channel mean 0 and variance 1 over `images`, without changing a reconstruction.
+def normalise_latents(encoder: VAEEncoder, decoder: VAEDecoder, batches: Iterator[Tensor]) -> None:
+    """Give each latent channel mean 0 and variance 1 over images [B, 3, H, W], without changing a reconstruction.
 
-    The affine map is folded into the 1x1 convolutions on either side of the latents, so that one scaling factor
-    (arXiv:2112.10752, appendix G) of 1 serves every channel.
+    The affine map is folded into the 1x1 convolutions on either side of the latents, so that the one scaling factor
+    (arXiv:2112.10752, appendix G) serves every channel.
     """
-    means = torch.cat([encoder(part).mean for part in images.split(32)])
-    mean, std = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
-    quant, post = encoder.quant_conv, decoder.post_quant_conv
+    latents = torch.cat([encoder(batch).mean for batch in batches])
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    std = torch.where(std > 0, std, 1)  # a channel that nothing varies stays as it is
+    mean = mean / encoder.config.scaling_factor  # from the latents' scale to that of the convolutions
+    quant_weight, quant_bias = _weight_and_bias(encoder.quant_conv)
+    post_weight, post_bias = _weight_and_bias(decoder.post_quant_conv)
     # post(z) = W z + b = (W * std) z' + (W @ mean + b) for z' = (z - mean) / std
-    post.bias.add_(post.weight[:, :, 0, 0] @ mean)
-    post.weight.mul_(std[None, :, None, None])
+    post_bias.add_(post_weight[:, :, 0, 0] @ mean)
+    post_weight.mul_(std[None, :, None, None])
     channels = len(mean)
-    quant.weight[:channels].div_(std[:, None, None, None])
-    quant.bias[:channels].sub_(mean).div_(std)
-    quant.bias[channels:].sub_(2 * std.log())
+    quant_weight[:channels].div_(std[:, None, None, None])
+    quant_bias[:channels].sub_(mean).div_(std)
+    quant_bias[channels:].sub_(2 * std.log())
+
+
+def _weight_and_bias(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    assert convolution.bias is not None  # the VAE has no convolution without one
+    return convolution.weight, convolution.bias

@@ -8,9 +8,9 @@ do not match it, was cut off while it was written and is passed over.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,23 +21,34 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentgen.errors import ResumeError
-from latentgen.files import write_json
+from latentgen.errors import CheckpointError, OutputError, ResumeError
+from latentgen.files import quote, read_json, write_json
 from latentgen.weights import save_weights
 
-_NAME = re.compile(r"checkpoint-(\d{8})")
 MANIFEST = "manifest.json"
+_STATE = "state.json"
+_NAME = re.compile(r"checkpoint-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """All that a run needs to go on as if it had never stopped."""
+    """All that a run needs to go on as if it had never stopped.
+
+    Attributes:
+        step: optimiser steps done.
+        config: the recipe, as JSON has it.
+        weights: the trainable parameters by name.
+        ema: their moving average, empty if the recipe asks for none.
+        optimizer: from `flatten_optimizer`.
+        scaler: the state of float16's loss scaling, empty without it.
+    """
 
     step: int
     config: Mapping[str, Any]
     weights: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    scaler: Mapping[str, Any]
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -66,56 +77,86 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 
 def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:
-    """Write a checkpoint, verify it, and only then delete the oldest ones beyond `keep`."""
+    """Write a checkpoint and read it back; only then all but the newest `keep` are deleted.
+
+    Raises:
+        OutputError: it could not be written, or does not read back; the older ones are intact.
+    """
     folder = output_dir / f"checkpoint-{state.step:08d}"
-    if folder.exists():
+    if folder.exists():  # one that was passed over
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    for stem in ("weights", "ema", "optimizer"):
-        tensors = getattr(state, stem)
+    for stem, tensors in (("weights", state.weights), ("ema", state.ema), ("optimizer", state.optimizer)):
         if tensors:
-            save_weights(tensors, folder, stem)
-    write_json(folder / "state.json", {"step": state.step, "config": dict(state.config)})
+            save_weights(tensors, folder, stem, max_shard_bytes=sys.maxsize)
+    scaler = {"scaler": dict(state.scaler)} if state.scaler else {}
+    write_json(folder / _STATE, {"step": state.step, "config": dict(state.config), **scaler})
     write_json(folder / MANIFEST, {file.name: _sha256(file) for file in sorted(folder.iterdir())})
-    if _is_whole(folder):
-        for old in _folders(output_dir)[:-keep]:
-            shutil.rmtree(old)
+    if not _is_whole(folder):
+        raise OutputError(f"{quote(folder)} does not read back as it was written: check the disk")
+    _delete_others(output_dir, state.step, keep)
     return folder
 
 
 def load_latest(output_dir: Path) -> RunState:
-    """The newest whole checkpoint of a run.
+    """The newest whole checkpoint of a run, on the CPU.
 
     Raises:
         ResumeError: there is none.
     """
-    for folder in reversed(_folders(output_dir)):
+    for _, folder in reversed(_folders(output_dir)):
         if not _is_whole(folder):
-            warnings.warn(f"{folder} is not whole and is passed over", stacklevel=2)
+            warnings.warn(f"{quote(folder)} is not whole and is passed over", stacklevel=2)
             continue
-        state = json.loads((folder / "state.json").read_text("utf-8"))
-        files = {stem: folder / f"{stem}.safetensors" for stem in ("weights", "ema", "optimizer")}
-        tensors = {stem: load_file(file) if file.is_file() else {} for stem, file in files.items()}
-        return RunState(step=state["step"], config=state["config"], **tensors)
+        state: dict[str, Any] = read_json(folder / _STATE)
+        return RunState(
+            step=state["step"],
+            config=state["config"],
+            weights=_load(folder / "weights.safetensors"),
+            ema=_load(folder / "ema.safetensors"),
+            optimizer=_load(folder / "optimizer.safetensors"),
+            scaler=state.get("scaler", {}),
+        )
     raise ResumeError(
-        f"nothing to resume in {output_dir}: it holds no whole checkpoint; start without resume"
+        f"nothing to resume in {quote(output_dir)}: it holds no whole checkpoint; start without resume"
     )
 
 
-def _folders(output_dir: Path) -> list[Path]:
+def has_checkpoint(output_dir: Path) -> bool:
+    """Whether a run has begun to save here, whole or not."""
+    return bool(_folders(output_dir))
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    return load_file(file) if file.is_file() else {}
+
+
+def _delete_others(output_dir: Path, newest: int, keep: int) -> None:
+    """Keep the checkpoint of step `newest`, which is whole, and the finished ones before it, `keep` in all.
+
+    What lies beyond `newest` was passed over when the run was resumed, and is not whole.
+    """
+    folders = _folders(output_dir)
+    finished = [folder for step, folder in folders if step <= newest and (folder / MANIFEST).is_file()]
+    for _, folder in folders:
+        if folder not in finished[-keep:]:
+            shutil.rmtree(folder)
+
+
+def _folders(output_dir: Path) -> list[tuple[int, Path]]:
+    """All checkpoints, whole or not, in the order of their steps."""
     if not output_dir.is_dir():
         return []
-    return sorted(folder for folder in output_dir.iterdir() if _NAME.fullmatch(folder.name))
+    names = ((_NAME.fullmatch(folder.name), folder) for folder in output_dir.iterdir())
+    return sorted((int(match[1]), folder) for match, folder in names if match)
 
 
 def _is_whole(folder: Path) -> bool:
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
+    try:
+        sums = read_json(folder / MANIFEST)
+    except CheckpointError:
         return False
-    sums = json.loads(manifest.read_text("utf-8"))
-    return all(
-        (folder / name).is_file() and _sha256(folder / name) == digest for name, digest in sums.items()
-    )
+    files = [(folder / name, digest) for name, digest in sums.items()]
+    return _STATE in sums and all(file.is_file() and _sha256(file) == digest for file, digest in files)
 
 
 def _sha256(file: Path) -> str:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from latentgen.errors import ConfigError
 
 Rate = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=2**40)]
+# YAML reads a bare `no` as false.
+Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)]
 
 
 class Section(BaseModel):
@@ -31,15 +34,23 @@ class EmojiData(Section):
 
 
 class FolderData(Section):
-    """A folder of images, with captions in `metadata.jsonl` (`file_name`, `text`) or same-stem `.txt` files."""
+    """A folder of images, with captions in `metadata.jsonl` (`file_name`, `text`) or same-stem `.txt` files.
+
+    Images that cannot be read are an error before training begins, or left out with a warning (`skip`).
+    """
 
     kind: Literal["imagefolder"]
     path: Path
     image_size: Annotated[int, Field(ge=8, le=4096)]
+    on_bad_image: Literal["error", "skip"] = "error"
 
 
 class AutoencoderTask(Section):
-    """Train a KL autoencoder: reconstruction, edges and a slight pull of the latents towards the standard normal."""
+    """Train a KL autoencoder: reconstruction, edges and a slight pull of the latents towards the standard normal.
+
+    `vae` is the content of a diffusers `vae/config.json`. Without `train_encoder` the decoder alone learns, and the
+    latents stay those of `init_from`.
+    """
 
     kind: Literal["autoencoder"]
     vae: dict[str, Any]
@@ -49,7 +60,12 @@ class AutoencoderTask(Section):
 
 
 class TextToImageTask(Section):
-    """Train a UNet and its text encoder jointly in the latents of a finished autoencoder."""
+    """Train a UNet and its text encoder jointly in the latents of a finished autoencoder.
+
+    `vae` is a folder with that autoencoder; `unet`, `text_encoder` and `scheduler` are the contents of the diffusers
+    configurations. `cached_views` random views of every item are encoded once, before training; `save_half` writes
+    the finished model in float16.
+    """
 
     kind: Literal["text_to_image"]
     vae: Path
@@ -64,12 +80,13 @@ class TextToImageTask(Section):
 class Optimizer(Section):
     """The optimiser and its learning rate: a linear warm-up, a plateau, and a linear end.
 
-    `decay_fraction` is the share of the run, at its end, in which the rate falls to zero.
+    `decay_fraction` is the share of the run, at its end, in which the rate falls to zero. `betas` are AdamW's; muon
+    uses them for what is no weight matrix.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: Positive = 1e-4
-    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: Rate = 0.01
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 100
     decay_fraction: Rate = 0.0
@@ -84,19 +101,23 @@ class Optimizer(Section):
 
 
 class TrainConfig(Section):
-    """One recipe: what is learnt, from what, and how the run goes."""
+    """One recipe: what is learnt, from what, and how the run goes.
+
+    `init_from` is a folder in the diffusers layout whose weights training starts from; `batch_size` counts the samples
+    of an optimiser step over all processes and accumulated parts; `ema_decay` 0 keeps no moving average.
+    """
 
     output_dir: Path
     task: Annotated[AutoencoderTask | TextToImageTask, Field(discriminator="kind")]
     data: Annotated[EmojiData | FolderData, Field(discriminator="kind")]
     init_from: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Precision = "no"
     batch_size: Annotated[int, Field(ge=1, le=65536)]
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = 1
     max_steps: Count
     optimizer: Optimizer = Optimizer()
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Decay = 0.0
     checkpoint_every: Count = 1000
     keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
     log_every: Count = 50
@@ -109,10 +130,14 @@ class TrainConfig(Section):
                 f"batch_size {self.batch_size} is not a multiple of gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps}"
             )
+        if isinstance(self.task, AutoencoderTask) and not self.task.train_encoder and self.init_from is None:
+            raise ValueError(
+                "task.train_encoder is false, so init_from must name the folder of a trained encoder"
+            )
         return self
 
 
-# Fields that do not change what a step computes: a resumed run may differ in them.
+# Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the linear end.
 FREE_FIELDS = frozenset(
     {"output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every", "resume"}
 )

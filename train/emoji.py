@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from latentgen.errors import DatasetError
-from latentgen.train.data import View
+from latentgen.train.data import Captions, View
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ANNOTATIONS = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
@@ -85,24 +85,13 @@ class EmojiSet:
     def __init__(self, *, font: Path = FONT, annotations: Path = ANNOTATIONS, image_size: int = 64) -> None:
         for path, package in ((font, "fonts-noto-color-emoji"), (annotations, "unicode-cldr-core")):
             if not path.is_file():
-                raise DatasetError(
-                    f"{path} is not there: install Debian's {package}, or name the file in the recipe"
-                )
+                raise DatasetError(f"{path} is not there: install Debian's {package}")
         self.image_size = image_size
-        self._font = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.BASIC)
-        self.glyphs = tuple(
-            g for g in _named_glyphs(annotations) if self._draw(g.character).getbbox() is not None
-        )
-        self._bitmaps = [self._draw(glyph.character) for glyph in self.glyphs]
-
-    def _draw(self, character: str) -> Image.Image:
-        """The glyph's own bitmap, RGBA, centred on a transparent square."""
-        side = max(GLYPH_SIZE)
-        bitmap = Image.new("RGBA", (side, side))
-        corner = ((side - GLYPH_SIZE[0]) // 2, (side - GLYPH_SIZE[1]) // 2)
-        if self._font.getmask(character).getbbox() is not None:
-            ImageDraw.Draw(bitmap).text(corner, character, font=self._font, embedded_color=True)
-        return bitmap
+        typeface = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.BASIC)
+        drawn = [(glyph, _draw(glyph.character, typeface)) for glyph in _named_glyphs(annotations)]
+        drawn = [(glyph, bitmap) for glyph, bitmap in drawn if bitmap.getbbox() is not None]
+        self.glyphs = tuple(glyph for glyph, _ in drawn)
+        self._bitmaps = [bitmap for _, bitmap in drawn]
 
     def render(self, index: int, placement: GlyphPlacement) -> Image.Image:
         """Draw glyph `index`: an RGB image of `image_size` squared."""
@@ -133,13 +122,23 @@ class EmojiSet:
         glyph = self.glyphs[index]
         names = (glyph.name, *glyph.nicknames)
         weights = (sum(glyph.nicknames.values()) or 1.0, *glyph.nicknames.values())
-        captions = tuple(caption_on(name, placement.ground) for name in names)
-        return View(self.render(index, placement), captions, weights)
+        texts = tuple(caption_on(name, placement.ground) for name in names)
+        return View(self.render(index, placement), Captions(texts, weights))
 
     def corpus(self) -> list[str]:
         """Every name and nickname, and the words for every ground: what the tokenizer is made from."""
         names = {name for glyph in self.glyphs for name in (glyph.name, *glyph.nicknames)}
         return sorted(names) + [caption_on("", ground) for ground in GROUNDS]
+
+
+def _draw(character: str, typeface: ImageFont.FreeTypeFont) -> Image.Image:
+    """The glyph's own bitmap, RGBA, centred on a transparent square; nothing if the font has no such glyph."""
+    side = max(GLYPH_SIZE)
+    bitmap = Image.new("RGBA", (side, side))
+    corner = ((side - GLYPH_SIZE[0]) // 2, (side - GLYPH_SIZE[1]) // 2)
+    if typeface.getmask(character).getbbox() is not None:
+        ImageDraw.Draw(bitmap).text(corner, character, font=typeface, embedded_color=True)
+    return bitmap
 
 
 def caption_on(name: str, ground: str | None) -> str:

@@ -33,6 +33,12 @@ class Objective(nn.Module, ABC):
     def forward(self, *batch: Tensor) -> Loss:
         """The mean loss of the batch."""
 
+    def save_assets(self, folder: Path) -> None:
+        """Write what a resumed run must find as it was, besides the weights, into the run's folder."""
+
     @abstractmethod
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the finished model in the diffusers layout, with `weights` in place of the current parameters."""
+        """Write the finished model in the diffusers layout, with `weights` for the whole state of this module.
+
+        Training is over: the objective, which must be on the CPU, may change itself.
+        """

@@ -5,28 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from latentgen.checkpoint import CheckpointFolder
 from latentgen.diffusion.prediction import add_noise, target
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.models.text import CLIPText, CLIPTextConfig
+from latentgen.errors import ConfigError, ResumeError
+from latentgen.files import quote
+from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import VAEConfig, VAEEncoder
 from latentgen.pipelines.loading import Placement, load_decoder, load_encoder, save_folder
 from latentgen.train.config import TextToImageTask
-from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng, to_tensor
+from latentgen.train.data import BatchPlan, CaptionedImages, Captions, sample_rng, to_tensor
 from latentgen.train.objective import Loss, Objective
 from latentgen.train.tokenizer import train_tokenizer
+from latentgen.weights import load_weights
 
 ENCODING_BATCH = 32
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.
 SMALL_LATENTS = 32 * 32
+_TOKENIZER = "tokenizer"
 
 
 class TextToImageObjective(Objective):
@@ -35,51 +41,61 @@ class TextToImageObjective(Objective):
     The images are encoded once: `cached_views` random views of every item, kept as the mean and standard deviation of
     their latents. Captions are drawn anew each time, and left out at the rate of `caption_dropout`, which teaches the
     unconditional prediction of classifier-free guidance (arXiv:2207.12598).
+
+    Args:
+        task: what the recipe says.
+        data: the captioned images.
+        seed: the run's seed, which the cached views follow.
+        device: where the images are encoded; the objective itself stays on the CPU.
+        init_from: a folder in the diffusers layout whose UNet, text encoder and tokenizer to begin with, instead of
+            random weights and a tokenizer made from the captions.
+        assets: the folder that `save_assets` wrote to, if the run is resumed.
+
+    Raises:
+        ConfigError: a configuration is wrong, or they do not fit each other.
+        CheckpointError: the autoencoder or `init_from` cannot be used; the subclass says why.
+        ResumeError: `assets` holds no tokenizer.
     """
 
-    def __init__(self, task: TextToImageTask, data: CaptionedImages, *, seed: int) -> None:
+    def __init__(
+        self,
+        task: TextToImageTask,
+        data: CaptionedImages,
+        *,
+        seed: int,
+        device: torch.device,
+        init_from: Path | None = None,
+        assets: Path | None = None,
+    ) -> None:
         super().__init__()
         self.task = task
-        vae = CheckpointFolder.open(task.vae)
-        placement = Placement(torch.float32, torch.device("cpu"))
-        # In a tuple, so that the finished autoencoder is no part of what is trained.
-        self._vae = (load_encoder(vae, placement), load_decoder(vae, placement))
         self.scheduler = Scheduler.from_config(task.scheduler)
-        self.unet = UNet(UNetConfig.from_json(task.unet))
+        unet_config = UNetConfig.from_json(task.unet)
         text_config = CLIPTextConfig.from_json(task.text_encoder)
-        tokenizer = train_tokenizer(
-            data.corpus(), vocab_size=text_config.vocab_size, max_length=text_config.max_position_embeddings
-        )
-        self._text = CLIPText.from_config(text_config, tokenizer)
+        vae = CheckpointFolder.open(task.vae)
+        _check_fit(unet_config, text_config, VAEConfig.from_json(vae.config("vae")), data.image_size)
+        origin = None if init_from is None else CheckpointFolder.open(init_from)
+        self.unet = UNet(unet_config)
+        if origin is not None:
+            load_weights(self.unet, origin.weight_files("unet"), dtype=torch.float32)
+        self._text = _text_encoder(text_config, data, origin, assets)
         self.text_encoder = self._text.model
-        self._views = [
-            [
-                data.view(item, sample_rng(seed, "cached view", item, view))
-                for view in range(task.cached_views)
-            ]
-            for item in range(len(data))
-        ]
-        self.item_count = len(data) * task.cached_views
-        self._means, self._stds = self._encode_views()
-
-    @torch.no_grad()
-    def _encode_views(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of every view, float16 [items * views, C, h, w]."""
-        encoder = self._vae[0]
-        images = [view.image for views in self._views for view in views]
-        means, stds = [], []
-        for start in tqdm(range(0, len(images), ENCODING_BATCH), desc="encoding the images", mininterval=1.0):
-            posterior = encoder(to_tensor(images[start : start + ENCODING_BATCH]))
-            means.append(posterior.mean.half())
-            stds.append((0.5 * posterior.logvar).exp().half())
-        return torch.cat(means), torch.cat(stds)
+        placement = Placement(torch.float32, device)
+        encoder, decoder = load_encoder(vae, placement), load_decoder(vae, placement)
+        self._means, self._stds, self._captions = _encode_views(
+            encoder, device, data, views=task.cached_views, seed=seed
+        )
+        # In a tuple, so that the finished autoencoder is no part of what is trained.
+        self._vae = (encoder.cpu(), decoder.cpu())
+        self.item_count = len(self._captions)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, S]."""
+        """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]."""
         items = torch.tensor(plan.items)
         mean, std = self._means[items].float(), self._stds[items].float()
         latents = mean + std * plan.noise(mean.shape[1:], "posterior")
-        return latents, plan.noise(mean.shape[1:], "noise"), self._timesteps(plan), self._tokens(plan)
+        tokens = self._text.tokenize(self._draw_captions(plan))
+        return latents, plan.noise(mean.shape[1:], "noise"), self._timesteps(plan), tokens
 
     def _timesteps(self, plan: BatchPlan) -> Tensor:
         """One timestep for each sample, spread evenly over the global batch from a random start.
@@ -92,33 +108,34 @@ class TextToImageObjective(Objective):
         places = [(start + sample / plan.batch_size) % 1.0 for sample in plan.samples]
         return torch.tensor([int(place * count) for place in places])
 
-    def _tokens(self, plan: BatchPlan) -> Tensor:
+    def _draw_captions(self, plan: BatchPlan) -> list[str]:
         captions = []
         for item, rng in zip(plan.items, plan.rngs("caption"), strict=True):
-            index, view = divmod(item, self.task.cached_views)
             dropped = rng.random() < self.task.caption_dropout
-            captions.append("" if dropped else self._views[index][view].draw_caption(rng))
-        encoded = self._text.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        return encoded.input_ids
+            captions.append("" if dropped else self._captions[item].draw(rng))
+        return captions
 
     def forward(self, *batch: Tensor) -> Loss:
         """The mean squared error of the prediction; its part is the same at the noisier half of the timesteps."""
         latents, noise, timesteps, tokens = batch
         level = self.scheduler.schedule.batch(timesteps)
         with _attention_kernels(latents):
-            context = self.text_encoder(input_ids=tokens).last_hidden_state
+            context = self._text.encode_tokens(tokens).context
             output = self.unet(add_noise(latents, noise, level), timesteps, context)
         wanted = target(latents, noise, level, self.scheduler.prediction_type)
         errors = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
         noisy = 2 * timesteps >= self.scheduler.schedule.num_train_timesteps
         return Loss(errors.mean(), {"noisy half": (errors * noisy).sum() / noisy.sum().clamp(min=1)})
 
+    def save_assets(self, folder: Path) -> None:
+        """Write the tokenizer: the weights are worth nothing with another one."""
+        self._text.tokenizer.save_pretrained(str(folder / _TOKENIZER))
+
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the whole pipeline in the layout of StableDiffusionPipeline, in float16 if the recipe says so."""
         self.load_state_dict(dict(weights))
         dtype = torch.float16 if self.task.save_half else torch.float32
-        for module in (self.unet, self.text_encoder, *self._vae):
-            module.to(dtype)
+        nn.ModuleList([self.unet, self.text_encoder, *self._vae]).to(dtype)
         encoder, decoder = self._vae
         save_folder(
             folder,
@@ -131,7 +148,77 @@ class TextToImageObjective(Objective):
         )
 
 
-def _attention_kernels(latents: Tensor) -> AbstractContextManager[None]:
+def _check_fit(unet: UNetConfig, text: CLIPTextConfig, vae: VAEConfig, image_size: int) -> None:
+    """Refuse configurations of which one cannot take what another gives."""
+    pairs = (
+        ("task.unet.in_channels", unet.in_channels, "channels of the latents", vae.latent_channels),
+        ("task.unet.out_channels", unet.out_channels, "channels of the latents", vae.latent_channels),
+        (
+            "task.unet.cross_attention_dim",
+            unet.cross_attention_dim,
+            "text_encoder.hidden_size",
+            text.hidden_size,
+        ),
+    )
+    problems = [f"{name} is {found}, but {what}: {due}" for name, found, what, due in pairs if found != due]
+    if image_size % vae.spatial_factor:
+        problems.append(
+            f"data.image_size is {image_size}, no multiple of {vae.spatial_factor}, as task.vae needs it"
+        )
+    if problems:
+        raise ConfigError("the parts of the recipe do not fit each other: " + "; ".join(problems))
+
+
+def _text_encoder(
+    config: CLIPTextConfig, data: CaptionedImages, origin: CheckpointFolder | None, assets: Path | None
+) -> CLIPText:
+    """The text encoder that the run begins with, and the run's tokenizer."""
+    kept = None if assets is None else assets / _TOKENIZER
+    if kept is not None and not kept.is_dir():
+        raise ResumeError(
+            f"{quote(kept)} is not there, and without the run's own tokenizer its weights are worth nothing: copy it "
+            "from a model that this run has saved, or start a new run"
+        )
+    if origin is not None:
+        folder = kept or origin.folder("tokenizer")
+        return CLIPText.from_folders(config, folder, origin.weight_files("text_encoder"), dtype=torch.float32)
+    if kept is not None:
+        return CLIPText.from_config(config, load_tokenizer(kept))
+    tokenizer = train_tokenizer(
+        data.corpus(), vocab_size=config.vocab_size, max_length=config.max_position_embeddings
+    )
+    special = {
+        "bos_token_id": (config.bos_token_id, tokenizer.bos_token_id),
+        "eos_token_id": (config.eos_token_id, tokenizer.eos_token_id),
+        "pad_token_id": (config.pad_token_id, tokenizer.pad_token_id),
+    }
+    wrong = [f"{name} is {found} and must be {due}" for name, (found, due) in special.items() if found != due]
+    if wrong:
+        raise ConfigError(f"task.text_encoder does not fit the tokenizer of the captions: {'; '.join(wrong)}")
+    return CLIPText.from_config(config, tokenizer)
+
+
+@torch.no_grad()
+def _encode_views(
+    encoder: VAEEncoder, device: torch.device, data: CaptionedImages, *, views: int, seed: int
+) -> tuple[Tensor, Tensor, list[Captions]]:
+    """Mean and standard deviation of the latents of `views` random views of every item, and the views' captions.
+
+    The tensors are float16 [items * views, C, h, w], on the CPU.
+    """
+    count = len(data) * views
+    means, stds, captions = [], [], []
+    for start in tqdm(range(0, count, ENCODING_BATCH), desc="encoding the images", mininterval=1.0):
+        places = (divmod(place, views) for place in range(start, min(start + ENCODING_BATCH, count)))
+        batch = [data.view(item, sample_rng(seed, "cached view", item, view)) for item, view in places]
+        posterior = encoder(to_tensor([view.image for view in batch]).to(device))
+        means.append(posterior.mean.half().cpu())
+        stds.append((0.5 * posterior.logvar).exp().half().cpu())
+        captions += [view.captions for view in batch]
+    return torch.cat(means), torch.cat(stds), captions
+
+
+def _attention_kernels(latents: Tensor) -> AbstractContextManager[Any]:
     """On a CPU the backward pass of fused attention is slow: small latents do better with plain matrix products.
 
     On the emoji recipe the whole backward pass takes 0.68x the time.

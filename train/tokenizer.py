@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import ConfigError
 
@@ -52,8 +52,5 @@ def train_tokenizer(corpus: Sequence[str], *, vocab_size: int, max_length: int) 
     learner = CLIPTokenizer().backend_tokenizer
     learner.train_from_iterator(corpus, trainer)
     learnt = json.loads(learner.to_str())["model"]
-    return CLIPTokenizer(
-        vocab=learnt["vocab"],
-        merges=[(left, right) for left, right in learnt["merges"]],
-        model_max_length=max_length,
-    )
+    merges: Any = [(left, right) for left, right in learnt["merges"]]
+    return CLIPTokenizer(vocab=learnt["vocab"], merges=merges, model_max_length=max_length)

@@ -4,118 +4,147 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentgen.errors import NumericalError, ResumeError, RunLockedError
+from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train.autoencoder import AutoencoderObjective
-from latentgen.train.checkpoint import (
-    RunState,
-    flatten_optimizer,
-    load_latest,
-    restore_optimizer,
-    save_checkpoint,
+from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
+from latentgen.train.config import AutoencoderTask, TrainConfig
+from latentgen.train.data import BatchPlan, open_data, plan_step, sample_rng
+from latentgen.train.interrupt import StopSignal
+from latentgen.train.objective import Loss, Objective
+from latentgen.train.optimizer import build_optimizer
+from latentgen.train.run_folder import LOG, run_lock, starting_state, trim_log
+
+_AFTER_NAN = (
+    "lower optimizer.learning_rate, or train with mixed_precision bf16 or no; the last checkpoint is intact"
 )
-from latentgen.train.config import FREE_FIELDS, AutoencoderTask, Optimizer, TrainConfig
-from latentgen.train.data import open_data, plan_step
-from latentgen.train.objective import Objective
-from latentgen.train.optimizer import MuonAdamW
+
+
+def train(config: TrainConfig) -> Path:
+    """Run a recipe, from its start or its latest checkpoint, to the finished model; returns the model's folder.
+
+    A first SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint and SystemExit(143 or 130).
+
+    Raises:
+        ConfigError: the recipe does not fit this machine, the data, or its own parts.
+        DatasetError: the training set has problems.
+        CheckpointError: a model that the recipe builds on cannot be used.
+        ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe has changed.
+        RunLockedError: another process writes into the same folder.
+        NumericalError: the loss or the weights are not finite.
+        OutputError: the folder cannot be written.
+    """
+    accelerator = _accelerator(config)
+    output_dir = config.output_dir
+    with run_lock(output_dir, enabled=accelerator.is_main_process):
+        state = starting_state(config)
+        torch.manual_seed(config.seed)
+        assets = None if state is None else output_dir
+        objective = build_objective(config, device=accelerator.device, assets=assets)
+        trainer = Trainer(config, accelerator, objective)
+        if state is not None:
+            trainer.restore(state)
+        if accelerator.is_main_process:
+            trim_log(output_dir, trainer.step)
+            if state is None:
+                objective.save_assets(output_dir)
+        trainer.run()
+        if accelerator.is_main_process:
+            trainer.save_model(output_dir / "model")
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return output_dir / "model"
 
 
 class Trainer:
-    """One run of a recipe, from its start or its latest checkpoint to the finished model in `output_dir/model`."""
+    """The loop over the steps of one run, and the state that it moves forward.
 
-    def __init__(self, config: TrainConfig) -> None:
+    Attributes:
+        objective: what is learnt.
+        trainable: its parameters that require gradients, by name.
+        ema: their exponential moving average; empty if the recipe asks for none.
+        step: optimiser steps done.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
         self.config = config
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            step_scheduler_with_optimizer=False,
-        )
-        torch.manual_seed(config.seed)
+        self.accelerator = accelerator
+        self.objective = objective
         # Before the optimiser is built, which may hold views of the weights.
-        self.objective = build_objective(config).to(
-            self.accelerator.device, memory_format=torch.channels_last
-        )
-        self.optimizer = build_optimizer(self.objective, config.optimizer)
-        self.trainable = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
-        self.ema = (
-            {name: p.detach().clone() for name, p in self.trainable.items()} if config.ema_decay else {}
-        )
+        objective.to(accelerator.device)
+        objective.to(memory_format=torch.channels_last)
+        self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        averaged = self.trainable if config.ema_decay else {}
+        self.ema = {name: p.detach().clone() for name, p in averaged.items()}
         self.step = 0
-        self._signal: int | None = None
+        optimizer = build_optimizer(objective, config.optimizer)
+        self._model: nn.Module
+        self._optimizer: torch.optim.Optimizer
+        self._model, self._optimizer = accelerator.prepare(objective, optimizer)
 
-    def run(self) -> Path:
-        """Train to the last step; returns the folder of the finished model.
+    def restore(self, state: RunState) -> None:
+        """Go on from a checkpoint.
 
         Raises:
-            ResumeError: the run exists and resume is off, or the checkpoint was made with another recipe.
-            RunLockedError: another process writes into the same folder.
-            NumericalError: the loss is not finite.
+            ResumeError: it holds other parameters than this run.
         """
-        with run_lock(self.config.output_dir, enabled=self.accelerator.is_main_process):
-            self._resume_or_start()
-            model, optimizer = self.accelerator.prepare(self.objective, self.optimizer)
-            with self._finishing_the_step():
-                self._loop(model, optimizer)
-            self.accelerator.wait_for_everyone()
-            folder = self.config.output_dir / "model"
-            if self.accelerator.is_main_process:
-                self.objective.cpu().save(folder, {**self.objective.state_dict(), **self.ema})
-        return folder
+        _copy_into(self.trainable, state.weights)
+        _copy_into(self.ema, state.ema)
+        restore_optimizer(self._optimizer, state.optimizer)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(dict(state.scaler))
+        self.step = state.step
 
-    def _loop(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def run(self) -> None:
+        """Train to the last step of the recipe, with checkpoints on the way and at the end.
+
+        Raises:
+            NumericalError: the loss or the weights are not finite.
+            OutputError: a checkpoint could not be written.
+            SystemExit: 128 + the signal's number, after a checkpoint, if SIGTERM or Ctrl-C came.
+        """
         config = self.config
-        model.train()
-        steps = range(self.step, config.max_steps)
+        self._model.train()
         bar = tqdm(
-            steps,
+            range(self.step, config.max_steps),
             initial=self.step,
             total=config.max_steps,
             desc=config.task.kind,
             disable=not self.accelerator.is_main_process,
             mininterval=1.0,
         )
-        for step in bar:
-            parts = self._update(model, optimizer, step)
-            self.step = step + 1
-            if self.step % config.log_every == 0 or self.step == config.max_steps:
-                self._report(bar, parts)
-            stopping = self._signal is not None
-            if stopping or self.step % config.checkpoint_every == 0 or self.step == config.max_steps:
-                self._checkpoint()
-            if stopping:
-                bar.close()
-                raise SystemExit(128 + (self._signal or 0))
+        with StopSignal() as stop, bar:
+            for step in bar:
+                losses = self._update(step)
+                self.step = step + 1
+                signal = self._agree(stop.number)
+                saving = signal or self.step == config.max_steps or self.step % config.checkpoint_every == 0
+                if saving or self.step % config.log_every == 0:
+                    self._report(bar, losses)
+                if saving:
+                    self._save_checkpoint()
+                if signal:
+                    raise SystemExit(128 + signal)
 
-    @contextmanager
-    def _finishing_the_step(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint; a second one ends it at once."""
+    def save_model(self, folder: Path) -> None:
+        """Write the finished model, from the moving average if there is one; nothing can be trained afterwards.
 
-        def remember(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-            for handled, handler in before.items():
-                signal.signal(handled, handler)
+        Raises:
+            OutputError: a file could not be written.
+        """
+        self.objective.cpu().save(folder, {**self.objective.state_dict(), **self.ema})
 
-        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _update(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
-        """One optimiser step over the global batch; returns the mean of each part of the loss, undetermined."""
+    def _update(self, step: int) -> dict[str, Tensor]:
+        """One optimiser step over the global batch; returns this process's mean losses by name, on the device."""
         config = self.config
         plans = plan_step(
             config.seed,
@@ -126,128 +155,122 @@ class Trainer:
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
         )
-        parts: dict[str, Tensor] = {}
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.optimizer.rate_at(step, config.max_steps)
+        losses: dict[str, Tensor] = {}
         for plan in plans:
-            with self.accelerator.accumulate(model):
-                batch = (tensor.to(self.accelerator.device) for tensor in self.objective.batch(plan))
-                loss = model(*batch)
+            with self.accelerator.accumulate(self._model):
+                loss = self._loss(plan)
                 self.accelerator.backward(loss.total)
                 for name, value in {"loss": loss.total, **loss.parts}.items():
-                    parts[name] = parts.get(name, 0) + value.detach() / len(plans)
+                    losses[name] = losses.get(name, 0) + value.detach() / len(plans)
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.trainable.values(), config.optimizer.max_grad_norm)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.optimizer.rate_at(step, config.max_steps)
-                optimizer.step()
-                optimizer.zero_grad()
+                self._optimizer.step()
+                self._optimizer.zero_grad()
         self._update_ema(step)
-        return parts
+        return losses
+
+    def _loss(self, plan: BatchPlan) -> Loss:
+        batch = (tensor.to(self.accelerator.device) for tensor in self.objective.batch(plan))
+        # For dropout, which draws from the global generator: after resuming it draws what it would have drawn.
+        torch.manual_seed(sample_rng(plan.seed, "network", plan.step, plan.samples[0]).getrandbits(63))
+        return self._model(*batch)
 
     @torch.no_grad()
     def _update_ema(self, step: int) -> None:
         """Move the average towards the weights, faster at first so that it forgets the initialisation."""
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         for name, average in self.ema.items():
-            average.lerp_(self.trainable[name].to(average.device), 1 - decay)
+            average.lerp_(self.trainable[name], 1 - decay)
 
-    def _report(self, bar: tqdm[int], parts: Mapping[str, Tensor]) -> None:
-        values = {name: self.accelerator.reduce(value, "mean").item() for name, value in parts.items()}
+    def _agree(self, signal: int) -> int:
+        """The signal that any process got, or 0: as each waits for the others in every step, all must stop together."""
+        if self.accelerator.num_processes == 1:
+            return signal
+        signals: Any = self.accelerator.gather(torch.tensor([signal], device=self.accelerator.device))
+        return int(signals.max())
+
+    def _report(self, bar: tqdm[int], losses: Mapping[str, Tensor]) -> None:
+        means: Any = self.accelerator.reduce(dict(losses), "mean")
+        values = {name: float(mean) for name, mean in means.items()}
         if not all(map(math.isfinite, values.values())):
-            raise NumericalError(
-                f"the loss is not finite at step {self.step}: {values}; lower optimizer.learning_rate, or train "
-                "with mixed_precision bf16 or no; the last checkpoint is intact"
-            )
+            raise NumericalError(f"the loss is not finite at step {self.step}: {values}; {_AFTER_NAN}")
         bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         if self.accelerator.is_main_process:
-            with (self.config.output_dir / "log.jsonl").open("a", encoding="utf-8") as log:
+            with (self.config.output_dir / LOG).open("a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": self.step, **values}) + "\n")
 
-    def _checkpoint(self) -> None:
+    def _save_checkpoint(self) -> None:
+        for name, parameter in self.trainable.items():
+            if not parameter.isfinite().all():
+                raise NumericalError(f"{name} is not finite after step {self.step}; {_AFTER_NAN}")
         if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
             state = RunState(
                 step=self.step,
                 config=self.config.model_dump(mode="json"),
                 weights={name: p.detach() for name, p in self.trainable.items()},
                 ema=self.ema,
-                optimizer=flatten_optimizer(self.optimizer),
+                optimizer=flatten_optimizer(self._optimizer),
+                scaler={} if scaler is None else scaler.state_dict(),
             )
             save_checkpoint(self.config.output_dir, state, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _resume_or_start(self) -> None:
-        """Take up the latest checkpoint if asked to; never start over a run that has one, or resume another recipe."""
-        output_dir = self.config.output_dir
-        if not self.config.resume:
-            if any(output_dir.glob("checkpoint-*")):
-                raise ResumeError(
-                    f"{output_dir} holds a run already: add --set resume=true, or choose another output_dir"
-                )
-            return
-        state = load_latest(output_dir)
-        _check_same_recipe(state.config, self.config.model_dump(mode="json"))
-        for name, parameter in self.trainable.items():
-            parameter.data.copy_(state.weights[name])
-        for name, average in self.ema.items():
-            average.copy_(state.ema[name])
-        restore_optimizer(self.optimizer, state.optimizer)
-        self.step = state.step
 
+def build_objective(config: TrainConfig, *, device: torch.device, assets: Path | None = None) -> Objective:
+    """The objective of a recipe, on the CPU, its networks initialised at random or from `init_from`.
 
-def build_objective(config: TrainConfig) -> Objective:
-    """The objective of a recipe, its networks initialised at random or from `init_from`."""
+    Args:
+        config: the recipe.
+        device: where the data may be prepared.
+        assets: where an earlier part of the run has left its assets, if this is to go on with it.
+    """
     data = open_data(config.data)
     if isinstance(config.task, AutoencoderTask):
-        return AutoencoderObjective(config.task, data)
+        return AutoencoderObjective(config.task, data, init_from=config.init_from)
     from latentgen.train.text_to_image import TextToImageObjective
 
-    return TextToImageObjective(config.task, data, seed=config.seed)
-
-
-def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """The optimiser of a recipe over the parameters that require gradients."""
-    if config.name == "muon":
-        return MuonAdamW(
-            module, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
-    return torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
+    return TextToImageObjective(
+        config.task, data, seed=config.seed, device=device, init_from=config.init_from, assets=assets
     )
 
 
-@contextmanager
-def run_lock(output_dir: Path, *, enabled: bool) -> Iterator[None]:
-    """Hold the run folder: a lock of the operating system, which ends with the process however it ends.
-
-    Raises:
-        RunLockedError: another process holds it.
-    """
-    if not enabled:
-        yield
-        return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_dir / ".lock", timeout=0)
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate's view of this machine, and whether the recipe fits it."""
+    parts = config.gradient_accumulation_steps
     try:
-        lock.acquire()
-    except Timeout:
-        raise RunLockedError(
-            f"another process trains in {output_dir}; wait for it, or choose another output_dir"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            # As a plugin: the plain number would give way to a variable of the environment.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=parts, sync_with_dataloader=False
+            ),
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise ConfigError(f"mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
+    if config.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ConfigError("mixed_precision fp16 needs an accelerator, and there is none here; use bf16 or no")
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise ConfigError(
+            "weights cannot be sharded in training; let `accelerate config` choose neither of them"
+        )
+    if config.batch_size % (parts * accelerator.num_processes):
+        raise ConfigError(
+            f"batch_size {config.batch_size} is not a multiple of {parts} gradient_accumulation_steps x "
+            f"{accelerator.num_processes} processes"
+        )
+    return accelerator
 
 
-def _check_same_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    fields = sorted((before.keys() | now.keys()) - FREE_FIELDS)
-    changed = [
-        f"{field} was {before.get(field)}, is {now.get(field)}"
-        for field in fields
-        if before.get(field) != now.get(field)
-    ]
-    if changed:
-        raise ResumeError(f"the recipe is not the one that the run began with: {'; '.join(changed)}")
+def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    if {name: t.shape for name, t in targets.items()} != {name: t.shape for name, t in sources.items()}:
+        differing = sorted(targets.keys() ^ sources.keys()) or "shapes differ"
+        raise ResumeError(
+            f"the checkpoint was made by other code, its parameters are not those of this run: {differing}"
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(sources[name])
