@@ -1,0 +1,159 @@
+"""Recipes: validated before anything is loaded or built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from latentgen.errors import ConfigError
+from latentgen.train.config import Optimizer, TrainConfig, load_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
+
+
+@pytest.fixture
+def fields() -> dict[str, Any]:
+    return {
+        "output_dir": "runs/x",
+        "task": {"kind": "autoencoder", "vae": {"latent_channels": 4}},
+        "data": {"kind": "emoji"},
+        "batch_size": 8,
+        "max_steps": 100,
+    }
+
+
+def load(fields: Any, folder: Path, *overrides: str) -> TrainConfig:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields), "utf-8")
+    return load_config(path, overrides)
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_builds_its_configurations(path: Path):
+    from latentgen.diffusion.scheduler import Scheduler
+    from latentgen.models.text import CLIPTextConfig
+    from latentgen.models.unet_config import UNetConfig
+    from latentgen.models.vae import VAEConfig
+    from latentgen.train.config import AutoencoderTask
+
+    task = load_config(path).task
+    if isinstance(task, AutoencoderTask):
+        VAEConfig.from_json(task.vae)
+    else:
+        UNetConfig.from_json(task.unet)
+        CLIPTextConfig.from_json(task.text_encoder)
+        Scheduler.from_config(task.scheduler)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ({"bach_size": 8}, "bach_size"),
+        ({"data": {"kind": "emoji", "size": 64}}, "data.emoji.size"),
+        ({"task": {"kind": "autoencoder", "vae": {}, "lr": 1}}, "task.autoencoder.lr"),
+        ({"optimizer": {"momentum": 0.9}}, "optimizer.momentum"),
+    ],
+)
+def test_unknown_keys_fail(overrides: dict[str, Any], field: str, fields: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ConfigError, match=f"{field}: Extra inputs"):
+        load(fields | overrides, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "batch_size=0",
+        "batch_size=2.5",
+        "max_steps=-1",
+        "seed=-1",
+        "ema_decay=1",
+        "mixed_precision=fp8",
+        "optimizer.learning_rate=0",
+        "optimizer.learning_rate=.nan",
+        "optimizer.learning_rate=.inf",
+        "optimizer.betas=[0.9, 1.0]",
+        "optimizer.betas=[0.9]",
+        "optimizer.name=sgd",
+        "data.image_size=4",
+        "data.kind=folder",
+        "task.kind=lora",
+        "task.kl_weight=-1",
+        "task.vae=null",
+        "output_dir=null",
+    ],
+)
+def test_bounds(override: str, fields: dict[str, Any], tmp_path: Path):
+    load(fields, tmp_path)
+    with pytest.raises(ConfigError, match=override.partition("=")[0].split(".")[-1]):
+        load(fields, tmp_path, override)
+
+
+def test_all_problems_are_listed_at_once(fields: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"seed.*batch_size.*max_steps") as caught:
+        load(fields, tmp_path, "batch_size=0", "max_steps=0", "seed=x")
+    assert "recipe.yaml" in str(caught.value)
+
+
+def test_fields_must_agree(fields: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ConfigError, match="8 is not a multiple of gradient_accumulation_steps 3"):
+        load(fields, tmp_path, "gradient_accumulation_steps=3")
+    with pytest.raises(ConfigError, match="init_from must name the folder of a trained encoder"):
+        load(fields, tmp_path, "task.train_encoder=false")
+
+
+def test_overrides_replace_nested_fields_and_are_read_as_yaml(fields: dict[str, Any], tmp_path: Path):
+    overrides = (
+        "optimizer.betas=[0.8, 0.95]",
+        "task.vae.block_out_channels=[8, 16]",
+        "resume=true",
+        "seed=7",
+    )
+    config = load(fields, tmp_path, *overrides, "optimizer.learning_rate=1e-3")
+    assert config.optimizer.betas == (0.8, 0.95)
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.task.vae == {"latent_channels": 4, "block_out_channels": [8, 16]}
+    assert config.resume is True
+    assert config.seed == 7
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "seed.x=1", "seed=[1"])
+def test_malformed_overrides(override: str, fields: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ConfigError, match="--set"):
+        load(fields | {"seed": 1}, tmp_path, override)
+
+
+def test_bare_no_is_a_precision(fields: dict[str, Any], tmp_path: Path):
+    assert load(fields, tmp_path, "mixed_precision=no").mixed_precision == "no"
+
+
+@pytest.mark.parametrize("content", [b"", b"- a list", b"a: [", b"\xff\xfe\x00", b"text"])
+def test_files_that_are_no_recipe(content: bytes, tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"recipe\.yaml"):
+        load_config(path)
+
+
+def test_missing_file(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_learning_rate_rises_stays_and_falls():
+    optimizer = Optimizer(learning_rate=2.0, warmup_steps=4, decay_fraction=0.5)
+    rates = [optimizer.rate_at(step, 20) for step in range(20)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4:11] == [2.0] * 7
+    assert rates[11:] == pytest.approx([2.0 * left / 10 for left in range(9, 0, -1)])
+
+
+def test_learning_rate_is_constant_without_warmup_and_end():
+    optimizer = Optimizer(learning_rate=0.5, warmup_steps=0)
+    assert {optimizer.rate_at(step, 10) for step in range(10)} == {0.5}

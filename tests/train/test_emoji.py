@@ -1,0 +1,129 @@
+"""The emoji: which there are, what they are called, and how they are drawn."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentgen.errors import DatasetError
+from latentgen.train.emoji import (
+    ANNOTATIONS,
+    FONT,
+    GROUNDS,
+    WHITE,
+    EmojiSet,
+    GlyphPlacement,
+    caption_on,
+)
+
+
+@pytest.fixture(scope="module")
+def emoji() -> EmojiSet:
+    for path, package in ((FONT, "fonts-noto-color-emoji"), (ANNOTATIONS, "unicode-cldr-core")):
+        if not path.is_file():
+            pytest.skip(f"Debian's {package} is not installed")
+    return EmojiSet()
+
+
+def index_of(emoji: EmojiSet, name: str) -> int:
+    return [glyph.name for glyph in emoji.glyphs].index(name)
+
+
+def test_captions_name_the_ground():
+    assert caption_on("tiger face", None) == "tiger face"
+    assert caption_on("slice of pizza", "teal") == "slice of pizza on a teal background"
+    assert caption_on("cactus", "orange") == "cactus on an orange background"
+
+
+def test_missing_files_name_their_package(tmp_path: Path):
+    with pytest.raises(
+        DatasetError, match=r"font\.ttf is not there: install Debian's fonts-noto-color-emoji"
+    ):
+        EmojiSet(font=tmp_path / "font.ttf")
+    (tmp_path / "font.ttf").touch()
+    with pytest.raises(DatasetError, match=r"en\.xml is not there: install Debian's unicode-cldr-core"):
+        EmojiSet(font=tmp_path / "font.ttf", annotations=tmp_path / "en.xml")
+
+
+def test_glyphs(emoji: EmojiSet):
+    names = [glyph.name for glyph in emoji.glyphs]
+    assert 1340 <= len(emoji) <= 1420  # later versions of Python name a few more codepoints
+    assert len(set(names)) == len(names)
+    assert all(
+        name == name.lower() and len(glyph.character) == 1
+        for name, glyph in zip(names, emoji.glyphs, strict=True)
+    )
+    assert {"slice of pizza", "tiger face", "hot beverage", "automobile"} <= set(names)
+
+
+def test_nicknames_are_the_words_that_people_use(emoji: EmojiSet):
+    nicknames = {glyph.name: glyph.nicknames for glyph in emoji.glyphs}
+    assert "pizza" in nicknames["slice of pizza"]
+    assert "coffee" in nicknames["hot beverage"]
+    assert "car" in nicknames["automobile"]
+    assert "face" not in nicknames["tiger face"]  # too many share it
+    assert all(weight > 0 for glyph in emoji.glyphs for weight in glyph.nicknames.values())
+
+
+def test_no_nickname_is_another_glyphs_name(emoji: EmojiSet):
+    names = {glyph.name for glyph in emoji.glyphs}
+    assert not {nickname for glyph in emoji.glyphs for nickname in glyph.nicknames} & names - {
+        # names that CLDR gives to one glyph and Unicode to another
+        nickname
+        for glyph in emoji.glyphs
+        for nickname, weight in glyph.nicknames.items()
+        if weight == 1
+    }
+
+
+@pytest.mark.parametrize("ground", [None, *GROUNDS])
+def test_rendering_on_each_ground(ground: str | None, emoji: EmojiSet):
+    image = emoji.render(index_of(emoji, "slice of pizza"), GlyphPlacement(58, ground=ground))
+    assert image.mode == "RGB"
+    assert image.size == (64, 64)
+    colour = WHITE if ground is None else GROUNDS[ground]
+    corners = [image.getpixel(corner) for corner in ((0, 0), (63, 0), (0, 63), (63, 63))]
+    assert corners == [colour] * 4
+    drawn = (np.asarray(image) != colour).any(axis=-1)
+    assert 0.2 < drawn.mean() < 0.9
+
+
+def test_a_shift_moves_the_glyph(emoji: EmojiSet):
+    index = index_of(emoji, "tiger face")
+    still, moved = (np.asarray(emoji.render(index, GlyphPlacement(48, shift))) for shift in ((0, 0), (3, -2)))
+    np.testing.assert_array_equal(np.roll(still, (-2, 3), axis=(0, 1)), moved)
+
+
+def test_views_show_what_their_captions_say(emoji: EmojiSet):
+    index = index_of(emoji, "red apple")
+    white = 0
+    for seed in range(100):
+        view = emoji.view(index, random.Random(seed))
+        ground = view.image.getpixel((0, 0))
+        named = [name for name, colour in GROUNDS.items() if colour == ground]
+        white += ground == WHITE
+        suffix = f" {named[0]} background" if named else ""
+        assert named or ground == WHITE
+        assert all(
+            text.endswith(suffix) and ("background" in text) == bool(named) for text in view.captions.texts
+        )
+        assert view.captions.texts[0].startswith("red apple")
+        assert view.captions.weights[0] == pytest.approx(sum(view.captions.weights[1:]))
+    assert 35 <= white <= 65
+
+
+def test_views_are_a_function_of_the_generator(emoji: EmojiSet):
+    first, again, other = (emoji.view(5, random.Random(seed)) for seed in (1, 1, 2))
+    assert first.image.tobytes() == again.image.tobytes()
+    assert first.captions == again.captions
+    assert first.image.tobytes() != other.image.tobytes()
+
+
+def test_corpus_holds_every_word(emoji: EmojiSet):
+    words = {word for caption in emoji.corpus() for word in caption.split()}
+    for seed in range(50):
+        for text in emoji.view(seed * 20, random.Random(seed)).captions.texts:
+            assert set(text.split()) <= words
