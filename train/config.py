@@ -63,8 +63,8 @@ class TextToImageTask(Section):
     """Train a UNet and its text encoder jointly in the latents of a finished autoencoder.
 
     `vae` is a folder with that autoencoder; `unet`, `text_encoder` and `scheduler` are the contents of the diffusers
-    configurations. `cached_views` random views of every item are encoded once, before training; `save_half` writes
-    the finished model in float16.
+    configurations. `cached_views` random views of every item are encoded once, before training; a `timestep_shift`
+    above 1 spends more samples on the noisier timesteps; `save_half` writes the finished model in float16.
     """
 
     kind: Literal["text_to_image"]
@@ -74,6 +74,7 @@ class TextToImageTask(Section):
     scheduler: dict[str, Any]
     caption_dropout: Rate = 0.1
     cached_views: Annotated[int, Field(ge=1, le=4096)] = 16
+    timestep_shift: Positive = 1.0
     save_half: bool = False
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from latentgen.train.data import BatchPlan
@@ -24,6 +25,9 @@ class Objective(nn.Module, ABC):
 
     item_count: int
     """How many items one epoch shows."""
+
+    memory_format: torch.memory_format = torch.channels_last
+    """How the kernels of the convolutions lie in memory during training."""
 
     @abstractmethod
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:

@@ -69,6 +69,8 @@ class TextToImageObjective(Objective):
     ) -> None:
         super().__init__()
         self.task = task
+        # On a CPU the small convolutions of a latent UNet learn faster so.
+        self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
         self.scheduler = Scheduler.from_config(task.scheduler)
         unet_config = UNetConfig.from_json(task.unet)
         text_config = CLIPTextConfig.from_json(task.text_encoder)
@@ -101,11 +103,13 @@ class TextToImageObjective(Objective):
         """One timestep for each sample, spread evenly over the global batch from a random start.
 
         Each is uniform by itself; together they cover the schedule, which lowers the variance of the loss
-        (arXiv:2107.00630, appendix I.1).
+        (arXiv:2107.00630, appendix I.1). `timestep_shift` then moves them towards noise (arXiv:2403.03206, eq. 23).
         """
+        shift = self.task.timestep_shift
         count = self.scheduler.schedule.num_train_timesteps
         start = sample_rng(plan.seed, "timestep", plan.step).random()
         places = [(start + sample / plan.batch_size) % 1.0 for sample in plan.samples]
+        places = [shift * place / (1 + (shift - 1) * place) for place in places]
         return torch.tensor([int(place * count) for place in places])
 
     def _draw_captions(self, plan: BatchPlan) -> list[str]:
@@ -215,7 +219,8 @@ def _encode_views(
         means.append(posterior.mean.half().cpu())
         stds.append((0.5 * posterior.logvar).exp().half().cpu())
         captions += [view.captions for view in batch]
-    return torch.cat(means), torch.cat(stds), captions
+    # The convolutions would hand on the encoder's channels_last.
+    return torch.cat(means).contiguous(), torch.cat(stds).contiguous(), captions
 
 
 def _attention_kernels(latents: Tensor) -> AbstractContextManager[Any]:

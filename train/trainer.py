@@ -81,7 +81,7 @@ class Trainer:
         self.objective = objective
         # Before the optimiser is built, which may hold views of the weights.
         objective.to(accelerator.device)
-        objective.to(memory_format=torch.channels_last)
+        objective.to(memory_format=objective.memory_format)
         self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         averaged = self.trainable if config.ema_decay else {}
         self.ema = {name: p.detach().clone() for name, p in averaged.items()}

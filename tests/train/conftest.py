@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,53 +10,8 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
-from latentgen.train.config import TrainConfig, load_config
-
-COLOURS = ("red", "green", "blue", "yellow", "black", "white")
-
-VAE: dict[str, Any] = {
-    "block_out_channels": [16, 32],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "latent_channels": 4,
-    "norm_num_groups": 8,
-    "sample_size": 16,
-    "scaling_factor": 0.5,
-}
-TEXT_TO_IMAGE: dict[str, Any] = {
-    "kind": "text_to_image",
-    "unet": {
-        "sample_size": 8,
-        "block_out_channels": [16, 32],
-        "layers_per_block": 1,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-        "norm_num_groups": 8,
-    },
-    "text_encoder": {
-        "vocab_size": 530,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 8,
-        "projection_dim": 16,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    },
-    "scheduler": {
-        "_class_name": "DDIMScheduler",
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "clip_sample": False,
-        "prediction_type": "v_prediction",
-    },
-    "cached_views": 2,
-}
+from latentgen.train.config import load_config
+from tests.train.recipes import COLOURS, TEXT_TO_IMAGE, VAE, MakeRecipe
 
 
 @pytest.fixture
@@ -70,9 +25,6 @@ def image_folder(tmp_path: Path) -> Path:
         image.save(folder / f"{colour}.png")
         (folder / f"{colour}.txt").write_text(f"{colour} disc", "utf-8")
     return folder
-
-
-MakeRecipe = Callable[..., TrainConfig]
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ CORPUS = [
     "leopard",
     "face with tears of joy",
     "naïve 漢字",
+    "hippopotamus",
 ]
 
 

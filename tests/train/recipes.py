@@ -1,0 +1,58 @@
+"""What the tiny recipes of the tests say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from latentgen.train.config import TrainConfig
+
+# Takes overrides as of the command's --set.
+MakeRecipe = Callable[..., TrainConfig]
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+
+VAE: dict[str, Any] = {
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": 16,
+    "scaling_factor": 0.5,
+}
+TEXT_TO_IMAGE: dict[str, Any] = {
+    "kind": "text_to_image",
+    "unet": {
+        "sample_size": 8,
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    },
+    "text_encoder": {
+        "vocab_size": 530,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+        "projection_dim": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    },
+    "scheduler": {
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+        "steps_offset": 1,
+    },
+    "cached_views": 2,
+}

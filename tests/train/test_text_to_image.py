@@ -1,0 +1,216 @@
+"""The text-to-image objective, and what it saves, against diffusers and transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from latentgen.errors import ConfigError, ResumeError
+from latentgen.train.config import TextToImageTask, TrainConfig
+from latentgen.train.data import BatchPlan, open_data, plan_step
+from latentgen.train.text_to_image import TextToImageObjective
+from tests.train.recipes import COLOURS, MakeRecipe
+
+
+def build(config: TrainConfig, assets: Path | None = None) -> TextToImageObjective:
+    assert isinstance(config.task, TextToImageTask)
+    torch.manual_seed(1)
+    return TextToImageObjective(
+        config.task,
+        open_data(config.data),
+        seed=config.seed,
+        device=torch.device("cpu"),
+        init_from=config.init_from,
+        assets=assets,
+    )
+
+
+def plan_for(objective: TextToImageObjective, step: int = 0, size: int = 8) -> BatchPlan:
+    (plan,) = plan_step(3, step, batch_size=size, count=objective.item_count, parts=1, rank=0, processes=1)
+    return plan
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_loss_is_that_of_diffusers(
+    prediction_type: str, text_to_image_recipe: MakeRecipe, tmp_path: Path
+):
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    objective = build(text_to_image_recipe(f"task.scheduler.prediction_type={prediction_type}"))
+    objective.save(tmp_path, objective.state_dict())
+    latents, noise, timesteps, tokens = batch = objective.batch(plan_for(objective))
+    with torch.no_grad():
+        loss = objective(*batch)
+        context = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")(tokens[:, 0]).last_hidden_state
+        scheduler = DDPMScheduler.from_pretrained(tmp_path / "scheduler")
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        output = UNet2DConditionModel.from_pretrained(tmp_path / "unet")(noisy, timesteps, context).sample
+    targets = {
+        "epsilon": noise,
+        "v_prediction": scheduler.get_velocity(latents, noise, timesteps),
+        "sample": latents,
+    }
+    assert scheduler.config["prediction_type"] == prediction_type
+    errors = F.mse_loss(output, targets[prediction_type], reduction="none").mean(dim=(1, 2, 3))
+    assert loss.total.item() == pytest.approx(errors.mean().item(), rel=1e-5)
+    assert loss.parts["noisy half"].item() == pytest.approx(errors[timesteps >= 500].mean().item(), rel=1e-5)
+
+
+def test_gradients_reach_the_unet_and_the_text_encoder_alone(text_to_image_recipe: MakeRecipe):
+    objective = build(text_to_image_recipe())
+    objective(*objective.batch(plan_for(objective))).total.backward()
+    names = {name.split(".")[0] for name, _ in objective.named_parameters()}
+    assert names == {"unet", "text_encoder"}
+    assert all(parameter.grad is not None for parameter in objective.parameters())
+
+
+def test_latents_are_those_of_diffusers(text_to_image_recipe: MakeRecipe, tiny_checkpoint: Path):
+    from diffusers import AutoencoderKL
+
+    from latentgen.train.data import to_tensor
+
+    objective = build(text_to_image_recipe("task.cached_views=1"))
+    plan = plan_for(objective, size=6)
+    data = open_data(text_to_image_recipe().data)
+    images = to_tensor(
+        [data.view(item, rng).image for item, rng in zip(plan.items, plan.rngs(""), strict=True)]
+    )
+    oracle = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    with torch.no_grad():
+        posterior = oracle.encode(images).latent_dist
+    expected = (posterior.mean + posterior.std * plan.noise(posterior.mean.shape[1:], "posterior")) * 0.18215
+    latents = objective.batch(plan)[0]
+    assert ((latents - expected).norm() / expected.norm()).item() < 1e-3  # kept in float16
+
+
+def test_timesteps_cover_the_schedule_evenly(text_to_image_recipe: MakeRecipe):
+    objective = build(text_to_image_recipe())
+    seen: list[int] = []
+    for step in range(50):
+        timesteps = objective.batch(plan_for(objective, step))[2]
+        assert sorted(timestep * 8 // 1000 for timestep in timesteps.tolist()) == list(range(8))
+        seen += timesteps.tolist()
+    assert min(seen) < 20
+    assert max(seen) > 980
+    assert len(set(seen)) > 250
+
+
+def test_timestep_shift_moves_samples_towards_noise(text_to_image_recipe: MakeRecipe):
+    plain, shifted = (build(text_to_image_recipe(f"task.timestep_shift={shift}")) for shift in (1, 3))
+    before, after = (objective.batch(plan_for(objective))[2] / 1000 for objective in (plain, shifted))
+    torch.testing.assert_close(after, 3 * before / (1 + 2 * before), atol=4e-3, rtol=0)
+
+
+def test_captions_are_dropped_at_their_rate(text_to_image_recipe: MakeRecipe):
+    for rate in (0.0, 0.25, 1.0):
+        objective = build(text_to_image_recipe(f"task.caption_dropout={rate}"))
+        empty = objective._text.tokenize([""])[0]
+        rows = [row for step in range(50) for row in objective.batch(plan_for(objective, step))[3]]
+        dropped = sum(torch.equal(row, empty) for row in rows) / len(rows)
+        assert dropped == pytest.approx(rate, abs=0.0 if rate in (0, 1) else 0.08)
+
+
+def test_captions_belong_to_their_images(text_to_image_recipe: MakeRecipe):
+    objective = build(text_to_image_recipe("task.caption_dropout=0"))
+    plan = plan_for(objective, size=12)
+    tokens = objective.batch(plan)[3]
+    texts = [f"{colour} disc" for colour in sorted(COLOURS)]
+    expected = objective._text.tokenize([texts[item // 2] for item in plan.items])
+    assert torch.equal(tokens, expected)
+    assert set(Counter(plan.items).values()) == {1}
+
+
+def test_nothing_of_a_long_caption_is_dropped(text_to_image_recipe: MakeRecipe, image_folder: Path):
+    words = " ".join(COLOURS * 3)
+    for colour in COLOURS:
+        (image_folder / f"{colour}.txt").write_text(words, "utf-8")
+    objective = build(text_to_image_recipe("task.caption_dropout=0"))
+    *_, tokens = batch = objective.batch(plan_for(objective, size=2))
+    assert tokens.shape[2] == 8
+    assert tokens.shape[1] > 1
+    assert (
+        objective._text.tokenizer.decode(tokens[0].flatten(), skip_special_tokens=True).split()
+        == words.split()
+    )
+    assert objective(*batch).total.isfinite()
+
+
+def test_the_saved_folder_draws_the_same_in_diffusers(text_to_image_recipe: MakeRecipe, tmp_path: Path):
+    import numpy as np
+    from diffusers import StableDiffusionPipeline
+
+    from latentgen.pipelines.text_to_image import TextToImagePipeline
+
+    objective = build(text_to_image_recipe())
+    objective.save(tmp_path, objective.state_dict())
+    oracle = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    oracle.set_progress_bar_config(disable=True)
+    theirs = oracle(
+        "red disc",
+        num_inference_steps=3,
+        height=16,
+        width=16,
+        generator=torch.Generator().manual_seed(4),
+        output_type="np",
+    ).images
+    pipeline = TextToImagePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    ours = pipeline(
+        "red disc", num_inference_steps=3, height=16, width=16, seed=4, output_type="np", progress=False
+    )
+    assert np.abs(np.asarray(ours.images) - theirs).max() < 1e-4
+
+
+def test_half_precision_halves_the_file(text_to_image_recipe: MakeRecipe, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    objective = build(text_to_image_recipe("task.save_half=true"))
+    objective.save(tmp_path, objective.state_dict())
+    for file in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        tensors = load_file(tmp_path / f"{file}.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_resuming_keeps_the_tokenizer(text_to_image_recipe: MakeRecipe, image_folder: Path, tmp_path: Path):
+    first = build(text_to_image_recipe())
+    first.save_assets(tmp_path / "run")
+    for colour in COLOURS:  # a tokenizer made anew would differ
+        (image_folder / f"{colour}.txt").write_text(f"circular {colour}", "utf-8")
+    resumed = build(text_to_image_recipe(), assets=tmp_path / "run")
+    assert resumed._text.tokenizer.get_vocab() == first._text.tokenizer.get_vocab()
+    assert build(text_to_image_recipe())._text.tokenizer.get_vocab() != first._text.tokenizer.get_vocab()
+    with pytest.raises(ResumeError, match="copy it from a model that this run has saved"):
+        build(text_to_image_recipe(), assets=tmp_path / "other")
+
+
+def test_starting_from_a_trained_model(text_to_image_recipe: MakeRecipe, image_folder: Path, tmp_path: Path):
+    first = build(text_to_image_recipe())
+    first.save(tmp_path / "model", first.state_dict())
+    (image_folder / "red.txt").write_text("something else", "utf-8")
+    tuned = build(text_to_image_recipe(f"init_from={tmp_path / 'model'}"))
+    state = tuned.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in first.state_dict().items())
+    assert all(tensor.dtype == torch.float32 for tensor in tuned.parameters())
+    assert all(parameter.requires_grad for parameter in tuned.parameters())
+    assert tuned._text.tokenizer.get_vocab() == first._text.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.unet.in_channels=3", "in_channels is 3, but channels of the latents: 4"),
+        ("task.unet.out_channels=8", "out_channels is 8, but channels of the latents: 4"),
+        ("task.unet.cross_attention_dim=32", "cross_attention_dim is 32, but text_encoder.hidden_size: 16"),
+        ("data.image_size=17", "image_size is 17, no multiple of 2"),
+        ("task.text_encoder.pad_token_id=0", "pad_token_id is 0 and must be 1"),
+        ("task.text_encoder.vocab_size=100", "vocab_size is 100"),
+        ("task.scheduler.beta_start=-1", "beta_start"),
+    ],
+)
+def test_configurations_that_do_not_fit(override: str, message: str, text_to_image_recipe: MakeRecipe):
+    with pytest.raises(ConfigError, match=message):
+        build(text_to_image_recipe(override))
