@@ -1,7 +1,7 @@
 """How well an autoencoder reconstructs the emoji: PSNR over every glyph, on white and on random grounds.
 
-python benchmarks/autoencoder.py                                     the embedded default
-python benchmarks/autoencoder.py runs/emoji_autoencoder/model        another folder, with a sheet of pairs
+python -m benchmarks.autoencoder                                     the embedded default
+python -m benchmarks.autoencoder runs/emoji_autoencoder/model        another folder, with a sheet of pairs
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whether the embedded model draws what it is asked for: the nearest of all emoji must be the one that was named.
 
-    python benchmarks/prompt_following.py                        200 names, the embedded default
-    python benchmarks/prompt_following.py FOLDER --names 1367    all names, another folder
-    python benchmarks/prompt_following.py --sheet sheet.png      and the contact sheet of the README
+    python -m benchmarks.prompt_following                        200 names, the embedded default
+    python -m benchmarks.prompt_following FOLDER --names 1367    all names, another folder
+    python -m benchmarks.prompt_following --sheet sheet.png      and the contact sheet of the README
 
 Names come from the folder's captions.txt, in an order drawn with a fixed seed; image i has seed i. Distances are
 Euclidean, at 32x32, to every emoji on a white ground at a few shifts and scales.
@@ -30,9 +30,22 @@ SIZES = (54, 58, 62)
 SHIFTS = (-2, 0, 2)
 BATCH = 20
 SHEET = (
-    *("slice of pizza", "tiger face", "hot beverage", "automobile", "rocket", "octopus", "red apple", "guitar"),
+    *(
+        "slice of pizza",
+        "tiger face",
+        "hot beverage",
+        "automobile",
+        "rocket",
+        "octopus",
+        "red apple",
+        "guitar",
+    ),
     *("pizza", "coffee", "car", "dog", "cat", "house", "heart", "robot"),
-    *("slice of pizza on a teal background", "tiger face on a blue background", "rocket on a black background"),
+    *(
+        "slice of pizza on a teal background",
+        "tiger face on a blue background",
+        "rocket on a black background",
+    ),
     *("red apple on a yellow background", "cactus on an orange background", "penguin on a pink background"),
     *("crown on a purple background", "pineapple on a red background"),
     *("sunflower", "snowman", "hamburger", "sailboat", "owl", "bicycle", "umbrella", "birthday cake"),
@@ -78,7 +91,9 @@ def draw(pipeline: TextToImagePipeline, prompts: list[str], steps: int, guidance
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", nargs="?", type=Path, help="default: the embedded model")
     parser.add_argument("--names", type=int, default=200)
     parser.add_argument("--steps", type=int, default=25)
