@@ -1,0 +1,50 @@
+"""The command `python -m latentgen.train`: one-line errors and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from latentgen.train import trainer
+from latentgen.train.__main__ import main
+from latentgen.train.config import TrainConfig
+from tests.train.recipes import MakeRecipe
+
+
+def test_a_mistake_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(tmp_path / "none.yaml")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("latentgen: error: the recipe ")
+    assert captured.err.count("\n") == 1
+
+
+def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.delitem(sys.modules, "latentgen.train.config")
+    assert main(["recipe.yaml"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "latentgen: error: training needs the module yaml: pip install 'latentgen[train]'\n"
+    )
+
+
+def test_ctrl_c(autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def interrupted(config: TrainConfig) -> Path:
+        raise KeyboardInterrupt
+
+    autoencoder_recipe()
+    monkeypatch.setattr(trainer, "train", interrupted)
+    assert main([str(tmp_path / "recipe.yaml")]) == 130
+
+
+def test_trains_with_overrides(
+    autoencoder_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = autoencoder_recipe()
+    assert main([str(tmp_path / "recipe.yaml"), "--set", "max_steps=1", "--set", "checkpoint_every=5"]) == 0
+    assert capsys.readouterr().out == f"the model is in {config.output_dir / 'model'}\n"
+    assert (config.output_dir / "model" / "model_index.json").is_file()
+    assert (config.output_dir / "checkpoint-00000001").is_dir()

@@ -1,0 +1,98 @@
+"""The folder of a run: its lock, its log, and who may go on in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from latentgen.errors import OutputError, ResumeError, RunLockedError
+from latentgen.train.checkpoint import RunState, save_checkpoint
+from latentgen.train.config import TrainConfig
+from latentgen.train.run_folder import LOG, run_lock, starting_state, trim_log
+from tests.train.recipes import MakeRecipe
+
+
+def save_state_of(config: TrainConfig) -> None:
+    state = RunState(3, config.model_dump(mode="json"), {}, {}, {}, {})
+    save_checkpoint(config.output_dir, state, keep=1)
+
+
+def test_one_writer_at_a_time(tmp_path: Path):
+    with run_lock(tmp_path / "a" / "run", enabled=True):
+        with (
+            pytest.raises(RunLockedError, match="another process trains in"),
+            run_lock(tmp_path / "a" / "run", enabled=True),
+        ):
+            pass
+        with run_lock(tmp_path / "a" / "run", enabled=False), run_lock(tmp_path / "b", enabled=True):
+            pass
+    with run_lock(tmp_path / "a" / "run", enabled=True):
+        pass
+
+
+def test_the_lock_ends_with_an_error(tmp_path: Path):
+    with pytest.raises(SystemExit), run_lock(tmp_path, enabled=True):
+        raise SystemExit(143)
+    with run_lock(tmp_path, enabled=True):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OutputError, match=r"output_dir .* cannot be written"),
+        run_lock(tmp_path / "file" / "run", enabled=True),
+    ):
+        pass
+
+
+def test_a_new_run_needs_a_folder_without_checkpoints(autoencoder_recipe: MakeRecipe):
+    config = autoencoder_recipe()
+    assert starting_state(config) is None
+    save_state_of(config)
+    with pytest.raises(ResumeError, match="holds a run already: add --set resume=true"):
+        starting_state(config)
+
+
+def test_a_resumed_run_needs_a_checkpoint(autoencoder_recipe: MakeRecipe):
+    with pytest.raises(ResumeError, match="nothing to resume"):
+        starting_state(autoencoder_recipe("resume=true"))
+
+
+def test_free_fields_may_change(autoencoder_recipe: MakeRecipe):
+    save_state_of(autoencoder_recipe())
+    changed = ("max_steps=9", "checkpoint_every=7", "keep_checkpoints=3", "log_every=2")
+    state = starting_state(autoencoder_recipe("resume=true", *changed))
+    assert state is not None
+    assert state.step == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=6", "seed was 5, is 6"),
+        ("optimizer.learning_rate=0.1", r"optimizer\.learning_rate was 0\.003, is 0\.1"),
+        (
+            "task.vae.block_out_channels=[16, 64]",
+            r"task\.vae\.block_out_channels was \[16, 32\], is \[16, 64\]",
+        ),
+        ("task.vae.norm_num_groups=4", r"task\.vae\.norm_num_groups was 8, is 4"),
+        ("mixed_precision=bf16", "mixed_precision was no, is bf16"),
+    ],
+)
+def test_other_fields_are_shown_and_refused(override: str, message: str, autoencoder_recipe: MakeRecipe):
+    save_state_of(autoencoder_recipe())
+    with pytest.raises(ResumeError, match=f"the run began with: {message}$"):
+        starting_state(autoencoder_recipe("resume=true", override))
+
+
+def test_the_log_keeps_what_will_not_be_run_again(tmp_path: Path):
+    rows = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (10, 20, 30, 40)]
+    (tmp_path / LOG).write_text("".join(rows) + '{"step": 2', "utf-8")
+    trim_log(tmp_path, 20)
+    assert (tmp_path / LOG).read_text("utf-8") == rows[0] + rows[1]
+    trim_log(tmp_path, 0)
+    assert (tmp_path / LOG).read_text("utf-8") == ""
+    trim_log(tmp_path / "new", 0)
