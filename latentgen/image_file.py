@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -68,7 +69,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
     if not (data := image.info.get("icc_profile")):
         return image.convert("RGB")
-    profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+    profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(data))  # the stubs know no colour space
     space = profile.profile.xcolor_space.strip()
     if space not in _MODES:
         raise ValueError(f"its ICC profile is for {space}; save it as sRGB")

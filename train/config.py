@@ -167,11 +167,15 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     try:
         return TrainConfig.model_validate(fields)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in detail['loc']) or 'recipe'}: {detail['msg']}"
-            for detail in error.errors(include_url=False)
-        )
-        raise ConfigError(f"the recipe {path} cannot be used: {problems}") from None
+        raise ConfigError(f"the recipe {path} cannot be used: {in_one_line(error)}") from None
+
+
+def in_one_line(error: ValidationError) -> str:
+    """Every problem of a recipe, with the field that it is about."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in detail['loc']) or 'recipe'}: {detail['msg']}"
+        for detail in error.errors(include_url=False)
+    )
 
 
 def _assign(fields: dict[str, Any], override: str) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from latentgen.errors import OutputError, ResumeError, RunLockedError
 from latentgen.files import atomic_write, quote
 from latentgen.train.checkpoint import RunState, has_checkpoint, load_latest
-from latentgen.train.config import FREE_FIELDS, TrainConfig
+from latentgen.train.config import FREE_FIELDS, TrainConfig, in_one_line
 
 LOG = "log.jsonl"
 _LOCK = ".lock"
@@ -65,7 +66,15 @@ def starting_state(config: TrainConfig) -> RunState | None:
             )
         return None
     state = load_latest(config.output_dir)
-    before, now = _flatten(state.config), _flatten(config.model_dump(mode="json"))
+    try:
+        before = _flatten(
+            TrainConfig.model_validate(state.config)
+        )  # fields that came later take their defaults
+    except ValidationError as error:
+        raise ResumeError(
+            f"the run in {quote(config.output_dir)} was begun by a version with other recipes: {in_one_line(error)}"
+        ) from None
+    now = _flatten(config)
     changed = [
         f"{field} was {before.get(field)}, is {now.get(field)}"
         for field in sorted(before.keys() | now.keys())
@@ -93,12 +102,15 @@ def _step_of(row: str) -> float:
         return float("inf")  # cut off while it was written
 
 
-def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields as one mapping with dotted names."""
+def _flatten(config: TrainConfig) -> dict[str, Any]:
+    """The fields of a recipe as JSON has them, nested ones with dots in their names."""
     flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
+    sections: list[tuple[str, Mapping[str, Any]]] = [("", config.model_dump(mode="json"))]
+    while sections:
+        prefix, fields = sections.pop()
+        for name, value in fields.items():
+            if isinstance(value, Mapping):
+                sections.append((f"{prefix}{name}.", value))
+            else:
+                flat[prefix + name] = value
     return flat

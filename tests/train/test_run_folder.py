@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,12 @@ from latentgen.train.run_folder import LOG, run_lock, starting_state, trim_log
 from tests.train.recipes import MakeRecipe
 
 
+def save_state(config: TrainConfig, fields: dict[str, Any]) -> None:
+    save_checkpoint(config.output_dir, RunState(3, fields, {}, {}, {}, {}), keep=1)
+
+
 def save_state_of(config: TrainConfig) -> None:
-    state = RunState(3, config.model_dump(mode="json"), {}, {}, {}, {})
-    save_checkpoint(config.output_dir, state, keep=1)
+    save_state(config, config.model_dump(mode="json"))
 
 
 def test_one_writer_at_a_time(tmp_path: Path):
@@ -67,6 +71,23 @@ def test_free_fields_may_change(autoencoder_recipe: MakeRecipe):
     state = starting_state(autoencoder_recipe("resume=true", *changed))
     assert state is not None
     assert state.step == 3
+
+
+def test_fields_that_came_later_have_their_defaults(autoencoder_recipe: MakeRecipe):
+    config = autoencoder_recipe()
+    fields = config.model_dump(mode="json")
+    del fields["data"]["on_bad_image"]
+    save_state(config, fields)
+    assert starting_state(autoencoder_recipe("resume=true")) is not None
+    with pytest.raises(ResumeError, match=r"data\.on_bad_image was error, is skip"):
+        starting_state(autoencoder_recipe("resume=true", "data.on_bad_image=skip"))
+
+
+def test_fields_that_are_gone_are_an_error(autoencoder_recipe: MakeRecipe):
+    config = autoencoder_recipe()
+    save_state(config, config.model_dump(mode="json") | {"momentum": 0.9})
+    with pytest.raises(ResumeError, match="a version with other recipes"):
+        starting_state(autoencoder_recipe("resume=true"))
 
 
 @pytest.mark.parametrize(

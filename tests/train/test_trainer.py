@@ -310,24 +310,25 @@ def test_sigterm_to_the_command(autoencoder_recipe: MakeRecipe, tmp_path: Path):
     assert not (config.output_dir / "model").exists()
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(recipe: MakeRecipe, tmp_path: Path):
-    config = recipe("optimizer.name=adamw", "optimizer.learning_rate=0.001")
-    train(config)
+def launch_two(tmp_path: Path, options: dict[str, object]) -> subprocess.Popen[bytes]:
+    """Train the recipe in two processes."""
     launch = [
         "torch.distributed.run",
         "--nproc_per_node=2",
         "--rdzv_backend=c10d",
         "--rdzv_endpoint=localhost:0",
     ]
-    options = {
-        "optimizer.name": "adamw",
-        "optimizer.learning_rate": "0.001",
-        "output_dir": str(tmp_path / "two"),
-    }
     settings = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
     command = [*launch, "-m", "latentgen.train", str(tmp_path / "recipe.yaml"), *settings]
-    with run_command(command, ACCELERATE_USE_CPU="true") as process:
+    return run_command(command, ACCELERATE_USE_CPU="true")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(recipe: MakeRecipe, tmp_path: Path):
+    config = recipe("optimizer.name=adamw", "optimizer.learning_rate=0.001")
+    train(config)
+    options = {"optimizer.name": "adamw", "optimizer.learning_rate": 0.001, "output_dir": tmp_path / "two"}
+    with launch_two(tmp_path, options) as process:
         assert process.wait(timeout=600) == 0
     other = recipe(f"output_dir={tmp_path / 'two'}")
     assert losses_of(other) == pytest.approx(losses_of(config), rel=1e-4)
@@ -337,3 +338,14 @@ def test_two_processes_train_as_one(recipe: MakeRecipe, tmp_path: Path):
     # And on, in a single process.
     train(recipe("resume=true", "max_steps=6", *(f"{key}={value}" for key, value in options.items())))
     assert load_latest(other.output_dir).step == 6
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step(autoencoder_recipe: MakeRecipe, tmp_path: Path):
+    config = autoencoder_recipe()
+    with launch_two(tmp_path, {"max_steps": 10**6, "checkpoint_every": 10**6}) as process:
+        log = config.output_dir / "log.jsonl"
+        wait_until(lambda: log.is_file() and log.stat().st_size > 0, process)
+        process.terminate()  # which the launcher hands on to both, at different moments of their steps
+        assert process.wait(timeout=300) != 0
+    assert load_latest(config.output_dir).step == log_of(config)[-1]["step"]
