@@ -133,7 +133,7 @@ class TextToImageObjective(Objective):
 
     def save_assets(self, folder: Path) -> None:
         """Write the tokenizer: the weights are worth nothing with another one."""
-        self._text.tokenizer.save_pretrained(str(folder / _TOKENIZER))
+        self._text.save_tokenizer(folder / _TOKENIZER)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the whole pipeline in the layout of StableDiffusionPipeline, in float16 if the recipe says so."""

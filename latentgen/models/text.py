@@ -212,10 +212,18 @@ class CLIPText:
         }
         save_weights(state, text_encoder_folder, "model", variant=variant)
         write_json(text_encoder_folder / "config.json", self.config.to_json())
+        self.save_tokenizer(tokenizer_folder)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer alone.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
         with tempfile.TemporaryDirectory() as scratch:
             self.tokenizer.save_pretrained(scratch)
             for made in sorted(Path(scratch).iterdir()):
-                with atomic_write(tokenizer_folder / made.name) as file:
+                with atomic_write(folder / made.name) as file:
                     file.write(made.read_bytes())
 
 
