@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -217,7 +218,12 @@ def test_ctrl_c_at_the_progress_bar(tiny: list[str], tmp_path: Path):
     termios.tcsetwinsize(terminal, (24, 100))  # a bar of no width is not drawn
     arguments = ["text2img", "a cat", *tiny, "--steps", "900", "-o", str(tmp_path / "out.png")]
     with subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env=ENVIRONMENT,
+        # A shell starts its background jobs, and so perhaps these tests, with SIGINT ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         os.close(stderr)
         seen = b""
