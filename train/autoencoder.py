@@ -72,6 +72,11 @@ class AutoencoderObjective(Objective):
         total = pixels + self.task.edge_weight * edges + self.task.kl_weight * kl
         return Loss(total, {"pixels": pixels, "edges": edges, "kl": kl})
 
+    def compile_networks(self) -> None:
+        """Compile both halves."""
+        self.encoder.compile()
+        self.decoder.compile()
+
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write `vae/` in float32; latents that were learnt are brought to unit variance per channel."""
         self.load_state_dict(dict(weights))

@@ -105,7 +105,8 @@ class TrainConfig(Section):
     """One recipe: what is learnt, from what, and how the run goes.
 
     `init_from` is a folder in the diffusers layout whose weights training starts from; `batch_size` counts the samples
-    of an optimiser step over all processes and accumulated parts; `ema_decay` 0 keeps no moving average.
+    of an optimiser step over all processes and accumulated parts; `ema_decay` 0 keeps no moving average; `compile`
+    takes minutes before the first step and makes the others faster (on a CPU it needs a C++ compiler).
     """
 
     output_dir: Path
@@ -114,6 +115,7 @@ class TrainConfig(Section):
     init_from: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     mixed_precision: Precision = "no"
+    compile: bool = False
     batch_size: Annotated[int, Field(ge=1, le=65536)]
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = 1
     max_steps: Count

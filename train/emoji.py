@@ -113,9 +113,9 @@ class EmojiSet:
         Half of the captions are the Unicode name, the others nicknames.
         """
         unit = self.image_size / 64
-        slack = round(2 * unit)
+        slack = round(unit)
         placement = GlyphPlacement(
-            size=round(rng.uniform(54, 62) * unit),
+            size=round(rng.uniform(56, 60) * unit),
             shift=(rng.randint(-slack, slack), rng.randint(-slack, slack)),
             ground=rng.choice(tuple(GROUNDS)) if rng.random() < 0.5 else None,
         )

@@ -37,6 +37,10 @@ class Objective(nn.Module, ABC):
     def forward(self, *batch: Tensor) -> Loss:
         """The mean loss of the batch."""
 
+    @abstractmethod
+    def compile_networks(self) -> None:
+        """Let torch.compile fuse the networks that take the time; the names of their weights stay."""
+
     def save_assets(self, folder: Path) -> None:
         """Write what a resumed run must find as it was, besides the weights, into the run's folder."""
 

@@ -131,6 +131,10 @@ class TextToImageObjective(Objective):
         noisy = 2 * timesteps >= self.scheduler.schedule.num_train_timesteps
         return Loss(errors.mean(), {"noisy half": (errors * noisy).sum() / noisy.sum().clamp(min=1)})
 
+    def compile_networks(self) -> None:
+        """Compile the UNet, beside which the text encoder takes no time."""
+        self.unet.compile()
+
     def save_assets(self, folder: Path) -> None:
         """Write the tokenizer: the weights are worth nothing with another one."""
         self._text.save_tokenizer(folder / _TOKENIZER)

@@ -86,6 +86,8 @@ class Trainer:
         averaged = self.trainable if config.ema_decay else {}
         self.ema = {name: p.detach().clone() for name, p in averaged.items()}
         self.step = 0
+        if config.compile:
+            objective.compile_networks()
         optimizer = build_optimizer(objective, config.optimizer)
         self._model: nn.Module
         self._optimizer: torch.optim.Optimizer

@@ -80,6 +80,19 @@ def test_resuming_at_any_step_changes_nothing(recipe: MakeRecipe, tmp_path: Path
             assert file.read_bytes() == (resumed.output_dir / file.relative_to(whole.output_dir)).read_bytes()
 
 
+@pytest.mark.slow
+def test_compiling_changes_how_fast_and_not_what_is_learnt(recipe: MakeRecipe, tmp_path: Path):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    plain = recipe("max_steps=3")
+    compiled = recipe("max_steps=3", "compile=true", f"output_dir={tmp_path / 'compiled'}")
+    train(plain)
+    train(compiled)
+    assert losses_of(compiled) == pytest.approx(losses_of(plain), rel=1e-4)
+    ours, theirs = (load_latest(config.output_dir).weights for config in (compiled, plain))
+    assert ours.keys() == theirs.keys()
+
+
 def test_a_finished_run_can_be_prolonged(autoencoder_recipe: MakeRecipe):
     train(autoencoder_recipe("max_steps=2"))
     train(autoencoder_recipe("max_steps=4", "resume=true"))
