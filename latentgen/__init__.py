@@ -23,16 +23,22 @@ if TYPE_CHECKING:
     from latentgen.models.unet import UNet as UNet
     from latentgen.models.vae import VAEDecoder as VAEDecoder
     from latentgen.models.vae import VAEEncoder as VAEEncoder
+    from latentgen.pipelines.conditioning import SizeConditioning as SizeConditioning
+    from latentgen.pipelines.interop import from_diffusers as from_diffusers
+    from latentgen.pipelines.interop import to_diffusers as to_diffusers
     from latentgen.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
 
 _PUBLIC = {
     "LatentgenError": "latentgen.errors",
     "MemoryPolicy": "latentgen.memory",
     "Scheduler": "latentgen.diffusion.scheduler",
+    "SizeConditioning": "latentgen.pipelines.conditioning",
     "TextToImagePipeline": "latentgen.pipelines.text_to_image",
     "UNet": "latentgen.models.unet",
     "VAEDecoder": "latentgen.models.vae",
     "VAEEncoder": "latentgen.models.vae",
+    "from_diffusers": "latentgen.pipelines.interop",
+    "to_diffusers": "latentgen.pipelines.interop",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latentgen.errors import InputError, OutputError
 from latentgen.files import quote
+from latentgen.pipelines.conditioning import SizeConditioning
 from latentgen.prompts import check_prompts
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -26,6 +27,8 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 MAX_SIDE = 8192
 MAX_IMAGES_PER_PROMPT = 1024
 MAX_SEED = 2**64 - 1
+# The layers of any text encoder; the encoder itself says how many it can spare.
+MAX_CLIP_SKIP = 1024
 # Far beyond any use; it keeps the arithmetic finite.
 MAX_GUIDANCE_SCALE = 1e6
 
@@ -78,6 +81,13 @@ def check_guidance_scale(value: float) -> float:
     return float(value)
 
 
+def check_share(name: str, value: float) -> float:
+    """A number from 0 to 1: how much of the schedule."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise InputError(f"{name}={value!r} must be a number from 0 to 1, a share of the schedule")
+    return float(value)
+
+
 def check_side(name: str, value: int, multiple: int) -> int:
     """A side of the image in pixels: a multiple of what one latent covers, up to MAX_SIDE."""
     highest = MAX_SIDE // multiple * multiple
@@ -127,6 +137,18 @@ def check_output_type(value: OutputType) -> OutputType:
     """One of the kinds of output."""
     if value not in get_args(OutputType):
         raise InputError(f"output_type={value!r} is not known; choose from {', '.join(get_args(OutputType))}")
+    return value
+
+
+def check_size_conditioning(value: SizeConditioning | None) -> SizeConditioning:
+    """What SDXL is told of sizes; by default those of the image."""
+    if value is None:
+        return SizeConditioning()
+    if not isinstance(value, SizeConditioning):
+        raise InputError(
+            f"size_conditioning={value!r} must be a SizeConditioning, such as "
+            "SizeConditioning(original_size=(1024, 1024))"
+        )
     return value
 
 

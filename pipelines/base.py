@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import wraps
+from typing import Literal, NamedTuple, ParamSpec
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import InputError, NumericalError
 from latentgen.image import to_numpy, to_pil, to_unit
 from latentgen.memory import MemoryPolicy, decode, resident, weight_bytes
-from latentgen.models.unet import UNet
+from latentgen.models.unet import AddedConditioning, UNet
 from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.arguments import OutputType
 
 DTypeName = Literal["auto", "float32", "float16", "bfloat16"]
 Images = list[Image.Image] | np.ndarray | Tensor
+
+P = ParamSpec("P")
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -213,14 +216,15 @@ class PipelineStep:
         return self._finish(self.latents if self.is_last else self.x0)
 
 
-def join_contexts(contexts: Sequence[Tensor]) -> Tensor:
-    """Join contexts [1, S, D] of different lengths S to one batch [B, lcm of S, D].
+def completed(stream: Callable[P, Iterator[PipelineStep]]) -> Callable[P, Output]:
+    """What runs a stream to its end and gives its result: the call of a pipeline, with the arguments of its stream."""
 
-    A context is repeated until it is long enough. Attention over keys that are all repeated equally often is
-    unchanged, so an image does not depend on the prompts beside its own, as it would with empty chunks.
-    """
-    length = math.lcm(*(context.shape[1] for context in contexts))
-    return torch.cat([context.repeat(1, length // context.shape[1], 1) for context in contexts])
+    @wraps(stream)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Output:
+        (last,) = deque(stream(*args, **kwargs), maxlen=1)
+        return Output(last.images(), last.seeds)
+
+    return call
 
 
 def denoising_bytes(unet: UNet, rows: int, pixels: int) -> int:
@@ -235,17 +239,23 @@ def denoising_bytes(unet: UNet, rows: int, pixels: int) -> int:
 
 
 def build_denoiser(
-    unet: UNet, context: Tensor, levels: Sequence[NoiseLevel], scheduler: Scheduler, guidance_scale: float
+    unet: UNet,
+    context: Tensor,
+    added: AddedConditioning | None,
+    levels: Sequence[NoiseLevel],
+    scheduler: Scheduler,
+    guidance_scale: float,
 ) -> Denoiser:
     """A denoiser for one run over `levels`, with all that is constant over the run computed once.
 
     Args:
         context: [B, S, D], or with guidance [2B, S, D]: of the negative prompts, then of the prompts.
+        added: what SDXL's UNet is given besides, for the same rows.
     """
     dtype = unet.conv_in.weight.dtype
     index_of = {level.timestep: index for index, level in enumerate(levels[:-1])}
     timesteps = torch.tensor([level.timestep for level in levels[:-1]], device=context.device)
-    constants = unet.constants(context.to(dtype), timesteps)
+    constants = unet.constants(context.to(dtype), timesteps, added=added)
     guided = is_guided(guidance_scale)
 
     def predict(x: Tensor, level: NoiseLevel) -> tuple[Tensor | None, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,16 +16,23 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
 from latentgen.models.packing import can_pack, pack_convolutions
-from latentgen.models.text import CLIPText, CLIPTextConfig
+from latentgen.models.text import CLIPText, CLIPTextConfig, CLIPTextPair, TextEncoder
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
-_DECODER_KEYS = ("decoder.", "post_quant_conv.")
-_ENCODER_KEYS = ("encoder.", "quant_conv.")
+_SD = "StableDiffusionPipeline"
+_SDXL = "StableDiffusionXLPipeline"
+# How diffusers calls the pipeline of a folder with the refiner.
+_SDXL_REFINER = "StableDiffusionXLImg2ImgPipeline"
+SDXL_CLASSES = (_SDXL, _SDXL_REFINER)
+TEXT_TO_IMAGE_CLASSES = (_SD, *SDXL_CLASSES)
+DECODER_KEYS = ("decoder.", "post_quant_conv.")
+ENCODER_KEYS = ("encoder.", "quant_conv.")
 # Components that the pipelines here read, and those that they do without.
-_USED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+TOWERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+USED = ("unet", "vae", "scheduler", *TOWERS, *TOWERS.values())
 _IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -40,20 +48,33 @@ class Placement(NamedTuple):
     pack: bool = False
 
 
-def check_class(folder: CheckpointFolder, pipeline_class: str) -> None:
-    """Compare what `model_index.json` says the folder is with the one class that a pipeline reads.
+def check_class(folder: CheckpointFolder, classes: Sequence[str]) -> None:
+    """Compare what `model_index.json` says the folder is with the classes of diffusers that a pipeline reads.
 
     Raises:
         ConfigError: another class of pipeline, or components that this one knows nothing of.
     """
     index = quote(folder.path / "model_index.json")
     found = folder.model_index.get("_class_name")
-    if found != pipeline_class:
-        raise ConfigError(f"{index}: _class_name is {quote(found)}; this pipeline reads {pipeline_class}")
-    if unknown := [name for name in folder.components if name not in _USED + _IGNORED]:
+    if found not in classes:
+        raise ConfigError(f"{index}: _class_name is {quote(found)}; this pipeline reads {', '.join(classes)}")
+    if unknown := [name for name in folder.components if name not in USED + _IGNORED]:
+        raise ConfigError(f"{index}: {quote(unknown[0])} is no component of {found} that is known here")
+
+
+def forces_zeros(folder: CheckpointFolder) -> bool:
+    """Whether a folder's model was trained with zeros in the place of an empty prompt, as SDXL's are by default."""
+    flag = folder.model_index.get("force_zeros_for_empty_prompt", _is_sdxl(folder))
+    if not isinstance(flag, bool):
         raise ConfigError(
-            f"{index}: {quote(unknown[0])} is no component of {pipeline_class} that is known here"
+            f"{quote(folder.path / 'model_index.json')}: force_zeros_for_empty_prompt is {quote(flag)}; it must be true"
+            " or false"
         )
+    return flag and _is_sdxl(folder)
+
+
+def _is_sdxl(folder: CheckpointFolder) -> bool:
+    return folder.model_index.get("_class_name") in SDXL_CLASSES
 
 
 def load_unet(folder: CheckpointFolder, placement: Placement) -> UNet:
@@ -68,7 +89,7 @@ def load_decoder(folder: CheckpointFolder, placement: Placement) -> VAEDecoder:
     """The decoder of a folder's VAE; the encoder's part of the file is passed over."""
     with torch.device("meta"):
         decoder = VAEDecoder(VAEConfig.from_json(folder.config("vae")))
-    _load(decoder, folder, "vae", placement, prefixes=_DECODER_KEYS, ignored_prefixes=_ENCODER_KEYS)
+    _load(decoder, folder, "vae", placement, prefixes=DECODER_KEYS, ignored_prefixes=ENCODER_KEYS)
     return decoder
 
 
@@ -76,38 +97,49 @@ def load_encoder(folder: CheckpointFolder, placement: Placement) -> VAEEncoder:
     """The encoder of a folder's VAE; the decoder's part of the file is passed over."""
     with torch.device("meta"):
         encoder = VAEEncoder(VAEConfig.from_json(folder.config("vae")))
-    _load(encoder, folder, "vae", placement, prefixes=_ENCODER_KEYS, ignored_prefixes=_DECODER_KEYS)
+    _load(encoder, folder, "vae", placement, prefixes=ENCODER_KEYS, ignored_prefixes=DECODER_KEYS)
     return encoder
 
 
-def load_text_encoder(folder: CheckpointFolder, placement: Placement) -> CLIPText:
-    """The text encoder of a folder, with its tokenizer."""
-    encoder = CLIPText.from_folders(
-        CLIPTextConfig.from_json(folder.config("text_encoder")),
-        folder.folder("tokenizer"),
-        folder.weight_files("text_encoder", placement.variant),
+def load_text_encoder(folder: CheckpointFolder, placement: Placement) -> TextEncoder:
+    """The text encoder of a folder, or SDXL's pair, with the tokenizers."""
+    names = [name for name in TOWERS if name in folder.components]
+    if not names:
+        folder.folder("text_encoder")  # raises, with what there is instead
+    towers = [_load_tower(folder, name, placement) for name in names]
+    return CLIPTextPair(*towers) if len(towers) == 2 else towers[0]
+
+
+def _load_tower(folder: CheckpointFolder, component: str, placement: Placement) -> CLIPText:
+    tower = CLIPText.from_folders(
+        CLIPTextConfig.from_json(folder.config(component)),
+        folder.folder(TOWERS[component]),
+        folder.weight_files(component, placement.variant),
+        layer="penultimate" if _is_sdxl(folder) else "last",
         dtype=placement.dtype,
         device=placement.device,
     )
-    encoder.model.requires_grad_(False)
-    return encoder
+    tower.model.requires_grad_(False)
+    return tower
 
 
 def load_scheduler(folder: CheckpointFolder) -> Scheduler:
-    """The scheduler of a Stable Diffusion folder.
+    """The scheduler of a folder.
 
-    Old folders carry a steps_offset of 0 and clip_sample, which the model was not trained with; diffusers'
-    StableDiffusionPipeline reads them as 1 and false, and so they are read here.
+    Old folders of Stable Diffusion carry a steps_offset of 0 and clip_sample, which the model was not trained with;
+    diffusers' StableDiffusionPipeline reads them as 1 and false, and so they are read here.
     """
     scheduler = Scheduler.from_config(folder.config("scheduler"))
+    if _is_sdxl(folder):
+        return scheduler
     return replace(scheduler, steps_offset=1, clipping=replace(scheduler.clipping, clip_sample=False))
 
 
 def weight_bytes(folder: CheckpointFolder, placement: Placement) -> int:
-    """A lower bound of the memory that the stages take: the weights of UNet and text encoder."""
+    """A lower bound of the memory that the stages take: the weights of UNet and text encoders."""
     headers = [
         read_header(file)
-        for component in ("unet", "text_encoder")
+        for component in ("unet", *(name for name in TOWERS if name in folder.components))
         for file in folder.weight_files(component, placement.variant)
     ]
     count = sum(math.prod(info.shape) for header in headers for info in header.values())
@@ -145,11 +177,12 @@ def save_folder(
     unet: UNet,
     encoder: VAEEncoder,
     decoder: VAEDecoder,
-    text_encoder: CLIPText,
+    text_encoder: TextEncoder,
     scheduler: Scheduler,
     variant: str | None,
+    force_zeros_for_empty_prompt: bool = False,
 ) -> None:
-    """Write a folder that diffusers' StableDiffusionPipeline loads; `model_index.json` comes last.
+    """Write a folder that diffusers loads; `model_index.json`, which names the pipeline's class, comes last.
 
     Raises:
         OutputError: a file could not be written; it keeps its old content, as do those that follow it.
@@ -159,21 +192,42 @@ def save_folder(
     vae = {**encoder.state_dict(), **decoder.state_dict()}
     save_weights(vae, folder / "vae", WEIGHTS_STEM, variant=variant)
     write_json(folder / "vae" / "config.json", decoder.config.to_json())
-    text_encoder.save(folder / "text_encoder", folder / "tokenizer", variant=variant)
+    towers = named_towers(unet, text_encoder)
+    for name, tower in towers.items():
+        tower.save(folder / name, folder / TOWERS[name], variant=variant)
     config = scheduler.to_config()
     write_json(folder / "scheduler" / "scheduler_config.json", config)
-    write_json(folder / "model_index.json", _model_index(str(config["_class_name"])))
+    index = _model_index(unet, towers, force_zeros_for_empty_prompt)
+    write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", config["_class_name"]]})
 
 
-def _model_index(scheduler_class: str) -> dict[str, object]:
-    return {
-        "_class_name": "StableDiffusionPipeline",
+def named_towers(unet: UNet, text_encoder: TextEncoder) -> dict[str, CLIPText]:
+    """The component that each tower is: SDXL's refiner has the second one alone."""
+    names = (
+        list(TOWERS)
+        if len(text_encoder.towers) == 2 or not unet.config.addition_embed_type
+        else list(TOWERS)[1:]
+    )
+    return dict(zip(names, text_encoder.towers, strict=False))
+
+
+def _model_index(unet: UNet, towers: Mapping[str, CLIPText], force_zeros: bool) -> dict[str, object]:
+    index: dict[str, object] = {
+        "_class_name": _SD,
         "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", scheduler_class],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    for name, tower in towers.items():
+        index[name] = [
+            "transformers",
+            "CLIPTextModelWithProjection" if tower.config.projects else "CLIPTextModel",
+        ]
+        index[TOWERS[name]] = ["transformers", "CLIPTokenizer"]
+    if unet.config.addition_embed_type is None:
+        return {**index, "requires_safety_checker": False, "safety_checker": [None, None]}
+    index |= {"force_zeros_for_empty_prompt": force_zeros, "image_encoder": [None, None]}
+    if len(towers) == 2:
+        return {**index, "_class_name": _SDXL}
+    absent = {"text_encoder": [None, None], "tokenizer": [None, None]}
+    return {**index, **absent, "_class_name": _SDXL_REFINER, "requires_aesthetics_score": True}

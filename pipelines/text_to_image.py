@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,12 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
 from latentgen.memory import MemoryPolicy, explained_out_of_memory, resident
-from latentgen.models.text import CLIPText
+from latentgen.models.text import Conditioning, TextEncoder
 from latentgen.models.unet import UNet
-from latentgen.models.vae import VAEDecoder
+from latentgen.models.vae import VAEDecoder, VAEEncoder
 from latentgen.pipelines import loading
 from latentgen.pipelines.arguments import (
+    MAX_CLIP_SKIP,
     MAX_IMAGES_PER_PROMPT,
     OutputType,
     as_negative_prompts,
@@ -33,7 +33,9 @@ from latentgen.pipelines.arguments import (
     check_latents,
     check_output_type,
     check_seeds,
+    check_share,
     check_side,
+    check_size_conditioning,
     output_folder,
 )
 from latentgen.pipelines.base import (
@@ -41,15 +43,23 @@ from latentgen.pipelines.base import (
     FiniteCheck,
     ImageNoise,
     Images,
-    Output,
     PipelineStep,
     build_denoiser,
+    completed,
     decode_images,
     denoising_bytes,
     export,
-    join_contexts,
     resolve_device,
     resolve_dtype,
+)
+from latentgen.pipelines.conditioning import (
+    BASE_TIME_IDS,
+    REFINER_TIME_IDS,
+    SizeConditioning,
+    added_conditioning,
+    encode_rows,
+    time_id_count,
+    time_ids,
 )
 
 DEFAULT_STEPS = 25
@@ -64,12 +74,13 @@ class TextToImagePipeline:
     Attributes:
         unet: denoises latents.
         decoder: turns latents into images.
-        text_encoder: turns prompts into context.
+        text_encoder: turns prompts into context, and for SDXL into a pooled state.
         scheduler: noise schedule, prediction type and default solver.
         memory: what to trade for memory.
         device: where the stages work. They stand there already, or on the CPU if `memory` offloads idle ones.
-        source: the folder that the stages came from; saving takes the VAE's encoder from it.
-        source_variant: which of the folder's sets of weights they are, such as "fp16".
+        load_encoder: gives the VAE's encoder, which drawing does without, when the pipeline is saved or handed on.
+        force_zeros_for_empty_prompt: the model was trained with zeros in the place of an empty prompt (SDXL base);
+            without a negative prompt guidance leads away from those.
 
     Raises:
         ConfigError: the stages do not fit together.
@@ -77,12 +88,12 @@ class TextToImagePipeline:
 
     unet: UNet
     decoder: VAEDecoder
-    text_encoder: CLIPText
+    text_encoder: TextEncoder
     scheduler: Scheduler
     memory: MemoryPolicy = field(default_factory=MemoryPolicy)
     device: torch.device = _CPU
-    source: CheckpointFolder | None = None
-    source_variant: str | None = None
+    load_encoder: Callable[[], VAEEncoder] | None = None
+    force_zeros_for_empty_prompt: bool = False
 
     def __post_init__(self) -> None:
         unet, latent_channels = self.unet.config, self.decoder.config.latent_channels
@@ -91,14 +102,19 @@ class TextToImagePipeline:
                 f"text to image needs a UNet from and to the VAE's {latent_channels} latent channels, not "
                 f"from {unet.in_channels} to {unet.out_channels} (inpainting has 9, x4 upscaling 7)"
             )
-        if unet.addition_embed_type or unet.class_embed_type or unet.num_class_embeds:
+        if unet.class_embed_type or unet.num_class_embeds:
+            raise ConfigError("text to image gives the UNet text alone; this one wants class labels, too")
+        if unet.cross_attention_dim != self.text_encoder.context_width:
             raise ConfigError(
-                "text to image gives the UNet text alone; this one wants more (SDXL, class labels)"
+                f"cross_attention_dim {unet.cross_attention_dim} of the UNet and the width "
+                f"{self.text_encoder.context_width} of the text encoder's context must be equal"
             )
-        if unet.cross_attention_dim != self.text_encoder.config.hidden_size:
+        if self._time_ids not in (0, REFINER_TIME_IDS, BASE_TIME_IDS):
             raise ConfigError(
-                f"cross_attention_dim {unet.cross_attention_dim} of the UNet and hidden_size "
-                f"{self.text_encoder.config.hidden_size} of the text encoder must be equal"
+                f"projection_class_embeddings_input_dim {unet.projection_class_embeddings_input_dim} of the UNet must "
+                f"be the {self.text_encoder.pooled_width} channels of the text encoder's pooled state and "
+                f"{BASE_TIME_IDS} (SDXL base) or {REFINER_TIME_IDS} (refiner) times addition_time_embed_dim "
+                f"{unet.addition_time_embed_dim}"
             )
         self.unet.attention_backend = self.memory.attention
         self.decoder.attention_backend = self.memory.attention
@@ -115,6 +131,8 @@ class TextToImagePipeline:
         memory: MemoryPolicy | None = None,
     ) -> TextToImagePipeline:
         """Load a pipeline from a folder in the diffusers layout, without the VAE's encoder.
+
+        Stable Diffusion 1.x and 2.x, SDXL, its refiner, and what was distilled from them.
 
         Args:
             source: a folder, an id on the Hub ("owner/name"), or None for the embedded default model.
@@ -139,7 +157,7 @@ class TextToImagePipeline:
         torch_device = resolve_device(device)
         torch_dtype = resolve_dtype(dtype, torch_device)
         folder = CheckpointFolder.open(resolve(source, revision=revision, variant=variant))
-        loading.check_class(folder, "StableDiffusionPipeline")
+        loading.check_class(folder, loading.TEXT_TO_IMAGE_CLASSES)
         placement = loading.Placement(
             torch_dtype,
             _CPU if memory.offload_idle else torch_device,
@@ -161,46 +179,53 @@ class TextToImagePipeline:
             scheduler=loading.load_scheduler(folder),
             memory=memory,
             device=torch_device,
-            source=folder,
-            source_variant=variant,
+            load_encoder=partial(loading.load_encoder, folder, loading.Placement(torch_dtype, _CPU, variant)),
+            force_zeros_for_empty_prompt=loading.forces_zeros(folder),
         )
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
-        """Write a whole folder in the diffusers layout, which diffusers' StableDiffusionPipeline loads.
+        """Write a whole folder in the diffusers layout, which diffusers' pipeline of the same family loads.
 
-        The VAE's encoder, which no pipeline holds, is taken from the folder that this one came from.
+        The VAE's encoder, which this pipeline does not hold, is taken from where the pipeline came from.
 
         Args:
             folder: where to write; made if need be.
             variant: part of the names of the weight files, such as "fp16".
 
         Raises:
-            InputError: the pipeline was put together by hand and has no source for the VAE's encoder.
+            InputError: the pipeline was put together by hand and knows of no encoder.
             OutputError: a file could not be written; it keeps its old content, as do those that follow it.
         """
-        if self.source is None:
-            raise InputError(
-                "this pipeline was not loaded from a folder, so there is no VAE encoder to save; pass "
-                "source=CheckpointFolder.open(...) of the folder that the VAE came from"
-            )
         target = output_folder(folder)
-        placement = loading.Placement(_dtype_of(self.decoder), _CPU, self.source_variant)
-        encoder = loading.load_encoder(self.source, placement)
         loading.save_folder(
             target,
             unet=self.unet,
-            encoder=encoder,
+            encoder=self.encoder(),
             decoder=self.decoder,
             text_encoder=self.text_encoder,
             scheduler=self.scheduler,
             variant=variant,
+            force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
         )
 
-    def __call__(
+    def encoder(self) -> VAEEncoder:
+        """The VAE's encoder, from where the pipeline came from.
+
+        Raises:
+            InputError: the pipeline was put together by hand and knows of none.
+        """
+        if self.load_encoder is None:
+            raise InputError(
+                "this pipeline was put together by hand, without the VAE's encoder; pass load_encoder=lambda: ... that"
+                " gives it"
+            )
+        return self.load_encoder()
+
+    def stream(
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
@@ -209,24 +234,37 @@ class TextToImagePipeline:
         seed: int | Sequence[int] | None = None,
         scheduler: str | Scheduler | None = None,
         latents: Tensor | None = None,
+        denoising_start: float = 0.0,
+        denoising_end: float = 1.0,
+        clip_skip: int = 0,
+        size_conditioning: SizeConditioning | None = None,
         output_type: OutputType = "pil",
         progress: bool = True,
-    ) -> Output:
-        """Make images of prompts.
+    ) -> Iterator[PipelineStep]:
+        """Make images of prompts, step by step: each step can show a preview, and the last one gives the result.
+
+        Calling the pipeline takes the same arguments, runs to the end and gives an :class:`Output`. All arguments are
+        checked at once, before the first step. To cancel, stop iterating.
 
         Args:
             prompt: one prompt or several; of any length, none is cut.
-            negative_prompt: what to lead away from: one for all prompts or one for each.
+            negative_prompt: what to lead away from: one for all prompts or one for each; None is the empty prompt.
             height: pixels, a multiple of what one latent covers (8 in Stable Diffusion); by default the size
                 that the model was trained at.
             width: likewise.
-            num_inference_steps: steps of the solver.
+            num_inference_steps: steps of the solver, over the whole schedule.
             guidance_scale: scale of classifier-free guidance (arXiv:2207.12598, eq. 6, as 1 + w); 1 or less
                 is no guidance, in half the time.
             num_images_per_prompt: images of each prompt.
             seed: image i of the call gets seed + i; or one seed for each image; None draws one at random.
             scheduler: for this call, the name of a solver or a whole Scheduler; by default the checkpoint's.
-            latents: standard normal noise [B, C, h, w] to start from, in place of what the seeds draw.
+            latents: [B, C, h, w] to start from, in place of what the seeds draw: standard normal noise, or with
+                `denoising_start` what another pipeline ended with.
+            denoising_start: 0..1, at which share of the schedule to begin, with the `latents` of a pipeline whose
+                `denoising_end` was the same; how SDXL's refiner goes on where the base model stops.
+            denoising_end: 0..1, at which share to stop; take `output_type="latent"` with it.
+            clip_skip: how many more layers of the text encoder the prompts go without.
+            size_conditioning: what SDXL is told of sizes.
             output_type: "pil", "np", "pt" or "latent"; see Output.
             progress: show a progress bar.
 
@@ -235,66 +273,51 @@ class TextToImagePipeline:
             NumericalError: NaN or infinity where an image was due; names the step.
             MemoryBudgetError: memory ran out; names the arguments that help.
         """
-        steps = self.stream(
-            prompt,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            scheduler=scheduler,
-            latents=latents,
-            output_type=output_type,
-            progress=progress,
-        )
-        (last,) = deque(steps, maxlen=1)
-        return Output(last.images(), last.seeds)
-
-    def stream(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] = "",
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = DEFAULT_STEPS,
-        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
-        scheduler: str | Scheduler | None = None,
-        latents: Tensor | None = None,
-        output_type: OutputType = "pil",
-        progress: bool = True,
-    ) -> Iterator[PipelineStep]:
-        """The same as a call, step by step: each step can show a preview, and the last one gives the result.
-
-        Arguments and errors are those of a call, and are checked at once. To cancel, stop iterating.
-        """
         prompts = as_prompts("prompt", prompt)
-        negatives = as_negative_prompts(negative_prompt, len(prompts))
         guidance = check_guidance_scale(guidance_scale)
         per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
         seeds = check_seeds(seed, len(prompts) * per_prompt)
         shape = self._latent_shape(len(seeds), height, width, latents)
         chosen = self._choose(scheduler)
         most_steps = chosen.schedule.num_train_timesteps
-        steps = check_integer("num_inference_steps", num_inference_steps, 1, most_steps)
-        rows = (*negatives, *prompts) if is_guided(guidance) else prompts
+        levels = chosen.levels(check_integer("num_inference_steps", num_inference_steps, 1, most_steps))
+        steps = _part_of(chosen, levels, denoising_start, denoising_end, latents)
+        negatives = self._negatives(negative_prompt, len(prompts)) if is_guided(guidance) else ()
+        factor = self.decoder.config.spatial_factor
         return self._denoise(
             _Run(
-                rows=tuple(row for row in rows for _ in range(per_prompt)),
+                prompts=tuple(row for row in prompts for _ in range(per_prompt)),
+                negatives=tuple(row for row in negatives for _ in range(per_prompt)),
+                clip_skip=check_integer("clip_skip", clip_skip, 0, MAX_CLIP_SKIP),
+                time_ids=time_ids(
+                    check_size_conditioning(size_conditioning),
+                    self._time_ids,
+                    (shape[2] * factor, shape[3] * factor),
+                    negatives=len(negatives) * per_prompt,
+                    prompts=len(seeds),
+                ),
                 seeds=seeds,
                 latents=None if latents is None else check_latents(latents, shape),
                 shape=shape,
                 scheduler=chosen,
-                levels=chosen.levels(steps),
+                levels=levels,
+                steps=steps,
                 guidance_scale=guidance,
                 output_type=check_output_type(output_type),
                 progress=progress,
             )
         )
+
+    __call__ = completed(stream)
+
+    @property
+    def _time_ids(self) -> int:
+        return time_id_count(self.unet.config, self.text_encoder.pooled_width)
+
+    def _negatives(self, negative_prompt: str | Sequence[str] | None, count: int) -> Sequence[str | None]:
+        if negative_prompt is None and self.force_zeros_for_empty_prompt:
+            return [None] * count
+        return as_negative_prompts("" if negative_prompt is None else negative_prompt, count)
 
     def _latent_shape(
         self, count: int, height: int | None, width: int | None, latents: Tensor | None
@@ -330,7 +353,7 @@ class TextToImagePipeline:
         factor = self.decoder.config.spatial_factor
         with explained_out_of_memory(
             f"denoising {count} image(s) of {width * factor}x{height * factor} pixels",
-            partial(denoising_bytes, self.unet, len(run.rows), height * width),
+            partial(denoising_bytes, self.unet, len(run.negatives) + count, height * width),
             'use fewer images at once, a smaller height and width, MemoryPolicy(attention="chunked", '
             'offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
         ):
@@ -338,11 +361,12 @@ class TextToImagePipeline:
 
     def _steps(self, run: _Run) -> Iterator[PipelineStep]:
         noise = ImageNoise(run.seeds, run.shape[1:], self.device)
-        latents = run.scheduler.initial(
-            noise() if run.latents is None else run.latents.to(self.device), run.levels
-        ).contiguous(memory_format=torch.channels_last)
-        context = self._encode(run.rows)
-        total = len(run.levels) - 1
+        latents = noise() if run.latents is None else run.latents.to(self.device)
+        if run.steps.start == 0:
+            latents = run.scheduler.initial(latents, run.levels)
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        conditioning = self._encode(run)
+        start, stop, total = run.steps.start, run.steps.stop, len(run.steps)
         check = FiniteCheck()
         last: PipelineStep | None = None
         finish = partial(self._finish, run.output_type, check, total)
@@ -350,11 +374,18 @@ class TextToImagePipeline:
             resident(self.unet, self.device, offload=self.memory.offload_idle),
             tqdm(total=total, desc="denoising", disable=not run.progress) as bar,
         ):
-            denoiser = build_denoiser(self.unet, context, run.levels, run.scheduler, run.guidance_scale)
-            for step in run.scheduler.sample(denoiser, latents, run.levels, noise):
+            denoiser = build_denoiser(
+                self.unet,
+                conditioning.context,
+                added_conditioning(conditioning.pooled, run.time_ids),
+                run.levels[start : stop + 1],
+                run.scheduler,
+                run.guidance_scale,
+            )
+            for step in run.scheduler.sample(denoiser, latents, run.levels, noise, start=start, stop=stop):
                 check.watch(step.latents)
                 bar.update()
-                current = PipelineStep(step.index, total, step.latents, step.x0, run.seeds, finish)
+                current = PipelineStep(step.index - start, total, step.latents, step.x0, run.seeds, finish)
                 if current.is_last:
                     last = current
                 else:
@@ -363,14 +394,9 @@ class TextToImagePipeline:
         if last is not None:
             yield last
 
-    def _encode(self, rows: Sequence[str]) -> Tensor:
-        """The context [B, S, D] of each row; equal rows are encoded once."""
-        distinct = list(dict.fromkeys(rows))
-        with resident(self.text_encoder.model, self.device, offload=self.memory.offload_idle):
-            context = self.text_encoder.encode(distinct).context
-            if context.shape[1] > self.text_encoder.window:
-                context = join_contexts([self.text_encoder.encode([row]).context for row in distinct])
-        return context[[distinct.index(row) for row in rows]]
+    def _encode(self, run: _Run) -> Conditioning:
+        with resident(self.text_encoder.module, self.device, offload=self.memory.offload_idle):
+            return encode_rows(self.text_encoder, run.negatives, run.prompts, clip_skip=run.clip_skip)
 
     @torch.inference_mode()
     def _finish(self, output_type: OutputType, check: FiniteCheck, total: int, latents: Tensor) -> Images:
@@ -382,17 +408,50 @@ class TextToImagePipeline:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """The checked arguments of one call; rows are the prompts of all images, the negative ones first."""
+    """The checked arguments of one call.
 
-    rows: tuple[str, ...]
+    prompts and negatives have one entry for each image; without guidance there are no negatives. steps is the part of
+    the steps over `levels` that is taken.
+    """
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str | None, ...]
+    clip_skip: int
+    time_ids: Tensor | None
     seeds: tuple[int, ...]
     latents: Tensor | None
     shape: tuple[int, int, int, int]
     scheduler: Scheduler
     levels: tuple[NoiseLevel, ...]
+    steps: range
     guidance_scale: float
     output_type: OutputType
     progress: bool
+
+
+def _part_of(
+    scheduler: Scheduler,
+    levels: Sequence[NoiseLevel],
+    denoising_start: float,
+    denoising_end: float,
+    latents: Tensor | None,
+) -> range:
+    """The steps of a run over `levels` that lie between two shares of the schedule."""
+    start = scheduler.steps_before(levels, check_share("denoising_start", denoising_start))
+    stop = scheduler.steps_before(levels, check_share("denoising_end", denoising_end))
+    if denoising_end == 1:
+        stop = len(levels) - 1
+    if start >= stop:
+        raise InputError(
+            f"between denoising_start={denoising_start} and denoising_end={denoising_end} lies none of the "
+            f"{len(levels) - 1} steps; use more steps or a wider part"
+        )
+    if start > 0 and latents is None:
+        raise InputError(
+            f"denoising_start={denoising_start} needs the latents that it starts from: the output of a pipeline "
+            'with the same denoising_end and output_type="latent"'
+        )
+    return range(start, stop)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -164,21 +163,42 @@ class Scheduler:
         latents: Tensor,
         levels: Sequence[NoiseLevel],
         noise: Callable[[], Tensor],
+        *,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Iterator[Step]:
-        """Run over `levels`, as `levels()` gives them or from a later one of them on, and yield every step.
+        """Run over `levels`, as `levels()` gives them, and yield every step from `start` to before `stop`.
 
-        latents [B, C, H, W] stand at levels[0] and are not changed; their dtype is that of all arithmetic
+        latents [B, C, H, W] stand at levels[start] and are not changed; their dtype is that of all arithmetic
         here, so let it be float32. noise draws standard normal noise like latents, at exactly the steps at
-        which diffusers draws. Raises InputError for fewer than two levels.
+        which diffusers draws. A part of a run takes the steps that the whole run would take; only the memory of
+        multistep solvers begins anew. Raises InputError where there is no step to take.
         """
-        if len(levels) < 2:
+        stop = len(levels) - 1 if stop is None else stop
+        if not 0 <= start < stop < len(levels):
             raise InputError(
-                f"a run needs at least two noise levels, where it begins and ends; got {len(levels)}"
+                f"a run needs at least two noise levels, where it begins and ends; got steps {start} to {stop} of"
+                f" {len(levels)} levels"
             )
-        return self._run(denoiser, latents, levels, noise)
+        return self._run(denoiser, latents, levels, noise, range(start, stop))
+
+    def steps_before(self, levels: Sequence[NoiseLevel], share: float) -> int:
+        """How many steps of a run over `levels` lie within the first `share` (0..1) of the schedule's timesteps.
+
+        It is where one model hands over to another (arXiv:2211.01324, section 4), as diffusers' denoising_end and
+        denoising_start have it.
+        """
+        train = self.schedule.num_train_timesteps
+        cutoff = round(train - share * train)
+        return sum(level.timestep >= cutoff for level in levels[:-1])
 
     def _run(
-        self, denoiser: Denoiser, x: Tensor, levels: Sequence[NoiseLevel], noise: Callable[[], Tensor]
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        levels: Sequence[NoiseLevel],
+        noise: Callable[[], Tensor],
+        steps: range,
     ) -> Iterator[Step]:
         solver = SOLVERS[self.solver]
         clipping = replace(
@@ -187,7 +207,8 @@ class Scheduler:
             thresholding=self.clipping.thresholding and solver.thresholds,
         )
         history: History = ()
-        for index, (level, target) in enumerate(pairwise(levels)):
+        for index in steps:
+            level, target = levels[index], levels[index + 1]
             predicted = denoiser(x, level)
             x0 = clipping(predicted)
             if solver.keeps_noise and x0 is not predicted:

@@ -14,19 +14,26 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from latentgen.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
+from latentgen.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    InputError,
+)
 from latentgen.files import atomic_write, quote, write_json
 from latentgen.models.config import StageConfig
 from latentgen.prompts import check_prompts, chunk_tokens
 from latentgen.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 # Ten times the largest tower in use (OpenCLIP bigG, 7e8).
 MAX_PARAMETERS = 7 * 10**9
 # Begins the names of the weights up to transformers 5.5, which is also what files on the Hub hold.
 _FILE_PREFIX = "text_model."
+# Stands outside of the prefix, in every version.
+_PROJECTION = "text_projection."
 
 # Written by transformers before 4.31, and the same in every model.
 _OLD_BUFFERS = (f"{_FILE_PREFIX}embeddings.position_ids", "embeddings.position_ids")
@@ -36,6 +43,10 @@ Width = Annotated[int, Field(ge=1, le=16384)]
 Count = Annotated[int, Field(ge=1, le=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=10**7)]
 
+# Which hidden states are the context: the last, normalised (SD 1.x and 2.x), or those before the last layer, as they
+# are (SDXL, arXiv:2307.01952, section 2).
+ContextLayer = Literal["last", "penultimate"]
+
 
 class Conditioning(NamedTuple):
     """What a text encoder makes of B prompts.
@@ -44,14 +55,33 @@ class Conditioning(NamedTuple):
     """
 
     context: Tensor
-    pooled: Tensor | None
+    pooled: Tensor
 
 
 class TextEncoder(Protocol):
-    """Turns prompts into conditioning."""
+    """Turns prompts into conditioning.
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode B prompts; all rows get the same number of tokens S."""
+    Attributes:
+        towers: the text transformers that it is made of.
+        module: all of their weights, to be moved and counted together.
+        window: tokens that are read at once, special tokens included.
+        context_width: channels D of the context.
+        pooled_width: channels P of the pooled state.
+    """
+
+    towers: tuple[CLIPText, ...]
+    module: nn.Module
+    window: int
+    context_width: int
+    pooled_width: int
+
+    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0) -> Conditioning:
+        """Encode B prompts; all rows get the same number of tokens S.
+
+        Raises:
+            InputError: there is no prompt, one is not text, holds NUL, or holds half of a surrogate pair; or there are
+                not so many layers to skip.
+        """
         ...
 
 
@@ -59,12 +89,15 @@ class CLIPTextConfig(StageConfig):
     """The fields of a CLIP `text_encoder/config.json` that the model is built from.
 
     Unlike in the other stages unknown fields are passed over: every version of transformers adds bookkeeping.
+    `architectures` says whether the pooled state is projected.
     """
 
     model_config = ConfigDict(extra="ignore")
     diffusers_class: ClassVar[str] = "CLIPTextModel"
 
-    architectures: tuple[Literal["CLIPTextModel"], ...] | None = ("CLIPTextModel",)
+    architectures: tuple[Literal["CLIPTextModel"]] | tuple[Literal["CLIPTextModelWithProjection"]] | None = (
+        "CLIPTextModel",
+    )
     model_type: Literal["clip_text_model"] = "clip_text_model"
     vocab_size: Annotated[int, Field(ge=1, le=10**7)] = 49408
     hidden_size: Width = 512
@@ -86,13 +119,24 @@ class CLIPTextConfig(StageConfig):
         return self.model_dump(mode="json")
 
     @property
+    def projects(self) -> bool:
+        """Whether a linear layer follows the pooled state."""
+        return self.architectures == ("CLIPTextModelWithProjection",)
+
+    @property
     def parameters(self) -> int:
         """The exact number of parameters, without building the model."""
         width, inner = self.hidden_size, self.intermediate_size
         attention = 4 * (width * width + width)
         feed_forward = 2 * width * inner + width + inner
         embeddings = (self.vocab_size + self.max_position_embeddings) * width
-        return embeddings + self.num_hidden_layers * (attention + feed_forward + 4 * width) + 2 * width
+        projection = width * self.projection_dim if self.projects else 0
+        return (
+            projection
+            + embeddings
+            + self.num_hidden_layers * (attention + feed_forward + 4 * width)
+            + 2 * width
+        )
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -114,18 +158,29 @@ class CLIPText:
         config: what the model was built from.
         model: the transformer; move it, train it and evaluate it like any module.
         tokenizer: turns text into token ids.
-        window: tokens that the model reads at once, special tokens included.
+        layer: which hidden states are the context.
     """
 
-    def __init__(self, config: CLIPTextConfig, model: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+    def __init__(
+        self,
+        config: CLIPTextConfig,
+        model: CLIPTextModel | CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        *,
+        layer: ContextLayer = "last",
+    ) -> None:
         if len(tokenizer) > config.vocab_size:
             raise CheckpointMismatchError(
                 f"the tokenizer has {len(tokenizer):,} tokens, but the text encoder embeds"
                 f" {config.vocab_size:,}; they belong to different models"
             )
         self.config = config
-        self.model = model
+        self.model = self.module = model
         self.tokenizer = tokenizer
+        self.layer: ContextLayer = layer
+        self.towers = (self,)
+        self.context_width = config.hidden_size
+        self.pooled_width = config.projection_dim if config.projects else config.hidden_size
         self.window = min(tokenizer.model_max_length, config.max_position_embeddings)
         self._bos = _special_token(tokenizer.bos_token_id, "bos_token")
         self._eos = _special_token(tokenizer.eos_token_id, "eos_token")
@@ -143,6 +198,7 @@ class CLIPText:
         tokenizer_folder: Path,
         weights: Sequence[Path],
         *,
+        layer: ContextLayer = "last",
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> CLIPText:
@@ -152,6 +208,7 @@ class CLIPText:
             config: from `text_encoder/config.json`.
             tokenizer_folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
             weights: the safetensors files.
+            layer: which hidden states are the context.
             dtype: of the weights; that of the files if None.
             device: where the weights go.
 
@@ -162,27 +219,31 @@ class CLIPText:
         with torch.device("meta"):
             model = _build_model(config)
         _make_position_ids(model, torch.device(device))
-        flat = not any(name.startswith(_FILE_PREFIX) for name in model.state_dict())
+        prefix = _FILE_PREFIX if any(name.startswith(_FILE_PREFIX) for name in model.state_dict()) else ""
         load_weights(
             model,
             weights,
             ignored_prefixes=_OLD_BUFFERS,
             dtype=dtype,
             device=device,
-            rename=lambda key: ("" if flat else _FILE_PREFIX) + key.removeprefix(_FILE_PREFIX),
+            rename=lambda key: _named(key, prefix),
         )
-        return cls(config, model.eval(), tokenizer)
+        return cls(config, model.eval(), tokenizer, layer=layer)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode B prompts to the last hidden states [B, S, D] and the pooled state [B, D] of the end token.
+    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0) -> Conditioning:
+        """Encode B prompts to hidden states [B, S, D] and the pooled state [B, P] of the end token.
 
         S is a multiple of the window: longer prompts take several windows, each encoded by itself, and the
         other rows are filled up with empty ones. The pooled state is that of the first window.
 
+        Args:
+            prompts: of any length.
+            clip_skip: how many more layers, at the end, the context goes without.
+
         Raises:
-            InputError: there is no prompt, or one is not text, holds NUL, or holds half of a surrogate pair.
+            InputError: as :class:`TextEncoder` says.
         """
-        return self.encode_tokens(self.tokenize(prompts).to(self.model.device))
+        return self.encode_tokens(self.tokenize(prompts).to(self.model.device), clip_skip=clip_skip)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids [B, chunks, window] of B prompts, on the CPU.
@@ -194,11 +255,21 @@ class CLIPText:
         rows = self.tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
         return torch.tensor(chunk_tokens(rows, self.window, bos=self._bos, eos=self._eos, pad=self._pad))
 
-    def encode_tokens(self, ids: Tensor) -> Conditioning:
+    def encode_tokens(self, ids: Tensor, *, clip_skip: int = 0) -> Conditioning:
         """Encode token ids [B, chunks, window] on the model's device, as :meth:`encode` does."""
-        output = self.model(input_ids=ids.flatten(0, 1))
-        context = output.last_hidden_state.unflatten(0, ids.shape[:2]).flatten(1, 2)
-        return Conditioning(context, output.pooler_output.unflatten(0, ids.shape[:2])[:, 0])
+        unused = clip_skip + (self.layer == "penultimate")
+        if unused >= self.config.num_hidden_layers:
+            raise InputError(
+                f"clip_skip={clip_skip} leaves none of the text encoder's {self.config.num_hidden_layers} layers; use "
+                f"at most {self.config.num_hidden_layers - 1 - (self.layer == 'penultimate')}"
+            )
+        output = self.model(input_ids=ids.flatten(0, 1), output_hidden_states=unused > 0)
+        context = output.hidden_states[-1 - unused] if unused else output.last_hidden_state
+        if unused and self.layer == "last":
+            context = _transformer(self.model).final_layer_norm(context)
+        pooled = output.text_embeds if self.config.projects else output.pooler_output
+        context = context.unflatten(0, ids.shape[:2]).flatten(1, 2)
+        return Conditioning(context, pooled.unflatten(0, ids.shape[:2])[:, 0])
 
     def save(self, text_encoder_folder: Path, tokenizer_folder: Path, *, variant: str | None = None) -> None:
         """Write both folders of the diffusers layout, so that transformers of any version reads them.
@@ -206,10 +277,7 @@ class CLIPText:
         Raises:
             OutputError: a folder cannot be written.
         """
-        state = {
-            _FILE_PREFIX + name.removeprefix(_FILE_PREFIX): tensor
-            for name, tensor in self.model.state_dict().items()
-        }
+        state = {_named(name, _FILE_PREFIX): tensor for name, tensor in self.model.state_dict().items()}
         save_weights(state, text_encoder_folder, "model", variant=variant)
         write_json(text_encoder_folder / "config.json", self.config.to_json())
         self.save_tokenizer(tokenizer_folder)
@@ -227,11 +295,55 @@ class CLIPText:
                     file.write(made.read_bytes())
 
 
-def _build_model(config: CLIPTextConfig) -> CLIPTextModel:
+class CLIPTextPair:
+    """SDXL's two text encoders (arXiv:2307.01952, section 2): their contexts side by side, the second one's pooled.
+
+    Attributes:
+        towers: the two, in the order of their channels.
+    """
+
+    def __init__(self, first: CLIPText, second: CLIPText) -> None:
+        if first.window != second.window:
+            raise CheckpointMismatchError(
+                f"the text encoders read {first.window} and {second.window} tokens at once; they belong to different"
+                " models"
+            )
+        self.towers = (first, second)
+        self.module = nn.ModuleList([first.model, second.model])
+        self.window = first.window
+        self.context_width = first.context_width + second.context_width
+        self.pooled_width = second.pooled_width
+
+    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0) -> Conditioning:
+        """Encode B prompts to a context [B, S, D1 + D2] and the pooled state [B, P2]; see :class:`TextEncoder`."""
+        first, second = (tower.encode(prompts, clip_skip=clip_skip) for tower in self.towers)
+        if first.context.shape[1] != second.context.shape[1]:
+            raise CheckpointMismatchError(
+                "the two tokenizers cut a prompt into different numbers of chunks; they belong to different models"
+            )
+        return Conditioning(torch.cat([first.context, second.context], dim=-1), second.pooled)
+
+
+def _build_model(config: CLIPTextConfig) -> CLIPTextModel | CLIPTextModelWithProjection:
     import transformers
 
     fields = config.model_dump(exclude={"architectures", "model_type", "use_attention_mask"})
-    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**fields))
+    built = transformers.CLIPTextConfig(**fields)
+    return (
+        transformers.CLIPTextModelWithProjection(built)
+        if config.projects
+        else transformers.CLIPTextModel(built)
+    )
+
+
+def _named(key: str, prefix: str) -> str:
+    """The name of a weight with `prefix`, whether or not it has the one of the files."""
+    return key if key.startswith(_PROJECTION) else prefix + key.removeprefix(_FILE_PREFIX)
+
+
+def _transformer(model: nn.Module) -> Any:
+    """The module that owns the layers: inside the model, or the model itself (transformers 5.6 without projection)."""
+    return model._modules.get("text_model") or model
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -444,14 +444,14 @@ class TestFolders:
             pipeline.save_pretrained(tmp_path / "saved")
         assert not (tmp_path / "saved").exists()
 
-    def test_without_a_source_nothing_is_saved(self, pipeline: TextToImagePipeline, tmp_path: Path) -> None:
+    def test_without_an_encoder_nothing_is_saved(self, pipeline: TextToImagePipeline, tmp_path: Path) -> None:
         made = TextToImagePipeline(
             unet=pipeline.unet,
             decoder=pipeline.decoder,
             text_encoder=pipeline.text_encoder,
             scheduler=pipeline.scheduler,
         )
-        with pytest.raises(InputError, match="no VAE encoder to save; pass source="):
+        with pytest.raises(InputError, match="pass load_encoder="):
             made.save_pretrained(tmp_path / "saved")
         assert not (tmp_path / "saved").exists()
 

@@ -1,0 +1,181 @@
+"""Pipelines from diffusers and back, alive and with shared weights: what one library lacks stays one call away.
+
+Needs diffusers (`pip install "latentgen[train]"`), which nothing else at inference does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import CheckpointMismatchError, InputError
+from latentgen.memory import MemoryPolicy
+from latentgen.models.packing import can_pack, pack_convolutions
+from latentgen.models.text import CLIPText, CLIPTextConfig, CLIPTextPair, ContextLayer, TextEncoder
+from latentgen.models.unet import UNet
+from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.pipelines import loading
+from latentgen.pipelines.text_to_image import TextToImagePipeline
+
+if TYPE_CHECKING:
+    from diffusers import (
+        DiffusionPipeline,
+        SchedulerMixin,
+        StableDiffusionPipeline,
+        StableDiffusionXLImg2ImgPipeline,
+        StableDiffusionXLPipeline,
+    )
+
+    DiffusersTextToImage = (
+        StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline
+    )
+
+
+def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = None) -> TextToImagePipeline:
+    """A pipeline over the very weights of a loaded diffusers pipeline, on its device and in its dtype.
+
+    Nothing is copied: what later changes the weights of one changes the other. `pipe` itself stays as it is.
+
+    Args:
+        pipe: a StableDiffusionPipeline, a StableDiffusionXLPipeline, or the refiner's StableDiffusionXLImg2ImgPipeline.
+        memory: what to trade for memory; on a CPU, packed copies of convolution kernels are made beside the weights
+            unless it says not to.
+
+    Raises:
+        InputError: another kind of pipeline, or one whose weights are not all on one device.
+        ConfigError: a configuration holds what is not implemented.
+        CheckpointMismatchError: a module holds other weights than its configuration says, such as those of adapters.
+    """
+    name = type(pipe).__name__
+    if name not in loading.TEXT_TO_IMAGE_CLASSES:
+        raise InputError(
+            f"a {name} cannot be taken over; possible are {', '.join(loading.TEXT_TO_IMAGE_CLASSES)}"
+        )
+    memory = MemoryPolicy() if memory is None else memory
+    parts = pipe.components
+    device = _one_device(parts)
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_json(_fields(parts["unet"])))
+        vae_config = VAEConfig.from_json(_fields(parts["vae"]))
+        decoder, encoder = VAEDecoder(vae_config), VAEEncoder(vae_config)
+    _share(unet, parts["unet"])
+    _share(decoder, parts["vae"], prefixes=loading.DECODER_KEYS)
+    _share(encoder, parts["vae"], prefixes=loading.ENCODER_KEYS)
+    if memory.pack_weights and device.type == "cpu" and can_pack(unet.conv_in.weight.dtype):
+        pack_convolutions(unet)
+        pack_convolutions(decoder)
+    sdxl = name in loading.SDXL_CLASSES
+    return TextToImagePipeline(
+        unet=unet,
+        decoder=decoder,
+        text_encoder=_text_encoder(parts, layer="penultimate" if sdxl else "last"),
+        scheduler=Scheduler.from_config(_fields(parts["scheduler"])),
+        memory=memory,
+        device=device,
+        load_encoder=lambda: encoder,
+        force_zeros_for_empty_prompt=sdxl and bool(pipe.config["force_zeros_for_empty_prompt"]),
+    )
+
+
+def to_diffusers(pipeline: TextToImagePipeline) -> DiffusersTextToImage:
+    """A diffusers pipeline over the very weights of a pipeline: StableDiffusionPipeline, or one of SDXL's.
+
+    Only the VAE's encoder, which text to image does not hold, may have to be loaded.
+
+    Raises:
+        InputError: the pipeline knows of no VAE encoder.
+    """
+    import diffusers
+
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config.to_json())
+        vae = diffusers.AutoencoderKL.from_config(pipeline.decoder.config.to_json())
+    _share(unet, pipeline.unet)
+    _share(vae, pipeline.encoder().to(pipeline.device), pipeline.decoder)
+    towers = loading.named_towers(pipeline.unet, pipeline.text_encoder)
+    parts: dict[str, Any] = {
+        "unet": unet,
+        "vae": vae,
+        "scheduler": _scheduler(pipeline.scheduler.to_config()),
+        **{name: tower.model for name, tower in towers.items()},
+        **{loading.TOWERS[name]: tower.tokenizer for name, tower in towers.items()},
+    }
+    if pipeline.unet.config.addition_embed_type is None:
+        return diffusers.StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    zeros = pipeline.force_zeros_for_empty_prompt
+    if len(towers) == 2:
+        return diffusers.StableDiffusionXLPipeline(
+            **parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+        )
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        **parts,
+        text_encoder=None,
+        tokenizer=None,
+        force_zeros_for_empty_prompt=zeros,
+        requires_aesthetics_score=True,
+        add_watermarker=False,
+    )
+
+
+def _fields(component: Any) -> dict[str, Any]:
+    """A component's configuration as its file would hold it, which a component made in memory does not name."""
+    return {**component.config, "_class_name": type(component).__name__}
+
+
+def _share(stage: nn.Module, *sources: nn.Module, prefixes: tuple[str, ...] = ("",)) -> None:
+    """Give a stage on the meta device the storage of those weights of the sources that begin with a prefix."""
+    state: dict[str, Tensor] = {}
+    for source in sources:
+        state |= {name: tensor for name, tensor in source.state_dict().items() if name.startswith(prefixes)}
+    try:
+        stage.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointMismatchError(
+            f"the weights of the {type(sources[0]).__name__} are not those of its configuration; unload adapters first "
+            f"(pipe.unload_lora_weights()): {' '.join(str(error).split())[:200]}"
+        ) from None
+    stage.eval().requires_grad_(False)
+
+
+def _text_encoder(parts: Mapping[str, Any], layer: ContextLayer) -> TextEncoder:
+    """The text encoders of a diffusers pipeline, which are modules of transformers on either side."""
+    towers = []
+    for name, tokenizer in loading.TOWERS.items():
+        if (model := parts.get(name)) is not None:
+            fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
+            towers.append(CLIPText(CLIPTextConfig.from_json(fields), model, parts[tokenizer], layer=layer))
+    if not towers:
+        raise InputError("the diffusers pipeline has no text encoder, so no prompt can be read")
+    return CLIPTextPair(*towers) if len(towers) == 2 else towers[0]
+
+
+def _one_device(parts: Mapping[str, Any]) -> torch.device:
+    modules = {name: parts[name] for name in loading.USED if isinstance(parts.get(name), nn.Module)}
+    devices = {name: next(module.parameters()).device for name, module in modules.items()}
+    if len(set(devices.values())) != 1 or torch.device("meta") in devices.values():
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise InputError(
+            f"the weights of the diffusers pipeline must stand on one device; found {found}: move it with "
+            "pipe.to(...), without offloading"
+        )
+    return next(iter(devices.values()))
+
+
+def _scheduler(config: Mapping[str, Any]) -> SchedulerMixin:
+    import diffusers
+
+    classes = {
+        "DDPMScheduler": diffusers.DDPMScheduler,
+        "DDIMScheduler": diffusers.DDIMScheduler,
+        "EulerDiscreteScheduler": diffusers.EulerDiscreteScheduler,
+        "EulerAncestralDiscreteScheduler": diffusers.EulerAncestralDiscreteScheduler,
+        "DPMSolverMultistepScheduler": diffusers.DPMSolverMultistepScheduler,
+    }
+    return classes[config["_class_name"]].from_config(config)
