@@ -8,17 +8,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from latentgen.checkpoint import CheckpointFolder, resolve
 from latentgen.diffusion.guidance import is_guided
-from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
-from latentgen.memory import MemoryPolicy, explained_out_of_memory, resident
-from latentgen.models.text import Conditioning, TextEncoder
+from latentgen.memory import MemoryPolicy, explained_out_of_memory
+from latentgen.models.text import TextEncoder
 from latentgen.models.unet import UNet
 from latentgen.models.vae import VAEDecoder, VAEEncoder
 from latentgen.pipelines import loading
@@ -33,22 +31,12 @@ from latentgen.pipelines.arguments import (
     check_latents,
     check_output_type,
     check_seeds,
-    check_share,
     check_side,
     check_size_conditioning,
     output_folder,
 )
 from latentgen.pipelines.base import (
     DTypeName,
-    FiniteCheck,
-    ImageNoise,
-    Images,
-    PipelineStep,
-    build_denoiser,
-    completed,
-    decode_images,
-    denoising_bytes,
-    export,
     resolve_device,
     resolve_dtype,
 )
@@ -56,11 +44,10 @@ from latentgen.pipelines.conditioning import (
     BASE_TIME_IDS,
     REFINER_TIME_IDS,
     SizeConditioning,
-    added_conditioning,
-    encode_rows,
     time_id_count,
     time_ids,
 )
+from latentgen.pipelines.denoising import PipelineStep, Run, completed, denoise, part_of_run
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE_SCALE = 7.5
@@ -281,11 +268,12 @@ class TextToImagePipeline:
         chosen = self._choose(scheduler)
         most_steps = chosen.schedule.num_train_timesteps
         levels = chosen.levels(check_integer("num_inference_steps", num_inference_steps, 1, most_steps))
-        steps = _part_of(chosen, levels, denoising_start, denoising_end, latents)
+        steps = part_of_run(chosen, levels, denoising_start, denoising_end, latents)
         negatives = self._negatives(negative_prompt, len(prompts)) if is_guided(guidance) else ()
         factor = self.decoder.config.spatial_factor
-        return self._denoise(
-            _Run(
+        return denoise(
+            self,
+            Run(
                 prompts=tuple(row for row in prompts for _ in range(per_prompt)),
                 negatives=tuple(row for row in negatives for _ in range(per_prompt)),
                 clip_skip=check_integer("clip_skip", clip_skip, 0, MAX_CLIP_SKIP),
@@ -305,7 +293,7 @@ class TextToImagePipeline:
                 guidance_scale=guidance,
                 output_type=check_output_type(output_type),
                 progress=progress,
-            )
+            ),
         )
 
     __call__ = completed(stream)
@@ -346,113 +334,3 @@ class TextToImagePipeline:
         if not isinstance(scheduler, Scheduler):
             raise InputError(f"scheduler must be a name or a Scheduler, not {type(scheduler).__name__}")
         return scheduler
-
-    @torch.inference_mode()
-    def _denoise(self, run: _Run) -> Iterator[PipelineStep]:
-        count, _, height, width = run.shape
-        factor = self.decoder.config.spatial_factor
-        with explained_out_of_memory(
-            f"denoising {count} image(s) of {width * factor}x{height * factor} pixels",
-            partial(denoising_bytes, self.unet, len(run.negatives) + count, height * width),
-            'use fewer images at once, a smaller height and width, MemoryPolicy(attention="chunked", '
-            'offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
-        ):
-            yield from self._steps(run)
-
-    def _steps(self, run: _Run) -> Iterator[PipelineStep]:
-        noise = ImageNoise(run.seeds, run.shape[1:], self.device)
-        latents = noise() if run.latents is None else run.latents.to(self.device)
-        if run.steps.start == 0:
-            latents = run.scheduler.initial(latents, run.levels)
-        latents = latents.contiguous(memory_format=torch.channels_last)
-        conditioning = self._encode(run)
-        start, stop, total = run.steps.start, run.steps.stop, len(run.steps)
-        check = FiniteCheck()
-        last: PipelineStep | None = None
-        finish = partial(self._finish, run.output_type, check, total)
-        with (
-            resident(self.unet, self.device, offload=self.memory.offload_idle),
-            tqdm(total=total, desc="denoising", disable=not run.progress) as bar,
-        ):
-            denoiser = build_denoiser(
-                self.unet,
-                conditioning.context,
-                added_conditioning(conditioning.pooled, run.time_ids),
-                run.levels[start : stop + 1],
-                run.scheduler,
-                run.guidance_scale,
-            )
-            for step in run.scheduler.sample(denoiser, latents, run.levels, noise, start=start, stop=stop):
-                check.watch(step.latents)
-                bar.update()
-                current = PipelineStep(step.index - start, total, step.latents, step.x0, run.seeds, finish)
-                if current.is_last:
-                    last = current
-                else:
-                    yield current
-        # The UNet has left the device by now, so that decoding has the room.
-        if last is not None:
-            yield last
-
-    def _encode(self, run: _Run) -> Conditioning:
-        with resident(self.text_encoder.module, self.device, offload=self.memory.offload_idle):
-            return encode_rows(self.text_encoder, run.negatives, run.prompts, clip_skip=run.clip_skip)
-
-    @torch.inference_mode()
-    def _finish(self, output_type: OutputType, check: FiniteCheck, total: int, latents: Tensor) -> Images:
-        check.verify(total, _dtype_of(self.unet))
-        if output_type == "latent":
-            return latents
-        return export(decode_images(self.decoder, latents, self.device, self.memory), output_type)
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """The checked arguments of one call.
-
-    prompts and negatives have one entry for each image; without guidance there are no negatives. steps is the part of
-    the steps over `levels` that is taken.
-    """
-
-    prompts: tuple[str, ...]
-    negatives: tuple[str | None, ...]
-    clip_skip: int
-    time_ids: Tensor | None
-    seeds: tuple[int, ...]
-    latents: Tensor | None
-    shape: tuple[int, int, int, int]
-    scheduler: Scheduler
-    levels: tuple[NoiseLevel, ...]
-    steps: range
-    guidance_scale: float
-    output_type: OutputType
-    progress: bool
-
-
-def _part_of(
-    scheduler: Scheduler,
-    levels: Sequence[NoiseLevel],
-    denoising_start: float,
-    denoising_end: float,
-    latents: Tensor | None,
-) -> range:
-    """The steps of a run over `levels` that lie between two shares of the schedule."""
-    start = scheduler.steps_before(levels, check_share("denoising_start", denoising_start))
-    stop = scheduler.steps_before(levels, check_share("denoising_end", denoising_end))
-    if denoising_end == 1:
-        stop = len(levels) - 1
-    if start >= stop:
-        raise InputError(
-            f"between denoising_start={denoising_start} and denoising_end={denoising_end} lies none of the "
-            f"{len(levels) - 1} steps; use more steps or a wider part"
-        )
-    if start > 0 and latents is None:
-        raise InputError(
-            f"denoising_start={denoising_start} needs the latents that it starts from: the output of a pipeline "
-            'with the same denoising_end and output_type="latent"'
-        )
-    return range(start, stop)
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype

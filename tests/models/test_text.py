@@ -147,7 +147,7 @@ def test_a_tokenizer_of_another_model_is_refused(text):
         ("num_hidden_layers", 10**6),
         ("hidden_act", "relu6"),
         ("use_attention_mask", True),
-        ("architectures", ["CLIPTextModelWithProjection"]),
+        ("architectures", ["CLIPModel"]),
     ],
 )
 def test_bad_configs_name_the_field(text, field, value):

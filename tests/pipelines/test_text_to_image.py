@@ -407,10 +407,8 @@ class TestFolders:
         path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
     def test_another_pipeline_class_is_refused_by_name(self, folder: Path) -> None:
-        self.edit(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
-        with pytest.raises(
-            ConfigError, match="'StableDiffusionXLPipeline'; this pipeline reads StableDiffusionPipeline"
-        ):
+        self.edit(folder / "model_index.json", _class_name="FluxPipeline")
+        with pytest.raises(ConfigError, match="'FluxPipeline'; this pipeline reads StableDiffusionPipeline"):
             TextToImagePipeline.from_pretrained(folder)
 
     def test_an_unknown_component_is_refused_and_the_safety_checker_ignored(self, folder: Path) -> None:
