@@ -19,7 +19,7 @@ from torch import Tensor
 from latentgen.checkpoint import as_path
 from latentgen.errors import AdapterError, CheckpointCorruptError, CheckpointNotFoundError, InputError
 from latentgen.files import parse_json_object, quote, read_json, safe_join
-from latentgen.headers import Header, TensorInfo, read_header
+from latentgen.headers import Header, TensorInfo, read_header, refuse_pickle
 from latentgen.identify import likely_architecture
 from latentgen.lora_config import MAX_ALPHA, PeftConfig
 from latentgen.weights import check_values, first_five
@@ -151,6 +151,7 @@ def read_lora(source: str | Path, *, component: str | None = None) -> LoRA:
         if _is_peft(folder := safe_join(path, name, "LoRA folder"))
     ]
     if not parts:
+        _refuse_pickles(path)
         raise CheckpointNotFoundError(
             f"{quote(path)} holds no LoRA; looked for {_DIFFUSERS_FILE}, {' and '.join(_PEFT_FILES)}, and "
             f"folders {', '.join(COMPONENTS)} with these"
@@ -164,8 +165,16 @@ def _is_peft(folder: Path) -> bool:
     return (folder / _PEFT_FILES[0]).is_file()
 
 
+def _refuse_pickles(folder: Path) -> None:
+    """Where no LoRA is found, say so if it lies there as a pickle."""
+    for file in sorted(folder.iterdir()):
+        refuse_pickle(file)
+
+
 def _read_peft(folder: Path, name: str, component: str | None) -> LoRA:
     config_file, weights = (safe_join(folder, file, "LoRA folder") for file in _PEFT_FILES)
+    if not weights.is_file():
+        _refuse_pickles(folder)
     config = PeftConfig.from_json(read_json(config_file), quote(config_file))
     return _read_file(weights, name, component, config)
 

@@ -39,7 +39,7 @@ def layer_names(module: nn.Module) -> dict[str, str]:
     claims = [(flat(path), path) for path in paths]
     if isinstance(module, UNet):
         blocks = dict(original_blocks(module.config))
-        claims += [(flat(name), path) for path in paths if (name := _original_path(path, blocks)) is not None]
+        claims += [(flat(name), path) for path in paths if (name := original_path(path, blocks)) is not None]
     names: dict[str, str] = {}
     contested: set[str] = set()
     for name, path in claims:
@@ -86,7 +86,7 @@ def original_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
         yield f"up_blocks.{number}.upsamplers.0.conv", f"output_blocks.{index - 1}.{position}.conv"
 
 
-def _original_path(path: str, blocks: dict[str, str]) -> str | None:
+def original_path(path: str, blocks: dict[str, str]) -> str | None:
     """The path of a layer in the original layout; None if it has none."""
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
