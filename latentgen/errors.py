@@ -42,6 +42,10 @@ class CheckpointValueError(CheckpointError, ValueError):
     """The weights hold NaN or infinity."""
 
 
+class AdapterError(CheckpointError, ValueError):
+    """A LoRA or an embedding is of a kind that is not read, or does not fit the model."""
+
+
 class UnsafeCheckpointError(CheckpointError):
     """The weights are a pickle, which can run code when opened."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from latentgen.errors import ConfigError, InputError
 
@@ -59,3 +59,29 @@ def chunk_tokens(
         return text + [pad] * (window - len(text))
 
     return [[chunk(row, index * size) for index in range(count)] for row in rows]
+
+
+def token_expansions(added: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
+    """Which token stands for several, told by their names as diffusers does: "<cat>" for "<cat>", "<cat>_1", ...
+
+    Args:
+        added: the tokens that were added to a vocabulary, and their ids.
+
+    Returns:
+        The id of each such first token -> the ids of all that it stands for, its own included.
+    """
+    expansions: dict[int, tuple[int, ...]] = {}
+    for token, first in added.items():
+        ids = [first]
+        while (following := added.get(f"{token}_{len(ids)}")) is not None:
+            ids.append(following)
+        if len(ids) > 1:
+            expansions[first] = tuple(ids)
+    return expansions
+
+
+def expand_tokens(
+    rows: Sequence[Sequence[int]], expansions: Mapping[int, tuple[int, ...]]
+) -> list[list[int]]:
+    """Replace each token that stands for several by all of them."""
+    return [[part for token in row for part in expansions.get(token, (token,))] for row in rows]

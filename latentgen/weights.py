@@ -66,7 +66,7 @@ def load_weights(
     expected = module.state_dict()
     if unmade := [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in expected]:
         raise CheckpointMismatchError(
-            f"{type(module).__name__} keeps {_first_five(unmade)} on the meta device, which no checkpoint "
+            f"{type(module).__name__} keeps {first_five(unmade)} on the meta device, which no checkpoint "
             "holds; make these buffers before the weights are loaded"
         )
     sources = _match(files, expected, prefixes, ignored_prefixes, rename)
@@ -76,7 +76,7 @@ def load_weights(
             with safe_open(file, framework="pt", device="cpu") as reader:
                 for key, name in names.items():
                     tensor = reader.get_tensor(key).view(expected[name].shape)
-                    _check_values(tensor, dtype, key, file)
+                    check_values(tensor, dtype, key, file)
                     target = dtype if tensor.is_floating_point() else None
                     state[name] = tensor.to(device=device, dtype=target)
         except SafetensorError as error:
@@ -181,10 +181,11 @@ def _problems(expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo], e
         if not _fits(name, info, expected[name])
     ]
     kinds = {"missing": missing, "extra": list(extra), "misshapen": misshapen}
-    return ", ".join(f"{len(names)} {kind} ({_first_five(names)})" for kind, names in kinds.items() if names)
+    return ", ".join(f"{len(names)} {kind} ({first_five(names)})" for kind, names in kinds.items() if names)
 
 
-def _first_five(names: Sequence[str]) -> str:
+def first_five(names: Sequence[str]) -> str:
+    """The first five names, for an error message."""
     return "; ".join(quote(name)[1:-1] for name in names[:5]) + ("; ..." if len(names) > 5 else "")
 
 
@@ -196,7 +197,7 @@ def _fits(name: str, info: TensorInfo, expected: Tensor) -> bool:
     return shape == tuple(expected.shape) and same_kind
 
 
-def _check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path) -> None:
+def check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path) -> None:
     """Refuse NaN, infinity, and what overflows ``dtype``, in one pass that allocates nothing."""
     if not tensor.is_floating_point():
         return

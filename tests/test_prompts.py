@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentgen.errors import ConfigError, InputError
-from latentgen.prompts import check_prompts, chunk_tokens
+from latentgen.prompts import check_prompts, chunk_tokens, expand_tokens, token_expansions
 
 BOS, EOS, PAD = 1001, 1002, 1003
 
@@ -60,3 +60,15 @@ def test_any_unicode_text_is_a_prompt(prompt):
 def test_what_is_not_text_is_refused(prompts, message):
     with pytest.raises(InputError, match=message):
         check_prompts(prompts)
+
+
+def test_numbered_tokens_belong_together():
+    added = {"<cat>": 10, "<cat>_1": 11, "<cat>_2": 12, "<cat>_4": 14, "<dog>": 20, "<cow>_1": 30}
+    expansions = token_expansions(added)
+    assert expansions == {10: (10, 11, 12)}
+    assert expand_tokens([[1, 10, 20], [11, 14], []], expansions) == [[1, 10, 11, 12, 20], [11, 14], []]
+
+
+@given(st.lists(st.lists(st.integers(0, 1000), max_size=9), max_size=4))
+def test_without_numbered_tokens_rows_stay(rows):
+    assert expand_tokens(rows, token_expansions({"<cat>": 1, "<dog>": 2})) == rows

@@ -22,7 +22,7 @@ from latentgen.errors import (
 )
 from latentgen.files import atomic_write, quote, write_json
 from latentgen.models.config import StageConfig
-from latentgen.prompts import check_prompts, chunk_tokens
+from latentgen.prompts import check_prompts, chunk_tokens, expand_tokens, token_expansions
 from latentgen.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -185,6 +185,7 @@ class CLIPText:
         self._bos = _special_token(tokenizer.bos_token_id, "bos_token")
         self._eos = _special_token(tokenizer.eos_token_id, "eos_token")
         self._pad = _special_token(tokenizer.pad_token_id, "pad_token")
+        self._expansions = token_expansions(tokenizer.get_added_vocab())
 
     @classmethod
     def from_config(cls, config: CLIPTextConfig, tokenizer: CLIPTokenizer) -> CLIPText:
@@ -253,6 +254,7 @@ class CLIPText:
         """
         check_prompts(prompts)
         rows = self.tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
+        rows = expand_tokens(rows, self._expansions)
         return torch.tensor(chunk_tokens(rows, self.window, bos=self._bos, eos=self._eos, pad=self._pad))
 
     def encode_tokens(self, ids: Tensor, *, clip_skip: int = 0) -> Conditioning:
