@@ -10,18 +10,15 @@ import torch
 from torch import Tensor
 
 from latentgen.errors import CheckpointMismatchError, ConfigError
+from latentgen.key_map import KeyMap, to_diffusers_names, to_original, with_prefix
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
 from latentgen.original_layout import (
-    KeyMap,
     ema_key_map,
     openclip_key_map,
     original_key_maps,
-    to_diffusers_names,
-    to_original,
     unet_key_map,
     vae_key_map,
-    with_prefix,
 )
 from tests.models.conftest import FAMILIES
 
