@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Literal
 
+from latentgen.checkpoint import config_name
 from latentgen.clip_tokenizer import CLIP_PAD, OPENCLIP_PAD
 from latentgen.files import parse_json_object
-
-PredictionType = Literal["epsilon", "v_prediction"]
+from latentgen.identify import StatedPrediction
 
 # The diffusers layout's class of each component; schedulers name theirs in their configuration.
 COMPONENT_CLASSES: Mapping[str, tuple[str, str]] = {
@@ -27,7 +26,6 @@ COMPONENT_CLASSES: Mapping[str, tuple[str, str]] = {
 }
 # The parts of a pipeline that have weights in a single file.
 WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-SCHEDULERS = ("scheduler", "low_res_scheduler")
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,12 @@ class Family:
     pipeline_class: str
     configs: Mapping[str, str]
     tokenizers: Mapping[str, str]
-    prediction_type: PredictionType | None = "epsilon"
+    prediction_type: StatedPrediction | None = "epsilon"
     changes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     index: Mapping[str, object] = field(default_factory=dict)
 
     def component_configs(
-        self, prediction_type: PredictionType, *, zero_terminal_snr: bool = False
+        self, prediction_type: StatedPrediction, *, zero_terminal_snr: bool = False
     ) -> dict[str, dict[str, object]]:
         """Component -> its configuration, schedulers included.
 
@@ -61,7 +59,7 @@ class Family:
                 (arXiv:2305.08891, section 3.1).
         """
         configs = {
-            component: read_config(f"{place}/{_file_name(component)}")
+            component: read_config(f"{place}/{config_name(component)}")
             for component, place in self.configs.items()
         }
         for component, changes in self.changes.items():
@@ -131,7 +129,3 @@ FAMILIES: Mapping[str, Family] = {
 def read_config(path: str) -> dict[str, object]:
     """A configuration inside this package, named by its path under `configs/`."""
     return parse_json_object(files("latentgen.configs").joinpath(path).read_bytes(), path)
-
-
-def _file_name(component: str) -> str:
-    return "scheduler_config.json" if component in SCHEDULERS else "config.json"

@@ -7,6 +7,7 @@ files; the tests compare the tables with diffusers' converters.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from latentgen.errors import ConfigError
@@ -17,6 +18,7 @@ from latentgen.models.vae import VAEConfig
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
+OPENCLIP_PREFIX = "cond_stage_model.model."
 EMA_PREFIX = "model_ema."
 
 _WEIGHT = ("weight",)
@@ -63,6 +65,25 @@ _OPENCLIP_LAYER = {
 }
 _OPENCLIP_FUSED = ("q_proj", "k_proj", "v_proj")
 
+# What single files hold beside the weights of their components, and nothing here reads. Everything else that has
+# no place in a key map is an error.
+_UNUSED = re.compile(
+    r"""
+    model_ema\..*                                     # read only where the averages are asked for
+    | (first_stage_model\.)?loss\..*                  # the autoencoder's discriminator
+    | (low_scale_model\.)?                            # buffers of the noise schedule
+      ( betas | lvlb_weights | logvar | scale_factor
+      | (sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)? | sqrt_recip(m1)?_alphas_cumprod
+      | posterior_(variance|log_variance_clipped|mean_coef[12]) )
+    | denoiser\.(sigmas|log_sigmas)
+    | (model\.)?(v_pred|ztsnr) | global_step | epoch
+    | (cond_stage_model|conditioner\.embedders\.\d)\.
+      ( (model\.)?logit_scale | model\.attn_mask
+      | transformer\.((text_model\.)?embeddings\.position_ids|text_projection(\.weight)?|logit_scale) )
+    """,
+    re.VERBOSE,
+)
+
 _Pairs = Iterator[tuple[str, str]]
 
 
@@ -87,13 +108,31 @@ def original_key_maps(configs: Mapping[str, Mapping[str, object]]) -> dict[str, 
     elif first is not None and first.get("hidden_act", "quick_gelu") == "quick_gelu":
         maps["text_encoder"] = with_prefix(clip_key_map(first), "cond_stage_model.transformer.")
     elif first is not None:  # OpenAI's towers alone have quick_gelu
-        maps["text_encoder"] = with_prefix(openclip_key_map(first), "cond_stage_model.model.")
+        maps["text_encoder"] = with_prefix(openclip_key_map(first), OPENCLIP_PREFIX)
     if second is not None:
         position = 0 if first is None else 1
         maps["text_encoder_2"] = with_prefix(
             openclip_key_map(second), f"conditioner.embedders.{position}.model."
         )
     return maps
+
+
+def is_unused(key: str, configs: Mapping[str, Mapping[str, object]]) -> bool:
+    """Whether a key of a single file belongs to no component, and is known to be of no use.
+
+    Args:
+        key: as the file has it.
+        configs: as for :func:`original_key_maps`. SD 2.x reads the last block but one of its tower, so what comes
+            after it is unused.
+    """
+    if _UNUSED.fullmatch(key):
+        return True
+    tower = configs.get("text_encoder", {})
+    after = (
+        f"{OPENCLIP_PREFIX}transformer.resblocks.{tower.get('num_hidden_layers')}.",
+        f"{OPENCLIP_PREFIX}text_projection",
+    )
+    return key.startswith(after)
 
 
 def ema_key_map(key_map: KeyMap) -> KeyMap:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,6 +36,58 @@ _DTYPE_NAMES = {
 _LEGACY_VAE_ATTENTION = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
 _LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _VAE_PROJECTION = re.compile(r".*\battentions\.\d+\.to_(q|k|v|out\.0)\.weight")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of one component lie.
+
+    Attributes:
+        files: one, or several shards.
+        key_map: None where the files are in the diffusers layout.
+    """
+
+    files: tuple[Path, ...]
+    key_map: KeyMap | None = None
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors by their names in the diffusers layout; reads the headers alone.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
+        """
+        result: dict[str, TensorInfo] = {}
+        for file in self.files:
+            header = read_header(file)
+            for name, origin in _origins(header, self.key_map):
+                info = header[origin.key]
+                result[name] = info._replace(
+                    shape=origin.shape(info.shape),
+                    nbytes=info.nbytes if origin.third is None else info.nbytes // 3,
+                )
+        return result
+
+    def load_into(
+        self,
+        module: nn.Module,
+        *,
+        prefixes: tuple[str, ...] = ("",),
+        ignored_prefixes: tuple[str, ...] = (),
+        rename: Callable[[str], str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Load a module, as :func:`load_weights` does."""
+        load_weights(
+            module,
+            self.files,
+            prefixes=prefixes,
+            ignored_prefixes=ignored_prefixes,
+            dtype=dtype,
+            device=device,
+            rename=rename,
+            key_map=self.key_map,
+        )
 
 
 def load_weights(

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from latentgen.checkpoint import SCHEDULERS
 from latentgen.clip_tokenizer import MERGES
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.families import COMPONENT_CLASSES, FAMILIES, SCHEDULERS
+from latentgen.families import COMPONENT_CLASSES, FAMILIES
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
