@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from latentgen.errors import (
     CheckpointCorruptError,
@@ -20,9 +21,14 @@ from latentgen.files import quote, read_json, safe_join
 from latentgen.files import write_json as write_json
 from latentgen.headers import PICKLE_SUFFIXES, refuse_pickle
 from latentgen.headers import read_header as read_header
+from latentgen.models.text import load_tokenizer
+from latentgen.weights import Weights as Weights
 from latentgen.weights import load_weights as load_weights
 from latentgen.weights import save_weights as save_weights
 from latentgen.weights import variant_infix
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 EMBEDDED_DEFAULT = Path(__file__).parent / "pretrained"
 
@@ -33,6 +39,7 @@ _CLASSES: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
+SCHEDULERS = ("scheduler", "low_res_scheduler")
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -64,6 +71,37 @@ def resolve(source: str | Path | None, *, revision: str | None = None, variant: 
             f"there is no folder {quote(path)}; give a checkpoint's folder or a Hub id of the form owner/name"
         )
     return _download(source, revision, infix)
+
+
+class Checkpoint(Protocol):
+    """Where the stages of a pipeline come from: a folder, a single file, or parts of several."""
+
+    @property
+    def path(self) -> Path:
+        """What to name in messages."""
+        ...
+
+    @property
+    def model_index(self) -> Mapping[str, object]:
+        """The content of `model_index.json`."""
+        ...
+
+    @property
+    def components(self) -> dict[str, str]:
+        """Component -> class name."""
+        ...
+
+    def config(self, component: str) -> dict[str, object]:
+        """The JSON configuration of one component."""
+        ...
+
+    def weights(self, component: str, variant: str | None = None) -> Weights:
+        """Where the weights of one component lie, and how to load them."""
+        ...
+
+    def tokenizer(self, component: str) -> CLIPTokenizer:
+        """A tokenizer, "tokenizer" or "tokenizer_2"."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -131,8 +169,7 @@ class CheckpointFolder:
             CheckpointCorruptError: not a JSON object.
             ConfigError: the class that the checkpoint names is not one that the stage can stand for.
         """
-        name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        path = self._file(component, name)
+        path = self._file(component, config_name(component))
         config = read_json(path)
         named = {self.path / "model_index.json": self.components[component], path: config.get("_class_name")}
         allowed = _CLASSES.get(component)
@@ -143,6 +180,22 @@ class CheckpointFolder:
                     f"allowed: {', '.join(allowed)}"
                 )
         return config
+
+    def weights(self, component: str, variant: str | None = None) -> Weights:
+        """Where the weights of one component lie.
+
+        Raises:
+            CheckpointError: as :meth:`weight_files`.
+        """
+        return Weights(tuple(self.weight_files(component, variant)))
+
+    def tokenizer(self, component: str) -> CLIPTokenizer:
+        """The tokenizer in the folder of that name.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError: there is none, or it cannot be read.
+        """
+        return load_tokenizer(self.folder(component))
 
     def weight_files(self, component: str, variant: str | None = None) -> list[Path]:
         """The safetensors files of one component: one, or the shards that its index names.
@@ -189,6 +242,11 @@ class CheckpointFolder:
                 "code when it is opened: convert it safely with `latentgen convert`"
             )
         return CheckpointNotFoundError(f"{quote(folder)} has no {wanted}: no .safetensors file is there")
+
+
+def config_name(component: str) -> str:
+    """The name of a component's configuration."""
+    return "scheduler_config.json" if component in SCHEDULERS else "config.json"
 
 
 def _shards(index: Path) -> list[Path]:
@@ -259,7 +317,8 @@ def _download(hub_id: str, revision: str | None, infix: str) -> Path:
 def _patterns(infix: str) -> Iterator[str]:
     """The files of a repository that the stages need; nothing of other components, variants or formats."""
     yield "model_index.json"
-    yield "scheduler/scheduler_config.json"
+    for scheduler in SCHEDULERS:
+        yield f"{scheduler}/scheduler_config.json"
     for tokenizer in ("tokenizer", "tokenizer_2"):
         yield f"{tokenizer}/*.json"
         yield f"{tokenizer}/*.txt"

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from latentgen.checkpoint import CheckpointFolder, as_path
 from latentgen.errors import CheckpointNotFoundError
+from latentgen.families import FAMILIES
 from latentgen.files import quote
 from latentgen.headers import TensorInfo, read_header
-from latentgen.identify import likely_architecture, unet_kind
+from latentgen.identify import identify, likely_architecture, stated_prediction, unet_kind
+
+# What the keys of a single file in the original layout begin with -> the component that they belong to.
+_PREFIXES = {
+    "model.diffusion_model.": "unet",
+    "model_ema.": "unet's moving averages",
+    "first_stage_model.": "vae",
+    "cond_stage_model.transformer.": "text_encoder",
+    "cond_stage_model.model.": "text_encoder",
+    "conditioner.embedders.0.transformer.": "text_encoder",
+    "conditioner.embedders.0.model.": "text_encoder_2",
+    "conditioner.embedders.1.model.": "text_encoder_2",
+}
 
 
 @dataclass(frozen=True)
@@ -78,12 +91,35 @@ def inspect(path: str | Path) -> Inspection:
         InputError: the path is empty, or no path at all.
     """
     path = as_path(path)
-    if path.is_dir():
-        return _inspect_folder(CheckpointFolder.open(path))
+    return _inspect_folder(CheckpointFolder.open(path)) if path.is_dir() else _inspect_file(path)
+
+
+def _inspect_file(path: Path) -> Inspection:
     header = read_header(path)
-    part = _part([header])
-    prediction_type = header.metadata.get("modelspec.prediction_type")
-    return Inspection(path, part.architecture, {"weights": part}, None, prediction_type)
+    identity = identify(header)
+    wrapper = identity.wrapper if identity else ""
+    stated = stated_prediction({key.removeprefix(wrapper) for key in header}, header.metadata)
+    if identity is None or identity.kind != "checkpoint":
+        part = _part(header)
+        return Inspection(path, part.architecture, {"weights": part}, None, stated)
+    family = FAMILIES.get(identity.family or "")
+    return Inspection(
+        path=path,
+        family=f"{identity.family}, a single file in the original layout",
+        parts={name: _part(tensors) for name, tensors in _components(header, wrapper).items()},
+        scheduler=None,
+        prediction_type=stated or (family.prediction_type if family else None),
+    )
+
+
+def _components(tensors: Mapping[str, TensorInfo], wrapper: str) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of a single file by component, under the names that they have in it."""
+    result: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in tensors.items():
+        key = key.removeprefix(wrapper)
+        prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+        result.setdefault(_PREFIXES.get(prefix, "other"), {})[key.removeprefix(prefix)] = info
+    return result
 
 
 def _inspect_folder(folder: CheckpointFolder) -> Inspection:
@@ -93,9 +129,9 @@ def _inspect_folder(folder: CheckpointFolder) -> Inspection:
         variants = tuple(folder.variants(component))
         if not variants:
             continue
-        headers = [read_header(file) for file in folder.weight_files(component, variants[0])]
-        parts[component] = _part(headers, variants)
-        if component == "unet" and (kind := unet_kind(_merged(headers))):
+        tensors = folder.weights(component, variants[0]).tensors()
+        parts[component] = _part(tensors, variants)
+        if component == "unet" and (kind := unet_kind(tensors)):
             family = kind.family
     if not parts:
         raise CheckpointNotFoundError(
@@ -111,8 +147,7 @@ def _inspect_folder(folder: CheckpointFolder) -> Inspection:
     )
 
 
-def _part(headers: Iterable[Mapping[str, TensorInfo]], variants: tuple[str | None, ...] = (None,)) -> Part:
-    tensors = _merged(headers)
+def _part(tensors: Mapping[str, TensorInfo], variants: tuple[str | None, ...] = (None,)) -> Part:
     nbytes_of: dict[str, int] = {}
     for info in tensors.values():
         nbytes_of[info.dtype] = nbytes_of.get(info.dtype, 0) + info.nbytes
@@ -124,10 +159,6 @@ def _part(headers: Iterable[Mapping[str, TensorInfo]], variants: tuple[str | Non
         dtypes=tuple(sorted(nbytes_of, key=lambda dtype: -nbytes_of[dtype])),
         variants=variants,
     )
-
-
-def _merged(headers: Iterable[Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
-    return {name: info for header in headers for name, info in header.items()}
 
 
 def _text(value: object) -> str | None:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +24,7 @@ from latentgen.errors import (
 from latentgen.files import atomic_write, encode_json, quote
 from latentgen.headers import MAX_TENSORS, TensorInfo, encode_header, read_header
 from latentgen.identify import likely_architecture
+from latentgen.key_map import KeyMap, Origin
 
 MAX_SHARD_BYTES = 10_000_000_000
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,32}")
@@ -36,6 +38,58 @@ _LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 _VAE_PROJECTION = re.compile(r".*\battentions\.\d+\.to_(q|k|v|out\.0)\.weight")
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of one component lie.
+
+    Attributes:
+        files: one, or several shards.
+        key_map: None where the files are in the diffusers layout.
+    """
+
+    files: tuple[Path, ...]
+    key_map: KeyMap | None = None
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors by their names in the diffusers layout; reads the headers alone.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
+        """
+        result: dict[str, TensorInfo] = {}
+        for file in self.files:
+            header = read_header(file)
+            for name, origin in _origins(header, self.key_map):
+                info = header[origin.key]
+                result[name] = info._replace(
+                    shape=origin.shape(info.shape),
+                    nbytes=info.nbytes if origin.third is None else info.nbytes // 3,
+                )
+        return result
+
+    def load_into(
+        self,
+        module: nn.Module,
+        *,
+        prefixes: tuple[str, ...] = ("",),
+        ignored_prefixes: tuple[str, ...] = (),
+        rename: Callable[[str], str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Load a module, as :func:`load_weights` does."""
+        load_weights(
+            module,
+            self.files,
+            prefixes=prefixes,
+            ignored_prefixes=ignored_prefixes,
+            dtype=dtype,
+            device=device,
+            rename=rename,
+            key_map=self.key_map,
+        )
+
+
 def load_weights(
     module: nn.Module,
     files: Iterable[Path],
@@ -45,6 +99,7 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     rename: Callable[[str], str] | None = None,
+    key_map: KeyMap | None = None,
 ) -> None:
     """Assign the tensors of safetensors files to ``module``, which is best built on the meta device.
 
@@ -56,6 +111,8 @@ def load_weights(
         ignored_prefixes: keys that belong to another part and are passed over; any other key is an error.
         dtype: what floating-point tensors become; None keeps the dtype of the file.
         rename: maps a key of the file to a name in ``module``, after the selection by prefix.
+        key_map: for files that are not in the diffusers layout: its names stand for the keys in all of the
+            above, and what else a file holds is not looked at.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
@@ -69,14 +126,14 @@ def load_weights(
             f"{type(module).__name__} keeps {first_five(unmade)} on the meta device, which no checkpoint "
             "holds; make these buffers before the weights are loaded"
         )
-    sources = _match(files, expected, prefixes, ignored_prefixes, rename)
+    sources = _match(files, expected, prefixes, ignored_prefixes, rename, key_map)
     state: dict[str, Tensor] = {}
-    for file, names in sources.items():
+    for file, origins in sources.items():
         try:
             with safe_open(file, framework="pt", device="cpu") as reader:
-                for key, name in names.items():
-                    tensor = reader.get_tensor(key).view(expected[name].shape)
-                    check_values(tensor, dtype, key, file)
+                for name, origin in origins.items():
+                    tensor = origin.take(reader.get_tensor(origin.key))
+                    check_values(tensor, dtype, origin.key, file)
                     target = dtype if tensor.is_floating_point() else None
                     state[name] = tensor.to(device=device, dtype=target)
         except SafetensorError as error:
@@ -137,23 +194,28 @@ def _match(
     prefixes: tuple[str, ...],
     ignored_prefixes: tuple[str, ...],
     rename: Callable[[str], str] | None,
-) -> dict[Path, dict[str, str]]:
-    """For each file, its keys and their names in the module; every name is covered exactly once."""
-    sources: dict[Path, dict[str, str]] = {}
+    key_map: KeyMap | None,
+) -> dict[Path, dict[str, Origin]]:
+    """For each file, the names in the module and where they come from; every name is covered exactly once."""
+    sources: dict[Path, dict[str, Origin]] = {}
     found: dict[str, TensorInfo] = {}
     extra: dict[str, TensorInfo] = {}
     for file in files:
-        names = sources.setdefault(file, {})
-        for key, info in read_header(file).items():
-            if key.startswith(ignored_prefixes):
+        origins = sources.setdefault(file, {})
+        header = read_header(file)
+        for label, origin in _origins(header, key_map):
+            if label.startswith(ignored_prefixes):
                 continue
-            name = _current_name(rename(key) if rename else key)
-            if not key.startswith(prefixes) or name not in expected:
-                extra[key] = info
+            name = _current_name(rename(label) if rename else label)
+            if key_map is None and _VAE_PROJECTION.fullmatch(name):
+                origin = origin._replace(convolution=True)  # as old files hold them
+            info = header[origin.key]
+            if not label.startswith(prefixes) or name not in expected:
+                extra[origin.key] = info
             elif name in found:
-                raise CheckpointCorruptError(f"{quote(file)}: {quote(key)} repeats {quote(name)}")
+                raise CheckpointCorruptError(f"{quote(file)}: {quote(origin.key)} repeats {quote(name)}")
             else:
-                names[key], found[name] = name, info
+                origins[name], found[name] = origin, info._replace(shape=origin.shape(info.shape))
     if problems := _problems(expected, found, extra):
         where = ", ".join(quote(file) for file in files) or "no file"
         likely = likely_architecture(found | extra)
@@ -162,6 +224,13 @@ def _match(
             f"{where}: {len(found)} of the {len(expected)} tensors that are due are there: {problems}{hint}"
         )
     return sources
+
+
+def _origins(header: Mapping[str, TensorInfo], key_map: KeyMap | None) -> Iterable[tuple[str, Origin]]:
+    """What a file holds, by the names of the diffusers layout."""
+    if key_map is None:
+        return ((key, Origin(key)) for key in header)
+    return ((name, origin) for name, origin in key_map.items() if origin.key in header)
 
 
 def _current_name(name: str) -> str:
@@ -178,7 +247,7 @@ def _problems(expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo], e
     misshapen = [
         f"{name} is {info.dtype} {list(info.shape)} where {list(expected[name].shape)} is due"
         for name, info in found.items()
-        if not _fits(name, info, expected[name])
+        if not _fits(info, expected[name])
     ]
     kinds = {"missing": missing, "extra": list(extra), "misshapen": misshapen}
     return ", ".join(f"{len(names)} {kind} ({first_five(names)})" for kind, names in kinds.items() if names)
@@ -189,12 +258,9 @@ def first_five(names: Sequence[str]) -> str:
     return "; ".join(quote(name)[1:-1] for name in names[:5]) + ("; ..." if len(names) > 5 else "")
 
 
-def _fits(name: str, info: TensorInfo, expected: Tensor) -> bool:
-    shape = info.shape
-    if _VAE_PROJECTION.fullmatch(name) and shape[2:] == (1, 1):  # old files hold 1x1 convolutions
-        shape = shape[:2]
+def _fits(info: TensorInfo, expected: Tensor) -> bool:
     same_kind = info.dtype.startswith(("F", "BF")) == expected.is_floating_point()
-    return shape == tuple(expected.shape) and same_kind
+    return info.shape == tuple(expected.shape) and same_kind
 
 
 def check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latentgen.checkpoint import CheckpointFolder, load_weights, read_header, save_weights, write_json
+from latentgen.checkpoint import Checkpoint, CheckpointFolder, read_header, save_weights, write_json
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
@@ -148,16 +148,15 @@ def weight_bytes(folder: CheckpointFolder, placement: Placement) -> int:
 
 def _load(
     module: nn.Module,
-    folder: CheckpointFolder,
+    folder: Checkpoint,
     component: str,
     placement: Placement,
     *,
     prefixes: tuple[str, ...] = ("",),
     ignored_prefixes: tuple[str, ...] = (),
 ) -> None:
-    load_weights(
+    folder.weights(component, placement.variant).load_into(
         module,
-        folder.weight_files(component, placement.variant),
         prefixes=prefixes,
         ignored_prefixes=ignored_prefixes,
         dtype=placement.dtype,

@@ -29,6 +29,7 @@ from latentgen.inspection import inspect
 from latentgen.models.text import CLIPTextConfig
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
+from latentgen.single_file import SingleFile
 
 SECONDS = 2.0
 
@@ -37,6 +38,24 @@ HEADER = {
     "conv_in.weight": {"dtype": "F32", "shape": [2, 4, 1, 1], "data_offsets": [0, 32]},
     "conv_in.bias": {"dtype": "BF16", "shape": [2], "data_offsets": [32, 36]},
     "down_blocks.0.attn2.to_k.weight": {"dtype": "F16", "shape": [2, 8], "data_offsets": [36, 68]},
+}
+SINGLE_FILE = {
+    "__metadata__": {"modelspec.prediction_type": "v"},
+    "model.diffusion_model.input_blocks.0.0.weight": {
+        "dtype": "F16",
+        "shape": [2, 4, 1, 1],
+        "data_offsets": [0, 16],
+    },
+    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": {
+        "dtype": "U8",
+        "shape": [1, 1024],
+        "data_offsets": [16, 1040],
+    },
+    "first_stage_model.decoder.conv_in.weight": {
+        "dtype": "F16",
+        "shape": [2, 4, 1, 1],
+        "data_offsets": [1040, 1056],
+    },
 }
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -108,12 +127,11 @@ def encode(value: Any, rng: random.Random) -> bytes:
     return damage_bytes(data, rng) if rng.random() < 0.1 else data
 
 
-def safetensors_file(rng: random.Random) -> bytes:
-    header: Any = HEADER
+def safetensors_file(rng: random.Random, header: Any = HEADER, nbytes: int = 68) -> bytes:
     for _ in range(rng.randrange(4)):
         header = damage(header, rng)
     text = encode(header, rng)
-    data = len(text).to_bytes(8, "little") + text + bytes(68)
+    data = len(text).to_bytes(8, "little") + text + bytes(nbytes)
     return damage_bytes(data, rng) if rng.random() < 0.3 else data
 
 
@@ -121,6 +139,13 @@ def fuzz_header(folder: Path, rng: random.Random) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(safetensors_file(rng))
     read_header(path)
+
+
+def fuzz_single_file(folder: Path, rng: random.Random) -> None:
+    path = folder / "single.safetensors"
+    path.write_bytes(safetensors_file(rng, SINGLE_FILE, 1056))
+    inspect(path).lines()
+    SingleFile.open(path)
 
 
 def fuzz_folder(folder: Path, rng: random.Random) -> None:
@@ -157,6 +182,7 @@ def fuzz_config(sound: dict[str, Any], read: Callable[[dict[str, Any]], object])
 
 TARGETS: dict[str, Callable[[Path, random.Random], None]] = {
     "header": fuzz_header,
+    "single_file": fuzz_single_file,
     "folder": fuzz_folder,
     "unet": fuzz_config(UNET, UNetConfig.from_json),
     "vae": fuzz_config(VAE, VAEConfig.from_json),

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from latentgen.errors import CheckpointNotFoundError, InputError
-from latentgen.headers import TensorInfo
-from latentgen.identify import likely_architecture, unet_kind
 from latentgen.inspection import inspect
+from tests.single_files import leftovers, original_shapes, write_header
 
 
 def test_folder_written_by_diffusers(tiny_checkpoint: Path) -> None:
@@ -74,57 +73,29 @@ def test_single_file(tmp_path: Path) -> None:
     save_file(tensors, path, metadata={"modelspec.prediction_type": "v"})
     found = inspect(path)
     assert (found.parameters, found.nbytes, found.dtypes) == (19, 42, ("F16", "F32"))
-    assert found.prediction_type == "v"
+    assert found.prediction_type == "v_prediction"
     assert "family: an architecture that is not known here" in found.lines()
 
 
-def info(*shape: int) -> TensorInfo:
-    return TensorInfo("F16", shape, 2)
+@pytest.mark.parametrize("wrapper", ["", "state_dict."])
+def test_single_file_in_the_original_layout(tmp_path: Path, wrapper: str) -> None:
+    shapes = {**original_shapes("SDXL base"), **leftovers("SDXL base")}
+    shapes = {wrapper + key: shape for key, shape in shapes.items()}
+    found = inspect(write_header(tmp_path / "xl.safetensors", shapes))
+    assert found.family == "SDXL base, a single file in the original layout"
+    assert (found.prediction_type, found.dtypes) == ("epsilon", ("F16",))
+    assert found.parts["unet"].parameters == 2_567_463_684
+    assert found.parts["vae"].architecture == "a VAE with 4 latent channels"
+    assert found.parts["text_encoder"].architecture == "a CLIP text encoder of width 768"
+    assert found.parts["text_encoder_2"].architecture.endswith("of width 1280")
+    assert "other" in found.parts
+    assert any(
+        line.startswith("unet: a UNet in the original layout, SDXL base (4 ") for line in found.lines()
+    )
 
 
-@pytest.mark.parametrize(
-    ("in_channels", "context", "family"),
-    [
-        (4, 768, "SD 1.x"),
-        (9, 768, "SD 1.x inpainting"),
-        (8, 768, "SD 1.x instruct-pix2pix"),
-        (4, 1024, "SD 2.x"),
-        (9, 1024, "SD 2.x inpainting"),
-        (4, 2048, "SDXL base"),
-        (4, 1280, "SDXL refiner"),
-        (7, 1024, "SD x4 upscaler"),
-        (4, 256, "custom"),
-        (3, None, "unconditional"),
-    ],
-)
-def test_families(in_channels: int, context: int | None, family: str) -> None:
-    tensors = {
-        "conv_in.weight": info(320, in_channels, 3, 3),
-        "down_blocks.0.resnets.0.norm1.weight": info(320),
-    }
-    if context is not None:
-        tensors["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"] = info(1280, context)
-    kind = unet_kind(tensors)
-    assert kind is not None
-    assert kind.family == family
-
-
-@pytest.mark.parametrize(
-    ("tensors", "expected"),
-    [
-        ({"model.diffusion_model.input_blocks.0.0.weight": info(320, 4, 3, 3)}, "original layout"),
-        ({"lora_unet_down_blocks_0.lora_down.weight": info(4, 320)}, "a LoRA adapter"),
-        ({"decoder.conv_in.weight": info(512, 16, 3, 3)}, "a VAE with 16 latent channels"),
-        (
-            {"text_model.embeddings.token_embedding.weight": info(49408, 768)},
-            "CLIP text encoder of width 768",
-        ),
-        ({"embeddings.token_embedding.weight": info(9, 768)}, "CLIP text encoder of width 768"),
-    ],
-)
-def test_architectures(tensors: dict[str, TensorInfo], expected: str) -> None:
-    assert expected in str(likely_architecture(tensors))
-
-
-def test_unknown_tensors_have_no_likely_architecture() -> None:
-    assert likely_architecture({"conv_in.weight": info(3), "decoder.conv_in.weight": info(2, 2)}) is None
+def test_prediction_type_of_a_single_file(tmp_path: Path) -> None:
+    path = write_header(tmp_path / "sd2.safetensors", original_shapes("SD 2.x"))
+    assert "prediction type: not stored" in inspect(path).lines()
+    write_header(path, original_shapes("SD 2.x"), {"modelspec.prediction_type": "v"})
+    assert inspect(path).prediction_type == "v_prediction"
