@@ -31,6 +31,7 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines.text_to_image import DEFAULT_STEPS
 from latentgen.train.tokenizer import train_tokenizer
+from latentgen.weights import Weights
 
 PROMPTS = ("slice of pizza", "a photograph of an astronaut riding a horse")
 
@@ -55,8 +56,8 @@ def compare_text(config: Path) -> float:
     tokenizer = train_tokenizer(PROMPTS, vocab_size=600, max_length=ours_config.max_position_embeddings)
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        ours = CLIPText.from_folders(ours_config, Path(folder), sorted(Path(folder).glob("*.safetensors")))
+        files = sorted(Path(folder).glob("*.safetensors"))
+        ours = CLIPText.from_weights(ours_config, tokenizer, Weights(tuple(files)))
     tokens = tokenizer(list(PROMPTS), padding="max_length", return_tensors="pt")
     return relative_error(ours.encode(PROMPTS).context, peer(tokens.input_ids).last_hidden_state)
 

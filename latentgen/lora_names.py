@@ -6,22 +6,16 @@ table goes the other way: from the paths that the model has to every name that a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 
+from latentgen.errors import ConfigError
 from latentgen.models.lora import AdaptedLayer
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
+from latentgen.original_layout import unet_key_map
 
 # Files name the layers of CLIP with this prefix; whether the model has it depends on the version of transformers.
 _TEXT_PREFIX = "text_model."
-_RESNET_LAYERS = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 
 
 def flat(path: str) -> str:
@@ -38,8 +32,8 @@ def layer_names(module: nn.Module) -> dict[str, str]:
     paths = [path for path, layer in module.named_modules() if _is_adaptable(layer)]
     claims = [(flat(path), path) for path in paths]
     if isinstance(module, UNet):
-        blocks = dict(original_blocks(module.config))
-        claims += [(flat(name), path) for path in paths if (name := original_path(path, blocks)) is not None]
+        originals = original_paths(module.config)
+        claims += [(flat(originals[path]), path) for path in paths if path in originals]
     names: dict[str, str] = {}
     contested: set[str] = set()
     for name, path in claims:
@@ -54,45 +48,13 @@ def _is_adaptable(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | AdaptedLayer)
 
 
-def original_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """(path here, path in the original layout) of each block and of each layer that stands alone.
-
-    The original numbers its blocks through: `input_blocks.0` is `conv_in`, then come the resnet blocks of a level,
-    each with its transformer, and the downsampler; `output_blocks` has the upsampler in the last block of a level.
-    """
-    yield "conv_in", "input_blocks.0.0"
-    yield "conv_out", "out.2"
-    for linear, index in (("linear_1", 0), ("linear_2", 2)):
-        yield f"time_embedding.{linear}", f"time_embed.{index}"
-        yield f"add_embedding.{linear}", f"label_emb.0.{index}"
-    for path, original in (("resnets.0", 0), ("attentions.0", 1), ("resnets.1", 2)):
-        yield f"mid_block.{path}", f"middle_block.{original}"
-    levels, index = config.levels, 1
-    for number, level in enumerate(levels):
-        for layer in range(len(level.down)):
-            yield f"down_blocks.{number}.resnets.{layer}", f"input_blocks.{index}.0"
-            yield f"down_blocks.{number}.attentions.{layer}", f"input_blocks.{index}.1"
-            index += 1
-        if level is not levels[-1]:
-            yield f"down_blocks.{number}.downsamplers.0.conv", f"input_blocks.{index}.0.op"
-            index += 1
-    index = 0
-    for number, level in enumerate(reversed(levels)):
-        for layer in range(len(level.up)):
-            yield f"up_blocks.{number}.resnets.{layer}", f"output_blocks.{index}.0"
-            yield f"up_blocks.{number}.attentions.{layer}", f"output_blocks.{index}.1"
-            index += 1
-        position = 2 if level.up_attention else 1
-        yield f"up_blocks.{number}.upsamplers.0.conv", f"output_blocks.{index - 1}.{position}.conv"
-
-
-def original_path(path: str, blocks: dict[str, str]) -> str | None:
-    """The path of a layer in the original layout; None if it has none."""
-    parts = path.split(".")
-    for length in range(len(parts), 0, -1):
-        block, rest = blocks.get(".".join(parts[:length])), ".".join(parts[length:])
-        if block is not None:
-            in_resnet = parts[length - 2 : length - 1] == ["resnets"]
-            inner = _RESNET_LAYERS.get(rest) if in_resnet else rest
-            return f"{block}.{inner}".removesuffix(".") if inner is not None else None
-    return None
+def original_paths(config: UNetConfig) -> dict[str, str]:
+    """Path here -> path in the original layout, of all layers of a UNet; none where that layout has no such UNet."""
+    try:
+        key_map = unet_key_map(config)
+    except ConfigError:
+        return {}
+    pairs = (
+        (name.removesuffix(".weight"), origin.key.removesuffix(".weight")) for name, origin in key_map.items()
+    )
+    return {path: original for path, original in pairs if not path.endswith(".bias")}

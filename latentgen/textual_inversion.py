@@ -172,7 +172,8 @@ def _extended(encoder: CLIPText, token: str, vectors: Tensor) -> CLIPText:
         nn.Embedding.from_pretrained(weight, freeze=frozen, padding_idx=table.padding_idx)
     )
     model.config.vocab_size = size
-    return CLIPText(encoder.config.model_copy(update={"vocab_size": size}), model, tokenizer)
+    config = encoder.config.model_copy(update={"vocab_size": size})
+    return CLIPText(config, model, tokenizer, layer=encoder.layer)
 
 
 def _with_tokens(tokenizer: CLIPTokenizer, token: str, count: int) -> CLIPTokenizer:

@@ -15,11 +15,12 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointMismatchError, InputError
 from latentgen.memory import MemoryPolicy
 from latentgen.models.packing import can_pack, pack_convolutions
-from latentgen.models.text import CLIPText, CLIPTextConfig, CLIPTextPair, ContextLayer, TextEncoder
+from latentgen.models.text import CLIPText, CLIPTextConfig, ContextLayer, TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines import loading
+from latentgen.pipelines.adapting import refuse_attached
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 
 if TYPE_CHECKING:
@@ -88,10 +89,11 @@ def to_diffusers(pipeline: TextToImagePipeline) -> DiffusersTextToImage:
     Only the VAE's encoder, which text to image does not hold, may have to be loaded.
 
     Raises:
-        InputError: the pipeline knows of no VAE encoder.
+        InputError: the pipeline knows of no VAE encoder, or has LoRAs that are not merged.
     """
     import diffusers
 
+    refuse_attached(pipeline)
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config.to_json())
         vae = diffusers.AutoencoderKL.from_config(pipeline.decoder.config.to_json())
@@ -153,7 +155,7 @@ def _text_encoder(parts: Mapping[str, Any], layer: ContextLayer) -> TextEncoder:
             towers.append(CLIPText(CLIPTextConfig.from_json(fields), model, parts[tokenizer], layer=layer))
     if not towers:
         raise InputError("the diffusers pipeline has no text encoder, so no prompt can be read")
-    return CLIPTextPair(*towers) if len(towers) == 2 else towers[0]
+    return join_towers(towers)
 
 
 def _one_device(parts: Mapping[str, Any]) -> torch.device:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latentgen.checkpoint import Checkpoint, CheckpointFolder, read_header, save_weights, write_json
+from latentgen.checkpoint import Checkpoint, save_weights, write_json
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.errors import ConfigError
+from latentgen.errors import CheckpointNotFoundError, ConfigError
 from latentgen.files import quote
 from latentgen.models.packing import can_pack, pack_convolutions
-from latentgen.models.text import CLIPText, CLIPTextConfig, CLIPTextPair, TextEncoder
+from latentgen.models.text import CLIPText, CLIPTextConfig, TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
@@ -48,74 +48,76 @@ class Placement(NamedTuple):
     pack: bool = False
 
 
-def check_class(folder: CheckpointFolder, classes: Sequence[str]) -> None:
-    """Compare what `model_index.json` says the folder is with the classes of diffusers that a pipeline reads.
+def check_class(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
+    """Compare what `model_index.json` says the checkpoint is with the classes of diffusers that a pipeline reads.
 
     Raises:
         ConfigError: another class of pipeline, or components that this one knows nothing of.
     """
-    index = quote(folder.path / "model_index.json")
-    found = folder.model_index.get("_class_name")
+    index = f"{quote(checkpoint.path)}, model_index.json"
+    found = checkpoint.model_index.get("_class_name")
     if found not in classes:
         raise ConfigError(f"{index}: _class_name is {quote(found)}; this pipeline reads {', '.join(classes)}")
-    if unknown := [name for name in folder.components if name not in USED + _IGNORED]:
+    if unknown := [name for name in checkpoint.components if name not in USED + _IGNORED]:
         raise ConfigError(f"{index}: {quote(unknown[0])} is no component of {found} that is known here")
 
 
-def forces_zeros(folder: CheckpointFolder) -> bool:
-    """Whether a folder's model was trained with zeros in the place of an empty prompt, as SDXL's are by default."""
-    flag = folder.model_index.get("force_zeros_for_empty_prompt", _is_sdxl(folder))
+def forces_zeros(checkpoint: Checkpoint) -> bool:
+    """Whether a model was trained with zeros in the place of an empty prompt, as SDXL's are by default."""
+    flag = checkpoint.model_index.get("force_zeros_for_empty_prompt", _is_sdxl(checkpoint))
     if not isinstance(flag, bool):
         raise ConfigError(
-            f"{quote(folder.path / 'model_index.json')}: force_zeros_for_empty_prompt is {quote(flag)}; it must be true"
-            " or false"
+            f"{quote(checkpoint.path)}: force_zeros_for_empty_prompt in model_index.json is {quote(flag)}; it must be "
+            "true or false"
         )
-    return flag and _is_sdxl(folder)
+    return flag and _is_sdxl(checkpoint)
 
 
-def _is_sdxl(folder: CheckpointFolder) -> bool:
-    return folder.model_index.get("_class_name") in SDXL_CLASSES
+def _is_sdxl(checkpoint: Checkpoint) -> bool:
+    return checkpoint.model_index.get("_class_name") in SDXL_CLASSES
 
 
-def load_unet(folder: CheckpointFolder, placement: Placement) -> UNet:
-    """The UNet of a folder."""
+def load_unet(checkpoint: Checkpoint, placement: Placement) -> UNet:
+    """The UNet of a checkpoint."""
     with torch.device("meta"):
-        unet = UNet(UNetConfig.from_json(folder.config("unet")))
-    _load(unet, folder, "unet", placement)
+        unet = UNet(UNetConfig.from_json(checkpoint.config("unet")))
+    _load(unet, checkpoint, "unet", placement)
     return unet
 
 
-def load_decoder(folder: CheckpointFolder, placement: Placement) -> VAEDecoder:
-    """The decoder of a folder's VAE; the encoder's part of the file is passed over."""
+def load_decoder(checkpoint: Checkpoint, placement: Placement) -> VAEDecoder:
+    """The decoder of a checkpoint's VAE; the encoder's part of the file is passed over."""
     with torch.device("meta"):
-        decoder = VAEDecoder(VAEConfig.from_json(folder.config("vae")))
-    _load(decoder, folder, "vae", placement, prefixes=DECODER_KEYS, ignored_prefixes=ENCODER_KEYS)
+        decoder = VAEDecoder(VAEConfig.from_json(checkpoint.config("vae")))
+    _load(decoder, checkpoint, "vae", placement, prefixes=DECODER_KEYS, ignored_prefixes=ENCODER_KEYS)
     return decoder
 
 
-def load_encoder(folder: CheckpointFolder, placement: Placement) -> VAEEncoder:
-    """The encoder of a folder's VAE; the decoder's part of the file is passed over."""
+def load_encoder(checkpoint: Checkpoint, placement: Placement) -> VAEEncoder:
+    """The encoder of a checkpoint's VAE; the decoder's part of the file is passed over."""
     with torch.device("meta"):
-        encoder = VAEEncoder(VAEConfig.from_json(folder.config("vae")))
-    _load(encoder, folder, "vae", placement, prefixes=ENCODER_KEYS, ignored_prefixes=DECODER_KEYS)
+        encoder = VAEEncoder(VAEConfig.from_json(checkpoint.config("vae")))
+    _load(encoder, checkpoint, "vae", placement, prefixes=ENCODER_KEYS, ignored_prefixes=DECODER_KEYS)
     return encoder
 
 
-def load_text_encoder(folder: CheckpointFolder, placement: Placement) -> TextEncoder:
-    """The text encoder of a folder, or SDXL's pair, with the tokenizers."""
-    names = [name for name in TOWERS if name in folder.components]
+def load_text_encoder(checkpoint: Checkpoint, placement: Placement) -> TextEncoder:
+    """The text encoder of a checkpoint, or SDXL's pair, with the tokenizers."""
+    names = [name for name in TOWERS if name in checkpoint.components]
     if not names:
-        folder.folder("text_encoder")  # raises, with what there is instead
-    towers = [_load_tower(folder, name, placement) for name in names]
-    return CLIPTextPair(*towers) if len(towers) == 2 else towers[0]
+        there = ", ".join(checkpoint.components)
+        raise CheckpointNotFoundError(
+            f"{quote(checkpoint.path)} has no text_encoder; its components are: {there}"
+        )
+    return join_towers([_load_tower(checkpoint, name, placement) for name in names])
 
 
-def _load_tower(folder: CheckpointFolder, component: str, placement: Placement) -> CLIPText:
-    tower = CLIPText.from_folders(
-        CLIPTextConfig.from_json(folder.config(component)),
-        folder.folder(TOWERS[component]),
-        folder.weight_files(component, placement.variant),
-        layer="penultimate" if _is_sdxl(folder) else "last",
+def _load_tower(checkpoint: Checkpoint, component: str, placement: Placement) -> CLIPText:
+    tower = CLIPText.from_weights(
+        CLIPTextConfig.from_json(checkpoint.config(component)),
+        checkpoint.tokenizer(TOWERS[component]),
+        checkpoint.weights(component, placement.variant),
+        layer="penultimate" if _is_sdxl(checkpoint) else "last",
         dtype=placement.dtype,
         device=placement.device,
     )
@@ -123,39 +125,36 @@ def _load_tower(folder: CheckpointFolder, component: str, placement: Placement) 
     return tower
 
 
-def load_scheduler(folder: CheckpointFolder) -> Scheduler:
-    """The scheduler of a folder.
+def load_scheduler(checkpoint: Checkpoint) -> Scheduler:
+    """The scheduler of a checkpoint.
 
     Old folders of Stable Diffusion carry a steps_offset of 0 and clip_sample, which the model was not trained with;
     diffusers' StableDiffusionPipeline reads them as 1 and false, and so they are read here.
     """
-    scheduler = Scheduler.from_config(folder.config("scheduler"))
-    if _is_sdxl(folder):
+    scheduler = Scheduler.from_config(checkpoint.config("scheduler"))
+    if _is_sdxl(checkpoint):
         return scheduler
     return replace(scheduler, steps_offset=1, clipping=replace(scheduler.clipping, clip_sample=False))
 
 
-def weight_bytes(folder: CheckpointFolder, placement: Placement) -> int:
+def weight_bytes(checkpoint: Checkpoint, placement: Placement) -> int:
     """A lower bound of the memory that the stages take: the weights of UNet and text encoders."""
-    headers = [
-        read_header(file)
-        for component in ("unet", *(name for name in TOWERS if name in folder.components))
-        for file in folder.weight_files(component, placement.variant)
-    ]
-    count = sum(math.prod(info.shape) for header in headers for info in header.values())
+    names = ("unet", *(name for name in TOWERS if name in checkpoint.components))
+    tensors = (checkpoint.weights(name, placement.variant).tensors() for name in names)
+    count = sum(math.prod(info.shape) for infos in tensors for info in infos.values())
     return count * placement.dtype.itemsize
 
 
 def _load(
     module: nn.Module,
-    folder: Checkpoint,
+    checkpoint: Checkpoint,
     component: str,
     placement: Placement,
     *,
     prefixes: tuple[str, ...] = ("",),
     ignored_prefixes: tuple[str, ...] = (),
 ) -> None:
-    folder.weights(component, placement.variant).load_into(
+    checkpoint.weights(component, placement.variant).load_into(
         module,
         prefixes=prefixes,
         ignored_prefixes=ignored_prefixes,

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from latentgen.checkpoint import CheckpointFolder, resolve
+from latentgen.checkpoint import Checkpoint, CheckpointFolder, resolve
 from latentgen.diffusion.guidance import is_guided
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
+from latentgen.identify import StatedPrediction
 from latentgen.memory import MemoryPolicy, explained_out_of_memory
 from latentgen.models.text import TextEncoder
 from latentgen.models.unet import UNet
 from latentgen.models.vae import VAEDecoder, VAEEncoder
-from latentgen.pipelines import loading
+from latentgen.pipelines import adapting, loading
 from latentgen.pipelines.arguments import (
     MAX_CLIP_SKIP,
     MAX_IMAGES_PER_PROMPT,
@@ -48,6 +49,7 @@ from latentgen.pipelines.conditioning import (
     time_ids,
 )
 from latentgen.pipelines.denoising import PipelineStep, Run, completed, denoise, part_of_run
+from latentgen.single_file import SingleFile, with_vae
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE_SCALE = 7.5
@@ -115,6 +117,7 @@ class TextToImagePipeline:
         device: str | torch.device = "auto",
         variant: str | None = None,
         revision: str | None = None,
+        vae: str | Path | None = None,
         memory: MemoryPolicy | None = None,
     ) -> TextToImagePipeline:
         """Load a pipeline from a folder in the diffusers layout, without the VAE's encoder.
@@ -127,6 +130,7 @@ class TextToImagePipeline:
             device: "auto" is the best that the machine has.
             variant: which of several sets of weights, such as "fp16".
             revision: branch, tag or commit on the Hub.
+            vae: a .safetensors file with the VAE to use in place of the folder's.
             memory: what to trade for memory.
 
         Raises:
@@ -136,6 +140,56 @@ class TextToImagePipeline:
             OfflineError: the Hub is needed and cannot be reached.
             MemoryBudgetError: the weights do not fit into memory.
         """
+        checkpoint: Checkpoint = CheckpointFolder.open(resolve(source, revision=revision, variant=variant))
+        if vae is not None:
+            checkpoint = with_vae(checkpoint, vae)
+        return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, variant=variant, memory=memory)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        prediction_type: StatedPrediction | None = None,
+        vae: str | Path | None = None,
+        ema: bool = False,
+        dtype: DTypeName | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        memory: MemoryPolicy | None = None,
+    ) -> TextToImagePipeline:
+        """Load a pipeline from one .safetensors file in the original layout; needs no network.
+
+        Args:
+            path: the file: Stable Diffusion 1.x or 2.x, SDXL or its refiner.
+            prediction_type: "epsilon" or "v_prediction", where the file does not say (SD 2.x).
+            vae: a .safetensors file with the VAE to use in place of the file's own.
+            ema: read the moving averages of the UNet's weights, where the file holds both.
+            dtype: see :meth:`from_pretrained`.
+            device: see :meth:`from_pretrained`.
+            memory: see :meth:`from_pretrained`.
+
+        Raises:
+            InputError: an argument is out of bounds, or the file does not say what its UNet predicts.
+            CheckpointError: what is wrong with the file, in a subclass.
+            MemoryBudgetError: the weights do not fit into memory.
+        """
+        checkpoint = SingleFile.open(path, prediction_type=prediction_type, vae=vae, ema=ema)
+        return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, memory=memory)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: DTypeName | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        variant: str | None = None,
+        memory: MemoryPolicy | None = None,
+    ) -> TextToImagePipeline:
+        """Load a pipeline from an opened checkpoint: a CheckpointFolder, a SingleFile, or parts of several.
+
+        Arguments and errors are those of :meth:`from_pretrained`.
+        """
         memory = MemoryPolicy() if memory is None else memory
         if not isinstance(memory, MemoryPolicy):
             raise InputError(
@@ -143,8 +197,7 @@ class TextToImagePipeline:
             )
         torch_device = resolve_device(device)
         torch_dtype = resolve_dtype(dtype, torch_device)
-        folder = CheckpointFolder.open(resolve(source, revision=revision, variant=variant))
-        loading.check_class(folder, loading.TEXT_TO_IMAGE_CLASSES)
+        loading.check_class(checkpoint, loading.TEXT_TO_IMAGE_CLASSES)
         placement = loading.Placement(
             torch_dtype,
             _CPU if memory.offload_idle else torch_device,
@@ -152,23 +205,80 @@ class TextToImagePipeline:
             pack=memory.pack_weights and torch_device.type == "cpu",
         )
         with explained_out_of_memory(
-            f"loading the weights of {quote(folder.path)}",
-            partial(loading.weight_bytes, folder, placement),
+            f"loading the weights of {quote(checkpoint.path)}",
+            partial(loading.weight_bytes, checkpoint, placement),
             'use dtype="bfloat16", or MemoryPolicy(offload_idle=True, pack_weights=False)',
         ):
-            unet = loading.load_unet(folder, placement)
-            decoder = loading.load_decoder(folder, placement)
-            text_encoder = loading.load_text_encoder(folder, placement)
+            unet = loading.load_unet(checkpoint, placement)
+            decoder = loading.load_decoder(checkpoint, placement)
+            text_encoder = loading.load_text_encoder(checkpoint, placement)
+        encoder_placement = loading.Placement(torch_dtype, _CPU, variant)
         return cls(
             unet=unet,
             decoder=decoder,
             text_encoder=text_encoder,
-            scheduler=loading.load_scheduler(folder),
+            scheduler=loading.load_scheduler(checkpoint),
             memory=memory,
             device=torch_device,
-            load_encoder=partial(loading.load_encoder, folder, loading.Placement(torch_dtype, _CPU, variant)),
-            force_zeros_for_empty_prompt=loading.forces_zeros(folder),
+            load_encoder=partial(loading.load_encoder, checkpoint, encoder_placement),
+            force_zeros_for_empty_prompt=loading.forces_zeros(checkpoint),
         )
+
+    def with_lora(
+        self, source: str | Path, weight: float = 1.0, *, name: str | None = None, merged: bool = False
+    ) -> TextToImagePipeline:
+        """The same pipeline with a LoRA (arXiv:2106.09685); this one stays as it is, and they share their weights.
+
+        Args:
+            source: a file of kohya or diffusers, or a folder of PEFT.
+            weight: what the LoRA is multiplied by; may be negative.
+            name: how to call it later; by default the name of the file.
+            merged: add it to new copies of the weights that it changes: no time at each step, but for good.
+
+        Raises:
+            AdapterError: some of it has no place in this model, does not fit there, or the name is taken.
+            CheckpointError: what is wrong with the file, in a subclass.
+            InputError: the weight is out of bounds.
+        """
+        return self._adapted(adapting.with_lora(self, source, weight, name=name, merged=merged))
+
+    def with_lora_weight(self, name: str, weight: float) -> TextToImagePipeline:
+        """The same pipeline with another weight for one of its LoRAs; 0 switches it off.
+
+        Raises:
+            AdapterError: there is none of that name.
+            InputError: the weight is out of bounds.
+        """
+        return self._adapted(adapting.with_lora_weight(self, name, weight))
+
+    def without_lora(self, name: str) -> TextToImagePipeline:
+        """The same pipeline without one of its LoRAs: bit for bit what it was before it had it.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        return self._adapted(adapting.without_lora(self, name))
+
+    def with_embedding(self, source: str | Path, *, token: str | None = None) -> TextToImagePipeline:
+        """The same pipeline with one more token that prompts can use (textual inversion, arXiv:2208.01618).
+
+        Args:
+            source: a .safetensors file of diffusers or A1111.
+            token: what prompts write for it; by default its name in the file, or that of the file.
+
+        Raises:
+            AdapterError: it is for another family of models, or the token exists already.
+            CheckpointError: what is wrong with the file, in a subclass.
+        """
+        return self._adapted(adapting.with_embedding(self, source, token=token))
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The weight of each LoRA, by name."""
+        return adapting.attached_loras(self)
+
+    def _adapted(self, stages: adapting.AdaptedStages) -> TextToImagePipeline:
+        return replace(self, unet=stages.unet, text_encoder=stages.text_encoder)
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
         """Write a whole folder in the diffusers layout, which diffusers' pipeline of the same family loads.
@@ -180,10 +290,11 @@ class TextToImagePipeline:
             variant: part of the names of the weight files, such as "fp16".
 
         Raises:
-            InputError: the pipeline was put together by hand and knows of no encoder.
+            InputError: the pipeline was put together by hand and knows of no encoder, or has LoRAs that are not merged.
             OutputError: a file could not be written; it keeps its old content, as do those that follow it.
         """
         target = output_folder(folder)
+        adapting.refuse_attached(self)
         loading.save_folder(
             target,
             unet=self.unet,

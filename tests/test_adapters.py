@@ -169,10 +169,10 @@ def load(tiny_checkpoint: Path) -> Callable[..., Modules]:
         if pack:
             assert can_pack(dtype), "this machine has no packed convolutions to test with"
             pack_convolutions(unet)
-        text = CLIPText.from_folders(
+        text = CLIPText.from_weights(
             CLIPTextConfig.from_json(folder.config("text_encoder")),
-            folder.folder("tokenizer"),
-            folder.weight_files("text_encoder"),
+            folder.tokenizer("tokenizer"),
+            folder.weights("text_encoder"),
             dtype=dtype,
         )
         return {"unet": unet, "text_encoder": text.model.requires_grad_(False)}

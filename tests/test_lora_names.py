@@ -1,4 +1,4 @@
-"""The names of layers in LoRA files: diffusers' converter is the oracle for those of the original layout."""
+"""The names of layers in LoRA files; tests/test_original_layout.py compares those of the original layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentgen.adapters import attach, read_lora
-from latentgen.lora_names import flat, layer_names, original_blocks, original_path
+from latentgen.lora_names import flat, layer_names, original_paths
 from latentgen.models.lora import AdaptedLayer
 from latentgen.models.unet import AddedConditioning, UNet
 from latentgen.models.unet_config import UNetConfig
@@ -66,27 +66,11 @@ def _layer_paths(module: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_original_names_are_those_that_diffusers_converts(family: str):
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-    unet = _unet(family)
-    blocks, paths = dict(original_blocks(unet.config)), _layer_paths(unet)
-    checkpoint = {
-        f"model.diffusion_model.{original_path(path, blocks)}.{kind}": f"{path}.{kind}"
-        for path in paths
-        for kind in ("weight", "bias")
-    }
-    converted = convert_ldm_unet_checkpoint(checkpoint, unet.config.to_json())
-    assert converted == {value: value for value in checkpoint.values()}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_has_its_names_alone(family: str):
     unet = _unet(family)
-    blocks, names, paths = dict(original_blocks(unet.config)), layer_names(unet), _layer_paths(unet)
+    originals, names, paths = original_paths(unet.config), layer_names(unet), _layer_paths(unet)
     for path in paths:
-        original = original_path(path, blocks)
-        assert original is not None
+        original = originals[path]
         assert {names[path.replace(".", "_")], names[original.replace(".", "_")]} == {path}
     assert len(names) == 2 * len(paths)
 
@@ -146,7 +130,7 @@ def test_what_cannot_be_adapted_has_no_name():
 def test_all_names_of_a_layer_give_the_same_result(tmp_path: Path):
     torch.manual_seed(0)
     unet = _unet("sdxl", "cpu").eval().requires_grad_(False)
-    blocks = dict(original_blocks(unet.config))
+    originals = original_paths(unet.config)
     factors = {
         path: (
             torch.randn(2, *weight.shape[1:]) / 8,
@@ -156,9 +140,7 @@ def test_all_names_of_a_layer_give_the_same_result(tmp_path: Path):
         if isinstance(weight := unet.get_submodule(path).weight, torch.Tensor)
     }
     schemes = {
-        "original": lambda path: (
-            f"lora_unet_{original_path(path, blocks)}".replace(".", "_") + ".lora_{}.weight"
-        ),
+        "original": lambda path: f"lora_unet_{originals[path]}".replace(".", "_") + ".lora_{}.weight",
         "kohya": lambda path: f"lora_unet_{path}".replace(".", "_") + ".lora_{}.weight",
         "diffusers": lambda path: f"unet.{path}.lora.{{}}.weight",
     }

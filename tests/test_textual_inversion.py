@@ -13,8 +13,9 @@ from torch import Tensor
 from latentgen.adapters import attach, read_lora
 from latentgen.checkpoint import CheckpointFolder
 from latentgen.errors import AdapterError, CheckpointValueError, LatentgenError, UnsafeCheckpointError
-from latentgen.models.text import CLIPText, CLIPTextConfig
+from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer
 from latentgen.textual_inversion import TextualInversion, read_embedding, with_embedding
+from latentgen.weights import Weights
 from tests.conftest import build_pipeline, build_tokenizer
 
 PROMPTS = ["a <toy> cat", "dog", "<toy>, red <toy> tiger"]
@@ -45,10 +46,10 @@ def load(tiny_checkpoint: Path) -> Callable[[], CLIPText]:
     folder = CheckpointFolder.open(tiny_checkpoint)
 
     def load() -> CLIPText:
-        encoder = CLIPText.from_folders(
+        encoder = CLIPText.from_weights(
             CLIPTextConfig.from_json(folder.config("text_encoder")),
-            folder.folder("tokenizer"),
-            folder.weight_files("text_encoder"),
+            folder.tokenizer("tokenizer"),
+            folder.weights("text_encoder"),
         )
         encoder.model.requires_grad_(False)
         return encoder
@@ -89,10 +90,10 @@ def test_a_saved_encoder_knows_its_tokens(tmp_path: Path):
         {"text_encoder": encoder}, TextualInversion("<toy>", {"text_encoder": _vectors(3)})
     )["text_encoder"]
     extended.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
-    loaded = CLIPText.from_folders(
+    loaded = CLIPText.from_weights(
         CLIPTextConfig(**extended.config.model_dump()),
-        tmp_path / "tokenizer",
-        [tmp_path / "text_encoder" / "model.safetensors"],
+        load_tokenizer(tmp_path / "tokenizer"),
+        Weights((tmp_path / "text_encoder" / "model.safetensors",)),
     )
     assert torch.equal(loaded.tokenize(PROMPTS), extended.tokenize(PROMPTS))
     assert torch.equal(loaded.encode(PROMPTS).context, extended.encode(PROMPTS).context)

@@ -188,8 +188,8 @@ def _text_encoder(
             "from a model that this run has saved, or start a new run"
         )
     if origin is not None:
-        folder = kept or origin.folder("tokenizer")
-        return CLIPText.from_folders(config, folder, origin.weight_files("text_encoder"), dtype=torch.float32)
+        tokenizer = origin.tokenizer("tokenizer") if kept is None else load_tokenizer(kept)
+        return CLIPText.from_weights(config, tokenizer, origin.weights("text_encoder"), dtype=torch.float32)
     if kept is not None:
         return CLIPText.from_config(config, load_tokenizer(kept))
     tokenizer = train_tokenizer(

@@ -23,7 +23,7 @@ from latentgen.errors import (
 from latentgen.files import atomic_write, quote, write_json
 from latentgen.models.config import StageConfig
 from latentgen.prompts import check_prompts, chunk_tokens, expand_tokens, token_expansions
-from latentgen.weights import load_weights, save_weights
+from latentgen.weights import Weights, save_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -193,11 +193,11 @@ class CLIPText:
         return cls(config, _build_model(config), tokenizer)
 
     @classmethod
-    def from_folders(
+    def from_weights(
         cls,
         config: CLIPTextConfig,
-        tokenizer_folder: Path,
-        weights: Sequence[Path],
+        tokenizer: CLIPTokenizer,
+        weights: Weights,
         *,
         layer: ContextLayer = "last",
         dtype: torch.dtype | None = None,
@@ -207,8 +207,8 @@ class CLIPText:
 
         Args:
             config: from `text_encoder/config.json`.
-            tokenizer_folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
-            weights: the safetensors files.
+            tokenizer: the one that the encoder was trained with.
+            weights: where the weights lie.
             layer: which hidden states are the context.
             dtype: of the weights; that of the files if None.
             device: where the weights go.
@@ -216,20 +216,22 @@ class CLIPText:
         Raises:
             CheckpointError: the subclass says what is wrong with which file.
         """
-        tokenizer = load_tokenizer(tokenizer_folder)
         with torch.device("meta"):
             model = _build_model(config)
         _make_position_ids(model, torch.device(device))
         prefix = _FILE_PREFIX if any(name.startswith(_FILE_PREFIX) for name in model.state_dict()) else ""
-        load_weights(
+        weights.load_into(
             model,
-            weights,
             ignored_prefixes=_OLD_BUFFERS,
             dtype=dtype,
             device=device,
             rename=lambda key: _named(key, prefix),
         )
         return cls(config, model.eval(), tokenizer, layer=layer)
+
+    def with_model(self, model: CLIPTextModel | CLIPTextModelWithProjection) -> CLIPText:
+        """The same encoder with another model of the same configuration."""
+        return CLIPText(self.config, model, self.tokenizer, layer=self.layer)
 
     def encode(self, prompts: Sequence[str], *, clip_skip: int = 0) -> Conditioning:
         """Encode B prompts to hidden states [B, S, D] and the pooled state [B, P] of the end token.
@@ -324,6 +326,11 @@ class CLIPTextPair:
                 "the two tokenizers cut a prompt into different numbers of chunks; they belong to different models"
             )
         return Conditioning(torch.cat([first.context, second.context], dim=-1), second.pooled)
+
+
+def join_towers(towers: Sequence[CLIPText]) -> TextEncoder:
+    """One tower, or two side by side."""
+    return CLIPTextPair(*towers) if len(towers) == 2 else towers[0]
 
 
 def _build_model(config: CLIPTextConfig) -> CLIPTextModel | CLIPTextModelWithProjection:

@@ -17,15 +17,16 @@ from latentgen.errors import (
     ConfigError,
     InputError,
 )
-from latentgen.models.text import CLIPText, CLIPTextConfig
+from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer
+from latentgen.weights import Weights
 
 PROMPTS = ["a cat and a red dog", "", "TIGER  tiger\n🐯 日本"]
 
 
 def load(folder: Path, dtype: torch.dtype | None = None) -> CLIPText:
     config = CLIPTextConfig.from_json(json.loads((folder / "text_encoder/config.json").read_text()))
-    weights = [folder / "text_encoder/model.safetensors"]
-    return CLIPText.from_folders(config, folder / "tokenizer", weights, dtype=dtype)
+    weights = Weights((folder / "text_encoder/model.safetensors",))
+    return CLIPText.from_weights(config, load_tokenizer(folder / "tokenizer"), weights, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +103,7 @@ def test_both_namings_of_the_file_load(tmp_path, text, tiny_checkpoint, prefix):
     state = {prefix + key.removeprefix("text_model."): tensor for key, tensor in state.items()}
     state[prefix + "embeddings.position_ids"] = torch.arange(77)[None]
     save_file(state, tmp_path / "model.safetensors")
-    other = CLIPText.from_folders(
-        text.config, tiny_checkpoint / "tokenizer", [tmp_path / "model.safetensors"]
-    )
+    other = CLIPText.from_weights(text.config, text.tokenizer, Weights((tmp_path / "model.safetensors",)))
     assert torch.equal(other.encode(PROMPTS).context, text.encode(PROMPTS).context)
 
 
@@ -122,13 +121,12 @@ def test_saved_folders_load_here_and_in_transformers(tmp_path, text):
     assert relative_error(model.eval()(ids).last_hidden_state, expected.context) < 1e-5
 
 
-def test_missing_or_broken_tokenizers_are_named(tmp_path, text, tiny_checkpoint):
-    weights = [tiny_checkpoint / "text_encoder/model.safetensors"]
+def test_missing_or_broken_tokenizers_are_named(tmp_path):
     with pytest.raises(CheckpointNotFoundError, match=r"tokenizer\.json"):
-        CLIPText.from_folders(text.config, tmp_path, weights)
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointCorruptError, match="tokenizer"):
-        CLIPText.from_folders(text.config, tmp_path, weights)
+        load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_of_another_model_is_refused(text):
