@@ -6,12 +6,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, TypeGuard, cast
 
 import typer
 
 from latentgen import __version__
-from latentgen.errors import LatentgenError
+from latentgen.errors import InputError, LatentgenError
 from latentgen.recipe import SAMPLERS, Recipe
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
+PredictionTypeName = Literal["epsilon", "v_prediction"]
 
 app = typer.Typer(
     add_completion=False,
@@ -82,9 +83,29 @@ def text2img(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="A folder in the diffusers layout, or an id on the Hub (owner/name). "
-            "[default: the small model inside this package]",
+            help="A folder in the diffusers layout, a .safetensors file in the original layout, or an id on the Hub "
+            "(owner/name). [default: the small model inside this package]",
         ),
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A .safetensors file with another VAE for the model.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]",
+            help="A LoRA of kohya, diffusers or PEFT, at this weight; may be given several times. [default weight: 1]",
+        ),
+    ] = None,
+    embedding: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="A textual-inversion embedding for the prompt; may be given several times."
+        ),
+    ] = None,
+    prediction_type: Annotated[
+        PredictionTypeName | None,
+        typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not say so itself."),
     ] = None,
     negative: Annotated[
         str, typer.Option(metavar="TEXT", help="What to keep away from.", show_default=False)
@@ -116,6 +137,9 @@ def text2img(
         int,
         typer.Option(metavar="N", min=1, help="How many images; several are named out-1.png, out-2.png, ..."),
     ] = 1,
+    clip_skip: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Layers of the text encoder, at its end, to go without.")
+    ] = 0,
     scheduler: Annotated[
         str | None,
         typer.Option(metavar="NAME", help=f"One of {', '.join(SAMPLERS)}. [default: the checkpoint's own]"),
@@ -139,6 +163,7 @@ def text2img(
     latentgen text2img "slice of pizza" -o pizza.png
     latentgen text2img "tiger face on a teal background" --seed 7 --steps 50
     latentgen text2img "a castle" --model path/to/checkpoint --scheduler dpmpp_2m_karras --num-images 4
+    latentgen text2img "a castle" --model model.safetensors --lora watercolour.safetensors:0.8
 
     Prints the names of the files that it wrote, and the seeds if it drew them. A PNG file carries its recipe
     in the text chunk "parameters", where other programs look for it too.
@@ -149,11 +174,26 @@ def text2img(
     for path in paths:
         check_output(path)
 
+    adapters = [_file_and_weight(text) for text in lora or ()]
+
     from latentgen.pipelines.text_to_image import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, TextToImagePipeline
 
     steps = DEFAULT_STEPS if steps is None else steps
     guidance = DEFAULT_GUIDANCE_SCALE if guidance is None else guidance
-    pipeline = TextToImagePipeline.from_pretrained(model, dtype=dtype, device=device)
+    if _is_single_file(model):
+        pipeline = TextToImagePipeline.from_single_file(
+            model, prediction_type=prediction_type, vae=vae, dtype=dtype, device=device
+        )
+    elif prediction_type is None:
+        pipeline = TextToImagePipeline.from_pretrained(model, vae=vae, dtype=dtype, device=device)
+    else:
+        raise InputError(
+            "--prediction-type is for a --model that is a single file; folders say what their UNet predicts"
+        )
+    for file, weight in adapters:
+        pipeline = pipeline.with_lora(file, weight)
+    for file in embedding or ():
+        pipeline = pipeline.with_embedding(file)
     result = pipeline(
         prompt,
         negative_prompt=negative,
@@ -163,6 +203,7 @@ def text2img(
         guidance_scale=guidance,
         num_images_per_prompt=num_images,
         seed=seed,
+        clip_skip=clip_skip,
         scheduler=scheduler,
         progress=sys.stderr.isatty(),
     )
@@ -183,6 +224,7 @@ def text2img(
             height=image.height,
             model=_model_name(model),
             version=f"latentgen {__version__}",
+            other=_other_settings(clip_skip, vae, adapters),
         )
         save_image(image, path, None if no_metadata else recipe)
         print(_printable(str(path)))
@@ -212,11 +254,40 @@ def _numbered(path: Path, count: int) -> list[Path]:
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
 
 
+def _is_single_file(model: str | None) -> TypeGuard[str]:
+    try:
+        return model is not None and Path(model).is_file()
+    except (OSError, ValueError):  # no path at all, as the search for the model will say
+        return False
+
+
+def _file_and_weight(text: str) -> tuple[Path, float]:
+    """FILE[:WEIGHT]; the weight of a file without one is 1."""
+    file, colon, weight = text.rpartition(":")
+    try:
+        return (Path(file), float(weight)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def _other_settings(
+    clip_skip: int, vae: Path | None, adapters: Sequence[tuple[Path, float]]
+) -> tuple[tuple[str, str], ...]:
+    """What a recipe says besides; other programs count the layers that clip skip begins at."""
+    settings = [("Clip skip", str(clip_skip + 1))] if clip_skip else []
+    settings += [("VAE", vae.name)] if vae else []
+    if adapters:
+        settings.append(("LoRA", ", ".join(f"{file.stem}:{weight:g}" for file, weight in adapters)))
+    return tuple(settings)
+
+
 def _model_name(model: str | None) -> str:
-    """The model in a recipe: a Hub id as it is, a folder without the path that leads to it."""
+    """The model in a recipe: a Hub id as it is, a folder or a file without the path that leads to it."""
     if model is None:
         return "latentgen default"
     path = Path(model)
+    if path.is_file():
+        return path.stem
     return path.resolve().name if path.is_dir() else model
 
 

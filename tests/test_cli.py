@@ -12,7 +12,9 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from latentgen import cli
 from latentgen.recipe import SAMPLERS, Recipe
@@ -23,6 +25,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
 OPTIONS = [
     *("--model", "--negative", "--height", "--width", "--steps", "--guidance", "--seed", "--num-images"),
     *("--scheduler", "--dtype", "--device", "--no-metadata", "--output"),
+    *("--vae", "--lora", "--embedding", "--prediction-type", "--clip-skip"),
 ]
 
 
@@ -102,6 +105,11 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["text2img", "x", "--model", "nowhere/at/all", "-o", "out.gif"], "use one of .png"),
         (["text2img", "x", "--model", "nowhere/at/all", "-o", "/dev/null/out.png"], "cannot write"),
         (["text2img", "x", "--model", "evil\x1b[31m\nmodel"], r"\x1b[31m"),
+        (["text2img", "x", "--prediction-type", "epsilon"], "single file"),
+        (["text2img", "x", "--lora", "nowhere.safetensors:0.5"], "nowhere.safetensors"),
+        (["text2img", "x", "--embedding", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["text2img", "x", "--vae", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["text2img", "x", "--clip-skip", "-1"], "'--clip-skip'"),
         (["inspect", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )
@@ -177,6 +185,49 @@ def test_draws_what_the_pipeline_draws_and_records_how(
     )
     with Image.open(output) as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(expected.images[0]))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:0.5", ("a.safetensors", 0.5)),
+        ("a:b.safetensors:-1", ("a:b.safetensors", -1.0)),
+        ("a:b.safetensors", ("a:b.safetensors", 1.0)),
+    ],
+)
+def test_a_lora_has_a_weight(text: str, expected: tuple[str, float]):
+    file, weight = cli._file_and_weight(text)
+    assert (str(file), weight) == expected
+
+
+def test_a_single_file_of_no_published_family_is_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({key: torch.zeros(16, 4, 3, 3)}, tmp_path / "model.safetensors")
+    assert cli.main(["text2img", "x", "--model", str(tmp_path / "model.safetensors")]) == 2
+    assert "not one of SD 1.x" in capsys.readouterr().err
+
+
+def test_adapters_stand_in_the_recipe(tiny: list[str], tmp_path: Path):
+    key = "lora_unet_mid_block_resnets_0_conv1"
+    lora = {
+        f"{key}.lora_down.weight": torch.ones(1, 64, 3, 3),
+        f"{key}.lora_up.weight": torch.ones(64, 1, 1, 1),
+    }
+    save_file(lora, tmp_path / "style.safetensors")
+    save_file({"<toy>": torch.ones(32)}, tmp_path / "toy.safetensors")
+    options = [
+        "--lora",
+        f"{tmp_path / 'style.safetensors'}:0.5",
+        "--embedding",
+        str(tmp_path / "toy.safetensors"),
+    ]
+    out = tmp_path / "cat.png"
+    assert cli.main(["text2img", "a <toy>", *tiny, *options, "--clip-skip", "1", "-o", str(out)]) == 0
+    with Image.open(out) as image:
+        assert Recipe.from_text(image.info["parameters"]).other == (("Clip skip", "2"), ("LoRA", "style:0.5"))
 
 
 def test_several_images_are_numbered_and_drawn_seeds_are_told(

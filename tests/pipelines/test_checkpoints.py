@@ -1,0 +1,200 @@
+"""Pipelines from every kind of file: single files, adapters and VAE files, against diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from latentgen import TextToImagePipeline, to_diffusers
+from latentgen.errors import AdapterError, InputError
+from latentgen.single_file import SingleFile
+from tests.conftest import build_pipeline
+from tests.pipelines.sdxl import build_base, build_refiner
+from tests.single_files import to_original_file
+
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.2")
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipeline: TextToImagePipeline, prompt: str = "a cat", **arguments: Any) -> np.ndarray:
+    options: dict[str, Any] = {"num_inference_steps": 10, "seed": 7, "output_type": "np", "progress": False}
+    images = pipeline(prompt, **(options | arguments)).images
+    assert isinstance(images, np.ndarray)
+    return images
+
+
+def draw_theirs(pipe: Any, prompt: str = "a cat", **arguments: Any) -> np.ndarray:
+    generator = [torch.Generator().manual_seed(7)]
+    options: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 7.5, "output_type": "np"}
+    return pipe(prompt, generator=generator, **(options | arguments)).images
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max())
+
+
+@pytest.fixture(scope="module", params=["sd1", "sdxl", "refiner"])
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Path, Path]:
+    """A pipeline of diffusers, the folder that it saved, and the same weights in one file."""
+    build = {"sd1": build_pipeline, "sdxl": build_base, "refiner": build_refiner}[request.param]
+    pipe = quiet(build())
+    folder = tmp_path_factory.mktemp(request.param)
+    pipe.save_pretrained(folder / "folder")
+    components = [
+        name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if pipe.components.get(name)
+    ]
+    states = {name: named(name, pipe.components[name].state_dict()) for name in components}
+    configs = {
+        name: json.loads((folder / "folder" / name / "config.json").read_text()) for name in components
+    }
+    save_file(to_original_file(states, configs), folder / "single.safetensors")
+    return pipe, folder / "folder", folder / "single.safetensors"
+
+
+def named(component: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The names of the files, which CLIP's text towers do not have in memory in every version of transformers."""
+    kept = ("text_model.", "text_projection.")
+    if not component.startswith("text_encoder"):
+        return state
+    return {name if name.startswith(kept) else f"text_model.{name}": tensor for name, tensor in state.items()}
+
+
+def test_a_single_file_gives_the_image_of_diffusers(family: tuple[Any, Path, Path]) -> None:
+    pipe, folder, file = family
+    checkpoint = SingleFile.open(file, config=folder)
+    ours = TextToImagePipeline.from_checkpoint(checkpoint, dtype="float32", device="cpu")
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    if "Img2Img" in type(pipe).__name__:
+        theirs = draw_theirs(pipe, image=latents, denoising_start=0.5)
+        assert difference(draw(ours, latents=latents, denoising_start=0.5), theirs) <= 1e-4
+    else:
+        assert difference(draw(ours, latents=latents), draw_theirs(pipe, latents=latents)) <= 1e-4
+
+
+def test_a_pipeline_from_a_single_file_is_saved_whole(family: tuple[Any, Path, Path], tmp_path: Path) -> None:
+    pipe, folder, file = family
+    checkpoint = SingleFile.open(file, config=folder)
+    TextToImagePipeline.from_checkpoint(checkpoint, dtype="float32", device="cpu").save_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if pipe.components.get(name) is not None:
+            ours, theirs = again.components[name].state_dict(), pipe.components[name].state_dict()
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_another_vae(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    state = load_file(tiny_checkpoint / "vae" / "diffusion_pytorch_model.safetensors")
+    state["decoder.conv_out.bias"] = torch.tensor([0.5, -0.5, 0.0])
+    save_file(state, tmp_path / "vae.safetensors")
+    theirs = quiet(build_pipeline())
+    theirs.vae.load_state_dict(state)
+    ours = TextToImagePipeline.from_pretrained(
+        tiny_checkpoint, vae=tmp_path / "vae.safetensors", dtype="float32", device="cpu"
+    )
+    assert difference(draw(ours), draw_theirs(theirs)) <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two random LoRAs of the UNet and the text encoder, made by peft and saved by diffusers."""
+    folder, files = tmp_path_factory.mktemp("loras"), {}
+    for seed, name in enumerate(("style", "face")):
+        pipe = build_pipeline()
+        torch.manual_seed(seed)
+        config = LoraConfig(r=3, lora_alpha=5, init_lora_weights="gaussian", target_modules=list(LAYERS))
+        pipe.unet.add_adapter(config)
+        text_config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj", "fc1"])
+        pipe.text_encoder.add_adapter(text_config)
+        for module in (pipe.unet, pipe.text_encoder):
+            for key, parameter in module.named_parameters():
+                if ".lora_" in key:
+                    torch.nn.init.normal_(parameter, std=0.15)
+        states = {module: get_peft_model_state_dict(module) for module in (pipe.unet, pipe.text_encoder)}
+        type(pipe).save_lora_weights(
+            folder / name,
+            unet_lora_layers=states[pipe.unet],
+            text_encoder_lora_layers=states[pipe.text_encoder],
+            unet_lora_adapter_metadata=config.to_dict(),
+            text_encoder_lora_adapter_metadata=text_config.to_dict(),
+        )
+        files[name] = folder / name / "pytorch_lora_weights.safetensors"
+    return files
+
+
+@pytest.fixture
+def ours(tiny_checkpoint: Path) -> TextToImagePipeline:
+    return TextToImagePipeline.from_pretrained(tiny_checkpoint, dtype="float32", device="cpu")
+
+
+def test_loras_give_the_image_of_diffusers(ours: TextToImagePipeline, loras: dict[str, Path]) -> None:
+    theirs = quiet(build_pipeline())
+    plain = draw(ours)
+    for name, path in loras.items():
+        theirs.load_lora_weights(path, adapter_name=name)
+    theirs.set_adapters(["style", "face"], [0.8, -0.3])
+    both = ours.with_lora(loras["style"], 0.8, name="style").with_lora(loras["face"], 1.0, name="face")
+    both = both.with_lora_weight("face", -0.3)
+    assert both.loras == {"style": 0.8, "face": -0.3}
+    assert difference(draw(both), draw_theirs(theirs)) <= 1e-4
+    assert difference(draw(both), plain) > 1e-3
+    assert difference(draw(ours), plain) == 0
+    assert difference(draw(both.without_lora("style").without_lora("face")), plain) == 0
+    merged = ours.with_lora(loras["style"], 0.8, merged=True).with_lora(loras["face"], -0.3, merged=True)
+    assert merged.loras == {}
+    assert difference(draw(merged), draw(both)) <= 1e-4
+    assert difference(draw(ours), plain) == 0
+
+
+def test_attached_loras_are_not_lost_in_silence(
+    ours: TextToImagePipeline, loras: dict[str, Path], tmp_path: Path
+) -> None:
+    adapted = ours.with_lora(loras["style"], name="style")
+    with pytest.raises(InputError, match="style"):
+        adapted.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="style"):
+        to_diffusers(adapted)
+    with pytest.raises(AdapterError, match="'style'"):
+        adapted.with_lora(loras["face"], name="style")
+    with pytest.raises(AdapterError, match="'face'"):
+        adapted.without_lora("face")
+    merged = ours.with_lora(loras["style"], merged=True)
+    merged.save_pretrained(tmp_path)
+    again = TextToImagePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    assert difference(draw(again), draw(merged)) == 0
+
+
+def test_a_lora_of_another_family_changes_nothing(ours: TextToImagePipeline, tmp_path: Path) -> None:
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    save_file(
+        {f"{key}.lora_down.weight": torch.ones(2, 768), f"{key}.lora_up.weight": torch.ones(320, 2)},
+        tmp_path / "other.safetensors",
+    )
+    with pytest.raises(AdapterError, match="another family"):
+        ours.with_lora(tmp_path / "other.safetensors")
+
+
+def test_an_embedding_gives_the_image_of_diffusers(ours: TextToImagePipeline, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    save_file({"<toy>": torch.randn(3, 32)}, tmp_path / "toy.safetensors")
+    theirs = quiet(build_pipeline())
+    theirs.load_textual_inversion(tmp_path / "toy.safetensors")
+    prompt = "a cat and a <toy>"
+    extended = ours.with_embedding(tmp_path / "toy.safetensors")
+    assert difference(draw(extended, prompt), draw_theirs(theirs, prompt)) <= 1e-4
+    assert difference(draw(extended, prompt), draw(ours, prompt)) > 1e-3
