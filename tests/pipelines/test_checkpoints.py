@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -80,8 +81,11 @@ def test_a_single_file_gives_the_image_of_diffusers(family: tuple[Any, Path, Pat
     ours = TextToImagePipeline.from_checkpoint(checkpoint, dtype="float32", device="cpu")
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     if "Img2Img" in type(pipe).__name__:
+        # Halfway through, latents of diffusers' Euler are scaled by 1 / alpha; those of DDIM are not.
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         theirs = draw_theirs(pipe, image=latents, denoising_start=0.5)
-        assert difference(draw(ours, latents=latents, denoising_start=0.5), theirs) <= 1e-4
+        drawn = draw(ours, latents=latents, denoising_start=0.5, scheduler="ddim")
+        assert difference(drawn, theirs) <= 1e-4
     else:
         assert difference(draw(ours, latents=latents), draw_theirs(pipe, latents=latents)) <= 1e-4
 
