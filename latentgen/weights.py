@@ -26,7 +26,7 @@ from latentgen.identify import likely_architecture
 
 MAX_SHARD_BYTES = 10_000_000_000
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,32}")
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
     torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
@@ -76,7 +76,7 @@ def load_weights(
             with safe_open(file, framework="pt", device="cpu") as reader:
                 for key, name in names.items():
                     tensor = reader.get_tensor(key).view(expected[name].shape)
-                    _check_values(tensor, dtype, key, file)
+                    check_values(tensor, dtype, key, file)
                     target = dtype if tensor.is_floating_point() else None
                     state[name] = tensor.to(device=device, dtype=target)
         except SafetensorError as error:
@@ -196,7 +196,7 @@ def _fits(name: str, info: TensorInfo, expected: Tensor) -> bool:
     return shape == tuple(expected.shape) and same_kind
 
 
-def _check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path) -> None:
+def check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path) -> None:
     """Refuse NaN, infinity, and what overflows ``dtype``, in one pass that allocates nothing."""
     if not tensor.is_floating_point():
         return
@@ -217,12 +217,12 @@ def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, 
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, tensor in state.items():
-        if tensor.dtype not in _DTYPE_NAMES or tensor.numel() == 0 or tensor.is_meta:
+        if tensor.dtype not in DTYPE_NAMES or tensor.numel() == 0 or tensor.is_meta:
             raise InputError(
                 f"tensor {quote(name)} ({tensor.dtype}, {list(tensor.shape)}, {tensor.device}) cannot be "
-                f"saved: it needs values and one of the dtypes {', '.join(_DTYPE_NAMES.values())}"
+                f"saved: it needs values and one of the dtypes {', '.join(DTYPE_NAMES.values())}"
             )
-        info = TensorInfo(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+        info = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
         if shards[-1] and size + info.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
