@@ -189,7 +189,7 @@ def pickle_target(source: Path) -> Path:
 
 
 def _check_dtype(dtype: object) -> None:
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in _DTYPES):
         raise InputError(f"dtype is {quote(dtype)}; allowed are {', '.join(get_args(DTypeName))}")
 
 
