@@ -31,6 +31,7 @@ from latentgen.precision import NAMES, PIECE_BYTES, write_tensors
 MAX_GROWTH = 4
 _SPARE_BYTES = 512 * 2**20  # of address space, beside what the interpreter has and what the file needs
 _OPEN_FILES = 64
+_MAX_NAMES = 100  # of what is dropped, in the report
 # Objects in published checkpoints that hold no weights, or hold them in `_parameters`.
 _STAND_INS = (
     "numpy.core.multiarray.scalar",
@@ -83,13 +84,15 @@ def main() -> NoReturn:
         state = read_pickle(source)
         write_state(state, output, next((t for t in NAMES if str(t) == f"torch.{dtype}"), None), source)
         output.flush()
-        report = {"dropped": state.dropped}
+        beyond = len(state.dropped) - _MAX_NAMES
+        more = [f"and {beyond:,} more"] if beyond > 0 else []
+        report = {"dropped": state.dropped[:_MAX_NAMES] + more}
     except LatentgenError as error:
         report = {"error": type(error).__name__, "message": str(error)}
     except OSError as error:
         message = f"the weights of {quote(source)} cannot be written: {error.strerror or error}"
         report = {"error": "OutputError", "message": message}
-    print(json.dumps(report), file=sys.stderr, flush=True)
+    print(f"\n{json.dumps(report)}", file=sys.stderr, flush=True)
     os._exit(0)  # tearing down what a hostile file built could take for ever
 
 
