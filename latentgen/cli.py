@@ -70,6 +70,7 @@ def _latentgen(
     \b
     Draw a picture:        latentgen text2img "slice of pizza" -o pizza.png
     Look at a checkpoint:  latentgen inspect path/to/folder
+    Convert a pickle:      latentgen convert model.ckpt
     All options:           latentgen text2img --help
     """
     if context.invoked_subcommand is None:
@@ -247,6 +248,57 @@ def inspect(
 
     for line in look(path).lines():
         print(line)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A pickle (.ckpt, .pt, .pth, .bin), a .safetensors file, or a folder in the diffusers layout.",
+        ),
+    ],
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="TARGET",
+            help="What to write: a .safetensors file, or for a folder a new folder. "
+            "[default: for a pickle, its name with .safetensors beside it]",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Precision to write. [default: for a pickle, its own]", show_default=False),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="For a folder: becomes part of the weights' names, as in model.fp16.safetensors.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file at TARGET.")] = False,
+) -> None:
+    """Convert a checkpoint: a pickle to .safetensors, or one precision to another.
+
+    \b
+    latentgen convert model.ckpt
+    latentgen convert model.safetensors half.safetensors --dtype float16
+    latentgen convert path/to/checkpoint path/to/half --dtype float16 --variant fp16
+
+    A pickle is read without running what it may hold, in a process of its own with little memory and time.
+    Prints the name of what it wrote; what of SOURCE that does not hold is told on stderr.
+    """
+    from latentgen.conversion import convert as write
+
+    result = write(
+        source, target, dtype=dtype, variant=variant, overwrite=force, progress=sys.stderr.isatty()
+    )
+    if result.left_out:
+        print(f"left out: {_one_line(', '.join(result.left_out))}", file=sys.stderr)
+    print(_printable(str(result.path)))
 
 
 def _numbered(path: Path, count: int) -> list[Path]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -61,6 +62,39 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError, ValueError):
             temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder that appears at ``path`` only when the block ends well; parent folders are made.
+
+    The block fills a folder of a temporary name beside ``path``, which is then renamed. If anything fails,
+    nothing is left.
+
+    Raises:
+        OutputError: ``path`` exists and is not an empty folder, or the folder cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp") if target.name else target
+    try:
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise OutputError(f"cannot write {quote(target)}: it exists; give the name of a new folder")
+        temporary.mkdir(parents=True)
+        yield temporary
+        if target.is_dir():
+            target.rmdir()  # empty; Windows does not rename over it
+        temporary.replace(target)
+        _sync_folder(target.parent)
+    except LatentgenError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {quote(target)}: {error.strerror or error}; nothing is left there: free some space "
+            "or choose a folder that can be written"
+        ) from error
+    finally:
+        if temporary != target:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: str | Path, data: Mapping[str, object]) -> None:

@@ -89,6 +89,20 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether the name of a file or its first bytes say that it is a pickle.
+
+    Raises:
+        CheckpointNotFoundError: there is no such file, or it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{quote(path)} cannot be read: {error.strerror or error}") from error
+    return path.suffix.lower() in PICKLE_SUFFIXES or _starts_as_pickle(head)
+
+
 def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
     """The first bytes of a safetensors file whose tensors follow in this order, aligned to 8 bytes."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -101,13 +115,18 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     return len(data).to_bytes(8, "little") + data
 
 
+def _starts_as_pickle(head: bytes) -> bool:
+    # The length of a header can begin with the same bytes; JSON follows it.
+    return head.startswith(_PICKLE_STARTS) and head[8:9] != b"{"
+
+
 def _check_start(path: Path, head: bytes, length: int, size: int) -> None:
     if problem := wrong_content(head):
         raise CheckpointCorruptError(
             f"{quote(path)} is {problem}, not a safetensors file ({size:,} bytes found); download the file "
             "again"
         )
-    if head.startswith(_PICKLE_STARTS) and head[8:9] != b"{":
+    if _starts_as_pickle(head):
         raise UnsafeCheckpointError(
             f"{quote(path)} is a pickle with the name of a safetensors file; it can run code when it is "
             f"opened: convert it safely with `latentgen convert {path.name}`"

@@ -28,7 +28,7 @@ from latentgen.key_map import KeyMap, Origin
 
 MAX_SHARD_BYTES = 10_000_000_000
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,32}")
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
     torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
@@ -284,12 +284,12 @@ def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, 
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, tensor in state.items():
-        if tensor.dtype not in _DTYPE_NAMES or tensor.numel() == 0 or tensor.is_meta:
+        if tensor.dtype not in DTYPE_NAMES or tensor.numel() == 0 or tensor.is_meta:
             raise InputError(
                 f"tensor {quote(name)} ({tensor.dtype}, {list(tensor.shape)}, {tensor.device}) cannot be "
-                f"saved: it needs values and one of the dtypes {', '.join(_DTYPE_NAMES.values())}"
+                f"saved: it needs values and one of the dtypes {', '.join(DTYPE_NAMES.values())}"
             )
-        info = TensorInfo(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+        info = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
         if shards[-1] and size + info.nbytes > max_shard_bytes:
             shards.append({})
             size = 0

@@ -3,13 +3,15 @@
     python tests/fuzz.py --cases 20000 [--seed 0]
 
 Each case takes a sound file, damages it a few times and reads it. A case is a seed: a failure prints the seed
-that makes it again. Exit code 1 if any case raised another exception or took longer than two seconds.
+that makes it again. Exit code 1 if any case raised another exception or took longer than two seconds. Pickles
+are read here, in this process; `--child N` gives N of them to the child process that reads them for users.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
 import random
 import sys
@@ -17,11 +19,15 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from latentgen.checkpoint import CheckpointFolder
+from latentgen.conversion import convert_pickle
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import LatentgenError
 from latentgen.headers import read_header
@@ -30,6 +36,7 @@ from latentgen.models.text import CLIPTextConfig
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
 from latentgen.single_file import SingleFile
+from latentgen.unpickle import read_pickle, write_state
 
 SECONDS = 2.0
 
@@ -167,6 +174,53 @@ def fuzz_folder(folder: Path, rng: random.Random) -> None:
     inspect(folder).lines()
 
 
+def saved(zipped: bool) -> bytes:
+    """A checkpoint as `torch.save` writes it."""
+    state = {"w": torch.ones(3, 4), "turned": torch.ones(2, 3).T, "ids": torch.arange(5)}
+    file = io.BytesIO()
+    torch.save({"state_dict": state, "epoch": 3}, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+ZIPPED, LEGACY = saved(zipped=True), saved(zipped=False)
+
+
+def pickle_file(rng: random.Random) -> bytes:
+    """A checkpoint whose pickle, or whose file as a whole, is damaged."""
+    if rng.random() < 0.5:
+        data = LEGACY
+    else:
+        file = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(ZIPPED)) as sound, zipfile.ZipFile(file, "w") as damaged:
+            for record in sound.namelist():
+                content = sound.read(record)
+                if record.endswith("data.pkl"):
+                    content = damage_bytes(content, rng)
+                damaged.writestr(record, content)
+        data = file.getvalue()
+    for _ in range(rng.randrange(3)):
+        data = damage_bytes(data, rng)
+    return data
+
+
+def fuzz_pickle(folder: Path, rng: random.Random) -> None:
+    path = folder / "model.ckpt"
+    path.write_bytes(pickle_file(rng))
+    output = io.BytesIO()
+    write_state(read_pickle(path), output, None, path)
+    (folder / "model.safetensors").write_bytes(output.getvalue())
+    try:
+        read_header(folder / "model.safetensors")
+    except LatentgenError as error:  # what was taken has to be written soundly
+        raise AssertionError(error) from error
+
+
+def fuzz_child(folder: Path, rng: random.Random) -> None:
+    path = folder / "model.ckpt"
+    path.write_bytes(pickle_file(rng))
+    convert_pickle(path, folder / "model.safetensors", overwrite=True)
+
+
 def fuzz_config(sound: dict[str, Any], read: Callable[[dict[str, Any]], object]) -> Callable[..., None]:
     """A target that damages a configuration one to three times and reads it."""
 
@@ -184,6 +238,7 @@ TARGETS: dict[str, Callable[[Path, random.Random], None]] = {
     "header": fuzz_header,
     "single_file": fuzz_single_file,
     "folder": fuzz_folder,
+    "pickle": fuzz_pickle,
     "unet": fuzz_config(UNET, UNetConfig.from_json),
     "vae": fuzz_config(VAE, VAEConfig.from_json),
     "text_encoder": fuzz_config(TEXT, CLIPTextConfig.from_json),
@@ -191,41 +246,64 @@ TARGETS: dict[str, Callable[[Path, random.Random], None]] = {
 }
 
 
-def run_case(seed: int, folder: Path) -> tuple[str, bool, str | None]:
-    """The target of a case, whether the damage was refused, and what is wrong with that, if anything."""
-    rng = random.Random(seed)
-    name = rng.choice(list(TARGETS))
-    begin, refused = time.perf_counter(), False
+class Outcome(NamedTuple):
+    """How a case went: was the damage refused, how long did it take, and what is wrong with that, if anything."""
+
+    refused: bool
+    seconds: float
+    problem: str | None
+
+
+def run_case(target: Callable[[Path, random.Random], None], rng: random.Random, folder: Path) -> Outcome:
+    begin, refused, problem = time.perf_counter(), False, None
     try:
-        TARGETS[name](folder, rng)
+        target(folder, rng)
     except LatentgenError:
         refused = True
     except Exception:
-        return name, False, traceback.format_exc(limit=-4)[:2000]
+        problem = traceback.format_exc(limit=-4)[:2000]
     seconds = time.perf_counter() - begin
-    return name, refused, f"took {seconds:.1f} s" if seconds > SECONDS else None
+    if (
+        problem is None and seconds > SECONDS and target is not fuzz_child
+    ):  # torch's import alone takes as long
+        problem = f"took {seconds:.1f} s"
+    return Outcome(refused, seconds, problem)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000, help="how many cases to run")
+    parser.add_argument("--child", type=int, default=0, help="how many cases more to run in child processes")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first case")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    counts = {name: [0, 0] for name in TARGETS}
-    failures = 0
+    outcomes: dict[str, dict[int, Outcome]] = {name: {} for name in [*TARGETS, "child"]}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(arguments.seed, arguments.seed + arguments.cases):
-            name, refused, problem = run_case(seed, Path(folder))
-            counts[name][0] += 1
-            counts[name][1] += refused
-            if problem:
-                failures += 1
-                print(f"{name}: --cases 1 --seed {seed}\n{problem}", file=sys.stderr)
-    for name, (cases, refused) in counts.items():
-        print(f"{name}: {cases:,} cases, {refused:,} refused")
-    print(f"{failures:,} of {arguments.cases:,} cases failed")
+            rng = random.Random(seed)
+            name = rng.choice(list(TARGETS))
+            outcomes[name][seed] = run_case(TARGETS[name], rng, Path(folder))
+            report(f"{name}: --cases 1 --seed {seed}", outcomes[name][seed])
+        for seed in range(arguments.seed, arguments.seed + arguments.child):
+            outcomes["child"][seed] = run_case(fuzz_child, random.Random(seed), Path(folder))
+            report(f"child: --cases 0 --child 1 --seed {seed}", outcomes["child"][seed])
+    for name, cases in outcomes.items():
+        slowest = max(cases, key=lambda seed: cases[seed].seconds, default=None)
+        if slowest is not None:
+            refused = sum(case.refused for case in cases.values())
+            print(
+                f"{name}: {len(cases):,} cases, {refused:,} refused, the slowest in "
+                f"{cases[slowest].seconds:.3f} s (seed {slowest})"
+            )
+    everything = [case for cases in outcomes.values() for case in cases.values()]
+    failures = sum(case.problem is not None for case in everything)
+    print(f"{failures:,} of {len(everything):,} cases failed")
     return 1 if failures else 0
+
+
+def report(how: str, outcome: Outcome) -> None:
+    if outcome.problem:
+        print(f"{how}\n{outcome.problem}", file=sys.stderr)
 
 
 if __name__ == "__main__":

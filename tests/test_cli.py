@@ -111,6 +111,9 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["text2img", "x", "--vae", "nowhere.safetensors"], "nowhere.safetensors"),
         (["text2img", "x", "--clip-skip", "-1"], "'--clip-skip'"),
         (["inspect", "nowhere/at/all"], "nowhere/at/all"),
+        (["convert"], "Missing argument 'SOURCE'"),
+        (["convert", "nowhere/at/all.ckpt"], "nowhere/at/all.ckpt"),
+        (["convert", "a", "b", "--dtype", "int8"], "'bfloat16'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -252,6 +255,49 @@ def test_inspect(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     assert "DDIMScheduler" in printed
     assert "parameters: 1,487,723" in printed
+
+
+def test_help_of_convert_names_every_option(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["convert", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Usage: latentgen convert [OPTIONS] {SOURCE} [TARGET]" in text
+    assert not [part for part in ("latentgen convert model.ckpt", "--variant", "--force") if part not in text]
+    assert re.search(r"--dtype <?float32.float16.bfloat16", text)
+
+
+def test_dtypes_of_convert_are_those_of_the_library():
+    from latentgen.conversion import DTypeName
+
+    assert set(get_args(DTypeName)) == set(get_args(cli.DType)) - {"auto"}
+
+
+def test_convert_a_folder_for_the_next_run(
+    tiny: list[str], tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    target = tmp_path / "half"
+    assert cli.main(["convert", str(tiny_checkpoint), str(target), "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == (f"{target}\n", "")
+    assert cli.main(["text2img", "a cat", *tiny, "--model", str(target), "-o", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").exists()
+
+
+def test_the_advice_to_convert_is_true(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    import torch
+    from safetensors.torch import load_file
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"w": torch.ones(3)}, "epoch": 1}, "v1-5 \x1b.ckpt")
+    assert cli.main(["inspect", "v1-5 \x1b.ckpt"]) == 2
+    assert "latentgen convert v1-5" in capsys.readouterr().err
+    assert cli.main(["convert", "v1-5 \x1b.ckpt"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "v1-5 \\x1b.safetensors\n"
+    assert printed.err == "left out: 'epoch'\n"
+    assert torch.equal(load_file("v1-5 \x1b.safetensors")["w"], torch.ones(3))
+    assert cli.main(["convert", "v1-5 \x1b.ckpt"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.main(["inspect", "v1-5 \x1b.safetensors"]) == 0
 
 
 def test_warnings_are_told_in_one_line():

@@ -10,7 +10,7 @@ import pytest
 
 from latentgen import files
 from latentgen.errors import CheckpointCorruptError, CheckpointNotFoundError, OutputError, UnsafePathError
-from latentgen.files import atomic_write, quote, read_json, safe_join, write_json
+from latentgen.files import atomic_folder, atomic_write, quote, read_json, safe_join, write_json
 
 
 def test_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -43,6 +43,33 @@ def test_interrupted_write_keeps_the_old_file(tmp_path: Path, failure: BaseExcep
         write_half()
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["result.bin"]
+
+
+def test_atomic_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder"
+    with atomic_folder(target) as folder:
+        (folder / "file").write_bytes(b"x")
+        assert not target.exists()
+    assert os.listdir(target.parent) == ["folder"]
+    assert os.listdir(target) == ["file"]
+    with pytest.raises(OutputError, match="exists"), atomic_folder(target):
+        pytest.fail("a folder with files is not replaced")
+    (target / "file").unlink()
+    with atomic_folder(target) as folder:  # an empty folder is
+        (folder / "other").write_bytes(b"x")
+    assert os.listdir(target) == ["other"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("bug"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_interrupted_folder_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
+    def write_half() -> None:
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "file").write_bytes(b"half")
+            raise failure
+
+    with pytest.raises(OutputError if isinstance(failure, OSError) else type(failure)):
+        write_half()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
