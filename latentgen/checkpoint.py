@@ -40,6 +40,8 @@ _CLASSES: Mapping[str, tuple[str, ...]] = {
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 SCHEDULERS = ("scheduler", "low_res_scheduler")
+# Each text encoder's tokenizer.
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)

@@ -263,7 +263,7 @@ def convert(
         Path | None,
         typer.Argument(
             metavar="TARGET",
-            help="What to write: a .safetensors file, or for a folder a new folder. "
+            help="What to write: a .safetensors file, or a new folder in the diffusers layout. "
             "[default: for a pickle, its name with .safetensors beside it]",
             show_default=False,
         ),
@@ -279,12 +279,18 @@ def convert(
             help="For a folder: becomes part of the weights' names, as in model.fp16.safetensors.",
         ),
     ] = None,
+    prediction_type: Annotated[
+        PredictionTypeName | None,
+        typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not say so itself."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file at TARGET.")] = False,
 ) -> None:
-    """Convert a checkpoint: a pickle to .safetensors, or one precision to another.
+    """Convert a checkpoint: a pickle to .safetensors, one layout to the other, or one precision to another.
 
     \b
     latentgen convert model.ckpt
+    latentgen convert model.safetensors path/to/new/folder
+    latentgen convert path/to/checkpoint model.safetensors --dtype float16
     latentgen convert model.safetensors half.safetensors --dtype float16
     latentgen convert path/to/checkpoint path/to/half --dtype float16 --variant fp16
 
@@ -294,7 +300,13 @@ def convert(
     from latentgen.conversion import convert as write
 
     result = write(
-        source, target, dtype=dtype, variant=variant, overwrite=force, progress=sys.stderr.isatty()
+        source,
+        target,
+        dtype=dtype,
+        variant=variant,
+        prediction_type=prediction_type,
+        overwrite=force,
+        progress=sys.stderr.isatty(),
     )
     if result.left_out:
         print(f"left out: {_one_line(', '.join(result.left_out))}", file=sys.stderr)

@@ -28,7 +28,9 @@ from latentgen.errors import (
 )
 from latentgen.files import atomic_write, quote, wrong_content
 from latentgen.headers import is_pickle, read_header
+from latentgen.identify import StatedPrediction
 from latentgen.precision import component_files, convert_file, convert_folder
+from latentgen.single_file import SingleFile
 from latentgen.weights import variant_infix
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
@@ -65,13 +67,15 @@ def convert(
     *,
     dtype: DTypeName | None = None,
     variant: str | None = None,
+    prediction_type: StatedPrediction | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Conversion:
     """Convert a checkpoint to what ``target`` and ``dtype`` ask for; what ``source`` is decides how.
 
-    A pickle becomes a safetensors file; a safetensors file, or a folder in the diffusers layout, the same in
-    another precision. ``target`` may be left out for a pickle: see :func:`pickle_target`.
+    A pickle becomes a safetensors file; a single file a folder in the diffusers layout, and a folder a single file; a
+    safetensors file, or a folder, the same in another precision. ``target`` may be left out for a pickle: see
+    :func:`pickle_target`.
 
     Raises:
         InputError: nothing to convert, or a conversion that there is not.
@@ -85,9 +89,20 @@ def convert(
             raise InputError(f"variant {quote(variant)} is for folders; {quote(source)} is a file")
         target = pickle_target(source) if target is None else target
         return convert_pickle(source, target, dtype=dtype, overwrite=overwrite, progress=progress)
+    if target is not None and _changes_layout(source, target := as_path(target)):
+        return convert_layout(
+            source,
+            target,
+            dtype=dtype,
+            variant=variant,
+            prediction_type=prediction_type,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if target is None or dtype is None:
         raise InputError(
-            f"{quote(source)} is no pickle: name a target and a dtype (--dtype float16) to change its precision"
+            f"{quote(source)} is no pickle: name a target and a dtype (--dtype float16) to change its precision, or a "
+            "folder for a file, a .safetensors file for a folder"
         )
     return convert_precision(
         source, target, dtype=dtype, variant=variant, overwrite=overwrite, progress=progress
@@ -165,7 +180,8 @@ def convert_precision(
     source, target = as_path(source), as_path(target)
     _check_dtype(dtype)
     variant_infix(variant)
-    _check_kinds(source, target, variant)
+    if variant is not None and not source.is_dir():
+        raise InputError(f"variant {quote(variant)} is for folders; {quote(source)} is a file")
     if not source.is_dir():
         header = read_header(source)
         _check_target(source, target, overwrite)
@@ -174,10 +190,56 @@ def convert_precision(
         return Conversion(target, len(tensors), ())
     folder = CheckpointFolder.open(source)
     _check_separate(source, target)
-    headers = [read_header(file) for part in folder.components for file in component_files(folder, part)]
-    with _bar(sum(info.nbytes for header in headers for info in header.values()), progress) as bar:
+    with _bar(_bytes_of(folder), progress) as bar:
         tensors, left_out = convert_folder(folder, target, _DTYPES[dtype], variant, bar.update)
     return Conversion(target, len(tensors), tuple(left_out))
+
+
+def convert_layout(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: DTypeName | None = None,
+    variant: str | None = None,
+    prediction_type: StatedPrediction | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Conversion:
+    """Write a single file as a folder in the diffusers layout, or a folder as a single file.
+
+    Args:
+        dtype: what floating-point tensors become; None keeps each one's own.
+        variant: for folders, becomes part of the names of the weights ("fp16": ``model.fp16.safetensors``).
+        prediction_type: of a single file of SD 2.x that does not say what its UNet predicts.
+
+    Raises:
+        CheckpointError, ConfigError: what is wrong with the source, in a subclass.
+        InputError: an argument that is not allowed, or a file that is no whole checkpoint.
+        OutputError: the target exists or cannot be written; what stood there is intact.
+    """
+    from latentgen.layouts import write_folder, write_single_file
+
+    source, target = as_path(source), as_path(target)
+    _check_dtype(dtype)
+    variant_infix(variant)
+    chosen = None if dtype is None else _DTYPES[dtype]
+    if source.is_dir():
+        if variant is not None:
+            raise InputError(f"variant {quote(variant)} is for folders; {quote(target)} is a file")
+        folder = CheckpointFolder.open(source)
+        _check_target(source, target, overwrite)
+        with _bar(_bytes_of(folder), progress) as bar:
+            written = write_single_file(folder, target, chosen, bar.update)
+    else:
+        file = SingleFile.open(source, prediction_type=prediction_type)
+        with _bar(source.stat().st_size, progress) as bar:
+            written = write_folder(file, target, chosen, variant, bar.update)
+    return Conversion(target, written.tensors, written.left_out)
+
+
+def _bytes_of(folder: CheckpointFolder) -> int:
+    files = (file for component in folder.components for file in component_files(folder, component))
+    return sum(info.nbytes for file in files for info in read_header(file).values())
 
 
 def pickle_target(source: Path) -> Path:
@@ -193,21 +255,9 @@ def _check_dtype(dtype: object) -> None:
         raise InputError(f"dtype is {quote(dtype)}; allowed are {', '.join(get_args(DTypeName))}")
 
 
-def _check_kinds(source: Path, target: Path, variant: str | None) -> None:
-    """Refuse what is neither file to file nor folder to folder."""
-    into_file = target.suffix == ".safetensors"
-    if source.is_dir() and into_file:
-        raise InputError(
-            f"a folder into the single file {quote(target)} is not possible yet; possible is a folder into a "
-            "folder of another precision"
-        )
-    if source.is_file() and not into_file:
-        raise InputError(
-            f"a single file into the folder {quote(target)} is not possible yet; possible is a file into a "
-            ".safetensors file of another precision"
-        )
-    if source.is_file() and variant is not None:
-        raise InputError(f"variant {quote(variant)} is for folders; {quote(source)} is a file")
+def _changes_layout(source: Path, target: Path) -> bool:
+    """Whether a folder is to become a single file, or a file a folder."""
+    return source.is_dir() == (target.suffix == ".safetensors")
 
 
 def _check_pickle(source: Path) -> None:

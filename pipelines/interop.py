@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from latentgen.checkpoint import TOKENIZERS
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointMismatchError, InputError
 from latentgen.memory import MemoryPolicy
@@ -18,7 +19,7 @@ from latentgen.models.packing import can_pack, pack_convolutions
 from latentgen.models.text import CLIPText, CLIPTextConfig, ContextLayer, TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines import loading
 from latentgen.pipelines.adapting import refuse_attached
 from latentgen.pipelines.text_to_image import TextToImagePipeline
@@ -65,8 +66,8 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
         vae_config = VAEConfig.from_json(_fields(parts["vae"]))
         decoder, encoder = VAEDecoder(vae_config), VAEEncoder(vae_config)
     _share(unet, parts["unet"])
-    _share(decoder, parts["vae"], prefixes=loading.DECODER_KEYS)
-    _share(encoder, parts["vae"], prefixes=loading.ENCODER_KEYS)
+    _share(decoder, parts["vae"], prefixes=DECODER_KEYS)
+    _share(encoder, parts["vae"], prefixes=ENCODER_KEYS)
     if memory.pack_weights and device.type == "cpu" and can_pack(unet.conv_in.weight.dtype):
         pack_convolutions(unet)
         pack_convolutions(decoder)
@@ -105,7 +106,7 @@ def to_diffusers(pipeline: TextToImagePipeline) -> DiffusersTextToImage:
         "vae": vae,
         "scheduler": _scheduler(pipeline.scheduler.to_config()),
         **{name: tower.model for name, tower in towers.items()},
-        **{loading.TOWERS[name]: tower.tokenizer for name, tower in towers.items()},
+        **{TOKENIZERS[name]: tower.tokenizer for name, tower in towers.items()},
     }
     if pipeline.unet.config.addition_embed_type is None:
         return diffusers.StableDiffusionPipeline(
@@ -149,7 +150,7 @@ def _share(stage: nn.Module, *sources: nn.Module, prefixes: tuple[str, ...] = ("
 def _text_encoder(parts: Mapping[str, Any], layer: ContextLayer) -> TextEncoder:
     """The text encoders of a diffusers pipeline, which are modules of transformers on either side."""
     towers = []
-    for name, tokenizer in loading.TOWERS.items():
+    for name, tokenizer in TOKENIZERS.items():
         if (model := parts.get(name)) is not None:
             fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
             towers.append(CLIPText(CLIPTextConfig.from_json(fields), model, parts[tokenizer], layer=layer))

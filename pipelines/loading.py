@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latentgen.checkpoint import Checkpoint, save_weights, write_json
+from latentgen.checkpoint import TOKENIZERS, Checkpoint, save_weights, write_json
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointNotFoundError, ConfigError
 from latentgen.files import quote
@@ -19,7 +19,7 @@ from latentgen.models.packing import can_pack, pack_convolutions
 from latentgen.models.text import CLIPText, CLIPTextConfig, TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 _SD = "StableDiffusionPipeline"
@@ -28,11 +28,8 @@ _SDXL = "StableDiffusionXLPipeline"
 _SDXL_REFINER = "StableDiffusionXLImg2ImgPipeline"
 SDXL_CLASSES = (_SDXL, _SDXL_REFINER)
 TEXT_TO_IMAGE_CLASSES = (_SD, *SDXL_CLASSES)
-DECODER_KEYS = ("decoder.", "post_quant_conv.")
-ENCODER_KEYS = ("encoder.", "quant_conv.")
 # Components that the pipelines here read, and those that they do without.
-TOWERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-USED = ("unet", "vae", "scheduler", *TOWERS, *TOWERS.values())
+USED = ("unet", "vae", "scheduler", *TOKENIZERS, *TOKENIZERS.values())
 _IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -103,7 +100,7 @@ def load_encoder(checkpoint: Checkpoint, placement: Placement) -> VAEEncoder:
 
 def load_text_encoder(checkpoint: Checkpoint, placement: Placement) -> TextEncoder:
     """The text encoder of a checkpoint, or SDXL's pair, with the tokenizers."""
-    names = [name for name in TOWERS if name in checkpoint.components]
+    names = [name for name in TOKENIZERS if name in checkpoint.components]
     if not names:
         there = ", ".join(checkpoint.components)
         raise CheckpointNotFoundError(
@@ -115,7 +112,7 @@ def load_text_encoder(checkpoint: Checkpoint, placement: Placement) -> TextEncod
 def _load_tower(checkpoint: Checkpoint, component: str, placement: Placement) -> CLIPText:
     tower = CLIPText.from_weights(
         CLIPTextConfig.from_json(checkpoint.config(component)),
-        checkpoint.tokenizer(TOWERS[component]),
+        checkpoint.tokenizer(TOKENIZERS[component]),
         checkpoint.weights(component, placement.variant),
         layer="penultimate" if _is_sdxl(checkpoint) else "last",
         dtype=placement.dtype,
@@ -139,7 +136,7 @@ def load_scheduler(checkpoint: Checkpoint) -> Scheduler:
 
 def weight_bytes(checkpoint: Checkpoint, placement: Placement) -> int:
     """A lower bound of the memory that the stages take: the weights of UNet and text encoders."""
-    names = ("unet", *(name for name in TOWERS if name in checkpoint.components))
+    names = ("unet", *(name for name in TOKENIZERS if name in checkpoint.components))
     tensors = (checkpoint.weights(name, placement.variant).tensors() for name in names)
     count = sum(math.prod(info.shape) for infos in tensors for info in infos.values())
     return count * placement.dtype.itemsize
@@ -192,7 +189,7 @@ def save_folder(
     write_json(folder / "vae" / "config.json", decoder.config.to_json())
     towers = named_towers(unet, text_encoder)
     for name, tower in towers.items():
-        tower.save(folder / name, folder / TOWERS[name], variant=variant)
+        tower.save(folder / name, folder / TOKENIZERS[name], variant=variant)
     config = scheduler.to_config()
     write_json(folder / "scheduler" / "scheduler_config.json", config)
     index = _model_index(unet, towers, force_zeros_for_empty_prompt)
@@ -202,9 +199,9 @@ def save_folder(
 def named_towers(unet: UNet, text_encoder: TextEncoder) -> dict[str, CLIPText]:
     """The component that each tower is: SDXL's refiner has the second one alone."""
     names = (
-        list(TOWERS)
+        list(TOKENIZERS)
         if len(text_encoder.towers) == 2 or not unet.config.addition_embed_type
-        else list(TOWERS)[1:]
+        else list(TOKENIZERS)[1:]
     )
     return dict(zip(names, text_encoder.towers, strict=False))
 
@@ -221,7 +218,7 @@ def _model_index(unet: UNet, towers: Mapping[str, CLIPText], force_zeros: bool) 
             "transformers",
             "CLIPTextModelWithProjection" if tower.config.projects else "CLIPTextModel",
         ]
-        index[TOWERS[name]] = ["transformers", "CLIPTokenizer"]
+        index[TOKENIZERS[name]] = ["transformers", "CLIPTokenizer"]
     if unet.config.addition_embed_type is None:
         return {**index, "requires_safety_checker": False, "safety_checker": [None, None]}
     index |= {"force_zeros_for_empty_prompt": force_zeros, "image_encoder": [None, None]}

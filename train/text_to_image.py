@@ -18,7 +18,7 @@ from latentgen.diffusion.prediction import add_noise, target
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, ResumeError
 from latentgen.files import quote
-from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer
+from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer, save_tokenizer
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEEncoder
@@ -137,7 +137,7 @@ class TextToImageObjective(Objective):
 
     def save_assets(self, folder: Path) -> None:
         """Write the tokenizer: the weights are worth nothing with another one."""
-        self._text.save_tokenizer(folder / _TOKENIZER)
+        save_tokenizer(self._text.tokenizer, folder / _TOKENIZER)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the whole pipeline in the layout of StableDiffusionPipeline, in float16 if the recipe says so."""

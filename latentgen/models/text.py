@@ -275,28 +275,19 @@ class CLIPText:
         context = context.unflatten(0, ids.shape[:2]).flatten(1, 2)
         return Conditioning(context, pooled.unflatten(0, ids.shape[:2])[:, 0])
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights by the names that files have, whatever those of this version of transformers are."""
+        return {_named(name, _FILE_PREFIX): tensor for name, tensor in self.model.state_dict().items()}
+
     def save(self, text_encoder_folder: Path, tokenizer_folder: Path, *, variant: str | None = None) -> None:
         """Write both folders of the diffusers layout, so that transformers of any version reads them.
 
         Raises:
             OutputError: a folder cannot be written.
         """
-        state = {_named(name, _FILE_PREFIX): tensor for name, tensor in self.model.state_dict().items()}
-        save_weights(state, text_encoder_folder, "model", variant=variant)
+        save_weights(self.state_dict(), text_encoder_folder, "model", variant=variant)
         write_json(text_encoder_folder / "config.json", self.config.to_json())
-        self.save_tokenizer(tokenizer_folder)
-
-    def save_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer alone.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
-        with tempfile.TemporaryDirectory() as scratch:
-            self.tokenizer.save_pretrained(scratch)
-            for made in sorted(Path(scratch).iterdir()):
-                with atomic_write(folder / made.name) as file:
-                    file.write(made.read_bytes())
+        save_tokenizer(self.tokenizer, tokenizer_folder)
 
 
 class CLIPTextPair:
@@ -373,6 +364,19 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     # The tokenizers library raises bare Exception for a malformed file.
     except Exception as error:
         raise CheckpointCorruptError(f"the tokenizer in {quote(folder)} cannot be read: {error}") from error
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write a tokenizer's files, each whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        for made in sorted(Path(scratch).iterdir()):
+            with atomic_write(folder / made.name) as file:
+                file.write(made.read_bytes())
 
 
 def _special_token(token_id: object, name: str) -> int:

@@ -21,6 +21,9 @@ from latentgen.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 
 Channels = Annotated[int, Field(ge=1, le=8192)]
 NORM_EPS = 1e-6
+# What the names of each half's weights begin with in a file of the whole.
+DECODER_KEYS = ("decoder.", "post_quant_conv.")
+ENCODER_KEYS = ("encoder.", "quant_conv.")
 # Over ten times the largest autoencoder in use (Stable Diffusion's, 8.4e7): more is a mistake or an attack.
 MAX_PARAMETERS = 10**9
 
