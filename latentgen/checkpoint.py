@@ -43,7 +43,7 @@ SCHEDULERS = ("scheduler", "low_res_scheduler")
 # Each text encoder's tokenizer.
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
-_WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors")
+_WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(\.[\w-]+?)?(-\d{5}-of-\d{5})?\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -241,7 +241,7 @@ class CheckpointFolder:
         if pickles:
             return UnsafeCheckpointError(
                 f"{quote(folder)} holds its weights only as a pickle ({quote(pickles[0])}), which can run "
-                "code when it is opened: convert it safely with `latentgen convert`"
+                f"code when it is opened: convert it safely with `latentgen convert {folder / pickles[0]}`"
             )
         return CheckpointNotFoundError(f"{quote(folder)} has no {wanted}: no .safetensors file is there")
 
