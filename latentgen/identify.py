@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, NamedTuple
 
 from latentgen.headers import TensorInfo
@@ -172,12 +172,11 @@ def _unet_traits(tensors: Mapping[str, TensorInfo], conv_in: str) -> UNetKind | 
     return UNetKind(next((shape[-1] for shape in contexts if shape), None), shape[1])
 
 
-def _wrapper(names: Iterable[str]) -> str:
-    first = next(iter(names), "")
+def _wrapper(names: Collection[str]) -> str:
     wrapper = ""
-    while len(wrapper) < 2 * len(_WRAPPER) and first.startswith(wrapper + _WRAPPER):
+    while len(wrapper) < 2 * len(_WRAPPER) and any(name.startswith(wrapper + _WRAPPER) for name in names):
         wrapper += _WRAPPER
-    return wrapper if all(name.startswith(wrapper) for name in names) else ""
+    return wrapper
 
 
 def _adapter(tensors: Mapping[str, TensorInfo]) -> Identity | None:

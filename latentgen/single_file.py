@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from latentgen.checkpoint import SCHEDULERS, Checkpoint, CheckpointFolder, as_path
 from latentgen.clip_tokenizer import clip_tokenizer
 from latentgen.errors import CheckpointMismatchError, CheckpointNotFoundError, InputError
-from latentgen.families import COMPONENT_CLASSES, FAMILIES
+from latentgen.families import COMPONENT_CLASSES, FAMILIES, WEIGHT_COMPONENTS
 from latentgen.files import quote
 from latentgen.headers import Header, read_header
 from latentgen.identify import StatedPrediction, has_zero_terminal_snr, identify, stated_prediction
@@ -73,35 +73,32 @@ class SingleFile:
         """
         path = as_path(path)
         header = read_header(path)
-        identity = identify(header)
-        if identity is None or identity.kind != "checkpoint":
-            what = identity.name if identity else "nothing that is known here"
-            raise InputError(
-                f"{quote(path)} is {what}; give a whole checkpoint in the original layout, which has keys like "
-                "model.diffusion_model.input_blocks.0.0.weight"
-            )
-        keys = {key.removeprefix(identity.wrapper) for key in header}
+        family, wrapper = _identified(path, header)
+        keys = {key.removeprefix(wrapper) for key in header}
         if config is None:
-            family = str(identity.family)
             configs = _published_configs(path, family, keys, header, prediction_type)
             index, tokenizers = _model_index(family, configs), FAMILIES[family].tokenizers
         else:
             family, folder = "custom", CheckpointFolder.open(as_path(config))
             configs = _folder_configs(folder, prediction_type)
             index, tokenizers = folder.model_index, dict.fromkeys(folder.components, folder)
-        key_maps = _in_this_file(original_key_maps(configs), keys)
+        key_maps = {name: _as_named(key_map, keys) for name, key_map in original_key_maps(configs).items()}
         known = {origin.key for key_map in key_maps.values() for origin in key_map.values()}
         _refuse_extra(path, [key for key in keys if key not in known and not is_unused(key, configs)])
-        weights: dict[str, Weights] = {}
-        for component, key_map in key_maps.items():
-            if component == "vae" and vae is not None:
-                weights[component] = vae_weights(vae, configs["vae"])
-            elif any(origin.key in keys for origin in key_map.values()):
-                chosen = _averages(path, key_map, keys) if ema and component == "unet" else key_map
-                weights[component] = Weights((path,), with_prefix(chosen, identity.wrapper))
-            elif rest is not None:
-                weights[component] = rest.weights(component)
-        _refuse_missing(path, family, [component for component in key_maps if component not in weights])
+        if ema:
+            key_maps["unet"] = _averages(path, key_maps["unet"], keys)
+        weights = {
+            component: Weights((path,), with_prefix(key_map, wrapper))
+            for component, key_map in key_maps.items()
+            if any(origin.key in keys for origin in key_map.values())
+        }
+        if vae is not None:
+            weights["vae"] = vae_weights(vae, configs["vae"])
+        missing = [component for component in key_maps if component not in weights]
+        if rest is None:
+            _refuse_missing(path, family, missing)
+        else:
+            weights |= {component: rest.weights(component) for component in missing}
         return cls(path, family, index, configs, weights, tokenizers)
 
     @property
@@ -223,6 +220,18 @@ def vae_weights(path: str | Path, config: Mapping[str, object]) -> Weights:
     return Weights((path,), key_map)
 
 
+def _identified(path: Path, header: Header) -> tuple[str, str]:
+    """The family of a single file, and what stands before its keys in vain."""
+    identity = identify(header)
+    if identity is None or identity.kind != "checkpoint" or identity.family is None:
+        what = identity.name if identity else "nothing that is known here"
+        raise InputError(
+            f"{quote(path)} is {what}; give a whole checkpoint in the original layout, which has keys like "
+            "model.diffusion_model.input_blocks.0.0.weight"
+        )
+    return identity.family, identity.wrapper
+
+
 def _published_configs(
     path: Path, family: str, keys: Collection[str], header: Header, prediction_type: StatedPrediction | None
 ) -> dict[str, dict[str, object]]:
@@ -246,9 +255,9 @@ def _folder_configs(
     folder: CheckpointFolder, prediction_type: StatedPrediction | None
 ) -> dict[str, dict[str, object]]:
     _check_prediction(prediction_type)
-    names = (*COMPONENT_CLASSES, *SCHEDULERS)
-    wanted = (name for name in names if name in folder.components and not name.startswith("tokenizer"))
-    configs = {name: folder.config(name) for name in wanted}
+    wanted = (*WEIGHT_COMPONENTS, *SCHEDULERS)
+    due = ("unet", "vae", *folder.components)
+    configs = {name: folder.config(name) for name in wanted if name in due}
     if prediction_type is not None and "scheduler" in configs:
         configs["scheduler"]["prediction_type"] = prediction_type
     return configs
@@ -269,16 +278,12 @@ def _model_index(family: str, configs: _Configs) -> dict[str, object]:
     return {"_class_name": known.pipeline_class, **known.index, **components, **tokenizers, **schedulers}
 
 
-def _in_this_file(key_maps: Mapping[str, KeyMap], keys: Collection[str]) -> dict[str, KeyMap]:
-    """The maps with the names that CLIP's tower had at first, if the file has them."""
-    result = dict(key_maps)
-    for component, key_map in key_maps.items():
-        oldest = {
-            name: origin._replace(key=origin.key.replace(_TOWER, "", 1)) for name, origin in key_map.items()
-        }
-        if component.startswith("text_encoder") and any(origin.key in keys for origin in oldest.values()):
-            result[component] = oldest
-    return result
+def _as_named(key_map: KeyMap, keys: Collection[str]) -> KeyMap:
+    """The map with the names that CLIP's tower had at first, if the file has them."""
+    oldest = {
+        name: origin._replace(key=origin.key.replace(_TOWER, "", 1)) for name, origin in key_map.items()
+    }
+    return oldest if any(origin.key in keys for origin in oldest.values()) else key_map
 
 
 def _averages(path: Path, key_map: KeyMap, keys: Collection[str]) -> KeyMap:

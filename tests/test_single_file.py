@@ -187,7 +187,7 @@ def test_wrapped_keys(
     tmp_path: Path, tiny_checkpoint: Path, tensors: dict[str, Tensor], states: dict, wrapper: str
 ) -> None:
     path = tmp_path / "wrapped.safetensors"
-    save_file({wrapper + key: tensor for key, tensor in tensors.items()}, path)
+    save_file({"global_step": torch.ones(1)} | {wrapper + key: t for key, t in tensors.items()}, path)
     file = SingleFile.open(path, config=tiny_checkpoint)
     assert_loaded(load_unet(file), states["unet"])
     assert_loaded(load_decoder(vae_weights(path, file.config("vae")), file.config("vae")), states["vae"])
