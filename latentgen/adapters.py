@@ -163,7 +163,8 @@ def _merged(place: _Place, weight: float) -> Tensor:
 
 def _branch(place: _Place, name: str, weight: float) -> LowRankBranch:
     base = place.layer.weight
-    down, up = place.down.to(base.dtype), place.up.to(base.dtype)
+    # Copies: in a file, tensors begin at any byte, and kernels round otherwise for some of these addresses.
+    down, up = (factor.to(base.device, base.dtype, copy=True) for factor in (place.down, place.up))
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
         raise AdapterError(
             f"adapter {quote(name)} has values at {quote(place.path)} that are too large for {base.dtype}; load "
@@ -171,7 +172,7 @@ def _branch(place: _Place, name: str, weight: float) -> LowRankBranch:
         )
     if down.ndim == 4:
         down = down.contiguous(memory_format=torch.channels_last)
-    return LowRankBranch(name, down.to(base.device), up.to(base.device), scale=place.scale, weight=weight)
+    return LowRankBranch(name, down, up, scale=place.scale, weight=weight)
 
 
 def _places(components: Components, lora: LoRA) -> list[_Place]:
