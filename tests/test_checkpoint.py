@@ -94,6 +94,12 @@ def test_own_shards_load_in_diffusers(tmp_path: Path, variant: str | None) -> No
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
+def test_shards_of_a_variant_are_no_variant(folder: Path) -> None:
+    for index in (1, 2):
+        (folder / "unet" / f"diffusion_pytorch_model.fp16-{index:05d}-of-00002.safetensors").touch()
+    assert CheckpointFolder.open(folder).variants("unet") == [None, "fp16"]
+
+
 def test_variants(folder: Path) -> None:
     opened = CheckpointFolder.open(folder)
     assert opened.variants("unet") == [None]
