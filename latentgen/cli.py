@@ -192,7 +192,7 @@ def text2img(
             "--prediction-type is for a --model that is a single file; folders say what their UNet predicts"
         )
     for file, weight in adapters:
-        pipeline = pipeline.with_lora(file, weight)
+        pipeline = pipeline.with_lora(file, weight, name=str(file))  # files are often called the same
     for file in embedding or ():
         pipeline = pipeline.with_embedding(file)
     result = pipeline(
