@@ -3,6 +3,9 @@
 Needs diffusers (`pip install "latentgen[train]"`), which nothing else at inference does.
 """
 
+# diffusers exports its names lazily, which checkers cannot follow.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -96,8 +99,8 @@ def to_diffusers(pipeline: TextToImagePipeline) -> DiffusersTextToImage:
 
     refuse_attached(pipeline)
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config.to_json())
-        vae = diffusers.AutoencoderKL.from_config(pipeline.decoder.config.to_json())
+        unet: Any = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config.to_json())
+        vae: Any = diffusers.AutoencoderKL.from_config(pipeline.decoder.config.to_json())
     _share(unet, pipeline.unet)
     _share(vae, pipeline.encoder().to(pipeline.device), pipeline.decoder)
     towers = loading.named_towers(pipeline.unet, pipeline.text_encoder)
@@ -109,22 +112,13 @@ def to_diffusers(pipeline: TextToImagePipeline) -> DiffusersTextToImage:
         **{TOKENIZERS[name]: tower.tokenizer for name, tower in towers.items()},
     }
     if pipeline.unet.config.addition_embed_type is None:
-        return diffusers.StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    zeros = pipeline.force_zeros_for_empty_prompt
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return diffusers.StableDiffusionPipeline(**parts)
+    parts |= {"force_zeros_for_empty_prompt": pipeline.force_zeros_for_empty_prompt, "add_watermarker": False}
     if len(towers) == 2:
-        return diffusers.StableDiffusionXLPipeline(
-            **parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False
-        )
-    return diffusers.StableDiffusionXLImg2ImgPipeline(
-        **parts,
-        text_encoder=None,
-        tokenizer=None,
-        force_zeros_for_empty_prompt=zeros,
-        requires_aesthetics_score=True,
-        add_watermarker=False,
-    )
+        return diffusers.StableDiffusionXLPipeline(**parts)
+    parts |= {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
+    return diffusers.StableDiffusionXLImg2ImgPipeline(**parts)
 
 
 def _fields(component: Any) -> dict[str, Any]:

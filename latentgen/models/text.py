@@ -69,11 +69,20 @@ class TextEncoder(Protocol):
         pooled_width: channels P of the pooled state.
     """
 
-    towers: tuple[CLIPText, ...]
-    module: nn.Module
-    window: int
-    context_width: int
-    pooled_width: int
+    @property
+    def towers(self) -> tuple[CLIPText, ...]: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def context_width(self) -> int: ...
+
+    @property
+    def pooled_width(self) -> int: ...
 
     def encode(self, prompts: Sequence[str], *, clip_skip: int = 0) -> Conditioning:
         """Encode B prompts; all rows get the same number of tokens S.
