@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from latentgen.families import read_config
 from latentgen.models import unet_config, vae
+from latentgen.models.config import StageConfig
 from latentgen.models.text import CLIPTextConfig
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
@@ -203,3 +205,23 @@ def test_autoencoders(fields: dict[str, Any], count: int) -> None:
 )
 def test_text_encoders(fields: dict[str, Any], count: int) -> None:
     assert CLIPTextConfig.from_json(fields).parameters == count
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "fields"),
+    [
+        ("sd15/unet", UNetConfig, _SD14),
+        ("sd21/unet", UNetConfig, _SD21),
+        ("sdxl/unet", UNetConfig, _SDXL),
+        ("sdxl-refiner/unet", UNetConfig, _REFINER),
+        ("sd15/vae", VAEConfig, _VAE),
+        ("sdxl/vae", VAEConfig, _VAE_SDXL),
+        ("x4-upscaler/vae", VAEConfig, _VAE_X4),
+        ("sdxl/text_encoder", CLIPTextConfig, _CLIP_L | {"projection_dim": 768}),
+        ("sd21/text_encoder", CLIPTextConfig, _OPENCLIP_H),
+    ],
+)
+def test_bundled_configurations_are_the_published_ones(
+    folder: str, kind: type[StageConfig], fields: dict[str, Any]
+) -> None:
+    assert kind.from_json(read_config(f"{folder}/config.json")) == kind.from_json(fields)
