@@ -210,9 +210,10 @@ def _embedding(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     names = [name for name in tensors if name.startswith("string_to_param.")]
     names = names or (list(tensors) if len(tensors) == 1 else [])
     shape = _shape(tensors, names[0]) if len(names) == 1 else ()
-    if 1 <= len(shape) <= 2 and shape[-1] in _FAMILIES:
+    width = shape[-1] if 1 <= len(shape) <= 2 else None
+    if width in _FAMILIES:
         vectors = shape[0] if len(shape) == 2 else 1
-        family = "SDXL" if shape[-1] == 1280 else _FAMILIES[shape[-1]]
+        family = "SDXL" if width == 1280 else _FAMILIES[width]
         return Identity(
             "embedding", f"a textual-inversion embedding for {family}, {vectors} vectors per token"
         )

@@ -265,8 +265,8 @@ def test_damaged_files_are_refused(
 
 
 def test_what_is_no_lora_is_named(tmp_path: Path):
-    with pytest.raises(AdapterError, match="probably a single file in the original layout"):
-        read_lora(_save(tmp_path, {"first_stage_model.decoder.conv_in.weight": torch.ones(1)}))
+    with pytest.raises(AdapterError, match="probably a VAE with 4 latent channels"):
+        read_lora(_save(tmp_path, {"decoder.conv_in.weight": torch.ones(8, 4, 3, 3)}))
     with pytest.raises(AdapterError, match="holds no tensors"):
         read_lora(_save(tmp_path, {}))
     with pytest.raises(CheckpointNotFoundError, match="holds no LoRA; looked for pytorch_lora_weights"):
