@@ -209,14 +209,11 @@ def _embedding(tensors: Mapping[str, TensorInfo]) -> Identity | None:
         return Identity("embedding", "a textual-inversion embedding for SDXL base")
     names = [name for name in tensors if name.startswith("string_to_param.")]
     names = names or (list(tensors) if len(tensors) == 1 else [])
-    shape = _shape(tensors, names[0]) if len(names) == 1 else ()
-    width = shape[-1] if 1 <= len(shape) <= 2 else None
-    if width in _FAMILIES:
-        vectors = shape[0] if len(shape) == 2 else 1
+    *vectors, width = _shape(tensors, names[0]) if len(names) == 1 else (0,)
+    if len(vectors) <= 1 and width in _FAMILIES:
+        count = vectors[0] if vectors else 1
         family = "SDXL" if width == 1280 else _FAMILIES[width]
-        return Identity(
-            "embedding", f"a textual-inversion embedding for {family}, {vectors} vectors per token"
-        )
+        return Identity("embedding", f"a textual-inversion embedding for {family}, {count} vectors per token")
     return None
 
 
@@ -253,9 +250,11 @@ def _vae(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     for prefix in _VAE_PREFIXES:
         decoder = _shape(tensors, f"{prefix}decoder.conv_in.weight")
         if len(decoder) == 4:
-            layouts = (layout for layout, sign in _VAE_SIGNS.items() if prefix + sign in tensors)
+            layouts: list[Layout] = [
+                layout for layout, sign in _VAE_SIGNS.items() if prefix + sign in tensors
+            ]
             name = f"a VAE with {decoder[1]} latent channels"
-            return Identity("vae", name, layout=next(layouts, None), prefix=prefix)
+            return Identity("vae", name, layout=layouts[0] if layouts else None, prefix=prefix)
     return None
 
 
