@@ -209,7 +209,7 @@ def _embedding(tensors: Mapping[str, TensorInfo]) -> Identity | None:
         return Identity("embedding", "a textual-inversion embedding for SDXL base")
     names = [name for name in tensors if name.startswith("string_to_param.")]
     names = names or (list(tensors) if len(tensors) == 1 else [])
-    *vectors, width = _shape(tensors, names[0]) if len(names) == 1 else (0,)
+    *vectors, width = (_shape(tensors, names[0]) if len(names) == 1 else ()) or (0,)
     if len(vectors) <= 1 and width in _FAMILIES:
         count = vectors[0] if vectors else 1
         family = "SDXL" if width == 1280 else _FAMILIES[width]
