@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from latentgen.checkpoint import CheckpointFolder, resolve
+from latentgen.checkpoints.folder import CheckpointFolder, resolve
 from latentgen.image import to_pil
 from latentgen.pipelines.loading import Placement, load_decoder, load_encoder
 from latentgen.train.data import to_tensor

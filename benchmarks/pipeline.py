@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 
 from benchmarks.timing import Work, interleaved, report
 from latentgen import TextToImagePipeline
-from latentgen.checkpoint import resolve
+from latentgen.checkpoints.folder import resolve
 from latentgen.pipelines.text_to_image import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 
 SEED = 7

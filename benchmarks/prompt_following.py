@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentgen import TextToImagePipeline
-from latentgen.checkpoint import resolve
+from latentgen.checkpoints.folder import resolve
 from latentgen.train.data import to_tensor
 from latentgen.train.emoji import EmojiSet, GlyphPlacement
 

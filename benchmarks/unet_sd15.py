@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig as PeerTextConfig
 from transformers import CLIPTextModel
 
 from benchmarks.timing import Work, interleaved, report
+from latentgen.checkpoints.weights import Weights
 from latentgen.files import read_json
 from latentgen.models.packing import can_pack, pack_convolutions
 from latentgen.models.text import CLIPText, CLIPTextConfig
@@ -31,7 +32,6 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines.text_to_image import DEFAULT_STEPS
 from latentgen.train.tokenizer import train_tokenizer
-from latentgen.weights import Weights
 
 PROMPTS = ("slice of pizza", "a photograph of an astronaut riding a horse")
 

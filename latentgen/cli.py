@@ -244,7 +244,7 @@ def inspect(
     \b
     latentgen inspect path/to/checkpoint
     """
-    from latentgen.inspection import inspect as look
+    from latentgen.checkpoints.inspection import inspect as look
 
     for line in look(path).lines():
         print(line)
@@ -297,7 +297,7 @@ def convert(
     A pickle is read without running what it may hold, in a process of its own with little memory and time.
     Prints the name of what it wrote; what of SOURCE that does not hold is told on stderr.
     """
-    from latentgen.conversion import convert as write
+    from latentgen.checkpoints.conversion import convert as write
 
     result = write(
         source,

@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 from torch import nn
 
-from latentgen import adapters
+from latentgen.adapters import lora as loras
+from latentgen.adapters.lora_files import read_lora
+from latentgen.adapters.textual_inversion import read_embedding
+from latentgen.adapters.textual_inversion import with_embedding as with_vectors
 from latentgen.errors import InputError
 from latentgen.files import quote
-from latentgen.lora_files import read_lora
 from latentgen.models.lora import shared_copy
 from latentgen.models.text import TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.pipelines.denoising import Stages
 from latentgen.pipelines.loading import named_towers
-from latentgen.textual_inversion import read_embedding
-from latentgen.textual_inversion import with_embedding as with_vectors
 
 
 class AdaptedStages(NamedTuple):
@@ -30,26 +30,26 @@ class AdaptedStages(NamedTuple):
 def with_lora(
     stages: Stages, source: str | Path, weight: float, *, name: str | None, merged: bool
 ) -> AdaptedStages:
-    """Copies with a LoRA attached, or added to new weights; see :mod:`latentgen.adapters` for the errors."""
+    """Copies with a LoRA attached, or added to new weights; see :mod:`latentgen.adapters.lora` for the errors."""
     lora, copies = read_lora(source), _copies(stages)
     if merged:
-        adapters.merge(_components(copies), lora, weight)
+        loras.merge(_components(copies), lora, weight)
     else:
-        adapters.attach(_components(copies), lora, weight, name=name)
+        loras.attach(_components(copies), lora, weight, name=name)
     return copies
 
 
 def with_lora_weight(stages: Stages, name: str, weight: float) -> AdaptedStages:
     """Copies in which an attached LoRA has another weight."""
     copies = _copies(stages)
-    adapters.set_weight(_components(copies), name, weight)
+    loras.set_weight(_components(copies), name, weight)
     return copies
 
 
 def without_lora(stages: Stages, name: str) -> AdaptedStages:
     """Copies without an attached LoRA."""
     copies = _copies(stages)
-    adapters.detach(_components(copies), name)
+    loras.detach(_components(copies), name)
     return copies
 
 
@@ -61,7 +61,7 @@ def with_embedding(stages: Stages, source: str | Path, *, token: str | None) -> 
 
 def attached_loras(stages: Stages) -> dict[str, float]:
     """The weight of each attached LoRA, by name."""
-    return adapters.attached(_components(AdaptedStages(stages.unet, stages.text_encoder)))
+    return loras.attached(_components(AdaptedStages(stages.unet, stages.text_encoder)))
 
 
 def refuse_attached(stages: Stages) -> None:

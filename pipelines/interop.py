@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from latentgen.checkpoint import TOKENIZERS
+from latentgen.checkpoints.folder import TOKENIZERS
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointMismatchError, InputError
 from latentgen.memory import MemoryPolicy

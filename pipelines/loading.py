@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latentgen.checkpoint import TOKENIZERS, Checkpoint, save_weights, write_json
+from latentgen.checkpoints.folder import TOKENIZERS, Checkpoint, save_weights, write_json
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointNotFoundError, ConfigError
 from latentgen.files import quote

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentgen.checkpoint import Checkpoint, CheckpointFolder, resolve
+from latentgen.checkpoints.folder import Checkpoint, CheckpointFolder, resolve
+from latentgen.checkpoints.identify import StatedPrediction
+from latentgen.checkpoints.single_file import SingleFile, with_vae
 from latentgen.diffusion.guidance import is_guided
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
-from latentgen.identify import StatedPrediction
 from latentgen.memory import MemoryPolicy, explained_out_of_memory
 from latentgen.models.text import TextEncoder
 from latentgen.models.unet import UNet
@@ -49,7 +50,6 @@ from latentgen.pipelines.conditioning import (
     time_ids,
 )
 from latentgen.pipelines.denoising import PipelineStep, Run, completed, denoise, part_of_run
-from latentgen.single_file import SingleFile, with_vae
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE_SCALE = 7.5

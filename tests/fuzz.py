@@ -26,17 +26,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from latentgen.checkpoint import CheckpointFolder
-from latentgen.conversion import convert_pickle
+from latentgen.checkpoints.conversion import convert_pickle
+from latentgen.checkpoints.folder import CheckpointFolder
+from latentgen.checkpoints.headers import read_header
+from latentgen.checkpoints.inspection import inspect
+from latentgen.checkpoints.single_file import SingleFile
+from latentgen.checkpoints.unpickle import read_pickle, write_state
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import LatentgenError
-from latentgen.headers import read_header
-from latentgen.inspection import inspect
 from latentgen.models.text import CLIPTextConfig
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
-from latentgen.single_file import SingleFile
-from latentgen.unpickle import read_pickle, write_state
 
 SECONDS = 2.0
 

@@ -20,6 +20,8 @@ SOURCES = {
     "pipelines": ROOT / "pipelines",
     "train": ROOT / "train",
 }
+# Packages inside of core that stand beside its modules.
+CORE_PACKAGES = ("adapters", "checkpoints")
 ALLOWED = {
     "models": {"core"},
     "diffusion": {"core"},
@@ -36,7 +38,8 @@ def _modules(part: str) -> list[Path]:
         return [ROOT / "latentgen" / "cli.py"]
     if part == "core":
         # The facade names every public class; its imports are lazy, which the test of its cost holds.
-        return [path for path in SOURCES[part].glob("*.py") if path.name not in ("__init__.py", "cli.py")]
+        files = [path for path in SOURCES[part].glob("*.py") if path.name not in ("__init__.py", "cli.py")]
+        return files + [path for name in CORE_PACKAGES for path in (SOURCES[part] / name).rglob("*.py")]
     return list(SOURCES[part].rglob("*.py"))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latentgen import TextToImagePipeline
-from latentgen.checkpoint import EMBEDDED_DEFAULT
+from latentgen.checkpoints.folder import EMBEDDED_DEFAULT
 
 PROMPTS = ("slice of pizza", "tiger face on a teal background", "rocket", "coffee")
 MAX_BYTES = 40_000_000

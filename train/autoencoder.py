@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from latentgen.checkpoint import CheckpointFolder
+from latentgen.checkpoints.folder import CheckpointFolder
+from latentgen.checkpoints.weights import load_weights, save_weights
 from latentgen.errors import ConfigError
 from latentgen.files import write_json
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
@@ -16,7 +17,6 @@ from latentgen.pipelines.loading import WEIGHTS_STEM
 from latentgen.train.config import AutoencoderTask
 from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng, to_tensor
 from latentgen.train.objective import Loss, Objective
-from latentgen.weights import load_weights, save_weights
 
 _CALIBRATION_IMAGES = 1024
 _CALIBRATION_BATCH = 32

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from latentgen.checkpoints.weights import save_weights
 from latentgen.errors import CheckpointError, OutputError, ResumeError
 from latentgen.files import quote, read_json, write_json
-from latentgen.weights import save_weights
 
 MANIFEST = "manifest.json"
 _STATE = "state.json"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from latentgen.checkpoint import CheckpointFolder
+from latentgen.checkpoints.folder import CheckpointFolder
+from latentgen.checkpoints.weights import load_weights
 from latentgen.diffusion.prediction import add_noise, target
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, ResumeError
@@ -27,7 +28,6 @@ from latentgen.train.config import TextToImageTask
 from latentgen.train.data import BatchPlan, CaptionedImages, Captions, sample_rng, to_tensor
 from latentgen.train.objective import Loss, Objective
 from latentgen.train.tokenizer import train_tokenizer
-from latentgen.weights import load_weights
 
 ENCODING_BATCH = 32
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.

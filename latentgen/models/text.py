@@ -14,6 +14,7 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from latentgen.checkpoints.weights import Weights, save_weights
 from latentgen.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -23,7 +24,6 @@ from latentgen.errors import (
 from latentgen.files import atomic_write, quote, write_json
 from latentgen.models.config import StageConfig
 from latentgen.prompts import check_prompts, chunk_tokens, expand_tokens, token_expansions
-from latentgen.weights import Weights, save_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from latentgen.families import read_config
+from latentgen.checkpoints.families import read_config
 from latentgen.models import unet_config, vae
 from latentgen.models.config import StageConfig
 from latentgen.models.text import CLIPTextConfig

@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from latentgen.checkpoints.weights import Weights
 from latentgen.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -18,7 +19,6 @@ from latentgen.errors import (
     InputError,
 )
 from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer
-from latentgen.weights import Weights
 
 PROMPTS = ["a cat and a red dog", "", "TIGER  tiger\n🐯 日本"]
 

@@ -15,11 +15,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from latentgen import TextToImagePipeline, to_diffusers
+from latentgen.checkpoints.single_file import SingleFile
 from latentgen.errors import AdapterError, InputError
-from latentgen.single_file import SingleFile
+from tests.checkpoints.single_files import to_original_file
 from tests.conftest import build_pipeline
 from tests.pipelines.sdxl import build_base, build_refiner
-from tests.single_files import to_original_file
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.2")
 

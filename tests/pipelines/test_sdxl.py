@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentgen.checkpoint import CheckpointFolder
+from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import ConfigError, InputError
 from latentgen.pipelines.conditioning import SizeConditioning
 from latentgen.pipelines.text_to_image import TextToImagePipeline

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentgen.checkpoint import CheckpointFolder
+from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import (
     CheckpointMismatchError,

@@ -1,0 +1,346 @@
+"""Conversions of checkpoints: pickles to safetensors in a limited child process, and one precision to another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, get_args
+
+import torch
+from tqdm import tqdm
+
+from latentgen.checkpoints.folder import CheckpointFolder, as_path
+from latentgen.checkpoints.headers import is_pickle, read_header
+from latentgen.checkpoints.identify import StatedPrediction
+from latentgen.checkpoints.precision import component_files, convert_file, convert_folder
+from latentgen.checkpoints.single_file import SingleFile
+from latentgen.checkpoints.weights import variant_infix
+from latentgen.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointValueError,
+    InputError,
+    OutputError,
+    UnsafeCheckpointError,
+)
+from latentgen.files import atomic_write, quote, wrong_content
+
+DTypeName = Literal["float32", "float16", "bfloat16"]
+# Processor time of the child: for torch's import, and for each part of the file. On a busy machine the wall
+# clock runs faster than that.
+START_SECONDS = 120
+BYTES_PER_SECOND = 5_000_000
+WALL_CLOCK = 5
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# The child sees the modules that this process sees, and of its environment what finding libraries takes.
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
+    "from latentgen.checkpoints.unpickle import main; main()"
+)
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+_CHILD_ERRORS = {
+    kind.__name__: kind
+    for kind in (UnsafeCheckpointError, CheckpointCorruptError, CheckpointValueError, OutputError)
+}
+_MAX_REPORT_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written: a file or a folder, its tensors, and what of the source it does not hold."""
+
+    path: Path
+    tensors: int
+    left_out: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    target: str | Path | None = None,
+    *,
+    dtype: DTypeName | None = None,
+    variant: str | None = None,
+    prediction_type: StatedPrediction | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Conversion:
+    """Convert a checkpoint to what ``target`` and ``dtype`` ask for; what ``source`` is decides how.
+
+    A pickle becomes a safetensors file; a single file a folder in the diffusers layout, and a folder a single file; a
+    safetensors file, or a folder, the same in another precision. ``target`` may be left out for a pickle: see
+    :func:`pickle_target`.
+
+    Raises:
+        InputError: nothing to convert, or a conversion that there is not.
+        CheckpointError, OutputError: as in :func:`convert_pickle` and :func:`convert_precision`.
+    """
+    source = as_path(source)
+    if not source.exists():
+        raise CheckpointNotFoundError(f"there is no file or folder {quote(source)}")
+    if source.is_file() and is_pickle(source):
+        if variant is not None:
+            raise InputError(f"variant {quote(variant)} is for folders; {quote(source)} is a file")
+        target = pickle_target(source) if target is None else target
+        return convert_pickle(source, target, dtype=dtype, overwrite=overwrite, progress=progress)
+    if target is not None and _changes_layout(source, target := as_path(target)):
+        return convert_layout(
+            source,
+            target,
+            dtype=dtype,
+            variant=variant,
+            prediction_type=prediction_type,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if target is None or dtype is None:
+        raise InputError(
+            f"{quote(source)} is no pickle: name a target and a dtype (--dtype float16) to change its precision, or a "
+            "folder for a file, a .safetensors file for a folder"
+        )
+    return convert_precision(
+        source, target, dtype=dtype, variant=variant, overwrite=overwrite, progress=progress
+    )
+
+
+def convert_pickle(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: DTypeName | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Conversion:
+    """Write the weights of a pickle (.ckpt, .pt, .pth, .bin) as a safetensors file.
+
+    A child process with torch's restricted unpickler reads the file, under limits of memory, time and open
+    files. It takes tensors by name, also inside ``state_dict``; numbers, texts and the state of training
+    beside them are left out, as are tensors without elements. A textual-inversion embedding becomes one
+    tensor with the name of its token.
+
+    Args:
+        dtype: what floating-point tensors become; None keeps each one's own.
+
+    Raises:
+        UnsafeCheckpointError: the file asks for something that weights do not need; it was not run.
+        CheckpointCorruptError: the file is damaged, holds no weights, or takes too much time or memory.
+        CheckpointValueError: a weight is NaN or infinite, or too large for ``dtype``.
+        CheckpointNotFoundError: there is no such file.
+        InputError: an argument that is not allowed.
+        OutputError: the target exists or cannot be written; what stood there is intact.
+    """
+    source, target = as_path(source), as_path(target)
+    _check_dtype(dtype)
+    _check_pickle(source)
+    _check_target(source, target, overwrite)
+    size = source.stat().st_size
+    seconds = START_SECONDS + size // BYTES_PER_SECOND
+    path = json.dumps([os.path.abspath(entry) for entry in sys.path])
+    command = [sys.executable, "-I", "-c", _START, path, str(source), dtype or "", str(seconds)]
+    with atomic_write(target) as file, tempfile.TemporaryFile() as errors:
+        with _bar(size, progress) as bar:
+            code = _run(command, file, errors, WALL_CLOCK * seconds, bar)
+        left_out = _judge(source, code, errors)
+        try:
+            header = read_header(file.name)
+        except CheckpointError as error:
+            raise CheckpointCorruptError(f"{quote(source)} makes no sound file: {error}") from error
+    return Conversion(target, len(header), left_out)
+
+
+def convert_precision(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: DTypeName,
+    variant: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Conversion:
+    """Write a safetensors file, or a folder in the diffusers layout, with floating-point tensors of ``dtype``.
+
+    Whole numbers and metadata stay as they are; of a folder, configurations and tokenizers are copied byte
+    for byte. Shards stay shards. Memory holds a piece of one tensor.
+
+    Args:
+        variant: for folders, becomes part of the names of the weights ("fp16": ``model.fp16.safetensors``).
+
+    Raises:
+        CheckpointError: one of its subclasses, if the source is missing, damaged or unsafe.
+        CheckpointValueError: a weight is NaN or infinite, or too large for ``dtype``.
+        InputError: an argument that is not allowed, or a conversion that there is not.
+        OutputError: the target exists or cannot be written; what stood there is intact.
+    """
+    source, target = as_path(source), as_path(target)
+    _check_dtype(dtype)
+    variant_infix(variant)
+    if variant is not None and not source.is_dir():
+        raise InputError(f"variant {quote(variant)} is for folders; {quote(source)} is a file")
+    if not source.is_dir():
+        header = read_header(source)
+        _check_target(source, target, overwrite)
+        with _bar(sum(info.nbytes for info in header.values()), progress) as bar:
+            tensors = convert_file(source, target, _DTYPES[dtype], bar.update)
+        return Conversion(target, len(tensors), ())
+    folder = CheckpointFolder.open(source)
+    _check_separate(source, target)
+    with _bar(_bytes_of(folder), progress) as bar:
+        tensors, left_out = convert_folder(folder, target, _DTYPES[dtype], variant, bar.update)
+    return Conversion(target, len(tensors), tuple(left_out))
+
+
+def convert_layout(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: DTypeName | None = None,
+    variant: str | None = None,
+    prediction_type: StatedPrediction | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Conversion:
+    """Write a single file as a folder in the diffusers layout, or a folder as a single file.
+
+    Args:
+        dtype: what floating-point tensors become; None keeps each one's own.
+        variant: for folders, becomes part of the names of the weights ("fp16": ``model.fp16.safetensors``).
+        prediction_type: of a single file of SD 2.x that does not say what its UNet predicts.
+
+    Raises:
+        CheckpointError, ConfigError: what is wrong with the source, in a subclass.
+        InputError: an argument that is not allowed, or a file that is no whole checkpoint.
+        OutputError: the target exists or cannot be written; what stood there is intact.
+    """
+    from latentgen.checkpoints.layouts import write_folder, write_single_file
+
+    source, target = as_path(source), as_path(target)
+    _check_dtype(dtype)
+    variant_infix(variant)
+    chosen = None if dtype is None else _DTYPES[dtype]
+    if source.is_dir():
+        if variant is not None:
+            raise InputError(f"variant {quote(variant)} is for folders; {quote(target)} is a file")
+        folder = CheckpointFolder.open(source)
+        _check_target(source, target, overwrite)
+        with _bar(_bytes_of(folder), progress) as bar:
+            written = write_single_file(folder, target, chosen, bar.update)
+    else:
+        file = SingleFile.open(source, prediction_type=prediction_type)
+        with _bar(source.stat().st_size, progress) as bar:
+            written = write_folder(file, target, chosen, variant, bar.update)
+    return Conversion(target, written.tensors, written.left_out)
+
+
+def _bytes_of(folder: CheckpointFolder) -> int:
+    files = (file for component in folder.components for file in component_files(folder, component))
+    return sum(info.nbytes for file in files for info in read_header(file).values())
+
+
+def pickle_target(source: Path) -> Path:
+    """Where a pickle's weights go by default: beside it, under the name that folders give to such a file."""
+    if source.suffix == ".safetensors":
+        return source.with_stem(f"{source.stem}-converted")
+    stem = source.stem.removeprefix("pytorch_") if source.stem.startswith("pytorch_model") else source.stem
+    return source.with_name(f"{stem}.safetensors")
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in _DTYPES):
+        raise InputError(f"dtype is {quote(dtype)}; allowed are {', '.join(get_args(DTypeName))}")
+
+
+def _changes_layout(source: Path, target: Path) -> bool:
+    """Whether a folder is to become a single file, or a file a folder."""
+    return source.is_dir() == (target.suffix == ".safetensors")
+
+
+def _check_pickle(source: Path) -> None:
+    if not source.is_file():
+        raise CheckpointNotFoundError(f"{quote(source)} is not a file that exists")
+    try:
+        with open(source, "rb") as file:
+            head = file.read(1024)
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{quote(source)} cannot be read: {error.strerror or error}") from error
+    if problem := wrong_content(head):
+        raise CheckpointCorruptError(f"{quote(source)} is {problem}, not a checkpoint; download it again")
+    if head[8:9] == b"{":
+        raise InputError(
+            f"{quote(source)} is a safetensors file with the name of a pickle: rename it to "
+            f"{quote(source.stem + '.safetensors')}"
+        )
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuse a target file that is the source, is there already, or has another format's name."""
+    if target.suffix != ".safetensors":
+        raise InputError(f"the target {quote(target)} has to end in .safetensors")
+    if target.exists():
+        if target.samefile(source):
+            raise InputError(f"{quote(target)} is the source itself; give another target")
+        if not overwrite:
+            raise OutputError(f"{quote(target)} exists; give another target, or overwrite it (--force)")
+
+
+def _check_separate(source: Path, target: Path) -> None:
+    old, new = source.resolve(), target.resolve()
+    if new.is_relative_to(old) or old.is_relative_to(new):
+        raise InputError(
+            f"the target {quote(target)} and the source {quote(source)} lie in one another; give another target"
+        )
+
+
+def _bar(total: int, progress: bool) -> tqdm:
+    """A bar that shows up after two seconds, if at all."""
+    return tqdm(
+        total=total, desc="converting", unit="B", unit_scale=True, delay=2, leave=False, disable=not progress
+    )
+
+
+def _run(command: Sequence[str], output: BinaryIO, errors: BinaryIO, seconds: float, bar: tqdm) -> int:
+    """Run the child to its end, or until its time is over; its exit code."""
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    deadline = time.monotonic() + seconds
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment
+    ) as child:
+        try:
+            while True:
+                try:
+                    return child.wait(timeout=0.1)
+                except subprocess.TimeoutExpired:
+                    bar.update(os.fstat(output.fileno()).st_size - bar.n)
+                if time.monotonic() > deadline:
+                    raise CheckpointCorruptError(
+                        f"reading {quote(command[5])} took longer than {seconds:,} s and was stopped; weights "
+                        "of its size need a fraction of that"
+                    )
+        finally:
+            child.kill()
+
+
+def _judge(source: Path, code: int, errors: BinaryIO) -> tuple[str, ...]:
+    """What the child left out, or the error that it met, from the last line that it wrote."""
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - _MAX_REPORT_BYTES))
+    lines = errors.read().decode("utf-8", "replace").splitlines()
+    last = lines[-1] if lines else "nothing was said"
+    try:
+        report = json.loads(last)
+    except (ValueError, RecursionError):
+        report = None
+    match report:
+        case {"dropped": list(dropped)} if code == 0:
+            return tuple(map(str, dropped))
+        case {"error": str(kind), "message": str(message)} if kind in _CHILD_ERRORS:
+            raise _CHILD_ERRORS[kind](message)
+    raise CheckpointCorruptError(
+        f"{quote(source)} could not be read: the process that tried ended with code {code} ({quote(last)})"
+    )

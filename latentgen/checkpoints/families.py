@@ -1,0 +1,131 @@
+"""The published families of Stable Diffusion: what each is made of, and the configurations inside this package.
+
+A single file holds weights alone. What else a folder in the diffusers layout would hold (configurations, the
+scheduler's settings, the tokenizers' padding) is told by the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+
+from latentgen.checkpoints.clip_tokenizer import CLIP_PAD, OPENCLIP_PAD
+from latentgen.checkpoints.folder import config_name
+from latentgen.checkpoints.identify import StatedPrediction
+from latentgen.files import parse_json_object
+
+# The diffusers layout's class of each component; schedulers name theirs in their configuration.
+COMPONENT_CLASSES: Mapping[str, tuple[str, str]] = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+}
+# The parts of a pipeline that have weights in a single file.
+WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One published family.
+
+    Attributes:
+        pipeline_class: the class of diffusers that `model_index.json` names.
+        configs: component -> where its configuration lies under `configs/`.
+        tokenizers: tokenizer -> its padding token.
+        prediction_type: what the network predicts; None where both kinds were published.
+        changes: component -> the fields in which its configuration differs from the file.
+        index: further entries of `model_index.json`.
+    """
+
+    pipeline_class: str
+    configs: Mapping[str, str]
+    tokenizers: Mapping[str, str]
+    prediction_type: StatedPrediction | None = "epsilon"
+    changes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    index: Mapping[str, object] = field(default_factory=dict)
+
+    def component_configs(
+        self, prediction_type: StatedPrediction, *, zero_terminal_snr: bool = False
+    ) -> dict[str, dict[str, object]]:
+        """Component -> its configuration, schedulers included.
+
+        Args:
+            prediction_type: what the weights at hand predict.
+            zero_terminal_snr: the weights were trained with a schedule that ends in pure noise
+                (arXiv:2305.08891, section 3.1).
+        """
+        configs = {
+            component: read_config(f"{place}/{config_name(component)}")
+            for component, place in self.configs.items()
+        }
+        for component, changes in self.changes.items():
+            configs[component] |= changes
+        if self.prediction_type is None and prediction_type == "epsilon":
+            configs["unet"]["sample_size"] = (
+                64  # stable-diffusion-2-base; those of v were trained at 768 pixels
+            )
+        configs["scheduler"]["prediction_type"] = prediction_type
+        if zero_terminal_snr:
+            configs["scheduler"]["rescale_betas_zero_snr"] = True
+        return configs
+
+
+_SD1 = {name: f"sd15/{name}" for name in ("unet", "vae", "text_encoder", "scheduler")}
+_SD2 = {name: f"sd21/{name}" for name in ("unet", "vae", "text_encoder", "scheduler")}
+_REFINER = {name: f"sdxl/{name}" for name in ("vae", "text_encoder_2", "scheduler")}
+_SDXL = {**_REFINER, "unet": "sdxl/unet", "text_encoder": "sdxl/text_encoder"}
+_X4 = {name: f"x4-upscaler/{name}" for name in ("unet", "vae", "scheduler", "low_res_scheduler")}
+_CLIP = {"tokenizer": CLIP_PAD}
+_OPENCLIP = {"tokenizer": OPENCLIP_PAD}
+_BIG_G = {"tokenizer_2": OPENCLIP_PAD}
+_INPAINTING = {"unet": {"in_channels": 9}}
+
+FAMILIES: Mapping[str, Family] = {
+    "SD 1.x": Family("StableDiffusionPipeline", _SD1, _CLIP),
+    "SD 1.x inpainting": Family("StableDiffusionInpaintPipeline", _SD1, _CLIP, changes=_INPAINTING),
+    "SD 1.x instruct-pix2pix": Family(
+        "StableDiffusionInstructPix2PixPipeline",
+        {**_SD1, "scheduler": "instruct-pix2pix/scheduler"},
+        _CLIP,
+        changes={"unet": {"in_channels": 8}},
+    ),
+    "SD 2.x": Family("StableDiffusionPipeline", _SD2, _OPENCLIP, prediction_type=None),
+    "SD 2.x inpainting": Family(
+        "StableDiffusionInpaintPipeline",
+        _SD2,
+        _OPENCLIP,
+        changes={"unet": {"in_channels": 9, "sample_size": 64}},
+    ),
+    "SD x4 upscaler": Family(
+        "StableDiffusionUpscalePipeline",
+        {**_X4, "text_encoder": "sd21/text_encoder"},
+        _OPENCLIP,
+        prediction_type="v_prediction",
+        index={"max_noise_level": 350},
+    ),
+    "SDXL base": Family(
+        "StableDiffusionXLPipeline", _SDXL, _CLIP | _BIG_G, index={"force_zeros_for_empty_prompt": True}
+    ),
+    "SDXL base inpainting": Family(
+        "StableDiffusionXLInpaintPipeline",
+        _SDXL,
+        _CLIP | _BIG_G,
+        changes=_INPAINTING,
+        index={"force_zeros_for_empty_prompt": True, "requires_aesthetics_score": False},
+    ),
+    "SDXL refiner": Family(
+        "StableDiffusionXLImg2ImgPipeline",
+        {**_REFINER, "unet": "sdxl-refiner/unet"},
+        _BIG_G,
+        index={"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True},
+    ),
+}
+
+
+def read_config(path: str) -> dict[str, object]:
+    """A configuration inside this package, named by its path under `configs/`."""
+    return parse_json_object(files("latentgen.configs").joinpath(path).read_bytes(), path)

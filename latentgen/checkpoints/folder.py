@@ -1,0 +1,333 @@
+"""Checkpoints: folders in the diffusers layout, their shards and variants, the Hub; safetensors only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from latentgen.checkpoints.headers import PICKLE_SUFFIXES, refuse_pickle
+from latentgen.checkpoints.headers import read_header as read_header
+from latentgen.checkpoints.weights import Weights as Weights
+from latentgen.checkpoints.weights import load_weights as load_weights
+from latentgen.checkpoints.weights import save_weights as save_weights
+from latentgen.checkpoints.weights import variant_infix
+from latentgen.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    InputError,
+    OfflineError,
+    UnsafeCheckpointError,
+)
+from latentgen.files import quote, read_json, safe_join
+from latentgen.files import write_json as write_json
+from latentgen.models.text import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+EMBEDDED_DEFAULT = Path(__file__).parents[1] / "pretrained"
+
+# The classes that the stages here can take the place of. The name is compared, never looked up and called.
+_CLASSES: Mapping[str, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+}
+SCHEDULERS = ("scheduler", "low_res_scheduler")
+# Each text encoder's tokenizer.
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+_WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+_WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(\.[\w-]+?)?(-\d{5}-of-\d{5})?\.safetensors")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def resolve(source: str | Path | None, *, revision: str | None = None, variant: str | None = None) -> Path:
+    """The local folder of a checkpoint: None is the embedded default, else a folder or a Hub id "owner/name".
+
+    Of a Hub id, only the files of the stages and of ``variant`` are downloaded, into the Hub's cache;
+    ``revision`` is a branch, tag or commit.
+
+    Raises:
+        CheckpointNotFoundError: there is no such folder or repository.
+        UnsafeCheckpointError: the path is a pickle.
+        InputError: a single file, or a revision for a local folder.
+        OfflineError: the repository has to be downloaded and the Hub cannot be reached.
+    """
+    infix = variant_infix(variant)
+    path = EMBEDDED_DEFAULT if source is None else as_path(source)
+    if path.is_file():
+        refuse_pickle(path)
+        raise InputError(f"{quote(path)} is a single file; give a folder in the diffusers layout")
+    if path.is_dir():
+        if revision is not None:
+            raise InputError(f"revision {quote(revision)} needs a Hub id; {quote(path)} is a local folder")
+        return path
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        raise CheckpointNotFoundError(
+            f"there is no folder {quote(path)}; give a checkpoint's folder or a Hub id of the form owner/name"
+        )
+    return _download(source, revision, infix)
+
+
+class Checkpoint(Protocol):
+    """Where the stages of a pipeline come from: a folder, a single file, or parts of several."""
+
+    @property
+    def path(self) -> Path:
+        """What to name in messages."""
+        ...
+
+    @property
+    def model_index(self) -> Mapping[str, object]:
+        """The content of `model_index.json`."""
+        ...
+
+    @property
+    def components(self) -> dict[str, str]:
+        """Component -> class name."""
+        ...
+
+    def config(self, component: str) -> dict[str, object]:
+        """The JSON configuration of one component."""
+        ...
+
+    def weights(self, component: str, variant: str | None = None) -> Weights:
+        """Where the weights of one component lie, and how to load them."""
+        ...
+
+    def tokenizer(self, component: str) -> CLIPTokenizer:
+        """A tokenizer, "tokenizer" or "tokenizer_2"."""
+        ...
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A folder in the diffusers layout: ``model_index.json`` and one folder per component.
+
+    Attributes:
+        path: the folder.
+        model_index: the content of ``model_index.json``.
+    """
+
+    path: Path
+    model_index: Mapping[str, object]
+
+    @classmethod
+    def open(cls, path: str | Path) -> CheckpointFolder:
+        """Read and validate the index of a folder.
+
+        Raises:
+            CheckpointNotFoundError: no folder, or no ``model_index.json`` in it.
+            CheckpointCorruptError: the index is not what it should be.
+            UnsafePathError: a component's name is a path that leads elsewhere.
+        """
+        path = Path(path)
+        if not (path / "model_index.json").is_file():
+            inside = (path / "config.json").is_file()
+            hint = "give the folder above it" if inside else "a folder in the diffusers layout is needed"
+            raise CheckpointNotFoundError(f"{quote(path)} holds no model_index.json; {hint}")
+        folder = cls(path, read_json(safe_join(path, "model_index.json", "model_index.json")))
+        for component in folder.components:
+            safe_join(path, component, f"{quote(path / 'model_index.json')}, component")
+        return folder
+
+    @property
+    def components(self) -> dict[str, str]:
+        """Component -> class name, as in ``model_index.json``; components that are null are left out."""
+        result: dict[str, str] = {}
+        for name, entry in self.model_index.items():
+            match entry:
+                case [str(), str(class_name)] if not name.startswith("_"):
+                    result[name] = class_name
+                case [None, None]:
+                    pass
+                case list() if not name.startswith("_"):
+                    where = quote(self.path / "model_index.json")
+                    raise CheckpointCorruptError(
+                        f"{where}: {quote(name)} is {quote(entry)}; a component is [library, class]"
+                    )
+        return result
+
+    def folder(self, component: str) -> Path:
+        """The folder of one component; CheckpointNotFoundError if the checkpoint has none of that name."""
+        if component not in self.components:
+            there = ", ".join(quote(name) for name in self.components) or "none"
+            raise CheckpointNotFoundError(
+                f"{quote(self.path)} has no component {quote(component)}; its components are: {there}"
+            )
+        return safe_join(self.path, component, f"{quote(self.path / 'model_index.json')}, component")
+
+    def config(self, component: str) -> dict[str, object]:
+        """The JSON configuration of one component; its fields are judged by the stage that reads them.
+
+        Raises:
+            CheckpointNotFoundError: no such component, or no configuration in its folder.
+            CheckpointCorruptError: not a JSON object.
+            ConfigError: the class that the checkpoint names is not one that the stage can stand for.
+        """
+        path = self._file(component, config_name(component))
+        config = read_json(path)
+        named = {self.path / "model_index.json": self.components[component], path: config.get("_class_name")}
+        allowed = _CLASSES.get(component)
+        for where, class_name in named.items():
+            if allowed and class_name is not None and class_name not in allowed:
+                raise ConfigError(
+                    f"{quote(where)}: {component} is a {quote(class_name)}, which is not implemented; "
+                    f"allowed: {', '.join(allowed)}"
+                )
+        return config
+
+    def weights(self, component: str, variant: str | None = None) -> Weights:
+        """Where the weights of one component lie.
+
+        Raises:
+            CheckpointError: as :meth:`weight_files`.
+        """
+        return Weights(tuple(self.weight_files(component, variant)))
+
+    def tokenizer(self, component: str) -> CLIPTokenizer:
+        """The tokenizer in the folder of that name.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError: there is none, or it cannot be read.
+        """
+        return load_tokenizer(self.folder(component))
+
+    def weight_files(self, component: str, variant: str | None = None) -> list[Path]:
+        """The safetensors files of one component: one, or the shards that its index names.
+
+        Raises:
+            CheckpointNotFoundError: no weights of this variant; the message lists those there are.
+            UnsafeCheckpointError: there are only pickles.
+            CheckpointCorruptError, UnsafePathError: the shard index is not what it should be.
+        """
+        infix = variant_infix(variant)
+        for stem in _WEIGHT_STEMS:
+            whole = self._file(component, f"{stem}{infix}.safetensors")
+            if whole.is_file():
+                return [whole]
+            for name in (f"{stem}.safetensors.index{infix}.json", f"{stem}{infix}.safetensors.index.json"):
+                index = self._file(component, name)
+                if index.is_file():
+                    return _shards(index)
+        raise self._no_weights(component, variant)
+
+    def variants(self, component: str) -> list[str | None]:
+        """The variants whose weights one component has; None is the default, named without a variant."""
+        matches = (_WEIGHT_FILE.fullmatch(name) for name in self._names(component))
+        found = {match.group(2) or "" for match in matches if match}
+        return [infix[1:] or None for infix in sorted(found)]
+
+    def _file(self, component: str, name: str) -> Path:
+        return safe_join(self.folder(component), name, quote(self.path / component))
+
+    def _names(self, component: str) -> list[str]:
+        folder = self.folder(component)
+        return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+
+    def _no_weights(self, component: str, variant: str | None) -> CheckpointError:
+        folder, variants = self.path / component, self.variants(component)
+        wanted = "weights without a variant" if variant is None else f"weights of variant {quote(variant)}"
+        if variants:
+            there = ", ".join(f"variant={quote(name)}" for name in variants)
+            return CheckpointNotFoundError(f"{quote(folder)} has no {wanted}; there is: {there}")
+        pickles = [name for name in self._names(component) if Path(name).suffix in PICKLE_SUFFIXES]
+        if pickles:
+            return UnsafeCheckpointError(
+                f"{quote(folder)} holds its weights only as a pickle ({quote(pickles[0])}), which can run "
+                f"code when it is opened: convert it safely with `latentgen convert {folder / pickles[0]}`"
+            )
+        return CheckpointNotFoundError(f"{quote(folder)} has no {wanted}: no .safetensors file is there")
+
+
+def config_name(component: str) -> str:
+    """The name of a component's configuration."""
+    return "scheduler_config.json" if component in SCHEDULERS else "config.json"
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that a shard index names, all of which exist beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointCorruptError(f"{quote(index)} has no weight_map of tensor names to files")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointCorruptError(f"{quote(index)}: weight_map has to map tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    files = [safe_join(index.parent, name, f"{quote(index)}, weight_map") for name in names]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointNotFoundError(
+            f"{quote(index)} names {len(files)} shards, {len(missing)} are missing ({quote(missing[0])}); "
+            "download the checkpoint again"
+        )
+    return files
+
+
+def as_path(source: str | Path) -> Path:
+    """The path of a checkpoint as a person writes it, "~" included.
+
+    Raises:
+        InputError: empty, or of another type.
+        CheckpointNotFoundError: a name that no file system takes.
+    """
+    if not isinstance(source, str | Path):
+        raise InputError(
+            f"a checkpoint is named by a str or a Path, not by {quote(source)}; None is the default"
+        )
+    if not str(source):
+        raise InputError("the checkpoint's path is empty; give a folder or a Hub id, or None for the default")
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointNotFoundError(f"{quote(source)} is not a path to a checkpoint: {reason}") from error
+    return path
+
+
+def _download(hub_id: str, revision: str | None, infix: str) -> Path:
+    # Imported here: most runs need no network, and the import takes a noticeable part of a start.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    at = f"{hub_id}, revision {quote(revision)}," if revision else hub_id
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_patterns(infix))))
+    except GatedRepoError as error:
+        raise CheckpointNotFoundError(
+            f"{at} is gated on the Hub: accept its licence on its page, then log in with `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise CheckpointNotFoundError(
+            f"there is no folder {quote(hub_id)}, and {at} is not on the Hub or is private: check the "
+            "spelling, or log in with `hf auth login`"
+        ) from error
+    # Whatever else fails is the network or the cache; the transport's exceptions differ among Hub releases.
+    except Exception as error:
+        raise OfflineError(
+            f"{at} is not in the local cache and could not be downloaded ({type(error).__name__}). Where "
+            f"there is a connection, run `hf download {hub_id} --local-dir FOLDER`, copy FOLDER here and "
+            "give its path; or set HF_HOME to a cache that holds it"
+        ) from error
+
+
+def _patterns(infix: str) -> Iterator[str]:
+    """The files of a repository that the stages need; nothing of other components, variants or formats."""
+    yield "model_index.json"
+    for scheduler in SCHEDULERS:
+        yield f"{scheduler}/scheduler_config.json"
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        yield f"{tokenizer}/*.json"
+        yield f"{tokenizer}/*.txt"
+    for component in _CLASSES:
+        yield f"{component}/config.json"
+        for stem in _WEIGHT_STEMS:
+            yield f"{component}/{stem}{infix}.safetensors"
+            yield f"{component}/{stem}{infix}-*-of-*.safetensors"
+            yield f"{component}/{stem}.safetensors.index{infix}.json"
+            yield f"{component}/{stem}{infix}.safetensors.index.json"

@@ -1,0 +1,274 @@
+"""What weights are, judged by the names and shapes in their headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Literal, NamedTuple
+
+from latentgen.checkpoints.headers import TensorInfo
+
+Kind = Literal[
+    "checkpoint", "unet", "vae", "text encoder", "adapter", "embedding", "controlnet", "other model"
+]
+Layout = Literal["original", "diffusers"]
+# What a single file can say of itself; networks that predict the sample are in no published one.
+StatedPrediction = Literal["epsilon", "v_prediction"]
+
+# Width of the text context -> family. Sources: the published unet/config.json of each model.
+_FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL base", 1280: "SDXL refiner"}
+# Input channels of the UNet that say what is concatenated to the four latents.
+_TASKS = {5: "depth-to-image", 7: "x4 upscaler", 8: "instruct-pix2pix", 9: "inpainting"}
+# What checkpoints that were once pickles may have around every key; more than two are no checkpoint.
+_WRAPPER = "state_dict."
+_UNET = "model.diffusion_model."
+_VAE_SIGNS: Mapping[Layout, str] = {
+    "original": "decoder.norm_out.weight",
+    "diffusers": "decoder.conv_norm_out.weight",
+}
+_VAE_PREFIXES = ("", "first_stage_model.", "vae.")
+# The specification of these is https://github.com/Stability-AI/ModelSpec; kohya's scripts write them.
+_PREDICTIONS: Mapping[str, StatedPrediction] = {
+    "epsilon": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+}
+_ARCHITECTURES: Mapping[str, StatedPrediction] = {
+    "stable-diffusion-v2-512": "epsilon",
+    "stable-diffusion-v2-768-v": "v_prediction",
+}
+
+# Empty tensors by which later files of SDXL say how they were trained.
+_V_PREDICTION = {"v_pred", "model.v_pred"}
+_ZERO_SNR = {"ztsnr", "model.ztsnr"}
+
+# Ends of names -> the adapter that has them.
+_ADAPTERS = {
+    (".hada_w1_a",): "a LoHa adapter (LyCORIS)",
+    (".lokr_w1", ".lokr_w1_a"): "a LoKr adapter (LyCORIS)",
+    (".oft_blocks", ".oft_diag", ".oft_R.weight"): "an OFT adapter",
+    (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"): "a DoRA adapter",
+    (".lora_down.weight",): "a LoRA adapter in kohya's format",
+    (".lora_A.weight", ".lora_A.default.weight"): "a LoRA adapter in the {} format",
+    (".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight"): (
+        "a LoRA adapter in the old diffusers format"
+    ),
+}
+_PEFT = "base_model.model."
+# Parts of names -> the model that has them, the special before the general.
+_CONTROL = {
+    "control_model.": "a ControlNet in the original layout",
+    "input_hint_block.": "a ControlNet in the original layout",
+    "controlnet_cond_embedding.": "a ControlNet in the diffusers layout",
+    "control_all_x_embedder.": "a ControlNet",
+    "adapter.body.": "a T2I-Adapter",
+    "ip_adapter.": "an IP-Adapter",
+}
+_OTHERS = {
+    "motion_modules.": "an AnimateDiff motion module",
+    ".time_stack.": "Stable Video Diffusion",
+    "txt_in.individual_token_refiner.": "HunyuanVideo",
+    "distilled_guidance_layer.": "Chroma",
+    "double_blocks.": "Flux",
+    "single_transformer_blocks.": "Flux in the diffusers layout",
+    "joint_blocks.": "Stable Diffusion 3.x",
+    ".attn.add_k_proj.": "Stable Diffusion 3.x in the diffusers layout",
+    "double_layers.": "AuraFlow",
+    "clip_txt_mapper.": "Stable Cascade",
+    "effnet_mapper.": "Stable Cascade, stage B",
+    "patchify_proj.": "LTX-Video",
+    "head.modulation": "Wan",
+    "cap_embedder.": "Lumina",
+    "adaln_single.": "PixArt or Sana",
+    "noise_augmentor.": "SD 2.1 unCLIP",
+    "depth_model.": "SD 2 depth-to-image",
+    "edm_mean": "Playground v2.5",
+    "position_net.": "GLIGEN",
+    "encoder_hid_proj.": "a UNet with image or prior conditioning (Kandinsky, IP-Adapter)",
+    "encoder.block.0.layer.0.SelfAttention.": "a T5 text encoder",
+    "vision_model.": "a CLIP image encoder",
+    "visual.transformer.": "a CLIP image encoder",
+    "body.0.rdb1.": "an ESRGAN upscaler",
+    "RDB1.conv1.": "an ESRGAN upscaler",
+}
+
+
+class UNetKind(NamedTuple):
+    """What tells one UNet from another: width of the context (None: unconditional) and input channels."""
+
+    context: int | None
+    in_channels: int
+
+    @property
+    def family(self) -> str:
+        """The published family, or "custom" where the context has another width."""
+        if self.in_channels == 7:
+            return "SD x4 upscaler"
+        family = "unconditional" if self.context is None else _FAMILIES.get(self.context, "custom")
+        task = _TASKS.get(self.in_channels)
+        return f"{family} {task}" if task else family
+
+
+class Identity(NamedTuple):
+    """What a file is.
+
+    Attributes:
+        kind: what it can be used as.
+        name: a phrase that says what it is.
+        family: of a checkpoint or UNet, as :class:`UNetKind` names it.
+        layout: "original" or "diffusers", where there are both.
+        wrapper: what stands before every key in vain.
+        prefix: what stands before the keys of a VAE.
+    """
+
+    kind: Kind
+    name: str
+    family: str | None = None
+    layout: Layout | None = None
+    wrapper: str = ""
+    prefix: str = ""
+
+
+def identify(tensors: Mapping[str, TensorInfo]) -> Identity | None:
+    """Say what the tensors of a file are; None if nothing known fits."""
+    wrapper = _wrapper(tensors)
+    tensors = {name.removeprefix(wrapper): info for name, info in tensors.items()}
+    for judge in (_adapter, _embedding, _other, _checkpoint, _unet, _vae, _text_encoder):
+        if identity := judge(tensors):
+            return identity._replace(wrapper=wrapper)
+    return None
+
+
+def likely_architecture(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """A phrase that says what ``tensors`` probably are; None if nothing known fits."""
+    identity = identify(tensors)
+    return identity.name if identity else None
+
+
+def stated_prediction(names: Collection[str], metadata: Mapping[str, str]) -> StatedPrediction | None:
+    """What the network of a single file predicts, if the file says so; weights do not show it."""
+    if _V_PREDICTION & set(names):
+        return "v_prediction"
+    found = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
+    return found or _ARCHITECTURES.get(metadata.get("modelspec.architecture", "").partition("/")[0])
+
+
+def has_zero_terminal_snr(names: Collection[str]) -> bool:
+    """Whether a single file says that its schedule ends in pure noise."""
+    return bool(_ZERO_SNR & set(names))
+
+
+def unet_kind(tensors: Mapping[str, TensorInfo]) -> UNetKind | None:
+    """The traits of a UNet in the diffusers layout; None if the tensors are not one."""
+    if not any(name.startswith("down_blocks.") for name in tensors):
+        return None
+    return _unet_traits(tensors, "conv_in.weight")
+
+
+def _unet_traits(tensors: Mapping[str, TensorInfo], conv_in: str) -> UNetKind | None:
+    shape = _shape(tensors, conv_in)
+    if len(shape) != 4:
+        return None
+    contexts = (info.shape for name, info in tensors.items() if name.endswith(".attn2.to_k.weight"))
+    return UNetKind(next((shape[-1] for shape in contexts if shape), None), shape[1])
+
+
+def _wrapper(names: Collection[str]) -> str:
+    wrapper = ""
+    while len(wrapper) < 2 * len(_WRAPPER) and any(name.startswith(wrapper + _WRAPPER) for name in names):
+        wrapper += _WRAPPER
+    return wrapper
+
+
+def _adapter(tensors: Mapping[str, TensorInfo]) -> Identity | None:
+    for ends, name in _ADAPTERS.items():
+        if any(key.endswith(ends) for key in tensors):
+            peft = any(key.startswith(_PEFT) for key in tensors)
+            phrase = name.format("peft" if peft else "diffusers")
+            target = _adapter_target(tensors)
+            return Identity("adapter", f"{phrase}, for {target}" if target else phrase)
+    return None
+
+
+def _adapter_target(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The family that an adapter was made for."""
+    if any("single_transformer_blocks" in key or "double_blocks" in key for key in tensors):
+        return "Flux"
+    if any("joint_blocks" in key or "add_k_proj" in key for key in tensors):
+        return "Stable Diffusion 3.x"
+    for key, info in tensors.items():
+        if "attn2" in key and "to_k" in key and key.endswith(("down.weight", "lora_A.weight")) and info.shape:
+            return _FAMILIES.get(info.shape[-1])
+    if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in tensors):
+        return "SDXL base"
+    return None
+
+
+def _embedding(tensors: Mapping[str, TensorInfo]) -> Identity | None:
+    """Textual inversion (arXiv:2208.01618): a vector for each token, for one tower or for both of SDXL."""
+    if tensors.keys() == {"clip_l", "clip_g"}:
+        return Identity("embedding", "a textual-inversion embedding for SDXL base")
+    names = [name for name in tensors if name.startswith("string_to_param.")]
+    names = names or (list(tensors) if len(tensors) == 1 else [])
+    *vectors, width = (_shape(tensors, names[0]) if len(names) == 1 else ()) or (0,)
+    if len(vectors) <= 1 and width in _FAMILIES:
+        count = vectors[0] if vectors else 1
+        family = "SDXL" if width == 1280 else _FAMILIES[width]
+        return Identity("embedding", f"a textual-inversion embedding for {family}, {count} vectors per token")
+    return None
+
+
+def _other(tensors: Mapping[str, TensorInfo]) -> Identity | None:
+    for sign, name in _CONTROL.items():
+        if any(sign in key for key in tensors):
+            return Identity("controlnet", name)
+    for sign, name in _OTHERS.items():
+        if any(sign in key for key in tensors):
+            return Identity("other model", name)
+    return None
+
+
+def _checkpoint(tensors: Mapping[str, TensorInfo]) -> Identity | None:
+    if kind := _unet_traits(tensors, f"{_UNET}input_blocks.0.0.weight"):
+        name = f"a single file in the original layout, {_described(kind)}"
+        return Identity("checkpoint", name, kind.family, "original")
+    if kind := _unet_traits(tensors, "input_blocks.0.0.weight"):
+        return Identity("unet", f"a UNet in the original layout, {_described(kind)}", kind.family, "original")
+    return None
+
+
+def _unet(tensors: Mapping[str, TensorInfo]) -> Identity | None:
+    kind = unet_kind(tensors)
+    return Identity("unet", f"a UNet, {_described(kind)}", kind.family, "diffusers") if kind else None
+
+
+def _described(kind: UNetKind) -> str:
+    context = "no context" if kind.context is None else f"context {kind.context}"
+    return f"{kind.family} ({kind.in_channels} input channels, {context})"
+
+
+def _vae(tensors: Mapping[str, TensorInfo]) -> Identity | None:
+    for prefix in _VAE_PREFIXES:
+        decoder = _shape(tensors, f"{prefix}decoder.conv_in.weight")
+        if len(decoder) == 4:
+            layouts: list[Layout] = [
+                layout for layout, sign in _VAE_SIGNS.items() if prefix + sign in tensors
+            ]
+            name = f"a VAE with {decoder[1]} latent channels"
+            return Identity("vae", name, layout=layouts[0] if layouts else None, prefix=prefix)
+    return None
+
+
+def _text_encoder(tensors: Mapping[str, TensorInfo]) -> Identity | None:
+    signs = {
+        "text_model.embeddings.token_embedding.weight": "a CLIP text encoder",
+        "embeddings.token_embedding.weight": "a CLIP text encoder",
+        "token_embedding.weight": "an OpenCLIP text encoder in the original layout",
+    }
+    for sign, name in signs.items():
+        if len(embedding := _shape(tensors, sign)) == 2:
+            return Identity("text encoder", f"{name} of width {embedding[1]}")
+    return None
+
+
+def _shape(tensors: Mapping[str, TensorInfo], name: str) -> tuple[int, ...]:
+    return tensors[name].shape if name in tensors else ()

@@ -1,0 +1,329 @@
+"""Weights from safetensors files into modules, memory-mapped and strict, and back, all or nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from latentgen.checkpoints.headers import MAX_TENSORS, TensorInfo, encode_header, read_header
+from latentgen.checkpoints.identify import likely_architecture
+from latentgen.checkpoints.key_map import KeyMap, Origin
+from latentgen.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    CheckpointValueError,
+    InputError,
+    OutputError,
+)
+from latentgen.files import atomic_write, encode_json, quote
+
+MAX_SHARD_BYTES = 10_000_000_000
+_VARIANT = re.compile(r"[A-Za-z0-9_-]{1,32}")
+DTYPE_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
+    torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+}  # fmt: skip
+_LEGACY_VAE_ATTENTION = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
+_LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_VAE_PROJECTION = re.compile(r".*\battentions\.\d+\.to_(q|k|v|out\.0)\.weight")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of one component lie.
+
+    Attributes:
+        files: one, or several shards.
+        key_map: None where the files are in the diffusers layout.
+    """
+
+    files: tuple[Path, ...]
+    key_map: KeyMap | None = None
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors by their names in the diffusers layout; reads the headers alone.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
+        """
+        result: dict[str, TensorInfo] = {}
+        for file in self.files:
+            header = read_header(file)
+            for name, origin in _origins(header, self.key_map):
+                info = header[origin.key]
+                result[name] = info._replace(
+                    shape=origin.shape(info.shape),
+                    nbytes=info.nbytes if origin.third is None else info.nbytes // 3,
+                )
+        return result
+
+    def load_into(
+        self,
+        module: nn.Module,
+        *,
+        prefixes: tuple[str, ...] = ("",),
+        ignored_prefixes: tuple[str, ...] = (),
+        rename: Callable[[str], str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Load a module, as :func:`load_weights` does."""
+        load_weights(
+            module,
+            self.files,
+            prefixes=prefixes,
+            ignored_prefixes=ignored_prefixes,
+            dtype=dtype,
+            device=device,
+            rename=rename,
+            key_map=self.key_map,
+        )
+
+
+def load_weights(
+    module: nn.Module,
+    files: Iterable[Path],
+    *,
+    prefixes: tuple[str, ...] = ("",),
+    ignored_prefixes: tuple[str, ...] = (),
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    rename: Callable[[str], str] | None = None,
+    key_map: KeyMap | None = None,
+) -> None:
+    """Assign the tensors of safetensors files to ``module``, which is best built on the meta device.
+
+    The tensors are views of the memory-mapped files: nothing is copied unless ``dtype`` or ``device`` asks
+    for it. Everything is checked before the first assignment, so a failure leaves the module as it was.
+
+    Args:
+        prefixes: keys that begin with one of these belong to ``module``; the prefix stays in the name.
+        ignored_prefixes: keys that belong to another part and are passed over; any other key is an error.
+        dtype: what floating-point tensors become; None keeps the dtype of the file.
+        rename: maps a key of the file to a name in ``module``, after the selection by prefix.
+        key_map: for files that are not in the diffusers layout: its names stand for the keys in all of the
+            above, and what else a file holds is not looked at.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
+        CheckpointMismatchError: missing, extra or misshapen keys, or buffers that would stay on meta.
+        CheckpointValueError: a weight is NaN or infinite, or does not fit into ``dtype``.
+    """
+    files = list(files)
+    expected = module.state_dict()
+    if unmade := [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in expected]:
+        raise CheckpointMismatchError(
+            f"{type(module).__name__} keeps {first_five(unmade)} on the meta device, which no checkpoint "
+            "holds; make these buffers before the weights are loaded"
+        )
+    sources = _match(files, expected, prefixes, ignored_prefixes, rename, key_map)
+    state: dict[str, Tensor] = {}
+    for file, origins in sources.items():
+        try:
+            with safe_open(file, framework="pt", device="cpu") as reader:
+                for name, origin in origins.items():
+                    tensor = origin.take(reader.get_tensor(origin.key))
+                    check_values(tensor, dtype, origin.key, file)
+                    target = dtype if tensor.is_floating_point() else None
+                    state[name] = tensor.to(device=device, dtype=target)
+        except SafetensorError as error:
+            raise CheckpointCorruptError(f"{quote(file)} cannot be read: {error}") from error
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def save_weights(
+    state: Mapping[str, Tensor],
+    folder: str | Path,
+    stem: str,
+    *,
+    variant: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[Path]:
+    """Write ``state`` to ``folder/stem[.variant].safetensors``, or to shards with an index when it is larger.
+
+    All files reach the disk under temporary names before the first one is renamed; the weights that an
+    earlier call left under the same stem and variant are replaced. One tensor at a time is copied to the CPU.
+
+    Returns:
+        The safetensors files written, in order.
+
+    Raises:
+        InputError: a dtype that the format lacks, no tensors, or a bad variant.
+        OutputError: the folder cannot be written; the old files are intact.
+    """
+    folder, infix = Path(folder), variant_infix(variant)
+    if not state or len(state) > MAX_TENSORS:
+        raise InputError(f"{len(state):,} tensors cannot be saved; allowed are 1 to {MAX_TENSORS:,}")
+    shards = _split(state, max_shard_bytes)
+    if len(shards) == 1:
+        names = [f"{stem}{infix}.safetensors"]
+    else:
+        names = [f"{stem}{infix}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    index = folder / f"{stem}.safetensors.index{infix}.json"
+    with ExitStack() as stack:  # closes in reverse order: the index appears when all of its shards are there
+        if len(shards) > 1:
+            _write_index(stack.enter_context(atomic_write(index)), names, shards)
+        for name, shard in zip(names, shards, strict=True):
+            _write_tensors(stack.enter_context(atomic_write(folder / name)), state, shard)
+    _remove_weights(folder, stem, variant, keep={*names, index.name} if len(shards) > 1 else {*names})
+    return [folder / name for name in names]
+
+
+def variant_infix(variant: str | None) -> str:
+    """What a variant adds to a file's name: ".fp16" for "fp16", nothing for None; InputError if malformed."""
+    if variant is None:
+        return ""
+    if not isinstance(variant, str) or not _VARIANT.fullmatch(variant):
+        raise InputError(f"variant {quote(variant)} is not a name like 'fp16' (letters, digits, '-' and '_')")
+    return f".{variant}"
+
+
+def _match(
+    files: Sequence[Path],
+    expected: Mapping[str, Tensor],
+    prefixes: tuple[str, ...],
+    ignored_prefixes: tuple[str, ...],
+    rename: Callable[[str], str] | None,
+    key_map: KeyMap | None,
+) -> dict[Path, dict[str, Origin]]:
+    """For each file, the names in the module and where they come from; every name is covered exactly once."""
+    sources: dict[Path, dict[str, Origin]] = {}
+    found: dict[str, TensorInfo] = {}
+    extra: dict[str, TensorInfo] = {}
+    for file in files:
+        origins = sources.setdefault(file, {})
+        header = read_header(file)
+        for label, origin in _origins(header, key_map):
+            if label.startswith(ignored_prefixes):
+                continue
+            name = _current_name(rename(label) if rename else label)
+            if key_map is None and _VAE_PROJECTION.fullmatch(name):
+                origin = origin._replace(convolution=True)  # as old files hold them
+            info = header[origin.key]
+            if not label.startswith(prefixes) or name not in expected:
+                extra[origin.key] = info
+            elif name in found:
+                raise CheckpointCorruptError(f"{quote(file)}: {quote(origin.key)} repeats {quote(name)}")
+            else:
+                origins[name], found[name] = origin, info._replace(shape=origin.shape(info.shape))
+    if problems := _problems(expected, found, extra):
+        where = ", ".join(quote(file) for file in files) or "no file"
+        likely = likely_architecture(found | extra)
+        hint = f". This is probably {likely}; use the configuration made for it" if likely else ""
+        raise CheckpointMismatchError(
+            f"{where}: {len(found)} of the {len(expected)} tensors that are due are there: {problems}{hint}"
+        )
+    return sources
+
+
+def _origins(header: Mapping[str, TensorInfo], key_map: KeyMap | None) -> Iterable[tuple[str, Origin]]:
+    """What a file holds, by the names of the diffusers layout."""
+    if key_map is None:
+        return ((key, Origin(key)) for key in header)
+    return ((name, origin) for name, origin in key_map.items() if origin.key in header)
+
+
+def _current_name(name: str) -> str:
+    """Undo the names that VAE attention has in folders of early diffusers releases."""
+    if match := _LEGACY_VAE_ATTENTION.fullmatch(name):
+        block, projection, kind = match.groups()
+        return f"{block}{_LEGACY_NAMES[projection]}.{kind}"
+    return name
+
+
+def _problems(expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo], extra: Iterable[str]) -> str:
+    """How the tensors of the files differ from those expected: counts and the first five; empty if none."""
+    missing = [name for name in expected if name not in found]
+    misshapen = [
+        f"{name} is {info.dtype} {list(info.shape)} where {list(expected[name].shape)} is due"
+        for name, info in found.items()
+        if not _fits(info, expected[name])
+    ]
+    kinds = {"missing": missing, "extra": list(extra), "misshapen": misshapen}
+    return ", ".join(f"{len(names)} {kind} ({first_five(names)})" for kind, names in kinds.items() if names)
+
+
+def first_five(names: Sequence[str]) -> str:
+    """The first five names, for an error message."""
+    return "; ".join(quote(name)[1:-1] for name in names[:5]) + ("; ..." if len(names) > 5 else "")
+
+
+def _fits(info: TensorInfo, expected: Tensor) -> bool:
+    same_kind = info.dtype.startswith(("F", "BF")) == expected.is_floating_point()
+    return info.shape == tuple(expected.shape) and same_kind
+
+
+def check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path) -> None:
+    """Refuse NaN, infinity, and what overflows ``dtype``, in one pass that allocates nothing."""
+    if not tensor.is_floating_point():
+        return
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # no float8 reductions in torch
+    low, high = (bound.item() for bound in torch.aminmax(values))
+    where = f"{quote(file)}: tensor {quote(key)}"
+    if not (float("-inf") < low and high < float("inf")):
+        raise CheckpointValueError(f"{where} holds NaN or infinity: the file is damaged or training diverged")
+    largest = max(-low, high)
+    if dtype is not None and largest > torch.finfo(dtype).max:
+        raise CheckpointValueError(
+            f"{where} reaches {largest:.6g}, too large for {dtype}; load it as float32"
+        )
+
+
+def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, TensorInfo]]:
+    """Tensors in their order, cut into shards of at most ``max_shard_bytes`` (or of one larger tensor)."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPE_NAMES or tensor.numel() == 0 or tensor.is_meta:
+            raise InputError(
+                f"tensor {quote(name)} ({tensor.dtype}, {list(tensor.shape)}, {tensor.device}) cannot be "
+                f"saved: it needs values and one of the dtypes {', '.join(DTYPE_NAMES.values())}"
+            )
+        info = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+        if shards[-1] and size + info.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = info
+        size += info.nbytes
+    return shards
+
+
+def _write_index(file: BinaryIO, names: Sequence[str], shards: Sequence[Mapping[str, TensorInfo]]) -> None:
+    total = sum(info.nbytes for shard in shards for info in shard.values())
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    file.write(encode_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
+
+
+def _write_tensors(file: BinaryIO, state: Mapping[str, Tensor], shard: Mapping[str, TensorInfo]) -> None:
+    """Header, then tensor by tensor: the peak is one tensor; safetensors' own writer wants all contiguous."""
+    # Wider items first, so that every tensor is aligned to its item size.
+    widest_first = dict(sorted(shard.items(), key=lambda item: -state[item[0]].element_size()))
+    file.write(encode_header(widest_first, {"format": "pt"}))
+    for name in widest_first:
+        tensor = state[name].detach().cpu().contiguous().flatten()
+        file.write(tensor.view(torch.uint8).numpy().data)
+    file.flush()
+    os.fsync(file.fileno())  # a full disk has to show before the first of several shards is renamed
+
+
+def _remove_weights(folder: Path, stem: str, variant: str | None, *, keep: Collection[str]) -> None:
+    """Delete what an earlier save left under this stem and variant: it would be read beside the new files."""
+    base, infix = re.escape(stem), re.escape(variant_infix(variant))
+    weights = rf"{base}{infix}(-\d{{5}}-of-\d{{5}})?\.safetensors"
+    index = rf"{base}(\.safetensors\.index{infix}|{infix}\.safetensors\.index)\.json"
+    for file in list(folder.iterdir()):
+        if file.name not in keep and re.fullmatch(f"{weights}|{index}", file.name):
+            try:
+                file.unlink()
+            except OSError as error:
+                raise OutputError(f"{quote(file)} is outdated and cannot be deleted: {error}") from error

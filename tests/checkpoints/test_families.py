@@ -1,0 +1,177 @@
+"""The bundled configurations: what they build, counted and named by diffusers and transformers."""
+
+from __future__ import annotations
+
+import importlib.resources
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from latentgen.checkpoints.clip_tokenizer import MERGES
+from latentgen.checkpoints.families import COMPONENT_CLASSES, FAMILIES
+from latentgen.checkpoints.folder import SCHEDULERS
+from latentgen.checkpoints.original_layout import ema_key_map, original_key_maps
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.models.unet import UNet
+from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+class Counts(NamedTuple):
+    """What is known of a published family: see the model cards and diffusers' own classes."""
+
+    unet: int
+    unet_tensors: int
+    vae: int
+    vae_tensors: int
+    towers: dict[str, int]
+
+
+CLIP_L, OPENCLIP_H, BIG_G = 123_060_480, 340_387_840, 694_659_840
+VAE = (83_653_863, 248)
+SD1, SD2 = {"text_encoder": CLIP_L}, {"text_encoder": OPENCLIP_H}
+SDXL = {"text_encoder": CLIP_L, "text_encoder_2": BIG_G}
+EXPECTED = {
+    "SD 1.x": Counts(859_520_964, 686, *VAE, SD1),
+    "SD 1.x inpainting": Counts(859_535_364, 686, *VAE, SD1),
+    "SD 1.x instruct-pix2pix": Counts(859_532_484, 686, *VAE, SD1),
+    "SD 2.x": Counts(865_910_724, 686, *VAE, SD2),
+    "SD 2.x inpainting": Counts(865_925_124, 686, *VAE, SD2),
+    "SD x4 upscaler": Counts(473_398_020, 687, 55_325_927, 204, SD2),
+    "SDXL base": Counts(2_567_463_684, 1680, *VAE, SDXL),
+    "SDXL base inpainting": Counts(2_567_478_084, 1680, *VAE, SDXL),
+    "SDXL refiner": Counts(2_259_526_660, 1220, *VAE, {"text_encoder_2": BIG_G}),
+}
+
+
+def configs_of(family: str) -> dict[str, dict[str, Any]]:
+    return FAMILIES[family].component_configs(FAMILIES[family].prediction_type or "v_prediction")
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def count(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def test_every_family_is_expected() -> None:
+    assert FAMILIES.keys() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unet_is_that_of_diffusers(family: str) -> None:
+    from diffusers import UNet2DConditionModel
+
+    config = configs_of(family)["unet"]
+    with torch.device("meta"):
+        expected = shapes(UNet2DConditionModel.from_config(config))
+        found = shapes(UNet(UNetConfig.from_json(config)))
+    assert found == expected
+    assert (count(found), len(found)) == (EXPECTED[family].unet, EXPECTED[family].unet_tensors)
+    key_map = original_key_maps({"unet": config})["unet"]
+    assert key_map.keys() == expected.keys()
+    for keys in (key_map, ema_key_map(key_map)):
+        assert len({origin.key for origin in keys.values()}) == len(expected)
+
+
+@pytest.mark.parametrize("family", ["SD 1.x", "SD 2.x", "SDXL base", "SD x4 upscaler"])
+def test_vae_is_that_of_diffusers(family: str) -> None:
+    from diffusers import AutoencoderKL
+
+    config = configs_of(family)["vae"]
+    with torch.device("meta"):
+        expected = shapes(AutoencoderKL.from_config(config))
+        fields = VAEConfig.from_json(config)
+        found = shapes(VAEEncoder(fields)) | shapes(VAEDecoder(fields))
+    assert found == expected
+    assert (count(found), len(found)) == (EXPECTED[family].vae, EXPECTED[family].vae_tensors)
+    assert original_key_maps({"vae": config})["vae"].keys() == expected.keys()
+
+
+@pytest.mark.parametrize("family", ["SD 1.x", "SD 2.x", "SDXL base", "SDXL refiner"])
+def test_towers_are_those_of_transformers(family: str) -> None:
+    import transformers
+
+    configs = configs_of(family)
+    maps = original_key_maps(configs)
+    classes = {
+        "CLIPTextModel": transformers.CLIPTextModel,
+        "CLIPTextModelWithProjection": transformers.CLIPTextModelWithProjection,
+    }
+    for component, parameters in EXPECTED[family].towers.items():
+        with torch.device("meta"):
+            model = classes[COMPONENT_CLASSES[component][1]](
+                transformers.CLIPTextConfig(**configs[component])
+            )
+        expected = {
+            name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": shape
+            for name, shape in shapes(model).items()
+        }
+        assert count(expected) == parameters
+        assert maps[component].keys() == expected.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:the checkpoint's PNDMScheduler")
+def test_schedulers(family: str) -> None:
+    configs = configs_of(family)
+    for component in SCHEDULERS:
+        if component in configs:
+            Scheduler.from_config(configs[component])
+    assert ("low_res_scheduler" in configs) == (family == "SD x4 upscaler")
+    expected = "v_prediction" if family in ("SD 2.x", "SD x4 upscaler") else "epsilon"
+    assert configs["scheduler"]["prediction_type"] == expected
+
+
+def test_sd2_of_either_prediction_type() -> None:
+    family = FAMILIES["SD 2.x"]
+    base, v = family.component_configs("epsilon"), family.component_configs("v_prediction")
+    assert (base["unet"].pop("sample_size"), v["unet"].pop("sample_size")) == (64, 96)
+    assert base["scheduler"].pop("prediction_type") == "epsilon"
+    assert v["scheduler"].pop("prediction_type") == "v_prediction"
+    assert base == v
+
+
+def test_zero_terminal_snr() -> None:
+    configs = FAMILIES["SDXL base"].component_configs("v_prediction", zero_terminal_snr=True)
+    scheduler = Scheduler.from_config(configs["scheduler"])
+    assert scheduler.schedule.alphas_cumprod[-1] < 1e-6
+    assert configs["scheduler"]["prediction_type"] == "v_prediction"
+
+
+def test_configurations_are_read_anew_at_every_call() -> None:
+    configs_of("SD 1.x")["unet"]["in_channels"] = 5
+    assert configs_of("SD 1.x")["unet"]["in_channels"] == 4
+
+
+def test_a_checkout_finds_the_configurations() -> None:
+    found = importlib.resources.files("latentgen.configs")
+    assert found.joinpath("sdxl/unet/config.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_configurations_and_the_merges(tmp_path: Path) -> None:
+    source, root = tmp_path / "source", CONFIGS.parent
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    for name in ("latentgen", "pipelines", "train", "configs"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([sys.executable, *command, str(source)], check=True)
+    (wheel,) = tmp_path.glob("latentgen-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    due = {f"latentgen/configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.rglob("*.json")}
+    due |= {f"latentgen/checkpoints/clip_merges/{name}" for name in (MERGES.name, "NOTICE")}
+    assert due <= names

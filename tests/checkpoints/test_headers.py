@@ -1,0 +1,237 @@
+"""The validating pass over safetensors headers, with the library itself as the oracle for sound files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from latentgen.checkpoints import headers
+from latentgen.checkpoints.headers import TensorInfo, encode_header, read_header
+from latentgen.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    UnsafeCheckpointError,
+)
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def raw_file(path: Path, header: object, data: bytes = b"\0" * 8) -> Path:
+    """A file with any header, sound or not: bytes are taken as they are, everything else becomes JSON."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def test_header_of_a_sound_file(tmp_path: Path) -> None:
+    tensors = {
+        "weight": torch.zeros(3, 4, dtype=torch.float16),
+        "bias": torch.zeros(5, dtype=torch.bfloat16),
+        "count": torch.tensor(7),
+    }
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"modelspec.prediction_type": "v"})
+    header = read_header(tmp_path / "a.safetensors")
+    assert dict(header) == {
+        "weight": TensorInfo("F16", (3, 4), 24),
+        "bias": TensorInfo("BF16", (5,), 10),
+        "count": TensorInfo("I64", (), 8),
+    }
+    assert header.metadata == {"modelspec.prediction_type": "v"}
+
+
+def test_encoded_header_is_read_by_the_library(tmp_path: Path) -> None:
+    infos = {"größe": TensorInfo("F32", (2, 3), 24), "scalar": TensorInfo("U8", (), 1)}
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(encode_header(infos, {"format": "pt"}) + bytes(25))
+    assert dict(read_header(path)) == infos
+    with safe_open(path, framework="pt") as file:
+        assert file.get_tensor("größe").shape == (2, 3)
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("length", [60, 0x0A3C, 640, 0x4B50])
+def test_a_length_that_looks_like_another_format_is_no_obstacle(tmp_path: Path, length: int) -> None:
+    # Lengths whose first bytes are "<", "\n", the start of a pickle, or "PK".
+    text = json.dumps({"w": ENTRY}).encode()
+    assert dict(read_header(raw_file(tmp_path / "a.safetensors", text.ljust(length)))) == {
+        "w": TensorInfo("F32", (2,), 8)
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", r"empty \(0 bytes\)"),
+        (b"\0" * 4096, "zero bytes"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3438167534\n",
+            "LFS.*3,438,167,534 b",
+        ),
+        (b"<!DOCTYPE html>\n<html><head>", "HTML"),
+        (b"\n <html lang=en>", "HTML"),
+        (b'<?xml version="1.0"?>', "HTML or XML"),
+        (b"\x01\0\0", "3 bytes; a safetensors file has at least 10"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(500), "not a safetensors file.*announce a header"),
+    ],
+)
+def test_other_content_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointCorruptError, match=rf"model\.safetensors.*{reason}"):
+        read_header(path)
+
+
+def test_every_truncation_names_both_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(4), "b": torch.ones(3)}, path)
+    whole = path.read_bytes()
+    for size in range(10, len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointCorruptError, match="truncated") as caught:
+            read_header(path)
+        assert f"{size:,} found" in str(caught.value)
+    assert f"{len(whole):,} bytes expected" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}' * 2, "not valid JSON"),
+        (b"[]", "JSON list"),
+        (b'{"w": 1, "w": 1}', "repeats the key 'w'"),
+        (b'{"w": {"dtype": "F32", "dtype": "F32"}}', "repeats the key 'dtype'"),
+        (b'{"w":' * 50_000 + b"1" + b"}" * 50_000, "nested too deeply"),
+        ({"w": 1}, "needs exactly"),
+        ({"w": {**ENTRY, "more": 1}}, "needs exactly"),
+        ({"w": {**ENTRY, "dtype": "F31"}}, "dtype 'F31'; known are"),
+        ({"w": {**ENTRY, "dtype": ["F32"]}}, "dtype"),
+        ({"w": {**ENTRY, "shape": [0]}}, "size zero"),
+        ({"w": {**ENTRY, "shape": [2, 0, 3]}}, "size zero"),
+        ({"w": {**ENTRY, "shape": [-2]}}, "shape"),
+        ({"w": {**ENTRY, "shape": [2.0]}}, "shape"),
+        ({"w": {**ENTRY, "shape": [True, 2]}}, "shape"),
+        ({"w": {**ENTRY, "shape": 2}}, "shape"),
+        ({"w": {**ENTRY, "shape": [1] * 9}}, "shape"),
+        ({"w": {**ENTRY, "shape": [2**62, 2**62]}}, "spans 8 bytes"),
+        ({"w": {**ENTRY, "data_offsets": [8, 0]}}, "spans -8 bytes"),
+        ({"w": {**ENTRY, "data_offsets": [0, 8, 8]}}, "data_offsets"),
+        ({"w": {**ENTRY, "data_offsets": [0]}}, "data_offsets"),
+        ({"w": {**ENTRY, "data_offsets": [4, 12]}}, "leaves a gap"),
+        ({"w": ENTRY, "v": ENTRY}, "overlaps"),
+        ({"w": {**ENTRY, "shape": [1], "data_offsets": [0, 4]}}, "bytes after its last tensor"),
+        ({"w": {**ENTRY, "shape": [4], "data_offsets": [0, 16]}}, "truncated"),
+        ({"": ENTRY}, "name"),
+        ({"a\0b": ENTRY}, "name"),
+        (b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "name"),
+        ({"__metadata__": {"a": 1}, "w": ENTRY}, "__metadata__"),
+        ({"__metadata__": "a", "w": ENTRY}, "__metadata__"),
+    ],
+)
+def test_impossible_headers(tmp_path: Path, header: object, reason: str) -> None:
+    with pytest.raises(CheckpointCorruptError, match=reason) as caught:
+        read_header(raw_file(tmp_path / "model.safetensors", header))
+    assert "model.safetensors" in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_too_many_tensors(tmp_path: Path) -> None:
+    def many(count: int) -> Path:
+        entries = {f"w{i}": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(count)}
+        return raw_file(tmp_path / "model.safetensors", entries, bytes(count))
+
+    assert len(read_header(many(headers.MAX_TENSORS))) == headers.MAX_TENSORS
+    with pytest.raises(CheckpointCorruptError, match="20,001 tensors; at most 20,000"):
+        read_header(many(headers.MAX_TENSORS + 1))
+
+
+def test_announced_header_is_not_allocated(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with open(path, "wb") as file:
+        file.write((2**40).to_bytes(8, "little") + b"{")
+        file.truncate(2**41)  # sparse: the file is as long as it says
+    with pytest.raises(CheckpointCorruptError, match="announce a header of 1,099,511,627,776 bytes"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.pth", "pytorch_model.BIN", "a.pkl"])
+def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(UnsafeCheckpointError, match=f"latentgen convert {name}"):
+        read_header(tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_are_refused_by_content(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "model.safetensors"
+    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UnsafeCheckpointError, match="latentgen convert"):
+        read_header(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "model.safetensors", tmp_path):
+        with pytest.raises(CheckpointNotFoundError, match="not a file"):
+            read_header(path)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=8,
+)
+ENTRIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from([*headers.ITEM_BYTES, "F4"]) | JSON_VALUES,
+        "shape": st.lists(st.integers(-1, 3), max_size=3) | JSON_VALUES,
+        "data_offsets": st.lists(st.integers(0, 16), min_size=2, max_size=2) | JSON_VALUES,
+    },
+)
+FUZZ = settings(
+    max_examples=200,
+    deadline=2000,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def agrees_with_the_library(path: Path) -> None:
+    """Our pass raises typed errors only, and what it lets through the library reads alike."""
+    try:
+        header = read_header(path)
+    except CheckpointError:
+        return
+    with safe_open(path, framework="np") as file:
+        assert set(file.keys()) == set(header)
+        for name, info in header.items():
+            assert tuple(file.get_slice(name).get_shape()) == info.shape
+
+
+@FUZZ
+@given(
+    header=st.dictionaries(st.text(max_size=5), ENTRIES | JSON_VALUES, max_size=3),
+    data=st.binary(max_size=16),
+)
+def test_fuzzed_header_objects(tmp_path: Path, header: dict[str, object], data: bytes) -> None:
+    agrees_with_the_library(raw_file(tmp_path / "model.safetensors", header, data))
+
+
+@FUZZ
+@given(position=st.integers(0, 200), replacement=st.binary(max_size=12), removed=st.integers(0, 12))
+def test_fuzzed_bytes_of_a_sound_file(
+    tmp_path: Path, position: int, replacement: bytes, removed: int
+) -> None:
+    sound = raw_file(
+        tmp_path / "model.safetensors", {"w": ENTRY, "__metadata__": {"format": "pt"}}
+    ).read_bytes()
+    mutated = sound[:position] + replacement + sound[position + removed :]
+    (tmp_path / "model.safetensors").write_bytes(mutated)
+    agrees_with_the_library(tmp_path / "model.safetensors")
