@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from benchmarks.timing import Work, interleaved, report
 from latentgen import TextToImagePipeline
 from latentgen.checkpoints.folder import resolve
-from latentgen.pipelines.text_to_image import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+from latentgen.pipelines.text_to_image import DEFAULT_STEPS
 
 SEED = 7
 PROMPTS = ("slice of pizza", "tiger face", "red heart", "snowman")
@@ -49,7 +49,7 @@ def main() -> None:
             return theirs(
                 prompts,
                 num_inference_steps=arguments.steps,
-                guidance_scale=DEFAULT_GUIDANCE_SCALE,
+                guidance_scale=pipeline.default_guidance_scale,
                 generator=[torch.Generator().manual_seed(SEED + i) for i in range(len(prompts))],
                 output_type="np",
             ).images

@@ -123,7 +123,8 @@ def text2img(
     guidance: Annotated[
         float | None,
         typer.Option(
-            metavar="SCALE", help="How closely to follow the prompt; 1 is no guidance. [default: 7.5]"
+            metavar="SCALE",
+            help="How closely to follow the prompt; 1 is no guidance. [default: the model's own, mostly 7.5]",
         ),
     ] = None,
     seed: Annotated[
@@ -177,10 +178,9 @@ def text2img(
 
     adapters = [_file_and_weight(text) for text in lora or ()]
 
-    from latentgen.pipelines.text_to_image import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, TextToImagePipeline
+    from latentgen.pipelines.text_to_image import DEFAULT_STEPS, TextToImagePipeline
 
     steps = DEFAULT_STEPS if steps is None else steps
-    guidance = DEFAULT_GUIDANCE_SCALE if guidance is None else guidance
     if _is_single_file(model):
         pipeline = TextToImagePipeline.from_single_file(
             model, prediction_type=prediction_type, vae=vae, dtype=dtype, device=device
@@ -195,6 +195,7 @@ def text2img(
         pipeline = pipeline.with_lora(file, weight, name=str(file))  # files are often called the same
     for file in embedding or ():
         pipeline = pipeline.with_embedding(file)
+    guidance = pipeline.default_guidance_scale if guidance is None else guidance
     result = pipeline(
         prompt,
         negative_prompt=negative,

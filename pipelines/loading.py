@@ -13,14 +13,20 @@ from torch import nn
 
 from latentgen.checkpoints.folder import TOKENIZERS, Checkpoint, save_weights, write_json
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.errors import CheckpointNotFoundError, ConfigError
+from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import quote
 from latentgen.models.packing import can_pack, pack_convolutions
 from latentgen.models.text import CLIPText, CLIPTextConfig, TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.pipelines.arguments import check_guidance_scale
 
+# What diffusers guides with where a call names no scale.
+SD_GUIDANCE_SCALE = 7.5
+SDXL_GUIDANCE_SCALE = 5.0
+# A checkpoint's own, in model_index.json; diffusers passes over keys that begin so.
+_GUIDANCE_KEY = "_guidance_scale"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 _SD = "StableDiffusionPipeline"
 _SDXL = "StableDiffusionXLPipeline"
@@ -68,6 +74,24 @@ def forces_zeros(checkpoint: Checkpoint) -> bool:
             "true or false"
         )
     return flag and _is_sdxl(checkpoint)
+
+
+def guidance_scale(checkpoint: Checkpoint) -> float:
+    """The guidance scale that a checkpoint asks for, or that of its family.
+
+    Raises:
+        ConfigError: it asks for what is no guidance scale.
+    """
+    value = checkpoint.model_index.get(_GUIDANCE_KEY, family_guidance_scale(sdxl=_is_sdxl(checkpoint)))
+    try:
+        return check_guidance_scale(value)
+    except InputError as error:
+        raise ConfigError(f"{quote(checkpoint.path)}, {_GUIDANCE_KEY} in model_index.json: {error}") from None
+
+
+def family_guidance_scale(*, sdxl: bool) -> float:
+    """The guidance scale of diffusers for a family."""
+    return SDXL_GUIDANCE_SCALE if sdxl else SD_GUIDANCE_SCALE
 
 
 def _is_sdxl(checkpoint: Checkpoint) -> bool:
@@ -176,6 +200,7 @@ def save_folder(
     scheduler: Scheduler,
     variant: str | None,
     force_zeros_for_empty_prompt: bool = False,
+    guidance_scale: float | None = None,
 ) -> None:
     """Write a folder that diffusers loads; `model_index.json`, which names the pipeline's class, comes last.
 
@@ -193,6 +218,9 @@ def save_folder(
     config = scheduler.to_config()
     write_json(folder / "scheduler" / "scheduler_config.json", config)
     index = _model_index(unet, towers, force_zeros_for_empty_prompt)
+    sdxl = unet.config.addition_embed_type is not None
+    if guidance_scale is not None and guidance_scale != family_guidance_scale(sdxl=sdxl):
+        index[_GUIDANCE_KEY] = guidance_scale
     write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", config["_class_name"]]})
 
 

@@ -52,7 +52,6 @@ from latentgen.pipelines.conditioning import (
 from latentgen.pipelines.denoising import PipelineStep, Run, completed, denoise, part_of_run
 
 DEFAULT_STEPS = 25
-DEFAULT_GUIDANCE_SCALE = 7.5
 _CPU = torch.device("cpu")
 
 
@@ -70,6 +69,7 @@ class TextToImagePipeline:
         load_encoder: gives the VAE's encoder, which drawing does without, when the pipeline is saved or handed on.
         force_zeros_for_empty_prompt: the model was trained with zeros in the place of an empty prompt (SDXL base);
             without a negative prompt guidance leads away from those.
+        default_guidance_scale: what a call that names none is guided with.
 
     Raises:
         ConfigError: the stages do not fit together.
@@ -83,6 +83,7 @@ class TextToImagePipeline:
     device: torch.device = _CPU
     load_encoder: Callable[[], VAEEncoder] | None = None
     force_zeros_for_empty_prompt: bool = False
+    default_guidance_scale: float = loading.SD_GUIDANCE_SCALE
 
     def __post_init__(self) -> None:
         unet, latent_channels = self.unet.config, self.decoder.config.latent_channels
@@ -222,6 +223,7 @@ class TextToImagePipeline:
             device=torch_device,
             load_encoder=partial(loading.load_encoder, checkpoint, encoder_placement),
             force_zeros_for_empty_prompt=loading.forces_zeros(checkpoint),
+            default_guidance_scale=loading.guidance_scale(checkpoint),
         )
 
     def with_lora(
@@ -304,6 +306,7 @@ class TextToImagePipeline:
             scheduler=self.scheduler,
             variant=variant,
             force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
+            guidance_scale=self.default_guidance_scale,
         )
 
     def encoder(self) -> VAEEncoder:
@@ -327,7 +330,7 @@ class TextToImagePipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
-        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         scheduler: str | Scheduler | None = None,
@@ -352,7 +355,8 @@ class TextToImagePipeline:
             width: likewise.
             num_inference_steps: steps of the solver, over the whole schedule.
             guidance_scale: scale of classifier-free guidance (arXiv:2207.12598, eq. 6, as 1 + w); 1 or less
-                is no guidance, in half the time.
+                is no guidance, in half the time. By default the checkpoint's own, where it has one (the embedded
+                model), else 7.5, or 5 for SDXL, as in diffusers.
             num_images_per_prompt: images of each prompt.
             seed: image i of the call gets seed + i; or one seed for each image; None draws one at random.
             scheduler: for this call, the name of a solver or a whole Scheduler; by default the checkpoint's.
@@ -372,7 +376,9 @@ class TextToImagePipeline:
             MemoryBudgetError: memory ran out; names the arguments that help.
         """
         prompts = as_prompts("prompt", prompt)
-        guidance = check_guidance_scale(guidance_scale)
+        guidance = check_guidance_scale(
+            self.default_guidance_scale if guidance_scale is None else guidance_scale
+        )
         per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
         seeds = check_seeds(seed, len(prompts) * per_prompt)
         shape = self._latent_shape(len(seeds), height, width, latents)

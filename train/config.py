@@ -64,7 +64,8 @@ class TextToImageTask(Section):
 
     `vae` is a folder with that autoencoder; `unet`, `text_encoder` and `scheduler` are the contents of the diffusers
     configurations. `cached_views` random views of every item are encoded once, before training; a `timestep_shift`
-    above 1 spends more samples on the noisier timesteps; `save_half` writes the finished model in float16.
+    above 1 spends more samples on the noisier timesteps; `guidance_scale` is what the finished model is guided with
+    where a call names none; `save_half` writes it in float16.
     """
 
     kind: Literal["text_to_image"]
@@ -75,6 +76,7 @@ class TextToImageTask(Section):
     caption_dropout: Rate = 0.1
     cached_views: Annotated[int, Field(ge=1, le=4096)] = 16
     timestep_shift: Positive = 1.0
+    guidance_scale: Annotated[float, Field(ge=0, le=1e6)] | None = None
     save_half: bool = False
 
 

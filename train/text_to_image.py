@@ -153,6 +153,7 @@ class TextToImageObjective(Objective):
             text_encoder=self._text,
             scheduler=self.scheduler,
             variant=None,
+            guidance_scale=self.task.guidance_scale,
         )
 
 

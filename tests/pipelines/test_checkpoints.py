@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from latentgen import TextToImagePipeline, to_diffusers
+from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.checkpoints.single_file import SingleFile
-from latentgen.errors import AdapterError, InputError
+from latentgen.errors import AdapterError, ConfigError, InputError
 from tests.checkpoints.single_files import to_original_file
 from tests.conftest import build_pipeline
 from tests.pipelines.sdxl import build_base, build_refiner
@@ -38,7 +40,8 @@ def draw(pipeline: TextToImagePipeline, prompt: str = "a cat", **arguments: Any)
 
 def draw_theirs(pipe: Any, prompt: str = "a cat", **arguments: Any) -> np.ndarray:
     generator = [torch.Generator().manual_seed(7)]
-    options: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 7.5, "output_type": "np"}
+    # Without a guidance scale, which is each family's own here as it is there.
+    options: dict[str, Any] = {"num_inference_steps": 10, "output_type": "np"}
     return pipe(prompt, generator=generator, **(options | arguments)).images
 
 
@@ -202,3 +205,25 @@ def test_an_embedding_gives_the_image_of_diffusers(ours: TextToImagePipeline, tm
     extended = ours.with_embedding(tmp_path / "toy.safetensors")
     assert difference(draw(extended, prompt), draw_theirs(theirs, prompt)) <= 1e-4
     assert difference(draw(extended, prompt), draw(ours, prompt)) > 1e-3
+
+
+def test_a_checkpoint_may_have_a_guidance_scale_of_its_own(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    usual = TextToImagePipeline.from_pretrained(tiny_checkpoint, dtype="float32", device="cpu")
+    assert usual.default_guidance_scale == 7.5
+    assert difference(draw(usual), draw(usual, guidance_scale=7.5)) == 0
+    replace(usual, default_guidance_scale=2.0).save_pretrained(tmp_path)
+    own = TextToImagePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    assert own.default_guidance_scale == 2.0
+    assert difference(draw(own), draw(usual, guidance_scale=2.0)) == 0
+    theirs = quiet(StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None))
+    assert difference(draw(own), draw_theirs(theirs, guidance_scale=2.0)) <= 1e-4
+
+
+@pytest.mark.parametrize("value", ["3", True, -1.0, None, [3]])
+def test_a_guidance_scale_that_is_none_is_refused(tiny_checkpoint: Path, value: object) -> None:
+    opened = CheckpointFolder.open(tiny_checkpoint)
+    wrong = CheckpointFolder(opened.path, {**opened.model_index, "_guidance_scale": value})
+    with pytest.raises(ConfigError, match="_guidance_scale"):
+        TextToImagePipeline.from_checkpoint(wrong, device="cpu")

@@ -57,7 +57,7 @@ def draw_theirs(pipe: Any, latents: torch.Tensor) -> np.ndarray:
         if "Img2Img" in type(pipe).__name__
         else {"latents": latents}
     )
-    options = {"num_inference_steps": 4, "guidance_scale": 7.5, "output_type": "np"}
+    options = {"num_inference_steps": 4, "output_type": "np"}
     return pipe("a cat", generator=[torch.Generator().manual_seed(7)], **options, **start).images
 
 
