@@ -69,7 +69,7 @@ def check_integer(name: str, value: object, lowest: int, highest: int) -> int:
     return number
 
 
-def check_guidance_scale(value: object) -> float:
+def check_guidance_scale(value: float) -> float:
     """A number from 0 to MAX_GUIDANCE_SCALE; up to 1 means no guidance."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputError(f"guidance_scale={value!r} must be a number; 7.5 is usual, 1 is no guidance")

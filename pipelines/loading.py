@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -82,7 +82,7 @@ def guidance_scale(checkpoint: Checkpoint) -> float:
     Raises:
         ConfigError: it asks for what is no guidance scale.
     """
-    value = checkpoint.model_index.get(_GUIDANCE_KEY, family_guidance_scale(sdxl=_is_sdxl(checkpoint)))
+    value: Any = checkpoint.model_index.get(_GUIDANCE_KEY, family_guidance_scale(sdxl=_is_sdxl(checkpoint)))
     try:
         return check_guidance_scale(value)
     except InputError as error:
