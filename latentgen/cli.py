@@ -178,7 +178,8 @@ def text2img(
 
     adapters = [_file_and_weight(text) for text in lora or ()]
 
-    from latentgen.pipelines.text_to_image import DEFAULT_STEPS, TextToImagePipeline
+    from latentgen.pipelines.base import DEFAULT_STEPS
+    from latentgen.pipelines.text_to_image import TextToImagePipeline
 
     steps = DEFAULT_STEPS if steps is None else steps
     if _is_single_file(model):

@@ -17,7 +17,7 @@ from latentgen.models.lora import shared_copy
 from latentgen.models.text import TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.pipelines.denoising import Stages
-from latentgen.pipelines.loading import named_towers
+from latentgen.pipelines.saving import named_towers
 
 
 class AdaptedStages(NamedTuple):

@@ -1,124 +1,402 @@
-"""What the pipelines share before and after denoising: where they run, decoding, and results."""
+"""What all pipelines are: stages that fit together, loaded from a checkpoint, adapted, and saved to one."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import ClassVar, Self
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from latentgen.errors import InputError, NumericalError
-from latentgen.image import to_numpy, to_pil, to_unit
-from latentgen.memory import MemoryPolicy, decode, resident
-from latentgen.models.vae import VAEDecoder
-from latentgen.pipelines.arguments import OutputType
+from latentgen.checkpoints.folder import Checkpoint, CheckpointFolder, resolve
+from latentgen.checkpoints.identify import StatedPrediction
+from latentgen.checkpoints.single_file import SingleFile, with_vae
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import ConfigError, InputError
+from latentgen.files import quote
+from latentgen.memory import MemoryPolicy, explained_out_of_memory
+from latentgen.models.text import TextEncoder
+from latentgen.models.unet import UNet
+from latentgen.models.vae import VAEDecoder, VAEEncoder
+from latentgen.pipelines import adapting, loading
+from latentgen.pipelines.arguments import (
+    MAX_CLIP_SKIP,
+    MAX_IMAGES_PER_PROMPT,
+    as_negative_prompts,
+    as_prompts,
+    check_guidance_scale,
+    check_integer,
+    check_seeds,
+    output_folder,
+)
+from latentgen.pipelines.conditioning import (
+    BASE_TIME_IDS,
+    REFINER_TIME_IDS,
+    time_id_count,
+)
+from latentgen.pipelines.devices import DTypeName, resolve_device, resolve_dtype
+from latentgen.pipelines.request import Request, Sampling
+from latentgen.pipelines.saving import SD_INDEX, SDXL_INDEX, guidance_entry, save_folder
 
-DTypeName = Literal["auto", "float32", "float16", "bfloat16"]
-Images = list[Image.Image] | np.ndarray | Tensor
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEFAULT_STEPS = 25
+_CPU = torch.device("cpu")
 
 
-class Output(NamedTuple):
-    """What a call gives.
+@dataclass(frozen=True, eq=False)
+class Pipeline(ABC):
+    """The stages of a pipeline, and where they run.
 
     Attributes:
-        images: what `output_type` asked for: "pil" a list of images, "np" float32 [B, H, W, 3] in 0..1, "pt"
-            float32 [B, 3, H, W] in 0..1 on the device, "latent" float32 [B, C, h, w] on the device. Prompts
-            come in their order, the images of one prompt together.
-        seeds: the seed of each image, which alone makes that image again.
-    """
-
-    images: Images
-    seeds: tuple[int, ...]
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that was asked for; "auto" is the best one that the machine has.
-
-    Raises:
-        InputError: the name is not a device, or this machine has none of that kind.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise InputError(
-            f'device={device!r} is not a device; use "auto", "cpu", "cuda", "cuda:1" or "mps"'
-        ) from None
-    counts = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    if (resolved.index or 0) >= counts.get(resolved.type, 0):
-        there = ", ".join(name for name, count in counts.items() if count)
-        raise InputError(f'device={device!r} is not there; this machine has: {there}. "auto" takes the best')
-    return resolved
-
-
-def resolve_dtype(dtype: DTypeName | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the stages; "auto" is float16 on CUDA and float32 elsewhere.
+        unet: denoises latents.
+        decoder: turns latents into images.
+        text_encoder: turns prompts into context, and for SDXL into a pooled state.
+        scheduler: noise schedule, prediction type and default solver.
+        memory: what to trade for memory.
+        device: where the stages work. They stand there already, or on the CPU if `memory` offloads idle ones.
+        load_encoder: gives the VAE's encoder, on the CPU. What makes images from text alone does without it, until it
+            is saved or handed on.
+        force_zeros_for_empty_prompt: the model was trained with zeros in the place of an empty prompt (SDXL base);
+            without a negative prompt guidance leads away from those.
+        default_guidance_scale: what a call that names none is guided with.
 
     Raises:
-        InputError: not one of float32, float16, bfloat16.
+        ConfigError: the stages do not fit together.
     """
-    if dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved is None or resolved not in _DTYPES.values():
-        raise InputError(f"dtype={dtype!r} is not supported; choose from auto, {', '.join(_DTYPES)}")
-    return resolved
 
+    # The classes of diffusers' pipelines whose checkpoints this one reads.
+    reads: ClassVar[tuple[str, ...]] = ()
 
-def decode_images(decoder: VAEDecoder, latents: Tensor, device: torch.device, memory: MemoryPolicy) -> Tensor:
-    """Decode float32 latents [B, C, h, w] to images [B, 3, H, W], nominally in -1..1.
+    unet: UNet
+    decoder: VAEDecoder
+    text_encoder: TextEncoder
+    scheduler: Scheduler
+    memory: MemoryPolicy = field(default_factory=MemoryPolicy)
+    device: torch.device = _CPU
+    load_encoder: Callable[[], VAEEncoder] | None = None
+    force_zeros_for_empty_prompt: bool = False
+    default_guidance_scale: float = loading.SD_GUIDANCE_SCALE
 
-    The decoder of Stable Diffusion can overflow in float16; if it gives infinity or NaN, it runs once more in
-    float32.
+    def __post_init__(self) -> None:
+        self._check_channels()
+        unet = self.unet.config
+        if unet.cross_attention_dim != self.text_encoder.context_width:
+            raise ConfigError(
+                f"cross_attention_dim {unet.cross_attention_dim} of the UNet and the width "
+                f"{self.text_encoder.context_width} of the text encoder's context must be equal"
+            )
+        if self._time_ids not in (0, REFINER_TIME_IDS, BASE_TIME_IDS):
+            raise ConfigError(
+                f"projection_class_embeddings_input_dim {unet.projection_class_embeddings_input_dim} of the UNet must "
+                f"be the {self.text_encoder.pooled_width} channels of the text encoder's pooled state and "
+                f"{BASE_TIME_IDS} (SDXL base) or {REFINER_TIME_IDS} (refiner) times addition_time_embed_dim "
+                f"{unet.addition_time_embed_dim}"
+            )
+        self.unet.attention_backend = self.memory.attention
+        self.decoder.attention_backend = self.memory.attention
 
-    Raises:
-        NumericalError: the images are not finite in float32 either.
-    """
-    dtype = next(decoder.parameters()).dtype
-    latents = latents.contiguous(memory_format=torch.channels_last)
-    with resident(decoder, device, offload=memory.offload_idle):
-        images = decode(decoder, latents.to(dtype), memory)
-        if dtype != torch.float32 and not _finite(images):
-            images = decode(_in_float32(decoder), latents, memory)
-    if not _finite(images):
-        raise NumericalError(
-            "the decoder gave NaN or infinity, even in float32, for finite latents; check the VAE's weights"
+    @property
+    @abstractmethod
+    def diffusers_class(self) -> str:
+        """The class of diffusers' pipeline over the same stages."""
+
+    @property
+    @abstractmethod
+    def _image_channels(self) -> int:
+        """How many channels of an image, or of its latents, the UNet is given beside the noisy latents."""
+
+    @property
+    def _takes_noise_level(self) -> bool:
+        return False
+
+    def _check_channels(self) -> None:
+        unet, latent, image = self.unet.config, self.decoder.config.latent_channels, self._image_channels
+        if unet.in_channels != latent + image or unet.out_channels != latent:
+            raise ConfigError(
+                f"{type(self).__name__} needs a UNet from {latent + image} channels ({latent} of the VAE's latents, "
+                f"{image} of an image) to {latent}, not from {unet.in_channels} to {unet.out_channels}: text to image "
+                "has 4 to 4, instruct-pix2pix 8 to 4, inpainting 9 to 4, x4 upscaling 7 to 4"
+            )
+        labelled = bool(unet.class_embed_type or unet.num_class_embeds)
+        if labelled != self._takes_noise_level:
+            wanted = "class labels, too" if labelled else "no noise level"
+            raise ConfigError(f"{type(self).__name__} does not fit this UNet, which wants {wanted}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None = None,
+        *,
+        dtype: DTypeName | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        variant: str | None = None,
+        revision: str | None = None,
+        vae: str | Path | None = None,
+        memory: MemoryPolicy | None = None,
+    ) -> Self:
+        """Load a pipeline from a folder in the diffusers layout.
+
+        Args:
+            source: a folder, an id on the Hub ("owner/name"), or None for the embedded default model.
+            dtype: of the stages; "auto" is float16 on CUDA and float32 elsewhere.
+            device: "auto" is the best that the machine has.
+            variant: which of several sets of weights, such as "fp16".
+            revision: branch, tag or commit on the Hub.
+            vae: a .safetensors file with the VAE to use in place of the folder's.
+            memory: what to trade for memory.
+
+        Raises:
+            InputError: an argument is out of bounds.
+            CheckpointError: what is wrong with the folder's files, in a subclass.
+            ConfigError: a configuration holds what is not implemented, or is for another kind of pipeline.
+            OfflineError: the Hub is needed and cannot be reached.
+            MemoryBudgetError: the weights do not fit into memory.
+        """
+        checkpoint: Checkpoint = CheckpointFolder.open(resolve(source, revision=revision, variant=variant))
+        if vae is not None:
+            checkpoint = with_vae(checkpoint, vae)
+        return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, variant=variant, memory=memory)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        prediction_type: StatedPrediction | None = None,
+        vae: str | Path | None = None,
+        ema: bool = False,
+        dtype: DTypeName | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        memory: MemoryPolicy | None = None,
+    ) -> Self:
+        """Load a pipeline from one .safetensors file in the original layout; needs no network.
+
+        Args:
+            path: the file.
+            prediction_type: "epsilon" or "v_prediction", where the file does not say (SD 2.x).
+            vae: a .safetensors file with the VAE to use in place of the file's own.
+            ema: read the moving averages of the UNet's weights, where the file holds both.
+            dtype: see :meth:`from_pretrained`.
+            device: see :meth:`from_pretrained`.
+            memory: see :meth:`from_pretrained`.
+
+        Raises:
+            InputError: an argument is out of bounds, or the file does not say what its UNet predicts.
+            CheckpointError: what is wrong with the file, in a subclass.
+            ConfigError: the file is for another kind of pipeline.
+            MemoryBudgetError: the weights do not fit into memory.
+        """
+        checkpoint = SingleFile.open(path, prediction_type=prediction_type, vae=vae, ema=ema)
+        return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, memory=memory)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: DTypeName | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        variant: str | None = None,
+        memory: MemoryPolicy | None = None,
+    ) -> Self:
+        """Load a pipeline from an opened checkpoint: a CheckpointFolder, a SingleFile, or parts of several.
+
+        Arguments and errors are those of :meth:`from_pretrained`.
+        """
+        memory = MemoryPolicy() if memory is None else memory
+        if not isinstance(memory, MemoryPolicy):
+            raise InputError(
+                f"memory={memory!r} must be a MemoryPolicy, such as MemoryPolicy(offload_idle=True)"
+            )
+        torch_device = resolve_device(device)
+        torch_dtype = resolve_dtype(dtype, torch_device)
+        loading.check_class(checkpoint, cls.reads)
+        placement = loading.Placement(
+            torch_dtype,
+            _CPU if memory.offload_idle else torch_device,
+            variant,
+            pack=memory.pack_weights and torch_device.type == "cpu",
         )
-    return images
+        with explained_out_of_memory(
+            f"loading the weights of {quote(checkpoint.path)}",
+            partial(loading.weight_bytes, checkpoint, placement),
+            'use dtype="bfloat16", or MemoryPolicy(offload_idle=True, pack_weights=False)',
+        ):
+            unet = loading.load_unet(checkpoint, placement)
+            decoder = loading.load_decoder(checkpoint, placement)
+            text_encoder = loading.load_text_encoder(checkpoint, placement)
+        encoder_placement = loading.Placement(torch_dtype, _CPU, variant)
+        return cls(
+            unet=unet,
+            decoder=decoder,
+            text_encoder=text_encoder,
+            scheduler=loading.load_scheduler(checkpoint),
+            memory=memory,
+            device=torch_device,
+            load_encoder=cache(partial(loading.load_encoder, checkpoint, encoder_placement)),
+            force_zeros_for_empty_prompt=loading.forces_zeros(checkpoint),
+            default_guidance_scale=loading.guidance_scale(checkpoint),
+        )
 
+    def with_lora(
+        self, source: str | Path, weight: float = 1.0, *, name: str | None = None, merged: bool = False
+    ) -> Self:
+        """The same pipeline with a LoRA (arXiv:2106.09685); this one stays as it is, and they share their weights.
 
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+        Args:
+            source: a file of kohya or diffusers, or a folder of PEFT.
+            weight: what the LoRA is multiplied by; may be negative.
+            name: how to call it later; by default the name of the file.
+            merged: add it to new copies of the weights that it changes: no time at each step, but for good.
 
+        Raises:
+            AdapterError: some of it has no place in this model, does not fit there, or the name is taken.
+            CheckpointError: what is wrong with the file, in a subclass.
+            InputError: the weight is out of bounds.
+        """
+        return self._adapted(adapting.with_lora(self, source, weight, name=name, merged=merged))
 
-def _in_float32(decoder: VAEDecoder) -> VAEDecoder:
-    """A copy, because other threads may be decoding with the original."""
-    with torch.device("meta"):
-        copy = VAEDecoder(decoder.config)
-    copy.load_state_dict({name: tensor.float() for name, tensor in decoder.state_dict().items()}, assign=True)
-    copy.attention_backend = decoder.attention_backend
-    return copy.eval()
+    def with_lora_weight(self, name: str, weight: float) -> Self:
+        """The same pipeline with another weight for one of its LoRAs; 0 switches it off.
 
+        Raises:
+            AdapterError: there is none of that name.
+            InputError: the weight is out of bounds.
+        """
+        return self._adapted(adapting.with_lora_weight(self, name, weight))
 
-def export(images: Tensor, output_type: OutputType) -> Images:
-    """Turn images [B, 3, H, W] in -1..1 into what `output_type` names."""
-    match output_type:
-        case "pil":
-            return to_pil(images)
-        case "np":
-            return to_numpy(images)
-        case "pt":
-            return to_unit(images)
-        case "latent":
-            return images
+    def without_lora(self, name: str) -> Self:
+        """The same pipeline without one of its LoRAs: bit for bit what it was before it had it.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        return self._adapted(adapting.without_lora(self, name))
+
+    def with_embedding(self, source: str | Path, *, token: str | None = None) -> Self:
+        """The same pipeline with one more token that prompts can use (textual inversion, arXiv:2208.01618).
+
+        Args:
+            source: a .safetensors file of diffusers or A1111.
+            token: what prompts write for it; by default its name in the file, or that of the file.
+
+        Raises:
+            AdapterError: it is for another family of models, or the token exists already.
+            CheckpointError: what is wrong with the file, in a subclass.
+        """
+        return self._adapted(adapting.with_embedding(self, source, token=token))
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The weight of each LoRA, by name."""
+        return adapting.attached_loras(self)
+
+    def _adapted(self, stages: adapting.AdaptedStages) -> Self:
+        return replace(self, unet=stages.unet, text_encoder=stages.text_encoder)
+
+    def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
+        """Write a whole folder in the diffusers layout, which diffusers' pipeline of the same family loads.
+
+        Args:
+            folder: where to write; made if need be.
+            variant: part of the names of the weight files, such as "fp16".
+
+        Raises:
+            InputError: the pipeline was put together by hand and knows of no encoder, or has LoRAs that are not merged.
+            OutputError: a file could not be written; it keeps its old content, as do those that follow it.
+        """
+        target = output_folder(folder)
+        adapting.refuse_attached(self)
+        save_folder(
+            target,
+            unet=self.unet,
+            encoder=self.encoder(),
+            decoder=self.decoder,
+            text_encoder=self.text_encoder,
+            schedulers=self.schedulers,
+            index={"_class_name": self.diffusers_class, **self._index()},
+            variant=variant,
+        )
+
+    @property
+    def schedulers(self) -> dict[str, Scheduler]:
+        """Component of the diffusers layout -> scheduler."""
+        return {"scheduler": self.scheduler}
+
+    def _index(self) -> dict[str, object]:
+        """What `model_index.json` says besides the class and the components."""
+        index = dict(SDXL_INDEX if self.is_sdxl else SD_INDEX)
+        if self.is_sdxl:
+            index["force_zeros_for_empty_prompt"] = self.force_zeros_for_empty_prompt
+        return index | guidance_entry(self.default_guidance_scale, sdxl=self.is_sdxl)
+
+    def encoder(self) -> VAEEncoder:
+        """The VAE's encoder, from where the pipeline came from; stands on the CPU.
+
+        Raises:
+            InputError: the pipeline was put together by hand and knows of none.
+        """
+        if self.load_encoder is None:
+            raise InputError(
+                "this pipeline was put together by hand, without the VAE's encoder; pass load_encoder=lambda: ... that"
+                " gives it"
+            )
+        return self.load_encoder()
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the UNet is told a pooled state and sizes, as SDXL's are."""
+        return self.unet.config.addition_embed_type is not None
+
+    @property
+    def _time_ids(self) -> int:
+        return time_id_count(self.unet.config, self.text_encoder.pooled_width)
+
+    def _request(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None,
+        *,
+        guidance_scale: float | None,
+        num_images_per_prompt: int,
+        seed: int | Sequence[int] | None,
+        clip_skip: int = 0,
+        images: int = 1,
+    ) -> Request:
+        """What is asked for, one entry for each image that is to be made; one prompt serves several `images`."""
+        prompts = as_prompts("prompt", prompt)
+        prompts *= images if len(prompts) == 1 else 1
+        if images not in (1, len(prompts)):
+            raise InputError(
+                f"image has {images} entries for {len(prompts)} prompts; give one or one for each"
+            )
+        per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
+        negatives = self._negatives(negative_prompt, len(prompts))
+        return Request(
+            prompts=tuple(row for row in prompts for _ in range(per_prompt)),
+            negatives=tuple(row for row in negatives for _ in range(per_prompt)),
+            clip_skip=check_integer("clip_skip", clip_skip, 0, MAX_CLIP_SKIP),
+            seeds=check_seeds(seed, len(prompts) * per_prompt),
+            guidance_scale=check_guidance_scale(
+                self.default_guidance_scale if guidance_scale is None else guidance_scale
+            ),
+        )
+
+    def _negatives(self, negative_prompt: str | Sequence[str] | None, count: int) -> Sequence[str | None]:
+        if negative_prompt is None and self.force_zeros_for_empty_prompt:
+            return [None] * count
+        return as_negative_prompts("" if negative_prompt is None else negative_prompt, count)
+
+    def _sampling(self, scheduler: str | Scheduler | None, num_inference_steps: int) -> Sampling:
+        """The whole run that is asked for, with this pipeline's scheduler by default."""
+        if scheduler is None:
+            scheduler = self.scheduler
+        elif isinstance(scheduler, str):
+            scheduler = self.scheduler.with_solver(scheduler)
+        elif not isinstance(scheduler, Scheduler):
+            raise InputError(f"scheduler must be a name or a Scheduler, not {type(scheduler).__name__}")
+        most_steps = scheduler.schedule.num_train_timesteps
+        levels = scheduler.levels(check_integer("num_inference_steps", num_inference_steps, 1, most_steps))
+        return Sampling(scheduler, levels, range(len(levels) - 1))

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import ParamSpec, Protocol
+from typing import NamedTuple, ParamSpec, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentgen.diffusion.guidance import classifier_free, is_guided
+from latentgen.diffusion.guidance import Guidance, guided
 from latentgen.diffusion.prediction import Denoiser
 from latentgen.diffusion.schedule import NoiseLevel
-from latentgen.diffusion.scheduler import Scheduler
-from latentgen.errors import InputError, NumericalError
+from latentgen.errors import NumericalError
 from latentgen.memory import MemoryPolicy, explained_out_of_memory, resident, weight_bytes
-from latentgen.models.text import Conditioning, TextEncoder
+from latentgen.models.text import TextEncoder
 from latentgen.models.unet import AddedConditioning, UNet
+from latentgen.models.unet_blocks import repeat_rows
 from latentgen.models.vae import VAEDecoder
-from latentgen.pipelines.arguments import OutputType, check_share
-from latentgen.pipelines.base import Images, Output, decode_images, export
-from latentgen.pipelines.conditioning import added_conditioning, encode_rows
+from latentgen.pipelines.arguments import OutputType
+from latentgen.pipelines.conditioning import (
+    SizeConditioning,
+    added_conditioning,
+    encode_rows,
+    time_id_count,
+    time_ids,
+)
+from latentgen.pipelines.output import Images, Output, decode_images, export
+from latentgen.pipelines.request import Request, Sampling
 
 P = ParamSpec("P")
 
@@ -47,50 +54,46 @@ class Stages(Protocol):
     def device(self) -> torch.device: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """The checked arguments of one call.
+class Beginning(NamedTuple):
+    """What the loop begins with.
 
-    prompts and negatives have one entry for each image; without guidance there are no negatives. steps is the part of
-    the steps over `levels` that is taken.
+    Attributes:
+        latents: float32 [B, C, h, w], standing at the first noise level.
+        channels: what is concatenated to the latents at each step, [B, K, h, w], or where the rows of a guidance differ
+            [rows * B, K, h, w].
+        class_labels: what the UNet is told besides the timestep, [1].
     """
 
-    prompts: tuple[str, ...]
-    negatives: tuple[str | None, ...]
-    clip_skip: int
-    time_ids: Tensor | None
-    seeds: tuple[int, ...]
-    latents: Tensor | None
+    latents: Tensor
+    channels: Tensor | None = None
+    class_labels: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One call, checked.
+
+    Attributes:
+        request: the images that are to be made.
+        sampling: the steps.
+        guidance: what becomes of the outputs for one image.
+        shape: of the latents, [B, C, h, w].
+        begin: makes what the loop begins with; draws its noise from what each image owns.
+        size: height and width in pixels of the images, which are cropped to it.
+        output_type: what becomes of the latents.
+        progress: whether to show a progress bar.
+        size_conditioning: what SDXL is told.
+    """
+
+    request: Request
+    sampling: Sampling
+    guidance: Guidance
     shape: tuple[int, int, int, int]
-    scheduler: Scheduler
-    levels: tuple[NoiseLevel, ...]
-    steps: range
-    guidance_scale: float
+    begin: Callable[[ImageNoise], Beginning]
+    size: tuple[int, int]
     output_type: OutputType
     progress: bool
-
-
-def part_of_run(
-    scheduler: Scheduler,
-    levels: Sequence[NoiseLevel],
-    denoising_start: float,
-    denoising_end: float,
-    latents: Tensor | None,
-) -> range:
-    """The steps of a run over `levels` that lie between two shares of the schedule."""
-    start = scheduler.steps_before(levels, check_share("denoising_start", denoising_start))
-    stop = scheduler.steps_before(levels, check_share("denoising_end", denoising_end))
-    if start >= stop:
-        raise InputError(
-            f"between denoising_start={denoising_start} and denoising_end={denoising_end} lies none of the "
-            f"{len(levels) - 1} steps; use more steps or a wider part"
-        )
-    if start > 0 and latents is None:
-        raise InputError(
-            f"denoising_start={denoising_start} needs the latents that it starts from: the output of a pipeline "
-            'with the same denoising_end and output_type="latent"'
-        )
-    return range(start, stop)
+    size_conditioning: SizeConditioning = field(default_factory=SizeConditioning)
 
 
 @torch.inference_mode()
@@ -102,10 +105,9 @@ def denoise(stages: Stages, run: Run) -> Iterator[PipelineStep]:
         MemoryBudgetError: memory ran out; names the arguments that help.
     """
     count, _, height, width = run.shape
-    factor = stages.decoder.config.spatial_factor
     with explained_out_of_memory(
-        f"denoising {count} image(s) of {width * factor}x{height * factor} pixels",
-        partial(denoising_bytes, stages.unet, len(run.negatives) + count, height * width),
+        f"denoising {count} image(s) of {run.size[1]}x{run.size[0]} pixels",
+        partial(denoising_bytes, stages.unet, run.guidance.rows * count, height * width),
         'use fewer images at once, a smaller height and width, MemoryPolicy(attention="chunked", '
         'offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
     ):
@@ -113,32 +115,25 @@ def denoise(stages: Stages, run: Run) -> Iterator[PipelineStep]:
 
 
 def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
-    noise = ImageNoise(run.seeds, run.shape[1:], stages.device)
-    latents = noise() if run.latents is None else run.latents.to(stages.device)
-    if run.steps.start == 0:
-        latents = run.scheduler.initial(latents, run.levels)
-    latents = latents.contiguous(memory_format=torch.channels_last)
-    conditioning = _encode(stages, run)
-    start, stop, total = run.steps.start, run.steps.stop, len(run.steps)
-    check = FiniteCheck()
+    noise = ImageNoise(run.request.seeds, stages.device)
+    begin = run.begin(noise)
+    latents = begin.latents.contiguous(memory_format=torch.channels_last)
+    scheduler, levels, steps = run.sampling
+    context, added = _encode(stages, run)
+    total, check = len(steps), FiniteCheck()
     last: PipelineStep | None = None
-    finish = partial(_finish, stages, run.output_type, check, total)
+    finish = partial(_finish, stages, run, check)
     with (
         resident(stages.unet, stages.device, offload=stages.memory.offload_idle),
         tqdm(total=total, desc="denoising", disable=not run.progress) as bar,
     ):
-        denoiser = build_denoiser(
-            stages.unet,
-            conditioning.context,
-            added_conditioning(conditioning.pooled, run.time_ids),
-            run.levels[start : stop + 1],
-            run.scheduler,
-            run.guidance_scale,
-        )
-        for step in run.scheduler.sample(denoiser, latents, run.levels, noise, start=start, stop=stop):
+        denoiser = build_denoiser(stages.unet, run, begin, context, added)
+        draw = partial(noise.draw, run.shape[1:])
+        for step in scheduler.sample(denoiser, latents, levels, draw, start=steps.start, stop=steps.stop):
             check.watch(step.latents)
             bar.update()
-            current = PipelineStep(step.index - start, total, step.latents, step.x0, run.seeds, finish)
+            index = step.index - steps.start
+            current = PipelineStep(index, total, step.latents, step.x0, run.request.seeds, finish)
             if current.is_last:
                 last = current
             else:
@@ -148,19 +143,30 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
         yield last
 
 
-def _encode(stages: Stages, run: Run) -> Conditioning:
+def _encode(stages: Stages, run: Run) -> tuple[Tensor, AddedConditioning | None]:
+    """The context of every row, [rows * B, S, D], and what SDXL's UNet is given besides."""
+    request, others = run.request, run.guidance.rows - 1
     with resident(stages.text_encoder.module, stages.device, offload=stages.memory.offload_idle):
-        return encode_rows(stages.text_encoder, run.negatives, run.prompts, clip_skip=run.clip_skip)
+        encoded = encode_rows(
+            stages.text_encoder, request.negatives * others, request.prompts, clip_skip=request.clip_skip
+        )
+    ids = time_ids(
+        run.size_conditioning,
+        time_id_count(stages.unet.config, stages.text_encoder.pooled_width),
+        run.size,
+        negatives=len(request) * others,
+        prompts=len(request),
+    )
+    return encoded.context, added_conditioning(encoded.pooled, ids)
 
 
 @torch.inference_mode()
-def _finish(
-    stages: Stages, output_type: OutputType, check: FiniteCheck, total: int, latents: Tensor
-) -> Images:
-    check.verify(total, _dtype_of(stages.unet))
-    if output_type == "latent":
+def _finish(stages: Stages, run: Run, check: FiniteCheck, latents: Tensor) -> Images:
+    check.verify(len(run.sampling.steps), _dtype_of(stages.unet))
+    if run.output_type == "latent":
         return latents
-    return export(decode_images(stages.decoder, latents, stages.device, stages.memory), output_type)
+    images = decode_images(stages.decoder, latents, stages.device, stages.memory)
+    return export(images[..., : run.size[0], : run.size[1]], run.output_type)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,15 +220,14 @@ class ImageNoise:
     nor on the device. It is what diffusers draws from a list of CPU generators.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._shape = (len(seeds), *shape)
         self._device = device
 
-    def __call__(self) -> Tensor:
-        """The next draw: float32 [B, C, h, w] on the device."""
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        """The next draw of each image, `shape` [C, h, w]: float32 [B, C, h, w] on the device."""
         # A copy from pinned memory does not wait for the device.
-        noise = torch.empty(self._shape, pin_memory=self._device.type == "cuda")
+        noise = torch.empty((len(self._generators), *shape), pin_memory=self._device.type == "cuda")
         for row, generator in zip(noise, self._generators, strict=True):
             row.normal_(generator=generator)
         return noise.to(self._device, non_blocking=True)
@@ -267,33 +272,37 @@ def denoising_bytes(unet: UNet, rows: int, pixels: int) -> int:
 
 
 def build_denoiser(
-    unet: UNet,
-    context: Tensor,
-    added: AddedConditioning | None,
-    levels: Sequence[NoiseLevel],
-    scheduler: Scheduler,
-    guidance_scale: float,
+    unet: UNet, run: Run, begin: Beginning, context: Tensor, added: AddedConditioning | None
 ) -> Denoiser:
-    """A denoiser for one run over `levels`, with all that is constant over the run computed once.
+    """A denoiser for one run, with all that is constant over it computed once.
 
     Args:
-        context: [B, S, D], or with guidance [2B, S, D]: of the negative prompts, then of the prompts.
+        begin: what is concatenated to the latents, and class labels.
+        context: [rows * B, S, D], the least conditioned rows first.
         added: what SDXL's UNet is given besides, for the same rows.
     """
-    dtype = unet.conv_in.weight.dtype
-    index_of = {level.timestep: index for index, level in enumerate(levels[:-1])}
-    timesteps = torch.tensor([level.timestep for level in levels[:-1]], device=context.device)
-    constants = unet.constants(context.to(dtype), timesteps, added=added)
-    guided = is_guided(guidance_scale)
+    dtype, device = _dtype_of(unet), context.device
+    scheduler, levels, steps = run.sampling
+    timesteps = [level.timestep for level in levels[steps.start : steps.stop]]
+    index_of = {timestep: index for index, timestep in enumerate(timesteps)}
+    constants = unet.constants(
+        context.to(dtype),
+        torch.tensor(timesteps, device=device),
+        class_labels=begin.class_labels,
+        added=added,
+    )
+    channels = None if begin.channels is None else begin.channels.to(device, dtype)
 
-    def predict(x: Tensor, level: NoiseLevel) -> tuple[Tensor | None, Tensor]:
-        output = unet.step(x.to(dtype), constants, index_of[level.timestep]).float()
-        if not guided:
-            return None, output
-        unconditional, conditional = output.chunk(2)
-        return unconditional, conditional
+    def predict(x: Tensor, level: NoiseLevel) -> tuple[Tensor, ...]:
+        sample = x.to(dtype)
+        if channels is not None:
+            sample = torch.cat([repeat_rows(sample, len(channels)), channels], dim=1)
+        output = unet.step(
+            sample.contiguous(memory_format=torch.channels_last), constants, index_of[level.timestep]
+        )
+        return output.float().chunk(run.guidance.rows)
 
-    return classifier_free(predict, scheduler.prediction_type, guidance_scale)
+    return guided(predict, scheduler.prediction_type, run.guidance)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

@@ -25,6 +25,7 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines import loading
 from latentgen.pipelines.adapting import refuse_attached
+from latentgen.pipelines.saving import named_towers
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
         CheckpointMismatchError: a module holds other weights than its configuration says, such as those of adapters.
     """
     name = type(pipe).__name__
-    if name not in loading.TEXT_TO_IMAGE_CLASSES:
+    if name not in TextToImagePipeline.reads:
         raise InputError(
-            f"a {name} cannot be taken over; possible are {', '.join(loading.TEXT_TO_IMAGE_CLASSES)}"
+            f"a {name} cannot be taken over; possible are {', '.join(TextToImagePipeline.reads)}"
         )
     memory = MemoryPolicy() if memory is None else memory
     parts = pipe.components
@@ -74,7 +75,7 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
     if memory.pack_weights and device.type == "cpu" and can_pack(unet.conv_in.weight.dtype):
         pack_convolutions(unet)
         pack_convolutions(decoder)
-    sdxl = name in loading.SDXL_CLASSES
+    sdxl = "XL" in name
     return TextToImagePipeline(
         unet=unet,
         decoder=decoder,
@@ -104,7 +105,7 @@ def to_diffusers(pipeline: TextToImagePipeline) -> DiffusersTextToImage:
         vae: Any = diffusers.AutoencoderKL.from_config(pipeline.decoder.config.to_json())
     _share(unet, pipeline.unet)
     _share(vae, pipeline.encoder().to(pipeline.device), pipeline.decoder)
-    towers = loading.named_towers(pipeline.unet, pipeline.text_encoder)
+    towers = named_towers(pipeline.unet, pipeline.text_encoder)
     parts: dict[str, Any] = {
         "unet": unet,
         "vae": vae,

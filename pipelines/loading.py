@@ -1,17 +1,16 @@
-"""Stages out of a folder in the diffusers layout, and back into one."""
+"""Stages out of a checkpoint."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from latentgen.checkpoints.folder import TOKENIZERS, Checkpoint, save_weights, write_json
+from latentgen.checkpoints.folder import SCHEDULERS, TOKENIZERS, Checkpoint
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import quote
@@ -26,17 +25,25 @@ from latentgen.pipelines.arguments import check_guidance_scale
 SD_GUIDANCE_SCALE = 7.5
 SDXL_GUIDANCE_SCALE = 5.0
 # A checkpoint's own, in model_index.json; diffusers passes over keys that begin so.
-_GUIDANCE_KEY = "_guidance_scale"
-WEIGHTS_STEM = "diffusion_pytorch_model"
-_SD = "StableDiffusionPipeline"
-_SDXL = "StableDiffusionXLPipeline"
-# How diffusers calls the pipeline of a folder with the refiner.
-_SDXL_REFINER = "StableDiffusionXLImg2ImgPipeline"
-SDXL_CLASSES = (_SDXL, _SDXL_REFINER)
-TEXT_TO_IMAGE_CLASSES = (_SD, *SDXL_CLASSES)
+GUIDANCE_KEY = "_guidance_scale"
+# Each pipeline here -> the classes of diffusers' pipelines whose checkpoints it reads.
+READS: Mapping[str, tuple[str, ...]] = {
+    "TextToImagePipeline": (
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        # How diffusers calls the pipeline of a folder with the refiner.
+        "StableDiffusionXLImg2ImgPipeline",
+    ),
+    "InpaintPipeline": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
+    "InstructPix2PixPipeline": ("StableDiffusionInstructPix2PixPipeline",),
+    "UpscalePipeline": ("StableDiffusionUpscalePipeline",),
+}
+_SDXL_CLASSES = tuple(name for names in READS.values() for name in names if "XL" in name)
+# Those that read old folders of Stable Diffusion as the model was trained; see load_scheduler.
+_MENDING = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 # Components that the pipelines here read, and those that they do without.
-USED = ("unet", "vae", "scheduler", *TOKENIZERS, *TOKENIZERS.values())
-_IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
+USED = ("unet", "vae", *SCHEDULERS, *TOKENIZERS, *TOKENIZERS.values())
+_IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 
 
 class Placement(NamedTuple):
@@ -60,7 +67,9 @@ def check_class(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
     index = f"{quote(checkpoint.path)}, model_index.json"
     found = checkpoint.model_index.get("_class_name")
     if found not in classes:
-        raise ConfigError(f"{index}: _class_name is {quote(found)}; this pipeline reads {', '.join(classes)}")
+        reader = next((name for name, names in READS.items() if found in names), None)
+        fix = f"load it with {reader}" if reader else f"this pipeline reads {', '.join(classes)}"
+        raise ConfigError(f"{index}: _class_name is {quote(found)}; {fix}")
     if unknown := [name for name in checkpoint.components if name not in USED + _IGNORED]:
         raise ConfigError(f"{index}: {quote(unknown[0])} is no component of {found} that is known here")
 
@@ -82,11 +91,11 @@ def guidance_scale(checkpoint: Checkpoint) -> float:
     Raises:
         ConfigError: it asks for what is no guidance scale.
     """
-    value: Any = checkpoint.model_index.get(_GUIDANCE_KEY, family_guidance_scale(sdxl=_is_sdxl(checkpoint)))
+    value: Any = checkpoint.model_index.get(GUIDANCE_KEY, family_guidance_scale(sdxl=_is_sdxl(checkpoint)))
     try:
         return check_guidance_scale(value)
     except InputError as error:
-        raise ConfigError(f"{quote(checkpoint.path)}, {_GUIDANCE_KEY} in model_index.json: {error}") from None
+        raise ConfigError(f"{quote(checkpoint.path)}, {GUIDANCE_KEY} in model_index.json: {error}") from None
 
 
 def family_guidance_scale(*, sdxl: bool) -> float:
@@ -95,7 +104,7 @@ def family_guidance_scale(*, sdxl: bool) -> float:
 
 
 def _is_sdxl(checkpoint: Checkpoint) -> bool:
-    return checkpoint.model_index.get("_class_name") in SDXL_CLASSES
+    return checkpoint.model_index.get("_class_name") in _SDXL_CLASSES
 
 
 def load_unet(checkpoint: Checkpoint, placement: Placement) -> UNet:
@@ -153,7 +162,7 @@ def load_scheduler(checkpoint: Checkpoint) -> Scheduler:
     diffusers' StableDiffusionPipeline reads them as 1 and false, and so they are read here.
     """
     scheduler = Scheduler.from_config(checkpoint.config("scheduler"))
-    if _is_sdxl(checkpoint):
+    if checkpoint.model_index.get("_class_name") not in _MENDING:
         return scheduler
     return replace(scheduler, steps_offset=1, clipping=replace(scheduler.clipping, clip_sample=False))
 
@@ -188,69 +197,3 @@ def _load(
     else:
         # Kernels for channels_last images would otherwise rearrange the weights at every call.
         module.to(memory_format=torch.channels_last)
-
-
-def save_folder(
-    folder: Path,
-    *,
-    unet: UNet,
-    encoder: VAEEncoder,
-    decoder: VAEDecoder,
-    text_encoder: TextEncoder,
-    scheduler: Scheduler,
-    variant: str | None,
-    force_zeros_for_empty_prompt: bool = False,
-    guidance_scale: float | None = None,
-) -> None:
-    """Write a folder that diffusers loads; `model_index.json`, which names the pipeline's class, comes last.
-
-    Raises:
-        OutputError: a file could not be written; it keeps its old content, as do those that follow it.
-    """
-    save_weights(unet.state_dict(), folder / "unet", WEIGHTS_STEM, variant=variant)
-    write_json(folder / "unet" / "config.json", unet.config.to_json())
-    vae = {**encoder.state_dict(), **decoder.state_dict()}
-    save_weights(vae, folder / "vae", WEIGHTS_STEM, variant=variant)
-    write_json(folder / "vae" / "config.json", decoder.config.to_json())
-    towers = named_towers(unet, text_encoder)
-    for name, tower in towers.items():
-        tower.save(folder / name, folder / TOKENIZERS[name], variant=variant)
-    config = scheduler.to_config()
-    write_json(folder / "scheduler" / "scheduler_config.json", config)
-    index = _model_index(unet, towers, force_zeros_for_empty_prompt)
-    sdxl = unet.config.addition_embed_type is not None
-    if guidance_scale is not None and guidance_scale != family_guidance_scale(sdxl=sdxl):
-        index[_GUIDANCE_KEY] = guidance_scale
-    write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", config["_class_name"]]})
-
-
-def named_towers(unet: UNet, text_encoder: TextEncoder) -> dict[str, CLIPText]:
-    """The component that each tower is: SDXL's refiner has the second one alone."""
-    names = (
-        list(TOKENIZERS)
-        if len(text_encoder.towers) == 2 or not unet.config.addition_embed_type
-        else list(TOKENIZERS)[1:]
-    )
-    return dict(zip(names, text_encoder.towers, strict=False))
-
-
-def _model_index(unet: UNet, towers: Mapping[str, CLIPText], force_zeros: bool) -> dict[str, object]:
-    index: dict[str, object] = {
-        "_class_name": _SD,
-        "feature_extractor": [None, None],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    for name, tower in towers.items():
-        index[name] = [
-            "transformers",
-            "CLIPTextModelWithProjection" if tower.config.projects else "CLIPTextModel",
-        ]
-        index[TOKENIZERS[name]] = ["transformers", "CLIPTokenizer"]
-    if unet.config.addition_embed_type is None:
-        return {**index, "requires_safety_checker": False, "safety_checker": [None, None]}
-    index |= {"force_zeros_for_empty_prompt": force_zeros, "image_encoder": [None, None]}
-    if len(towers) == 2:
-        return {**index, "_class_name": _SDXL}
-    absent = {"text_encoder": [None, None], "tokenizer": [None, None]}
-    return {**index, **absent, "_class_name": _SDXL_REFINER, "requires_aesthetics_score": True}

@@ -78,7 +78,7 @@ def test_help_of_text2img_names_every_option_and_its_default(capsys: pytest.Capt
 
 def test_choices_are_those_of_the_library():
     from latentgen.diffusion.scheduler import SOLVER_NAMES
-    from latentgen.pipelines.base import DTypeName
+    from latentgen.pipelines.devices import DTypeName
 
     assert set(SAMPLERS) == set(SOLVER_NAMES)
     assert get_args(cli.DType) == get_args(DTypeName)

@@ -23,7 +23,8 @@ from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer, save
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEEncoder
-from latentgen.pipelines.loading import Placement, load_decoder, load_encoder, save_folder
+from latentgen.pipelines.loading import Placement, load_decoder, load_encoder
+from latentgen.pipelines.saving import SD_INDEX, guidance_entry, save_folder
 from latentgen.train.config import TextToImageTask
 from latentgen.train.data import BatchPlan, CaptionedImages, Captions, sample_rng, to_tensor
 from latentgen.train.objective import Loss, Objective
@@ -151,9 +152,13 @@ class TextToImageObjective(Objective):
             encoder=encoder,
             decoder=decoder,
             text_encoder=self._text,
-            scheduler=self.scheduler,
+            schedulers={"scheduler": self.scheduler},
+            index={
+                "_class_name": "StableDiffusionPipeline",
+                **SD_INDEX,
+                **guidance_entry(self.task.guidance_scale),
+            },
             variant=None,
-            guidance_scale=self.task.guidance_scale,
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentgen.diffusion.guidance import classifier_free
+from latentgen.diffusion.guidance import ClassifierFree, guided
 from latentgen.diffusion.scheduler import Scheduler
 
 SHAPE = (2, 4, 6, 6)
@@ -63,8 +63,8 @@ def run_diffusers(scheduler: Any, num_steps: int) -> Run:
 def run_ours(scheduler: Scheduler, num_steps: int) -> Run:
     generator, noise = normal_noise()
     levels = scheduler.levels(num_steps)
-    denoiser = classifier_free(
-        lambda x, level: (None, network(x, level.timestep)), scheduler.prediction_type, guidance_scale=1.0
+    denoiser = guided(
+        lambda x, level: (network(x, level.timestep),), scheduler.prediction_type, ClassifierFree(1.0)
     )
     steps = scheduler.sample(denoiser, scheduler.initial(noise(), levels), levels, noise)
     return Run([step.latents for step in steps], torch.randn(1, generator=generator))

@@ -1,0 +1,86 @@
+"""Stages into a folder in the diffusers layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from latentgen.checkpoints.folder import TOKENIZERS, save_weights, write_json
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.models.text import CLIPText, TextEncoder
+from latentgen.models.unet import UNet
+from latentgen.models.vae import VAEDecoder, VAEEncoder
+from latentgen.pipelines.loading import GUIDANCE_KEY, family_guidance_scale
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+_NONE = [None, None]
+# What diffusers' pipelines of SD and of SDXL can have besides the stages, and have not here.
+SD_INDEX: Mapping[str, object] = {
+    "feature_extractor": _NONE,
+    "safety_checker": _NONE,
+    "requires_safety_checker": False,
+}
+SDXL_INDEX: Mapping[str, object] = {"feature_extractor": _NONE, "image_encoder": _NONE}
+
+
+def guidance_entry(guidance_scale: float | None, *, sdxl: bool = False) -> dict[str, object]:
+    """What `model_index.json` says of a checkpoint's own guidance scale; nothing if it is that of the family."""
+    usual = guidance_scale is None or guidance_scale == family_guidance_scale(sdxl=sdxl)
+    return {} if usual else {GUIDANCE_KEY: guidance_scale}
+
+
+def save_folder(
+    folder: Path,
+    *,
+    unet: UNet,
+    encoder: VAEEncoder,
+    decoder: VAEDecoder,
+    text_encoder: TextEncoder,
+    schedulers: Mapping[str, Scheduler],
+    index: Mapping[str, object],
+    variant: str | None,
+) -> None:
+    """Write a folder that diffusers loads; `model_index.json`, which names the pipeline's class, comes last.
+
+    Args:
+        folder: where to write; made if need be.
+        unet: a stage, as are the next three.
+        encoder: of the VAE.
+        decoder: of the VAE.
+        text_encoder: one tower, or SDXL's two.
+        schedulers: component -> scheduler.
+        index: what `model_index.json` holds besides the components: `_class_name` and the like.
+        variant: part of the names of the weight files.
+
+    Raises:
+        OutputError: a file could not be written; it keeps its old content, as do those that follow it.
+    """
+    save_weights(unet.state_dict(), folder / "unet", WEIGHTS_STEM, variant=variant)
+    write_json(folder / "unet" / "config.json", unet.config.to_json())
+    vae = {**encoder.state_dict(), **decoder.state_dict()}
+    save_weights(vae, folder / "vae", WEIGHTS_STEM, variant=variant)
+    write_json(folder / "vae" / "config.json", decoder.config.to_json())
+    components: dict[str, object] = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    for name, tower in named_towers(unet, text_encoder).items():
+        tower.save(folder / name, folder / TOKENIZERS[name], variant=variant)
+        projected = "WithProjection" if tower.config.projects else ""
+        components[name] = ["transformers", f"CLIPTextModel{projected}"]
+        components[TOKENIZERS[name]] = ["transformers", "CLIPTokenizer"]
+    for name, scheduler in schedulers.items():
+        config = scheduler.to_config()
+        write_json(folder / name / "scheduler_config.json", config)
+        components[name] = ["diffusers", config["_class_name"]]
+    write_json(folder / "model_index.json", {**index, **components})
+
+
+def named_towers(unet: UNet, text_encoder: TextEncoder) -> dict[str, CLIPText]:
+    """The component that each tower is: SDXL's refiner has the second one alone."""
+    names = (
+        list(TOKENIZERS)
+        if len(text_encoder.towers) == 2 or not unet.config.addition_embed_type
+        else list(TOKENIZERS)[1:]
+    )
+    return dict(zip(names, text_encoder.towers, strict=False))
