@@ -24,17 +24,23 @@ if TYPE_CHECKING:
     from latentgen.models.vae import VAEDecoder as VAEDecoder
     from latentgen.models.vae import VAEEncoder as VAEEncoder
     from latentgen.pipelines.conditioning import SizeConditioning as SizeConditioning
+    from latentgen.pipelines.inpaint import InpaintPipeline as InpaintPipeline
+    from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline as InstructPix2PixPipeline
     from latentgen.pipelines.interop import from_diffusers as from_diffusers
     from latentgen.pipelines.interop import to_diffusers as to_diffusers
     from latentgen.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
+    from latentgen.pipelines.upscale import UpscalePipeline as UpscalePipeline
 
 _PUBLIC = {
+    "InpaintPipeline": "latentgen.pipelines.inpaint",
+    "InstructPix2PixPipeline": "latentgen.pipelines.instruct_pix2pix",
     "LatentgenError": "latentgen.errors",
     "MemoryPolicy": "latentgen.memory",
     "Scheduler": "latentgen.diffusion.scheduler",
     "SizeConditioning": "latentgen.pipelines.conditioning",
     "TextToImagePipeline": "latentgen.pipelines.text_to_image",
     "UNet": "latentgen.models.unet",
+    "UpscalePipeline": "latentgen.pipelines.upscale",
     "VAEDecoder": "latentgen.models.vae",
     "VAEEncoder": "latentgen.models.vae",
     "from_diffusers": "latentgen.pipelines.interop",

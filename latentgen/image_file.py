@@ -39,9 +39,7 @@ def read_image(path: Path, *, background: tuple[int, int, int] = WHITE) -> Image
             if getattr(image, "n_frames", 1) > 1:
                 warnings.warn(f"{quote(path)} is animated; its first frame is used", stacklevel=2)
             image.load()
-            picture = _over(ImageOps.exif_transpose(image), background)
-            picture.info = {}
-            return picture
+            return _upright(image, background)
     except InputError:
         raise
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more, whatever parsing ran into.
@@ -49,6 +47,29 @@ def read_image(path: Path, *, background: tuple[int, int, int] = WHITE) -> Image
         raise InputError(
             f"{quote(path)} cannot be read as an image ({error}); replace or remove it"
         ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image in memory as :func:`read_image` gives one from a file.
+
+    Raises:
+        InputError: over 64 megapixels, or of a kind that has no clear reading as sRGB.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(
+            f"the image has {image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}; make it smaller"
+        )
+    try:
+        return _upright(image, WHITE)
+    # A file that was opened and not yet decoded is decoded here, and fails as variously as in read_image.
+    except Exception as error:
+        raise InputError(f"the image cannot be read ({error}); replace it") from error
+
+
+def _upright(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    picture = _over(ImageOps.exif_transpose(image), background)
+    picture.info = {}
+    return picture
 
 
 def _over(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

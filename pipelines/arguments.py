@@ -69,14 +69,14 @@ def check_integer(name: str, value: object, lowest: int, highest: int) -> int:
     return number
 
 
-def check_guidance_scale(value: float) -> float:
+def check_guidance_scale(value: float, *, name: str = "guidance_scale", usual: float = 7.5) -> float:
     """A number from 0 to MAX_GUIDANCE_SCALE; up to 1 means no guidance."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InputError(f"guidance_scale={value!r} must be a number; 7.5 is usual, 1 is no guidance")
+        raise InputError(f"{name}={value!r} must be a number; {usual:g} is usual, 1 is no guidance")
     # Compared before the conversion, which overflows for whole numbers beyond the range of a float.
     if not 0 <= value <= MAX_GUIDANCE_SCALE:
         raise InputError(
-            f"guidance_scale={value} must be from 0 to {MAX_GUIDANCE_SCALE:g}; 7.5 is usual, 1 is no guidance"
+            f"{name}={value} must be from 0 to {MAX_GUIDANCE_SCALE:g}; {usual:g} is usual, 1 is no guidance"
         )
     return float(value)
 

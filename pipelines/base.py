@@ -351,6 +351,11 @@ class Pipeline(ABC):
         return self.unet.config.addition_embed_type is not None
 
     @property
+    def is_told_a_score(self) -> bool:
+        """Whether the UNet is told an aesthetic score beside the sizes, as SDXL's refiner is."""
+        return self._time_ids == REFINER_TIME_IDS
+
+    @property
     def _time_ids(self) -> int:
         return time_id_count(self.unet.config, self.text_encoder.pooled_width)
 

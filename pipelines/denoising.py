@@ -22,6 +22,7 @@ from latentgen.models.unet import AddedConditioning, UNet
 from latentgen.models.unet_blocks import repeat_rows
 from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.arguments import OutputType
+from latentgen.pipelines.autoencoding import decode_images
 from latentgen.pipelines.conditioning import (
     SizeConditioning,
     added_conditioning,
@@ -29,7 +30,7 @@ from latentgen.pipelines.conditioning import (
     time_id_count,
     time_ids,
 )
-from latentgen.pipelines.output import Images, Output, decode_images, export
+from latentgen.pipelines.output import Images, Output, export
 from latentgen.pipelines.request import Request, Sampling
 
 P = ParamSpec("P")

@@ -25,30 +25,31 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines import loading
 from latentgen.pipelines.adapting import refuse_attached
+from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.inpaint import InpaintPipeline
+from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.saving import named_towers
 from latentgen.pipelines.text_to_image import TextToImagePipeline
+from latentgen.pipelines.upscale import UpscalePipeline
 
 if TYPE_CHECKING:
-    from diffusers import (
-        DiffusionPipeline,
-        SchedulerMixin,
-        StableDiffusionPipeline,
-        StableDiffusionXLImg2ImgPipeline,
-        StableDiffusionXLPipeline,
-    )
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
-    DiffusersTextToImage = (
-        StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline
-    )
+_PIPELINES: tuple[type[Pipeline], ...] = (
+    TextToImagePipeline,
+    InpaintPipeline,
+    InstructPix2PixPipeline,
+    UpscalePipeline,
+)
 
 
-def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = None) -> TextToImagePipeline:
+def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = None) -> Pipeline:
     """A pipeline over the very weights of a loaded diffusers pipeline, on its device and in its dtype.
 
     Nothing is copied: what later changes the weights of one changes the other. `pipe` itself stays as it is.
 
     Args:
-        pipe: a StableDiffusionPipeline, a StableDiffusionXLPipeline, or the refiner's StableDiffusionXLImg2ImgPipeline.
+        pipe: a pipeline of a class that one of ours names in `reads`; the result is that one of ours.
         memory: what to trade for memory; on a CPU, packed copies of convolution kernels are made beside the weights
             unless it says not to.
 
@@ -58,10 +59,10 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
         CheckpointMismatchError: a module holds other weights than its configuration says, such as those of adapters.
     """
     name = type(pipe).__name__
-    if name not in TextToImagePipeline.reads:
-        raise InputError(
-            f"a {name} cannot be taken over; possible are {', '.join(TextToImagePipeline.reads)}"
-        )
+    ours = next((ours for ours in _PIPELINES if name in ours.reads), None)
+    if ours is None:
+        possible = ", ".join(known for ours in _PIPELINES for known in ours.reads)
+        raise InputError(f"a {name} cannot be taken over; possible are {possible}")
     memory = MemoryPolicy() if memory is None else memory
     parts = pipe.components
     device = _one_device(parts)
@@ -76,7 +77,13 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
         pack_convolutions(unet)
         pack_convolutions(decoder)
     sdxl = "XL" in name
-    return TextToImagePipeline(
+    extra: dict[str, Any] = {}
+    if ours is UpscalePipeline:
+        extra = {
+            "low_res_scheduler": Scheduler.from_config(_fields(parts["low_res_scheduler"])),
+            "max_noise_level": pipe.config["max_noise_level"],
+        }
+    return ours(
         unet=unet,
         decoder=decoder,
         text_encoder=_text_encoder(parts, layer="penultimate" if sdxl else "last"),
@@ -86,11 +93,12 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
         load_encoder=lambda: encoder,
         force_zeros_for_empty_prompt=sdxl and bool(pipe.config["force_zeros_for_empty_prompt"]),
         default_guidance_scale=loading.family_guidance_scale(sdxl=sdxl),
+        **extra,
     )
 
 
-def to_diffusers(pipeline: TextToImagePipeline) -> DiffusersTextToImage:
-    """A diffusers pipeline over the very weights of a pipeline: StableDiffusionPipeline, or one of SDXL's.
+def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
+    """A diffusers pipeline of the same family over the very weights of a pipeline.
 
     Only the VAE's encoder, which text to image does not hold, may have to be loaded.
 
@@ -109,18 +117,32 @@ def to_diffusers(pipeline: TextToImagePipeline) -> DiffusersTextToImage:
     parts: dict[str, Any] = {
         "unet": unet,
         "vae": vae,
-        "scheduler": _scheduler(pipeline.scheduler.to_config()),
+        **{name: _scheduler(scheduler.to_config()) for name, scheduler in pipeline.schedulers.items()},
         **{name: tower.model for name, tower in towers.items()},
         **{TOKENIZERS[name]: tower.tokenizer for name, tower in towers.items()},
     }
-    if pipeline.unet.config.addition_embed_type is None:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return diffusers.StableDiffusionPipeline(**parts)
-    parts |= {"force_zeros_for_empty_prompt": pipeline.force_zeros_for_empty_prompt, "add_watermarker": False}
-    if len(towers) == 2:
-        return diffusers.StableDiffusionXLPipeline(**parts)
-    parts |= {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
-    return diffusers.StableDiffusionXLImg2ImgPipeline(**parts)
+    if isinstance(pipeline, UpscalePipeline):
+        return diffusers.StableDiffusionUpscalePipeline(**parts, max_noise_level=pipeline.max_noise_level)
+    if not pipeline.is_sdxl:
+        kinds = {
+            "StableDiffusionPipeline": diffusers.StableDiffusionPipeline,
+            "StableDiffusionInpaintPipeline": diffusers.StableDiffusionInpaintPipeline,
+            "StableDiffusionInstructPix2PixPipeline": diffusers.StableDiffusionInstructPix2PixPipeline,
+        }
+        absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+        return kinds[pipeline.diffusers_class](**parts, **absent, requires_safety_checker=False)
+    kinds = {
+        "StableDiffusionXLPipeline": diffusers.StableDiffusionXLPipeline,
+        "StableDiffusionXLInpaintPipeline": diffusers.StableDiffusionXLInpaintPipeline,
+        "StableDiffusionXLImg2ImgPipeline": diffusers.StableDiffusionXLImg2ImgPipeline,
+    }
+    absent = {name: None for tower in TOKENIZERS.items() for name in tower if name not in parts}
+    if pipeline.diffusers_class != "StableDiffusionXLPipeline":
+        absent["requires_aesthetics_score"] = pipeline.is_told_a_score
+    zeros = pipeline.force_zeros_for_empty_prompt
+    return kinds[pipeline.diffusers_class](
+        **parts, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+    )
 
 
 def _fields(component: Any) -> dict[str, Any]:

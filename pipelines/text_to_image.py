@@ -20,7 +20,7 @@ from latentgen.pipelines.arguments import (
     check_size_conditioning,
 )
 from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
-from latentgen.pipelines.conditioning import REFINER_TIME_IDS, SizeConditioning
+from latentgen.pipelines.conditioning import SizeConditioning
 from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
 from latentgen.pipelines.loading import READS
 from latentgen.pipelines.request import Sampling
@@ -54,7 +54,7 @@ class TextToImagePipeline(Pipeline):
         if self.diffusers_class != "StableDiffusionXLImg2ImgPipeline":
             return super()._index()
         absent = {"text_encoder": [None, None], "tokenizer": [None, None]}
-        return super()._index() | absent | {"requires_aesthetics_score": self._time_ids == REFINER_TIME_IDS}
+        return super()._index() | absent | {"requires_aesthetics_score": self.is_told_a_score}
 
     def stream(
         self,

@@ -1,0 +1,75 @@
+"""Images to latents and back, as pipelines do it: sparing of memory, and never with NaN in the result."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from latentgen.errors import NumericalError
+from latentgen.memory import MemoryPolicy, decode, resident
+from latentgen.models.vae import Gaussian, VAEDecoder, VAEEncoder
+
+Stage = TypeVar("Stage", VAEDecoder, VAEEncoder)
+
+
+def decode_images(decoder: VAEDecoder, latents: Tensor, device: torch.device, memory: MemoryPolicy) -> Tensor:
+    """Decode float32 latents [B, C, h, w] to images [B, 3, H, W], nominally in -1..1.
+
+    The decoder of Stable Diffusion can overflow in float16; if it gives infinity or NaN, it runs once more in
+    float32.
+
+    Raises:
+        NumericalError: the images are not finite in float32 either.
+    """
+    dtype = next(decoder.parameters()).dtype
+    latents = latents.contiguous(memory_format=torch.channels_last)
+    with resident(decoder, device, offload=memory.offload_idle):
+        images = decode(decoder, latents.to(dtype), memory)
+        if dtype != torch.float32 and not _finite(images):
+            images = decode(_in_float32(decoder), latents, memory)
+    if not _finite(images):
+        raise NumericalError(
+            "the decoder gave NaN or infinity, even in float32, for finite latents; check the VAE's weights"
+        )
+    return images
+
+
+def encode_images(encoder: VAEEncoder, images: Tensor, device: torch.device) -> Gaussian:
+    """Encode images [B, 3, H, W] in -1..1, one after the other, to the float32 distribution of their latents.
+
+    The encoder is on the device only while it works. Like the decoder it runs once more in float32 if need be.
+
+    Raises:
+        NumericalError: the latents are not finite in float32 either.
+    """
+    dtype = next(encoder.parameters()).dtype
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    with resident(encoder, device, offload=True):
+        posterior = _encode(encoder, images.to(dtype))
+        if dtype != torch.float32 and not _finite(torch.stack(posterior)):
+            posterior = _encode(_in_float32(encoder), images)
+    if not _finite(torch.stack(posterior)):
+        raise NumericalError(
+            "the encoder gave NaN or infinity, even in float32, for finite images; check the VAE's weights"
+        )
+    return posterior
+
+
+def _encode(encoder: VAEEncoder, images: Tensor) -> Gaussian:
+    means, logvars = zip(*(encoder(image) for image in images.split(1)), strict=True)
+    return Gaussian(torch.cat(means).float(), torch.cat(logvars).float())
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _in_float32(stage: Stage) -> Stage:
+    """A copy, because other threads may be working with the original."""
+    with torch.device("meta"):
+        copy = type(stage)(stage.config)
+    copy.load_state_dict({name: tensor.float() for name, tensor in stage.state_dict().items()}, assign=True)
+    copy.attention_backend = stage.attention_backend
+    return copy.eval()

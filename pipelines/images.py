@@ -1,0 +1,155 @@
+"""The images and masks that a call is given, checked, as tensors on the CPU.
+
+All raise InputError, which names the argument, what was found, what is allowed and the fix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from latentgen.errors import InputError
+from latentgen.image_file import read_image, to_rgb
+from latentgen.pipelines.arguments import MAX_SIDE
+
+ImageInput = str | Path | Image.Image | np.ndarray | Tensor
+ImagesInput = ImageInput | Sequence[ImageInput]
+
+
+def as_images(name: str, images: ImagesInput) -> Tensor:
+    """Images as float32 [B, 3, H, W] in -1..1.
+
+    Args:
+        name: of the argument.
+        images: one image, or several of one size. An image is a path, a PIL image, an array [H, W, 3] or a tensor
+            [3, H, W], of uint8 or of floats in 0..1; arrays and tensors can also hold a batch.
+    """
+    return _joined(name, [_as_unit(name, image) for image in _items(images)]) * 2 - 1
+
+
+def as_masks(name: str, masks: ImagesInput, images: Tensor) -> Tensor:
+    """The masks of images [B, 3, H, W] as float32 [B, 1, H, W]: 1 where the mask is half or more, 0 elsewhere.
+
+    Args:
+        name: of the argument.
+        masks: one for all images or one for each, as large as they are. A mask is a path, a PIL image, an array
+            [H, W] or [H, W, 1], or a tensor [H, W] or [1, H, W], of bool, of uint8 or of floats in 0..1; arrays
+            [B, H, W, 1] and tensors [B, 1, H, W] hold a batch.
+        images: what they are for.
+    """
+    levels = _joined(name, [_as_unit_mask(name, mask) for mask in _items(masks)])
+    if levels.shape[2:] != images.shape[2:]:
+        raise InputError(
+            f"{name} is {_size(levels)} pixels, the image {_size(images)}; they must be of one size"
+        )
+    if len(levels) not in (1, len(images)):
+        raise InputError(
+            f"{name} has {len(levels)} entries for {len(images)} images; give one or one for each"
+        )
+    return (levels >= 0.5).float().expand(len(images), -1, -1, -1)
+
+
+def padded(images: Tensor, multiple: int) -> Tensor:
+    """Images [B, C, H, W] whose sides are multiples, their right and lower borders repeated as far as that needs."""
+    height, width = images.shape[2:]
+    return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+
+def for_each(rows: Tensor, count: int) -> Tensor:
+    """Rows [B, ...] repeated to [count, ...]: what belongs to one prompt stands together."""
+    return rows.repeat_interleave(count // len(rows), dim=0)
+
+
+def _items(images: ImagesInput) -> Sequence[ImageInput]:
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        return images
+    return [images]
+
+
+def _joined(name: str, batches: Sequence[Tensor]) -> Tensor:
+    if not batches:
+        raise InputError(f"{name} is an empty list; give at least one")
+    if len(sizes := {_size(batch): None for batch in batches}) > 1:
+        raise InputError(
+            f"{name} holds images of different sizes ({', '.join(sizes)}); call once for each size"
+        )
+    joined = torch.cat(list(batches))
+    if not min(joined.shape) > 0 or max(joined.shape[2:]) > MAX_SIDE:
+        raise InputError(f"{name} is {_size(joined)} pixels; each side must be from 1 to {MAX_SIDE}")
+    return joined
+
+
+def _size(images: Tensor) -> str:
+    return f"{images.shape[-1]}x{images.shape[-2]}"
+
+
+def _as_unit(name: str, image: ImageInput) -> Tensor:
+    """Float32 [B, 3, H, W] in 0..1."""
+    if isinstance(image, str | Path | Image.Image):
+        return _from_pil(_picture(image))
+    values = _values(name, image)
+    values = values[None] if values.ndim == 3 else values
+    if isinstance(image, np.ndarray) and values.ndim == 4:
+        values = values.permute(0, 3, 1, 2)
+    if values.ndim != 4 or values.shape[1] != 3:
+        raise InputError(
+            f"{name} has shape {list(image.shape)}; an array must be [H, W, 3] or [B, H, W, 3], a tensor [3, H, W] or "
+            "[B, 3, H, W]"
+        )
+    return values
+
+
+def _as_unit_mask(name: str, mask: ImageInput) -> Tensor:
+    """Float32 [B, 1, H, W] in 0..1."""
+    if isinstance(mask, str | Path | Image.Image):
+        return _from_pil(_picture(mask).convert("L"))
+    values = _values(name, mask)
+    if isinstance(mask, np.ndarray) and values.ndim > 2 and values.shape[-1] == 1:
+        values = values[..., 0]
+    elif values.ndim == 4 and values.shape[1] == 1:
+        values = values[:, 0]
+    values = values[None] if values.ndim == 2 else values
+    if values.ndim != 3:
+        raise InputError(
+            f"{name} has shape {list(mask.shape)}; an array must be [H, W], [H, W, 1] or [B, H, W, 1], a tensor [H, W],"
+            " [1, H, W] or [B, 1, H, W]"
+        )
+    return values[:, None]
+
+
+def _picture(image: str | Path | Image.Image) -> Image.Image:
+    return to_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
+
+
+def _from_pil(picture: Image.Image) -> Tensor:
+    levels = np.asarray(picture, dtype=np.float32) / 255
+    return torch.from_numpy(levels.reshape(picture.height, picture.width, -1)).permute(2, 0, 1)[None]
+
+
+def _values(name: str, image: object) -> Tensor:
+    """An array or tensor as float32 in 0..1."""
+    if not isinstance(image, np.ndarray | Tensor):
+        raise InputError(
+            f"{name} must be a path, a PIL image, an array, a tensor or a list of these, not {type(image).__name__}"
+        )
+    try:
+        values = torch.as_tensor(image).detach().cpu()
+    except TypeError as error:
+        raise InputError(f"{name} is an array of {image.dtype}, which holds no pixels: {error}") from None
+    if values.dtype == torch.uint8:
+        return values.float() / 255
+    if values.dtype != torch.bool and not values.is_floating_point():
+        raise InputError(f"{name} holds {values.dtype}; give uint8 in 0..255, or floats in 0..1")
+    values = values.float()
+    # Compared so that NaN fails as well.
+    if values.numel() and not bool(((values >= 0) & (values <= 1)).all()):
+        raise InputError(
+            f"{name} holds values from {values.min():.4g} to {values.max():.4g}; floats must be finite and in 0..1"
+        )
+    return values

@@ -1,0 +1,109 @@
+"""InstructPix2Pix: images edited as a text instructs (arXiv:2211.09800)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from latentgen.diffusion.guidance import ClassifierFree, TextAndImage, is_guided
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.pipelines.arguments import OutputType, check_guidance_scale, check_output_type
+from latentgen.pipelines.autoencoding import encode_images
+from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
+from latentgen.pipelines.images import ImagesInput, as_images, for_each, padded
+from latentgen.pipelines.loading import READS
+
+USUAL_IMAGE_GUIDANCE = 1.5
+
+
+@dataclass(frozen=True, eq=False)
+class InstructPix2PixPipeline(Pipeline):
+    """Images edited as a text instructs.
+
+    The UNet is one of eight channels: it is told the latents of the image. The stages, and how they are loaded, are
+    those of :class:`Pipeline`.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = READS["InstructPix2PixPipeline"]
+
+    @property
+    def diffusers_class(self) -> str:
+        """The class of diffusers' pipeline over the same stages."""
+        return "StableDiffusionInstructPix2PixPipeline"
+
+    @property
+    def _image_channels(self) -> int:
+        return self.decoder.config.latent_channels
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        image: ImagesInput,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = DEFAULT_STEPS,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float = USUAL_IMAGE_GUIDANCE,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        scheduler: str | Scheduler | None = None,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+    ) -> Iterator[PipelineStep]:
+        """Edit images, step by step: each step can show a preview, and the last one gives the result.
+
+        Arguments that are not listed, and the errors, are those of :meth:`TextToImagePipeline.stream`.
+
+        Args:
+            prompt: what is to be done, such as "make it snowy"; one for all images or one for each.
+            image: one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a tensor
+                [3, H, W] of floats in 0..1. It may have any size, which the result has as well.
+            guidance_scale: how closely the instruction is followed; 1 or less is no guidance at all.
+            image_guidance_scale: how much of the image is kept; less than 1 is no guidance at all.
+        """
+        images = as_images("image", image)
+        request = self._request(
+            prompt,
+            negative_prompt,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            images=len(images),
+        )
+        image_scale = check_guidance_scale(
+            image_guidance_scale, name="image_guidance_scale", usual=USUAL_IMAGE_GUIDANCE
+        )
+        guided = is_guided(request.guidance_scale) and image_scale >= 1
+        guidance = TextAndImage(request.guidance_scale, image_scale) if guided else ClassifierFree(1.0)
+        sampling = self._sampling(scheduler, num_inference_steps)
+        config, size = self.decoder.config, (images.shape[2], images.shape[3])
+        images = padded(images, config.spatial_factor)
+        sides = (side // config.spatial_factor for side in images.shape[2:])
+        shape = (len(request), config.latent_channels, *sides)
+
+        def begin(noise: ImageNoise) -> Beginning:
+            # The UNet was trained on the mode of the posterior, without the scaling factor.
+            mode = encode_images(self.encoder(), images, self.device).mean / config.scaling_factor
+            shown = for_each(mode, len(request))
+            channels = torch.cat([torch.zeros_like(shown), shown, shown]) if guided else shown
+            return Beginning(sampling.initial(noise.draw(shape[1:])), channels)
+
+        return denoise(
+            self,
+            Run(
+                request,
+                sampling,
+                guidance,
+                shape,
+                begin,
+                size=size,
+                output_type=check_output_type(output_type),
+                progress=progress,
+            ),
+        )
+
+    __call__ = completed(stream)

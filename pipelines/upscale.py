@@ -1,0 +1,165 @@
+"""Upscaling by diffusion that is shown the image in low resolution (arXiv:2112.10752, section 4.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self, cast
+
+import torch
+
+from latentgen.checkpoints.folder import Checkpoint
+from latentgen.diffusion.guidance import ClassifierFree
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import ConfigError
+from latentgen.files import quote
+from latentgen.memory import MemoryPolicy
+from latentgen.pipelines import loading
+from latentgen.pipelines.arguments import OutputType, check_integer, check_output_type
+from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
+from latentgen.pipelines.devices import DTypeName
+from latentgen.pipelines.images import ImagesInput, as_images, for_each
+
+USUAL_NOISE_LEVEL = 20
+MAX_NOISE_LEVEL = 350
+
+
+@dataclass(frozen=True, eq=False)
+class UpscalePipeline(Pipeline):
+    """Images in higher resolution, four times that of the input with the checkpoints in use.
+
+    The UNet is shown the image, noised to a level that it is told (noise conditioning augmentation,
+    arXiv:2106.15282): the noisier, the more is invented. Latents are as large as the image. The stages, and how they
+    are loaded, are those of :class:`Pipeline`.
+
+    Attributes:
+        low_res_scheduler: whose noise schedule noises the image.
+        max_noise_level: the highest level that the UNet was trained with.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = loading.READS["UpscalePipeline"]
+
+    low_res_scheduler: Scheduler = field(default_factory=Scheduler)
+    max_noise_level: int = MAX_NOISE_LEVEL
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        labels = self.unet.config.num_class_embeds
+        known = self.low_res_scheduler.schedule.num_train_timesteps
+        most = min(known, labels or known) - 1
+        if type(self.max_noise_level) is not int or not 0 <= self.max_noise_level <= most:
+            raise ConfigError(
+                f"max_noise_level is {quote(self.max_noise_level)}; it must be a whole number from 0 to {most}, which "
+                "the UNet's class labels and the low_res_scheduler hold"
+            )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: DTypeName | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        variant: str | None = None,
+        memory: MemoryPolicy | None = None,
+    ) -> Self:
+        """Load a pipeline from an opened checkpoint; arguments and errors are those of :meth:`from_pretrained`."""
+        pipeline = super().from_checkpoint(
+            checkpoint, dtype=dtype, device=device, variant=variant, memory=memory
+        )
+        return replace(
+            pipeline,
+            low_res_scheduler=Scheduler.from_config(checkpoint.config("low_res_scheduler")),
+            max_noise_level=cast("int", checkpoint.model_index.get("max_noise_level", MAX_NOISE_LEVEL)),
+        )
+
+    @property
+    def diffusers_class(self) -> str:
+        """The class of diffusers' pipeline over the same stages."""
+        return "StableDiffusionUpscalePipeline"
+
+    @property
+    def schedulers(self) -> dict[str, Scheduler]:
+        """Component of the diffusers layout -> scheduler."""
+        return {**super().schedulers, "low_res_scheduler": self.low_res_scheduler}
+
+    @property
+    def _image_channels(self) -> int:
+        return self.decoder.config.out_channels
+
+    @property
+    def _takes_noise_level(self) -> bool:
+        return True
+
+    def _index(self) -> dict[str, object]:
+        # Unlike the other pipelines of diffusers this one does not know requires_safety_checker.
+        index = {key: value for key, value in super()._index().items() if key != "requires_safety_checker"}
+        return index | {"watermarker": [None, None], "max_noise_level": self.max_noise_level}
+
+    def stream(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        image: ImagesInput,
+        noise_level: int = USUAL_NOISE_LEVEL,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = DEFAULT_STEPS,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        scheduler: str | Scheduler | None = None,
+        clip_skip: int = 0,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+    ) -> Iterator[PipelineStep]:
+        """Upscale images, step by step: each step can show a preview, and the last one gives the result.
+
+        Arguments that are not listed, and the errors, are those of :meth:`TextToImagePipeline.stream`.
+
+        Args:
+            prompt: what the image shows; one for all images or one for each.
+            image: one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a tensor
+                [3, H, W] of floats in 0..1, of any size.
+            noise_level: timestep to which the image is noised, 0..max_noise_level: higher invents more detail and is
+                less faithful.
+        """
+        images = as_images("image", image)
+        request = self._request(
+            prompt,
+            negative_prompt,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            clip_skip=clip_skip,
+            images=len(images),
+        )
+        noise_level = check_integer("noise_level", noise_level, 0, self.max_noise_level)
+        sampling = self._sampling(scheduler, num_inference_steps)
+        height, width = images.shape[2:]
+        shape = (len(request), self.decoder.config.latent_channels, height, width)
+
+        def begin(noise: ImageNoise) -> Beginning:
+            level = self.low_res_scheduler.schedule.level(noise_level)
+            shown = for_each(images, len(request)).to(self.device)
+            # Drawn before the latents, which is the order of diffusers.
+            noised = level.alpha * shown + level.sigma * noise.draw(shown.shape[1:])
+            label = torch.tensor([noise_level], device=self.device)
+            return Beginning(sampling.initial(noise.draw(shape[1:])), noised, label)
+
+        factor = self.decoder.config.spatial_factor
+        return denoise(
+            self,
+            Run(
+                request,
+                sampling,
+                ClassifierFree(request.guidance_scale),
+                shape,
+                begin,
+                size=(height * factor, width * factor),
+                output_type=check_output_type(output_type),
+                progress=progress,
+            ),
+        )
+
+    __call__ = completed(stream)
