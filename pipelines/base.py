@@ -39,7 +39,7 @@ from latentgen.pipelines.conditioning import (
 )
 from latentgen.pipelines.devices import DTypeName, resolve_device, resolve_dtype
 from latentgen.pipelines.request import Request, Sampling
-from latentgen.pipelines.saving import SD_INDEX, SDXL_INDEX, guidance_entry, save_folder
+from latentgen.pipelines.saving import SD_INDEX, SDXL_INDEX, class_entries, save_folder
 
 DEFAULT_STEPS = 25
 _CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ class Pipeline(ABC):
     device: torch.device = _CPU
     load_encoder: Callable[[], VAEEncoder] | None = None
     force_zeros_for_empty_prompt: bool = False
-    default_guidance_scale: float = loading.SD_GUIDANCE_SCALE
+    default_guidance_scale: float = loading.USUAL_GUIDANCE_SCALE
 
     def __post_init__(self) -> None:
         self._check_channels()
@@ -316,7 +316,7 @@ class Pipeline(ABC):
             decoder=self.decoder,
             text_encoder=self.text_encoder,
             schedulers=self.schedulers,
-            index={"_class_name": self.diffusers_class, **self._index()},
+            index=self._index() | class_entries(self.diffusers_class, self.default_guidance_scale),
             variant=variant,
         )
 
@@ -330,7 +330,7 @@ class Pipeline(ABC):
         index = dict(SDXL_INDEX if self.is_sdxl else SD_INDEX)
         if self.is_sdxl:
             index["force_zeros_for_empty_prompt"] = self.force_zeros_for_empty_prompt
-        return index | guidance_entry(self.default_guidance_scale, sdxl=self.is_sdxl)
+        return index
 
     def encoder(self) -> VAEEncoder:
         """The VAE's encoder, from where the pipeline came from; stands on the CPU.

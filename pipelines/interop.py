@@ -92,7 +92,7 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
         device=device,
         load_encoder=lambda: encoder,
         force_zeros_for_empty_prompt=sdxl and bool(pipe.config["force_zeros_for_empty_prompt"]),
-        default_guidance_scale=loading.family_guidance_scale(sdxl=sdxl),
+        default_guidance_scale=loading.usual_guidance_scale(name),
         **extra,
     )
 

@@ -22,8 +22,12 @@ from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecod
 from latentgen.pipelines.arguments import check_guidance_scale
 
 # What diffusers guides with where a call names no scale.
-SD_GUIDANCE_SCALE = 7.5
-SDXL_GUIDANCE_SCALE = 5.0
+USUAL_GUIDANCE_SCALE = 7.5
+_GUIDANCE_SCALES = {
+    "StableDiffusionXLPipeline": 5.0,
+    "StableDiffusionXLImg2ImgPipeline": 5.0,
+    "StableDiffusionUpscalePipeline": 9.0,
+}
 # A checkpoint's own, in model_index.json; diffusers passes over keys that begin so.
 GUIDANCE_KEY = "_guidance_scale"
 # Each pipeline here -> the classes of diffusers' pipelines whose checkpoints it reads.
@@ -91,16 +95,17 @@ def guidance_scale(checkpoint: Checkpoint) -> float:
     Raises:
         ConfigError: it asks for what is no guidance scale.
     """
-    value: Any = checkpoint.model_index.get(GUIDANCE_KEY, family_guidance_scale(sdxl=_is_sdxl(checkpoint)))
+    usual = usual_guidance_scale(str(checkpoint.model_index.get("_class_name")))
+    value: Any = checkpoint.model_index.get(GUIDANCE_KEY, usual)
     try:
         return check_guidance_scale(value)
     except InputError as error:
         raise ConfigError(f"{quote(checkpoint.path)}, {GUIDANCE_KEY} in model_index.json: {error}") from None
 
 
-def family_guidance_scale(*, sdxl: bool) -> float:
-    """The guidance scale of diffusers for a family."""
-    return SDXL_GUIDANCE_SCALE if sdxl else SD_GUIDANCE_SCALE
+def usual_guidance_scale(diffusers_class: str) -> float:
+    """What a pipeline of diffusers guides with where a call names no scale."""
+    return _GUIDANCE_SCALES.get(diffusers_class, USUAL_GUIDANCE_SCALE)
 
 
 def _is_sdxl(checkpoint: Checkpoint) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from latentgen.checkpoints.folder import TOKENIZERS, save_weights, write_json
+from latentgen.checkpoints.folder import LAYOUT_VERSION, TOKENIZERS, save_weights, write_json
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.models.text import CLIPText, TextEncoder
 from latentgen.models.unet import UNet
 from latentgen.models.vae import VAEDecoder, VAEEncoder
-from latentgen.pipelines.loading import GUIDANCE_KEY, family_guidance_scale
+from latentgen.pipelines.loading import GUIDANCE_KEY, usual_guidance_scale
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 _NONE = [None, None]
@@ -23,10 +23,11 @@ SD_INDEX: Mapping[str, object] = {
 SDXL_INDEX: Mapping[str, object] = {"feature_extractor": _NONE, "image_encoder": _NONE}
 
 
-def guidance_entry(guidance_scale: float | None, *, sdxl: bool = False) -> dict[str, object]:
-    """What `model_index.json` says of a checkpoint's own guidance scale; nothing if it is that of the family."""
-    usual = guidance_scale is None or guidance_scale == family_guidance_scale(sdxl=sdxl)
-    return {} if usual else {GUIDANCE_KEY: guidance_scale}
+def class_entries(diffusers_class: str, guidance_scale: float | None) -> dict[str, object]:
+    """What `model_index.json` says of the pipeline's class, and of a guidance scale that is not the usual one."""
+    own = guidance_scale not in (None, usual_guidance_scale(diffusers_class))
+    entries = {"_class_name": diffusers_class, **LAYOUT_VERSION}
+    return entries | {GUIDANCE_KEY: guidance_scale} if own else entries
 
 
 def save_folder(

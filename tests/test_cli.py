@@ -64,7 +64,7 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]):
 
 
 def test_help_of_text2img_names_every_option_and_its_default(capsys: pytest.CaptureFixture[str]):
-    from latentgen.pipelines.loading import SD_GUIDANCE_SCALE
+    from latentgen.pipelines.loading import USUAL_GUIDANCE_SCALE
     from latentgen.pipelines.text_to_image import DEFAULT_STEPS
 
     assert cli.main(["text2img", "--help"]) == 0
@@ -72,7 +72,7 @@ def test_help_of_text2img_names_every_option_and_its_default(capsys: pytest.Capt
     assert not [option for option in OPTIONS if option not in text]
     assert re.search(rf"--steps N [^\[]*\[default: {DEFAULT_STEPS}\]", text)
     assert re.search(
-        rf"--guidance SCALE [^\[]*\[default: the model's own, mostly {SD_GUIDANCE_SCALE}\]", text
+        rf"--guidance SCALE [^\[]*\[default: the model's own, mostly {USUAL_GUIDANCE_SCALE}\]", text
     )
 
 

@@ -24,7 +24,7 @@ from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEEncoder
 from latentgen.pipelines.loading import Placement, load_decoder, load_encoder
-from latentgen.pipelines.saving import SD_INDEX, guidance_entry, save_folder
+from latentgen.pipelines.saving import SD_INDEX, class_entries, save_folder
 from latentgen.train.config import TextToImageTask
 from latentgen.train.data import BatchPlan, CaptionedImages, Captions, sample_rng, to_tensor
 from latentgen.train.objective import Loss, Objective
@@ -153,11 +153,7 @@ class TextToImageObjective(Objective):
             decoder=decoder,
             text_encoder=self._text,
             schedulers={"scheduler": self.scheduler},
-            index={
-                "_class_name": "StableDiffusionPipeline",
-                **SD_INDEX,
-                **guidance_entry(self.task.guidance_scale),
-            },
+            index={**SD_INDEX, **class_entries("StableDiffusionPipeline", self.task.guidance_scale)},
             variant=None,
         )
 

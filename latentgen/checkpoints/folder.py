@@ -40,6 +40,8 @@ _CLASSES: Mapping[str, tuple[str, ...]] = {
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 SCHEDULERS = ("scheduler", "low_res_scheduler")
+# What `model_index.json` says of the layout: diffusers' inpainting pipeline loads no folder that is silent on it.
+LAYOUT_VERSION: Mapping[str, object] = {"_diffusers_version": "0.38.0"}
 # Each text encoder's tokenizer.
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 from latentgen.checkpoints.clip_tokenizer import clip_tokenizer
 from latentgen.checkpoints.families import COMPONENT_CLASSES, FAMILIES, WEIGHT_COMPONENTS
-from latentgen.checkpoints.folder import SCHEDULERS, Checkpoint, CheckpointFolder, as_path
+from latentgen.checkpoints.folder import LAYOUT_VERSION, SCHEDULERS, Checkpoint, CheckpointFolder, as_path
 from latentgen.checkpoints.headers import Header, read_header
 from latentgen.checkpoints.identify import (
     StatedPrediction,
@@ -280,7 +280,8 @@ def _model_index(family: str, configs: _Configs) -> dict[str, object]:
     components = {name: list(COMPONENT_CLASSES[name]) for name in COMPONENT_CLASSES if name in configs}
     tokenizers = {name: list(COMPONENT_CLASSES[name]) for name in known.tokenizers}
     schedulers = {name: ["diffusers", configs[name]["_class_name"]] for name in SCHEDULERS if name in configs}
-    return {"_class_name": known.pipeline_class, **known.index, **components, **tokenizers, **schedulers}
+    named = {"_class_name": known.pipeline_class, **LAYOUT_VERSION}
+    return {**named, **known.index, **components, **tokenizers, **schedulers}
 
 
 def _as_named(key_map: KeyMap, keys: Collection[str]) -> KeyMap:

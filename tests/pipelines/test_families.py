@@ -1,0 +1,110 @@
+"""Every family, from a folder, from a single file and from a live pipeline: the image of diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from latentgen import from_diffusers, to_diffusers
+from latentgen.checkpoints.single_file import SingleFile
+from latentgen.memory import MemoryPolicy
+from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.inpaint import InpaintPipeline
+from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
+from latentgen.pipelines.text_to_image import TextToImagePipeline
+from latentgen.pipelines.upscale import UpscalePipeline
+from tests.pipelines.families import KINDS, STEPS, arguments, build, save
+
+PIPELINES: tuple[Any, ...] = (TextToImagePipeline, InpaintPipeline, InstructPix2PixPipeline, UpscalePipeline)
+STAGES = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+class Family(NamedTuple):
+    """A pipeline of diffusers, what it saved, its image, and our class for it."""
+
+    theirs: Any
+    folder: Path
+    file: Path
+    image: np.ndarray
+    pipeline: Any
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    pipe = build(request.param)
+    folder, file = save(pipe, tmp_path_factory.mktemp("family"))
+    ours = next(ours for ours in PIPELINES if type(pipe).__name__ in ours.reads)
+    return Family(pipe, folder, file, draw_theirs(pipe), ours)
+
+
+def draw(pipeline: Any, theirs: Any, **options: Any) -> np.ndarray:
+    given = {"num_inference_steps": STEPS, "seed": 7, "output_type": "np", "progress": False}
+    return pipeline("a red cat", **arguments(theirs)[0] | given | options).images
+
+
+def draw_theirs(pipe: Any) -> np.ndarray:
+    generator = [torch.Generator().manual_seed(7)]
+    given = {"num_inference_steps": STEPS, "generator": generator, "output_type": "np"}
+    return pipe("a red cat", **arguments(pipe)[1] | given).images
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.01
+    return float(np.abs(ours - theirs).max())
+
+
+def test_a_folder_gives_the_image_of_diffusers(family: Family) -> None:
+    ours = family.pipeline.from_pretrained(family.folder, dtype="float32", device="cpu")
+    assert difference(draw(ours, family.theirs), family.image) <= 1e-4
+
+
+def test_a_single_file_gives_the_image_of_diffusers(family: Family) -> None:
+    checkpoint = SingleFile.open(family.file, config=family.folder)
+    ours = family.pipeline.from_checkpoint(checkpoint, dtype="float32", device="cpu")
+    assert difference(draw(ours, family.theirs), family.image) <= 1e-4
+
+
+def test_what_is_saved_is_what_diffusers_loads(family: Family, tmp_path: Path) -> None:
+    ours = family.pipeline.from_pretrained(family.folder, dtype="float32", device="cpu")
+    ours.save_pretrained(tmp_path)
+    again = type(family.theirs).from_pretrained(tmp_path)
+    # Private keys tell of the file alone.
+    mine, other = ({key for key in pipe.config if key[0] != "_"} for pipe in (again, family.theirs))
+    assert mine == other
+    for name in STAGES:
+        if family.theirs.components.get(name) is not None:
+            mine, other = again.components[name].state_dict(), family.theirs.components[name].state_dict()
+            assert mine.keys() == other.keys()
+            assert all(torch.equal(mine[key], other[key]) for key in mine)
+    for name in ("scheduler", "low_res_scheduler"):
+        if name in family.theirs.components:
+            assert type(again.components[name]) is type(family.theirs.components[name])
+
+
+def test_taken_over_and_handed_on_the_weights_are_shared(family: Family) -> None:
+    ours = from_diffusers(family.theirs, memory=MemoryPolicy(pack_weights=False))
+    assert type(ours) is family.pipeline
+    again = to_diffusers(ours)
+    assert type(again) is type(family.theirs)
+    stages = torch.nn.ModuleList([ours.unet, ours.decoder, ours.encoder(), ours.text_encoder.module])
+    addresses = {tensor.data_ptr() for tensor in stages.parameters()}
+    for name in STAGES:
+        before, after = family.theirs.components.get(name), again.components.get(name)
+        assert (before is None) == (after is None)
+        if before is not None:
+            pointers = {key: tensor.data_ptr() for key, tensor in before.named_parameters()}
+            assert pointers == {key: tensor.data_ptr() for key, tensor in after.named_parameters()}
+            assert set(pointers.values()) <= addresses
+    assert difference(draw(ours, family.theirs), family.image) <= 1e-4
+    again.set_progress_bar_config(disable=True)
+    assert difference(draw_theirs(again), family.image) <= 1e-4
+
+
+def test_every_pipeline_is_covered() -> None:
+    covered = {ours for name in KINDS for ours in PIPELINES if type(build(name)).__name__ in ours.reads}
+    assert covered == set(PIPELINES) == set(Pipeline.__subclasses__())
