@@ -1,8 +1,7 @@
-"""Pipelines from every kind of file: single files, adapters and VAE files, against diffusers."""
+"""Pipelines with adapters, another VAE, and guidance scales of their own, against diffusers."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from latentgen import TextToImagePipeline, to_diffusers
 from latentgen.checkpoints.folder import CheckpointFolder
-from latentgen.checkpoints.single_file import SingleFile
 from latentgen.errors import AdapterError, ConfigError, InputError
-from tests.checkpoints.single_files import to_original_file
 from tests.conftest import build_pipeline
-from tests.pipelines.sdxl import build_base, build_refiner
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.2")
 
@@ -48,61 +43,6 @@ def draw_theirs(pipe: Any, prompt: str = "a cat", **arguments: Any) -> np.ndarra
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max())
-
-
-@pytest.fixture(scope="module", params=["sd1", "sdxl", "refiner"])
-def family(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Any, Path, Path]:
-    """A pipeline of diffusers, the folder that it saved, and the same weights in one file."""
-    build = {"sd1": build_pipeline, "sdxl": build_base, "refiner": build_refiner}[request.param]
-    pipe = quiet(build())
-    folder = tmp_path_factory.mktemp(request.param)
-    pipe.save_pretrained(folder / "folder")
-    components = [
-        name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if pipe.components.get(name)
-    ]
-    states = {name: named(name, pipe.components[name].state_dict()) for name in components}
-    configs = {
-        name: json.loads((folder / "folder" / name / "config.json").read_text()) for name in components
-    }
-    save_file(to_original_file(states, configs), folder / "single.safetensors")
-    return pipe, folder / "folder", folder / "single.safetensors"
-
-
-def named(component: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The names of the files, which CLIP's text towers do not have in memory in every version of transformers."""
-    kept = ("text_model.", "text_projection.")
-    if not component.startswith("text_encoder"):
-        return state
-    return {name if name.startswith(kept) else f"text_model.{name}": tensor for name, tensor in state.items()}
-
-
-def test_a_single_file_gives_the_image_of_diffusers(family: tuple[Any, Path, Path]) -> None:
-    pipe, folder, file = family
-    checkpoint = SingleFile.open(file, config=folder)
-    ours = TextToImagePipeline.from_checkpoint(checkpoint, dtype="float32", device="cpu")
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    if "Img2Img" in type(pipe).__name__:
-        # Halfway through, latents of diffusers' Euler are scaled by 1 / alpha; those of DDIM are not.
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-        theirs = draw_theirs(pipe, image=latents, denoising_start=0.5)
-        drawn = draw(ours, latents=latents, denoising_start=0.5, scheduler="ddim")
-        assert difference(drawn, theirs) <= 1e-4
-    else:
-        assert difference(draw(ours, latents=latents), draw_theirs(pipe, latents=latents)) <= 1e-4
-
-
-def test_a_pipeline_from_a_single_file_is_saved_whole(family: tuple[Any, Path, Path], tmp_path: Path) -> None:
-    pipe, folder, file = family
-    checkpoint = SingleFile.open(file, config=folder)
-    TextToImagePipeline.from_checkpoint(checkpoint, dtype="float32", device="cpu").save_pretrained(tmp_path)
-    again = type(pipe).from_pretrained(tmp_path)
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        if pipe.components.get(name) is not None:
-            ours, theirs = again.components[name].state_dict(), pipe.components[name].state_dict()
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_another_vae(tiny_checkpoint: Path, tmp_path: Path) -> None:

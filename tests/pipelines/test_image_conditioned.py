@@ -1,0 +1,143 @@
+"""Inpainting, InstructPix2Pix and upscaling beyond the one image that test_families.py compares with diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentgen import (
+    InpaintPipeline,
+    InstructPix2PixPipeline,
+    TextToImagePipeline,
+    UpscalePipeline,
+    from_diffusers,
+)
+from latentgen.errors import ConfigError, InputError
+from tests.pipelines.families import arguments, build, save
+
+NAMES = {
+    InpaintPipeline: "SD 2.x inpainting",
+    InstructPix2PixPipeline: "SD 1.x instruct-pix2pix",
+    UpscalePipeline: "SD x4 upscaler",
+}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def theirs(request: pytest.FixtureRequest) -> Any:
+    return build(NAMES[request.param])
+
+
+@pytest.fixture(scope="module")
+def ours(theirs: Any) -> Any:
+    return from_diffusers(theirs)
+
+
+def pictures(theirs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of two calls with different images."""
+    given = arguments(theirs)[0]
+    turned = {key: value.rotate(180) if key == "image" else value for key, value in given.items()}
+    return given, turned
+
+
+def draw(pipeline: Any, prompt: str | list[str] = "a red cat", **given: Any) -> np.ndarray:
+    options: dict[str, Any] = {"num_inference_steps": 3, "seed": 7, "output_type": "np", "progress": False}
+    return pipeline(prompt, **options | given).images
+
+
+def test_every_image_has_its_own_prompt_noise_and_picture(theirs: Any, ours: Any) -> None:
+    first, second = pictures(theirs)
+    both = {**first, "image": [first["image"], second["image"]]}
+    together = draw(ours, ["a cat", "a red dog"], num_images_per_prompt=2, seed=[1, 2, 3, 4], **both)
+    alone = [
+        draw(ours, "a cat", seed=1, **first),
+        draw(ours, "a cat", seed=2, **first),
+        draw(ours, "a red dog", seed=3, **second),
+        draw(ours, "a red dog", seed=4, **second),
+    ]
+    for row, image in zip(together, alone, strict=True):
+        assert np.abs(row - image[0]).max() <= 1e-3
+    assert min(np.abs(together[i] - together[j]).max() for i in range(4) for j in range(i)) > 1e-2
+
+
+def test_one_prompt_serves_several_images(theirs: Any, ours: Any) -> None:
+    first, second = pictures(theirs)
+    together = draw(ours, seed=[1, 2], **{**first, "image": [first["image"], second["image"]]})
+    assert np.abs(together[1] - draw(ours, seed=2, **second)[0]).max() <= 1e-3
+
+
+def test_without_guidance_there_is_one_row(theirs: Any, ours: Any) -> None:
+    given, _ = pictures(theirs)
+    generator = [torch.Generator().manual_seed(7)]
+    options = {"num_inference_steps": 3, "generator": generator, "output_type": "np", "guidance_scale": 1.0}
+    expected = theirs("a red cat", **arguments(theirs)[1] | options).images
+    assert np.abs(draw(ours, guidance_scale=1.0, **given) - expected).max() <= 1e-4
+
+
+def test_images_of_any_size_come_back_in_it(theirs: Any, ours: Any) -> None:
+    given, _ = pictures(theirs)
+    odd = {
+        key: value.resize((21, 13)) if isinstance(value, Image.Image) else value
+        for key, value in given.items()
+    }
+    factor = 4 if isinstance(ours, UpscalePipeline) else 1
+    assert draw(ours, **odd).shape == (1, 13 * factor, 21 * factor, 3)
+
+
+def test_images_that_do_not_go_with_the_prompts_are_refused(theirs: Any, ours: Any) -> None:
+    given, _ = pictures(theirs)
+    with pytest.raises(InputError, match="image has 3 entries for 2 prompts"):
+        draw(ours, ["a", "b"], **{**given, "image": [given["image"]] * 3})
+    with pytest.raises(InputError, match="image must be a path"):
+        draw(ours, **{**given, "image": 7})
+
+
+def test_previews_are_given(theirs: Any, ours: Any) -> None:
+    given, _ = pictures(theirs)
+    steps = list(ours.stream("a cat", num_inference_steps=2, seed=1, progress=False, **given))
+    assert [step.is_last for step in steps] == [False, True]
+    assert all(isinstance(step.images()[0], Image.Image) for step in steps)
+
+
+def test_instruct_pix2pix_needs_both_scales_for_guidance() -> None:
+    theirs = build(NAMES[InstructPix2PixPipeline])
+    given, pipeline = arguments(theirs)[0], from_diffusers(theirs)
+    plain = draw(pipeline, guidance_scale=1.0, **given)
+    assert np.array_equal(draw(pipeline, image_guidance_scale=0.5, **given), plain)
+    assert np.abs(draw(pipeline, image_guidance_scale=1.0, **given) - plain).max() > 1e-3
+    with pytest.raises(InputError, match="image_guidance_scale=-1"):
+        draw(pipeline, image_guidance_scale=-1, **given)
+
+
+def test_the_noise_level_of_upscaling_is_bounded() -> None:
+    theirs = build(NAMES[UpscalePipeline])
+    given, pipeline = arguments(theirs)[0], from_diffusers(theirs)
+    assert np.abs(draw(pipeline, **{**given, "noise_level": 300}) - draw(pipeline, **given)).max() > 1e-2
+    for level in (-1, 351, 20.0):
+        with pytest.raises(InputError, match="noise_level"):
+            draw(pipeline, **{**given, "noise_level": level})
+
+
+@pytest.mark.parametrize("most", ["20", True, -1, 1000])
+def test_a_highest_noise_level_that_is_no_timestep_is_refused(tmp_path: Any, most: object) -> None:
+    from latentgen.checkpoints.folder import CheckpointFolder
+
+    folder, _ = save(build(NAMES[UpscalePipeline]), tmp_path)
+    opened = CheckpointFolder.open(folder)
+    wrong = CheckpointFolder(folder, {**opened.model_index, "max_noise_level": most})
+    with pytest.raises(ConfigError, match="max_noise_level"):
+        UpscalePipeline.from_checkpoint(wrong, device="cpu")
+
+
+def test_a_checkpoint_of_another_kind_names_its_pipeline(theirs: Any, tmp_path: Any) -> None:
+    folder, _ = save(theirs, tmp_path)
+    with pytest.raises(ConfigError, match=f"load it with {type(from_diffusers(theirs)).__name__}"):
+        TextToImagePipeline.from_pretrained(folder, device="cpu")
+
+
+def test_stages_of_another_kind_are_refused(ours: Any) -> None:
+    with pytest.raises(ConfigError, match="TextToImagePipeline needs a UNet from 4 channels"):
+        TextToImagePipeline(ours.unet, ours.decoder, ours.text_encoder, ours.scheduler)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentgen.errors import InputError
+from latentgen.pipelines.images import as_images, as_masks, for_each, padded
+
+LEVELS = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+EXPECTED = torch.from_numpy(LEVELS).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def save(path: Path) -> Path:
+    Image.fromarray(LEVELS).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(LEVELS),
+        LEVELS,
+        LEVELS[None],
+        LEVELS / 255,
+        torch.from_numpy(LEVELS).permute(2, 0, 1),
+        torch.from_numpy(LEVELS).permute(2, 0, 1)[None] / 255,
+        [Image.fromarray(LEVELS)],
+    ],
+    ids=["PIL", "uint8", "batch", "float64", "tensor", "float tensor", "list"],
+)
+def test_every_kind_of_image_is_the_same_tensor(image: Any) -> None:
+    found = as_images("image", image)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, EXPECTED, rtol=0, atol=1e-6)
+
+
+def test_a_path_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "picture.png")
+    for given in (path, str(path), [path]):
+        torch.testing.assert_close(as_images("image", given), EXPECTED, rtol=0, atol=1e-6)
+
+
+def test_several_images_are_a_batch() -> None:
+    assert as_images("image", [LEVELS, LEVELS[None], Image.fromarray(LEVELS)]).shape == (3, 3, 6, 5)
+
+
+def test_images_in_memory_are_read_as_files_are(tmp_path: Path) -> None:
+    see_through = Image.fromarray(np.dstack([LEVELS, np.zeros((6, 5), np.uint8)]))
+    assert torch.equal(as_images("image", see_through), torch.ones(1, 3, 6, 5))
+    turned = Image.fromarray(LEVELS)
+    turned.getexif()[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=turned.getexif())
+    with Image.open(tmp_path / "turned.png") as image:
+        assert as_images("image", image).shape == (1, 3, 5, 6)
+    deep = Image.fromarray(np.full((2, 2), 257 * 51, np.uint16))
+    torch.testing.assert_close(as_images("image", deep), torch.full((1, 3, 2, 2), 51 / 127.5 - 1))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ([], "empty"),
+        (7, "not int"),
+        (None, "not NoneType"),
+        (LEVELS[..., :2], r"shape \[6, 5, 2\]"),
+        (LEVELS.astype(np.int64), "int64"),
+        (np.array(["a"]), "no pixels"),
+        (np.full((2, 2, 3), np.nan), "from nan to nan"),
+        (LEVELS.astype(np.float32), "in 0..1"),
+        (EXPECTED, "in 0..1"),
+        ([LEVELS, LEVELS[:4]], "5x6, 5x4"),
+        (np.zeros((0, 4, 3), np.uint8), "4x0 pixels"),
+        (np.zeros((1, 8193, 3), np.uint8), "8193x1 pixels"),
+        ("missing.png", "missing.png"),
+        (Image.new("F", (2, 2)), "no known range"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_what_is_no_image_is_refused(image: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        as_images("image", image)
+
+
+def test_a_bomb_is_refused() -> None:
+    with pytest.raises(InputError, match="limit of 67,108,864"):
+        as_images("image", Image.new("1", (8193, 8192)))
+
+
+MARKED = torch.zeros(1, 1, 6, 5)
+MARKED[..., 2:4, 1:3] = 1
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Image.fromarray((MARKED[0, 0] * 255).numpy().astype(np.uint8)),
+        MARKED[0, 0].numpy() * 0.5,
+        MARKED[0, 0, :, :, None].numpy(),
+        MARKED.bool(),
+        MARKED[0],
+        MARKED[0, 0] * 0.9 + 0.05,
+    ],
+    ids=["PIL", "array", "channel last", "bool", "channel first", "soft"],
+)
+def test_every_kind_of_mask_is_the_same_tensor(mask: Any) -> None:
+    assert torch.equal(as_masks("mask_image", mask, EXPECTED), MARKED)
+    assert torch.equal(
+        as_masks("mask_image", mask, EXPECTED.expand(2, -1, -1, -1)), MARKED.expand(2, -1, -1, -1)
+    )
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="mask_image is 4x6 pixels, the image 5x6"):
+        as_masks("mask_image", MARKED[..., :4], EXPECTED)
+    with pytest.raises(InputError, match="2 entries for 1 images"):
+        as_masks("mask_image", MARKED.expand(2, -1, -1, -1), EXPECTED)
+    with pytest.raises(InputError, match="shape"):
+        as_masks("mask_image", torch.zeros(1, 3, 6, 5), EXPECTED)
+
+
+def test_padding_repeats_the_border() -> None:
+    grown = padded(EXPECTED, 4)
+    assert grown.shape == (1, 3, 8, 8)
+    assert torch.equal(grown[..., :6, :5], EXPECTED)
+    assert torch.equal(grown[..., 6:, :5], EXPECTED[..., -1:, :].expand(-1, -1, 2, -1))
+    assert padded(grown, 4) is grown or torch.equal(padded(grown, 4), grown)
+
+
+def test_what_belongs_to_one_prompt_stands_together() -> None:
+    assert for_each(torch.tensor([1, 2]), 6).tolist() == [1, 1, 1, 2, 2, 2]
