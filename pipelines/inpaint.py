@@ -87,8 +87,9 @@ class InpaintPipeline(Pipeline):
         sampling = self._sampling(scheduler, num_inference_steps)
         factor, size = self.decoder.config.spatial_factor, (images.shape[2], images.shape[3])
         images, masks = padded(images, factor), padded(masks, factor)
-        latent_masks = F.interpolate(masks, (images.shape[2] // factor, images.shape[3] // factor))
-        shape = (len(request), self.decoder.config.latent_channels, *latent_masks.shape[2:])
+        height, width = (side // factor for side in images.shape[2:])
+        latent_masks = F.interpolate(masks, (height, width))
+        shape = (len(request), self.decoder.config.latent_channels, height, width)
 
         def begin(noise: ImageNoise) -> Beginning:
             latents = sampling.initial(noise.draw(shape[1:]))

@@ -82,8 +82,8 @@ class InstructPix2PixPipeline(Pipeline):
         sampling = self._sampling(scheduler, num_inference_steps)
         config, size = self.decoder.config, (images.shape[2], images.shape[3])
         images = padded(images, config.spatial_factor)
-        sides = (side // config.spatial_factor for side in images.shape[2:])
-        shape = (len(request), config.latent_channels, *sides)
+        height, width = (side // config.spatial_factor for side in images.shape[2:])
+        shape = (len(request), config.latent_channels, height, width)
 
         def begin(noise: ImageNoise) -> Beginning:
             # The UNet was trained on the mode of the posterior, without the scaling factor.

@@ -9,7 +9,7 @@ Needs diffusers (`pip install "latentgen[train]"`), which nothing else at infere
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,20 @@ from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers import (
+        DiffusionPipeline,
+        SchedulerMixin,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionInstructPix2PixPipeline,
+        StableDiffusionPipeline,
+        StableDiffusionUpscalePipeline,
+        StableDiffusionXLImg2ImgPipeline,
+        StableDiffusionXLInpaintPipeline,
+        StableDiffusionXLPipeline,
+    )
+
+    TextToImage = StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline
+    Inpaint = StableDiffusionInpaintPipeline | StableDiffusionXLInpaintPipeline
 
 _PIPELINES: tuple[type[Pipeline], ...] = (
     TextToImagePipeline,
@@ -43,6 +56,18 @@ _PIPELINES: tuple[type[Pipeline], ...] = (
 )
 
 
+@overload
+def from_diffusers(pipe: TextToImage, *, memory: MemoryPolicy | None = None) -> TextToImagePipeline: ...
+@overload
+def from_diffusers(pipe: Inpaint, *, memory: MemoryPolicy | None = None) -> InpaintPipeline: ...
+@overload
+def from_diffusers(
+    pipe: StableDiffusionInstructPix2PixPipeline, *, memory: MemoryPolicy | None = None
+) -> InstructPix2PixPipeline: ...
+@overload
+def from_diffusers(
+    pipe: StableDiffusionUpscalePipeline, *, memory: MemoryPolicy | None = None
+) -> UpscalePipeline: ...
 def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = None) -> Pipeline:
     """A pipeline over the very weights of a loaded diffusers pipeline, on its device and in its dtype.
 

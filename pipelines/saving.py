@@ -26,7 +26,7 @@ SDXL_INDEX: Mapping[str, object] = {"feature_extractor": _NONE, "image_encoder":
 def class_entries(diffusers_class: str, guidance_scale: float | None) -> dict[str, object]:
     """What `model_index.json` says of the pipeline's class, and of a guidance scale that is not the usual one."""
     own = guidance_scale not in (None, usual_guidance_scale(diffusers_class))
-    entries = {"_class_name": diffusers_class, **LAYOUT_VERSION}
+    entries: dict[str, object] = {"_class_name": diffusers_class, **LAYOUT_VERSION}
     return entries | {GUIDANCE_KEY: guidance_scale} if own else entries
 
 

@@ -13,7 +13,7 @@ from latentgen.checkpoints.weights import load_weights, save_weights
 from latentgen.errors import ConfigError
 from latentgen.files import write_json
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
-from latentgen.pipelines.loading import WEIGHTS_STEM
+from latentgen.pipelines.saving import WEIGHTS_STEM
 from latentgen.train.config import AutoencoderTask
 from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng, to_tensor
 from latentgen.train.objective import Loss, Objective
