@@ -104,15 +104,24 @@ class Downsample2D(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer perceptron over a sinusoidal or additive embedding: [..., in] to [..., out]."""
+    """The two-layer perceptron over a sinusoidal or additive embedding: [..., in] to [..., out].
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    Args:
+        in_channels: channels that come in.
+        out_channels: channels that go out.
+        cond_channels: channels of a condition that is projected and added to what comes in, if there is one.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, cond_channels: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_channels, out_channels)
         self.linear_2 = nn.Linear(out_channels, out_channels)
+        self.cond_proj = nn.Linear(cond_channels, in_channels, bias=False) if cond_channels else None
 
-    def forward(self, embedding: Tensor) -> Tensor:
-        """Map [..., in_channels] to [..., out_channels]."""
+    def forward(self, embedding: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Map [..., in_channels], with a condition [..., cond_channels] where it has one, to [..., out_channels]."""
+        if self.cond_proj is not None:
+            embedding = embedding + self.cond_proj(condition)
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 

@@ -65,7 +65,9 @@ class UNet(AttentionStage):
         self.gradient_checkpointing = False
         levels = config.levels
         first = config.block_out_channels[0]
-        self.time_embedding = TimestepEmbedding(first, config.time_embed_dim)
+        self.time_embedding = TimestepEmbedding(
+            first, config.time_embed_dim, cond_channels=config.time_cond_proj_dim
+        )
         self.class_embedding = _class_embedding(config)
         if config.addition_embed_type == "text_time":
             assert config.projection_class_embeddings_input_dim is not None
@@ -91,6 +93,7 @@ class UNet(AttentionStage):
         *,
         class_labels: Tensor | None = None,
         added: AddedConditioning | None = None,
+        guidance_scale: Tensor | float | None = None,
     ) -> Tensor:
         """Return the model output [B, out, H, W] (epsilon, v or x0, as the checkpoint was trained).
 
@@ -101,12 +104,16 @@ class UNet(AttentionStage):
             class_labels: integers [B] for a class table, scalars [B] for class_embed_type "timestep", vectors
                 [B, D] for "projection" and "identity".
             added: the added conditioning of SDXL.
+            guidance_scale: of a UNet that was distilled from guided ones and is told it (time_cond_proj_dim, as
+                latent consistency models have it): one for all samples, or [B].
 
         Raises:
             InputError: conditioning that this UNet requires is missing, or some that it cannot take is given.
         """
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(1, -1)
-        constants = self.constants(context, timesteps, class_labels=class_labels, added=added)
+        constants = self.constants(
+            context, timesteps, class_labels=class_labels, added=added, guidance_scale=guidance_scale
+        )
         return self.step(sample, constants, 0)
 
     def constants(
@@ -116,6 +123,7 @@ class UNet(AttentionStage):
         *,
         class_labels: Tensor | None = None,
         added: AddedConditioning | None = None,
+        guidance_scale: Tensor | float | None = None,
     ) -> UNetConstants:
         """Compute what does not depend on the latents, for all steps of a run.
 
@@ -124,13 +132,16 @@ class UNet(AttentionStage):
             timesteps: of the N steps, [N], or [N, B] where every sample has its own.
             class_labels: see :meth:`forward`.
             added: see :meth:`forward`.
+            guidance_scale: see :meth:`forward`.
 
         Raises:
             InputError: see :meth:`forward`.
         """
         if timesteps.ndim == 1:
             timesteps = timesteps[:, None]
-        emb = self.time_embedding(self._sinusoidal(timesteps))
+        emb = self.time_embedding(
+            self._sinusoidal(timesteps), self._guidance_emb(guidance_scale, timesteps.device)
+        )
         if (class_emb := self._class_emb(class_labels)) is not None:
             emb = emb + class_emb
         if (added_emb := self._added_emb(added)) is not None:
@@ -174,6 +185,19 @@ class UNet(AttentionStage):
             flip_sin_to_cos=config.flip_sin_to_cos,
             freq_shift=config.freq_shift,
         ).to(self.conv_in.weight.dtype)
+
+    def _guidance_emb(self, guidance_scale: Tensor | float | None, device: torch.device) -> Tensor | None:
+        """Embed w = guidance_scale - 1 as [1 or B, time_cond_proj_dim] (arXiv:2310.04378, section 4.2)."""
+        width = self.config.time_cond_proj_dim
+        if width is None:
+            if guidance_scale is not None:
+                raise InputError("guidance_scale: this UNet is not told it; leave it out")
+            return None
+        if guidance_scale is None:
+            raise InputError("guidance_scale: this UNet is told it (time_cond_proj_dim) and requires it")
+        w = torch.as_tensor(guidance_scale, dtype=torch.float32, device=device).reshape(-1) - 1.0
+        embedding = timestep_embedding(1000.0 * w, width, flip_sin_to_cos=False, freq_shift=1)
+        return embedding.to(self.conv_in.weight.dtype)
 
     def _class_emb(self, labels: Tensor | None) -> Tensor | None:
         """Embed the class labels as [B, time_embed_dim]."""

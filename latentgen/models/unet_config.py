@@ -46,8 +46,9 @@ class UNetConfig(StageConfig):
     """A diffusers `unet/config.json`. A field whose type admits a single value is not implemented beyond it.
 
     Covers SD 1.x and 2.x, SDXL base and refiner, inpainting, instruct-pix2pix, the x4 upscaler, class labels
-    (`num_class_embeds`), a continuous scalar (`class_embed_type="timestep"`) and FiLM resnet blocks
-    (`resnet_time_scale_shift="scale_shift"`). `attention_head_dim` is, as in the files, the number of heads.
+    (`num_class_embeds`), a continuous scalar (`class_embed_type="timestep"`), FiLM resnet blocks
+    (`resnet_time_scale_shift="scale_shift"`) and latent consistency models (`time_cond_proj_dim`).
+    `attention_head_dim` is, as in the files, the number of heads.
     """
 
     diffusers_class: ClassVar[str] = "UNet2DConditionModel"
@@ -107,7 +108,7 @@ class UNetConfig(StageConfig):
     time_embedding_dim: None = None
     time_embedding_act_fn: None = None
     timestep_post_act: None = None
-    time_cond_proj_dim: None = None
+    time_cond_proj_dim: Annotated[int, Field(ge=4, le=16384)] | None = None
     conv_in_kernel: Literal[3] = 3
     conv_out_kernel: Literal[3] = 3
     projection_class_embeddings_input_dim: Channels | None = None
@@ -257,7 +258,7 @@ def parameter_count(config: UNetConfig) -> int:
 
 
 def _conditioning_parameters(config: UNetConfig) -> int:
-    """Count the time embedding, and the class and added embeddings that are summed to it."""
+    """Count the time embedding, and the guidance, class and added embeddings that are summed to it."""
     width, projected = config.time_embed_dim, config.projection_class_embeddings_input_dim or 0
     inputs = [config.block_out_channels[0]]
     if config.class_embed_type == "timestep":
@@ -269,7 +270,8 @@ def _conditioning_parameters(config: UNetConfig) -> int:
     table = (
         width * config.num_class_embeds if config.class_embed_type is None and config.num_class_embeds else 0
     )
-    return table + sum(_linear(size, width) + _linear(width, width) for size in inputs)
+    guidance = (config.time_cond_proj_dim or 0) * config.block_out_channels[0]
+    return table + guidance + sum(_linear(size, width) + _linear(width, width) for size in inputs)
 
 
 def _resnet_parameters(config: UNetConfig, inputs: int, outputs: int) -> int:

@@ -58,6 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "class-identity": _SD1 | {"class_embed_type": "identity"},
     "scale-shift": _SD1 | {"resnet_time_scale_shift": "scale_shift"},
     "no-middle": _SD1 | {"mid_block_type": None, "layers_per_block": [1, 2, 1]},
+    "latent-consistency": _SD1 | {"time_cond_proj_dim": 12},
     "embedding-order": _SD1 | {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from latentgen.errors import InputError
 from latentgen.models.attention import Attention
@@ -58,18 +58,30 @@ def build_inputs(config: UNetConfig, *, batch: int = 2, size: tuple[int, int] = 
     if config.addition_time_embed_dim is not None:
         ids = torch.rand(batch, (projected - POOLED) // config.addition_time_embed_dim, generator=generator)
         inputs["added"] = AddedConditioning(normal(batch, POOLED), 1024 * ids)
+    if config.time_cond_proj_dim is not None:
+        inputs["guidance_scale"] = torch.linspace(1, 14, batch)
     return inputs
 
 
 def run_oracle(oracle: UNet2DConditionModel, inputs: dict[str, Any]) -> torch.Tensor:
-    added = inputs.get("added")
+    added, guidance_scale = inputs.get("added"), inputs.get("guidance_scale")
     return oracle(
         inputs["sample"],
         inputs["timestep"],
         encoder_hidden_states=inputs["context"],
         class_labels=inputs.get("class_labels"),
+        timestep_cond=None if guidance_scale is None else embed_guidance_scale(oracle, guidance_scale),
         added_cond_kwargs=added._asdict() if added is not None else None,
     ).sample
+
+
+def embed_guidance_scale(oracle: UNet2DConditionModel, guidance_scale: torch.Tensor) -> torch.Tensor:
+    """As diffusers' pipelines do; the method uses nothing of the pipeline."""
+    return StableDiffusionPipeline.get_guidance_scale_embedding(
+        None,  # type: ignore[arg-type]
+        guidance_scale - 1,
+        embedding_dim=oracle.config["time_cond_proj_dim"],
+    )
 
 
 @torch.no_grad()
@@ -144,6 +156,15 @@ def test_one_timestep_serves_all_samples(sd1_fields, timestep):
     assert relative_error(unet(**inputs), run_oracle(oracle, inputs)) < 1e-5
 
 
+@torch.no_grad()
+def test_one_guidance_scale_serves_all_samples(sd1_fields):
+    unet, oracle = build_pair(sd1_fields | {"time_cond_proj_dim": 256})
+    inputs = build_inputs(unet.config) | {"guidance_scale": 8.5}
+    expected = run_oracle(oracle, inputs | {"guidance_scale": torch.tensor([8.5, 8.5])})
+    assert relative_error(unet(**inputs), expected) < 1e-5
+    assert relative_error(unet(**inputs | {"guidance_scale": 2.0}), expected) > 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision(sdxl_fields, dtype):
@@ -167,7 +188,7 @@ def test_builds_and_runs_on_the_meta_device(family_fields):
             if isinstance(value, torch.Tensor)
             else AddedConditioning(*map(_meta, value))
             for name, value in build_inputs(unet.config).items()
-            if name in ("class_labels", "added")
+            if name in ("class_labels", "added", "guidance_scale")
         }
         output = unet(sample, 1, context, **conditions)
     assert output.shape == (2, unet.config.out_channels, 8, 8)
@@ -223,6 +244,11 @@ def test_conditioning_that_does_not_fit_is_refused(sd1_fields, sdxl_fields):
         labelled(**inputs)
     with pytest.raises(InputError, match="no added conditioning"):
         plain(**inputs, added=added)
+    with pytest.raises(InputError, match="not told"):
+        plain(**inputs, guidance_scale=7.5)
+    told = UNet(UNetConfig.from_json(sd1_fields | {"time_cond_proj_dim": 12}))
+    with pytest.raises(InputError, match="is told it"):
+        told(**inputs)
     with_added = UNet(UNetConfig.from_json(sdxl_fields))
     with pytest.raises(InputError, match="requires AddedConditioning"):
         with_added(**inputs)

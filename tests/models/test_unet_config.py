@@ -54,11 +54,12 @@ def test_parameters_are_counted_without_building(family_fields):
     [
         ({"cross_attention_dim": 768}, 859_520_964),
         ({"cross_attention_dim": 768, "in_channels": 9}, 859_535_364),
+        ({"cross_attention_dim": 768, "time_cond_proj_dim": 256}, 859_520_964 + 256 * 320),
         (_LINEAR | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]}, 865_910_724),
         (_LINEAR | _SDXL_BLOCKS | {"cross_attention_dim": 2048}, 2_567_463_684),
         (_LINEAR | _UPSCALER | {"cross_attention_dim": 1024}, 473_398_020),
     ],
-    ids=["sd1", "inpaint", "sd2", "sdxl", "x4-upscaler"],
+    ids=["sd1", "inpaint", "lcm", "sd2", "sdxl", "x4-upscaler"],
 )
 def test_counts_of_published_models(fields, count):
     assert parameter_count(UNetConfig.from_json(fields)) == count
@@ -102,7 +103,7 @@ def test_metadata_of_the_file_is_passed_over(sd1_fields):
         ("class_embed_type", "projection"),
         ("addition_embed_type", "image"),
         ("addition_embed_type", "text_time"),
-        ("time_cond_proj_dim", 256),
+        ("time_cond_proj_dim", 3),
         ("encoder_hid_dim", 64),
         ("conv_in_kernel", 1),
         ("resnet_time_scale_shift", "ada_group"),
