@@ -20,7 +20,7 @@ from latentgen.diffusion.schedule import (
     karras_sigmas,
     spaced_timesteps,
 )
-from latentgen.diffusion.solvers import SOLVERS, Evaluation, History, Solver, SolverName
+from latentgen.diffusion.solvers import SOLVERS, Evaluation, History, Solver, SolverName, StepInputs
 from latentgen.errors import ConfigError, InputError
 
 # What people call a solver -> the solver, and whether it runs on Karras sigmas.
@@ -206,19 +206,22 @@ class Scheduler:
             clip_sample=self.clipping.clip_sample and solver.clips,
             thresholding=self.clipping.thresholding and solver.thresholds,
         )
-        history: History = ()
-        for index in steps:
-            level, target = levels[index], levels[index + 1]
+
+        def evaluate(x: Tensor, level: NoiseLevel) -> Evaluation:
             predicted = denoiser(x, level)
             x0 = clipping(predicted)
             if solver.keeps_noise and x0 is not predicted:
                 x = x + level.alpha * (x0 - predicted)
+            return Evaluation(level, x, x0)
+
+        history: History = ()
+        for index in steps:
+            now, target = evaluate(x, levels[index]), levels[index + 1]
             if index == len(levels) - 2 and self._ends_in_first_order(len(levels) - 1):
                 history = ()
-            now = Evaluation(level, x0)
-            x = solver.step(x, now, target, history, noise() if _draws(solver, level) else None)
+            x = solver.step(now, target, StepInputs(history, draw=noise))
             history = (now, *history)[: solver.memory]
-            yield Step(index, target, x, x0)
+            yield Step(index, target, x, now.x0)
 
     def _levels_at(self, timesteps: FloatArray) -> list[NoiseLevel]:
         return [self.schedule.level(int(timestep)) for timestep in timesteps]
@@ -248,10 +251,6 @@ class Scheduler:
     def _ends_in_first_order(self, num_steps: int) -> bool:
         few = self.lower_order_final and num_steps < 15
         return few or self.euler_at_final or self.final_sigmas_type == "zero"
-
-
-def _draws(solver: Solver, level: NoiseLevel) -> bool:
-    return solver.draws_noise == "always" or (solver.draws_noise == "above_0" and level.timestep > 0.0)
 
 
 def _check_choice(key: str, value: str | None, allowed: tuple[str | None, ...]) -> None:

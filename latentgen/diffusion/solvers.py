@@ -25,17 +25,31 @@ SolverName = Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m"]
 
 
 class Evaluation(NamedTuple):
-    """What the network said at one noise level: x0 is [B, C, H, W]."""
+    """What the network said of x at one noise level: x and x0 are [B, C, H, W]."""
 
     level: NoiseLevel
+    x: Tensor
     x0: Tensor
 
 
 # Earlier evaluations of a run, the latest first: the whole memory of a multistep solver.
 History = tuple[Evaluation, ...]
 
-# x, the evaluation at x, the target level, earlier evaluations, fresh noise or none -> x at the target level.
-SolverStep = Callable[[Tensor, Evaluation, NoiseLevel, History, Tensor | None], Tensor]
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step may use besides where it stands and where it goes.
+
+    history: earlier evaluations, as many as the solver's `memory`, fewer where a run begins.
+    draw: gives fresh standard normal noise, shaped like x.
+    """
+
+    history: History
+    draw: Callable[[], Tensor]
+
+
+# The evaluation where the step begins, the level where it ends -> x at that level.
+SolverStep = Callable[[Evaluation, NoiseLevel, StepInputs], Tensor]
 
 
 def fresh_noise_scale(level: NoiseLevel, target: NoiseLevel, eta: float) -> float:
@@ -64,31 +78,31 @@ def first_order_step(
     return torch.add(moved, noise, alpha=fresh)
 
 
-def deterministic_step(
-    x: Tensor, now: Evaluation, target: NoiseLevel, history: History, noise: Tensor | None
-) -> Tensor:
+def deterministic_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """DDIM at eta 0, and Euler."""
-    return first_order_step(x, now.x0, now.level, target)
+    return first_order_step(now.x, now.x0, now.level, target)
 
 
-def ancestral_step(
-    x: Tensor, now: Evaluation, target: NoiseLevel, history: History, noise: Tensor | None
-) -> Tensor:
-    """DDPM, and Euler ancestral."""
-    return first_order_step(x, now.x0, now.level, target, eta=1.0, noise=noise)
+def ddpm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """DDPM, which draws nothing at timestep 0."""
+    noise = inputs.draw() if now.level.timestep > 0.0 else None
+    return first_order_step(now.x, now.x0, now.level, target, eta=1.0, noise=noise)
 
 
-def dpmpp_2m_step(
-    x: Tensor, now: Evaluation, target: NoiseLevel, history: History, noise: Tensor | None
-) -> Tensor:
+def euler_ancestral_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """Euler ancestral, which draws even where it ends in clean data and has no use for it."""
+    return first_order_step(now.x, now.x0, now.level, target, eta=1.0, noise=inputs.draw())
+
+
+def dpmpp_2m_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """DPM-Solver++ 2M, midpoint (arXiv 2211.01095, algorithm 2); without a history it is of first order."""
     x0 = now.x0
-    if history:
-        before = history[0]
+    if inputs.history:
+        before = inputs.history[0]
         stride = target.log_snr - now.level.log_snr
         stride_before = now.level.log_snr - before.level.log_snr
         x0 = torch.lerp(before.x0, x0, 1.0 + 0.5 * stride / stride_before)
-    return first_order_step(x, x0, now.level, target)
+    return first_order_step(now.x, x0, now.level, target)
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,6 @@ class Solver:
 
     memory: how many earlier evaluations the step uses.
     default_spacing: the spacing where a checkpoint names none.
-    draws_noise: when a step draws fresh noise: "never", "always", or "above_0": at every timestep but 0.
     in_sigma_ve: the levels are spaced in sigma_ve, so fractional timesteps and Karras sigmas are possible.
     whole_timesteps: the network only sees whole timesteps.
     open_end: the lowest point of the spacing is where the run ends, not a timestep that the network sees.
@@ -111,7 +124,6 @@ class Solver:
     step: SolverStep
     default_spacing: Spacing
     memory: int = 0
-    draws_noise: Literal["never", "always", "above_0"] = "never"
     in_sigma_ve: bool = False
     whole_timesteps: bool = True
     open_end: bool = False
@@ -124,7 +136,7 @@ class Solver:
 
 
 SOLVERS: dict[SolverName, Solver] = {
-    "ddpm": Solver(ancestral_step, "leading", draws_noise="above_0", clips=True, thresholds=True),
+    "ddpm": Solver(ddpm_step, "leading", clips=True, thresholds=True),
     "ddim": Solver(
         deterministic_step, "leading", end="set_alpha_to_one", clips=True, thresholds=True, keeps_noise=True
     ),
@@ -138,9 +150,8 @@ SOLVERS: dict[SolverName, Solver] = {
         karras=True,
     ),
     "euler_ancestral": Solver(
-        ancestral_step,
+        euler_ancestral_step,
         "linspace",
-        draws_noise="always",
         in_sigma_ve=True,
         whole_timesteps=False,
         scales_start=True,

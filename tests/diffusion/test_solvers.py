@@ -15,7 +15,7 @@ from torch import Tensor
 from latentgen.diffusion.prediction import Denoiser
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.diffusion.solvers import Evaluation, SolverName, dpmpp_2m_step, first_order_step
+from latentgen.diffusion.solvers import Evaluation, SolverName, StepInputs, dpmpp_2m_step, first_order_step
 
 STABLE_DIFFUSION = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 MEAN, DEVIATION = 0.5, 0.4
@@ -95,7 +95,7 @@ def test_a_step_from_pure_noise_is_finite_and_a_step_to_clean_data_is_x0(eta: fl
 
 def test_dpmpp_2m_without_history_is_of_first_order() -> None:
     level, target = STABLE_DIFFUSION.level(800), STABLE_DIFFUSION.level(600)
-    stepped = dpmpp_2m_step(X, Evaluation(level, X0), target, (), None)
+    stepped = dpmpp_2m_step(Evaluation(level, X, X0), target, StepInputs((), no_noise))
     assert torch.equal(stepped, first_order_step(X, X0, level, target))
 
 
@@ -106,9 +106,9 @@ def test_dpmpp_2m_is_the_formula_of_its_paper() -> None:
     r = h_before / h
     d = (1 + 1 / (2 * r)) * X0 - 1 / (2 * r) * NOISE
     expected = target.sigma / level.sigma * X - target.alpha * math.expm1(-h) * d
-    history = (Evaluation(before, NOISE),)
+    inputs = StepInputs((Evaluation(before, X, NOISE),), no_noise)
     torch.testing.assert_close(
-        dpmpp_2m_step(X, Evaluation(level, X0), target, history, None), expected, rtol=1e-11, atol=1e-11
+        dpmpp_2m_step(Evaluation(level, X, X0), target, inputs), expected, rtol=1e-11, atol=1e-11
     )
 
 
