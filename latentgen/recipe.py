@@ -25,6 +25,8 @@ SAMPLERS: dict[str, tuple[str, str | None]] = {
     "euler_ancestral": ("Euler a", None),
     "dpmpp_2m": ("DPM++ 2M", None),
     "dpmpp_2m_karras": ("DPM++ 2M", "Karras"),
+    "lcm": ("LCM", None),
+    "tcd": ("TCD", None),
 }
 
 _NEGATIVE = "\nNegative prompt:"

@@ -217,6 +217,31 @@ def spaced_timesteps(
     return timesteps
 
 
+def distilled_timesteps(
+    num_train_timesteps: int, original_inference_steps: int, num_steps: int
+) -> FloatArray:
+    """`num_steps` timesteps, falling, out of the original_inference_steps of a distillation.
+
+    Those end whole strides of the schedule (arXiv 2310.04378, section 4.3), and a run visits as many as it has steps,
+    evenly spread, the last of the schedule first.
+
+    Raises InputError when there are not so many, ConfigError when the schedule has not.
+    """
+    if original_inference_steps > num_train_timesteps:
+        raise ConfigError(
+            f"original_inference_steps is {original_inference_steps}; it must be at most the"
+            f" num_train_timesteps {num_train_timesteps}"
+        )
+    if not 1 <= num_steps <= original_inference_steps:
+        raise InputError(
+            f"the number of steps is {num_steps}; a model distilled on {original_inference_steps} steps"
+            f" (original_inference_steps) allows 1..{original_inference_steps}"
+        )
+    stride = num_train_timesteps // original_inference_steps
+    skipped = np.arange(num_steps) * original_inference_steps // num_steps
+    return (original_inference_steps - skipped) * stride - 1.0
+
+
 def karras_sigmas(sigma_min: float, sigma_max: float, num_steps: int, rho: float = 7.0) -> FloatArray:
     """`num_steps` values of sigma_ve from sigma_max down to sigma_min, even in ``sigma ** (1 / rho)``.
 

@@ -17,6 +17,7 @@ from latentgen.diffusion.schedule import (
     NoiseLevel,
     NoiseSchedule,
     Spacing,
+    distilled_timesteps,
     karras_sigmas,
     spaced_timesteps,
 )
@@ -51,7 +52,8 @@ class Scheduler:
     ``scheduler_config.json``, they mean the same: set_alpha_to_one false ends DDIM at the schedule's first
     level, final_sigmas_type "sigma_min" ends Euler and DPM++ there; lower_order_final (below 15 steps) and
     euler_at_final make the last step of DPM++ one of first order, as it always is when the run ends at clean
-    data.
+    data; original_inference_steps are those that a model for LCM and TCD was distilled on, and timestep_scaling
+    belongs to the skip connection of LCM.
 
     Raises ConfigError for values that are not allowed.
     """
@@ -66,6 +68,8 @@ class Scheduler:
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     lower_order_final: bool = True
     euler_at_final: bool = False
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
     clipping: Clipping = field(default_factory=Clipping)
 
     def __post_init__(self) -> None:
@@ -76,6 +80,12 @@ class Scheduler:
         if not 0 <= self.steps_offset < self.schedule.num_train_timesteps:
             last = self.schedule.num_train_timesteps - 1
             raise ConfigError(f"steps_offset is {self.steps_offset}; it must lie in 0..{last}")
+        if self.original_inference_steps < 1:
+            raise ConfigError(
+                f"original_inference_steps is {self.original_inference_steps}; it must be at least 1"
+            )
+        if not self.timestep_scaling > 0.0:
+            raise ConfigError(f"timestep_scaling is {self.timestep_scaling}; it must be above 0")
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> Scheduler:
@@ -131,13 +141,7 @@ class Scheduler:
         if isinstance(num_steps, bool) or not isinstance(num_steps, int):
             raise InputError(f"the number of steps is {num_steps!r}; it must be a whole number")
         solver = SOLVERS[self.solver]
-        timesteps = spaced_timesteps(
-            self.spacing or solver.default_spacing,
-            self.schedule.num_train_timesteps,
-            num_steps,
-            steps_offset=self.steps_offset,
-            open_end=solver.open_end,
-        )
+        timesteps = self._timesteps(solver, num_steps)
         if solver.whole_timesteps:
             timesteps = np.round(timesteps)
         levels = (
@@ -217,11 +221,26 @@ class Scheduler:
         history: History = ()
         for index in steps:
             now, target = evaluate(x, levels[index]), levels[index + 1]
-            if index == len(levels) - 2 and self._ends_in_first_order(len(levels) - 1):
+            is_last = index == len(levels) - 2
+            if is_last and self._ends_in_first_order(len(levels) - 1):
                 history = ()
-            x = solver.step(now, target, StepInputs(history, draw=noise))
+            x = solver.step(
+                now, target, StepInputs(history, is_last, noise, self.schedule, self.timestep_scaling)
+            )
             history = (now, *history)[: solver.memory]
             yield Step(index, target, x, now.x0)
+
+    def _timesteps(self, solver: Solver, num_steps: int) -> FloatArray:
+        train = self.schedule.num_train_timesteps
+        if solver.distilled:
+            return distilled_timesteps(train, self.original_inference_steps, num_steps)
+        return spaced_timesteps(
+            self.spacing or solver.default_spacing,
+            train,
+            num_steps,
+            steps_offset=self.steps_offset,
+            open_end=solver.open_end,
+        )
 
     def _levels_at(self, timesteps: FloatArray) -> list[NoiseLevel]:
         return [self.schedule.level(int(timestep)) for timestep in timesteps]
@@ -243,8 +262,10 @@ class Scheduler:
         ]
 
     def _end(self, solver: Solver) -> NoiseLevel:
-        stays_noisy = (solver.end == "set_alpha_to_one" and not self.set_alpha_to_one) or (
-            solver.end == "final_sigmas_type" and self.final_sigmas_type == "sigma_min"
+        stays_noisy = (
+            (solver.end == "set_alpha_to_one" and not self.set_alpha_to_one)
+            or (solver.end == "final_sigmas_type" and self.final_sigmas_type == "sigma_min")
+            or solver.end == "first_level"
         )
         return self.schedule.level(0) if stays_noisy else CLEAN
 

@@ -23,6 +23,8 @@ from latentgen.errors import ConfigError
 _SCHEDULE_KEYS = tuple(item.name for item in fields(NoiseSchedule))
 _CLIPPING_KEYS = tuple(item.name for item in fields(Clipping))
 _SHARED_KEYS = (*_SCHEDULE_KEYS, "prediction_type", "steps_offset")
+_DISTILLED_KEYS = (*_CLIPPING_KEYS, "set_alpha_to_one", "original_inference_steps", "timestep_scaling")
+_DISTILLED_DEFAULTS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _THRESHOLDING_KEYS = tuple(key for key in _CLIPPING_KEYS if not key.startswith("clip_"))
 
 
@@ -50,6 +52,8 @@ _CLASSES: dict[str, _SchedulerClass] = {
             "euler_at_final",
         ),
     ),
+    "LCMScheduler": _SchedulerClass("lcm", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
+    "TCDScheduler": _SchedulerClass("tcd", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
 }
 _PNDM = "PNDMScheduler"
 _PNDM_DEFAULTS: dict[str, object] = {"set_alpha_to_one": False}
@@ -124,6 +128,8 @@ _READERS: dict[str, Reader] = {
     "final_sigmas_type": _text,
     "lower_order_final": _flag,
     "euler_at_final": _flag,
+    "original_inference_steps": _integer,
+    "timestep_scaling": _number,
 }
 
 # Keys that change nothing at these values; at any other they ask for a feature that is not there.

@@ -6,7 +6,8 @@ One step covers a family. With ``u = eta * (sigma' / sigma) * sqrt(1 - alpha**2 
 
 is DDIM for any eta (arXiv 2010.02502, eq. 12 and 16), DDPM with its small variance (arXiv 2006.11239, eq. 6
 and 7) and Euler ancestral at eta 1, Euler (arXiv 2206.00364, algorithm 1) at eta 0: they differ in the levels
-that they visit, not in the step. DPM++ 2M is the same step along an x0 extrapolated from the last two.
+that they visit, not in the step. LCM and TCD are this step with a u of their own, DPM++ 2M is it along an x0
+extrapolated from the last two.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from latentgen.diffusion.schedule import NoiseLevel, Spacing
+from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule, Spacing
 
-SolverName = Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m"]
+SolverName = Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m", "lcm", "tcd"]
+
+# How much of the noise that TCD ends up with is fresh: what its paper finds best for few steps, of 0..1.
+TCD_GAMMA = 0.3
+
+_SIGMA_DATA = 0.5
 
 
 class Evaluation(NamedTuple):
@@ -41,11 +47,16 @@ class StepInputs:
     """What a step may use besides where it stands and where it goes.
 
     history: earlier evaluations, as many as the solver's `memory`, fewer where a run begins.
+    is_last: the run ends at the target; the network has no say there.
     draw: gives fresh standard normal noise, shaped like x.
+    schedule, timestep_scaling: of the Scheduler.
     """
 
     history: History
+    is_last: bool
     draw: Callable[[], Tensor]
+    schedule: NoiseSchedule
+    timestep_scaling: float
 
 
 # The evaluation where the step begins, the level where it ends -> x at that level.
@@ -63,14 +74,13 @@ def first_order_step(
     x0: Tensor,
     level: NoiseLevel,
     target: NoiseLevel,
-    eta: float = 0.0,
+    fresh: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
     """One step from level to target along the predicted x0; finite at zero signal-to-noise ratio.
 
-    x, x0 and noise are [B, C, H, W]; noise is standard normal, and used where eta asks for it.
+    x, x0 and noise are [B, C, H, W]; noise is standard normal, and counts for its standard deviation `fresh`.
     """
-    fresh = fresh_noise_scale(level, target, eta)
     keep = math.sqrt(max(0.0, target.sigma**2 - fresh**2)) / level.sigma
     moved = torch.add(keep * x, x0, alpha=target.alpha - level.alpha * keep)
     if noise is None or fresh == 0.0:
@@ -86,12 +96,14 @@ def deterministic_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) 
 def ddpm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """DDPM, which draws nothing at timestep 0."""
     noise = inputs.draw() if now.level.timestep > 0.0 else None
-    return first_order_step(now.x, now.x0, now.level, target, eta=1.0, noise=noise)
+    fresh = fresh_noise_scale(now.level, target, eta=1.0)
+    return first_order_step(now.x, now.x0, now.level, target, fresh, noise)
 
 
 def euler_ancestral_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """Euler ancestral, which draws even where it ends in clean data and has no use for it."""
-    return first_order_step(now.x, now.x0, now.level, target, eta=1.0, noise=inputs.draw())
+    fresh = fresh_noise_scale(now.level, target, eta=1.0)
+    return first_order_step(now.x, now.x0, now.level, target, fresh, inputs.draw())
 
 
 def dpmpp_2m_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
@@ -105,6 +117,26 @@ def dpmpp_2m_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Te
     return first_order_step(now.x, x0, now.level, target)
 
 
+def lcm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """Latent consistency models (arXiv 2310.04378): to x0 at once, and back up with nothing but fresh noise.
+
+    A skip connection makes x0 of x at timestep 0; its sigma_data is 0.5.
+    """
+    scaled = now.level.timestep * inputs.timestep_scaling
+    skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
+    x0 = torch.add(skip * now.x, now.x0, alpha=math.sqrt(1.0 - skip))
+    noise = None if inputs.is_last else inputs.draw()
+    return first_order_step(now.x, x0, now.level, target, target.sigma, noise)
+
+
+def tcd_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """Trajectory consistency distillation (arXiv 2402.19159): to (1 - gamma) of the target's timestep, and back up."""
+    below = inputs.schedule.level(int((1.0 - TCD_GAMMA) * target.timestep))
+    fresh = math.sqrt(1.0 - (target.alpha / below.alpha) ** 2)
+    noise = None if inputs.is_last else inputs.draw()
+    return first_order_step(now.x, now.x0, now.level, target, fresh, noise)
+
+
 @dataclass(frozen=True)
 class Solver:
     """A step, and the conventions that the references tie to it.
@@ -115,7 +147,9 @@ class Solver:
     whole_timesteps: the network only sees whole timesteps.
     open_end: the lowest point of the spacing is where the run ends, not a timestep that the network sees.
     scales_start: the initial noise is scaled by sigma, not by 1, unless the spacing is `leading`.
-    end: the field of the config that may move the end of a run from clean data to the schedule's first level.
+    distilled: the timesteps are among those of a distillation, original_inference_steps, whatever the spacing.
+    end: the field of the config that may move the end of a run from clean data to the schedule's first level, or
+        "first_level" where it always lies there.
     karras: Karras sigmas may replace the spacing.
     clips, thresholds: which bounds apply to x0.
     keeps_noise: the bounds leave noise_hat as the network predicted it.
@@ -128,7 +162,8 @@ class Solver:
     whole_timesteps: bool = True
     open_end: bool = False
     scales_start: bool = False
-    end: Literal["set_alpha_to_one", "final_sigmas_type"] | None = None
+    distilled: bool = False
+    end: Literal["set_alpha_to_one", "final_sigmas_type", "first_level"] | None = None
     karras: bool = False
     clips: bool = False
     thresholds: bool = False
@@ -166,4 +201,6 @@ SOLVERS: dict[SolverName, Solver] = {
         karras=True,
         thresholds=True,
     ),
+    "lcm": Solver(lcm_step, "leading", distilled=True, clips=True, thresholds=True),
+    "tcd": Solver(tcd_step, "leading", distilled=True, end="first_level"),
 }

@@ -47,7 +47,12 @@ def run_diffusers(scheduler: Any, num_steps: int) -> Run:
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     name = type(scheduler).__name__
-    is_stochastic = name in ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+    is_stochastic = name in (
+        "DDPMScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
+    )
     generator, noise = normal_noise()
     x = noise() * scheduler.init_noise_sigma
     latents = []

@@ -1,4 +1,4 @@
-"""Step for step against diffusers' five schedulers: same noise, same network, every spacing."""
+"""Step for step against diffusers' schedulers: same noise, same network, every spacing."""
 
 from __future__ import annotations
 
@@ -90,6 +90,28 @@ def test_every_step_agrees(
         assert difference(class_name, config, num_steps) <= TOLERANCE
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    ("class_name", "options"),
+    [
+        ("LCMScheduler", {}),
+        ("LCMScheduler", {"original_inference_steps": 100, "timestep_scaling": 0.01}),
+        ("LCMScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "trailing"}),
+        ("LCMScheduler", {"clip_sample": True}),
+        ("LCMScheduler", THRESHOLDING),
+        ("TCDScheduler", {}),
+        ("TCDScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "trailing"}),
+        ("TCDScheduler", {"clip_sample": True}),
+    ],
+)
+def test_every_step_of_a_distilled_model_agrees(
+    class_name: str, options: dict[str, Any], prediction_type: str
+) -> None:
+    for num_steps in (1, 2, 4, 8, 50):
+        config = {**options, "prediction_type": prediction_type}
+        assert difference(class_name, config, num_steps) <= TOLERANCE
+
+
 @pytest.mark.parametrize("options", [{}, {"beta_schedule": "squaredcos_cap_v2"}], ids=["linear", "cosine"])
 @pytest.mark.parametrize(
     "class_name",
@@ -117,6 +139,8 @@ def test_karras_sigmas_agree_on_the_linear_schedule(class_name: str) -> None:
         ("EulerDiscreteScheduler", 1e-4),
         ("EulerAncestralDiscreteScheduler", 1e-4),
         ("DPMSolverMultistepScheduler", TOLERANCE),
+        ("LCMScheduler", TOLERANCE),
+        ("TCDScheduler", TOLERANCE),
     ],
 )
 def test_zero_terminal_snr_agrees(class_name: str, tolerance: float) -> None:
@@ -157,7 +181,7 @@ def test_ddim_ends_each_step_where_the_next_begins(num_steps: int) -> None:
     assert (last.latents - x).norm() / x.norm() <= TOLERANCE
 
 
-@pytest.mark.parametrize("class_name", sorted({name for name, _ in CASES}))
+@pytest.mark.parametrize("class_name", [*sorted({name for name, _ in CASES}), "LCMScheduler", "TCDScheduler"])
 def test_saved_configs_load_in_both_directions(class_name: str) -> None:
     scheduler_class = getattr(diffusers, class_name)
     saved = json.loads(scheduler_class(**STABLE_DIFFUSION).to_json_string())
@@ -179,6 +203,8 @@ def test_saved_configs_load_in_both_directions(class_name: str) -> None:
         ("euler_ancestral", "EulerAncestralDiscreteScheduler", {}),
         ("dpmpp_2m", "DPMSolverMultistepScheduler", {}),
         ("dpmpp_2m_karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        ("lcm", "LCMScheduler", {}),
+        ("tcd", "TCDScheduler", {}),
     ],
 )
 @pytest.mark.parametrize("spacing", [{}, {"timestep_spacing": "trailing"}])

@@ -12,6 +12,7 @@ from latentgen.diffusion.schedule import (
     NoiseLevel,
     NoiseSchedule,
     Spacing,
+    distilled_timesteps,
     karras_sigmas,
     spaced_timesteps,
 )
@@ -89,6 +90,14 @@ def test_spacings_are_those_of_diffusers_at_any_number_of_steps(spacing: Spacing
         ours = spaced_timesteps(spacing, 1000, num_steps, steps_offset=1, open_end=open_end)
         # diffusers' trailing is one too long now and then; its -1 is no timestep.
         assert np.round(ours).tolist() == oracle.timesteps.tolist()[:num_steps]
+
+
+@pytest.mark.parametrize(("train", "original"), [(1000, 50), (1000, 40), (1000, 97), (300, 100)])
+def test_timesteps_of_a_distilled_model_are_those_of_diffusers(train: int, original: int) -> None:
+    oracle = diffusers.LCMScheduler(num_train_timesteps=train, original_inference_steps=original)
+    for num_steps in range(1, original + 1):
+        oracle.set_timesteps(num_steps)
+        assert distilled_timesteps(train, original, num_steps).tolist() == oracle.timesteps.tolist()
 
 
 @pytest.mark.parametrize("num_steps", [0, -3, 1001])

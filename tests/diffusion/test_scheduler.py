@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -55,6 +56,8 @@ def test_solver_names() -> None:
         "euler_ancestral",
         "dpmpp_2m",
         "dpmpp_2m_karras",
+        "lcm",
+        "tcd",
     }
 
 
@@ -64,7 +67,7 @@ def test_a_run_falls_to_clean_data_and_reports_each_step(name: str) -> None:
     levels = scheduler.levels(6)
     assert len(levels) == 7
     assert all(level.sigma > target.sigma for level, target in pairwise(levels))
-    assert levels[-1] == (scheduler.schedule.level(0) if name == "ddim" else CLEAN)
+    assert levels[-1] == (scheduler.schedule.level(0) if name in ("ddim", "tcd") else CLEAN)
     steps = run(scheduler, 6, seed=0)
     assert [step.index for step in steps] == list(range(6))
     assert [step.level for step in steps] == list(levels[1:])
@@ -120,7 +123,7 @@ def test_every_row_of_a_batch_is_its_own_run() -> None:
 
 @pytest.mark.parametrize(
     ("name", "num_draws"),
-    [("ddpm", 5), ("euler_ancestral", 5), ("ddim", 0), ("euler", 0), ("dpmpp_2m", 0)],
+    [("ddpm", 5), ("euler_ancestral", 5), ("lcm", 4), ("tcd", 4), ("ddim", 0), ("euler", 0), ("dpmpp_2m", 0)],
 )
 def test_noise_is_drawn_only_where_a_step_uses_it(name: str, num_draws: int) -> None:
     noise = NoNoise()
@@ -136,6 +139,16 @@ def test_ddpm_draws_nothing_at_timestep_0() -> None:
     list(scheduler.sample(denoise, start(0)[1], levels, noise))
     assert levels[4].timestep == 0.0
     assert noise.num_draws == 4
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_a_distilled_model_takes_no_more_steps_than_it_was_distilled_on(name: str) -> None:
+    scheduler = CHECKPOINT.with_solver(name)
+    assert len(scheduler.levels(50)) == 51
+    with pytest.raises(InputError, match=r"original_inference_steps.*1\.\.50"):
+        scheduler.levels(51)
+    with pytest.raises(ConfigError, match="original_inference_steps"):
+        replace(scheduler, schedule=NoiseSchedule(num_train_timesteps=49)).levels(4)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])

@@ -68,6 +68,8 @@ def test_stable_diffusion_xl() -> None:
         Scheduler(solver="euler", use_karras_sigmas=True, final_sigmas_type="sigma_min", steps_offset=1),
         Scheduler(solver="euler_ancestral", clipping=Clipping(clip_sample=True), lower_order_final=False),
         Scheduler(solver="dpmpp_2m", lower_order_final=False, euler_at_final=True),
+        Scheduler(solver="lcm", original_inference_steps=40, timestep_scaling=5.0),
+        Scheduler(STABLE_DIFFUSION, "sample", "tcd", clipping=Clipping(clip_sample=True)),
         Scheduler(NoiseSchedule(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3))),
         Scheduler(NoiseSchedule(rescale_betas_zero_snr=True), "sample", "dpmpp_2m", "linspace"),
     ],
@@ -129,6 +131,11 @@ def test_unknown_keys_are_refused_by_name() -> None:
         ("set_alpha_to_one", "true"),
         ("final_sigmas_type", "one"),
         ("use_karras_sigmas", 0),
+        ("original_inference_steps", 0),
+        ("original_inference_steps", 50.0),
+        ("timestep_scaling", 0.0),
+        ("timestep_scaling", math.inf),
+        ("timestep_scaling", "10"),
     ],
 )
 def test_bad_values_are_refused_by_name(key: str, value: object) -> None:

@@ -15,7 +15,14 @@ from torch import Tensor
 from latentgen.diffusion.prediction import Denoiser
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.diffusion.solvers import Evaluation, SolverName, StepInputs, dpmpp_2m_step, first_order_step
+from latentgen.diffusion.solvers import (
+    Evaluation,
+    SolverName,
+    StepInputs,
+    dpmpp_2m_step,
+    first_order_step,
+    fresh_noise_scale,
+)
 
 STABLE_DIFFUSION = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 MEAN, DEVIATION = 0.5, 0.4
@@ -28,6 +35,18 @@ def draw(seed: int) -> Tensor:
 
 
 X, X0, NOISE = draw(0), draw(1), draw(2)
+
+
+def stochastic_step(level: NoiseLevel, target: NoiseLevel, eta: float) -> Tensor:
+    return first_order_step(X, X0, level, target, fresh_noise_scale(level, target, eta), NOISE)
+
+
+def no_noise() -> Tensor:
+    raise AssertionError("a deterministic solver drew noise")
+
+
+def inputs(*history: Evaluation) -> StepInputs:
+    return StepInputs(history, False, no_noise, STABLE_DIFFUSION, timestep_scaling=10.0)
 
 
 def levels_at(pair: list[int]) -> tuple[NoiseLevel, NoiseLevel]:
@@ -43,9 +62,7 @@ def test_at_eta_1_it_is_the_posterior_of_ddpm(pair: list[int]) -> None:
         math.sqrt(ratio) * target.sigma**2 / level.sigma**2
     ) * X
     expected = mean + math.sqrt(target.sigma**2 / level.sigma**2 * beta) * NOISE
-    torch.testing.assert_close(
-        first_order_step(X, X0, level, target, eta=1.0, noise=NOISE), expected, rtol=1e-11, atol=1e-11
-    )
+    torch.testing.assert_close(stochastic_step(level, target, 1.0), expected, rtol=1e-11, atol=1e-11)
 
 
 @given(timesteps)
@@ -67,9 +84,7 @@ def test_at_eta_1_it_is_euler_ancestral(pair: list[int]) -> None:
     sigma_down = math.sqrt(sigma_next**2 - sigma_up**2)
     stepped = x_ve + (x_ve - X0) / sigma * (sigma_down - sigma)
     expected = target.alpha * (stepped + sigma_up * NOISE)
-    torch.testing.assert_close(
-        first_order_step(X, X0, level, target, eta=1.0, noise=NOISE), expected, rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(stochastic_step(level, target, 1.0), expected, rtol=1e-10, atol=1e-10)
 
 
 @given(timesteps, st.floats(0.0, 1.0))
@@ -79,23 +94,21 @@ def test_any_eta_is_ddim_with_that_eta(pair: list[int], eta: float) -> None:
     remaining = 1 - level.alpha**2 / target.alpha**2
     sigma_t = eta * target.sigma / level.sigma * math.sqrt(remaining)
     expected = target.alpha * X0 + math.sqrt(target.sigma**2 - sigma_t**2) * epsilon + sigma_t * NOISE
-    torch.testing.assert_close(
-        first_order_step(X, X0, level, target, eta=eta, noise=NOISE), expected, rtol=1e-11, atol=1e-11
-    )
+    torch.testing.assert_close(stochastic_step(level, target, eta), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_step_from_pure_noise_is_finite_and_a_step_to_clean_data_is_x0(eta: float) -> None:
     pure_noise = NoiseLevel(0.0, 1.0, 999.0)
-    x = first_order_step(X, X0, pure_noise, STABLE_DIFFUSION.level(900), eta, NOISE)
+    x = stochastic_step(pure_noise, STABLE_DIFFUSION.level(900), eta)
     assert x.isfinite().all()
     last = STABLE_DIFFUSION.level(1)
-    torch.testing.assert_close(first_order_step(X, X0, last, CLEAN, eta, NOISE), X0, rtol=0, atol=1e-15)
+    torch.testing.assert_close(stochastic_step(last, CLEAN, eta), X0, rtol=0, atol=1e-15)
 
 
 def test_dpmpp_2m_without_history_is_of_first_order() -> None:
     level, target = STABLE_DIFFUSION.level(800), STABLE_DIFFUSION.level(600)
-    stepped = dpmpp_2m_step(Evaluation(level, X, X0), target, StepInputs((), no_noise))
+    stepped = dpmpp_2m_step(Evaluation(level, X, X0), target, inputs())
     assert torch.equal(stepped, first_order_step(X, X0, level, target))
 
 
@@ -106,10 +119,8 @@ def test_dpmpp_2m_is_the_formula_of_its_paper() -> None:
     r = h_before / h
     d = (1 + 1 / (2 * r)) * X0 - 1 / (2 * r) * NOISE
     expected = target.sigma / level.sigma * X - target.alpha * math.expm1(-h) * d
-    inputs = StepInputs((Evaluation(before, X, NOISE),), no_noise)
-    torch.testing.assert_close(
-        dpmpp_2m_step(Evaluation(level, X, X0), target, inputs), expected, rtol=1e-11, atol=1e-11
-    )
+    stepped = dpmpp_2m_step(Evaluation(level, X, X0), target, inputs(Evaluation(before, X, NOISE)))
+    torch.testing.assert_close(stepped, expected, rtol=1e-11, atol=1e-11)
 
 
 def gaussian_denoiser(x: Tensor, level: NoiseLevel) -> Tensor:
@@ -125,10 +136,6 @@ def gaussian_flow(x: Tensor, level: NoiseLevel, target: NoiseLevel) -> Tensor:
         return math.sqrt(at.alpha**2 * DEVIATION**2 + at.sigma**2)
 
     return target.alpha * MEAN + (x - level.alpha * MEAN) * deviation(target) / deviation(level)
-
-
-def no_noise() -> Tensor:
-    raise AssertionError("a deterministic solver drew noise")
 
 
 def finish(
