@@ -1,0 +1,95 @@
+"""Models for one to four steps against diffusers: SD-Turbo and SDXL-Turbo in few channels, as their folders stand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from latentgen.pipelines.text_to_image import TextToImagePipeline
+from tests.conftest import build_pipeline
+from tests.pipelines.sdxl import build_base
+
+PROMPTS = ["a cat", "tiger, red dog"]
+SEEDS = (7, 8)
+
+# The scheduler_config.json of SD-Turbo; that of SDXL-Turbo names another class.
+TURBO = {
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.24.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "trailing",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
+
+
+def build_unet(**fields: Any) -> diffusers.UNet2DConditionModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        return diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            norm_num_groups=8,
+            **fields,
+        ).eval()
+
+
+def save(pipeline: Any, folder: Path, scheduler: dict[str, Any]) -> Path:
+    pipeline.scheduler = getattr(diffusers, scheduler["_class_name"])()
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd_turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipeline = build_pipeline()
+    pipeline.unet = build_unet(use_linear_projection=True, attention_head_dim=(2, 4))
+    return save(pipeline, tmp_path_factory.mktemp("sd-turbo"), TURBO)
+
+
+@pytest.fixture(scope="module")
+def sdxl_turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    scheduler = TURBO | {"_class_name": "EulerAncestralDiscreteScheduler"}
+    return save(build_base(), tmp_path_factory.mktemp("sdxl-turbo"), scheduler)
+
+
+def assert_same_images(folder: Path, **arguments: Any) -> None:
+    ours = TextToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
+    images = ours(PROMPTS, seed=SEEDS, output_type="np", progress=False, **arguments).images
+    oracle = diffusers.DiffusionPipeline.from_pretrained(folder)
+    oracle.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    expected = oracle(PROMPTS, generator=generators, output_type="np", **arguments).images
+    assert isinstance(images, np.ndarray)
+    assert images.shape == expected.shape
+    assert np.abs(images - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize("family", ["sd_turbo", "sdxl_turbo"])
+def test_turbo_gives_the_image_of_diffusers(
+    family: str, num_steps: int, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(family)
+    assert_same_images(folder, guidance_scale=0.0, num_inference_steps=num_steps)
