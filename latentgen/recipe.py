@@ -25,6 +25,8 @@ SAMPLERS: dict[str, tuple[str, str | None]] = {
     "euler_ancestral": ("Euler a", None),
     "dpmpp_2m": ("DPM++ 2M", None),
     "dpmpp_2m_karras": ("DPM++ 2M", "Karras"),
+    "pndm": ("PLMS", None),
+    "pndm_prk": ("PNDM", None),
     "lcm": ("LCM", None),
     "tcd": ("TCD", None),
 }

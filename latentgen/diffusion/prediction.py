@@ -40,6 +40,14 @@ def to_x0(
     return level.alpha * x - level.sigma * output
 
 
+def from_x0(
+    x0: Tensor, x: Tensor, level: NoiseLevel | BatchNoiseLevel, prediction_type: PredictionType
+) -> Tensor:
+    """The output that stands for an x0; the inverse of `to_x0`."""
+    noise = (x - level.alpha * x0) / level.sigma
+    return target(x0, noise, level, prediction_type)
+
+
 def target(
     x0: Tensor, noise: Tensor, level: NoiseLevel | BatchNoiseLevel, prediction_type: PredictionType
 ) -> Tensor:

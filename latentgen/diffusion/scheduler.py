@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -92,7 +93,7 @@ class Scheduler:
         """Read the contents of a ``scheduler_config.json``.
 
         Raises ConfigError for a class or a key that is not known, and for a value that is not implemented or
-        out of bounds. PNDMScheduler keeps its schedule and gets the solver "ddim", with a warning.
+        out of bounds.
         """
         fields = scheduler_config.read(config)
         return cls(
@@ -196,6 +197,18 @@ class Scheduler:
         cutoff = round(train - share * train)
         return sum(level.timestep >= cutoff for level in levels[:-1])
 
+    def visited(
+        self, levels: Sequence[NoiseLevel], *, start: int = 0, stop: int | None = None
+    ) -> tuple[NoiseLevel, ...]:
+        """Every level at which the steps of `sample` with these arguments may ask the denoiser, once each."""
+        stop = len(levels) - 1 if stop is None else stop
+        between = SOLVERS[self.solver].between
+        visited = list(levels[start : min(stop + 1, len(levels) - 1)])
+        if between is not None:
+            part = levels[start : stop + 1]
+            visited += [between(*pair, self.schedule) for pair in pairwise(part) if pair[1].sigma > 0.0]
+        return tuple(dict.fromkeys(visited))
+
     def _run(
         self,
         denoiser: Denoiser,
@@ -222,11 +235,18 @@ class Scheduler:
         for index in steps:
             now, target = evaluate(x, levels[index]), levels[index + 1]
             is_last = index == len(levels) - 2
-            if is_last and self._ends_in_first_order(len(levels) - 1):
+            if is_last and solver.lower_order_end and self._ends_in_first_order(len(levels) - 1):
                 history = ()
-            x = solver.step(
-                now, target, StepInputs(history, is_last, noise, self.schedule, self.timestep_scaling)
+            inputs = StepInputs(
+                history=history,
+                is_last=is_last,
+                evaluate=evaluate,
+                draw=noise,
+                schedule=self.schedule,
+                prediction_type=self.prediction_type,
+                timestep_scaling=self.timestep_scaling,
             )
+            x = solver.step(now, target, inputs)
             history = (now, *history)[: solver.memory]
             yield Step(index, target, x, now.x0)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -22,41 +21,58 @@ from latentgen.errors import ConfigError
 
 _SCHEDULE_KEYS = tuple(item.name for item in fields(NoiseSchedule))
 _CLIPPING_KEYS = tuple(item.name for item in fields(Clipping))
-_SHARED_KEYS = (*_SCHEDULE_KEYS, "prediction_type", "steps_offset")
-_DISTILLED_KEYS = (*_CLIPPING_KEYS, "set_alpha_to_one", "original_inference_steps", "timestep_scaling")
+_ZERO_SNR = ("rescale_betas_zero_snr",)
+_SHARED_KEYS = (*(key for key in _SCHEDULE_KEYS if key not in _ZERO_SNR), "prediction_type", "steps_offset")
+_DISTILLED_KEYS = (
+    *_CLIPPING_KEYS,
+    *_ZERO_SNR,
+    "set_alpha_to_one",
+    "original_inference_steps",
+    "timestep_scaling",
+)
 _DISTILLED_DEFAULTS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _THRESHOLDING_KEYS = tuple(key for key in _CLIPPING_KEYS if not key.startswith("clip_"))
 
 
 @dataclass(frozen=True)
-class _SchedulerClass:
-    """A class of diffusers: its solver here, the keys of its own, and where its defaults depart from ours."""
+class _Entry:
+    """What diffusers calls a solver: the class, and the keys that tell it from others of the same class.
 
-    solver: SolverName
+    keys are the class's own, besides the shared; defaults are those of the class that depart from ours.
+    """
+
+    class_name: str
     keys: tuple[str, ...] = ()
     defaults: dict[str, object] = field(default_factory=dict)
+    variant: dict[str, object] = field(default_factory=dict)
 
 
-_CLASSES: dict[str, _SchedulerClass] = {
-    "DDPMScheduler": _SchedulerClass("ddpm", _CLIPPING_KEYS, {"clip_sample": True}),
-    "DDIMScheduler": _SchedulerClass("ddim", (*_CLIPPING_KEYS, "set_alpha_to_one"), {"clip_sample": True}),
-    "EulerDiscreteScheduler": _SchedulerClass("euler", ("use_karras_sigmas", "final_sigmas_type")),
-    "EulerAncestralDiscreteScheduler": _SchedulerClass("euler_ancestral"),
-    "DPMSolverMultistepScheduler": _SchedulerClass(
-        "dpmpp_2m",
+# Where a file leaves out what tells the solvers of a class apart, it means the first of them.
+_ENTRIES: dict[SolverName, _Entry] = {
+    "ddpm": _Entry("DDPMScheduler", (*_CLIPPING_KEYS, *_ZERO_SNR), {"clip_sample": True}),
+    "ddim": _Entry("DDIMScheduler", (*_CLIPPING_KEYS, *_ZERO_SNR, "set_alpha_to_one"), {"clip_sample": True}),
+    "pndm_prk": _Entry(
+        "PNDMScheduler", ("set_alpha_to_one",), {"set_alpha_to_one": False}, {"skip_prk_steps": False}
+    ),
+    "pndm": _Entry(
+        "PNDMScheduler", ("set_alpha_to_one",), {"set_alpha_to_one": False}, {"skip_prk_steps": True}
+    ),
+    "euler": _Entry("EulerDiscreteScheduler", (*_ZERO_SNR, "use_karras_sigmas", "final_sigmas_type")),
+    "euler_ancestral": _Entry("EulerAncestralDiscreteScheduler", _ZERO_SNR),
+    "dpmpp_2m": _Entry(
+        "DPMSolverMultistepScheduler",
         (
             *_THRESHOLDING_KEYS,
+            *_ZERO_SNR,
             "use_karras_sigmas",
             "final_sigmas_type",
             "lower_order_final",
             "euler_at_final",
         ),
     ),
-    "LCMScheduler": _SchedulerClass("lcm", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
-    "TCDScheduler": _SchedulerClass("tcd", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
+    "lcm": _Entry("LCMScheduler", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
+    "tcd": _Entry("TCDScheduler", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
 }
-_PNDM = "PNDMScheduler"
-_PNDM_DEFAULTS: dict[str, object] = {"set_alpha_to_one": False}
 
 Reader = Callable[[str, object], Any]
 
@@ -165,9 +181,9 @@ class SchedulerFields(NamedTuple):
 
 
 def read(config: Mapping[str, object]) -> SchedulerFields:
-    """Check a config key by key. Raises ConfigError; warns where a PNDMScheduler becomes DDIM."""
-    solver, defaults = _identify(config.get("_class_name"))
-    values = dict(defaults)
+    """Check a config key by key. Raises ConfigError."""
+    solver = _identify(config)
+    values = dict(_ENTRIES[solver].defaults)
     for key, value in config.items():
         if key.startswith("_"):
             continue
@@ -189,18 +205,19 @@ def read(config: Mapping[str, object]) -> SchedulerFields:
     )
 
 
-def _identify(class_name: object) -> tuple[SolverName, dict[str, object]]:
-    if class_name == _PNDM:
-        warnings.warn(
-            "the checkpoint's PNDMScheduler is not implemented; its schedule is kept and sampled with 'ddim' "
-            "(choose another with scheduler=...)",
-            stacklevel=4,
-        )
-        return "ddim", _PNDM_DEFAULTS
-    if not isinstance(class_name, str) or class_name not in _CLASSES:
-        known = ", ".join((*_CLASSES, _PNDM))
+def _identify(config: Mapping[str, object]) -> SolverName:
+    class_name = config.get("_class_name")
+    solvers: list[SolverName] = [
+        solver for solver, entry in _ENTRIES.items() if entry.class_name == class_name
+    ]
+    if not solvers:
+        known = ", ".join(dict.fromkeys(entry.class_name for entry in _ENTRIES.values()))
         raise ConfigError(f"scheduler config: _class_name is {reprlib.repr(class_name)}; known are {known}")
-    return _CLASSES[class_name].solver, _CLASSES[class_name].defaults
+    defaults = _ENTRIES[solvers[0]].variant
+    for key in defaults:
+        _only(*(_ENTRIES[solver].variant[key] for solver in solvers))(key, config.get(key, defaults[key]))
+    meant = {key: config.get(key, default) for key, default in defaults.items()}
+    return next(solver for solver in solvers if _ENTRIES[solver].variant == meant)
 
 
 def write(
@@ -210,9 +227,8 @@ def write(
 
     values holds every key, defaults what a file means that leaves one out.
     """
-    class_name = next(name for name, known in _CLASSES.items() if known.solver == solver)
-    known = _CLASSES[class_name]
-    own = {*_SHARED_KEYS, *known.keys}
-    defaults = {**defaults, **known.defaults}
+    entry = _ENTRIES[solver]
+    own = {*_SHARED_KEYS, *entry.keys}
+    defaults = {**defaults, **entry.defaults}
     written = {key: value for key, value in values.items() if key in own or value != defaults[key]}
-    return {"_class_name": class_name, **written}
+    return {"_class_name": entry.class_name, **entry.variant, **written}

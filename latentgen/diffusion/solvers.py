@@ -13,21 +13,30 @@ extrapolated from the last two.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from latentgen.diffusion.prediction import PredictionType, from_x0, to_x0
 from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule, Spacing
 
-SolverName = Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m", "lcm", "tcd"]
+SolverName = Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m", "pndm", "pndm_prk", "lcm", "tcd"]
 
 # How much of the noise that TCD ends up with is fresh: what its paper finds best for few steps, of 0..1.
 TCD_GAMMA = 0.3
 
 _SIGMA_DATA = 0.5
+
+# Weights of the latest outputs, the last first, by how many there are.
+_ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
 class Evaluation(NamedTuple):
@@ -48,14 +57,17 @@ class StepInputs:
 
     history: earlier evaluations, as many as the solver's `memory`, fewer where a run begins.
     is_last: the run ends at the target; the network has no say there.
+    evaluate: asks the network once more, of any x at the target or at the solver's level between.
     draw: gives fresh standard normal noise, shaped like x.
-    schedule, timestep_scaling: of the Scheduler.
+    schedule, prediction_type, timestep_scaling: of the Scheduler.
     """
 
     history: History
     is_last: bool
+    evaluate: Callable[[Tensor, NoiseLevel], Evaluation]
     draw: Callable[[], Tensor]
     schedule: NoiseSchedule
+    prediction_type: PredictionType
     timestep_scaling: float
 
 
@@ -117,6 +129,54 @@ def dpmpp_2m_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Te
     return first_order_step(now.x, x0, now.level, target)
 
 
+def pndm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """PNDM in its linear multistep form, PLMS (arXiv 2202.09778, algorithm 2): Adams-Bashforth on the raw outputs.
+
+    It is of order 4 after three steps, and of order 2 from the first, which looks at both of its ends.
+    """
+    outputs = [_output(item, inputs) for item in (now, *inputs.history)]
+    if len(outputs) > 1 or inputs.is_last:
+        return _along(outputs, _ADAMS_BASHFORTH[len(outputs)], now, target, inputs)
+    ahead = inputs.evaluate(first_order_step(now.x, now.x0, now.level, target), target)
+    return _along([*outputs, _output(ahead, inputs)], (1 / 2, 1 / 2), now, target, inputs)
+
+
+def pndm_prk_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """PNDM (arXiv 2202.09778, algorithm 2): three pseudo Runge-Kutta steps, then `pndm_step`."""
+    if len(inputs.history) == 3 or inputs.is_last:
+        return pndm_step(now, target, inputs)
+    middle = prk_middle(now.level, target, inputs.schedule)
+    outputs = [_output(now, inputs)]
+    for level in (middle, middle, target):
+        x = _along(outputs[-1:], (1.0,), now, level, inputs)
+        outputs.append(_output(inputs.evaluate(x, level), inputs))
+    return _along(outputs, (1 / 6, 1 / 3, 1 / 3, 1 / 6), now, target, inputs)
+
+
+def prk_middle(level: NoiseLevel, target: NoiseLevel, schedule: NoiseSchedule) -> NoiseLevel:
+    """The level at half the timesteps between two."""
+    return schedule.level(int(level.timestep - (level.timestep - target.timestep) // 2))
+
+
+def _output(evaluation: Evaluation, inputs: StepInputs) -> Tensor:
+    return from_x0(evaluation.x0, evaluation.x, evaluation.level, inputs.prediction_type)
+
+
+def _along(
+    outputs: Sequence[Tensor],
+    weights: Sequence[float],
+    now: Evaluation,
+    target: NoiseLevel,
+    inputs: StepInputs,
+) -> Tensor:
+    """The first-order step that the network's output would give if it were a weighted sum of several."""
+    output = weights[0] * outputs[0]
+    for weight, other in zip(weights[1:], outputs[1:], strict=True):
+        output = torch.add(output, other, alpha=weight)
+    x0 = to_x0(output, now.x, now.level, inputs.prediction_type)
+    return first_order_step(now.x, x0, now.level, target)
+
+
 def lcm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """Latent consistency models (arXiv 2310.04378): to x0 at once, and back up with nothing but fresh noise.
 
@@ -151,6 +211,8 @@ class Solver:
     end: the field of the config that may move the end of a run from clean data to the schedule's first level, or
         "first_level" where it always lies there.
     karras: Karras sigmas may replace the spacing.
+    between: where a step looks on its way from one level to another, besides at these, if it does.
+    lower_order_end: the last step may have to do without a history, to be one of first order.
     clips, thresholds: which bounds apply to x0.
     keeps_noise: the bounds leave noise_hat as the network predicted it.
     """
@@ -165,6 +227,8 @@ class Solver:
     distilled: bool = False
     end: Literal["set_alpha_to_one", "final_sigmas_type", "first_level"] | None = None
     karras: bool = False
+    between: Callable[[NoiseLevel, NoiseLevel, NoiseSchedule], NoiseLevel] | None = None
+    lower_order_end: bool = False
     clips: bool = False
     thresholds: bool = False
     keeps_noise: bool = False
@@ -199,8 +263,11 @@ SOLVERS: dict[SolverName, Solver] = {
         open_end=True,
         end="final_sigmas_type",
         karras=True,
+        lower_order_end=True,
         thresholds=True,
     ),
+    "pndm": Solver(pndm_step, "leading", memory=3, end="set_alpha_to_one"),
+    "pndm_prk": Solver(pndm_prk_step, "leading", memory=3, end="set_alpha_to_one", between=prk_middle),
     "lcm": Solver(lcm_step, "leading", distilled=True, clips=True, thresholds=True),
     "tcd": Solver(tcd_step, "leading", distilled=True, end="first_level"),
 }

@@ -123,7 +123,6 @@ def test_towers_are_those_of_transformers(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.filterwarnings("ignore:the checkpoint's PNDMScheduler")
 def test_schedulers(family: str) -> None:
     configs = configs_of(family)
     for component in SCHEDULERS:

@@ -34,6 +34,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
     ("DDIMScheduler", {"clip_sample_range": 0.7}),
     ("DDIMScheduler", THRESHOLDING),
+    ("PNDMScheduler", {"skip_prk_steps": True}),
+    ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    ("PNDMScheduler", {"skip_prk_steps": False}),
     ("EulerDiscreteScheduler", {}),
     ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
     ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
@@ -62,11 +65,10 @@ def difference(class_name: str, config: dict[str, Any], num_steps: int) -> float
 
 
 def is_comparable(class_name: str, spacing: str, prediction_type: str) -> bool:
-    """diffusers' DDIM is not on `linspace` (see below), its Euler ancestral has no `sample`."""
-    return (class_name, spacing) != ("DDIMScheduler", "linspace") and (class_name, prediction_type) != (
-        "EulerAncestralDiscreteScheduler",
-        "sample",
-    )
+    """diffusers' DDIM and PNDM are not on `linspace` (see below), its PNDM and Euler ancestral have no `sample`."""
+    lands_beside = class_name in ("DDIMScheduler", "PNDMScheduler") and spacing == "linspace"
+    has_no_sample = class_name in ("PNDMScheduler", "EulerAncestralDiscreteScheduler")
+    return not (lands_beside or (has_no_sample and prediction_type == "sample"))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +205,8 @@ def test_saved_configs_load_in_both_directions(class_name: str) -> None:
         ("euler_ancestral", "EulerAncestralDiscreteScheduler", {}),
         ("dpmpp_2m", "DPMSolverMultistepScheduler", {}),
         ("dpmpp_2m_karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        ("pndm", "PNDMScheduler", {"skip_prk_steps": True}),
+        ("pndm_prk", "PNDMScheduler", {"skip_prk_steps": False}),
         ("lcm", "LCMScheduler", {}),
         ("tcd", "TCDScheduler", {}),
     ],

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from latentgen.diffusion.prediction import Clipping, PredictionType, add_noise, target, to_x0
+from latentgen.diffusion.prediction import Clipping, PredictionType, add_noise, from_x0, target, to_x0
 from latentgen.diffusion.schedule import BatchNoiseLevel, NoiseLevel, NoiseSchedule
 from latentgen.errors import ConfigError
 
@@ -16,6 +16,16 @@ LEVELS = [SCHEDULE.level(0), SCHEDULE.level(500), SCHEDULE.batch(torch.tensor([3
 
 def draw(seed: int) -> torch.Tensor:
     return torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("prediction_type", get_args(PredictionType))
+@pytest.mark.parametrize("level", LEVELS, ids=["first", "middle", "batch"])
+def test_an_output_comes_back_from_its_x0(
+    level: NoiseLevel | BatchNoiseLevel, prediction_type: PredictionType
+) -> None:
+    output, x = draw(0), draw(1)
+    x0 = to_x0(output, x, level, prediction_type)
+    torch.testing.assert_close(from_x0(x0, x, level, prediction_type), output, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction_type", get_args(PredictionType))

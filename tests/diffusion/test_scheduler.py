@@ -56,6 +56,8 @@ def test_solver_names() -> None:
         "euler_ancestral",
         "dpmpp_2m",
         "dpmpp_2m_karras",
+        "pndm",
+        "pndm_prk",
         "lcm",
         "tcd",
     }
@@ -67,11 +69,46 @@ def test_a_run_falls_to_clean_data_and_reports_each_step(name: str) -> None:
     levels = scheduler.levels(6)
     assert len(levels) == 7
     assert all(level.sigma > target.sigma for level, target in pairwise(levels))
-    assert levels[-1] == (scheduler.schedule.level(0) if name in ("ddim", "tcd") else CLEAN)
+    ends_noisy = name in ("ddim", "pndm", "pndm_prk", "tcd")
+    assert levels[-1] == (scheduler.schedule.level(0) if ends_noisy else CLEAN)
     steps = run(scheduler, 6, seed=0)
     assert [step.index for step in steps] == list(range(6))
     assert [step.level for step in steps] == list(levels[1:])
     assert all(step.latents.shape == step.x0.shape == SHAPE for step in steps)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 6), (0, 1), (2, 4), (5, 6)])
+@pytest.mark.parametrize("name", SOLVER_NAMES)
+def test_the_levels_at_which_the_network_looks_are_known_before(name: str, start: int, stop: int) -> None:
+    scheduler = CHECKPOINT.with_solver(name)
+    levels = scheduler.levels(6)
+    asked = []
+
+    def denoiser(x: Tensor, level: NoiseLevel) -> Tensor:
+        asked.append(level)
+        return denoise(x, level)
+
+    list(scheduler.sample(denoiser, torch.ones(SHAPE), levels, NoNoise(), start=start, stop=stop))
+    visited = scheduler.visited(levels, start=start, stop=stop)
+    assert set(asked) <= set(visited)
+    assert len(set(visited)) == len(visited)
+    assert levels[-1] not in visited
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps", "asked"), [("pndm", 1, 1), ("pndm", 9, 10), ("pndm_prk", 9, 18)]
+)
+def test_how_often_the_network_is_asked(name: str, num_steps: int, asked: int) -> None:
+    """As often as diffusers' PNDM, whose list of timesteps is so long."""
+    scheduler, timesteps = CHECKPOINT.with_solver(name), []
+
+    def denoiser(x: Tensor, level: NoiseLevel) -> Tensor:
+        timesteps.append(level.timestep)
+        return denoise(x, level)
+
+    levels = scheduler.levels(num_steps)
+    list(scheduler.sample(denoiser, torch.ones(SHAPE), levels, NoNoise()))
+    assert len(timesteps) == asked
 
 
 @pytest.mark.parametrize("name", SOLVER_NAMES)
@@ -123,7 +160,17 @@ def test_every_row_of_a_batch_is_its_own_run() -> None:
 
 @pytest.mark.parametrize(
     ("name", "num_draws"),
-    [("ddpm", 5), ("euler_ancestral", 5), ("lcm", 4), ("tcd", 4), ("ddim", 0), ("euler", 0), ("dpmpp_2m", 0)],
+    [
+        ("ddpm", 5),
+        ("euler_ancestral", 5),
+        ("lcm", 4),
+        ("tcd", 4),
+        ("pndm", 0),
+        ("pndm_prk", 0),
+        ("ddim", 0),
+        ("euler", 0),
+        ("dpmpp_2m", 0),
+    ],
 )
 def test_noise_is_drawn_only_where_a_step_uses_it(name: str, num_draws: int) -> None:
     noise = NoNoise()

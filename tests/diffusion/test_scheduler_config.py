@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from typing import Any
 
 import pytest
@@ -42,16 +41,20 @@ def ddim(**options: object) -> dict[str, object]:
     return {"_class_name": "DDIMScheduler", **options}
 
 
-def test_stable_diffusion_15_is_sampled_with_ddim_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="PNDMScheduler"):
-        scheduler = Scheduler.from_config(SD15)
-    assert scheduler == Scheduler(STABLE_DIFFUSION, solver="ddim", set_alpha_to_one=False, steps_offset=1)
+def test_stable_diffusion_15() -> None:
+    scheduler = Scheduler.from_config(SD15)
+    assert scheduler == Scheduler(STABLE_DIFFUSION, solver="pndm", set_alpha_to_one=False, steps_offset=1)
+
+
+def test_pndm_begins_with_runge_kutta_where_the_file_does_not_say() -> None:
+    said = {key: value for key, value in SD15.items() if key != "skip_prk_steps"}
+    scheduler = Scheduler.from_config(said)
+    assert scheduler.solver == "pndm_prk"
+    assert scheduler.to_config()["skip_prk_steps"] is False
 
 
 def test_stable_diffusion_xl() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        scheduler = Scheduler.from_config(SDXL)
+    scheduler = Scheduler.from_config(SDXL)
     assert scheduler == Scheduler(
         STABLE_DIFFUSION, solver="euler", spacing="leading", set_alpha_to_one=False, steps_offset=1
     )
@@ -68,6 +71,8 @@ def test_stable_diffusion_xl() -> None:
         Scheduler(solver="euler", use_karras_sigmas=True, final_sigmas_type="sigma_min", steps_offset=1),
         Scheduler(solver="euler_ancestral", clipping=Clipping(clip_sample=True), lower_order_final=False),
         Scheduler(solver="dpmpp_2m", lower_order_final=False, euler_at_final=True),
+        Scheduler(solver="pndm", steps_offset=1, set_alpha_to_one=False),
+        Scheduler(NoiseSchedule(rescale_betas_zero_snr=True), "v_prediction", "pndm_prk", "trailing"),
         Scheduler(solver="lcm", original_inference_steps=40, timestep_scaling=5.0),
         Scheduler(STABLE_DIFFUSION, "sample", "tcd", clipping=Clipping(clip_sample=True)),
         Scheduler(NoiseSchedule(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3))),
@@ -88,6 +93,11 @@ def test_defaults_of_the_classes_that_clip() -> None:
 def test_negative_infinity_is_how_diffusers_writes_no_bound() -> None:
     config = json.loads('{"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -Infinity}')
     assert Scheduler.from_config(config).solver == "dpmpp_2m"
+
+
+def test_what_tells_the_solvers_of_a_class_apart_is_checked() -> None:
+    with pytest.raises(ConfigError, match="skip_prk_steps"):
+        Scheduler.from_config(SD15 | {"skip_prk_steps": "yes"})
 
 
 @pytest.mark.parametrize("class_name", ["HeunDiscreteScheduler", "os.system", None, 3, ["DDIMScheduler"]])
