@@ -26,6 +26,8 @@ _VAE_SIGNS: Mapping[Layout, str] = {
     "diffusers": "decoder.conv_norm_out.weight",
 }
 _VAE_PREFIXES = ("", "first_stage_model.", "vae.")
+# open_clip's CLIP has the text tower at the top, its CustomTextCLIP below a name.
+_OPEN_CLIP_PREFIXES = ("", "text.")
 # The specification of these is https://github.com/Stability-AI/ModelSpec; kohya's scripts write them.
 _PREDICTIONS: Mapping[str, StatedPrediction] = {
     "epsilon": "epsilon",
@@ -117,7 +119,7 @@ class Identity(NamedTuple):
         family: of a checkpoint or UNet, as :class:`UNetKind` names it.
         layout: "original" or "diffusers", where there are both.
         wrapper: what stands before every key in vain.
-        prefix: what stands before the keys of a VAE.
+        prefix: what stands before the keys of a VAE, or of the text tower of open_clip.
     """
 
     kind: Kind
@@ -132,7 +134,7 @@ def identify(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     """Say what the tensors of a file are; None if nothing known fits."""
     wrapper = _wrapper(tensors)
     tensors = {name.removeprefix(wrapper): info for name, info in tensors.items()}
-    for judge in (_adapter, _embedding, _other, _checkpoint, _unet, _vae, _text_encoder):
+    for judge in (_adapter, _embedding, _open_clip, _other, _checkpoint, _unet, _vae, _text_encoder):
         if identity := judge(tensors):
             return identity._replace(wrapper=wrapper)
     return None
@@ -217,6 +219,19 @@ def _embedding(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     return None
 
 
+def _open_clip(tensors: Mapping[str, TensorInfo]) -> Identity | None:
+    """A model of open_clip, as its library saves it: both towers, or the one for text alone."""
+    for prefix in _OPEN_CLIP_PREFIXES:
+        embedding = _shape(tensors, f"{prefix}token_embedding.weight")
+        if len(embedding) == 2 and f"{prefix}positional_embedding" in tensors:
+            both = any(key.startswith("visual.") for key in tensors)
+            name = f"an OpenCLIP text encoder of width {embedding[1]}" + (
+                " with its image encoder" if both else ""
+            )
+            return Identity("text encoder", name, layout="original", prefix=prefix)
+    return None
+
+
 def _other(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     for sign, name in _CONTROL.items():
         if any(sign in key for key in tensors):
@@ -259,14 +274,9 @@ def _vae(tensors: Mapping[str, TensorInfo]) -> Identity | None:
 
 
 def _text_encoder(tensors: Mapping[str, TensorInfo]) -> Identity | None:
-    signs = {
-        "text_model.embeddings.token_embedding.weight": "a CLIP text encoder",
-        "embeddings.token_embedding.weight": "a CLIP text encoder",
-        "token_embedding.weight": "an OpenCLIP text encoder in the original layout",
-    }
-    for sign, name in signs.items():
-        if len(embedding := _shape(tensors, sign)) == 2:
-            return Identity("text encoder", f"{name} of width {embedding[1]}")
+    for prefix in ("text_model.", ""):
+        if len(embedding := _shape(tensors, f"{prefix}embeddings.token_embedding.weight")) == 2:
+            return Identity("text encoder", f"a CLIP text encoder of width {embedding[1]}")
     return None
 
 

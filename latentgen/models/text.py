@@ -6,7 +6,7 @@ transformers takes seconds to import, so only the functions that make a model or
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -152,10 +152,7 @@ class CLIPText:
         Raises:
             CheckpointError: the subclass says what is wrong with which file.
         """
-        with torch.device("meta"):
-            model = _build_model(config)
-        _make_position_ids(model, torch.device(device))
-        prefix = _FILE_PREFIX if any(name.startswith(_FILE_PREFIX) for name in model.state_dict()) else ""
+        model, prefix = _empty_model(config, torch.device(device))
         weights.load_into(
             model,
             ignored_prefixes=_OLD_BUFFERS,
@@ -163,6 +160,31 @@ class CLIPText:
             device=device,
             rename=lambda key: _named(key, prefix),
         )
+        return cls(config, model.eval(), tokenizer, layer=layer)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: CLIPTextConfig,
+        tokenizer: CLIPTokenizer,
+        state: Mapping[str, Tensor],
+        *,
+        layer: ContextLayer = "last",
+    ) -> CLIPText:
+        """An encoder over the very tensors of `state`, which have the names of files and stand on one device.
+
+        Raises:
+            CheckpointMismatchError: they are not those of the configuration.
+        """
+        model, prefix = _empty_model(config, next(iter(state.values())).device)
+        try:
+            model.load_state_dict(
+                {_named(name, prefix): tensor for name, tensor in state.items()}, strict=True, assign=True
+            )
+        except RuntimeError as error:
+            raise CheckpointMismatchError(
+                f"the text encoder's weights are not those of its configuration: {' '.join(str(error).split())[:200]}"
+            ) from None
         return cls(config, model.eval(), tokenizer, layer=layer)
 
     def with_model(self, model: CLIPTextModel | CLIPTextModelWithProjection) -> CLIPText:
@@ -272,6 +294,23 @@ def _build_model(config: CLIPTextConfig) -> CLIPTextModel | CLIPTextModelWithPro
     )
 
 
+def _empty_model(
+    config: CLIPTextConfig, device: torch.device
+) -> tuple[CLIPTextModel | CLIPTextModelWithProjection, str]:
+    """A model whose weights are yet to be assigned, and what begins their names in this version of transformers."""
+    with torch.device("meta"):
+        model = _build_model(config)
+    # No file holds this buffer, and the meta device left it empty.
+    for module in model.modules():
+        position_ids = module._buffers.get("position_ids")
+        if position_ids is not None:
+            module.register_buffer(
+                "position_ids", torch.arange(position_ids.shape[-1], device=device)[None], persistent=False
+            )
+    prefixed = any(name.startswith(_FILE_PREFIX) for name in model.state_dict())
+    return model, _FILE_PREFIX if prefixed else ""
+
+
 def _named(key: str, prefix: str) -> str:
     """The name of a weight with `prefix`, whether or not it has the one of the files."""
     return key if key.startswith(_PROJECTION) else prefix + key.removeprefix(_FILE_PREFIX)
@@ -319,13 +358,3 @@ def _special_token(token_id: object, name: str) -> int:
     if not isinstance(token_id, int):
         raise CheckpointCorruptError(f"the tokenizer has no {name}; add it to tokenizer_config.json")
     return token_id
-
-
-def _make_position_ids(model: nn.Module, device: torch.device) -> None:
-    """Make the buffer that no file holds and that the meta device therefore left empty."""
-    for module in model.modules():
-        position_ids = module._buffers.get("position_ids")
-        if position_ids is not None:
-            module.register_buffer(
-                "position_ids", torch.arange(position_ids.shape[-1], device=device)[None], persistent=False
-            )

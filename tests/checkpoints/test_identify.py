@@ -98,6 +98,20 @@ def test_text_encoders(tmp_path: Path, family: str, component: str, width: int, 
     assert found.name.endswith(f"of width {width}")
 
 
+@pytest.mark.parametrize("wrapper", ["", "state_dict."])
+@pytest.mark.parametrize("prefix", ["", "text."])
+@pytest.mark.parametrize(
+    "image_tower", [(), ("visual.transformer.resblocks.0.ln_1.weight",), ("visual.layer1.0.bn1.bias",)]
+)
+def test_models_of_open_clip(tmp_path: Path, wrapper: str, prefix: str, image_tower: tuple[str, ...]) -> None:
+    keys = original_shapes("SD 2.x", "text_encoder")
+    shapes = {wrapper + prefix + key.partition(".model.")[2]: shape for key, shape in keys.items()}
+    shapes |= {wrapper + key: (1280,) for key in (*image_tower, "logit_scale")}
+    name = "an OpenCLIP text encoder of width 1024" + (" with its image encoder" if image_tower else "")
+    expected = Identity("text encoder", name, layout="original", wrapper=wrapper, prefix=prefix)
+    assert read(tmp_path, shapes) == expected
+
+
 # Key -> shape of a few tensors of each file; the others of its kind look alike.
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 KOHYA_SDXL = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
