@@ -334,7 +334,7 @@ def _shape_problem(key: _Key, infos: Mapping[_Key, TensorInfo]) -> str | None:
     if info.shape[2:] not in ((), (1, 1)):
         return f"shape {list(info.shape)}; the factor that leads up is a matrix or a 1x1 convolution"
     down = infos.get(key._replace(role="down"))
-    if down is not None and down.shape[0] != info.shape[1]:
+    if down is not None and down.shape[:1] != info.shape[1:2]:
         return f"shape {list(info.shape)} beside {list(down.shape)}; their ranks differ"
     return None
 
