@@ -19,7 +19,7 @@ from latentgen.checkpoints.identify import (
     stated_target,
     unet_kind,
 )
-from latentgen.errors import CheckpointError, CheckpointNotFoundError
+from latentgen.errors import AdapterError, CheckpointNotFoundError, CheckpointValueError
 from latentgen.files import quote
 
 # What the keys of a single file in the original layout begin with -> the component that they belong to.
@@ -167,7 +167,7 @@ def _lora_facts(path: Path, target: str | None) -> dict[str, str]:
     facts = {"target": target or "not stored"}
     try:
         lora = summarize_lora(path)
-    except CheckpointError as error:
+    except (AdapterError, CheckpointValueError) as error:
         return {**facts, "problem": str(error)}
     counts = ", ".join(f"{count} in {component}" for component, count in lora.layers.items())
     return {
@@ -184,7 +184,7 @@ def _embedding_facts(path: Path, target: str | None) -> dict[str, str]:
     facts = {"target": target or "not stored"}
     try:
         embedding = read_embedding(path)
-    except CheckpointError as error:
+    except (AdapterError, CheckpointValueError) as error:
         return {**facts, "problem": str(error)}
     widths = ", ".join(
         f"{rows.shape[1]} ({component})" for component, rows in sorted(embedding.vectors.items())
