@@ -298,7 +298,8 @@ def pickle_file(rng: random.Random) -> bytes:
                 content = sound.read(record)
                 if record.endswith("data.pkl"):
                     content = damage_bytes(content, rng)
-                damaged.writestr(record, content)
+                # Of one date, so that a seed makes the same file again.
+                damaged.writestr(zipfile.ZipInfo(record), content)
         data = file.getvalue()
     for _ in range(rng.randrange(3)):
         data = damage_bytes(data, rng)
