@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from latentgen.diffusion.scheduler import Scheduler as Scheduler
     from latentgen.errors import LatentgenError as LatentgenError
     from latentgen.memory import MemoryPolicy as MemoryPolicy
+    from latentgen.models.open_clip_text import from_open_clip as from_open_clip
+    from latentgen.models.open_clip_text import load_open_clip as load_open_clip
     from latentgen.models.unet import UNet as UNet
     from latentgen.models.vae import VAEDecoder as VAEDecoder
     from latentgen.models.vae import VAEEncoder as VAEEncoder
@@ -44,6 +46,8 @@ _PUBLIC = {
     "VAEDecoder": "latentgen.models.vae",
     "VAEEncoder": "latentgen.models.vae",
     "from_diffusers": "latentgen.pipelines.interop",
+    "from_open_clip": "latentgen.models.open_clip_text",
+    "load_open_clip": "latentgen.models.open_clip_text",
     "to_diffusers": "latentgen.pipelines.interop",
 }
 

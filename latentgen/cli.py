@@ -236,15 +236,21 @@ def text2img(
 @app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A folder in the diffusers layout, or a .safetensors file.")
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="A folder in the diffusers layout, the folder of a LoRA, or a .safetensors file.",
+        ),
     ],
 ) -> None:
-    """Say what a checkpoint is.
+    """Say what a checkpoint, a LoRA or an embedding is.
 
-    Prints family, parameters, dtype, scheduler and size, read from the files' headers: nothing is loaded.
+    Prints family, parameters, dtype, scheduler, size and metadata, read from the files' headers: nothing is loaded.
+    Of a LoRA also its target, rank, alpha and layers; of an embedding its target, token, vectors and width.
 
     \b
     latentgen inspect path/to/checkpoint
+    latentgen inspect style.safetensors
     """
     from latentgen.checkpoints.inspection import inspect as look
 

@@ -1,4 +1,4 @@
-"""Feed damaged checkpoints to everything that reads them: only a LatentgenError may come out.
+"""Feed damaged checkpoints and adapters to everything that reads them: only a LatentgenError may come out.
 
     python tests/fuzz.py --cases 20000 [--seed 0]
 
@@ -13,6 +13,7 @@ import argparse
 import copy
 import io
 import json
+import math
 import random
 import sys
 import tempfile
@@ -21,22 +22,29 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from latentgen.adapters.lora_config import PeftConfig
+from latentgen.adapters.lora_files import read_lora
+from latentgen.adapters.textual_inversion import read_embedding
 from latentgen.checkpoints.conversion import convert_pickle
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.checkpoints.headers import read_header
 from latentgen.checkpoints.inspection import inspect
+from latentgen.checkpoints.original_layout import original_key_maps
 from latentgen.checkpoints.single_file import SingleFile
 from latentgen.checkpoints.unpickle import read_pickle, write_state
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import LatentgenError
-from latentgen.models.text import CLIPTextConfig
+from latentgen.models.open_clip_text import load_open_clip
+from latentgen.models.text_config import CLIPTextConfig
+from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig
+from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 
 SECONDS = 2.0
 
@@ -63,6 +71,50 @@ SINGLE_FILE = {
         "shape": [2, 4, 1, 1],
         "data_offsets": [1040, 1056],
     },
+}
+LORA_UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+LORA_TEXT = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+PEFT = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "use_rslora": False,
+    "rank_pattern": {"conv_in": 4},
+    "alpha_pattern": {"to_k": 3.0},
+    "target_modules": ["to_k"],
+}
+DIFFUSERS_LORA = {
+    "__metadata__": {
+        "lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in PEFT.items()})
+    },
+    f"{LORA_UNET}.lora_A.weight": {"dtype": "F16", "shape": [2, 8], "data_offsets": [0, 32]},
+    f"{LORA_UNET}.lora_B.weight": {"dtype": "F16", "shape": [4, 2], "data_offsets": [32, 48]},
+}
+KOHYA_LORA = {
+    "__metadata__": {"ss_network_dim": "2", "ss_base_model_version": "sdxl_base_v1-0"},
+    f"{LORA_TEXT}.lora_down.weight": {"dtype": "BF16", "shape": [2, 8], "data_offsets": [0, 32]},
+    f"{LORA_TEXT}.lora_up.weight": {"dtype": "BF16", "shape": [4, 2], "data_offsets": [32, 48]},
+    f"{LORA_TEXT}.alpha": {"dtype": "F32", "shape": [], "data_offsets": [48, 52]},
+}
+EMBEDDING = {"<cat>": {"dtype": "F32", "shape": [2, 768], "data_offsets": [0, 6144]}}
+EMBEDDINGS = {
+    "__metadata__": {"name": "cat"},
+    "clip_l": {"dtype": "F16", "shape": [1, 768], "data_offsets": [0, 1536]},
+    "clip_g": {"dtype": "F16", "shape": [1, 1280], "data_offsets": [1536, 4096]},
+}
+OPEN_CLIP = {
+    "model_cfg": {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": {"layers": 1},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 2},
+    },
+    "preprocess_cfg": {},
+}
+OPEN_CLIP_FILE = {
+    "token_embedding.weight": {"dtype": "F16", "shape": [4, 8], "data_offsets": [0, 64]},
+    "positional_embedding": {"dtype": "F16", "shape": [3, 8], "data_offsets": [64, 112]},
+    "visual.proj": {"dtype": "F16", "shape": [8], "data_offsets": [112, 128]},
 }
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -174,6 +226,56 @@ def fuzz_folder(folder: Path, rng: random.Random) -> None:
     inspect(folder).lines()
 
 
+def fuzz_lora(folder: Path, rng: random.Random) -> None:
+    """A file in one of the formats, or a folder of PEFT, of which each file may be damaged."""
+    if rng.random() < 0.5:
+        path = folder / "lora.safetensors"
+        sound, nbytes = (DIFFUSERS_LORA, 48) if rng.random() < 0.5 else (KOHYA_LORA, 52)
+        data = safetensors_file(rng, sound, nbytes)
+        if rng.random() < 0.3:  # JSON inside of JSON
+            inner = damage({f"unet.{key}": value for key, value in PEFT.items()}, rng)
+            data = safetensors_file(
+                rng, {**sound, "__metadata__": {"lora_adapter_metadata": json.dumps(inner)}}, nbytes
+            )
+        path.write_bytes(data)
+    else:
+        path = folder / "lora"
+        path.mkdir(exist_ok=True)
+        (path / "adapter_config.json").write_bytes(encode(damage(PEFT, rng), rng))
+        header = {key.replace("unet.", "base_model.model."): value for key, value in DIFFUSERS_LORA.items()}
+        del header["__metadata__"]
+        (path / "adapter_model.safetensors").write_bytes(safetensors_file(rng, header, 48))
+    lora = read_lora(path)
+    assert all(math.isfinite(layer.scale) for layers in lora.components.values() for layer in layers.values())
+    inspect(path).lines()
+
+
+def fuzz_adapter_inspection(folder: Path, rng: random.Random) -> None:
+    """What cannot be used has to be told apart all the same."""
+    path = folder / "adapter.safetensors"
+    sound, nbytes = rng.choice(
+        ((DIFFUSERS_LORA, 48), (KOHYA_LORA, 52), (EMBEDDING, 6144), (EMBEDDINGS, 4096))
+    )
+    path.write_bytes(safetensors_file(rng, sound, nbytes))
+    inspect(path).lines()
+
+
+def fuzz_embedding(folder: Path, rng: random.Random) -> None:
+    path = folder / "embedding.safetensors"
+    sound, nbytes = (EMBEDDING, 6144) if rng.random() < 0.5 else (EMBEDDINGS, 4096)
+    path.write_bytes(safetensors_file(rng, sound, nbytes))
+    embedding = read_embedding(path)
+    assert all(rows.ndim == 2 and rows.isfinite().all() for rows in embedding.vectors.values())
+
+
+def fuzz_open_clip(folder: Path, rng: random.Random) -> None:
+    """The file lacks most of its weights, so that even sound ones are refused."""
+    path = folder / "open_clip_model.safetensors"
+    path.write_bytes(safetensors_file(rng, OPEN_CLIP_FILE, 128))
+    (folder / "open_clip_config.json").write_bytes(encode(damage(OPEN_CLIP, rng), rng))
+    load_open_clip(path, family=rng.choice(("SD 1.x", "SD 2.x", "SDXL")))
+
+
 def saved(zipped: bool) -> bytes:
     """A checkpoint as `torch.save` writes it."""
     state = {"w": torch.ones(3, 4), "turned": torch.ones(2, 3).T, "ids": torch.arange(5)}
@@ -196,7 +298,8 @@ def pickle_file(rng: random.Random) -> bytes:
                 content = sound.read(record)
                 if record.endswith("data.pkl"):
                     content = damage_bytes(content, rng)
-                damaged.writestr(record, content)
+                # Of one date, so that a seed makes the same file again.
+                damaged.writestr(zipfile.ZipInfo(record), content)
         data = file.getvalue()
     for _ in range(rng.randrange(3)):
         data = damage_bytes(data, rng)
@@ -234,14 +337,35 @@ def fuzz_config(sound: dict[str, Any], read: Callable[[dict[str, Any]], object])
     return target
 
 
+def build_unet(config: dict[str, Any]) -> None:
+    """What the configuration allows has to be built, and to have a place in the original layout or none."""
+    fields = UNetConfig.from_json(config)
+    with torch.device("meta"):
+        UNet(fields)
+    original_key_maps({"unet": config})
+
+
+def build_vae(config: dict[str, Any]) -> None:
+    fields = VAEConfig.from_json(config)
+    with torch.device("meta"):
+        VAEDecoder(fields)
+        VAEEncoder(fields)
+    original_key_maps({"vae": config})
+
+
 TARGETS: dict[str, Callable[[Path, random.Random], None]] = {
     "header": fuzz_header,
     "single_file": fuzz_single_file,
     "folder": fuzz_folder,
+    "lora": fuzz_lora,
+    "adapter_inspection": fuzz_adapter_inspection,
+    "embedding": fuzz_embedding,
+    "open_clip": fuzz_open_clip,
     "pickle": fuzz_pickle,
-    "unet": fuzz_config(UNET, UNetConfig.from_json),
-    "vae": fuzz_config(VAE, VAEConfig.from_json),
+    "unet": fuzz_config(UNET, build_unet),
+    "vae": fuzz_config(VAE, build_vae),
     "text_encoder": fuzz_config(TEXT, CLIPTextConfig.from_json),
+    "peft": fuzz_config(PEFT, lambda config: PeftConfig.from_json(config, "fuzz")),
     "scheduler": fuzz_config(SCHEDULER, Scheduler.from_config),
 }
 
@@ -277,6 +401,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first case")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    for name in ("modeling_clip", "tokenization_clip"):  # or else their import counts for the first case
+        import_module(f"transformers.models.clip.{name}")
     outcomes: dict[str, dict[int, Outcome]] = {name: {} for name in [*TARGETS, "child"]}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(arguments.seed, arguments.seed + arguments.cases):

@@ -110,6 +110,22 @@ class LoRA:
         return min(ranks), max(ranks)
 
 
+class LoRASummary(NamedTuple):
+    """What a LoRA is, without its values.
+
+    Attributes:
+        format: as in :class:`LoRA`.
+        layers: component -> how many of its layers are adapted.
+        ranks: the smallest and the largest rank.
+        alphas: the smallest and the largest alpha; where none is stored, it is the rank.
+    """
+
+    format: Format
+    layers: Mapping[str, int]
+    ranks: tuple[int, int]
+    alphas: tuple[float, float]
+
+
 class _Key(NamedTuple):
     """A key of a file: the layer that it belongs to, and what it holds of it."""
 
@@ -136,19 +152,54 @@ def read_lora(source: str | Path, *, component: str | None = None) -> LoRA:
         AdapterError: not a LoRA, one of a kind that is not implemented, or one whose parts do not fit together.
         InputError: `component` is not the name of a component.
     """
+    return _read(source, component, checked=True)
+
+
+def summarize_lora(source: str | Path) -> LoRASummary:
+    """Say what a LoRA is; its factors are not read, and so are not known to be finite.
+
+    Raises:
+        CheckpointError: as :func:`read_lora`.
+    """
+    lora = _read(source, None, checked=False)
+    alphas = [layer.scale * layer.rank for layers in lora.components.values() for layer in layers.values()]
+    counts = {name: len(lora.components[name]) for name in COMPONENTS if name in lora.components}
+    return LoRASummary(lora.format, counts, lora.ranks, (min(alphas), max(alphas)))
+
+
+def lora_weights(folder: Path) -> dict[str, Path]:
+    """The weights in the folder of a LoRA: those of each component, or "weights"; empty where there is no LoRA.
+
+    Raises:
+        UnsafeCheckpointError: they are a pickle.
+        UnsafePathError: a file lies outside of the folder.
+    """
+    if (diffusers_file := safe_join(folder, _DIFFUSERS_FILE, "LoRA folder")).is_file():
+        return {"weights": diffusers_file}
+    parts = {name: safe_join(folder, name, "LoRA folder") for name in COMPONENTS}
+    parts = {name: part for name, part in parts.items() if _is_peft(part)}
+    parts = {"weights": folder} if _is_peft(folder) else parts
+    for part in parts.values():
+        if not (part / _PEFT_FILES[1]).is_file():
+            _refuse_pickles(part)
+    return {name: safe_join(part, _PEFT_FILES[1], "LoRA folder") for name, part in parts.items()}
+
+
+def _read(source: str | Path, component: str | None, *, checked: bool) -> LoRA:
     path = as_path(source)
     if component is not None and component not in COMPONENTS:
         raise InputError(f"component={quote(component)} is unknown; choose from {', '.join(COMPONENTS)}")
     if not path.is_dir():
-        return _read_file(path, path.stem, component, None)
-    if (diffusers_file := safe_join(path, _DIFFUSERS_FILE, "LoRA folder")).is_file():
-        return _read_file(diffusers_file, path.name, component, None)
-    if _is_peft(path):
-        return _read_peft(path, path.name, component)
+        return _read_file(path, path.stem, component, None, checked)
     parts = [
-        _read_peft(folder, path.name, name)
-        for name in COMPONENTS
-        if _is_peft(folder := safe_join(path, name, "LoRA folder"))
+        _read_file(
+            file,
+            path.name,
+            component if name == "weights" else name,
+            None if file.name == _DIFFUSERS_FILE else _peft_config(file.parent),
+            checked,
+        )
+        for name, file in lora_weights(path).items()
     ]
     if not parts:
         _refuse_pickles(path)
@@ -158,7 +209,7 @@ def read_lora(source: str | Path, *, component: str | None = None) -> LoRA:
         )
     components = {name: layers for part in parts for name, layers in part.components.items()}
     metadata = {key: text for part in parts for key, text in part.metadata.items()}
-    return LoRA(path.name, "peft", components, metadata)
+    return LoRA(path.name, parts[0].format, components, metadata)
 
 
 def _is_peft(folder: Path) -> bool:
@@ -171,15 +222,14 @@ def _refuse_pickles(folder: Path) -> None:
         refuse_pickle(file)
 
 
-def _read_peft(folder: Path, name: str, component: str | None) -> LoRA:
-    config_file, weights = (safe_join(folder, file, "LoRA folder") for file in _PEFT_FILES)
-    if not weights.is_file():
-        _refuse_pickles(folder)
-    config = PeftConfig.from_json(read_json(config_file), quote(config_file))
-    return _read_file(weights, name, component, config)
+def _peft_config(folder: Path) -> PeftConfig:
+    file = safe_join(folder, _PEFT_FILES[0], "LoRA folder")
+    return PeftConfig.from_json(read_json(file), quote(file))
 
 
-def _read_file(path: Path, name: str, component: str | None, config: PeftConfig | None) -> LoRA:
+def _read_file(
+    path: Path, name: str, component: str | None, config: PeftConfig | None, checked: bool
+) -> LoRA:
     header = read_header(path)
     keys = _parse(header, component, quote(path))
     _check_whole(keys.values(), quote(path))
@@ -194,8 +244,9 @@ def _read_file(path: Path, name: str, component: str | None, config: PeftConfig 
                 up_source, alpha_source = (by_layer.get(key._replace(role=role)) for role in ("up", "alpha"))
                 assert up_source is not None
                 down, up = reader.get_tensor(source), reader.get_tensor(up_source)
-                check_values(down, None, source, path)
-                check_values(up, None, up_source, path)
+                if checked:
+                    check_values(down, None, source, path)
+                    check_values(up, None, up_source, path)
                 if alpha_source is not None:
                     scale = _alpha(reader.get_tensor(alpha_source), alpha_source, path) / down.shape[0]
                 else:
@@ -283,7 +334,7 @@ def _shape_problem(key: _Key, infos: Mapping[_Key, TensorInfo]) -> str | None:
     if info.shape[2:] not in ((), (1, 1)):
         return f"shape {list(info.shape)}; the factor that leads up is a matrix or a 1x1 convolution"
     down = infos.get(key._replace(role="down"))
-    if down is not None and down.shape[0] != info.shape[1]:
+    if down is not None and down.shape[:1] != info.shape[1:2]:
         return f"shape {list(info.shape)} beside {list(down.shape)}; their ranks differ"
     return None
 

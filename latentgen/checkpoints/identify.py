@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from latentgen.checkpoints.headers import TensorInfo
@@ -26,6 +27,8 @@ _VAE_SIGNS: Mapping[Layout, str] = {
     "diffusers": "decoder.conv_norm_out.weight",
 }
 _VAE_PREFIXES = ("", "first_stage_model.", "vae.")
+# open_clip's CLIP has the text tower at the top, its CustomTextCLIP below a name.
+_OPEN_CLIP_PREFIXES = ("", "text.")
 # The specification of these is https://github.com/Stability-AI/ModelSpec; kohya's scripts write them.
 _PREDICTIONS: Mapping[str, StatedPrediction] = {
     "epsilon": "epsilon",
@@ -35,6 +38,18 @@ _PREDICTIONS: Mapping[str, StatedPrediction] = {
 _ARCHITECTURES: Mapping[str, StatedPrediction] = {
     "stable-diffusion-v2-512": "epsilon",
     "stable-diffusion-v2-768-v": "v_prediction",
+}
+# How the values of ss_base_model_version and modelspec.architecture begin -> the family.
+_TARGETS = {
+    "sd_v1": "SD 1.x",
+    "stable-diffusion-v1": "SD 1.x",
+    "sd_v2": "SD 2.x",
+    "stable-diffusion-v2": "SD 2.x",
+    "sdxl_": "SDXL base",
+    "stable-diffusion-xl-v1": "SDXL base",
+    "sd3": "Stable Diffusion 3.x",
+    "stable-diffusion-3": "Stable Diffusion 3.x",
+    "flux": "Flux",
 }
 
 # Empty tensors by which later files of SDXL say how they were trained.
@@ -54,6 +69,8 @@ _ADAPTERS = {
     ),
 }
 _PEFT = "base_model.model."
+# Ends of the names of the factor that reads a layer's input.
+_DOWN = ("down.weight", "lora_A.weight", "lora_A.default.weight")
 # Parts of names -> the model that has them, the special before the general.
 _CONTROL = {
     "control_model.": "a ControlNet in the original layout",
@@ -114,10 +131,10 @@ class Identity(NamedTuple):
     Attributes:
         kind: what it can be used as.
         name: a phrase that says what it is.
-        family: of a checkpoint or UNet, as :class:`UNetKind` names it.
+        family: of a checkpoint or UNet, as :class:`UNetKind` names it; or the one that an adapter is for.
         layout: "original" or "diffusers", where there are both.
         wrapper: what stands before every key in vain.
-        prefix: what stands before the keys of a VAE.
+        prefix: what stands before the keys of a VAE, or of the text tower of open_clip.
     """
 
     kind: Kind
@@ -132,7 +149,7 @@ def identify(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     """Say what the tensors of a file are; None if nothing known fits."""
     wrapper = _wrapper(tensors)
     tensors = {name.removeprefix(wrapper): info for name, info in tensors.items()}
-    for judge in (_adapter, _embedding, _other, _checkpoint, _unet, _vae, _text_encoder):
+    for judge in (_adapter, _embedding, _open_clip, _other, _checkpoint, _unet, _vae, _text_encoder):
         if identity := judge(tensors):
             return identity._replace(wrapper=wrapper)
     return None
@@ -150,6 +167,14 @@ def stated_prediction(names: Collection[str], metadata: Mapping[str, str]) -> St
         return "v_prediction"
     found = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
     return found or _ARCHITECTURES.get(metadata.get("modelspec.architecture", "").partition("/")[0])
+
+
+def stated_target(metadata: Mapping[str, str]) -> str | None:
+    """The family that an adapter says it was trained on."""
+    stated = (metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", ""))
+    return next(
+        (family for begin, family in _TARGETS.items() if any(s.startswith(begin) for s in stated)), None
+    )
 
 
 def has_zero_terminal_snr(names: Collection[str]) -> bool:
@@ -185,7 +210,7 @@ def _adapter(tensors: Mapping[str, TensorInfo]) -> Identity | None:
             peft = any(key.startswith(_PEFT) for key in tensors)
             phrase = name.format("peft" if peft else "diffusers")
             target = _adapter_target(tensors)
-            return Identity("adapter", f"{phrase}, for {target}" if target else phrase)
+            return Identity("adapter", f"{phrase}, for {target}" if target else phrase, target)
     return None
 
 
@@ -196,7 +221,7 @@ def _adapter_target(tensors: Mapping[str, TensorInfo]) -> str | None:
     if any("joint_blocks" in key or "add_k_proj" in key for key in tensors):
         return "Stable Diffusion 3.x"
     for key, info in tensors.items():
-        if "attn2" in key and "to_k" in key and key.endswith(("down.weight", "lora_A.weight")) and info.shape:
+        if "attn2" in key and "to_k" in key and key.endswith(_DOWN) and info.shape:
             return _FAMILIES.get(info.shape[-1])
     if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in tensors):
         return "SDXL base"
@@ -206,14 +231,32 @@ def _adapter_target(tensors: Mapping[str, TensorInfo]) -> str | None:
 def _embedding(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     """Textual inversion (arXiv:2208.01618): a vector for each token, for one tower or for both of SDXL."""
     if tensors.keys() == {"clip_l", "clip_g"}:
-        return Identity("embedding", "a textual-inversion embedding for SDXL base")
+        *vectors, _ = tensors["clip_l"].shape or (0,)
+        return _an_embedding("SDXL base", vectors)
     names = [name for name in tensors if name.startswith("string_to_param.")]
     names = names or (list(tensors) if len(tensors) == 1 else [])
     *vectors, width = (_shape(tensors, names[0]) if len(names) == 1 else ()) or (0,)
     if len(vectors) <= 1 and width in _FAMILIES:
-        count = vectors[0] if vectors else 1
-        family = "SDXL" if width == 1280 else _FAMILIES[width]
-        return Identity("embedding", f"a textual-inversion embedding for {family}, {count} vectors per token")
+        return _an_embedding("SDXL base" if width == 1280 else _FAMILIES[width], vectors)
+    return None
+
+
+def _an_embedding(family: str, vectors: Sequence[int]) -> Identity:
+    count = math.prod(vectors)
+    phrase = f"{count} vector{'' if count == 1 else 's'} per token"
+    return Identity("embedding", f"a textual-inversion embedding for {family}, {phrase}", family)
+
+
+def _open_clip(tensors: Mapping[str, TensorInfo]) -> Identity | None:
+    """A model of open_clip, as its library saves it: both towers, or the one for text alone."""
+    for prefix in _OPEN_CLIP_PREFIXES:
+        embedding = _shape(tensors, f"{prefix}token_embedding.weight")
+        if len(embedding) == 2 and f"{prefix}positional_embedding" in tensors:
+            both = any(key.startswith("visual.") for key in tensors)
+            name = f"an OpenCLIP text encoder of width {embedding[1]}" + (
+                " with its image encoder" if both else ""
+            )
+            return Identity("text encoder", name, layout="original", prefix=prefix)
     return None
 
 
@@ -259,14 +302,9 @@ def _vae(tensors: Mapping[str, TensorInfo]) -> Identity | None:
 
 
 def _text_encoder(tensors: Mapping[str, TensorInfo]) -> Identity | None:
-    signs = {
-        "text_model.embeddings.token_embedding.weight": "a CLIP text encoder",
-        "embeddings.token_embedding.weight": "a CLIP text encoder",
-        "token_embedding.weight": "an OpenCLIP text encoder in the original layout",
-    }
-    for sign, name in signs.items():
-        if len(embedding := _shape(tensors, sign)) == 2:
-            return Identity("text encoder", f"{name} of width {embedding[1]}")
+    for prefix in ("text_model.", ""):
+        if len(embedding := _shape(tensors, f"{prefix}embeddings.token_embedding.weight")) == 2:
+            return Identity("text encoder", f"a CLIP text encoder of width {embedding[1]}")
     return None
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from latentgen.adapters.lora_files import lora_weights, summarize_lora
+from latentgen.adapters.textual_inversion import read_embedding
 from latentgen.checkpoints.families import FAMILIES
 from latentgen.checkpoints.folder import CheckpointFolder, as_path
 from latentgen.checkpoints.headers import TensorInfo, read_header
-from latentgen.checkpoints.identify import identify, likely_architecture, stated_prediction, unet_kind
-from latentgen.errors import CheckpointNotFoundError
+from latentgen.checkpoints.identify import (
+    identify,
+    likely_architecture,
+    stated_prediction,
+    stated_target,
+    unet_kind,
+)
+from latentgen.errors import AdapterError, CheckpointNotFoundError, CheckpointValueError
 from latentgen.files import quote
 
 # What the keys of a single file in the original layout begin with -> the component that they belong to.
@@ -41,13 +49,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is; ``scheduler`` and ``prediction_type`` are None where it does not say."""
+    """What a checkpoint, or an adapter, is.
+
+    Attributes:
+        path: the file or folder.
+        family: a phrase that names it.
+        parts: the weights of each component.
+        scheduler: None where there is none.
+        prediction_type: None where the checkpoint does not say.
+        adapter: fact -> value, of a LoRA or an embedding; None for everything else.
+        metadata: the free text that a file carries.
+    """
 
     path: Path
     family: str
     parts: Mapping[str, Part]
     scheduler: str | None
     prediction_type: str | None
+    adapter: Mapping[str, str] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -71,27 +91,36 @@ class Inspection:
             f"parameters: {self.parameters:,}",
             f"dtype: {', '.join(self.dtypes) or 'no weights'}",
             f"size: {_readable(self.nbytes)}",
-            f"scheduler: {self.scheduler or 'not stored'}",
-            f"prediction type: {self.prediction_type or 'not stored'}",
         ]
+        if self.adapter is None:
+            lines.append(f"scheduler: {self.scheduler or 'not stored'}")
+            lines.append(f"prediction type: {self.prediction_type or 'not stored'}")
+        else:
+            lines += (f"{fact}: {value}" for fact, value in self.adapter.items())
         for name, part in self.parts.items():
             variants = ", ".join(variant or "default" for variant in part.variants)
             lines.append(
                 f"{name}: {part.architecture}; {part.parameters:,} parameters in {part.tensors:,} tensors, "
                 f"{', '.join(part.dtypes)}, {_readable(part.nbytes)}; variants: {variants}"
             )
+        # Trainers store whole reports there; a line of each tells what it is.
+        lines += (f"metadata {quote(key)[1:-1]}: {quote(text)[1:-1]}" for key, text in self.metadata.items())
         return lines
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Say what a checkpoint folder, or one safetensors file, holds.
+    """Say what a checkpoint folder, the folder of a LoRA, or one safetensors file, holds.
 
     Raises:
         CheckpointError: one of its subclasses, if the checkpoint is missing, damaged or unsafe.
         InputError: the path is empty, or no path at all.
     """
     path = as_path(path)
-    return _inspect_folder(CheckpointFolder.open(path)) if path.is_dir() else _inspect_file(path)
+    if not path.is_dir():
+        return _inspect_file(path)
+    if not (path / "model_index.json").is_file() and (files := lora_weights(path)):
+        return _inspect_lora_folder(path, files)
+    return _inspect_folder(CheckpointFolder.open(path))
 
 
 def _inspect_file(path: Path) -> Inspection:
@@ -100,8 +129,12 @@ def _inspect_file(path: Path) -> Inspection:
     wrapper = identity.wrapper if identity else ""
     stated = stated_prediction({key.removeprefix(wrapper) for key in header}, header.metadata)
     if identity is None or identity.kind != "checkpoint":
-        part = _part(header)
-        return Inspection(path, part.architecture, {"weights": part}, None, stated)
+        part, adapter = _part(header), None
+        if identity is not None and identity.kind == "adapter":
+            adapter = _lora_facts(path, identity.family or stated_target(header.metadata))
+        elif identity is not None and identity.kind == "embedding":
+            adapter = _embedding_facts(path, identity.family)
+        return Inspection(path, part.architecture, {"weights": part}, None, stated, adapter, header.metadata)
     family = FAMILIES.get(identity.family or "")
     return Inspection(
         path=path,
@@ -109,7 +142,59 @@ def _inspect_file(path: Path) -> Inspection:
         parts={name: _part(tensors) for name, tensors in _components(header, wrapper).items()},
         scheduler=None,
         prediction_type=stated or (family.prediction_type if family else None),
+        metadata=header.metadata,
     )
+
+
+def _inspect_lora_folder(folder: Path, files: Mapping[str, Path]) -> Inspection:
+    headers = {name: read_header(file) for name, file in files.items()}
+    metadata = {key: text for header in headers.values() for key, text in header.metadata.items()}
+    found = [identity for header in headers.values() if (identity := identify(header))]
+    family = next((identity.family for identity in found if identity.family), None) or stated_target(metadata)
+    return Inspection(
+        path=folder,
+        family=found[0].name if found else "an adapter that is not known here",
+        parts={name: _part(header) for name, header in headers.items()},
+        scheduler=None,
+        prediction_type=None,
+        adapter=_lora_facts(folder, family),
+        metadata=metadata,
+    )
+
+
+def _lora_facts(path: Path, target: str | None) -> dict[str, str]:
+    """What a LoRA is, or why it cannot be used."""
+    facts = {"target": target or "not stored"}
+    try:
+        lora = summarize_lora(path)
+    except (AdapterError, CheckpointValueError) as error:
+        return {**facts, "problem": str(error)}
+    counts = ", ".join(f"{count} in {component}" for component, count in lora.layers.items())
+    return {
+        **facts,
+        "format": lora.format,
+        "rank": _span(*lora.ranks),
+        "alpha": _span(*lora.alphas),
+        "layers": f"{sum(lora.layers.values())} ({counts})",
+    }
+
+
+def _embedding_facts(path: Path, target: str | None) -> dict[str, str]:
+    """What an embedding is, or why it cannot be used."""
+    facts = {"target": target or "not stored"}
+    try:
+        embedding = read_embedding(path)
+    except (AdapterError, CheckpointValueError) as error:
+        return {**facts, "problem": str(error)}
+    widths = ", ".join(
+        f"{rows.shape[1]} ({component})" for component, rows in sorted(embedding.vectors.items())
+    )
+    count = len(next(iter(embedding.vectors.values())))
+    return {**facts, "token": embedding.token, "vectors per token": str(count), "width": widths}
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:g}" if f"{low:g}" == f"{high:g}" else f"{low:g} to {high:g}"
 
 
 def _components(tensors: Mapping[str, TensorInfo], wrapper: str) -> dict[str, dict[str, TensorInfo]]:

@@ -6,12 +6,11 @@ transformers takes seconds to import, so only the functions that make a model or
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from latentgen.checkpoints.weights import Weights, save_weights
@@ -22,14 +21,12 @@ from latentgen.errors import (
     InputError,
 )
 from latentgen.files import atomic_write, quote, write_json
-from latentgen.models.config import StageConfig
+from latentgen.models.text_config import CLIPTextConfig as CLIPTextConfig
 from latentgen.prompts import check_prompts, chunk_tokens, expand_tokens, token_expansions
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-# Ten times the largest tower in use (OpenCLIP bigG, 7e8).
-MAX_PARAMETERS = 7 * 10**9
 # Begins the names of the weights up to transformers 5.5, which is also what files on the Hub hold.
 _FILE_PREFIX = "text_model."
 # Stands outside of the prefix, in every version.
@@ -38,10 +35,6 @@ _PROJECTION = "text_projection."
 # Written by transformers before 4.31, and the same in every model.
 _OLD_BUFFERS = (f"{_FILE_PREFIX}embeddings.position_ids", "embeddings.position_ids")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-
-Width = Annotated[int, Field(ge=1, le=16384)]
-Count = Annotated[int, Field(ge=1, le=1024)]
-TokenId = Annotated[int, Field(ge=0, lt=10**7)]
 
 # Which hidden states are the context: the last, normalised (SD 1.x and 2.x), or those before the last layer, as they
 # are (SDXL, arXiv:2307.01952, section 2).
@@ -92,72 +85,6 @@ class TextEncoder(Protocol):
                 not so many layers to skip.
         """
         ...
-
-
-class CLIPTextConfig(StageConfig):
-    """The fields of a CLIP `text_encoder/config.json` that the model is built from.
-
-    Unlike in the other stages unknown fields are passed over: every version of transformers adds bookkeeping.
-    `architectures` says whether the pooled state is projected.
-    """
-
-    model_config = ConfigDict(extra="ignore")
-    diffusers_class: ClassVar[str] = "CLIPTextModel"
-
-    architectures: tuple[Literal["CLIPTextModel"]] | tuple[Literal["CLIPTextModelWithProjection"]] | None = (
-        "CLIPTextModel",
-    )
-    model_type: Literal["clip_text_model"] = "clip_text_model"
-    vocab_size: Annotated[int, Field(ge=1, le=10**7)] = 49408
-    hidden_size: Width = 512
-    intermediate_size: Annotated[int, Field(ge=1, le=65536)] = 2048
-    num_hidden_layers: Count = 12
-    num_attention_heads: Count = 8
-    max_position_embeddings: Annotated[int, Field(ge=3, le=65536)] = 77
-    projection_dim: Width = 512
-    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    layer_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
-    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    use_attention_mask: Literal[False] = False
-    pad_token_id: TokenId | None = 1
-    bos_token_id: TokenId | None = 49406
-    eos_token_id: TokenId | None = 49407
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of a `config.json` that transformers reads as well."""
-        return self.model_dump(mode="json")
-
-    @property
-    def projects(self) -> bool:
-        """Whether a linear layer follows the pooled state."""
-        return self.architectures == ("CLIPTextModelWithProjection",)
-
-    @property
-    def parameters(self) -> int:
-        """The exact number of parameters, without building the model."""
-        width, inner = self.hidden_size, self.intermediate_size
-        attention = 4 * (width * width + width)
-        feed_forward = 2 * width * inner + width + inner
-        embeddings = (self.vocab_size + self.max_position_embeddings) * width
-        projection = width * self.projection_dim if self.projects else 0
-        return (
-            projection
-            + embeddings
-            + self.num_hidden_layers * (attention + feed_forward + 4 * width)
-            + 2 * width
-        )
-
-    @model_validator(mode="after")
-    def _fields_agree(self) -> Self:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must divide hidden_size {self.hidden_size}"
-            )
-        if self.parameters > MAX_PARAMETERS:
-            raise ValueError(
-                f"the model would have {self.parameters:,} parameters; at most {MAX_PARAMETERS:,} are allowed"
-            )
-        return self
 
 
 class CLIPText:
@@ -225,10 +152,7 @@ class CLIPText:
         Raises:
             CheckpointError: the subclass says what is wrong with which file.
         """
-        with torch.device("meta"):
-            model = _build_model(config)
-        _make_position_ids(model, torch.device(device))
-        prefix = _FILE_PREFIX if any(name.startswith(_FILE_PREFIX) for name in model.state_dict()) else ""
+        model, prefix = _empty_model(config, torch.device(device))
         weights.load_into(
             model,
             ignored_prefixes=_OLD_BUFFERS,
@@ -236,6 +160,31 @@ class CLIPText:
             device=device,
             rename=lambda key: _named(key, prefix),
         )
+        return cls(config, model.eval(), tokenizer, layer=layer)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: CLIPTextConfig,
+        tokenizer: CLIPTokenizer,
+        state: Mapping[str, Tensor],
+        *,
+        layer: ContextLayer = "last",
+    ) -> CLIPText:
+        """An encoder over the very tensors of `state`, which have the names of files and stand on one device.
+
+        Raises:
+            CheckpointMismatchError: they are not those of the configuration.
+        """
+        model, prefix = _empty_model(config, next(iter(state.values())).device)
+        try:
+            model.load_state_dict(
+                {_named(name, prefix): tensor for name, tensor in state.items()}, strict=True, assign=True
+            )
+        except RuntimeError as error:
+            raise CheckpointMismatchError(
+                f"the text encoder's weights are not those of its configuration: {' '.join(str(error).split())[:200]}"
+            ) from None
         return cls(config, model.eval(), tokenizer, layer=layer)
 
     def with_model(self, model: CLIPTextModel | CLIPTextModelWithProjection) -> CLIPText:
@@ -345,6 +294,23 @@ def _build_model(config: CLIPTextConfig) -> CLIPTextModel | CLIPTextModelWithPro
     )
 
 
+def _empty_model(
+    config: CLIPTextConfig, device: torch.device
+) -> tuple[CLIPTextModel | CLIPTextModelWithProjection, str]:
+    """A model whose weights are yet to be assigned, and what begins their names in this version of transformers."""
+    with torch.device("meta"):
+        model = _build_model(config)
+    # No file holds this buffer, and the meta device left it empty.
+    for module in model.modules():
+        position_ids = module._buffers.get("position_ids")
+        if position_ids is not None:
+            module.register_buffer(
+                "position_ids", torch.arange(position_ids.shape[-1], device=device)[None], persistent=False
+            )
+    prefixed = any(name.startswith(_FILE_PREFIX) for name in model.state_dict())
+    return model, _FILE_PREFIX if prefixed else ""
+
+
 def _named(key: str, prefix: str) -> str:
     """The name of a weight with `prefix`, whether or not it has the one of the files."""
     return key if key.startswith(_PROJECTION) else prefix + key.removeprefix(_FILE_PREFIX)
@@ -392,13 +358,3 @@ def _special_token(token_id: object, name: str) -> int:
     if not isinstance(token_id, int):
         raise CheckpointCorruptError(f"the tokenizer has no {name}; add it to tokenizer_config.json")
     return token_id
-
-
-def _make_position_ids(model: nn.Module, device: torch.device) -> None:
-    """Make the buffer that no file holds and that the meta device therefore left empty."""
-    for module in model.modules():
-        position_ids = module._buffers.get("position_ids")
-        if position_ids is not None:
-            module.register_buffer(
-                "position_ids", torch.arange(position_ids.shape[-1], device=device)[None], persistent=False
-            )

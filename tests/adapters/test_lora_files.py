@@ -215,6 +215,11 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path, suffix: str, kind: str)
             r"\[8, 3\] beside \[2, 6\]; their ranks differ",
         ),
         (
+            {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.tensor(1.0)},
+            AdapterError,
+            r"shape \[\]; a factor has 2 or 4 dimensions",
+        ),
+        (
             {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.ones(8, 2, 3, 3)},
             AdapterError,
             "a matrix or a 1x1 convolution",

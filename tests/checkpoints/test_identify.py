@@ -14,6 +14,7 @@ from latentgen.checkpoints.identify import (
     identify,
     likely_architecture,
     stated_prediction,
+    stated_target,
     unet_kind,
 )
 from tests.checkpoints.single_files import Shapes, diffusers_shapes, leftovers, original_shapes, write_header
@@ -98,6 +99,20 @@ def test_text_encoders(tmp_path: Path, family: str, component: str, width: int, 
     assert found.name.endswith(f"of width {width}")
 
 
+@pytest.mark.parametrize("wrapper", ["", "state_dict."])
+@pytest.mark.parametrize("prefix", ["", "text."])
+@pytest.mark.parametrize(
+    "image_tower", [(), ("visual.transformer.resblocks.0.ln_1.weight",), ("visual.layer1.0.bn1.bias",)]
+)
+def test_models_of_open_clip(tmp_path: Path, wrapper: str, prefix: str, image_tower: tuple[str, ...]) -> None:
+    keys = original_shapes("SD 2.x", "text_encoder")
+    shapes = {wrapper + prefix + key.partition(".model.")[2]: shape for key, shape in keys.items()}
+    shapes |= {wrapper + key: (1280,) for key in (*image_tower, "logit_scale")}
+    name = "an OpenCLIP text encoder of width 1024" + (" with its image encoder" if image_tower else "")
+    expected = Identity("text encoder", name, layout="original", wrapper=wrapper, prefix=prefix)
+    assert read(tmp_path, shapes) == expected
+
+
 # Key -> shape of a few tensors of each file; the others of its kind look alike.
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 KOHYA_SDXL = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
@@ -170,6 +185,10 @@ LORAS: dict[str, tuple[Shapes, str]] = {
         {f"base_model.model.{ATTN2}.to_k.lora_A.weight": (8, 768)},
         "a LoRA adapter in the peft format, for SD 1.x",
     ),
+    "peft-default": (
+        {f"base_model.model.{ATTN2}.to_k.lora_A.default.weight": (8, 1024)},
+        "a LoRA adapter in the peft format, for SD 2.x",
+    ),
     "peft-dora": (
         {
             f"base_model.model.{ATTN2}.to_k.lora_A.weight": (8, 768),
@@ -183,22 +202,27 @@ LORAS: dict[str, tuple[Shapes, str]] = {
 @pytest.mark.parametrize("case", LORAS)
 def test_adapters(tmp_path: Path, case: str) -> None:
     shapes, name = LORAS[case]
-    assert read(tmp_path, shapes) == Identity("adapter", name)
+    target = name.partition(", for ")[2] or None
+    assert read(tmp_path, shapes) == Identity("adapter", name, target)
 
 
 @pytest.mark.parametrize(
     ("shapes", "name"),
     [
-        ({"emb_params": (2, 768)}, "a textual-inversion embedding for SD 1.x, 2 vectors per token"),
-        ({"emb_params": (1, 1024)}, "a textual-inversion embedding for SD 2.x, 1 vectors per token"),
-        ({"<cat-toy>": (768,)}, "a textual-inversion embedding for SD 1.x, 1 vectors per token"),
-        ({"<style>": (8, 1280)}, "a textual-inversion embedding for SDXL, 8 vectors per token"),
-        ({"string_to_param.*": (4, 768)}, "a textual-inversion embedding for SD 1.x, 4 vectors per token"),
-        ({"clip_l": (8, 768), "clip_g": (8, 1280)}, "a textual-inversion embedding for SDXL base"),
+        ({"emb_params": (2, 768)}, "SD 1.x, 2 vectors per token"),
+        ({"emb_params": (1, 1024)}, "SD 2.x, 1 vector per token"),
+        ({"<cat-toy>": (768,)}, "SD 1.x, 1 vector per token"),
+        ({"<style>": (8, 1280)}, "SDXL base, 8 vectors per token"),
+        ({"string_to_param.*": (4, 768)}, "SD 1.x, 4 vectors per token"),
+        ({"clip_l": (8, 768), "clip_g": (8, 1280)}, "SDXL base, 8 vectors per token"),
+        ({"clip_l": (768,), "clip_g": (1280,)}, "SDXL base, 1 vector per token"),
     ],
 )
 def test_embeddings(tmp_path: Path, shapes: Shapes, name: str) -> None:
-    assert read(tmp_path, shapes) == Identity("embedding", name)
+    family = name.partition(",")[0]
+    assert read(tmp_path, shapes) == Identity(
+        "embedding", f"a textual-inversion embedding for {name}", family
+    )
 
 
 # A key of the file, and what the file is.
@@ -327,3 +351,21 @@ def test_families(in_channels: int, context: int | None, family: str) -> None:
 def test_a_vae_of_another_width(tmp_path: Path) -> None:
     found = read(tmp_path, {"decoder.conv_in.weight": (512, 16, 3, 3)})
     assert found == Identity("vae", "a VAE with 16 latent channels")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "family"),
+    [
+        ({"ss_base_model_version": "sd_v1"}, "SD 1.x"),
+        ({"ss_base_model_version": "sd_v2_768_v"}, "SD 2.x"),
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "SDXL base"),
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "SDXL base"),
+        ({"modelspec.architecture": "stable-diffusion-v1/textual-inversion"}, "SD 1.x"),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "SD 2.x"),
+        ({"ss_base_model_version": "flux1"}, "Flux"),
+        ({"ss_base_model_version": "something"}, None),
+        ({}, None),
+    ],
+)
+def test_what_adapters_say_they_were_trained_on(metadata: dict[str, str], family: str | None) -> None:
+    assert stated_target(metadata) == family

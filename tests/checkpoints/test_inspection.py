@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from latentgen.checkpoints.inspection import inspect
 from latentgen.errors import CheckpointNotFoundError, InputError
@@ -92,6 +92,130 @@ def test_single_file_in_the_original_layout(tmp_path: Path, wrapper: str) -> Non
     assert any(
         line.startswith("unet: a UNet in the original layout, SDXL base (4 ") for line in found.lines()
     )
+
+
+# A LoRA of SD 1.x, of two ranks, beside a text encoder's.
+KOHYA = {
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (8, 768, 320, 4.0),
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v": (16, 768, 320, 1.0),
+    "lora_te_text_model_encoder_layers_0_self_attn_q_proj": (8, 768, 768, None),
+}
+
+
+def kohya_file(path: Path, metadata: dict[str, str] | None = None) -> Path:
+    tensors = {}
+    for name, (rank, inputs, outputs, alpha) in KOHYA.items():
+        tensors[f"{name}.lora_down.weight"] = torch.ones(rank, inputs).half()
+        tensors[f"{name}.lora_up.weight"] = torch.ones(outputs, rank).half()
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, path, metadata)
+    return path
+
+
+def test_a_lora_of_kohya(tmp_path: Path) -> None:
+    found = inspect(kohya_file(tmp_path / "style.safetensors", {"ss_tag_frequency": "{a\n" + "x" * 10**6}))
+    assert found.family == "a LoRA adapter in kohya's format, for SD 1.x"
+    lines = found.lines()
+    for line in (
+        "target: SD 1.x",
+        "format: kohya",
+        "rank: 8 to 16",
+        "alpha: 1 to 8",
+        "layers: 3 (2 in unet, 1 in text_encoder)",
+    ):
+        assert line in lines
+    assert not any(line.startswith(("scheduler", "prediction type")) for line in lines)
+    (metadata,) = (line for line in lines if line.startswith("metadata "))
+    assert metadata.startswith("metadata ss_tag_frequency: {a\\nx")
+    assert len(metadata) < 300
+
+
+def test_the_target_that_a_lora_states(tmp_path: Path) -> None:
+    tensors = {
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 768),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(3072, 4),
+    }
+    path = tmp_path / "style.safetensors"
+    save_file(tensors, path)
+    assert "target: not stored" in inspect(path).lines()
+    save_file(tensors, path, {"ss_base_model_version": "sdxl_base_v1-0"})
+    assert "target: SDXL base" in inspect(path).lines()
+
+
+def test_folders_of_loras(tmp_path: Path) -> None:
+    """As peft and diffusers write them."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import get_peft_model_state_dict
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=768,
+        norm_num_groups=8,
+    )
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_k", "to_v"])
+    model = get_peft_model(unet, config)
+    model.save_pretrained(tmp_path / "peft" / "unet")
+    layers = sum(name.endswith(("to_k.lora_A", "to_v.lora_A")) for name, _ in model.named_modules())
+    assert layers > 10
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "diffusers",
+        unet_lora_layers=get_peft_model_state_dict(model.base_model.model),
+        unet_lora_adapter_metadata=config.to_dict() | {"target_modules": ["to_k", "to_v"]},
+    )
+    for folder, part in (("peft", "unet"), ("peft/unet", "weights"), ("diffusers", "weights")):
+        found = inspect(tmp_path / folder)
+        expected = {
+            "target": "SD 1.x",
+            "format": folder.partition("/")[0],
+            "rank": "4",
+            "alpha": "6",
+            "layers": f"{layers} ({layers} in unet)",
+        }
+        assert found.adapter == expected, folder
+        assert list(found.parts) == [part]
+        assert found.parts[part].tensors == 2 * layers
+
+
+def test_adapters_that_cannot_be_used_say_why(tmp_path: Path) -> None:
+    path = kohya_file(tmp_path / "style.safetensors")
+    tensors = load_file(path)
+    save_file({**tensors, f"{next(iter(KOHYA))}.dora_scale": torch.ones(320, 1)}, path)
+    found = inspect(path)
+    assert found.family == "a DoRA adapter, for SD 1.x"
+    (line,) = (line for line in found.lines() if line.startswith("problem: "))
+    assert "is a DoRA adapter" in line
+    assert "not implemented" in line
+    save_file({"<cat>": torch.full((2, 768), float("nan"))}, path)
+    assert any(line.startswith("problem: ") and "NaN" in line for line in inspect(path).lines())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts"),
+    [
+        (
+            {"<cat>": torch.ones(768)},
+            {"target": "SD 1.x", "token": "<cat>", "vectors per token": "1", "width": "768 (text_encoder)"},
+        ),
+        (
+            {"clip_l": torch.ones(3, 768), "clip_g": torch.ones(3, 1280)},
+            {
+                "target": "SDXL base",
+                "token": "some",
+                "vectors per token": "3",
+                "width": "768 (text_encoder), 1280 (text_encoder_2)",
+            },
+        ),
+    ],
+)
+def test_embeddings(tmp_path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, str]) -> None:
+    save_file(tensors, tmp_path / "some.safetensors")
+    found = inspect(tmp_path / "some.safetensors")
+    assert found.adapter == facts
+    assert all(f"{fact}: {value}" in found.lines() for fact, value in facts.items())
 
 
 def test_prediction_type_of_a_single_file(tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""LoRA and embedding files that are no sound safetensors: each is refused by what it is, by either reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from latentgen.adapters.lora_files import read_lora
+from latentgen.adapters.textual_inversion import read_embedding
+from latentgen.checkpoints.inspection import inspect
+from latentgen.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    UnsafeCheckpointError,
+    UnsafePathError,
+)
+
+Reader = Callable[[Path], object]
+LORA = {
+    "lora_unet_conv_in.lora_down.weight": torch.ones(2, 4),
+    "lora_unet_conv_in.lora_up.weight": torch.ones(8, 2),
+    "lora_unet_conv_in.alpha": torch.tensor(1.0),
+}
+EMBEDDING = {"<cat>": torch.ones(2, 768)}
+READERS = [(read_lora, LORA), (read_embedding, EMBEDDING)]
+IDS = ["lora", "embedding"]
+
+
+def raw(path: Path, header: dict[str, object], nbytes: int) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(nbytes))
+
+
+@pytest.mark.parametrize(("read", "tensors"), READERS, ids=IDS)
+def test_every_truncation_is_refused(tmp_path: Path, read: Reader, tensors: dict[str, torch.Tensor]) -> None:
+    path = tmp_path / "style.safetensors"
+    save_file(tensors, path)
+    whole = path.read_bytes()
+    read(path)
+    for size in (*range(64), len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        for reader in (read, inspect):
+            with pytest.raises(CheckpointCorruptError, match=r"style\.safetensors"):
+                reader(path)
+    with pytest.raises(CheckpointCorruptError, match=f"truncated.*{len(whole):,} bytes expected"):
+        read(path)
+
+
+@pytest.mark.parametrize(("read", "_tensors"), READERS, ids=IDS)
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", r"empty \(0 bytes\)"),
+        (bytes(4096), "zero bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3438\n", "LFS.*3,438 bytes"),
+        (b"<!DOCTYPE html>\n<html><head>", "HTML"),
+    ],
+    ids=["empty", "zeros", "lfs", "html"],
+)
+def test_other_content_is_named(
+    tmp_path: Path, read: Reader, _tensors: object, content: bytes, reason: str
+) -> None:
+    (tmp_path / "style.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointCorruptError, match=rf"style\.safetensors.*{reason}"):
+        read(tmp_path / "style.safetensors")
+
+
+@pytest.mark.parametrize(("read", "tensors"), READERS, ids=IDS)
+def test_dimensions_of_size_zero_and_repeated_keys_are_refused(
+    tmp_path: Path, read: Reader, tensors: dict[str, torch.Tensor]
+) -> None:
+    path, name = tmp_path / "style.safetensors", next(iter(tensors))
+    raw(path, {name: {"dtype": "F32", "shape": [0, 768], "data_offsets": [0, 0]}}, 0)
+    with pytest.raises(CheckpointCorruptError, match="size zero"):
+        read(path)
+    entry = json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
+    text = f'{{"{name}": {entry}, "{name}": {entry}}}'.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(CheckpointCorruptError, match="repeats the key"):
+        read(path)
+
+
+@pytest.mark.parametrize(("read", "tensors"), READERS, ids=IDS)
+@pytest.mark.parametrize("name", ["style.pt", "style.bin", "style.ckpt", "style.safetensors"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_are_refused_by_name_and_by_content(
+    tmp_path: Path, read: Reader, tensors: dict[str, torch.Tensor], name: str, zipped: bool
+) -> None:
+    torch.save(tensors, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    for reader in (read, inspect):
+        with pytest.raises(UnsafeCheckpointError, match="latentgen convert"):
+            reader(tmp_path / name)
+
+
+@pytest.mark.parametrize(("read", "_tensors"), READERS, ids=IDS)
+def test_what_is_not_there_is_not_found(tmp_path: Path, read: Reader, _tensors: object) -> None:
+    for path in (tmp_path / "style.safetensors", tmp_path / ("x" * 5000), tmp_path / "nul\0"):
+        with pytest.raises(CheckpointNotFoundError):
+            read(path)
+
+
+@pytest.mark.parametrize("what", ["unet", "unet/adapter_config.json", "unet/adapter_model.safetensors"])
+def test_links_may_not_leave_the_folder_of_a_lora(tmp_path: Path, what: str) -> None:
+    folder, outside = tmp_path / "style", tmp_path / "outside"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    name = "base_model.model.conv_in"
+    factors = {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(8, 2)}
+    save_file(factors, folder / "unet" / "adapter_model.safetensors")
+    assert read_lora(folder).ranks == (2, 2)
+    (folder / what).rename(outside)
+    (folder / what).symlink_to(outside)
+    for reader in (read_lora, inspect):
+        with pytest.raises(UnsafePathError, match="symlink"):
+            reader(folder)
+
+
+def test_the_file_of_diffusers_may_not_be_a_link_out_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "style").mkdir()
+    save_file(LORA, tmp_path / "outside.safetensors")
+    (tmp_path / "style" / "pytorch_lora_weights.safetensors").symlink_to("../outside.safetensors")
+    with pytest.raises(UnsafePathError, match="symlink"):
+        read_lora(tmp_path / "style")
