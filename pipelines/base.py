@@ -14,6 +14,7 @@ import torch
 from latentgen.checkpoints.folder import Checkpoint, CheckpointFolder, resolve
 from latentgen.checkpoints.identify import StatedPrediction
 from latentgen.checkpoints.single_file import SingleFile, with_vae
+from latentgen.diffusion.guidance import ClassifierFree, Guidance
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
@@ -393,6 +394,10 @@ class Pipeline(ABC):
         if negative_prompt is None and self.force_zeros_for_empty_prompt:
             return [None] * count
         return as_negative_prompts("" if negative_prompt is None else negative_prompt, count)
+
+    def _guidance(self, request: Request) -> Guidance:
+        """Classifier-free guidance, which a UNet that is told the scale was distilled from and does without."""
+        return ClassifierFree(1.0 if self.unet.config.time_cond_proj_dim else request.guidance_scale)
 
     def _sampling(self, scheduler: str | Scheduler | None, num_inference_steps: int) -> Sampling:
         """The whole run that is asked for, with this pipeline's scheduler by default."""

@@ -284,13 +284,15 @@ def build_denoiser(
     """
     dtype, device = _dtype_of(unet), context.device
     scheduler, levels, steps = run.sampling
-    timesteps = [level.timestep for level in levels[steps.start : steps.stop]]
+    visited = scheduler.visited(levels, start=steps.start, stop=steps.stop)
+    timesteps = [level.timestep for level in visited]
     index_of = {timestep: index for index, timestep in enumerate(timesteps)}
     constants = unet.constants(
         context.to(dtype),
         torch.tensor(timesteps, device=device),
         class_labels=begin.class_labels,
         added=added,
+        guidance_scale=run.request.guidance_scale if unet.config.time_cond_proj_dim else None,
     )
     channels = None if begin.channels is None else begin.channels.to(device, dtype)
 

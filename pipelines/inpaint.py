@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentgen.diffusion.guidance import ClassifierFree
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.models.vae import Gaussian
 from latentgen.pipelines.arguments import OutputType, check_output_type, check_size_conditioning
@@ -105,7 +104,7 @@ class InpaintPipeline(Pipeline):
             Run(
                 request,
                 sampling,
-                ClassifierFree(request.guidance_scale),
+                self._guidance(request),
                 shape,
                 begin,
                 size=size,

@@ -35,6 +35,7 @@ from latentgen.pipelines.upscale import UpscalePipeline
 if TYPE_CHECKING:
     from diffusers import (
         DiffusionPipeline,
+        LatentConsistencyModelPipeline,
         SchedulerMixin,
         StableDiffusionInpaintPipeline,
         StableDiffusionInstructPix2PixPipeline,
@@ -45,7 +46,12 @@ if TYPE_CHECKING:
         StableDiffusionXLPipeline,
     )
 
-    TextToImage = StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline
+    TextToImage = (
+        StableDiffusionPipeline
+        | StableDiffusionXLPipeline
+        | StableDiffusionXLImg2ImgPipeline
+        | LatentConsistencyModelPipeline
+    )
     Inpaint = StableDiffusionInpaintPipeline | StableDiffusionXLInpaintPipeline
 
 _PIPELINES: tuple[type[Pipeline], ...] = (
@@ -151,6 +157,7 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
     if not pipeline.is_sdxl:
         kinds = {
             "StableDiffusionPipeline": diffusers.StableDiffusionPipeline,
+            "LatentConsistencyModelPipeline": diffusers.LatentConsistencyModelPipeline,
             "StableDiffusionInpaintPipeline": diffusers.StableDiffusionInpaintPipeline,
             "StableDiffusionInstructPix2PixPipeline": diffusers.StableDiffusionInstructPix2PixPipeline,
         }
@@ -223,5 +230,8 @@ def _scheduler(config: Mapping[str, Any]) -> SchedulerMixin:
         "EulerDiscreteScheduler": diffusers.EulerDiscreteScheduler,
         "EulerAncestralDiscreteScheduler": diffusers.EulerAncestralDiscreteScheduler,
         "DPMSolverMultistepScheduler": diffusers.DPMSolverMultistepScheduler,
+        "PNDMScheduler": diffusers.PNDMScheduler,
+        "LCMScheduler": diffusers.LCMScheduler,
+        "TCDScheduler": diffusers.TCDScheduler,
     }
     return classes[config["_class_name"]].from_config(config)

@@ -27,6 +27,7 @@ _GUIDANCE_SCALES = {
     "StableDiffusionXLPipeline": 5.0,
     "StableDiffusionXLImg2ImgPipeline": 5.0,
     "StableDiffusionUpscalePipeline": 9.0,
+    "LatentConsistencyModelPipeline": 8.5,
 }
 # A checkpoint's own, in model_index.json; diffusers passes over keys that begin so.
 GUIDANCE_KEY = "_guidance_scale"
@@ -37,6 +38,7 @@ READS: Mapping[str, tuple[str, ...]] = {
         "StableDiffusionXLPipeline",
         # How diffusers calls the pipeline of a folder with the refiner.
         "StableDiffusionXLImg2ImgPipeline",
+        "LatentConsistencyModelPipeline",
     ),
     "InpaintPipeline": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
     "InstructPix2PixPipeline": ("StableDiffusionInstructPix2PixPipeline",),

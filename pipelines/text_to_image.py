@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from latentgen.diffusion.guidance import ClassifierFree
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import InputError
 from latentgen.pipelines.arguments import (
@@ -39,7 +38,8 @@ class TextToImagePipeline(Pipeline):
     def diffusers_class(self) -> str:
         """The class of diffusers' pipeline over the same stages."""
         if not self.is_sdxl:
-            return "StableDiffusionPipeline"
+            distilled = self.unet.config.time_cond_proj_dim is not None
+            return "LatentConsistencyModelPipeline" if distilled else "StableDiffusionPipeline"
         return (
             "StableDiffusionXLPipeline"
             if len(self.text_encoder.towers) == 2
@@ -133,7 +133,7 @@ class TextToImagePipeline(Pipeline):
             Run(
                 request,
                 sampling,
-                ClassifierFree(request.guidance_scale),
+                self._guidance(request),
                 shape,
                 begin,
                 size=(shape[2] * factor, shape[3] * factor),

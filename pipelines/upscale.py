@@ -9,7 +9,6 @@ from typing import ClassVar, Self, cast
 import torch
 
 from latentgen.checkpoints.folder import Checkpoint
-from latentgen.diffusion.guidance import ClassifierFree
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
@@ -153,7 +152,7 @@ class UpscalePipeline(Pipeline):
             Run(
                 request,
                 sampling,
-                ClassifierFree(request.guidance_scale),
+                self._guidance(request),
                 shape,
                 begin,
                 size=(height * factor, width * factor),
