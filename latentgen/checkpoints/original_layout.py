@@ -233,6 +233,9 @@ def _unet_pairs(config: UNetConfig) -> _Pairs:
 
 def _conditioning_pairs(config: UNetConfig) -> _Pairs:
     """The embeddings beside that of the timestep, all of which the original layout calls label_emb."""
+    if config.time_cond_proj_dim is not None:
+        # No original code has it; this is how converters of others call it.
+        yield "time_embedding.cond_proj.weight", "time_embed.cond_proj.weight"
     by_class = config.class_embed_type in ("timestep", "projection")
     by_table = config.class_embed_type is None and config.num_class_embeds is not None
     if config.addition_embed_type is not None and (by_class or by_table):
