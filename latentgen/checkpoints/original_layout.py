@@ -232,7 +232,7 @@ def _unet_pairs(config: UNetConfig) -> _Pairs:
 
 
 def _conditioning_pairs(config: UNetConfig) -> _Pairs:
-    """The embeddings beside that of the timestep, all of which the original layout calls label_emb."""
+    """The embeddings beside that of the timestep; those that are added to it are all called label_emb."""
     if config.time_cond_proj_dim is not None:
         # No original code has it; this is how converters of others call it.
         yield "time_embedding.cond_proj.weight", "time_embed.cond_proj.weight"
