@@ -195,11 +195,6 @@ def _unet_pairs(config: UNetConfig) -> _Pairs:
             "mid_block_type null: the original layout has no UNet without a middle block; use a folder in the "
             "diffusers layout"
         )
-    if config.time_cond_proj_dim is not None:
-        raise ConfigError(
-            "time_cond_proj_dim: the original layout has no UNet that is told the guidance scale; use a folder in the "
-            "diffusers layout"
-        )
     yield from _leaves("", "", _UNET_ENDS)
     yield from _conditioning_pairs(config)
     position, last = 1, len(config.levels) - 1

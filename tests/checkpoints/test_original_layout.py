@@ -171,9 +171,7 @@ def test_moving_averages_have_no_dots() -> None:
     assert_equal(to_diffusers_names(averaged, averages), expected)
 
 
-@pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if name not in ("no-middle", "latent-consistency")]
-)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "no-middle"])
 def test_maps_are_bijections_and_round_trips_the_identity(family: str) -> None:
     fields = FAMILIES[family]
     key_map = unet_key_map(UNetConfig.from_json(fields))
@@ -215,7 +213,6 @@ def test_other_tensors_are_refused() -> None:
     ("fields", "reason"),
     [
         (FAMILIES["no-middle"], "mid_block_type"),
-        (FAMILIES["latent-consistency"], "time_cond_proj_dim"),
         (FAMILIES["sdxl"] | {"num_class_embeds": 3}, "label_emb"),
     ],
 )
