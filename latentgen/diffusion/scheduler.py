@@ -22,7 +22,8 @@ from latentgen.diffusion.schedule import (
     karras_sigmas,
     spaced_timesteps,
 )
-from latentgen.diffusion.solvers import SOLVERS, Evaluation, History, Solver, SolverName, StepInputs
+from latentgen.diffusion.solvers.step import Evaluation, History, StepInputs
+from latentgen.diffusion.solvers.table import SOLVERS, Solver, SolverName
 from latentgen.errors import ConfigError, InputError
 
 # What people call a solver -> the solver, and whether it runs on Karras sigmas.
@@ -235,10 +236,9 @@ class Scheduler:
         for index in steps:
             now, target = evaluate(x, levels[index]), levels[index + 1]
             is_last = index == len(levels) - 2
-            if is_last and solver.lower_order_end and self._ends_in_first_order(len(levels) - 1):
-                history = ()
             inputs = StepInputs(
                 history=history,
+                order=self._order(solver, len(levels) - 1 - index, len(levels) - 1),
                 is_last=is_last,
                 evaluate=evaluate,
                 draw=noise,
@@ -289,9 +289,12 @@ class Scheduler:
         )
         return self.schedule.level(0) if stays_noisy else CLEAN
 
-    def _ends_in_first_order(self, num_steps: int) -> bool:
-        few = self.lower_order_final and num_steps < 15
-        return few or self.euler_at_final or self.final_sigmas_type == "zero"
+    def _order(self, solver: Solver, steps_left: int, num_steps: int) -> int:
+        """The highest order that a step may have with `steps_left` of a run left, itself included."""
+        if self.lower_order_final and num_steps < solver.lowers_below:
+            return min(solver.memory + 1, steps_left)
+        euler = solver.lowers_at_clean_end and (self.euler_at_final or self.final_sigmas_type == "zero")
+        return 1 if euler and steps_left == 1 else solver.memory + 1
 
 
 def _check_choice(key: str, value: str | None, allowed: tuple[str | None, ...]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from latentgen.diffusion.prediction import Clipping
 from latentgen.diffusion.schedule import NoiseSchedule
-from latentgen.diffusion.solvers import SolverName
+from latentgen.diffusion.solvers.table import SolverName
 from latentgen.errors import ConfigError
 
 _SCHEDULE_KEYS = tuple(item.name for item in fields(NoiseSchedule))

@@ -16,14 +16,9 @@ from torch import Tensor
 from latentgen.diffusion.prediction import Denoiser
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule, Spacing
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.diffusion.solvers import (
-    Evaluation,
-    SolverName,
-    StepInputs,
-    dpmpp_2m_step,
-    first_order_step,
-    fresh_noise_scale,
-)
+from latentgen.diffusion.solvers.multistep import dpmpp_2m_step
+from latentgen.diffusion.solvers.step import Evaluation, StepInputs, first_order_step, fresh_noise_scale
+from latentgen.diffusion.solvers.table import SolverName
 
 STABLE_DIFFUSION = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 MEAN, DEVIATION = 0.5, 0.4
@@ -39,7 +34,7 @@ X, X0, NOISE = draw(0), draw(1), draw(2)
 
 
 def stochastic_step(level: NoiseLevel, target: NoiseLevel, eta: float) -> Tensor:
-    return first_order_step(X, X0, level, target, fresh_noise_scale(level, target, eta), NOISE)
+    return first_order_step(Evaluation(level, X, X0), target, fresh_noise_scale(level, target, eta), NOISE)
 
 
 def no_noise() -> Tensor:
@@ -49,6 +44,7 @@ def no_noise() -> Tensor:
 def inputs(*history: Evaluation) -> StepInputs:
     return StepInputs(
         history=history,
+        order=1 + len(history),
         is_last=False,
         evaluate=lambda x, level: Evaluation(level, x, gaussian_denoiser(x, level)),
         draw=no_noise,
@@ -81,7 +77,9 @@ def test_at_eta_0_it_is_euler_in_sigma_ve(pair: list[int]) -> None:
     sigma, sigma_next = level.sigma / level.alpha, target.sigma / target.alpha
     derivative = (x_ve - X0) / sigma
     expected = target.alpha * (x_ve + derivative * (sigma_next - sigma))
-    torch.testing.assert_close(first_order_step(X, X0, level, target), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        first_order_step(Evaluation(level, X, X0), target), expected, rtol=1e-11, atol=1e-11
+    )
 
 
 @given(timesteps)
@@ -118,7 +116,7 @@ def test_a_step_from_pure_noise_is_finite_and_a_step_to_clean_data_is_x0(eta: fl
 def test_dpmpp_2m_without_history_is_of_first_order() -> None:
     level, target = STABLE_DIFFUSION.level(800), STABLE_DIFFUSION.level(600)
     stepped = dpmpp_2m_step(Evaluation(level, X, X0), target, inputs())
-    assert torch.equal(stepped, first_order_step(X, X0, level, target))
+    assert torch.equal(stepped, first_order_step(Evaluation(level, X, X0), target))
 
 
 def test_dpmpp_2m_is_the_formula_of_its_paper() -> None:

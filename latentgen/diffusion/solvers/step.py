@@ -1,0 +1,105 @@
+"""What all samplers share: a step is a pure function from one noise level to the next.
+
+One step covers a family. With ``u = eta * (sigma' / sigma) * sqrt(1 - alpha**2 / alpha'**2)``,
+
+    x' = alpha' * x0 + sqrt(sigma'**2 - u**2) * noise_hat + u * z,    noise_hat = (x - alpha * x0) / sigma
+
+is DDIM for any eta (arXiv 2010.02502, eq. 12 and 16), DDPM with its small variance (arXiv 2006.11239, eq. 6
+and 7) and Euler ancestral at eta 1, Euler (arXiv 2206.00364, algorithm 1) at eta 0: they differ in the levels
+that they visit, not in the step. LCM and TCD are this step with a u of their own. All others are it along an x0, or
+what is the same a noise, that is put together out of several evaluations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentgen.diffusion.prediction import PredictionType
+from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule
+
+
+class Evaluation(NamedTuple):
+    """What the network said of x at one noise level: x and x0 are [B, C, H, W]."""
+
+    level: NoiseLevel
+    x: Tensor
+    x0: Tensor
+
+    @property
+    def noise(self) -> Tensor:
+        """The noise that leads from x0 to x, [B, C, H, W]."""
+        return (self.x - self.level.alpha * self.x0) / self.level.sigma
+
+    def with_noise(self, noise: Tensor) -> Evaluation:
+        """The evaluation that would have found this noise in x."""
+        return self._replace(x0=(self.x - self.level.sigma * noise) / self.level.alpha)
+
+
+# Earlier evaluations of a run, the latest first: the whole memory of a multistep solver.
+History = tuple[Evaluation, ...]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step may use besides where it stands and where it goes.
+
+    history: earlier evaluations, as many as the solver's `memory`, fewer where a run begins.
+    order: the highest order that a step of the solver may have here; it falls towards the end of some runs.
+    is_last: the run ends at the target; the network has no say there.
+    evaluate: asks the network once more, of any x at the target or at the solver's level between.
+    draw: gives fresh standard normal noise, shaped like x.
+    schedule, prediction_type, timestep_scaling: of the Scheduler.
+    """
+
+    history: History
+    order: int
+    is_last: bool
+    evaluate: Callable[[Tensor, NoiseLevel], Evaluation]
+    draw: Callable[[], Tensor]
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    timestep_scaling: float
+
+
+# The evaluation where the step begins, the level where it ends -> x at that level.
+SolverStep = Callable[[Evaluation, NoiseLevel, StepInputs], Tensor]
+
+
+def fresh_noise_scale(level: NoiseLevel, target: NoiseLevel, eta: float) -> float:
+    """The standard deviation u of the fresh noise in a step from level to target; 0 for eta 0."""
+    remaining = max(0.0, 1.0 - (level.alpha / target.alpha) ** 2)
+    return eta * (target.sigma / level.sigma) * math.sqrt(remaining)
+
+
+def first_order_step(
+    now: Evaluation, target: NoiseLevel, fresh: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
+    """One step to the target along the predicted x0; finite at zero signal-to-noise ratio.
+
+    noise is standard normal, [B, C, H, W], and counts for its standard deviation `fresh`.
+    """
+    level = now.level
+    keep = math.sqrt(max(0.0, target.sigma**2 - fresh**2)) / level.sigma
+    moved = torch.add(keep * now.x, now.x0, alpha=target.alpha - level.alpha * keep)
+    if noise is None or fresh == 0.0:
+        return moved
+    return torch.add(moved, noise, alpha=fresh)
+
+
+def ancestral_step(now: Evaluation, target: NoiseLevel, noise: Tensor | None) -> Tensor:
+    """The same step at eta 1: as much fresh noise as leaves x distributed as it should be, were x0 known."""
+    return first_order_step(now, target, fresh_noise_scale(now.level, target, eta=1.0), noise)
+
+
+def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, each times its weight."""
+    total = weights[0] * tensors[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total = torch.add(total, tensor, alpha=weight)
+    return total

@@ -1,0 +1,100 @@
+"""The solvers by name: the step of each, and the conventions that the references tie to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule, Spacing
+from latentgen.diffusion.solvers.multistep import dpmpp_2m_step, pndm_prk_step, pndm_step, prk_middle
+from latentgen.diffusion.solvers.one_step import (
+    ddpm_step,
+    deterministic_step,
+    euler_ancestral_step,
+    lcm_step,
+    tcd_step,
+)
+from latentgen.diffusion.solvers.step import SolverStep
+
+SolverName = Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m", "pndm", "pndm_prk", "lcm", "tcd"]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A step and its conventions.
+
+    memory: how many earlier evaluations the step uses.
+    default_spacing: the spacing where a checkpoint names none.
+    in_sigma_ve: the levels are spaced in sigma_ve, so fractional timesteps and Karras sigmas are possible.
+    whole_timesteps: the network only sees whole timesteps.
+    open_end: the lowest point of the spacing is where the run ends, not a timestep that the network sees.
+    scales_start: the initial noise is scaled by sigma, not by 1, unless the spacing is `leading`.
+    distilled: the timesteps are among those of a distillation, original_inference_steps, whatever the spacing.
+    end: the field of the config that may move the end of a run from clean data to the schedule's first level, or
+        "first_level" where it always lies there.
+    karras: Karras sigmas may replace the spacing.
+    between: where a step looks on its way from one level to another, besides at these, if it does.
+    lowers_below: in runs of fewer steps than this the order falls to 1 towards the end, unless lower_order_final is
+        false.
+    lowers_at_clean_end: the last step is of first order where it ends in clean data, or euler_at_final asks for it.
+    clips, thresholds: which bounds apply to x0.
+    keeps_noise: the bounds leave noise_hat as the network predicted it.
+    """
+
+    step: SolverStep
+    default_spacing: Spacing
+    memory: int = 0
+    in_sigma_ve: bool = False
+    whole_timesteps: bool = True
+    open_end: bool = False
+    scales_start: bool = False
+    distilled: bool = False
+    end: Literal["set_alpha_to_one", "final_sigmas_type", "first_level"] | None = None
+    karras: bool = False
+    between: Callable[[NoiseLevel, NoiseLevel, NoiseSchedule], NoiseLevel] | None = None
+    lowers_below: float = 0
+    lowers_at_clean_end: bool = False
+    clips: bool = False
+    thresholds: bool = False
+    keeps_noise: bool = False
+
+
+SOLVERS: dict[SolverName, Solver] = {
+    "ddpm": Solver(ddpm_step, "leading", clips=True, thresholds=True),
+    "ddim": Solver(
+        deterministic_step, "leading", end="set_alpha_to_one", clips=True, thresholds=True, keeps_noise=True
+    ),
+    "euler": Solver(
+        deterministic_step,
+        "linspace",
+        in_sigma_ve=True,
+        whole_timesteps=False,
+        scales_start=True,
+        end="final_sigmas_type",
+        karras=True,
+    ),
+    "euler_ancestral": Solver(
+        euler_ancestral_step,
+        "linspace",
+        in_sigma_ve=True,
+        whole_timesteps=False,
+        scales_start=True,
+    ),
+    "dpmpp_2m": Solver(
+        dpmpp_2m_step,
+        "linspace",
+        memory=1,
+        in_sigma_ve=True,
+        open_end=True,
+        end="final_sigmas_type",
+        karras=True,
+        lowers_below=15,
+        lowers_at_clean_end=True,
+        thresholds=True,
+    ),
+    "pndm": Solver(pndm_step, "leading", memory=3, end="set_alpha_to_one"),
+    "pndm_prk": Solver(pndm_prk_step, "leading", memory=3, end="set_alpha_to_one", between=prk_middle),
+    "lcm": Solver(lcm_step, "leading", distilled=True, clips=True, thresholds=True),
+    "tcd": Solver(tcd_step, "leading", distilled=True, end="first_level"),
+}
