@@ -144,7 +144,7 @@ class Scheduler:
             raise InputError(f"the number of steps is {num_steps!r}; it must be a whole number")
         solver = SOLVERS[self.solver]
         timesteps = self._timesteps(solver, num_steps)
-        if solver.whole_timesteps:
+        if solver.whole_timesteps == "always":
             timesteps = np.round(timesteps)
         levels = (
             self._levels_in_sigma_ve(solver, timesteps) if solver.in_sigma_ve else self._levels_at(timesteps)
@@ -272,10 +272,11 @@ class Scheduler:
             ends = self.schedule.sigmas_ve if solver.open_end else sigmas_ve[::-1]
             sigmas_ve = karras_sigmas(float(ends[0]), float(ends[-1]), len(timesteps))
             timesteps = self.schedule.timestep_at(sigmas_ve)
-            if solver.whole_timesteps:
-                # diffusers rounds, but truncates for the cosine schedule.
+            if solver.whole_timesteps != "never":
+                # diffusers rounds, but truncates for the cosine schedule where all timesteps are whole.
                 cosine = self.schedule.beta_schedule == "squaredcos_cap_v2"
-                timesteps = np.floor(timesteps) if cosine else np.round(timesteps)
+                truncates = cosine and solver.whole_timesteps == "always"
+                timesteps = np.floor(timesteps) if truncates else np.round(timesteps)
         return [
             NoiseLevel.from_sigma_ve(float(sigma_ve), float(timestep))
             for sigma_ve, timestep in zip(sigmas_ve, timesteps, strict=True)

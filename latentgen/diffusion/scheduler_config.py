@@ -30,7 +30,9 @@ _DISTILLED_KEYS = (
     "original_inference_steps",
     "timestep_scaling",
 )
-_DISTILLED_DEFAULTS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# Those of Stable Diffusion, but for beta_schedule.
+_DISCRETE_DEFAULTS: dict[str, object] = {"beta_start": 0.00085, "beta_end": 0.012}
+_DISTILLED_DEFAULTS = _DISCRETE_DEFAULTS | {"beta_schedule": "scaled_linear"}
 _THRESHOLDING_KEYS = tuple(key for key in _CLIPPING_KEYS if not key.startswith("clip_"))
 
 
@@ -59,6 +61,11 @@ _ENTRIES: dict[SolverName, _Entry] = {
     ),
     "euler": _Entry("EulerDiscreteScheduler", (*_ZERO_SNR, "use_karras_sigmas", "final_sigmas_type")),
     "euler_ancestral": _Entry("EulerAncestralDiscreteScheduler", _ZERO_SNR),
+    "heun": _Entry(
+        "HeunDiscreteScheduler", ("use_karras_sigmas", "clip_sample", "clip_sample_range"), _DISCRETE_DEFAULTS
+    ),
+    "dpm2": _Entry("KDPM2DiscreteScheduler", ("use_karras_sigmas",), _DISCRETE_DEFAULTS),
+    "dpm2_ancestral": _Entry("KDPM2AncestralDiscreteScheduler", ("use_karras_sigmas",), _DISCRETE_DEFAULTS),
     "dpmpp_2m": _Entry(
         "DPMSolverMultistepScheduler",
         (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -19,6 +18,16 @@ STABLE_DIFFUSION = {
     "beta_schedule": "scaled_linear",
     "steps_offset": 1,
 }
+
+TWO_STAGE = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+IN_SIGMA_VE = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", *TWO_STAGE)
+STOCHASTIC = (
+    "DDPMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
 
 _MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(3)) / 2
 
@@ -48,31 +57,28 @@ def run_diffusers(scheduler: Any, num_steps: int) -> Run:
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     name = type(scheduler).__name__
-    is_stochastic = name in (
-        "DDPMScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "LCMScheduler",
-        "TCDScheduler",
-    )
     generator, noise = normal_noise()
     x = noise() * scheduler.init_noise_sigma
+    draws = {"generator": generator} if name in STOCHASTIC else {}
     latents = []
     for index, timestep in enumerate(scheduler.timesteps):
         output = network(scheduler.scale_model_input(x, timestep), timestep)
-        draws = {"generator": generator} if is_stochastic else {}
         x = scheduler.step(output, timestep, x, **draws).prev_sample
-        scale = (1 + scheduler.sigmas[index + 1] ** 2) ** 0.5 if name.startswith("Euler") else 1.0
+        scale = (1 + scheduler.sigmas[index + 1] ** 2) ** 0.5 if name in IN_SIGMA_VE else 1.0
         latents.append(x / scale)
-    if name == "PNDMScheduler":
-        latents = _ends_of_steps(latents, scheduler)
-    return Run(latents, torch.randn(1, generator=generator))
+    return Run(_ends_of_steps(latents, scheduler), torch.randn(1, generator=generator))
 
 
-def _ends_of_steps(latents: list[Tensor], scheduler: diffusers.PNDMScheduler) -> list[Tensor]:
-    """Without what PNDM only looks ahead from: its first step has two evaluations, a Runge-Kutta step has four."""
-    if scheduler.config["skip_prk_steps"]:
+def _ends_of_steps(latents: list[Tensor], scheduler: Any) -> list[Tensor]:
+    """Without those that steps of several evaluations only look ahead from."""
+    name = type(scheduler).__name__
+    if name in TWO_STAGE:
+        return [*latents[1::2], latents[-1]]
+    if name == "PNDMScheduler" and scheduler.config.skip_prk_steps:
         return latents[1:] if len(latents) > 1 else latents
-    return [*latents[3:12:4], *latents[12:]]
+    if name == "PNDMScheduler":
+        return [*latents[3:12:4], *latents[12:]]
+    return latents
 
 
 def run_ours(scheduler: Scheduler, num_steps: int) -> Run:

@@ -41,6 +41,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
     ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
     ("EulerAncestralDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("HeunDiscreteScheduler", {"clip_sample": True, "clip_sample_range": 0.7}),
+    ("KDPM2DiscreteScheduler", {}),
+    ("KDPM2DiscreteScheduler", {"use_karras_sigmas": True}),
+    ("KDPM2AncestralDiscreteScheduler", {}),
+    ("KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True}),
     ("DPMSolverMultistepScheduler", {}),
     ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
@@ -65,9 +72,14 @@ def difference(class_name: str, config: dict[str, Any], num_steps: int) -> float
 
 
 def is_comparable(class_name: str, spacing: str, prediction_type: str) -> bool:
-    """diffusers' DDIM and PNDM are not on `linspace` (see below), its PNDM and Euler ancestral have no `sample`."""
+    """diffusers' DDIM and PNDM are not on `linspace` (see below), and some of its classes have no `sample`."""
     lands_beside = class_name in ("DDIMScheduler", "PNDMScheduler") and spacing == "linspace"
-    has_no_sample = class_name in ("PNDMScheduler", "EulerAncestralDiscreteScheduler")
+    has_no_sample = class_name in (
+        "PNDMScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+    )
     return not (lands_beside or (has_no_sample and prediction_type == "sample"))
 
 
@@ -205,6 +217,9 @@ def test_saved_configs_load_in_both_directions(class_name: str) -> None:
         ("euler_ancestral", "EulerAncestralDiscreteScheduler", {}),
         ("dpmpp_2m", "DPMSolverMultistepScheduler", {}),
         ("dpmpp_2m_karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        ("heun", "HeunDiscreteScheduler", {}),
+        ("dpm2", "KDPM2DiscreteScheduler", {}),
+        ("dpm2_ancestral_karras", "KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True}),
         ("pndm", "PNDMScheduler", {"skip_prk_steps": True}),
         ("pndm_prk", "PNDMScheduler", {"skip_prk_steps": False}),
         ("lcm", "LCMScheduler", {}),

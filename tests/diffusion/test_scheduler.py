@@ -54,6 +54,12 @@ def test_solver_names() -> None:
         "euler",
         "euler_karras",
         "euler_ancestral",
+        "heun",
+        "heun_karras",
+        "dpm2",
+        "dpm2_karras",
+        "dpm2_ancestral",
+        "dpm2_ancestral_karras",
         "dpmpp_2m",
         "dpmpp_2m_karras",
         "pndm",
@@ -99,7 +105,7 @@ def test_the_levels_at_which_the_network_looks_are_known_before(name: str, start
     ("name", "num_steps", "asked"), [("pndm", 1, 1), ("pndm", 9, 10), ("pndm_prk", 9, 18)]
 )
 def test_how_often_the_network_is_asked(name: str, num_steps: int, asked: int) -> None:
-    """As often as diffusers' PNDM, whose list of timesteps is so long."""
+    """As often as by diffusers, whose lists of timesteps are so long."""
     scheduler, timesteps = CHECKPOINT.with_solver(name), []
 
     def denoiser(x: Tensor, level: NoiseLevel) -> Tensor:
@@ -165,6 +171,9 @@ def test_every_row_of_a_batch_is_its_own_run() -> None:
         ("euler_ancestral", 5),
         ("lcm", 4),
         ("tcd", 4),
+        ("dpm2_ancestral", 4),
+        ("heun", 0),
+        ("dpm2", 0),
         ("pndm", 0),
         ("pndm_prk", 0),
         ("ddim", 0),

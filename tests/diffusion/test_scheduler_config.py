@@ -100,7 +100,7 @@ def test_what_tells_the_solvers_of_a_class_apart_is_checked() -> None:
         Scheduler.from_config(SD15 | {"skip_prk_steps": "yes"})
 
 
-@pytest.mark.parametrize("class_name", ["HeunDiscreteScheduler", "os.system", None, 3, ["DDIMScheduler"]])
+@pytest.mark.parametrize("class_name", ["IPNDMScheduler", "os.system", None, 3, ["DDIMScheduler"]])
 def test_other_classes_are_refused_with_the_list(class_name: Any) -> None:
     with pytest.raises(ConfigError, match="EulerDiscreteScheduler"):
         Scheduler.from_config({"_class_name": class_name})

@@ -16,8 +16,28 @@ from latentgen.diffusion.solvers.one_step import (
     tcd_step,
 )
 from latentgen.diffusion.solvers.step import SolverStep
+from latentgen.diffusion.solvers.two_stage import (
+    dpm2_ancestral_step,
+    dpm2_step,
+    heun_step,
+    middle_in_log_sigma,
+    same_sigma,
+)
 
-SolverName = Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m", "pndm", "pndm_prk", "lcm", "tcd"]
+SolverName = Literal[
+    "ddpm",
+    "ddim",
+    "pndm",
+    "pndm_prk",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm2",
+    "dpm2_ancestral",
+    "dpmpp_2m",
+    "lcm",
+    "tcd",
+]
 
 
 @dataclass(frozen=True)
@@ -27,7 +47,8 @@ class Solver:
     memory: how many earlier evaluations the step uses.
     default_spacing: the spacing where a checkpoint names none.
     in_sigma_ve: the levels are spaced in sigma_ve, so fractional timesteps and Karras sigmas are possible.
-    whole_timesteps: the network only sees whole timesteps.
+    whole_timesteps: whether the network only sees whole timesteps, where the spacing gives others: "always", or where
+        Karras sigmas replace it.
     open_end: the lowest point of the spacing is where the run ends, not a timestep that the network sees.
     scales_start: the initial noise is scaled by sigma, not by 1, unless the spacing is `leading`.
     distilled: the timesteps are among those of a distillation, original_inference_steps, whatever the spacing.
@@ -46,7 +67,7 @@ class Solver:
     default_spacing: Spacing
     memory: int = 0
     in_sigma_ve: bool = False
-    whole_timesteps: bool = True
+    whole_timesteps: Literal["never", "karras", "always"] = "never"
     open_end: bool = False
     scales_start: bool = False
     distilled: bool = False
@@ -61,15 +82,20 @@ class Solver:
 
 
 SOLVERS: dict[SolverName, Solver] = {
-    "ddpm": Solver(ddpm_step, "leading", clips=True, thresholds=True),
+    "ddpm": Solver(ddpm_step, "leading", whole_timesteps="always", clips=True, thresholds=True),
     "ddim": Solver(
-        deterministic_step, "leading", end="set_alpha_to_one", clips=True, thresholds=True, keeps_noise=True
+        deterministic_step,
+        "leading",
+        whole_timesteps="always",
+        end="set_alpha_to_one",
+        clips=True,
+        thresholds=True,
+        keeps_noise=True,
     ),
     "euler": Solver(
         deterministic_step,
         "linspace",
         in_sigma_ve=True,
-        whole_timesteps=False,
         scales_start=True,
         end="final_sigmas_type",
         karras=True,
@@ -78,14 +104,40 @@ SOLVERS: dict[SolverName, Solver] = {
         euler_ancestral_step,
         "linspace",
         in_sigma_ve=True,
-        whole_timesteps=False,
         scales_start=True,
+    ),
+    "heun": Solver(
+        heun_step,
+        "linspace",
+        in_sigma_ve=True,
+        scales_start=True,
+        karras=True,
+        clips=True,
+    ),
+    "dpm2": Solver(
+        dpm2_step,
+        "linspace",
+        in_sigma_ve=True,
+        whole_timesteps="karras",
+        scales_start=True,
+        karras=True,
+        between=middle_in_log_sigma,
+    ),
+    "dpm2_ancestral": Solver(
+        dpm2_ancestral_step,
+        "linspace",
+        in_sigma_ve=True,
+        whole_timesteps="karras",
+        scales_start=True,
+        karras=True,
+        between=same_sigma,
     ),
     "dpmpp_2m": Solver(
         dpmpp_2m_step,
         "linspace",
         memory=1,
         in_sigma_ve=True,
+        whole_timesteps="always",
         open_end=True,
         end="final_sigmas_type",
         karras=True,
@@ -93,8 +145,15 @@ SOLVERS: dict[SolverName, Solver] = {
         lowers_at_clean_end=True,
         thresholds=True,
     ),
-    "pndm": Solver(pndm_step, "leading", memory=3, end="set_alpha_to_one"),
-    "pndm_prk": Solver(pndm_prk_step, "leading", memory=3, end="set_alpha_to_one", between=prk_middle),
+    "pndm": Solver(pndm_step, "leading", memory=3, whole_timesteps="always", end="set_alpha_to_one"),
+    "pndm_prk": Solver(
+        pndm_prk_step,
+        "leading",
+        memory=3,
+        whole_timesteps="always",
+        end="set_alpha_to_one",
+        between=prk_middle,
+    ),
     "lcm": Solver(lcm_step, "leading", distilled=True, clips=True, thresholds=True),
     "tcd": Solver(tcd_step, "leading", distilled=True, end="first_level"),
 }
