@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import diffusers
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +23,12 @@ STABLE_DIFFUSION = {
 }
 
 TWO_STAGE = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
-IN_SIGMA_VE = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", *TWO_STAGE)
+IN_SIGMA_VE = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    *TWO_STAGE,
+)
 STOCHASTIC = (
     "DDPMScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -37,6 +45,31 @@ class Run(NamedTuple):
 
     latents: list[Tensor]
     next_draw: Tensor
+
+
+def scheduler_class(name: str) -> Any:
+    """A class of diffusers; the one integral that LMS asks scipy for is done here where scipy is not installed."""
+    if name == "LMSDiscreteScheduler":
+        from diffusers.schedulers import scheduling_lms_discrete as module
+
+        if not hasattr(module, "integrate"):
+            vars(module)["integrate"] = SimpleNamespace(quad=_integral_of_a_cubic)
+        return module.LMSDiscreteScheduler
+    return getattr(diffusers, name)
+
+
+def _integral_of_a_cubic(
+    function: Callable[[float], float], start: Tensor, end: Tensor, epsrel: float
+) -> tuple[float]:
+    nodes, weights = np.polynomial.legendre.leggauss(4)
+    middle, half = float(start + end) / 2, float(end - start) / 2
+    return (
+        half
+        * sum(
+            weight * float(function(middle + half * node))
+            for node, weight in zip(nodes, weights, strict=True)
+        ),
+    )
 
 
 def network(x: Tensor, timestep: float | Tensor) -> Tensor:
@@ -59,7 +92,8 @@ def run_diffusers(scheduler: Any, num_steps: int) -> Run:
     name = type(scheduler).__name__
     generator, noise = normal_noise()
     x = noise() * scheduler.init_noise_sigma
-    draws = {"generator": generator} if name in STOCHASTIC else {}
+    is_sde = str(scheduler.config.get("algorithm_type", "")).startswith("sde")
+    draws = {"generator": generator} if name in STOCHASTIC or is_sde else {}
     latents = []
     for index, timestep in enumerate(scheduler.timesteps):
         output = network(scheduler.scale_model_input(x, timestep), timestep)

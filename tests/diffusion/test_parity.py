@@ -17,6 +17,7 @@ from tests.diffusion.references import (
     normal_noise,
     run_diffusers,
     run_ours,
+    scheduler_class,
 )
 
 SPACINGS = ("linspace", "leading", "trailing")
@@ -25,6 +26,7 @@ NUM_STEPS = (5, 10, 50)
 TOLERANCE = 1e-5
 
 THRESHOLDING = {"thresholding": True, "sample_max_value": 2.0}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("DDPMScheduler", {"clip_sample": False}),
     ("DDPMScheduler", {}),
@@ -55,11 +57,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "euler_at_final": True}),
     ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True}),
     ("DPMSolverMultistepScheduler", THRESHOLDING),
+    ("DPMSolverMultistepScheduler", SDE),
+    ("DPMSolverMultistepScheduler", {**SDE, "use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {**SDE, "final_sigmas_type": "sigma_min", "lower_order_final": False}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "use_karras_sigmas": True}),
+    (
+        "DPMSolverMultistepScheduler",
+        {"solver_order": 3, "final_sigmas_type": "sigma_min", "lower_order_final": False},
+    ),
+    ("LMSDiscreteScheduler", {}),
+    ("LMSDiscreteScheduler", {"use_karras_sigmas": True}),
 ]
 
 
 def build_diffusers(class_name: str, config: dict[str, Any]) -> Any:
-    return getattr(diffusers, class_name)(**config)
+    return scheduler_class(class_name)(**config)
 
 
 def build_ours(class_name: str, config: dict[str, Any]) -> Scheduler:
@@ -197,13 +210,13 @@ def test_ddim_ends_each_step_where_the_next_begins(num_steps: int) -> None:
 
 @pytest.mark.parametrize("class_name", [*sorted({name for name, _ in CASES}), "LCMScheduler", "TCDScheduler"])
 def test_saved_configs_load_in_both_directions(class_name: str) -> None:
-    scheduler_class = getattr(diffusers, class_name)
-    saved = json.loads(scheduler_class(**STABLE_DIFFUSION).to_json_string())
+    theirs_class = scheduler_class(class_name)
+    saved = json.loads(theirs_class(**STABLE_DIFFUSION).to_json_string())
     ours = Scheduler.from_config(saved)
     written = json.loads(json.dumps(ours.to_config()))
     assert Scheduler.from_config(written) == ours
 
-    theirs = scheduler_class.from_config(written)
+    theirs = theirs_class.from_config(written)
     assert largest_relative_difference(run_ours(ours, 10), run_diffusers(theirs, 10)) <= TOLERANCE
 
 
@@ -220,6 +233,9 @@ def test_saved_configs_load_in_both_directions(class_name: str) -> None:
         ("heun", "HeunDiscreteScheduler", {}),
         ("dpm2", "KDPM2DiscreteScheduler", {}),
         ("dpm2_ancestral_karras", "KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("lms_karras", "LMSDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", SDE),
+        ("dpmpp_3m", "DPMSolverMultistepScheduler", {"solver_order": 3}),
         ("pndm", "PNDMScheduler", {"skip_prk_steps": True}),
         ("pndm_prk", "PNDMScheduler", {"skip_prk_steps": False}),
         ("lcm", "LCMScheduler", {}),
@@ -234,7 +250,7 @@ def test_a_change_of_solver_is_diffusers_from_config(
     checkpoint = diffusers.DDIMScheduler(
         **STABLE_DIFFUSION, clip_sample=False, set_alpha_to_one=False, **spacing
     )
-    theirs = getattr(diffusers, class_name).from_config(checkpoint.config, **options)
+    theirs = scheduler_class(class_name).from_config(checkpoint.config, **options)
     stored = {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False, **spacing}
     ours = build_ours("DDIMScheduler", stored).with_solver(name)
     assert ours.name == name

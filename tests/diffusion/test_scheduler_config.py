@@ -73,6 +73,7 @@ def test_stable_diffusion_xl() -> None:
         Scheduler(solver="dpmpp_2m", lower_order_final=False, euler_at_final=True),
         Scheduler(solver="pndm", steps_offset=1, set_alpha_to_one=False),
         Scheduler(NoiseSchedule(rescale_betas_zero_snr=True), "v_prediction", "pndm_prk", "trailing"),
+        Scheduler(solver="dpmpp_3m_sde", use_karras_sigmas=True),
         Scheduler(solver="lcm", original_inference_steps=40, timestep_scaling=5.0),
         Scheduler(STABLE_DIFFUSION, "sample", "tcd", clipping=Clipping(clip_sample=True)),
         Scheduler(NoiseSchedule(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3))),
@@ -98,6 +99,16 @@ def test_negative_infinity_is_how_diffusers_writes_no_bound() -> None:
 def test_what_tells_the_solvers_of_a_class_apart_is_checked() -> None:
     with pytest.raises(ConfigError, match="skip_prk_steps"):
         Scheduler.from_config(SD15 | {"skip_prk_steps": "yes"})
+
+
+def test_what_tells_other_classes_apart_is_left_over() -> None:
+    left = {
+        "algorithm_type": "sde-dpmsolver++",
+        "solver_order": 3,
+        "solver_type": "heun",
+        "skip_prk_steps": False,
+    }
+    assert Scheduler.from_config({**SDXL, **left}) == Scheduler.from_config(SDXL)
 
 
 @pytest.mark.parametrize("class_name", ["IPNDMScheduler", "os.system", None, 3, ["DDIMScheduler"]])
@@ -156,11 +167,11 @@ def test_bad_values_are_refused_by_name(key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("algorithm_type", "sde-dpmsolver++"),
+        ("algorithm_type", "sde-dpmsolver"),
         ("interpolation_type", "log_linear"),
         ("lambda_min_clipped", -5.1),
         ("sigma_min", 0.1),
-        ("solver_order", 3),
+        ("solver_order", 1),
         ("solver_type", "heun"),
         ("timestep_type", "continuous"),
         ("use_beta_sigmas", True),

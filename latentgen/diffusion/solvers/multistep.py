@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+from numpy.polynomial.polynomial import Polynomial, polyfromroots
 from torch import Tensor
 
 from latentgen.diffusion.prediction import from_x0, to_x0
 from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule
-from latentgen.diffusion.solvers.step import Evaluation, StepInputs, first_order_step, weighted_sum
+from latentgen.diffusion.solvers.step import (
+    Evaluation,
+    StepInputs,
+    ancestral_step,
+    first_order_step,
+    weighted_sum,
+)
 
 # Weights of the latest outputs, the last first, by how many there are.
 _ADAMS_BASHFORTH = {
@@ -22,13 +30,53 @@ _ADAMS_BASHFORTH = {
 
 def dpmpp_2m_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """DPM-Solver++ 2M, midpoint (arXiv 2211.01095, algorithm 2); without a history it is of first order."""
-    x0 = now.x0
-    if inputs.history and inputs.order > 1:
-        before = inputs.history[0]
-        stride = target.log_snr - now.level.log_snr
-        stride_before = now.level.log_snr - before.level.log_snr
-        x0 = torch.lerp(before.x0, x0, 1.0 + 0.5 * stride / stride_before)
-    return first_order_step(now._replace(x0=x0), target)
+    return first_order_step(now._replace(x0=_midpoint_x0(now, target, inputs)), target)
+
+
+def dpmpp_2m_sde_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """SDE-DPM-Solver++ 2M, midpoint (arXiv 2211.01095, appendix): along the same x0, at eta 1."""
+    return ancestral_step(now._replace(x0=_midpoint_x0(now, target, inputs)), target, inputs.draw())
+
+
+def dpmpp_3m_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """DPM-Solver++ 3M (arXiv 2211.01095): of the orders of 2M until there is a history of two."""
+    return first_order_step(now._replace(x0=_third_order_x0(now, target, inputs, rate=1.0)), target)
+
+
+def dpmpp_3m_sde_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """SDE-DPM-Solver++ 3M: along an x0 of third order, at eta 1."""
+    x0 = _third_order_x0(now, target, inputs, rate=2.0)
+    return ancestral_step(now._replace(x0=x0), target, inputs.draw())
+
+
+def _midpoint_x0(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """x0 half way to the target in log_snr, on the line through the last two."""
+    if not inputs.history or inputs.order == 1:
+        return now.x0
+    before = inputs.history[0]
+    stride = target.log_snr - now.level.log_snr
+    stride_before = now.level.log_snr - before.level.log_snr
+    return torch.lerp(before.x0, now.x0, 1.0 + 0.5 * stride / stride_before)
+
+
+def _third_order_x0(now: Evaluation, target: NoiseLevel, inputs: StepInputs, *, rate: float) -> Tensor:
+    """The mean of x0 over the step, from its Taylor series in log_snr through the last three.
+
+    The mean is weighted as the solver forgets, with exp(-rate * h) over a stride h: at `rate` 1 the deterministic
+    solver, at 2 the stochastic. The quadratic term counts half of what it is, as in all the references.
+    """
+    if len(inputs.history) < 2 or inputs.order < 3:
+        return _midpoint_x0(now, target, inputs)
+    first, second = inputs.history
+    h = target.log_snr - now.level.log_snr
+    r0 = (now.level.log_snr - first.level.log_snr) / h
+    r1 = (first.level.log_snr - second.level.log_snr) / h
+    slope0, slope1 = (now.x0 - first.x0) / r0, (first.x0 - second.x0) / r1
+    bend = (slope0 - slope1) / (r0 + r1)
+    decay = rate * h
+    linear = -1.0 / math.expm1(-decay) - 1.0 / decay
+    quadratic = -0.5 / math.expm1(-decay) - linear / decay
+    return now.x0 + linear * (slope0 + r0 * bend) + quadratic * bend
 
 
 def pndm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
@@ -58,6 +106,24 @@ def pndm_prk_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Te
 def prk_middle(level: NoiseLevel, target: NoiseLevel, schedule: NoiseSchedule) -> NoiseLevel:
     """The level at half the timesteps between two."""
     return schedule.level(int(level.timestep - (level.timestep - target.timestep) // 2))
+
+
+def lms_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """The linear multistep method of order 4: along the mean of the noise on a polynomial in sigma_ve."""
+    known = (now, *inputs.history)
+    points = [item.level.sigma / item.level.alpha for item in known]
+    weights = interpolation_weights(points, points[0], target.sigma / target.alpha)
+    return first_order_step(now.with_noise(weighted_sum(weights, [item.noise for item in known])), target)
+
+
+def interpolation_weights(points: Sequence[float], start: float, end: float) -> list[float]:
+    """The weights of values at `points` in the mean, from start to end, of the polynomial through them."""
+    weights = []
+    for point in points:
+        others = [other for other in points if other != point]
+        basis = Polynomial(polyfromroots(others)) / math.prod(point - other for other in others)
+        weights.append(float(basis.integ(lbnd=start)(end)) / (end - start))
+    return weights
 
 
 def _output(evaluation: Evaluation, inputs: StepInputs) -> Tensor:

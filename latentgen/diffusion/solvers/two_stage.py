@@ -1,0 +1,52 @@
+"""Samplers whose step asks the network twice: where it begins, and ahead of it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule
+from latentgen.diffusion.solvers.step import Evaluation, StepInputs, ancestral_step, first_order_step
+
+
+def heun_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """Heun's method (arXiv 2206.00364, algorithm 1): along the mean of the noise at both ends."""
+    guess = first_order_step(now, target)
+    if inputs.is_last:
+        return guess
+    ahead = inputs.evaluate(guess, target)
+    return first_order_step(now.with_noise((now.noise + ahead.noise) / 2), target)
+
+
+def dpm2_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1): along the noise half way, in log sigma_ve."""
+    if inputs.is_last:
+        return first_order_step(now, target)
+    middle = middle_in_log_sigma(now.level, target, inputs.schedule)
+    halfway = inputs.evaluate(first_order_step(now, middle), middle)
+    return first_order_step(now.with_noise(halfway.noise), target)
+
+
+def dpm2_ancestral_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """DPM-Solver-2 to below the target, and back up with fresh noise: half way down lies the target itself."""
+    if inputs.is_last:
+        return first_order_step(now, target)
+    middle = same_sigma(now.level, target, inputs.schedule)
+    halfway = inputs.evaluate(first_order_step(now, middle), middle)
+    return ancestral_step(now.with_noise(halfway.noise), target, inputs.draw())
+
+
+def middle_in_log_sigma(level: NoiseLevel, target: NoiseLevel, schedule: NoiseSchedule) -> NoiseLevel:
+    """The level whose sigma_ve is the geometric mean of two others', at the timestep that has it."""
+    return _level_at(math.exp(-(level.log_snr + target.log_snr) / 2), schedule)
+
+
+def same_sigma(level: NoiseLevel, target: NoiseLevel, schedule: NoiseSchedule) -> NoiseLevel:
+    """The target, at the timestep that has its sigma_ve: not quite its own where that was rounded."""
+    return _level_at(target.sigma / target.alpha, schedule)
+
+
+def _level_at(sigma_ve: float, schedule: NoiseSchedule) -> NoiseLevel:
+    return NoiseLevel.from_sigma_ve(sigma_ve, float(schedule.timestep_at(np.array(sigma_ve))))
