@@ -51,11 +51,12 @@ class Scheduler:
 
     schedule, prediction_type, steps_offset, set_alpha_to_one and clipping belong to the checkpoint; solver,
     spacing (none: the solver's own default) and use_karras_sigmas to the user. Where fields are named as in
-    ``scheduler_config.json``, they mean the same: set_alpha_to_one false ends DDIM at the schedule's first
-    level, final_sigmas_type "sigma_min" ends Euler and DPM++ there; lower_order_final (below 15 steps) and
-    euler_at_final make the last step of DPM++ one of first order, as it always is when the run ends at clean
-    data; original_inference_steps are those that a model for LCM and TCD was distilled on, and timestep_scaling
-    belongs to the skip connection of LCM.
+    ``scheduler_config.json``, they mean the same: set_alpha_to_one false ends DDIM and PNDM at the schedule's
+    first level, final_sigmas_type "sigma_min" ends Euler, DPM++ and UniPC there; lower_order_final and
+    euler_at_final lower the order of the last steps of DPM++, DEIS and UniPC, of which the very last is always
+    one of first order when the run ends at clean data; original_inference_steps are those that a model for LCM
+    and TCD was distilled on, and timestep_scaling belongs to the skip connection of LCM. LCM, TCD and DPM++ 2S
+    have a spacing of their own, as in diffusers.
 
     Raises ConfigError for values that are not allowed.
     """
@@ -159,7 +160,7 @@ class Scheduler:
     def initial(self, noise: Tensor, levels: Sequence[NoiseLevel]) -> Tensor:
         """The latents that begin a run over `levels`, from standard normal noise of the same shape."""
         solver = SOLVERS[self.solver]
-        if solver.scales_start and (self.spacing or solver.default_spacing) != "leading":
+        if solver.scales_start and self._spacing != "leading":
             return levels[0].sigma * noise
         return noise
 
@@ -237,6 +238,7 @@ class Scheduler:
             now, target = evaluate(x, levels[index]), levels[index + 1]
             is_last = index == len(levels) - 2
             inputs = StepInputs(
+                index=index,
                 history=history,
                 order=self._order(solver, len(levels) - 1 - index, len(levels) - 1),
                 is_last=is_last,
@@ -250,12 +252,17 @@ class Scheduler:
             history = (now, *history)[: solver.memory]
             yield Step(index, target, x, now.x0)
 
+    @property
+    def _spacing(self) -> Spacing:
+        solver = SOLVERS[self.solver]
+        return solver.default_spacing if solver.fixed_spacing else self.spacing or solver.default_spacing
+
     def _timesteps(self, solver: Solver, num_steps: int) -> FloatArray:
         train = self.schedule.num_train_timesteps
         if solver.distilled:
             return distilled_timesteps(train, self.original_inference_steps, num_steps)
         return spaced_timesteps(
-            self.spacing or solver.default_spacing,
+            self._spacing,
             train,
             num_steps,
             steps_offset=self.steps_offset,

@@ -83,6 +83,23 @@ _ENTRIES: dict[SolverName, _Entry] = {
     "dpmpp_2m_sde": _Entry("DPMSolverMultistepScheduler", _DPMPP_KEYS, variant=_dpmpp("sde-dpmsolver++", 2)),
     "dpmpp_3m": _Entry("DPMSolverMultistepScheduler", _DPMPP_KEYS, variant=_dpmpp("dpmsolver++", 3)),
     "dpmpp_3m_sde": _Entry("DPMSolverMultistepScheduler", _DPMPP_KEYS, variant=_dpmpp("sde-dpmsolver++", 3)),
+    "dpmpp_2s": _Entry(
+        "DPMSolverSinglestepScheduler",
+        (*_THRESHOLDING_KEYS, "use_karras_sigmas", "final_sigmas_type", "lower_order_final"),
+        {"lower_order_final": False},
+        _dpmpp("dpmsolver++", 2),
+    ),
+    "dpmpp_sde": _Entry("DPMSolverSDEScheduler", ("use_karras_sigmas",), _DISCRETE_DEFAULTS),
+    "deis": _Entry(
+        "DEISMultistepScheduler",
+        (*_THRESHOLDING_KEYS, "use_karras_sigmas", "lower_order_final"),
+        variant={"algorithm_type": "deis", "solver_order": 2, "solver_type": "logrho"},
+    ),
+    "unipc": _Entry(
+        "UniPCMultistepScheduler",
+        (*_THRESHOLDING_KEYS, *_ZERO_SNR, "use_karras_sigmas", "final_sigmas_type", "lower_order_final"),
+        variant={"solver_order": 2, "solver_type": "bh2"},
+    ),
     "lcm": _Entry("LCMScheduler", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
     "tcd": _Entry("TCDScheduler", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
 }
@@ -165,12 +182,17 @@ _READERS: dict[str, Reader] = {
 # solvers of one class apart are left over in files of the others.
 _UNIMPLEMENTED: dict[str, Reader] = {
     "algorithm_type": _only("dpmsolver++", "sde-dpmsolver++", "deis"),
+    "disable_corrector": _only([]),
     "flow_shift": _only(1.0),
     "interpolation_type": _only("linear"),
     "lambda_min_clipped": _only(-math.inf, None),
+    "noise_sampler_seed": _only(None),
+    "predict_x0": _only(True),
+    "shift_terminal": _only(None),
     "sigma_max": _only(None),
     "sigma_min": _only(None),
     "skip_prk_steps": _only(True, False),
+    "solver_p": _only(None),
     "solver_order": _only(1, 2, 3),
     "solver_type": _only("midpoint", "heun", "logrho", "bh1", "bh2"),
     "time_shift_type": _only("exponential"),

@@ -45,6 +45,7 @@ def no_noise() -> Tensor:
 def inputs(*history: Evaluation) -> StepInputs:
     return StepInputs(
         history=history,
+        index=len(history),
         order=1 + len(history),
         is_last=False,
         evaluate=lambda x, level: Evaluation(level, x, gaussian_denoiser(x, level)),
@@ -170,6 +171,22 @@ def test_interpolation_weights_are_exact_for_polynomials(count: int) -> None:
         assert mean == pytest.approx(exact, rel=1e-12)
 
 
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m", "dpmpp_3m_sde", "dpmpp_2s", "deis", "unipc"])
+def test_a_run_that_visits_the_level_where_it_ends_is_finite(solver: SolverName) -> None:
+    scheduler = Scheduler(
+        STABLE_DIFFUSION,
+        solver=solver,
+        use_karras_sigmas=True,
+        final_sigmas_type="sigma_min",
+        lower_order_final=False,
+    )
+    levels = scheduler.levels(20)
+    end = (*levels[:-1], levels[-2])
+    *_, before, last = scheduler.sample(gaussian_denoiser, X, end, lambda: NOISE)
+    assert last.latents.isfinite().all()
+    assert (last.latents - before.latents).abs().max() < 0.1
+
+
 def gaussian_denoiser(x: Tensor, level: NoiseLevel) -> Tensor:
     """E[x0 | x] for x0 normal with MEAN and DEVIATION."""
     variance = level.alpha**2 * DEVIATION**2 + level.sigma**2
@@ -202,6 +219,8 @@ def finish(
         ("dpmpp_2m", 2.0, 0.2),
         ("lms", 4.0, 0.4),
         ("dpmpp_3m", 2.0, 0.2),
+        ("deis", 2.0, 0.2),
+        ("unipc", 3.0, 0.2),
     ],
 )
 def test_order_of_convergence(solver: SolverName, order: float, slack: float) -> None:
@@ -224,6 +243,9 @@ def test_order_of_convergence(solver: SolverName, order: float, slack: float) ->
         ("heun", None, 0.02),
         ("dpm2", None, 0.02),
         ("dpmpp_2m", None, 0.02),
+        ("dpmpp_2s", None, 0.02),
+        ("deis", None, 0.02),
+        ("unipc", None, 0.02),
         *((solver, spacing, 0.01) for solver in ("pndm", "pndm_prk") for spacing in get_args(Spacing)),
     ],
 )

@@ -13,6 +13,7 @@ from latentgen.diffusion.prediction import from_x0, to_x0
 from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule
 from latentgen.diffusion.solvers.step import (
     Evaluation,
+    History,
     StepInputs,
     ancestral_step,
     first_order_step,
@@ -69,6 +70,8 @@ def _third_order_x0(now: Evaluation, target: NoiseLevel, inputs: StepInputs, *, 
         return _midpoint_x0(now, target, inputs)
     first, second = inputs.history
     h = target.log_snr - now.level.log_snr
+    if h == 0.0:
+        return now.x0
     r0 = (now.level.log_snr - first.level.log_snr) / h
     r1 = (first.level.log_snr - second.level.log_snr) / h
     slope0, slope1 = (now.x0 - first.x0) / r0, (first.x0 - second.x0) / r1
@@ -77,6 +80,19 @@ def _third_order_x0(now: Evaluation, target: NoiseLevel, inputs: StepInputs, *, 
     linear = -1.0 / math.expm1(-decay) - 1.0 / decay
     quadratic = -0.5 / math.expm1(-decay) - linear / decay
     return now.x0 + linear * (slope0 + r0 * bend) + quadratic * bend
+
+
+def dpmpp_2s_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """DPM-Solver++ 2S (arXiv 2211.01095, algorithm 1), in pairs: the second step goes from where the first began.
+
+    It goes along the x0 half way in log_snr, on the line through the two.
+    """
+    if inputs.index % 2 == 0 or not inputs.history or inputs.order == 1:
+        return first_order_step(now, target)
+    before = inputs.history[0]
+    whole = target.log_snr - before.level.log_snr
+    first = now.level.log_snr - before.level.log_snr
+    return first_order_step(before._replace(x0=torch.lerp(before.x0, now.x0, 0.5 * whole / first)), target)
 
 
 def pndm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
@@ -114,6 +130,50 @@ def lms_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     points = [item.level.sigma / item.level.alpha for item in known]
     weights = interpolation_weights(points, points[0], target.sigma / target.alpha)
     return first_order_step(now.with_noise(weighted_sum(weights, [item.noise for item in known])), target)
+
+
+def deis_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """DEIS (arXiv 2204.13902), of order 2 in log sigma_ve: along the mean of the noise on a line in it."""
+    if not inputs.history or inputs.order == 1:
+        return first_order_step(now, target)
+    before = inputs.history[0]
+    start, end = (level.sigma / level.alpha for level in (now.level, target))
+    if start == end:
+        return now.x
+    # The mean over sigma_ve of its own logarithm, counted from where the step begins.
+    mean = end * math.log(end / start) / (end - start) - 1.0
+    weight = mean / (now.level.log_snr - before.level.log_snr)
+    return first_order_step(now.with_noise(torch.lerp(now.noise, before.noise, weight)), target)
+
+
+def unipc_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """UniPC of order 2 with B(h) = exp(h) - 1 (arXiv 2302.04867, algorithms 1 to 3): corrects x, then goes on.
+
+    The correction is what a step here would have been, had it known where it led: the x0 that was found there.
+    """
+    corrected = now._replace(x=now.x + _unipc_correction(now, inputs.history))
+    return first_order_step(corrected._replace(x0=_midpoint_x0(now, target, inputs)), target)
+
+
+def _unipc_correction(now: Evaluation, history: History) -> Tensor | float:
+    """What the x0 found at the end of a step adds to its result."""
+    if not history:
+        return 0.0
+    before = history[0]
+    h = now.level.log_snr - before.level.log_snr
+    gain = -now.level.alpha * math.expm1(-h)
+    change = now.x0 - before.x0
+    if len(history) == 1:
+        return gain * 0.5 * change
+    r = (history[1].level.log_snr - before.level.log_snr) / h
+    slope = (history[1].x0 - before.x0) / r
+    # The weights that make both terms exact to second order.
+    phi_1 = math.expm1(-h) / -h
+    phi_2 = (phi_1 - 1.0) / -h
+    b1, b2 = (phi_1 - 1.0) / math.expm1(-h), (2.0 * phi_2 - 1.0) / math.expm1(-h)
+    of_slope = (b1 - b2) / (1.0 - r)
+    of_change = b1 - of_slope
+    return gain * ((of_slope - 0.5) * slope + of_change * change)
 
 
 def interpolation_weights(points: Sequence[float], start: float, end: float) -> list[float]:

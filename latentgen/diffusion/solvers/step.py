@@ -49,6 +49,7 @@ History = tuple[Evaluation, ...]
 class StepInputs:
     """What a step may use besides where it stands and where it goes.
 
+    index: of the step in the whole run, from 0.
     history: earlier evaluations, as many as the solver's `memory`, fewer where a run begins.
     order: the highest order that a step of the solver may have here; it falls towards the end of some runs.
     is_last: the run ends at the target; the network has no say there.
@@ -57,6 +58,7 @@ class StepInputs:
     schedule, prediction_type, timestep_scaling: of the Scheduler.
     """
 
+    index: int
     history: History
     order: int
     is_last: bool

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule, Spacing
 from latentgen.diffusion.solvers.multistep import (
+    deis_step,
     dpmpp_2m_sde_step,
     dpmpp_2m_step,
+    dpmpp_2s_step,
     dpmpp_3m_sde_step,
     dpmpp_3m_step,
     lms_step,
     pndm_prk_step,
     pndm_step,
     prk_middle,
+    unipc_step,
 )
 from latentgen.diffusion.solvers.one_step import (
     ddpm_step,
@@ -28,6 +32,7 @@ from latentgen.diffusion.solvers.step import SolverStep
 from latentgen.diffusion.solvers.two_stage import (
     dpm2_ancestral_step,
     dpm2_step,
+    dpmpp_sde_step,
     heun_step,
     middle_in_log_sigma,
     same_sigma,
@@ -48,6 +53,10 @@ SolverName = Literal[
     "dpmpp_2m_sde",
     "dpmpp_3m",
     "dpmpp_3m_sde",
+    "dpmpp_2s",
+    "dpmpp_sde",
+    "deis",
+    "unipc",
     "lcm",
     "tcd",
 ]
@@ -59,6 +68,7 @@ class Solver:
 
     memory: how many earlier evaluations the step uses.
     default_spacing: the spacing where a checkpoint names none.
+    fixed_spacing: the references know no other.
     in_sigma_ve: the levels are spaced in sigma_ve, so fractional timesteps and Karras sigmas are possible.
     whole_timesteps: whether the network only sees whole timesteps, where the spacing gives others: "always", or where
         Karras sigmas replace it.
@@ -78,6 +88,7 @@ class Solver:
 
     step: SolverStep
     default_spacing: Spacing
+    fixed_spacing: bool = False
     memory: int = 0
     in_sigma_ve: bool = False
     whole_timesteps: Literal["never", "karras", "always"] = "never"
@@ -213,6 +224,53 @@ SOLVERS: dict[SolverName, Solver] = {
         whole_timesteps="always",
         end="set_alpha_to_one",
         between=prk_middle,
+    ),
+    "dpmpp_2s": Solver(
+        dpmpp_2s_step,
+        "linspace",
+        fixed_spacing=True,
+        memory=1,
+        in_sigma_ve=True,
+        whole_timesteps="always",
+        open_end=True,
+        end="final_sigmas_type",
+        karras=True,
+        lowers_below=math.inf,
+        lowers_at_clean_end=True,
+        thresholds=True,
+    ),
+    "dpmpp_sde": Solver(
+        dpmpp_sde_step,
+        "linspace",
+        in_sigma_ve=True,
+        scales_start=True,
+        karras=True,
+        between=middle_in_log_sigma,
+    ),
+    "deis": Solver(
+        deis_step,
+        "linspace",
+        memory=1,
+        in_sigma_ve=True,
+        whole_timesteps="always",
+        open_end=True,
+        end="first_level",
+        karras=True,
+        lowers_below=15,
+        thresholds=True,
+    ),
+    "unipc": Solver(
+        unipc_step,
+        "linspace",
+        memory=2,
+        in_sigma_ve=True,
+        whole_timesteps="always",
+        open_end=True,
+        end="final_sigmas_type",
+        karras=True,
+        lowers_below=math.inf,
+        lowers_at_clean_end=True,
+        thresholds=True,
     ),
     "lcm": Solver(lcm_step, "leading", distilled=True, clips=True, thresholds=True),
     "tcd": Solver(tcd_step, "leading", distilled=True, end="first_level"),

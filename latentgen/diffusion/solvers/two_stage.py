@@ -8,7 +8,13 @@ import numpy as np
 from torch import Tensor
 
 from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule
-from latentgen.diffusion.solvers.step import Evaluation, StepInputs, ancestral_step, first_order_step
+from latentgen.diffusion.solvers.step import (
+    Evaluation,
+    StepInputs,
+    ancestral_step,
+    first_order_step,
+    weighted_sum,
+)
 
 
 def heun_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
@@ -36,6 +42,22 @@ def dpm2_ancestral_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs)
     middle = same_sigma(now.level, target, inputs.schedule)
     halfway = inputs.evaluate(first_order_step(now, middle), middle)
     return ancestral_step(now.with_noise(halfway.noise), target, inputs.draw())
+
+
+def dpmpp_sde_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+    """SDE-DPM-Solver++ of one step (arXiv 2211.01095): along the x0 half way, in log sigma_ve, at eta 1.
+
+    The noise on the way there is the beginning of that of the whole step: they are one Brownian motion in sigma_ve.
+    """
+    if inputs.is_last:
+        return first_order_step(now, target)
+    middle = middle_in_log_sigma(now.level, target, inputs.schedule)
+    noise = inputs.draw()
+    halfway = inputs.evaluate(ancestral_step(now, middle, noise), middle)
+    start, half, end = (level.sigma / level.alpha for level in (now.level, middle, target))
+    share = (start - half) / (start - end)
+    noise = weighted_sum((math.sqrt(share), math.sqrt(1.0 - share)), (noise, inputs.draw()))
+    return ancestral_step(now._replace(x0=halfway.x0), target, noise)
 
 
 def middle_in_log_sigma(level: NoiseLevel, target: NoiseLevel, schedule: NoiseSchedule) -> NoiseLevel:
