@@ -1,4 +1,4 @@
-"""Models for one to four steps against diffusers: SD-Turbo and SDXL-Turbo in few channels, as their folders stand."""
+"""Models for one to four steps against diffusers: SD-Turbo, SDXL-Turbo and LCM in few channels."""
 
 from __future__ import annotations
 
@@ -36,6 +36,29 @@ TURBO = {
     "timestep_spacing": "trailing",
     "trained_betas": None,
     "use_karras_sigmas": False,
+}
+
+# The scheduler_config.json of LCM_Dreamshaper_v7.
+LCM = {
+    "_class_name": "LCMScheduler",
+    "_diffusers_version": "0.22.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "num_train_timesteps": 1000,
+    "original_inference_steps": 50,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_scaling": 10.0,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
 }
 
 
@@ -93,3 +116,15 @@ def test_turbo_gives_the_image_of_diffusers(
 ) -> None:
     folder: Path = request.getfixturevalue(family)
     assert_same_images(folder, guidance_scale=0.0, num_inference_steps=num_steps)
+
+
+@pytest.fixture(scope="module")
+def lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipeline = build_pipeline()
+    pipeline.unet = build_unet(attention_head_dim=4, time_cond_proj_dim=256)
+    return save(pipeline, tmp_path_factory.mktemp("lcm"), LCM)
+
+
+def test_a_latent_consistency_model_gives_the_image_of_diffusers(lcm: Path) -> None:
+    """It is told the guidance scale, and needs no second, unconditional output for it."""
+    assert_same_images(lcm, guidance_scale=8.5, num_inference_steps=4)

@@ -28,16 +28,24 @@ def save_with(scheduler: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 10])
-@pytest.mark.parametrize("changes", [{}, {"prediction_type": "v_prediction"}], ids=["epsilon", "v"])
+@pytest.mark.parametrize(
+    ("changes", "num_steps", "solver"),
+    [
+        ({}, 1, "pndm"),
+        ({}, 2, "pndm"),
+        ({}, 10, "pndm"),
+        ({"prediction_type": "v_prediction"}, 10, "pndm"),
+        ({"skip_prk_steps": False}, 10, "pndm_prk"),
+    ],
+)
 def test_stable_diffusion_1_gives_the_image_of_diffusers(
-    changes: dict[str, Any], num_steps: int, tmp_path: Path
+    changes: dict[str, Any], num_steps: int, solver: str, tmp_path: Path
 ) -> None:
     folder = save_with(FAMILIES["SD 1.x"].component_configs("epsilon")["scheduler"] | changes, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         ours = TextToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
-    assert ours.scheduler.name == "pndm"
+    assert ours.scheduler.name == solver
     steps = list(
         ours.stream(PROMPTS, seed=SEEDS, num_inference_steps=num_steps, output_type="np", progress=False)
     )
