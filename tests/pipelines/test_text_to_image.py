@@ -29,13 +29,23 @@ from latentgen.pipelines.text_to_image import TextToImagePipeline
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-SCHEDULERS = {
-    "ddpm": (diffusers.DDPMScheduler, False),
-    "ddim": (diffusers.DDIMScheduler, False),
-    "euler": (diffusers.EulerDiscreteScheduler, False),
-    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, False),
-    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, False),
-    "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, True),
+KARRAS = {"use_karras_sigmas": True}
+SCHEDULERS: dict[str, tuple[type, dict[str, object]]] = {
+    "ddpm": (diffusers.DDPMScheduler, {}),
+    "ddim": (diffusers.DDIMScheduler, {}),
+    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "dpm2_karras": (diffusers.KDPM2DiscreteScheduler, KARRAS),
+    "dpm2_ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, KARRAS),
+    "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_2s": (diffusers.DPMSolverSinglestepScheduler, {}),
+    "deis": (diffusers.DEISMultistepScheduler, {}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "lcm": (diffusers.LCMScheduler, {}),
 }
 LONG = "a cat on a red dog beside a tiger under a green sky " * 3
 
@@ -65,10 +75,9 @@ class TestAgainstDiffusers:
     def test_every_solver_gives_the_same_image(
         self, pipeline: TextToImagePipeline, oracle: StableDiffusionPipeline, name: str
     ) -> None:
-        scheduler_class, karras = SCHEDULERS[name]
+        scheduler_class, options = SCHEDULERS[name]
         oracle = type(oracle)(**{**oracle.components, "requires_safety_checker": False})
         oracle.set_progress_bar_config(disable=True)
-        options = {"use_karras_sigmas": True} if karras else {}
         oracle.scheduler = scheduler_class.from_config(oracle.scheduler.config, **options)
         prompts = ["a cat", "tiger, red dog"]
         theirs = draw_oracle(oracle, prompts, range(7, 9), num_inference_steps=10, guidance_scale=7.5)
