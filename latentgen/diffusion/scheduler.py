@@ -231,7 +231,7 @@ class Scheduler:
             x0 = clipping(predicted)
             if solver.keeps_noise and x0 is not predicted:
                 x = x + level.alpha * (x0 - predicted)
-            return Evaluation(level, x, x0)
+            return Evaluation(level, x, x0, self.prediction_type)
 
         history: History = ()
         for index in steps:
@@ -245,7 +245,6 @@ class Scheduler:
                 evaluate=evaluate,
                 draw=noise,
                 schedule=self.schedule,
-                prediction_type=self.prediction_type,
                 timestep_scaling=self.timestep_scaling,
             )
             x = solver.step(now, target, inputs)

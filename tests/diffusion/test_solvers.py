@@ -34,8 +34,12 @@ def draw(seed: int) -> Tensor:
 X, X0, NOISE = draw(0), draw(1), draw(2)
 
 
+def evaluation(level: NoiseLevel, x: Tensor, x0: Tensor) -> Evaluation:
+    return Evaluation(level, x, x0, "epsilon")
+
+
 def stochastic_step(level: NoiseLevel, target: NoiseLevel, eta: float) -> Tensor:
-    return first_order_step(Evaluation(level, X, X0), target, fresh_noise_scale(level, target, eta), NOISE)
+    return first_order_step(evaluation(level, X, X0), target, fresh_noise_scale(level, target, eta), NOISE)
 
 
 def no_noise() -> Tensor:
@@ -48,10 +52,9 @@ def inputs(*history: Evaluation) -> StepInputs:
         index=len(history),
         order=1 + len(history),
         is_last=False,
-        evaluate=lambda x, level: Evaluation(level, x, gaussian_denoiser(x, level)),
+        evaluate=lambda x, level: evaluation(level, x, gaussian_denoiser(x, level)),
         draw=no_noise,
         schedule=STABLE_DIFFUSION,
-        prediction_type="epsilon",
         timestep_scaling=10.0,
     )
 
@@ -82,7 +85,7 @@ def test_at_eta_0_it_is_euler_in_sigma_ve(pair: list[int]) -> None:
     derivative = (x_ve - X0) / sigma
     expected = target.alpha * (x_ve + derivative * (sigma_next - sigma))
     torch.testing.assert_close(
-        first_order_step(Evaluation(level, X, X0), target), expected, rtol=1e-11, atol=1e-11
+        first_order_step(evaluation(level, X, X0), target), expected, rtol=1e-11, atol=1e-11
     )
 
 
@@ -121,8 +124,8 @@ def test_a_step_from_pure_noise_is_finite_and_a_step_to_clean_data_is_x0(eta: fl
 
 def test_dpmpp_2m_without_history_is_of_first_order() -> None:
     level, target = STABLE_DIFFUSION.level(800), STABLE_DIFFUSION.level(600)
-    stepped = dpmpp_2m_step(Evaluation(level, X, X0), target, inputs())
-    assert torch.equal(stepped, first_order_step(Evaluation(level, X, X0), target))
+    stepped = dpmpp_2m_step(evaluation(level, X, X0), target, inputs())
+    assert torch.equal(stepped, first_order_step(evaluation(level, X, X0), target))
 
 
 def test_dpmpp_2m_is_the_formula_of_its_paper() -> None:
@@ -132,7 +135,7 @@ def test_dpmpp_2m_is_the_formula_of_its_paper() -> None:
     r = h_before / h
     d = (1 + 1 / (2 * r)) * X0 - 1 / (2 * r) * NOISE
     expected = target.sigma / level.sigma * X - target.alpha * math.expm1(-h) * d
-    stepped = dpmpp_2m_step(Evaluation(level, X, X0), target, inputs(Evaluation(before, X, NOISE)))
+    stepped = dpmpp_2m_step(evaluation(level, X, X0), target, inputs(evaluation(before, X, NOISE)))
     torch.testing.assert_close(stepped, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -154,9 +157,9 @@ def test_dpmpp_3m_sde_is_the_formula_of_k_diffusion() -> None:
     x_ve = math.exp(-2 * h) * x_ve - math.expm1(-2 * h) * denoised + phi_2 * d1 - phi_3 * d2
     x_ve = x_ve + NOISE * target.sigma / target.alpha * math.sqrt(-math.expm1(-2 * h))
 
-    history = (Evaluation(first, X, denoised_1), Evaluation(second, X, denoised_2))
+    history = (evaluation(first, X, denoised_1), evaluation(second, X, denoised_2))
     stepped = dpmpp_3m_sde_step(
-        Evaluation(level, X, X0), target, replace(inputs(*history), draw=lambda: NOISE)
+        evaluation(level, X, X0), target, replace(inputs(*history), draw=lambda: NOISE)
     )
     torch.testing.assert_close(stepped, target.alpha * x_ve, rtol=1e-11, atol=1e-11)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from numpy.polynomial.polynomial import Polynomial, polyfromroots
 from torch import Tensor
 
-from latentgen.diffusion.prediction import from_x0, to_x0
 from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule
 from latentgen.diffusion.solvers.step import (
     Evaluation,
@@ -17,6 +17,8 @@ from latentgen.diffusion.solvers.step import (
     StepInputs,
     ancestral_step,
     first_order_step,
+    step_along_noise,
+    step_along_output,
     weighted_sum,
 )
 
@@ -31,23 +33,23 @@ _ADAMS_BASHFORTH = {
 
 def dpmpp_2m_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """DPM-Solver++ 2M, midpoint (arXiv 2211.01095, algorithm 2); without a history it is of first order."""
-    return first_order_step(now._replace(x0=_midpoint_x0(now, target, inputs)), target)
+    return first_order_step(now.with_x0(_midpoint_x0(now, target, inputs)), target)
 
 
 def dpmpp_2m_sde_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """SDE-DPM-Solver++ 2M, midpoint (arXiv 2211.01095, appendix): along the same x0, at eta 1."""
-    return ancestral_step(now._replace(x0=_midpoint_x0(now, target, inputs)), target, inputs.draw())
+    return ancestral_step(now.with_x0(_midpoint_x0(now, target, inputs)), target, inputs.draw())
 
 
 def dpmpp_3m_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """DPM-Solver++ 3M (arXiv 2211.01095): of the orders of 2M until there is a history of two."""
-    return first_order_step(now._replace(x0=_third_order_x0(now, target, inputs, rate=1.0)), target)
+    return first_order_step(now.with_x0(_third_order_x0(now, target, inputs, rate=1.0)), target)
 
 
 def dpmpp_3m_sde_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """SDE-DPM-Solver++ 3M: along an x0 of third order, at eta 1."""
     x0 = _third_order_x0(now, target, inputs, rate=2.0)
-    return ancestral_step(now._replace(x0=x0), target, inputs.draw())
+    return ancestral_step(now.with_x0(x0), target, inputs.draw())
 
 
 def _midpoint_x0(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
@@ -92,7 +94,7 @@ def dpmpp_2s_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Te
     before = inputs.history[0]
     whole = target.log_snr - before.level.log_snr
     first = now.level.log_snr - before.level.log_snr
-    return first_order_step(before._replace(x0=torch.lerp(before.x0, now.x0, 0.5 * whole / first)), target)
+    return first_order_step(before.with_x0(torch.lerp(before.x0, now.x0, 0.5 * whole / first)), target)
 
 
 def pndm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
@@ -100,11 +102,11 @@ def pndm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor
 
     It is of order 4 after three steps, and of order 2 from the first, which looks at both of its ends.
     """
-    outputs = [_output(item, inputs) for item in (now, *inputs.history)]
+    outputs = [item.output for item in (now, *inputs.history)]
     if len(outputs) > 1 or inputs.is_last:
-        return _along(outputs, _ADAMS_BASHFORTH[len(outputs)], now, target, inputs)
+        return step_along_output(now, target, weighted_sum(_ADAMS_BASHFORTH[len(outputs)], outputs))
     ahead = inputs.evaluate(first_order_step(now, target), target)
-    return _along([*outputs, _output(ahead, inputs)], (1 / 2, 1 / 2), now, target, inputs)
+    return step_along_output(now, target, (now.output + ahead.output) / 2)
 
 
 def pndm_prk_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
@@ -112,11 +114,11 @@ def pndm_prk_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Te
     if len(inputs.history) == 3 or inputs.is_last:
         return pndm_step(now, target, inputs)
     middle = prk_middle(now.level, target, inputs.schedule)
-    outputs = [_output(now, inputs)]
+    outputs = [now.output]
     for level in (middle, middle, target):
-        x = _along(outputs[-1:], (1.0,), now, level, inputs)
-        outputs.append(_output(inputs.evaluate(x, level), inputs))
-    return _along(outputs, (1 / 6, 1 / 3, 1 / 3, 1 / 6), now, target, inputs)
+        x = step_along_output(now, level, outputs[-1])
+        outputs.append(inputs.evaluate(x, level).output)
+    return step_along_output(now, target, weighted_sum((1 / 6, 1 / 3, 1 / 3, 1 / 6), outputs))
 
 
 def prk_middle(level: NoiseLevel, target: NoiseLevel, schedule: NoiseSchedule) -> NoiseLevel:
@@ -129,7 +131,7 @@ def lms_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     known = (now, *inputs.history)
     points = [item.level.sigma / item.level.alpha for item in known]
     weights = interpolation_weights(points, points[0], target.sigma / target.alpha)
-    return first_order_step(now.with_noise(weighted_sum(weights, [item.noise for item in known])), target)
+    return step_along_noise(now, target, weighted_sum(weights, [item.noise for item in known]))
 
 
 def deis_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
@@ -143,7 +145,7 @@ def deis_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor
     # The mean over sigma_ve of its own logarithm, counted from where the step begins.
     mean = end * math.log(end / start) / (end - start) - 1.0
     weight = mean / (now.level.log_snr - before.level.log_snr)
-    return first_order_step(now.with_noise(torch.lerp(now.noise, before.noise, weight)), target)
+    return step_along_noise(now, target, torch.lerp(now.noise, before.noise, weight))
 
 
 def unipc_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
@@ -151,8 +153,8 @@ def unipc_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tenso
 
     The correction is what a step here would have been, had it known where it led: the x0 that was found there.
     """
-    corrected = now._replace(x=now.x + _unipc_correction(now, inputs.history))
-    return first_order_step(corrected._replace(x0=_midpoint_x0(now, target, inputs)), target)
+    x = now.x + _unipc_correction(now, inputs.history)
+    return first_order_step(replace(now, x=x, x0=_midpoint_x0(now, target, inputs)), target)
 
 
 def _unipc_correction(now: Evaluation, history: History) -> Tensor | float:
@@ -184,20 +186,3 @@ def interpolation_weights(points: Sequence[float], start: float, end: float) -> 
         basis = Polynomial(polyfromroots(others)) / math.prod(point - other for other in others)
         weights.append(float(basis.integ(lbnd=start)(end)) / (end - start))
     return weights
-
-
-def _output(evaluation: Evaluation, inputs: StepInputs) -> Tensor:
-    return from_x0(evaluation.x0, evaluation.x, evaluation.level, inputs.prediction_type)
-
-
-def _along(
-    outputs: Sequence[Tensor],
-    weights: Sequence[float],
-    now: Evaluation,
-    target: NoiseLevel,
-    inputs: StepInputs,
-) -> Tensor:
-    """The first-order step that the network's output would give if it were a weighted sum of several."""
-    output = weighted_sum(weights, outputs)
-    x0 = to_x0(output, now.x, now.level, inputs.prediction_type)
-    return first_order_step(now._replace(x0=x0), target)

@@ -40,7 +40,7 @@ def lcm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
     x0 = torch.add(skip * now.x, now.x0, alpha=math.sqrt(1.0 - skip))
     noise = None if inputs.is_last else inputs.draw()
-    return first_order_step(now._replace(x0=x0), target, target.sigma, noise)
+    return first_order_step(now.with_x0(x0), target, target.sigma, noise)
 
 
 def tcd_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:

@@ -14,31 +14,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from latentgen.diffusion.prediction import PredictionType
+from latentgen.diffusion.prediction import PredictionType, from_x0, to_x0
 from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule
 
 
-class Evaluation(NamedTuple):
-    """What the network said of x at one noise level: x and x0 are [B, C, H, W]."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What the network said of x at one noise level: x and x0 are [B, C, H, W].
+
+    prediction_type is the form in which it said so.
+    """
 
     level: NoiseLevel
     x: Tensor
     x0: Tensor
+    prediction_type: PredictionType
 
-    @property
+    @cached_property
     def noise(self) -> Tensor:
         """The noise that leads from x0 to x, [B, C, H, W]."""
-        return (self.x - self.level.alpha * self.x0) / self.level.sigma
+        return torch.sub(self.x, self.x0, alpha=self.level.alpha).div_(self.level.sigma)
+
+    @cached_property
+    def output(self) -> Tensor:
+        """What the network put out, [B, C, H, W]."""
+        if self.prediction_type == "epsilon":
+            return self.noise
+        return from_x0(self.x0, self.x, self.level, self.prediction_type)
+
+    def with_x0(self, x0: Tensor) -> Evaluation:
+        """The evaluation that would have predicted this x0."""
+        return replace(self, x0=x0)
 
     def with_noise(self, noise: Tensor) -> Evaluation:
         """The evaluation that would have found this noise in x."""
-        return self._replace(x0=(self.x - self.level.sigma * noise) / self.level.alpha)
+        return self.with_x0(to_x0(noise, self.x, self.level, "epsilon"))
 
 
 # Earlier evaluations of a run, the latest first: the whole memory of a multistep solver.
@@ -55,7 +71,7 @@ class StepInputs:
     is_last: the run ends at the target; the network has no say there.
     evaluate: asks the network once more, of any x at the target or at the solver's level between.
     draw: gives fresh standard normal noise, shaped like x.
-    schedule, prediction_type, timestep_scaling: of the Scheduler.
+    schedule, timestep_scaling: of the Scheduler.
     """
 
     index: int
@@ -65,7 +81,6 @@ class StepInputs:
     evaluate: Callable[[Tensor, NoiseLevel], Evaluation]
     draw: Callable[[], Tensor]
     schedule: NoiseSchedule
-    prediction_type: PredictionType
     timestep_scaling: float
 
 
@@ -88,10 +103,22 @@ def first_order_step(
     """
     level = now.level
     keep = math.sqrt(max(0.0, target.sigma**2 - fresh**2)) / level.sigma
-    moved = torch.add(keep * now.x, now.x0, alpha=target.alpha - level.alpha * keep)
-    if noise is None or fresh == 0.0:
-        return moved
-    return torch.add(moved, noise, alpha=fresh)
+    moved = (keep * now.x).add_(now.x0, alpha=target.alpha - level.alpha * keep)
+    return moved if noise is None or fresh == 0.0 else moved.add_(noise, alpha=fresh)
+
+
+def step_along_noise(now: Evaluation, target: NoiseLevel, noise: Tensor) -> Tensor:
+    """The same step without fresh noise, had another noise [B, C, H, W] been found in x."""
+    level = now.level
+    scale = target.alpha / level.alpha
+    return (scale * now.x).add_(noise, alpha=target.sigma - scale * level.sigma)
+
+
+def step_along_output(now: Evaluation, target: NoiseLevel, output: Tensor) -> Tensor:
+    """The same step without fresh noise, had the network put out something else, [B, C, H, W]."""
+    if now.prediction_type == "epsilon":
+        return step_along_noise(now, target, output)
+    return first_order_step(now.with_x0(to_x0(output, now.x, now.level, now.prediction_type)), target)
 
 
 def ancestral_step(now: Evaluation, target: NoiseLevel, noise: Tensor | None) -> Tensor:
@@ -103,5 +130,5 @@ def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """The sum of tensors of one shape, each times its weight."""
     total = weights[0] * tensors[0]
     for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
-        total = torch.add(total, tensor, alpha=weight)
+        total.add_(tensor, alpha=weight)
     return total

@@ -13,6 +13,7 @@ from latentgen.diffusion.solvers.step import (
     StepInputs,
     ancestral_step,
     first_order_step,
+    step_along_noise,
     weighted_sum,
 )
 
@@ -23,7 +24,7 @@ def heun_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor
     if inputs.is_last:
         return guess
     ahead = inputs.evaluate(guess, target)
-    return first_order_step(now.with_noise((now.noise + ahead.noise) / 2), target)
+    return step_along_noise(now, target, (now.noise + ahead.noise) / 2)
 
 
 def dpm2_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
@@ -32,7 +33,7 @@ def dpm2_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor
         return first_order_step(now, target)
     middle = middle_in_log_sigma(now.level, target, inputs.schedule)
     halfway = inputs.evaluate(first_order_step(now, middle), middle)
-    return first_order_step(now.with_noise(halfway.noise), target)
+    return step_along_noise(now, target, halfway.noise)
 
 
 def dpm2_ancestral_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
@@ -57,7 +58,7 @@ def dpmpp_sde_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> T
     start, half, end = (level.sigma / level.alpha for level in (now.level, middle, target))
     share = (start - half) / (start - end)
     noise = weighted_sum((math.sqrt(share), math.sqrt(1.0 - share)), (noise, inputs.draw()))
-    return ancestral_step(now._replace(x0=halfway.x0), target, noise)
+    return ancestral_step(now.with_x0(halfway.x0), target, noise)
 
 
 def middle_in_log_sigma(level: NoiseLevel, target: NoiseLevel, schedule: NoiseSchedule) -> NoiseLevel:
