@@ -101,6 +101,26 @@ def test_what_tells_the_solvers_of_a_class_apart_is_checked() -> None:
         Scheduler.from_config(SD15 | {"skip_prk_steps": "yes"})
 
 
+@pytest.mark.parametrize(
+    ("class_name", "key", "value"),
+    [
+        ("DPMSolverSinglestepScheduler", "solver_order", 3),
+        ("DPMSolverSDEScheduler", "noise_sampler_seed", 1),
+        ("DEISMultistepScheduler", "algorithm_type", "dpmsolver++"),
+        ("UniPCMultistepScheduler", "solver_type", "bh1"),
+        ("UniPCMultistepScheduler", "solver_order", 3),
+        ("UniPCMultistepScheduler", "predict_x0", False),
+        ("UniPCMultistepScheduler", "disable_corrector", [0]),
+        ("UniPCMultistepScheduler", "solver_p", {}),
+    ],
+)
+def test_variants_that_are_not_implemented_are_refused_by_name(
+    class_name: str, key: str, value: object
+) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.*not implemented"):
+        Scheduler.from_config({"_class_name": class_name, key: value})
+
+
 def test_what_tells_other_classes_apart_is_left_over() -> None:
     left = {
         "algorithm_type": "sde-dpmsolver++",

@@ -68,7 +68,7 @@ class Solver:
 
     memory: how many earlier evaluations the step uses.
     default_spacing: the spacing where a checkpoint names none.
-    fixed_spacing: the references know no other.
+    fixed_spacing: it is so whatever spacing is asked for; the references know no other.
     in_sigma_ve: the levels are spaced in sigma_ve, so fractional timesteps and Karras sigmas are possible.
     whole_timesteps: whether the network only sees whole timesteps, where the spacing gives others: "always", or where
         Karras sigmas replace it.
