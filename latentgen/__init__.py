@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from latentgen.models.vae import VAEDecoder as VAEDecoder
     from latentgen.models.vae import VAEEncoder as VAEEncoder
     from latentgen.pipelines.conditioning import SizeConditioning as SizeConditioning
+    from latentgen.pipelines.guiding import GuidanceOptions as GuidanceOptions
     from latentgen.pipelines.inpaint import InpaintPipeline as InpaintPipeline
     from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline as InstructPix2PixPipeline
     from latentgen.pipelines.interop import from_diffusers as from_diffusers
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from latentgen.pipelines.upscale import UpscalePipeline as UpscalePipeline
 
 _PUBLIC = {
+    "GuidanceOptions": "latentgen.pipelines.guiding",
     "InpaintPipeline": "latentgen.pipelines.inpaint",
     "InstructPix2PixPipeline": "latentgen.pipelines.instruct_pix2pix",
     "LatentgenError": "latentgen.errors",

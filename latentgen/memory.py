@@ -36,6 +36,8 @@ class MemoryPolicy:
             "xformers" needs that package, "chunked" works through the queries piece by piece and needs least.
         offload_idle: keep every stage in the memory of the host and bring it to the device only while it
             works. Exact; costs one transfer of each stage a call. Such a pipeline serves one call at a time.
+        guide_one_by_one: compute the rows of guidance, such as those without and with the prompt, one after the other.
+            Exact up to rounding; a step takes a little longer.
         decode_one_by_one: decode the images of a batch one after the other. Exact, and rarely slower.
         pack_weights: on a CPU, keep a second copy of the weights of convolutions in the layout of its kernels. Exact
             up to rounding, and faster; without it, less memory.
@@ -49,6 +51,7 @@ class MemoryPolicy:
 
     attention: AttentionBackend = "auto"
     offload_idle: bool = False
+    guide_one_by_one: bool = False
     decode_one_by_one: bool = True
     pack_weights: bool = True
     decode_tile: int | None = None
@@ -59,6 +62,7 @@ class MemoryPolicy:
             raise InputError(f"attention={self.attention!r} is not a backend; choose from {allowed}")
         flags = {
             "offload_idle": self.offload_idle,
+            "guide_one_by_one": self.guide_one_by_one,
             "decode_one_by_one": self.decode_one_by_one,
             "pack_weights": self.pack_weights,
         }

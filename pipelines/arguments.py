@@ -19,6 +19,7 @@ from torch import Tensor
 from latentgen.errors import InputError, OutputError
 from latentgen.files import quote
 from latentgen.pipelines.conditioning import SizeConditioning
+from latentgen.pipelines.guiding import GuidanceOptions
 from latentgen.prompts import check_prompts
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -148,6 +149,18 @@ def check_size_conditioning(value: SizeConditioning | None) -> SizeConditioning:
         raise InputError(
             f"size_conditioning={value!r} must be a SizeConditioning, such as "
             "SizeConditioning(original_size=(1024, 1024))"
+        )
+    return value
+
+
+def check_guidance_options(value: GuidanceOptions | None) -> GuidanceOptions:
+    """The options of guidance; by default none is used."""
+    if value is None:
+        return GuidanceOptions()
+    if not isinstance(value, GuidanceOptions):
+        raise InputError(
+            f"guidance={value!r} must be GuidanceOptions, such as GuidanceOptions(rescale=0.7); the scale is "
+            "guidance_scale"
         )
     return value
 

@@ -14,7 +14,6 @@ import torch
 from latentgen.checkpoints.folder import Checkpoint, CheckpointFolder, resolve
 from latentgen.checkpoints.identify import StatedPrediction
 from latentgen.checkpoints.single_file import SingleFile, with_vae
-from latentgen.diffusion.guidance import ClassifierFree, Guidance
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
@@ -28,6 +27,7 @@ from latentgen.pipelines.arguments import (
     MAX_IMAGES_PER_PROMPT,
     as_negative_prompts,
     as_prompts,
+    check_guidance_options,
     check_guidance_scale,
     check_integer,
     check_seeds,
@@ -39,6 +39,7 @@ from latentgen.pipelines.conditioning import (
     time_id_count,
 )
 from latentgen.pipelines.devices import DTypeName, resolve_device, resolve_dtype
+from latentgen.pipelines.guiding import GuidanceOptions, Guided
 from latentgen.pipelines.request import Request, Sampling
 from latentgen.pipelines.saving import SD_INDEX, SDXL_INDEX, class_entries, save_folder
 
@@ -395,9 +396,14 @@ class Pipeline(ABC):
             return [None] * count
         return as_negative_prompts("" if negative_prompt is None else negative_prompt, count)
 
-    def _guidance(self, request: Request) -> Guidance:
-        """Classifier-free guidance, which a UNet that is told the scale was distilled from and does without."""
-        return ClassifierFree(1.0 if self.unet.config.time_cond_proj_dim else request.guidance_scale)
+    def _guided(self, request: Request, options: GuidanceOptions | None, sampling: Sampling) -> Guided:
+        """Classifier-free guidance with its options; a UNet that is told the scale was distilled from it."""
+        options = check_guidance_options(options)
+        scale = 1.0 if self.unet.config.time_cond_proj_dim else request.guidance_scale
+        guidance = options.guidance(scale, sampling.scheduler.schedule.num_train_timesteps)
+        empty = (None if self.force_zeros_for_empty_prompt else "",) * len(request)
+        negatives = {1: (), 2: request.negatives, 3: empty + request.negatives}
+        return Guided(guidance, negatives[guidance.rows])
 
     def _sampling(self, scheduler: str | Scheduler | None, num_inference_steps: int) -> Sampling:
         """The whole run that is asked for, with this pipeline's scheduler by default."""

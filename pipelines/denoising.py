@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import NamedTuple, ParamSpec, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentgen.diffusion.guidance import Guidance, guided
+from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.prediction import Denoiser
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.errors import NumericalError
 from latentgen.memory import MemoryPolicy, explained_out_of_memory, resident, weight_bytes
 from latentgen.models.text import TextEncoder
-from latentgen.models.unet import AddedConditioning, UNet
+from latentgen.models.unet import AddedConditioning, UNet, UNetConstants
 from latentgen.models.unet_blocks import repeat_rows
 from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.arguments import OutputType
@@ -30,6 +30,7 @@ from latentgen.pipelines.conditioning import (
     time_id_count,
     time_ids,
 )
+from latentgen.pipelines.guiding import Guided
 from latentgen.pipelines.output import Images, Output, export
 from latentgen.pipelines.request import Request, Sampling
 
@@ -77,7 +78,7 @@ class Run:
     Attributes:
         request: the images that are to be made.
         sampling: the steps.
-        guidance: what becomes of the outputs for one image.
+        guided: what becomes of the outputs for one image, and the texts that they are for.
         shape: of the latents, [B, C, h, w].
         begin: makes what the loop begins with; draws its noise from what each image owns.
         size: height and width in pixels of the images, which are cropped to it.
@@ -88,7 +89,7 @@ class Run:
 
     request: Request
     sampling: Sampling
-    guidance: Guidance
+    guided: Guided
     shape: tuple[int, int, int, int]
     begin: Callable[[ImageNoise], Beginning]
     size: tuple[int, int]
@@ -108,11 +109,15 @@ def denoise(stages: Stages, run: Run) -> Iterator[PipelineStep]:
     count, _, height, width = run.shape
     with explained_out_of_memory(
         f"denoising {count} image(s) of {run.size[1]}x{run.size[0]} pixels",
-        partial(denoising_bytes, stages.unet, run.guidance.rows * count, height * width),
+        partial(denoising_bytes, stages.unet, _rows_at_once(stages, run) * count, height * width),
         'use fewer images at once, a smaller height and width, MemoryPolicy(attention="chunked", '
-        'offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
+        'guide_one_by_one=True, offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
     ):
         yield from _steps(stages, run)
+
+
+def _rows_at_once(stages: Stages, run: Run) -> int:
+    return 1 if stages.memory.guide_one_by_one else run.guided.guidance.rows
 
 
 def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
@@ -128,7 +133,7 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
         resident(stages.unet, stages.device, offload=stages.memory.offload_idle),
         tqdm(total=total, desc="denoising", disable=not run.progress) as bar,
     ):
-        denoiser = build_denoiser(stages.unet, run, begin, context, added)
+        denoiser = build_denoiser(stages, run, begin, context, added)
         draw = partial(noise.draw, run.shape[1:])
         for step in scheduler.sample(denoiser, latents, levels, draw, start=steps.start, stop=steps.stop):
             check.watch(step.latents)
@@ -146,16 +151,14 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
 
 def _encode(stages: Stages, run: Run) -> tuple[Tensor, AddedConditioning | None]:
     """The context of every row, [rows * B, S, D], and what SDXL's UNet is given besides."""
-    request, others = run.request, run.guidance.rows - 1
+    request, negatives = run.request, run.guided.negatives
     with resident(stages.text_encoder.module, stages.device, offload=stages.memory.offload_idle):
-        encoded = encode_rows(
-            stages.text_encoder, request.negatives * others, request.prompts, clip_skip=request.clip_skip
-        )
+        encoded = encode_rows(stages.text_encoder, negatives, request.prompts, clip_skip=request.clip_skip)
     ids = time_ids(
         run.size_conditioning,
         time_id_count(stages.unet.config, stages.text_encoder.pooled_width),
         run.size,
-        negatives=len(request) * others,
+        negatives=len(negatives),
         prompts=len(request),
     )
     return encoded.context, added_conditioning(encoded.pooled, ids)
@@ -273,7 +276,7 @@ def denoising_bytes(unet: UNet, rows: int, pixels: int) -> int:
 
 
 def build_denoiser(
-    unet: UNet, run: Run, begin: Beginning, context: Tensor, added: AddedConditioning | None
+    stages: Stages, run: Run, begin: Beginning, context: Tensor, added: AddedConditioning | None
 ) -> Denoiser:
     """A denoiser for one run, with all that is constant over it computed once.
 
@@ -282,6 +285,7 @@ def build_denoiser(
         context: [rows * B, S, D], the least conditioned rows first.
         added: what SDXL's UNet is given besides, for the same rows.
     """
+    unet, guidance = stages.unet, run.guided.guidance
     dtype, device = _dtype_of(unet), context.device
     scheduler, levels, steps = run.sampling
     visited = scheduler.visited(levels, start=steps.start, stop=steps.stop)
@@ -295,17 +299,27 @@ def build_denoiser(
         guidance_scale=run.request.guidance_scale if unet.config.time_cond_proj_dim else None,
     )
     channels = None if begin.channels is None else begin.channels.to(device, dtype)
+    batch, at_once = len(run.request), _rows_at_once(stages, run)
 
-    def predict(x: Tensor, level: NoiseLevel) -> tuple[Tensor, ...]:
-        sample = x.to(dtype)
-        if channels is not None:
-            sample = torch.cat([repeat_rows(sample, len(channels)), channels], dim=1)
-        output = unet.step(
-            sample.contiguous(memory_format=torch.channels_last), constants, index_of[level.timestep]
-        )
-        return output.float().chunk(run.guidance.rows)
+    @cache
+    def constant(first: int, last: int) -> tuple[UNetConstants, Tensor | None]:
+        rows = slice(first * batch, last * batch)
+        shown = channels if channels is None or len(channels) == batch else channels[rows]
+        return constants.part(rows), shown
 
-    return guided(predict, scheduler.prediction_type, run.guidance)
+    def predict_rows(x: Tensor, level: NoiseLevel, first: int, last: int) -> tuple[Tensor, ...]:
+        part, shown = constant(first, last)
+        if shown is not None:
+            x = torch.cat([repeat_rows(x, len(shown)), shown], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return unet.step(x, part, index_of[level.timestep]).float().chunk(last - first)
+
+    def predict(x: Tensor, level: NoiseLevel, count: int) -> list[Tensor]:
+        x, total = x.to(dtype), guidance.rows
+        parts = range(total - count, total, at_once)
+        return [row for first in parts for row in predict_rows(x, level, first, min(first + at_once, total))]
+
+    return guided(predict, scheduler.prediction_type, guidance)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

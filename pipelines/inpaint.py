@@ -17,6 +17,7 @@ from latentgen.pipelines.autoencoding import encode_images
 from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
 from latentgen.pipelines.conditioning import SizeConditioning
 from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
+from latentgen.pipelines.guiding import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images, as_masks, for_each, padded
 from latentgen.pipelines.loading import READS
 
@@ -54,6 +55,7 @@ class InpaintPipeline(Pipeline):
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float | None = None,
+        guidance: GuidanceOptions | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         scheduler: str | Scheduler | None = None,
@@ -104,7 +106,7 @@ class InpaintPipeline(Pipeline):
             Run(
                 request,
                 sampling,
-                self._guidance(request),
+                self._guided(request, guidance, sampling),
                 shape,
                 begin,
                 size=size,

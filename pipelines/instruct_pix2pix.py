@@ -14,6 +14,7 @@ from latentgen.pipelines.arguments import OutputType, check_guidance_scale, chec
 from latentgen.pipelines.autoencoding import encode_images
 from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
 from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
+from latentgen.pipelines.guiding import Guided
 from latentgen.pipelines.images import ImagesInput, as_images, for_each, padded
 from latentgen.pipelines.loading import READS
 
@@ -77,8 +78,10 @@ class InstructPix2PixPipeline(Pipeline):
         image_scale = check_guidance_scale(
             image_guidance_scale, name="image_guidance_scale", usual=USUAL_IMAGE_GUIDANCE
         )
-        guided = is_guided(request.guidance_scale) and image_scale >= 1
-        guidance = TextAndImage(request.guidance_scale, image_scale) if guided else ClassifierFree(1.0)
+        has_guidance = is_guided(request.guidance_scale) and image_scale >= 1
+        guided = Guided(ClassifierFree(1.0), ())
+        if has_guidance:
+            guided = Guided(TextAndImage(request.guidance_scale, image_scale), request.negatives * 2)
         sampling = self._sampling(scheduler, num_inference_steps)
         config, size = self.decoder.config, (images.shape[2], images.shape[3])
         images = padded(images, config.spatial_factor)
@@ -89,7 +92,7 @@ class InstructPix2PixPipeline(Pipeline):
             # The UNet was trained on the mode of the posterior, without the scaling factor.
             mode = encode_images(self.encoder(), images, self.device).mean / config.scaling_factor
             shown = for_each(mode, len(request))
-            channels = torch.cat([torch.zeros_like(shown), shown, shown]) if guided else shown
+            channels = torch.cat([torch.zeros_like(shown), shown, shown]) if has_guidance else shown
             return Beginning(sampling.initial(noise.draw(shape[1:])), channels)
 
         return denoise(
@@ -97,7 +100,7 @@ class InstructPix2PixPipeline(Pipeline):
             Run(
                 request,
                 sampling,
-                guidance,
+                guided,
                 shape,
                 begin,
                 size=size,

@@ -21,6 +21,7 @@ from latentgen.pipelines.arguments import (
 from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
 from latentgen.pipelines.conditioning import SizeConditioning
 from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
+from latentgen.pipelines.guiding import GuidanceOptions
 from latentgen.pipelines.loading import READS
 from latentgen.pipelines.request import Sampling
 
@@ -65,6 +66,7 @@ class TextToImagePipeline(Pipeline):
         width: int | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float | None = None,
+        guidance: GuidanceOptions | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         scheduler: str | Scheduler | None = None,
@@ -91,6 +93,7 @@ class TextToImagePipeline(Pipeline):
             guidance_scale: scale of classifier-free guidance (arXiv:2207.12598, eq. 6, as 1 + w); 1 or less
                 is no guidance, in half the time. By default the checkpoint's own, where it has one (the embedded
                 model), else 7.5, or 5 for SDXL, as in diffusers.
+            guidance: what guidance does besides: rescaling, an interval, a perpendicular negative prompt.
             num_images_per_prompt: images of each prompt.
             seed: image i of the call gets seed + i; or one seed for each image; None draws one at random.
             scheduler: for this call, the name of a solver or a whole Scheduler; by default the checkpoint's.
@@ -133,7 +136,7 @@ class TextToImagePipeline(Pipeline):
             Run(
                 request,
                 sampling,
-                self._guidance(request),
+                self._guided(request, guidance, sampling),
                 shape,
                 begin,
                 size=(shape[2] * factor, shape[3] * factor),

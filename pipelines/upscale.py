@@ -18,6 +18,7 @@ from latentgen.pipelines.arguments import OutputType, check_integer, check_outpu
 from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
 from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
 from latentgen.pipelines.devices import DTypeName
+from latentgen.pipelines.guiding import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images, for_each
 
 USUAL_NOISE_LEVEL = 20
@@ -105,6 +106,7 @@ class UpscalePipeline(Pipeline):
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float | None = None,
+        guidance: GuidanceOptions | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         scheduler: str | Scheduler | None = None,
@@ -152,7 +154,7 @@ class UpscalePipeline(Pipeline):
             Run(
                 request,
                 sampling,
-                self._guidance(request),
+                self._guided(request, guidance, sampling),
                 shape,
                 begin,
                 size=(height * factor, width * factor),

@@ -14,8 +14,9 @@ from latentgen.diffusion.prediction import Denoiser, PredictionType, to_x0
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.errors import InputError
 
-# x [B, C, H, W] at a noise level -> the raw outputs that a guidance asks for, each [B, C, H, W].
-Predict = Callable[[Tensor, NoiseLevel], Sequence[Tensor]]
+# x [B, C, H, W] at a noise level, and how many outputs are wanted -> the raw outputs under so many conditions, each
+# [B, C, H, W], the least conditioned first and the fully conditioned last.
+Predict = Callable[[Tensor, NoiseLevel, int], Sequence[Tensor]]
 
 
 class Guidance(Protocol):
@@ -23,11 +24,15 @@ class Guidance(Protocol):
 
     @property
     def rows(self) -> int:
-        """How many outputs it takes, the least conditioned first."""
+        """How many outputs there are, the least conditioned first."""
+        ...
+
+    def rows_at(self, level: NoiseLevel) -> int:
+        """How many of them, the last ones, are looked at at a noise level: all, or 1 where nothing is guided."""
         ...
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs, each [B, C, H, W]."""
+        """Combine the outputs of `rows_at`, each [B, C, H, W]."""
         ...
 
 
@@ -43,7 +48,7 @@ def is_guided(guidance_scale: float) -> bool:
 
 @dataclass(frozen=True)
 class ClassifierFree:
-    """Classifier-free guidance (arXiv 2207.12598, eq. 6, its w being scale - 1).
+    """Classifier-free guidance (arXiv:2207.12598, eq. 6, its w being scale - 1).
 
     Takes the unconditional and the conditional output and gives
     ``unconditional + scale * (conditional - unconditional)``; at a scale of 1 and below, the conditional one alone.
@@ -60,6 +65,10 @@ class ClassifierFree:
     def rows(self) -> int:
         """2, or 1 without guidance."""
         return 2 if is_guided(self.scale) else 1
+
+    def rows_at(self, level: NoiseLevel) -> int:
+        """All."""
+        return self.rows
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
         """Combine the outputs, each [B, C, H, W]."""
@@ -81,16 +90,99 @@ class TextAndImage:
     image_scale: float
     rows: int = 3
 
+    def rows_at(self, level: NoiseLevel) -> int:
+        """All."""
+        return self.rows
+
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
         """Combine the outputs, each [B, C, H, W]."""
         unconditional, image, both = outputs
         return unconditional + self.image_scale * (image - unconditional) + self.scale * (both - image)
 
 
+@dataclass(frozen=True)
+class PerpendicularNegative:
+    """Guidance away from a negative prompt only where it does not speak against the prompt (arXiv:2304.04968, eq. 7).
+
+    Takes the output for the empty prompt, that for the negative and that for the prompt. Of the direction to the
+    negative, the part along the direction to the prompt is taken away, so that what both share is kept.
+    """
+
+    scale: float
+    negative_scale: float = 1.0
+    rows: int = 3
+
+    def rows_at(self, level: NoiseLevel) -> int:
+        """All."""
+        return self.rows
+
+    def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Combine the outputs, each [B, C, H, W]."""
+        unconditional, negative, conditional = outputs
+        towards, away = conditional - unconditional, negative - unconditional
+        dims = tuple(range(1, towards.ndim))
+        # Equal outputs have no direction to be along.
+        norm = towards.square().sum(dims, keepdim=True).clamp(min=torch.finfo(towards.dtype).tiny)
+        along = (towards * away).sum(dims, keepdim=True) / norm
+        return unconditional + self.scale * (towards - self.negative_scale * (away - along * towards))
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """Another guidance whose result keeps the standard deviation of the conditional output.
+
+    phi is how far (arXiv:2305.08891, eq. 15 and 16): 0 not at all, 1 wholly; 0.7 is the paper's.
+    """
+
+    guidance: Guidance
+    phi: float
+
+    @property
+    def rows(self) -> int:
+        """Those of the guidance."""
+        return self.guidance.rows
+
+    def rows_at(self, level: NoiseLevel) -> int:
+        """Those of the guidance."""
+        return self.guidance.rows_at(level)
+
+    def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Combine the outputs, each [B, C, H, W]."""
+        guided, dims = self.guidance(outputs), tuple(range(1, outputs[-1].ndim))
+        ratio = outputs[-1].std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+        return guided * torch.lerp(torch.ones_like(ratio), ratio, self.phi)
+
+
+@dataclass(frozen=True)
+class WithinInterval:
+    """Another guidance at some noise levels alone, and none at the others (arXiv:2404.07724).
+
+    It is at work from below timestep `highest` down to `lowest`; elsewhere only the conditional output is computed.
+    """
+
+    guidance: Guidance
+    lowest: float
+    highest: float
+
+    @property
+    def rows(self) -> int:
+        """Those of the guidance."""
+        return self.guidance.rows
+
+    def rows_at(self, level: NoiseLevel) -> int:
+        """Those of the guidance, or 1 outside."""
+        return self.guidance.rows_at(level) if self.lowest <= level.timestep < self.highest else 1
+
+    def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Combine the outputs, each [B, C, H, W]."""
+        return self.guidance(outputs) if len(outputs) == self.rows else outputs[-1]
+
+
 def guided(predict: Predict, prediction_type: PredictionType, guidance: Guidance) -> Denoiser:
     """The denoiser that combines raw outputs and then turns the one they make into x0."""
 
     def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-        return to_x0(guidance(predict(x, level)), x, level, prediction_type)
+        output = guidance(predict(x, level, guidance.rows_at(level)))
+        return to_x0(output, x, level, prediction_type)
 
     return denoise

@@ -114,6 +114,11 @@ class ContextKeyValue(NamedTuple):
     attn1: KeyValue | None
     attn2: KeyValue
 
+    def part(self, rows: slice) -> ContextKeyValue:
+        """Those of some of the rows; views, not copies."""
+        first, (key, value) = self.attn1, self.attn2
+        return ContextKeyValue(first and (first[0][rows], first[1][rows]), (key[rows], value[rows]))
+
 
 class AttentionLayer(nn.Module):
     """A layer that computes attention; `backend` names the kernel that it uses."""

@@ -51,6 +51,12 @@ class UNetConstants(NamedTuple):
     times: tuple[tuple[Tensor, ...], ...]
     contexts: tuple[tuple[ContextKeyValue, ...], ...]
 
+    def part(self, rows: slice) -> UNetConstants:
+        """The constants of some of the rows; views, not copies."""
+        times = tuple(tuple(_rows(time, rows) for time in step) for step in self.times)
+        contexts = tuple(tuple(block.part(rows) for block in layer) for layer in self.contexts)
+        return UNetConstants(times, contexts)
+
 
 class UNet(AttentionStage):
     """A conditional UNet of any family that :class:`UNetConfig` describes.
@@ -238,6 +244,11 @@ class UNet(AttentionStage):
                 f" make {joined.shape[1]} channels of {config.projection_class_embeddings_input_dim}"
             )
         return self.add_embedding(joined.to(self.conv_in.weight.dtype))
+
+
+def _rows(tensor: Tensor, rows: slice) -> Tensor:
+    """Some rows of a tensor [B, ...], or all of one that has a single row for all."""
+    return tensor if tensor.shape[0] == 1 else tensor[rows]
 
 
 def _class_embedding(config: UNetConfig) -> nn.Module | None:

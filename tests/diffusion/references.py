@@ -155,7 +155,7 @@ def run_ours(scheduler: Scheduler, num_steps: int) -> Run:
     generator, noise = normal_noise()
     levels = scheduler.levels(num_steps)
     denoiser = guided(
-        lambda x, level: (network(x, level.timestep),), scheduler.prediction_type, ClassifierFree(1.0)
+        lambda x, level, rows: (network(x, level.timestep),), scheduler.prediction_type, ClassifierFree(1.0)
     )
     steps = scheduler.sample(denoiser, scheduler.initial(noise(), levels), levels, noise)
     return Run([step.latents for step in steps], torch.randn(1, generator=generator))

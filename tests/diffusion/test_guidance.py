@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from latentgen.diffusion.guidance import ClassifierFree, TextAndImage, guided, is_guided
+from latentgen.diffusion.guidance import (
+    ClassifierFree,
+    PerpendicularNegative,
+    Rescaled,
+    TextAndImage,
+    WithinInterval,
+    guided,
+    is_guided,
+)
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.errors import InputError
 
@@ -15,7 +23,9 @@ X, UNCONDITIONAL, IMAGE, CONDITIONAL = torch.randn(4, 2, 4, 3, 3, generator=torc
 
 @pytest.mark.parametrize("guidance_scale", [1.5, 7.5, 30.0])
 def test_raw_outputs_are_combined_before_x0(guidance_scale: float) -> None:
-    denoise = guided(lambda x, level: (UNCONDITIONAL, CONDITIONAL), "epsilon", ClassifierFree(guidance_scale))
+    denoise = guided(
+        lambda x, level, rows: (UNCONDITIONAL, CONDITIONAL), "epsilon", ClassifierFree(guidance_scale)
+    )
     epsilon = UNCONDITIONAL + guidance_scale * (CONDITIONAL - UNCONDITIONAL)
     expected = (X - LEVEL.sigma * epsilon) / LEVEL.alpha
     torch.testing.assert_close(denoise(X, LEVEL), expected, rtol=1e-5, atol=1e-5)
@@ -26,7 +36,9 @@ def test_at_scale_1_and_below_there_is_one_output(guidance_scale: float) -> None
     assert not is_guided(guidance_scale)
     guidance = ClassifierFree(guidance_scale)
     assert guidance.rows == 1
-    assert torch.equal(guided(lambda x, level: (CONDITIONAL,), "sample", guidance)(X, LEVEL), CONDITIONAL)
+    assert torch.equal(
+        guided(lambda x, level, rows: (CONDITIONAL,), "sample", guidance)(X, LEVEL), CONDITIONAL
+    )
 
 
 @pytest.mark.parametrize("guidance_scale", [math.nan, math.inf])
@@ -45,3 +57,57 @@ def test_image_and_text_guide_apart() -> None:
     torch.testing.assert_close(
         TextAndImage(3.0, 3.0)(outputs), ClassifierFree(3.0)((UNCONDITIONAL, CONDITIONAL))
     )
+
+
+def test_a_rescaled_result_is_that_of_diffusers() -> None:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    outputs = (UNCONDITIONAL, CONDITIONAL)
+    plain = ClassifierFree(7.5)(outputs)
+    for phi in (0.3, 0.7, 1.0):
+        expected = rescale_noise_cfg(plain, CONDITIONAL, guidance_rescale=phi)
+        torch.testing.assert_close(Rescaled(ClassifierFree(7.5), phi)(outputs), expected)
+    whole = Rescaled(ClassifierFree(7.5), 1.0)(outputs)
+    torch.testing.assert_close(whole.std((1, 2, 3)), CONDITIONAL.std((1, 2, 3)))
+
+
+def test_a_negative_prompt_that_says_the_same_takes_nothing_away() -> None:
+    guidance, plain = PerpendicularNegative(7.5), ClassifierFree(7.5)((UNCONDITIONAL, CONDITIONAL))
+    for negative in (CONDITIONAL, UNCONDITIONAL, torch.lerp(UNCONDITIONAL, CONDITIONAL, -0.4)):
+        torch.testing.assert_close(
+            guidance((UNCONDITIONAL, negative, CONDITIONAL)), plain, rtol=1e-4, atol=1e-4
+        )
+    assert guidance((CONDITIONAL, IMAGE, CONDITIONAL)).isfinite().all()
+
+
+def test_a_perpendicular_negative_prompt_is_led_away_from_alone() -> None:
+    towards, away = CONDITIONAL - UNCONDITIONAL, IMAGE - UNCONDITIONAL
+    found = PerpendicularNegative(7.5, 0.5)((UNCONDITIONAL, IMAGE, CONDITIONAL))
+    removed = (UNCONDITIONAL + 7.5 * towards - found) / (7.5 * 0.5)
+    assert ((removed * towards).sum((1, 2, 3)).abs() < 1e-2).all()
+    kept = away - removed  # along the direction to the prompt
+    torch.testing.assert_close(
+        kept / kept.norm(),
+        towards
+        * (kept * towards).sum((1, 2, 3), keepdim=True)
+        / towards.square().sum((1, 2, 3), keepdim=True)
+        / kept.norm(),
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+
+def test_outside_of_its_interval_nothing_is_guided_nor_computed() -> None:
+    guidance = WithinInterval(ClassifierFree(7.5), lowest=200.0, highest=800.0)
+    asked = []
+
+    def predict(x: torch.Tensor, level: NoiseLevel, rows: int) -> tuple[torch.Tensor, ...]:
+        asked.append(rows)
+        return (UNCONDITIONAL, CONDITIONAL)[-rows:]
+
+    denoise = guided(predict, "sample", guidance)
+    for timestep, inside in ((800.0, False), (799.0, True), (200.0, True), (199.0, False)):
+        found = denoise(X, NoiseLevel.from_sigma_ve(2.0, timestep))
+        expected = ClassifierFree(7.5)((UNCONDITIONAL, CONDITIONAL)) if inside else CONDITIONAL
+        assert torch.equal(found, expected)
+    assert asked == [1, 2, 2, 1]

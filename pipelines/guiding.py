@@ -1,0 +1,87 @@
+"""How a call guides, beyond the scale: options, and the guidance that they make."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from latentgen.diffusion.guidance import (
+    ClassifierFree,
+    Guidance,
+    PerpendicularNegative,
+    Rescaled,
+    WithinInterval,
+    is_guided,
+)
+from latentgen.errors import InputError
+
+WHOLE = (0.0, 1.0)
+# Far beyond any use; it keeps the arithmetic finite.
+MAX_NEGATIVE_SCALE = 1e3
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """What guidance does besides following its scale.
+
+    Attributes:
+        rescale: how far the result keeps the contrast of the unguided one, 0..1, against over-exposure
+            (arXiv:2305.08891, section 3.4); `guidance_rescale` of diffusers. 0.7 is usual for models with
+            zero terminal SNR.
+        interval: from which to which share of the schedule to guide, each 0..1 (arXiv:2404.07724); elsewhere a step
+            takes half the time.
+        perpendicular: None, or how strongly to lead away from that part of the negative prompt which does not speak
+            against the prompt (arXiv:2304.04968); 1 is usual. A step takes half as long again.
+
+    Raises:
+        InputError: a value is out of bounds.
+    """
+
+    rescale: float = 0.0
+    interval: tuple[float, float] = WHOLE
+    perpendicular: float | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.rescale, 1.0):
+            raise InputError(f"rescale={self.rescale!r} must be a number from 0 to 1; 0.7 is usual")
+        ends = self.interval if isinstance(self.interval, tuple) else ()
+        if len(ends) != 2 or not all(_is_number(end, 1.0) for end in ends) or ends[0] >= ends[1]:
+            raise InputError(
+                f"interval={self.interval!r} must be two rising numbers from 0 to 1, such as (0.1, 0.8)"
+            )
+        if self.perpendicular is not None and not _is_number(self.perpendicular, MAX_NEGATIVE_SCALE):
+            raise InputError(
+                f"perpendicular={self.perpendicular!r} must be None or a number from 0 to {MAX_NEGATIVE_SCALE:g}; 1 is "
+                "usual"
+            )
+
+    def guidance(self, guidance_scale: float, num_train_timesteps: int) -> Guidance:
+        """The guidance of these options; no guidance for a scale of 1 or less."""
+        guidance: Guidance = ClassifierFree(guidance_scale)
+        if not is_guided(guidance_scale):
+            return guidance
+        if self.perpendicular is not None:
+            guidance = PerpendicularNegative(guidance_scale, self.perpendicular)
+        if self.rescale > 0:
+            guidance = Rescaled(guidance, self.rescale)
+        if self.interval != WHOLE:
+            highest, lowest = (round(num_train_timesteps * (1 - share)) for share in self.interval)
+            guidance = WithinInterval(guidance, lowest, highest)
+        return guidance
+
+
+class Guided(NamedTuple):
+    """A guidance, and the texts of its rows.
+
+    Attributes:
+        guidance: what becomes of the outputs for one image.
+        negatives: the text of each row but the last, whose text is the prompt: row by row, one for each image.
+    """
+
+    guidance: Guidance
+    negatives: tuple[str | None, ...]
+
+
+def _is_number(value: object, highest: float) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and 0 <= value <= highest

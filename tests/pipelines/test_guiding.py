@@ -1,0 +1,132 @@
+"""The options of guidance in a whole pipeline, against diffusers where it has them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
+
+from latentgen import GuidanceOptions, InpaintPipeline, MemoryPolicy, TextToImagePipeline, from_diffusers
+from latentgen.errors import InputError
+from tests.pipelines.families import arguments, build
+
+
+def draw(pipeline: TextToImagePipeline, prompt: str | list[str] = "a red cat", **options: Any) -> np.ndarray:
+    given = {"num_inference_steps": 10, "seed": 7, "output_type": "np", "progress": False}
+    images = pipeline(prompt, **given | options).images
+    assert isinstance(images, np.ndarray)
+    return images
+
+
+def draw_theirs(oracle: StableDiffusionPipeline, **options: Any) -> np.ndarray:
+    generator = [torch.Generator().manual_seed(7)]
+    given = {"num_inference_steps": 10, "generator": generator, "output_type": "np"}
+    return oracle("a red cat", **given | options).images
+
+
+def test_rescaling_gives_the_image_of_diffusers(
+    pipeline: TextToImagePipeline, oracle: StableDiffusionPipeline
+) -> None:
+    ours = draw(pipeline, guidance=GuidanceOptions(rescale=0.7))
+    assert np.abs(ours - draw_theirs(oracle, guidance_rescale=0.7)).max() <= 1e-4
+    assert np.abs(ours - draw(pipeline)).max() > 1e-3
+
+
+def test_guidance_that_ends_early_gives_the_image_of_diffusers(
+    pipeline: TextToImagePipeline, oracle: StableDiffusionPipeline
+) -> None:
+    ours = draw(pipeline, guidance=GuidanceOptions(interval=(0.0, 0.5)))
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.4)  # after the step of that share
+    assert np.abs(ours - draw_theirs(oracle, callback_on_step_end=cutoff)).max() <= 1e-4
+    assert np.abs(ours - draw(pipeline)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        GuidanceOptions(),
+        GuidanceOptions(rescale=0.7, interval=(0.2, 0.8)),
+        GuidanceOptions(perpendicular=1.0),
+    ],
+    ids=["plain", "interval", "perpendicular"],
+)
+def test_rows_one_after_the_other_give_the_same_image(
+    pipeline: TextToImagePipeline, options: GuidanceOptions
+) -> None:
+    sparing = replace(pipeline, memory=MemoryPolicy(guide_one_by_one=True))
+    given: dict[str, Any] = {"negative_prompt": ["dog", "tiger"], "guidance": options}
+    together = draw(pipeline, ["a cat", "a red dog"], **given)
+    assert np.abs(draw(sparing, ["a cat", "a red dog"], **given) - together).max() <= 1e-4
+
+
+def test_rows_one_after_the_other_are_shown_their_images() -> None:
+    theirs = build("SD 1.x instruct-pix2pix")
+    shown = arguments(theirs)[0]
+    together = draw(from_diffusers(theirs), **shown)
+    sparing = from_diffusers(theirs, memory=MemoryPolicy(guide_one_by_one=True))
+    assert np.abs(draw(sparing, **shown) - together).max() <= 1e-4
+
+
+def test_fewer_rows_are_computed_outside_of_the_interval(pipeline: TextToImagePipeline) -> None:
+    rows: list[int] = []
+    hook = pipeline.unet.conv_out.register_forward_hook(
+        lambda module, given, output: rows.append(len(output))
+    )
+    try:
+        draw(pipeline, guidance=GuidanceOptions(interval=(0.2, 0.5)))
+        draw(pipeline, num_inference_steps=1, guidance=GuidanceOptions(perpendicular=1.0))
+        draw(pipeline, num_inference_steps=1, guidance_scale=1.0, guidance=GuidanceOptions(perpendicular=1.0))
+    finally:
+        hook.remove()
+    assert rows == [1] * 2 + [2] * 3 + [1] * 5 + [3] + [1]
+
+
+def test_a_perpendicular_negative_prompt(pipeline: TextToImagePipeline) -> None:
+    options = GuidanceOptions(perpendicular=1.0)
+    plain = draw(pipeline)
+    for same in ("a red cat", ""):
+        assert np.abs(draw(pipeline, negative_prompt=same, guidance=options) - plain).max() <= 1e-3
+    assert np.abs(draw(pipeline, negative_prompt="tiger", guidance=options) - plain).max() > 1e-3
+
+
+def test_inpainting_takes_the_options_too() -> None:
+    theirs = build("SD 2.x inpainting")
+    ours: InpaintPipeline = from_diffusers(theirs)
+    shown = arguments(theirs)[0]
+    options = {"num_inference_steps": 3, "seed": 7, "output_type": "np", "progress": False, **shown}
+    rescaled = ours("a cat", guidance=GuidanceOptions(rescale=0.7), **options).images
+    assert np.abs(rescaled - ours("a cat", **options).images).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rescale": -0.1},
+        {"rescale": 1.5},
+        {"rescale": True},
+        {"rescale": float("nan")},
+        {"rescale": "0.7"},
+        {"interval": (0.5, 0.5)},
+        {"interval": (0.8, 0.2)},
+        {"interval": 0.5},
+        {"interval": (0.1, 1.2)},
+        {"interval": (0.1, None)},
+        {"perpendicular": -1.0},
+        {"perpendicular": float("inf")},
+        {"perpendicular": "1"},
+    ],
+    ids=str,
+)
+def test_options_out_of_bounds_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(fields))):
+        GuidanceOptions(**fields)
+
+
+def test_what_are_no_options_is_refused(pipeline: TextToImagePipeline) -> None:
+    with pytest.raises(InputError, match="guidance_scale"):
+        draw(pipeline, guidance=7.5)
