@@ -1,0 +1,98 @@
+"""The sampling loop beside diffusers', with networks that give back what they are given: what a step costs besides.
+
+    python -m benchmarks.loop [--solvers euler ddim] [--rounds 9]
+
+Both pipelines run whole on the CPU, text encoder included, with classifier-free guidance and latents of 512x512 pixels;
+the time of a step is the difference between a run of many steps and a run of few. Ends with 1 where a step takes more
+than half of diffusers' time. Needs the `dev` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import interleaved
+from latentgen import from_diffusers, to_diffusers
+from latentgen.diffusion.scheduler import SOLVER_NAMES, Scheduler
+from latentgen.models.attention import ContextKeyValue
+from latentgen.models.unet import UNetConstants
+from latentgen.pipelines.base import Pipeline
+from tests.conftest import build_pipeline
+
+LIMIT = 0.5
+FEW, MANY = 5, 45
+SIZE = 512
+PROMPT = "a cat"
+
+
+def main() -> int:
+    """Time a step of every solver and print the ratios."""
+    arguments = _arguments()
+    torch.set_num_threads(1)
+    worst = 0.0
+    print(f"microseconds a step, {arguments.rounds} rounds, float32, 1 thread")
+    for name in arguments.solvers:
+        ours, theirs = _microseconds(name, arguments.rounds)
+        worst = max(worst, ours / theirs)
+        print(f"  {name:24} latentgen {ours:7.0f}   diffusers {theirs:7.0f}   ratio {ours / theirs:.2f}")
+    print(f"largest ratio {worst:.2f}, allowed {LIMIT}")
+    return int(worst > LIMIT)
+
+
+def _microseconds(solver: str, rounds: int) -> tuple[float, float]:
+    """What a step of one solver takes here, and in diffusers."""
+    ours = from_diffusers(build_pipeline())
+    scheduler = ours.scheduler.with_solver(solver)
+    theirs = to_diffusers(_with_scheduler(ours, scheduler))
+    theirs.set_progress_bar_config(disable=True)
+    # What is constant over a run belongs to the network, too.
+    ours.unet.constants = lambda context, *arguments, **keywords: _rows(len(context))
+    ours.unet.step = _identity
+    theirs.unet.forward = lambda sample, *arguments, **keywords: (sample,)
+    given: dict[str, Any] = {"height": SIZE, "width": SIZE, "output_type": "latent"}
+    work = {}
+    for steps in (FEW, MANY):
+        work[f"ours {steps}"] = partial(
+            ours, PROMPT, seed=7, scheduler=scheduler, num_inference_steps=steps, progress=False, **given
+        )
+        work[f"theirs {steps}"] = partial(theirs, PROMPT, num_inference_steps=steps, **given)
+    medians = interleaved(work, rounds)
+    times = [
+        (medians[f"{who} {MANY}"] - medians[f"{who} {FEW}"]) / (MANY - FEW) for who in ("ours", "theirs")
+    ]
+    return times[0] * 1e6, times[1] * 1e6
+
+
+def _rows(count: int) -> UNetConstants:
+    """Constants that tell nothing but how many rows there are."""
+    pair = (torch.zeros(count, 1, 1), torch.zeros(count, 1, 1))
+    return UNetConstants(times=(), contexts=((ContextKeyValue(None, pair),),))
+
+
+def _identity(sample: Tensor, constants: UNetConstants, index: int) -> Tensor:
+    """In the place of UNet.step: every row gives back the latents."""
+    rows = constants.contexts[0][0].attn2[0].shape[0]
+    return torch.cat([sample] * (rows // sample.shape[0]))
+
+
+def _with_scheduler(pipeline: Pipeline, scheduler: Scheduler) -> Pipeline:
+    from dataclasses import replace
+
+    return replace(pipeline, scheduler=scheduler)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="the sampling loop of latentgen beside diffusers'")
+    parser.add_argument("--solvers", nargs="+", default=SOLVER_NAMES, choices=SOLVER_NAMES)
+    parser.add_argument("--rounds", type=int, default=9)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
