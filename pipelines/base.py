@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
 import torch
 
@@ -43,6 +43,11 @@ from latentgen.pipelines.guiding import GuidanceOptions, Guided
 from latentgen.pipelines.request import Request, Sampling
 from latentgen.pipelines.saving import SD_INDEX, SDXL_INDEX, class_entries, save_folder
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+# What a call takes for its scheduler: the name of a solver, a Scheduler, or a scheduler of diffusers.
+AnyScheduler: TypeAlias = "str | Scheduler | SchedulerMixin"
 DEFAULT_STEPS = 25
 _CPU = torch.device("cpu")
 
@@ -405,14 +410,23 @@ class Pipeline(ABC):
         negatives = {1: (), 2: request.negatives, 3: empty + request.negatives}
         return Guided(guidance, negatives[guidance.rows])
 
-    def _sampling(self, scheduler: str | Scheduler | None, num_inference_steps: int) -> Sampling:
+    def _sampling(self, scheduler: AnyScheduler | None, num_inference_steps: int) -> Sampling:
         """The whole run that is asked for, with this pipeline's scheduler by default."""
-        if scheduler is None:
-            scheduler = self.scheduler
-        elif isinstance(scheduler, str):
-            scheduler = self.scheduler.with_solver(scheduler)
-        elif not isinstance(scheduler, Scheduler):
-            raise InputError(f"scheduler must be a name or a Scheduler, not {type(scheduler).__name__}")
+        scheduler = self._chosen(scheduler)
         most_steps = scheduler.schedule.num_train_timesteps
         levels = scheduler.levels(check_integer("num_inference_steps", num_inference_steps, 1, most_steps))
         return Sampling(scheduler, levels, range(len(levels) - 1))
+
+    def _chosen(self, scheduler: AnyScheduler | None) -> Scheduler:
+        if scheduler is None:
+            return self.scheduler
+        if isinstance(scheduler, str):
+            return self.scheduler.with_solver(scheduler)
+        if isinstance(scheduler, Scheduler):
+            return scheduler
+        config = getattr(scheduler, "config", None)  # of diffusers, which need not be installed
+        if not isinstance(config, Mapping):
+            raise InputError(
+                f"scheduler must be a name, a Scheduler or one of diffusers, not {type(scheduler).__name__}"
+            )
+        return Scheduler.from_config({**config, "_class_name": type(scheduler).__name__})

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentgen.diffusion.scheduler import Scheduler
 from latentgen.models.vae import Gaussian
 from latentgen.pipelines.arguments import OutputType, check_output_type, check_size_conditioning
 from latentgen.pipelines.autoencoding import encode_images
-from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
 from latentgen.pipelines.conditioning import SizeConditioning
 from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
 from latentgen.pipelines.guiding import GuidanceOptions
@@ -58,7 +57,7 @@ class InpaintPipeline(Pipeline):
         guidance: GuidanceOptions | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
-        scheduler: str | Scheduler | None = None,
+        scheduler: AnyScheduler | None = None,
         clip_skip: int = 0,
         size_conditioning: SizeConditioning | None = None,
         output_type: OutputType = "pil",

@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 
 from latentgen.diffusion.guidance import ClassifierFree, TextAndImage, is_guided
-from latentgen.diffusion.scheduler import Scheduler
 from latentgen.pipelines.arguments import OutputType, check_guidance_scale, check_output_type
 from latentgen.pipelines.autoencoding import encode_images
-from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
 from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
 from latentgen.pipelines.guiding import Guided
 from latentgen.pipelines.images import ImagesInput, as_images, for_each, padded
@@ -51,7 +50,7 @@ class InstructPix2PixPipeline(Pipeline):
         image_guidance_scale: float = USUAL_IMAGE_GUIDANCE,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
-        scheduler: str | Scheduler | None = None,
+        scheduler: AnyScheduler | None = None,
         output_type: OutputType = "pil",
         progress: bool = True,
     ) -> Iterator[PipelineStep]:

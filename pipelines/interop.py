@@ -224,14 +224,23 @@ def _one_device(parts: Mapping[str, Any]) -> torch.device:
 def _scheduler(config: Mapping[str, Any]) -> SchedulerMixin:
     import diffusers
 
-    classes = {
-        "DDPMScheduler": diffusers.DDPMScheduler,
-        "DDIMScheduler": diffusers.DDIMScheduler,
-        "EulerDiscreteScheduler": diffusers.EulerDiscreteScheduler,
-        "EulerAncestralDiscreteScheduler": diffusers.EulerAncestralDiscreteScheduler,
-        "DPMSolverMultistepScheduler": diffusers.DPMSolverMultistepScheduler,
-        "PNDMScheduler": diffusers.PNDMScheduler,
-        "LCMScheduler": diffusers.LCMScheduler,
-        "TCDScheduler": diffusers.TCDScheduler,
-    }
-    return classes[config["_class_name"]].from_config(config)
+    classes = (
+        diffusers.DDPMScheduler,
+        diffusers.DDIMScheduler,
+        diffusers.PNDMScheduler,
+        diffusers.EulerDiscreteScheduler,
+        diffusers.EulerAncestralDiscreteScheduler,
+        diffusers.HeunDiscreteScheduler,
+        diffusers.KDPM2DiscreteScheduler,
+        diffusers.KDPM2AncestralDiscreteScheduler,
+        diffusers.LMSDiscreteScheduler,
+        diffusers.DPMSolverMultistepScheduler,
+        diffusers.DPMSolverSinglestepScheduler,
+        diffusers.DPMSolverSDEScheduler,
+        diffusers.DEISMultistepScheduler,
+        diffusers.UniPCMultistepScheduler,
+        diffusers.LCMScheduler,
+        diffusers.TCDScheduler,
+    )
+    by_name: dict[str, Any] = {known.__name__: known for known in classes}
+    return by_name[config["_class_name"]].from_config(config)

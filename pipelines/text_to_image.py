@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import InputError
 from latentgen.pipelines.arguments import (
     OutputType,
@@ -18,7 +17,7 @@ from latentgen.pipelines.arguments import (
     check_side,
     check_size_conditioning,
 )
-from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
 from latentgen.pipelines.conditioning import SizeConditioning
 from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
 from latentgen.pipelines.guiding import GuidanceOptions
@@ -69,7 +68,7 @@ class TextToImagePipeline(Pipeline):
         guidance: GuidanceOptions | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
-        scheduler: str | Scheduler | None = None,
+        scheduler: AnyScheduler | None = None,
         latents: Tensor | None = None,
         denoising_start: float = 0.0,
         denoising_end: float = 1.0,
@@ -96,7 +95,8 @@ class TextToImagePipeline(Pipeline):
             guidance: what guidance does besides: rescaling, an interval, a perpendicular negative prompt.
             num_images_per_prompt: images of each prompt.
             seed: image i of the call gets seed + i; or one seed for each image; None draws one at random.
-            scheduler: for this call, the name of a solver or a whole Scheduler; by default the checkpoint's.
+            scheduler: for this call, the name of a solver, a whole Scheduler or one of diffusers; by default the
+                checkpoint's.
             latents: [B, C, h, w] to start from, in place of what the seeds draw: standard normal noise, or with
                 `denoising_start` what another pipeline ended with.
             denoising_start: 0..1, at which share of the schedule to begin, with the `latents` of a pipeline whose

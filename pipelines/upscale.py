@@ -15,7 +15,7 @@ from latentgen.files import quote
 from latentgen.memory import MemoryPolicy
 from latentgen.pipelines import loading
 from latentgen.pipelines.arguments import OutputType, check_integer, check_output_type
-from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
 from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
 from latentgen.pipelines.devices import DTypeName
 from latentgen.pipelines.guiding import GuidanceOptions
@@ -109,7 +109,7 @@ class UpscalePipeline(Pipeline):
         guidance: GuidanceOptions | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
-        scheduler: str | Scheduler | None = None,
+        scheduler: AnyScheduler | None = None,
         clip_skip: int = 0,
         output_type: OutputType = "pil",
         progress: bool = True,

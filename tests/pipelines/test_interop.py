@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, StableDiffusionImg2ImgPipeline
 from peft import LoraConfig
 from torch import nn
 
 from latentgen import from_diffusers, to_diffusers
-from latentgen.errors import CheckpointMismatchError, InputError
+from latentgen.errors import CheckpointMismatchError, ConfigError, InputError
 from latentgen.memory import MemoryPolicy
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from tests.conftest import build_pipeline
@@ -82,3 +82,18 @@ def test_adapters_are_named() -> None:
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(CheckpointMismatchError, match="adapters"):
         from_diffusers(pipe)
+
+
+def test_a_scheduler_of_diffusers_is_taken(tiny_checkpoint: Path, latents: torch.Tensor) -> None:
+    theirs = quiet(build_pipeline())
+    theirs.scheduler = DPMSolverMultistepScheduler.from_config(
+        theirs.scheduler.config, use_karras_sigmas=True
+    )
+    ours = TextToImagePipeline.from_pretrained(tiny_checkpoint, dtype="float32", device="cpu")
+    options: dict[str, Any] = {"num_inference_steps": 4, "seed": 7, "output_type": "np", "progress": False}
+    images = ours("a cat", latents=latents, scheduler=theirs.scheduler, **options).images
+    assert np.abs(images - draw_theirs(theirs, latents)).max() <= 1e-4
+    with pytest.raises(InputError, match="scheduler must be a name"):
+        ours("a cat", scheduler=3, **options)
+    with pytest.raises(ConfigError, match="EDMEulerScheduler"):
+        ours("a cat", scheduler=EDMEulerScheduler(), **options)
