@@ -172,6 +172,8 @@ def settle_switches(text: str, steps: int) -> list[tuple[int, str]]:
     """
     signs = _SWITCH_SIGNS.findall(text)
     switches = _find_switches(signs, steps)
+    if not switches:
+        return [(0, text)]
     if any(switch.when is None for switch in switches.values()):
         beginnings = set(range(steps))
     else:

@@ -26,8 +26,6 @@ from latentgen.pipelines import adapting, loading
 from latentgen.pipelines.arguments import (
     MAX_CLIP_SKIP,
     MAX_IMAGES_PER_PROMPT,
-    as_negative_prompts,
-    as_prompts,
     check_guidance_scale,
     check_integer,
     check_seeds,
@@ -39,8 +37,10 @@ from latentgen.pipelines.conditioning import (
     time_id_count,
 )
 from latentgen.pipelines.devices import DTypeName, resolve_device, resolve_dtype
+from latentgen.pipelines.prompting import PromptReader, Prompts
 from latentgen.pipelines.request import Request, Sampling
 from latentgen.pipelines.saving import SD_INDEX, SDXL_INDEX, class_entries, save_folder
+from latentgen.prompt_syntax import PromptSyntax
 
 DEFAULT_STEPS = 25
 _CPU = torch.device("cpu")
@@ -362,9 +362,11 @@ class Pipeline(ABC):
 
     def _request(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None,
+        prompt: Prompts,
+        negative_prompt: Prompts | None,
+        sampling: Sampling,
         *,
+        prompt_syntax: PromptSyntax,
         guidance_scale: float | None,
         num_images_per_prompt: int,
         seed: int | Sequence[int] | None,
@@ -372,14 +374,23 @@ class Pipeline(ABC):
         images: int = 1,
     ) -> Request:
         """What is asked for, one entry for each image that is to be made; one prompt serves several `images`."""
-        prompts = as_prompts("prompt", prompt)
+        reader = PromptReader(
+            prompt_syntax,
+            sampling.total,
+            self.text_encoder.context_width,
+            self.text_encoder.pooled_width if self.is_sdxl else None,
+        )
+        prompts = reader.prompts(prompt)
         prompts *= images if len(prompts) == 1 else 1
         if images not in (1, len(prompts)):
             raise InputError(
                 f"image has {images} entries for {len(prompts)} prompts; give one or one for each"
             )
         per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
-        negatives = self._negatives(negative_prompt, len(prompts))
+        if negative_prompt is None and self.force_zeros_for_empty_prompt:
+            negatives = (None,) * len(prompts)
+        else:
+            negatives = reader.negatives("" if negative_prompt is None else negative_prompt, len(prompts))
         return Request(
             prompts=tuple(row for row in prompts for _ in range(per_prompt)),
             negatives=tuple(row for row in negatives for _ in range(per_prompt)),
@@ -389,11 +400,6 @@ class Pipeline(ABC):
                 self.default_guidance_scale if guidance_scale is None else guidance_scale
             ),
         )
-
-    def _negatives(self, negative_prompt: str | Sequence[str] | None, count: int) -> Sequence[str | None]:
-        if negative_prompt is None and self.force_zeros_for_empty_prompt:
-            return [None] * count
-        return as_negative_prompts("" if negative_prompt is None else negative_prompt, count)
 
     def _guidance(self, request: Request) -> Guidance:
         """Classifier-free guidance, which a UNet that is told the scale was distilled from and does without."""

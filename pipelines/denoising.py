@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import NamedTuple, ParamSpec, Protocol
@@ -18,7 +19,7 @@ from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.errors import NumericalError
 from latentgen.memory import MemoryPolicy, explained_out_of_memory, resident, weight_bytes
 from latentgen.models.text import TextEncoder
-from latentgen.models.unet import AddedConditioning, UNet
+from latentgen.models.unet import AddedConditioning, UNet, UNetConstants
 from latentgen.models.unet_blocks import repeat_rows
 from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.arguments import OutputType
@@ -32,6 +33,7 @@ from latentgen.pipelines.conditioning import (
 )
 from latentgen.pipelines.output import Images, Output, export
 from latentgen.pipelines.request import Request, Sampling
+from latentgen.prompt_syntax import PromptSchedule
 
 P = ParamSpec("P")
 
@@ -120,7 +122,7 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
     begin = run.begin(noise)
     latents = begin.latents.contiguous(memory_format=torch.channels_last)
     scheduler, levels, steps = run.sampling
-    context, added = _encode(stages, run)
+    told = _encode(stages, run)
     total, check = len(steps), FiniteCheck()
     last: PipelineStep | None = None
     finish = partial(_finish, stages, run, check)
@@ -128,9 +130,11 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
         resident(stages.unet, stages.device, offload=stages.memory.offload_idle),
         tqdm(total=total, desc="denoising", disable=not run.progress) as bar,
     ):
-        denoiser = build_denoiser(stages.unet, run, begin, context, added)
+        position = Position(steps.start)
+        denoiser = build_denoiser(stages.unet, run, begin, told, position)
         draw = partial(noise.draw, run.shape[1:])
         for step in scheduler.sample(denoiser, latents, levels, draw, start=steps.start, stop=steps.stop):
+            position.step = step.index + 1
             check.watch(step.latents)
             bar.update()
             index = step.index - steps.start
@@ -144,12 +148,41 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
         yield last
 
 
-def _encode(stages: Stages, run: Run) -> tuple[Tensor, AddedConditioning | None]:
-    """The context of every row, [rows * B, S, D], and what SDXL's UNet is given besides."""
+class Told(NamedTuple):
+    """What the UNet is told during some steps of a run.
+
+    Attributes:
+        steps: the steps.
+        context: [rows * B, S, D], the least conditioned rows first.
+        added: what SDXL's UNet is given besides, for the same rows.
+    """
+
+    steps: tuple[range, ...]
+    context: Tensor
+    added: AddedConditioning | None
+
+
+@dataclass
+class Position:
+    """The step that a run is at: where prompts switch, the noise level does not tell on which side a solver asks."""
+
+    step: int
+
+
+def _encode(stages: Stages, run: Run) -> list[Told]:
+    """What the UNet is told: the same at all steps, unless a prompt switches."""
     request, others = run.request, run.guidance.rows - 1
-    with resident(stages.text_encoder.module, stages.device, offload=stages.memory.offload_idle):
-        encoded = encode_rows(
-            stages.text_encoder, request.negatives * others, request.prompts, clip_skip=request.clip_skip
+    rows = request.negatives * others, request.prompts
+    module = stages.text_encoder.module
+    # Whoever brings all of the conditioning along does not wait for the text encoder's weights.
+    needed = any(isinstance(row, PromptSchedule) for part in rows for row in part)
+    with resident(module, stages.device, offload=stages.memory.offload_idle) if needed else nullcontext():
+        stretches = encode_rows(
+            stages.text_encoder,
+            *rows,
+            clip_skip=request.clip_skip,
+            steps=run.sampling.steps,
+            device=stages.device,
         )
     ids = time_ids(
         run.size_conditioning,
@@ -158,7 +191,10 @@ def _encode(stages: Stages, run: Run) -> tuple[Tensor, AddedConditioning | None]
         negatives=len(request) * others,
         prompts=len(request),
     )
-    return encoded.context, added_conditioning(encoded.pooled, ids)
+    return [
+        Told(steps, conditioning.context, added_conditioning(conditioning.pooled, ids))
+        for steps, conditioning in stretches
+    ]
 
 
 @torch.inference_mode()
@@ -273,39 +309,50 @@ def denoising_bytes(unet: UNet, rows: int, pixels: int) -> int:
 
 
 def build_denoiser(
-    unet: UNet, run: Run, begin: Beginning, context: Tensor, added: AddedConditioning | None
+    unet: UNet, run: Run, begin: Beginning, told: Sequence[Told], position: Position
 ) -> Denoiser:
     """A denoiser for one run, with all that is constant over it computed once.
 
     Args:
         begin: what is concatenated to the latents, and class labels.
-        context: [rows * B, S, D], the least conditioned rows first.
-        added: what SDXL's UNet is given besides, for the same rows.
+        told: what the UNet is told, at which steps.
+        position: the step that is being taken, kept up to date by the caller.
     """
-    dtype, device = _dtype_of(unet), context.device
-    scheduler, levels, steps = run.sampling
-    visited = scheduler.visited(levels, start=steps.start, stop=steps.stop)
-    timesteps = [level.timestep for level in visited]
-    index_of = {timestep: index for index, timestep in enumerate(timesteps)}
-    constants = unet.constants(
-        context.to(dtype),
-        torch.tensor(timesteps, device=device),
-        class_labels=begin.class_labels,
-        added=added,
-        guidance_scale=run.request.guidance_scale if unet.config.time_cond_proj_dim else None,
-    )
-    channels = None if begin.channels is None else begin.channels.to(device, dtype)
+    dtype = _dtype_of(unet)
+    constants = [_constants(unet, run, begin, part) for part in told]
+    at = {step: index for index, part in enumerate(told) for steps in part.steps for step in steps}
+    channels = None if begin.channels is None else begin.channels.to(told[0].context.device, dtype)
 
     def predict(x: Tensor, level: NoiseLevel) -> tuple[Tensor, ...]:
         sample = x.to(dtype)
         if channels is not None:
             sample = torch.cat([repeat_rows(sample, len(channels)), channels], dim=1)
+        current, index_of = constants[at[position.step]]
         output = unet.step(
-            sample.contiguous(memory_format=torch.channels_last), constants, index_of[level.timestep]
+            sample.contiguous(memory_format=torch.channels_last), current, index_of[level.timestep]
         )
         return output.float().chunk(run.guidance.rows)
 
-    return guided(predict, scheduler.prediction_type, run.guidance)
+    return guided(predict, run.sampling.scheduler.prediction_type, run.guidance)
+
+
+def _constants(unet: UNet, run: Run, begin: Beginning, told: Told) -> tuple[UNetConstants, dict[float, int]]:
+    """What is constant while the UNet is told the same, and which of its time embeddings is that of a timestep."""
+    scheduler, levels, _ = run.sampling
+    visited = dict.fromkeys(
+        level
+        for steps in told.steps
+        for level in scheduler.visited(levels, start=steps.start, stop=steps.stop)
+    )
+    timesteps = [level.timestep for level in visited]
+    constants = unet.constants(
+        told.context.to(_dtype_of(unet)),
+        torch.tensor(timesteps, device=told.context.device),
+        class_labels=begin.class_labels,
+        added=told.added,
+        guidance_scale=run.request.guidance_scale if unet.config.time_cond_proj_dim else None,
+    )
+    return constants, {timestep: index for index, timestep in enumerate(timesteps)}
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

@@ -16,6 +16,8 @@ from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
 from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
 from latentgen.pipelines.images import ImagesInput, as_images, for_each, padded
 from latentgen.pipelines.loading import READS
+from latentgen.pipelines.prompting import Prompts
+from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 USUAL_IMAGE_GUIDANCE = 1.5
 
@@ -41,10 +43,11 @@ class InstructPix2PixPipeline(Pipeline):
 
     def stream(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompts,
         *,
         image: ImagesInput,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: Prompts | None = None,
+        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float | None = None,
         image_guidance_scale: float = USUAL_IMAGE_GUIDANCE,
@@ -66,9 +69,12 @@ class InstructPix2PixPipeline(Pipeline):
             image_guidance_scale: how much of the image is kept; less than 1 is no guidance at all.
         """
         images = as_images("image", image)
+        sampling = self._sampling(scheduler, num_inference_steps)
         request = self._request(
             prompt,
             negative_prompt,
+            sampling,
+            prompt_syntax=prompt_syntax,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
@@ -79,7 +85,6 @@ class InstructPix2PixPipeline(Pipeline):
         )
         guided = is_guided(request.guidance_scale) and image_scale >= 1
         guidance = TextAndImage(request.guidance_scale, image_scale) if guided else ClassifierFree(1.0)
-        sampling = self._sampling(scheduler, num_inference_steps)
         config, size = self.decoder.config, (images.shape[2], images.shape[3])
         images = padded(images, config.spatial_factor)
         height, width = (side // config.spatial_factor for side in images.shape[2:])
