@@ -36,6 +36,9 @@ _PROJECTION = "text_projection."
 _OLD_BUFFERS = (f"{_FILE_PREFIX}embeddings.position_ids", "embeddings.position_ids")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
+# The mean of hidden states that is not told from zero, as a share of their size.
+_ROUNDING = 1e-5
+
 # Which hidden states are the context: the last, normalised (SD 1.x and 2.x), or those before the last layer, as they
 # are (SDXL, arXiv:2307.01952, section 2).
 ContextLayer = Literal["last", "penultimate"]
@@ -195,9 +198,8 @@ class CLIPText:
     def encode(self, prompts: Sequence[str | WeightedPrompt], *, clip_skip: int = 0) -> Conditioning:
         """Encode B prompts to hidden states [B, S, D] and the pooled state [B, P] of the end token.
 
-        S is a multiple of the window: longer prompts take several windows, each encoded by itself, and the
-        other rows are filled up with empty ones. The pooled state is that of the first window. Weights act on the
-        hidden states alone, as :func:`weigh` says.
+        S is a multiple of the window: longer prompts take several windows, each encoded by itself, and the other rows
+        are filled up with empty ones. The pooled state is that of the first window, without weights; see :func:`weigh`.
 
         Args:
             prompts: of any length; a str is text without any weights.
@@ -303,13 +305,16 @@ class CLIPTextPair:
 def weigh(context: Tensor, weights: Tensor) -> Tensor:
     """Multiply hidden states [B, chunks * window, D] by the weights [B, chunks, window] of their tokens.
 
-    Each chunk is then scaled to the mean over tokens and channels that it had, as A1111 does (its "original" emphasis):
-    without that, images burn. In float32; a chunk whose weights are all 1 stays as it is, bit for bit.
+    Each chunk is then scaled to the mean over tokens and channels that it had, as A1111 does (its "original" emphasis),
+    unless one of the means is no more than rounding and says nothing. In float32; a chunk whose weights are all 1 stays
+    as it is, bit for bit.
     """
     chunks = context.float().unflatten(1, weights.shape[1:])
     weighted = chunks * weights[..., None]
-    restored = chunks.mean((-2, -1), keepdim=True) / weighted.mean((-2, -1), keepdim=True)
-    return (weighted * restored).flatten(1, 2).to(context.dtype)
+    before, after = (states.mean((-2, -1), keepdim=True) for states in (chunks, weighted))
+    rounding = _ROUNDING * weighted.abs().mean((-2, -1), keepdim=True)
+    says_something = (before.abs() > rounding) & (after.abs() > rounding)
+    return (weighted * torch.where(says_something, before / after, 1.0)).flatten(1, 2).to(context.dtype)
 
 
 def join_towers(towers: Sequence[CLIPText]) -> TextEncoder:
