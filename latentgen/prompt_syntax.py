@@ -36,6 +36,8 @@ _NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _WEIGHT_SIGNS = re.compile(rf"\\[\\()\[\]]|:\s*{_NUMBER}\s*\)|[()\[\]:\\]|[^()\[\]:\\]+")
 _SWITCH_SIGNS = re.compile(r"\\.|[\[\]():|\\]|[^\[\]():|\\]+", re.DOTALL)
 _WHEN = re.compile(rf"\s*({_NUMBER})\s*")
+# Without any of this nothing switches.
+_MAY_SWITCH = re.compile(rf"\||:\s*{_NUMBER}\s*\]")
 _BREAK = re.compile(r"\bBREAK\b")
 
 
@@ -170,10 +172,10 @@ def settle_switches(text: str, steps: int) -> list[tuple[int, str]]:
     Raises:
         InputError: the prompt is too long to switch so often.
     """
+    if not _MAY_SWITCH.search(text):
+        return [(0, text)]
     signs = _SWITCH_SIGNS.findall(text)
     switches = _find_switches(signs, steps)
-    if not switches:
-        return [(0, text)]
     if any(switch.when is None for switch in switches.values()):
         beginnings = set(range(steps))
     else:
