@@ -5,7 +5,7 @@ come out.
 
 Each case takes a sound file, damages it a few times and reads it, or makes up a prompt; `--only NAME` runs one kind
 of case alone. A case is a seed: a failure prints the seed that makes it again. Exit code 1 if any case raised another
-exception or took longer than two seconds. Pickles are read here, in this process; `--child N` gives N of them to the
+exception or took more than two seconds of this process. Pickles are read here, in this process; `--child N` gives N of them to the
 child process that reads them for users.
 """
 
@@ -426,14 +426,15 @@ class Outcome(NamedTuple):
 
 
 def run_case(target: Callable[[Path, random.Random], None], rng: random.Random, folder: Path) -> Outcome:
-    begin, refused, problem = time.perf_counter(), False, None
+    # Of this process alone: the machine may be busy.
+    begin, refused, problem = time.process_time(), False, None
     try:
         target(folder, rng)
     except LatentgenError:
         refused = True
     except Exception:
         problem = traceback.format_exc(limit=-4)[:2000]
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     if (
         problem is None and seconds > SECONDS and target is not fuzz_child
     ):  # torch's import alone takes as long
