@@ -5,8 +5,8 @@ come out.
 
 Each case takes a sound file, damages it a few times and reads it, or makes up a prompt; `--only NAME` runs one kind
 of case alone. A case is a seed: a failure prints the seed that makes it again. Exit code 1 if any case raised another
-exception or took more than two seconds of this process. Pickles are read here, in this process; `--child N` gives N of them to the
-child process that reads them for users.
+exception or took more than two seconds of this process. Pickles are read here, in this process; `--child N` gives N
+of them to the child process that reads them for users.
 """
 
 from __future__ import annotations
