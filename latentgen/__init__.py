@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from latentgen.memory import MemoryPolicy as MemoryPolicy
     from latentgen.models.open_clip_text import from_open_clip as from_open_clip
     from latentgen.models.open_clip_text import load_open_clip as load_open_clip
+    from latentgen.models.text import Conditioning as Conditioning
     from latentgen.models.unet import UNet as UNet
     from latentgen.models.vae import VAEDecoder as VAEDecoder
     from latentgen.models.vae import VAEEncoder as VAEEncoder
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from latentgen.pipelines.upscale import UpscalePipeline as UpscalePipeline
 
 _PUBLIC = {
+    "Conditioning": "latentgen.models.text",
     "GuidanceOptions": "latentgen.pipelines.guiding",
     "InpaintPipeline": "latentgen.pipelines.inpaint",
     "InstructPix2PixPipeline": "latentgen.pipelines.instruct_pix2pix",

@@ -12,6 +12,7 @@ import typer
 
 from latentgen import __version__
 from latentgen.errors import InputError, LatentgenError
+from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 from latentgen.recipe import SAMPLERS, Recipe
 
 if TYPE_CHECKING:
@@ -111,6 +112,13 @@ def text2img(
     negative: Annotated[
         str, typer.Option(metavar="TEXT", help="What to keep away from.", show_default=False)
     ] = "",
+    prompt_syntax: Annotated[
+        PromptSyntax,
+        typer.Option(
+            help="explicit: (text:1.2) weighs; a1111: also (text), [text], BREAK, [from:to:when], [one|other]; "
+            "plain: all is text."
+        ),
+    ] = DEFAULT_SYNTAX,
     height: Annotated[
         int | None, typer.Option(metavar="PIXELS", help="[default: the size the model was trained at]")
     ] = None,
@@ -166,6 +174,7 @@ def text2img(
     latentgen text2img "tiger face on a teal background" --seed 7 --steps 50
     latentgen text2img "a castle" --model path/to/checkpoint --scheduler dpmpp_2m_karras --num-images 4
     latentgen text2img "a castle" --model model.safetensors --lora watercolour.safetensors:0.8
+    latentgen text2img "a (red:1.3) castle at [dawn:night:0.5]" --prompt-syntax a1111
 
     Prints the names of the files that it wrote, and the seeds if it drew them. A PNG file carries its recipe
     in the text chunk "parameters", where other programs look for it too.
@@ -200,6 +209,7 @@ def text2img(
     result = pipeline(
         prompt,
         negative_prompt=negative,
+        prompt_syntax=prompt_syntax,
         height=height,
         width=width,
         num_inference_steps=steps,
@@ -227,7 +237,7 @@ def text2img(
             height=image.height,
             model=_model_name(model),
             version=f"latentgen {__version__}",
-            other=_other_settings(clip_skip, vae, adapters),
+            other=_other_settings(prompt_syntax, clip_skip, vae, adapters),
         )
         save_image(image, path, None if no_metadata else recipe)
         print(_printable(str(path)))
@@ -343,10 +353,14 @@ def _file_and_weight(text: str) -> tuple[Path, float]:
 
 
 def _other_settings(
-    clip_skip: int, vae: Path | None, adapters: Sequence[tuple[Path, float]]
+    prompt_syntax: PromptSyntax,
+    clip_skip: int,
+    vae: Path | None,
+    adapters: Sequence[tuple[Path, float]],
 ) -> tuple[tuple[str, str], ...]:
     """What a recipe says besides; other programs count the layers that clip skip begins at."""
-    settings = [("Clip skip", str(clip_skip + 1))] if clip_skip else []
+    settings = [("Prompt syntax", prompt_syntax)] if prompt_syntax != DEFAULT_SYNTAX else []
+    settings += [("Clip skip", str(clip_skip + 1))] if clip_skip else []
     settings += [("VAE", vae.name)] if vae else []
     if adapters:
         settings.append(("LoRA", ", ".join(f"{file.stem}:{weight:g}" for file, weight in adapters)))

@@ -3,11 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 from latentgen.errors import ConfigError, InputError
 
+T = TypeVar("T")
 
-def check_prompts(prompts: Sequence[str]) -> None:
+
+class Piece(NamedTuple):
+    """A text, and what the hidden states of its tokens are multiplied by."""
+
+    text: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class WeightedPrompt:
+    """A prompt as the text encoder takes it.
+
+    Attributes:
+        parts: each begins a chunk of its own, however short the one before is; of one piece or more.
+    """
+
+    parts: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def text(self) -> str:
+        """All of its text, without the weights."""
+        return "".join(piece.text for part in self.parts for piece in part)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether any weight is other than 1."""
+        return any(piece.weight != 1.0 for part in self.parts for piece in part)
+
+
+def plain_prompt(text: str) -> WeightedPrompt:
+    """A prompt in which every sign is text."""
+    return WeightedPrompt(((Piece(text),),))
+
+
+def as_weighted(prompts: Sequence[str | WeightedPrompt]) -> list[WeightedPrompt]:
+    """Prompts as the text encoder takes them; a str is text without any weights.
+
+    Raises:
+        InputError: as :func:`check_prompts`.
+    """
+    check_prompts(prompts)
+    return [plain_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def check_prompts(prompts: Sequence[str | WeightedPrompt]) -> None:
     """Refuse what no tokenizer can read; the empty prompt and any Unicode text are fine.
 
     Raises:
@@ -15,7 +62,8 @@ def check_prompts(prompts: Sequence[str]) -> None:
     """
     if isinstance(prompts, str) or not prompts:
         raise InputError(f"prompts: expected a non-empty sequence of strings, found {prompts!r}")
-    for index, prompt in enumerate(prompts):
+    for index, given in enumerate(prompts):
+        prompt = given.text if isinstance(given, WeightedPrompt) else given
         if not isinstance(prompt, str):
             raise InputError(f"prompt {index}: expected a string, found {type(prompt).__name__}")
         if "\0" in prompt:
@@ -29,15 +77,16 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def chunk_tokens(
-    rows: Sequence[Sequence[int]], window: int, *, bos: int, eos: int, pad: int
-) -> list[list[list[int]]]:
+    rows: Sequence[Sequence[Sequence[T]]], window: int, *, bos: T, eos: T, pad: T
+) -> list[list[list[T]]]:
     """Cut token rows into chunks that fill the text encoder's window; nothing is dropped.
 
-    A row of at most `window` - 2 tokens makes one chunk, as a tokenizer that pads makes of it. A longer row
-    makes several, each with its own `bos` and `eos`. All rows get as many chunks as the longest one.
+    A row of one part of at most `window` - 2 tokens makes one chunk, as a tokenizer that pads makes of it. A longer
+    part makes several, each with its own `bos` and `eos`, and every part begins a new one. All rows get as many
+    chunks as the longest one. What stands for each token may be its id or its weight.
 
     Args:
-        rows: B rows of token ids without special tokens.
+        rows: B rows of parts of token ids without special tokens.
         window: tokens that the text encoder reads at once.
         bos: id that begins a chunk.
         eos: id that ends the text of a chunk.
@@ -52,13 +101,17 @@ def chunk_tokens(
     size = window - 2
     if size < 1:
         raise ConfigError(f"the text encoder's window of {window} tokens is too short; at least 3 are needed")
-    count = max(1, *(-(-len(row) // size) for row in rows))
 
-    def chunk(row: Sequence[int], start: int) -> list[int]:
-        text = [bos, *row[start : start + size], eos]
+    def chunk(tokens: Sequence[T]) -> list[T]:
+        text = [bos, *tokens, eos]
         return text + [pad] * (window - len(text))
 
-    return [[chunk(row, index * size) for index in range(count)] for row in rows]
+    chunked = [
+        [chunk(part[start : start + size]) for part in row for start in range(0, max(1, len(part)), size)]
+        for row in rows
+    ]
+    count = max(map(len, chunked))
+    return [row + [chunk(())] * (count - len(row)) for row in chunked]
 
 
 def token_expansions(added: Mapping[str, int]) -> dict[int, tuple[int, ...]]:

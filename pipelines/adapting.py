@@ -16,7 +16,7 @@ from latentgen.files import quote
 from latentgen.models.lora import shared_copy
 from latentgen.models.text import TextEncoder, join_towers
 from latentgen.models.unet import UNet
-from latentgen.pipelines.denoising import Stages
+from latentgen.pipelines.run import Stages
 from latentgen.pipelines.saving import named_towers
 
 

@@ -25,8 +25,6 @@ from latentgen.pipelines import adapting, loading
 from latentgen.pipelines.arguments import (
     MAX_CLIP_SKIP,
     MAX_IMAGES_PER_PROMPT,
-    as_negative_prompts,
-    as_prompts,
     check_guidance_options,
     check_guidance_scale,
     check_integer,
@@ -40,8 +38,10 @@ from latentgen.pipelines.conditioning import (
 )
 from latentgen.pipelines.devices import DTypeName, resolve_device, resolve_dtype
 from latentgen.pipelines.guiding import GuidanceOptions, Guided
+from latentgen.pipelines.prompting import PromptReader, Prompts
 from latentgen.pipelines.request import Request, Sampling
 from latentgen.pipelines.saving import SD_INDEX, SDXL_INDEX, class_entries, save_folder
+from latentgen.prompt_syntax import PromptSyntax, read_prompt
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -368,9 +368,11 @@ class Pipeline(ABC):
 
     def _request(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None,
+        prompt: Prompts,
+        negative_prompt: Prompts | None,
+        sampling: Sampling,
         *,
+        prompt_syntax: PromptSyntax,
         guidance_scale: float | None,
         num_images_per_prompt: int,
         seed: int | Sequence[int] | None,
@@ -378,14 +380,23 @@ class Pipeline(ABC):
         images: int = 1,
     ) -> Request:
         """What is asked for, one entry for each image that is to be made; one prompt serves several `images`."""
-        prompts = as_prompts("prompt", prompt)
+        reader = PromptReader(
+            prompt_syntax,
+            sampling.total,
+            self.text_encoder.context_width,
+            self.text_encoder.pooled_width if self.is_sdxl else None,
+        )
+        prompts = reader.prompts(prompt)
         prompts *= images if len(prompts) == 1 else 1
         if images not in (1, len(prompts)):
             raise InputError(
                 f"image has {images} entries for {len(prompts)} prompts; give one or one for each"
             )
         per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
-        negatives = self._negatives(negative_prompt, len(prompts))
+        if negative_prompt is None and self.force_zeros_for_empty_prompt:
+            negatives = (None,) * len(prompts)
+        else:
+            negatives = reader.negatives("" if negative_prompt is None else negative_prompt, len(prompts))
         return Request(
             prompts=tuple(row for row in prompts for _ in range(per_prompt)),
             negatives=tuple(row for row in negatives for _ in range(per_prompt)),
@@ -396,18 +407,13 @@ class Pipeline(ABC):
             ),
         )
 
-    def _negatives(self, negative_prompt: str | Sequence[str] | None, count: int) -> Sequence[str | None]:
-        if negative_prompt is None and self.force_zeros_for_empty_prompt:
-            return [None] * count
-        return as_negative_prompts("" if negative_prompt is None else negative_prompt, count)
-
     def _guided(self, request: Request, options: GuidanceOptions | None, sampling: Sampling) -> Guided:
         """Classifier-free guidance with its options; a UNet that is told the scale was distilled from it."""
         options = check_guidance_options(options)
         scale = 1.0 if self.unet.config.time_cond_proj_dim else request.guidance_scale
         guidance = options.guidance(scale, sampling.scheduler.schedule.num_train_timesteps)
-        empty = (None if self.force_zeros_for_empty_prompt else "",) * len(request)
-        negatives = {1: (), 2: request.negatives, 3: empty + request.negatives}
+        empty = None if self.force_zeros_for_empty_prompt else read_prompt("", "plain", sampling.total)
+        negatives = {1: (), 2: request.negatives, 3: (empty,) * len(request) + request.negatives}
         return Guided(guidance, negatives[guidance.rows])
 
     def _sampling(self, scheduler: AnyScheduler | None, num_inference_steps: int) -> Sampling:

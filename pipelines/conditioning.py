@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +15,22 @@ from latentgen.errors import InputError
 from latentgen.models.text import Conditioning, TextEncoder
 from latentgen.models.unet import AddedConditioning
 from latentgen.models.unet_config import UNetConfig
+from latentgen.prompt_syntax import PromptSchedule
+from latentgen.prompts import WeightedPrompt
 
 Pair = tuple[int, int]
+
+# What an image is drawn from or led away from: a prompt, the conditioning [1, S, D] that a caller has made of one, or
+# zeros (None), with which SDXL was trained in the place of a prompt.
+Row = PromptSchedule | Conditioning | None
 
 # How many numbers SDXL's base model and its refiner are told besides the text.
 BASE_TIME_IDS = 6
 REFINER_TIME_IDS = 5
 _MAX_PIXELS = 2**20
 _MAX_SCORE = 100.0
+# To how many tokens contexts of different lengths may be repeated.
+_MAX_REPEATED_TOKENS = 2**14
 
 
 @dataclass(frozen=True)
@@ -71,36 +81,98 @@ def _check_pair(name: str, pair: object, *, lowest: int) -> None:
         )
 
 
+class Stretch(NamedTuple):
+    """Steps of a run during which no prompt switches, and the conditioning [R, S, D] and [R, P] of all its rows."""
+
+    steps: tuple[range, ...]
+    conditioning: Conditioning
+
+
 def encode_rows(
-    encoder: TextEncoder, negatives: Sequence[str | None], prompts: Sequence[str], *, clip_skip: int
-) -> Conditioning:
-    """The conditioning [R, S, D] and [R, P] of the negative prompts and then of the prompts.
+    encoder: TextEncoder,
+    negatives: Sequence[Row],
+    prompts: Sequence[Row],
+    *,
+    clip_skip: int,
+    steps: range,
+    device: torch.device,
+) -> list[Stretch]:
+    """The conditioning of the negative prompts and then of the prompts, on the device, over the steps of a run.
 
-    Equal rows are encoded once, and a row does not depend on those beside it. A negative prompt None is all zeros,
-    which is how SDXL was trained without a prompt. `clip_skip` is for the prompts alone, as in diffusers.
+    Equal rows are encoded once, and a row does not depend on those beside it. `clip_skip` is for the prompts alone, as
+    in diffusers. Without a prompt that switches there is one stretch.
     """
-    wanted = [*((row, 0) for row in negatives), *((row, clip_skip) for row in prompts)]
-    known: dict[tuple[str | None, int], Conditioning] = {}
-    for skip in dict.fromkeys(skip for _, skip in reversed(wanted)):
-        rows = list(dict.fromkeys(row for row, of in wanted if of == skip and row is not None))
-        encoded = _encode_apart(encoder, rows, skip) if rows else []
-        known |= {(row, skip): conditioning for row, conditioning in zip(rows, encoded, strict=True)}
-    some = next(iter(known.values()))
-    known[None, 0] = Conditioning(torch.zeros_like(some.context), torch.zeros_like(some.pooled))
-    parts = [known[row] for row in wanted]
-    return Conditioning(
-        join_contexts([part.context for part in parts]), torch.cat([part.pooled for part in parts])
-    )
-
-
-def _encode_apart(encoder: TextEncoder, rows: Sequence[str], clip_skip: int) -> list[Conditioning]:
-    """The conditioning [1, S, D] and [1, P] of each row, S as long as the row needs."""
-    together = encoder.encode(rows, clip_skip=clip_skip)
-    if together.context.shape[1] > encoder.window:
-        return [encoder.encode([row], clip_skip=clip_skip) for row in rows]
+    rows = [*((row, 0) for row in negatives), *((row, clip_skip) for row in prompts)]
+    changes = {
+        step for row, _ in rows if isinstance(row, PromptSchedule) for step, _ in row.changes if step in steps
+    }
+    spans: dict[tuple[WeightedPrompt | None, ...], list[range]] = {}
+    for begin, end in pairwise((*sorted(changes | {steps.start}), steps.stop)):
+        texts = tuple(row.at(begin) if isinstance(row, PromptSchedule) else None for row, _ in rows)
+        spans.setdefault(texts, []).append(range(begin, end))
+    skips = [skip for _, skip in rows]
+    known = _encode_texts(encoder, [wanted for texts in spans for wanted in zip(texts, skips, strict=True)])
     return [
-        Conditioning(*part) for part in zip(together.context.split(1), together.pooled.split(1), strict=True)
+        Stretch(
+            tuple(span),
+            _join(
+                [
+                    known[text, skip] if text is not None else _moved(row, device)
+                    for text, (row, skip) in zip(texts, rows, strict=True)
+                ]
+            ),
+        )
+        for texts, span in spans.items()
     ]
+
+
+def _encode_texts(
+    encoder: TextEncoder, wanted: Sequence[tuple[WeightedPrompt | None, int]]
+) -> dict[tuple[WeightedPrompt, int], Conditioning]:
+    """The conditioning [1, S, D] and [1, P] of each text with its clip_skip, S as long as the text needs."""
+    known: dict[tuple[WeightedPrompt, int], Conditioning] = {}
+    for skip in dict.fromkeys(skip for _, skip in reversed(wanted)):
+        texts = list(dict.fromkeys(text for text, of in wanted if of == skip and text is not None))
+        encoded = _encode_apart(encoder, texts, skip) if texts else []
+        known |= {(text, skip): conditioning for text, conditioning in zip(texts, encoded, strict=True)}
+    return known
+
+
+def _encode_apart(
+    encoder: TextEncoder, texts: Sequence[WeightedPrompt], clip_skip: int
+) -> list[Conditioning]:
+    together = encoder.encode(texts, clip_skip=clip_skip)
+    if together.context.shape[1] > encoder.window:
+        return [encoder.encode([text], clip_skip=clip_skip) for text in texts]
+    return conditioning_rows(together)
+
+
+def conditioning_rows(conditioning: Conditioning) -> list[Conditioning]:
+    """Each row by itself, [1, S, D] and [1, P]."""
+    contexts, pooled = conditioning.context.split(1), conditioning.pooled
+    return [
+        Conditioning(context, None if pooled is None else pooled[index : index + 1])
+        for index, context in enumerate(contexts)
+    ]
+
+
+def _moved(row: Row, device: torch.device) -> Conditioning | None:
+    if not isinstance(row, Conditioning):
+        return None
+    return Conditioning(row.context.to(device), None if row.pooled is None else row.pooled.to(device))
+
+
+def _join(parts: Sequence[Conditioning | None]) -> Conditioning:
+    """One batch of rows; None is a row of zeros."""
+    some = next(part for part in parts if part is not None)
+    zeros = Conditioning(
+        torch.zeros_like(some.context), None if some.pooled is None else torch.zeros_like(some.pooled)
+    )
+    rows = [zeros if part is None else part for part in parts]
+    pooled = [row.pooled for row in rows if row.pooled is not None]
+    return Conditioning(
+        join_contexts([row.context for row in rows]), torch.cat(pooled) if len(pooled) == len(rows) else None
+    )
 
 
 def join_contexts(contexts: Sequence[Tensor]) -> Tensor:
@@ -108,8 +180,17 @@ def join_contexts(contexts: Sequence[Tensor]) -> Tensor:
 
     A context is repeated until it is long enough. Attention over keys that are all repeated equally often is
     unchanged, so an image does not depend on the prompts beside its own, as it would with empty chunks.
+
+    Raises:
+        InputError: that would take far more tokens than any of them has.
     """
-    length = math.lcm(*(context.shape[1] for context in contexts))
+    lengths = sorted({context.shape[1] for context in contexts})
+    length = math.lcm(*lengths)
+    if length > max(_MAX_REPEATED_TOKENS, *lengths):
+        raise InputError(
+            f"prompts and negative prompts of {', '.join(map(str, lengths))} tokens cannot share a call: a common "
+            f"length would be {length:,}; draw those of different lengths in calls of their own"
+        )
     return torch.cat([context.repeat(1, length // context.shape[1], 1) for context in contexts])
 
 
@@ -142,6 +223,9 @@ def time_ids(
     return torch.tensor([negative] * negatives + [positive] * prompts, dtype=torch.float32)
 
 
-def added_conditioning(pooled: Tensor, ids: Tensor | None) -> AddedConditioning | None:
+def added_conditioning(pooled: Tensor | None, ids: Tensor | None) -> AddedConditioning | None:
     """What SDXL's UNet is given besides the context: `pooled` [R, P] and `ids` [R, K]; None without ids."""
-    return None if ids is None else AddedConditioning(pooled, ids.to(pooled.device))
+    if ids is None:
+        return None
+    assert pooled is not None
+    return AddedConditioning(pooled, ids.to(pooled.device))

@@ -3,99 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial, wraps
-from typing import NamedTuple, ParamSpec, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import ParamSpec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from latentgen.diffusion.guidance import guided
-from latentgen.diffusion.prediction import Denoiser
-from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.errors import NumericalError
-from latentgen.memory import MemoryPolicy, explained_out_of_memory, resident, weight_bytes
-from latentgen.models.text import TextEncoder
-from latentgen.models.unet import AddedConditioning, UNet, UNetConstants
-from latentgen.models.unet_blocks import repeat_rows
-from latentgen.models.vae import VAEDecoder
-from latentgen.pipelines.arguments import OutputType
+from latentgen.memory import explained_out_of_memory, resident, weight_bytes
+from latentgen.models.unet import UNet
 from latentgen.pipelines.autoencoding import decode_images
-from latentgen.pipelines.conditioning import (
-    SizeConditioning,
-    added_conditioning,
-    encode_rows,
-    time_id_count,
-    time_ids,
-)
-from latentgen.pipelines.guiding import Guided
+from latentgen.pipelines.denoiser import Position, build_denoiser, dtype_of, encode_prompts, rows_at_once
 from latentgen.pipelines.output import Images, Output, export
-from latentgen.pipelines.request import Request, Sampling
+from latentgen.pipelines.run import ImageNoise, Run, Stages
 
 P = ParamSpec("P")
-
-
-class Stages(Protocol):
-    """The stages of a pipeline, and where they run."""
-
-    @property
-    def unet(self) -> UNet: ...
-
-    @property
-    def decoder(self) -> VAEDecoder: ...
-
-    @property
-    def text_encoder(self) -> TextEncoder: ...
-
-    @property
-    def memory(self) -> MemoryPolicy: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-
-class Beginning(NamedTuple):
-    """What the loop begins with.
-
-    Attributes:
-        latents: float32 [B, C, h, w], standing at the first noise level.
-        channels: what is concatenated to the latents at each step, [B, K, h, w], or where the rows of a guidance differ
-            [rows * B, K, h, w].
-        class_labels: what the UNet is told besides the timestep, [1].
-    """
-
-    latents: Tensor
-    channels: Tensor | None = None
-    class_labels: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One call, checked.
-
-    Attributes:
-        request: the images that are to be made.
-        sampling: the steps.
-        guided: what becomes of the outputs for one image, and the texts that they are for.
-        shape: of the latents, [B, C, h, w].
-        begin: makes what the loop begins with; draws its noise from what each image owns.
-        size: height and width in pixels of the images, which are cropped to it.
-        output_type: what becomes of the latents.
-        progress: whether to show a progress bar.
-        size_conditioning: what SDXL is told.
-    """
-
-    request: Request
-    sampling: Sampling
-    guided: Guided
-    shape: tuple[int, int, int, int]
-    begin: Callable[[ImageNoise], Beginning]
-    size: tuple[int, int]
-    output_type: OutputType
-    progress: bool
-    size_conditioning: SizeConditioning = field(default_factory=SizeConditioning)
 
 
 @torch.inference_mode()
@@ -109,15 +34,11 @@ def denoise(stages: Stages, run: Run) -> Iterator[PipelineStep]:
     count, _, height, width = run.shape
     with explained_out_of_memory(
         f"denoising {count} image(s) of {run.size[1]}x{run.size[0]} pixels",
-        partial(denoising_bytes, stages.unet, _rows_at_once(stages, run) * count, height * width),
+        partial(denoising_bytes, stages.unet, rows_at_once(stages, run) * count, height * width),
         'use fewer images at once, a smaller height and width, MemoryPolicy(attention="chunked", '
         'guide_one_by_one=True, offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
     ):
         yield from _steps(stages, run)
-
-
-def _rows_at_once(stages: Stages, run: Run) -> int:
-    return 1 if stages.memory.guide_one_by_one else run.guided.guidance.rows
 
 
 def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
@@ -125,7 +46,7 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
     begin = run.begin(noise)
     latents = begin.latents.contiguous(memory_format=torch.channels_last)
     scheduler, levels, steps = run.sampling
-    context, added = _encode(stages, run)
+    told, position = encode_prompts(stages, run), Position(steps.start)
     total, check = len(steps), FiniteCheck()
     last: PipelineStep | None = None
     finish = partial(_finish, stages, run, check)
@@ -133,9 +54,10 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
         resident(stages.unet, stages.device, offload=stages.memory.offload_idle),
         tqdm(total=total, desc="denoising", disable=not run.progress) as bar,
     ):
-        denoiser = build_denoiser(stages, run, begin, context, added)
+        denoiser = build_denoiser(stages, run, begin, told, position)
         draw = partial(noise.draw, run.shape[1:])
         for step in scheduler.sample(denoiser, latents, levels, draw, start=steps.start, stop=steps.stop):
+            position.step = step.index + 1
             check.watch(step.latents)
             bar.update()
             index = step.index - steps.start
@@ -149,24 +71,9 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
         yield last
 
 
-def _encode(stages: Stages, run: Run) -> tuple[Tensor, AddedConditioning | None]:
-    """The context of every row, [rows * B, S, D], and what SDXL's UNet is given besides."""
-    request, negatives = run.request, run.guided.negatives
-    with resident(stages.text_encoder.module, stages.device, offload=stages.memory.offload_idle):
-        encoded = encode_rows(stages.text_encoder, negatives, request.prompts, clip_skip=request.clip_skip)
-    ids = time_ids(
-        run.size_conditioning,
-        time_id_count(stages.unet.config, stages.text_encoder.pooled_width),
-        run.size,
-        negatives=len(negatives),
-        prompts=len(request),
-    )
-    return encoded.context, added_conditioning(encoded.pooled, ids)
-
-
 @torch.inference_mode()
 def _finish(stages: Stages, run: Run, check: FiniteCheck, latents: Tensor) -> Images:
-    check.verify(len(run.sampling.steps), _dtype_of(stages.unet))
+    check.verify(len(run.sampling.steps), dtype_of(stages.unet))
     if run.output_type == "latent":
         return latents
     images = decode_images(stages.decoder, latents, stages.device, stages.memory)
@@ -217,26 +124,6 @@ def completed(stream: Callable[P, Iterator[PipelineStep]]) -> Callable[P, Output
     return call
 
 
-class ImageNoise:
-    """Standard normal noise of which every image owns its part.
-
-    Row i comes from a CPU generator seeded with seeds[i] alone, so an image depends neither on its neighbours
-    nor on the device. It is what diffusers draws from a list of CPU generators.
-    """
-
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._device = device
-
-    def draw(self, shape: Sequence[int]) -> Tensor:
-        """The next draw of each image, `shape` [C, h, w]: float32 [B, C, h, w] on the device."""
-        # A copy from pinned memory does not wait for the device.
-        noise = torch.empty((len(self._generators), *shape), pin_memory=self._device.type == "cuda")
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.normal_(generator=generator)
-        return noise.to(self._device, non_blocking=True)
-
-
 class FiniteCheck:
     """Finds the step at which latents stopped being finite, without a synchronisation while they are made."""
 
@@ -273,54 +160,3 @@ def denoising_bytes(unet: UNet, rows: int, pixels: int) -> int:
     """
     maps = 4 * rows * pixels * unet.config.block_out_channels[0]
     return weight_bytes(unet) + maps * unet.conv_in.weight.element_size()
-
-
-def build_denoiser(
-    stages: Stages, run: Run, begin: Beginning, context: Tensor, added: AddedConditioning | None
-) -> Denoiser:
-    """A denoiser for one run, with all that is constant over it computed once.
-
-    Args:
-        begin: what is concatenated to the latents, and class labels.
-        context: [rows * B, S, D], the least conditioned rows first.
-        added: what SDXL's UNet is given besides, for the same rows.
-    """
-    unet, guidance = stages.unet, run.guided.guidance
-    dtype, device = _dtype_of(unet), context.device
-    scheduler, levels, steps = run.sampling
-    visited = scheduler.visited(levels, start=steps.start, stop=steps.stop)
-    timesteps = [level.timestep for level in visited]
-    index_of = {timestep: index for index, timestep in enumerate(timesteps)}
-    constants = unet.constants(
-        context.to(dtype),
-        torch.tensor(timesteps, device=device),
-        class_labels=begin.class_labels,
-        added=added,
-        guidance_scale=run.request.guidance_scale if unet.config.time_cond_proj_dim else None,
-    )
-    channels = None if begin.channels is None else begin.channels.to(device, dtype)
-    batch, at_once = len(run.request), _rows_at_once(stages, run)
-
-    @cache
-    def constant(first: int, last: int) -> tuple[UNetConstants, Tensor | None]:
-        rows = slice(first * batch, last * batch)
-        shown = channels if channels is None or len(channels) == batch else channels[rows]
-        return constants.part(rows), shown
-
-    def predict_rows(x: Tensor, level: NoiseLevel, first: int, last: int) -> tuple[Tensor, ...]:
-        part, shown = constant(first, last)
-        if shown is not None:
-            x = torch.cat([repeat_rows(x, len(shown)), shown], dim=1)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return unet.step(x, part, index_of[level.timestep]).float().chunk(last - first)
-
-    def predict(x: Tensor, level: NoiseLevel, count: int) -> list[Tensor]:
-        x, total = x.to(dtype), guidance.rows
-        parts = range(total - count, total, at_once)
-        return [row for first in parts for row in predict_rows(x, level, first, min(first + at_once, total))]
-
-    return guided(predict, scheduler.prediction_type, guidance)
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype

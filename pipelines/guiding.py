@@ -15,6 +15,7 @@ from latentgen.diffusion.guidance import (
     is_guided,
 )
 from latentgen.errors import InputError
+from latentgen.pipelines.conditioning import Row
 
 WHOLE = (0.0, 1.0)
 # Far beyond any use; it keeps the arithmetic finite.
@@ -80,7 +81,7 @@ class Guided(NamedTuple):
     """
 
     guidance: Guidance
-    negatives: tuple[str | None, ...]
+    negatives: tuple[Row, ...]
 
 
 def _is_number(value: object, highest: float) -> bool:

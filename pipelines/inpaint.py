@@ -15,10 +15,13 @@ from latentgen.pipelines.arguments import OutputType, check_output_type, check_s
 from latentgen.pipelines.autoencoding import encode_images
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
 from latentgen.pipelines.conditioning import SizeConditioning
-from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
+from latentgen.pipelines.denoising import PipelineStep, completed, denoise
 from latentgen.pipelines.guiding import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images, as_masks, for_each, padded
 from latentgen.pipelines.loading import READS
+from latentgen.pipelines.prompting import Prompts
+from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +50,12 @@ class InpaintPipeline(Pipeline):
 
     def stream(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompts,
         *,
         image: ImagesInput,
         mask_image: ImagesInput,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: Prompts | None = None,
+        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float | None = None,
         guidance: GuidanceOptions | None = None,
@@ -75,16 +79,18 @@ class InpaintPipeline(Pipeline):
         """
         images = as_images("image", image)
         masks = as_masks("mask_image", mask_image, images)
+        sampling = self._sampling(scheduler, num_inference_steps)
         request = self._request(
             prompt,
             negative_prompt,
+            sampling,
+            prompt_syntax=prompt_syntax,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
             clip_skip=clip_skip,
             images=len(images),
         )
-        sampling = self._sampling(scheduler, num_inference_steps)
         factor, size = self.decoder.config.spatial_factor, (images.shape[2], images.shape[3])
         images, masks = padded(images, factor), padded(masks, factor)
         height, width = (side // factor for side in images.shape[2:])

@@ -12,10 +12,13 @@ from latentgen.diffusion.guidance import ClassifierFree, TextAndImage, is_guided
 from latentgen.pipelines.arguments import OutputType, check_guidance_scale, check_output_type
 from latentgen.pipelines.autoencoding import encode_images
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
+from latentgen.pipelines.denoising import PipelineStep, completed, denoise
 from latentgen.pipelines.guiding import Guided
 from latentgen.pipelines.images import ImagesInput, as_images, for_each, padded
 from latentgen.pipelines.loading import READS
+from latentgen.pipelines.prompting import Prompts
+from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 USUAL_IMAGE_GUIDANCE = 1.5
 
@@ -41,10 +44,11 @@ class InstructPix2PixPipeline(Pipeline):
 
     def stream(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompts,
         *,
         image: ImagesInput,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: Prompts | None = None,
+        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float | None = None,
         image_guidance_scale: float = USUAL_IMAGE_GUIDANCE,
@@ -66,9 +70,12 @@ class InstructPix2PixPipeline(Pipeline):
             image_guidance_scale: how much of the image is kept; less than 1 is no guidance at all.
         """
         images = as_images("image", image)
+        sampling = self._sampling(scheduler, num_inference_steps)
         request = self._request(
             prompt,
             negative_prompt,
+            sampling,
+            prompt_syntax=prompt_syntax,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
@@ -81,7 +88,6 @@ class InstructPix2PixPipeline(Pipeline):
         guided = Guided(ClassifierFree(1.0), ())
         if has_guidance:
             guided = Guided(TextAndImage(request.guidance_scale, image_scale), request.negatives * 2)
-        sampling = self._sampling(scheduler, num_inference_steps)
         config, size = self.decoder.config, (images.shape[2], images.shape[3])
         images = padded(images, config.spatial_factor)
         height, width = (side // config.spatial_factor for side in images.shape[2:])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
+from latentgen.pipelines.conditioning import Row
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,14 @@ class Request:
 
     Attributes:
         prompts: what they show.
-        negatives: what guidance leads away from; None is what SDXL was trained with in the place of a prompt.
+        negatives: what guidance leads away from.
         clip_skip: how many more layers of the text encoder the prompts go without.
         seeds: of their noise.
         guidance_scale: of classifier-free guidance.
     """
 
-    prompts: tuple[str, ...]
-    negatives: tuple[str | None, ...]
+    prompts: tuple[Row, ...]
+    negatives: tuple[Row, ...]
     clip_skip: int
     seeds: tuple[int, ...]
     guidance_scale: float
@@ -45,6 +46,11 @@ class Sampling(NamedTuple):
     scheduler: Scheduler
     levels: tuple[NoiseLevel, ...]
     steps: range
+
+    @property
+    def total(self) -> int:
+        """How many steps the whole run has."""
+        return len(self.levels) - 1
 
     def initial(self, noise: Tensor) -> Tensor:
         """The latents that begin a whole run, from standard normal noise of the same shape."""

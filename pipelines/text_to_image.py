@@ -19,10 +19,13 @@ from latentgen.pipelines.arguments import (
 )
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
 from latentgen.pipelines.conditioning import SizeConditioning
-from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
+from latentgen.pipelines.denoising import PipelineStep, completed, denoise
 from latentgen.pipelines.guiding import GuidanceOptions
 from latentgen.pipelines.loading import READS
+from latentgen.pipelines.prompting import Prompts
 from latentgen.pipelines.request import Sampling
+from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +61,10 @@ class TextToImagePipeline(Pipeline):
 
     def stream(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompts,
         *,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: Prompts | None = None,
+        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
@@ -83,8 +87,14 @@ class TextToImagePipeline(Pipeline):
         checked at once, before the first step. To cancel, stop iterating.
 
         Args:
-            prompt: one prompt or several; of any length, none is cut.
-            negative_prompt: what to lead away from: one for all prompts or one for each; None is the empty prompt.
+            prompt: one prompt or several; of any length, none is cut. Or what a text encoder has made of them already,
+                `Conditioning(context, pooled)`: in diffusers prompt_embeds and pooled_prompt_embeds.
+            negative_prompt: what to lead away from, likewise: one for all prompts or one for each; None is the empty
+                prompt.
+            prompt_syntax: "explicit" reads `(text:1.2)` as a weight, and `\\(` as a parenthesis; all else is text.
+                "a1111" also reads `(text)` as 1.1, `[text]` as 1 / 1.1, `BREAK`, `[from:to:when]`, `[to:when]`,
+                `[from::when]` and `[one|other]`; `when` is a number of steps, or a share of them where it has a point.
+                In "plain" every sign is text.
             height: pixels, a multiple of what one latent covers (8 in Stable Diffusion); by default the size
                 that the model was trained at.
             width: likewise.
@@ -112,18 +122,20 @@ class TextToImagePipeline(Pipeline):
             NumericalError: NaN or infinity where an image was due; names the step.
             MemoryBudgetError: memory ran out; names the arguments that help.
         """
+        sampling = part_of_run(
+            self._sampling(scheduler, num_inference_steps), denoising_start, denoising_end, latents
+        )
         request = self._request(
             prompt,
             negative_prompt,
+            sampling,
+            prompt_syntax=prompt_syntax,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
             clip_skip=clip_skip,
         )
         shape = self._latent_shape(len(request), height, width, latents)
-        sampling = part_of_run(
-            self._sampling(scheduler, num_inference_steps), denoising_start, denoising_end, latents
-        )
         given = None if latents is None else check_latents(latents, shape)
 
         def begin(noise: ImageNoise) -> Beginning:

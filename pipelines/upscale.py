@@ -16,10 +16,13 @@ from latentgen.memory import MemoryPolicy
 from latentgen.pipelines import loading
 from latentgen.pipelines.arguments import OutputType, check_integer, check_output_type
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.denoising import Beginning, ImageNoise, PipelineStep, Run, completed, denoise
+from latentgen.pipelines.denoising import PipelineStep, completed, denoise
 from latentgen.pipelines.devices import DTypeName
 from latentgen.pipelines.guiding import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images, for_each
+from latentgen.pipelines.prompting import Prompts
+from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 USUAL_NOISE_LEVEL = 20
 MAX_NOISE_LEVEL = 350
@@ -99,11 +102,12 @@ class UpscalePipeline(Pipeline):
 
     def stream(
         self,
-        prompt: str | Sequence[str] = "",
+        prompt: Prompts = "",
         *,
         image: ImagesInput,
         noise_level: int = USUAL_NOISE_LEVEL,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: Prompts | None = None,
+        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float | None = None,
         guidance: GuidanceOptions | None = None,
@@ -126,9 +130,12 @@ class UpscalePipeline(Pipeline):
                 less faithful.
         """
         images = as_images("image", image)
+        sampling = self._sampling(scheduler, num_inference_steps)
         request = self._request(
             prompt,
             negative_prompt,
+            sampling,
+            prompt_syntax=prompt_syntax,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
@@ -136,7 +143,6 @@ class UpscalePipeline(Pipeline):
             images=len(images),
         )
         noise_level = check_integer("noise_level", noise_level, 0, self.max_noise_level)
-        sampling = self._sampling(scheduler, num_inference_steps)
         height, width = images.shape[2:]
         shape = (len(request), self.decoder.config.latent_channels, height, width)
 

@@ -1,10 +1,12 @@
-"""Feed damaged checkpoints and adapters to everything that reads them: only a LatentgenError may come out.
+"""Feed damaged checkpoints and adapters, and odd prompts, to everything that reads them: only a LatentgenError may
+come out.
 
     python tests/fuzz.py --cases 20000 [--seed 0]
 
-Each case takes a sound file, damages it a few times and reads it. A case is a seed: a failure prints the seed
-that makes it again. Exit code 1 if any case raised another exception or took longer than two seconds. Pickles
-are read here, in this process; `--child N` gives N of them to the child process that reads them for users.
+Each case takes a sound file, damages it a few times and reads it, or makes up a prompt; `--only NAME` runs one kind
+of case alone. A case is a seed: a failure prints the seed that makes it again. Exit code 1 if any case raised another
+exception or took more than two seconds of this process. Pickles are read here, in this process; `--child N` gives N
+of them to the child process that reads them for users.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import zipfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -45,6 +47,8 @@ from latentgen.models.text_config import CLIPTextConfig
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.prompt_syntax import PromptSyntax, read_prompt
+from latentgen.prompts import check_prompts
 
 SECONDS = 2.0
 
@@ -138,6 +142,33 @@ VAE = VAEConfig(
 ).to_json()
 TEXT = CLIPTextConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4).to_json()
 SCHEDULER = Scheduler().to_config()
+
+# What prompts are made up of.
+SIGNS = (
+    *"()[]:|\\.+- 019\n",
+    "BREAK",
+    "AND",
+    "a cat",
+    "<toy>",
+    ":1.2)",
+    ":-0.5)",
+    ":0.5]",
+    ":3]",
+    "\\(",
+    "\\]",
+    "[a:b:",
+    "[a|b]",
+)
+ODD_SIGNS = (
+    "\0",
+    "\ud800",
+    "\u0661",
+    "\u200d",
+    "\u00a0",
+    "🐯",
+    ":" + "9" * 400 + ")",
+    ":." + "0" * 400 + "]",
+)
 
 ODD_NUMBERS = (-1, 0, 1, 3, 2**31, 2**63, 10**400, 0.5, -1e308, float("nan"), float("inf"))
 ODD_TEXTS = ("", "auto", "F16", "../secret", "/etc/passwd", "C:\\x", "nul\0", "\ud800", "x" * 10_000)
@@ -353,6 +384,21 @@ def build_vae(config: dict[str, Any]) -> None:
     original_key_maps({"vae": config})
 
 
+def fuzz_prompt(folder: Path, rng: random.Random) -> None:
+    """Some signs in any order, or few of them so often that they make a megabyte."""
+    kinds = rng.choices((*SIGNS, *ODD_SIGNS) if rng.random() < 0.2 else SIGNS, k=rng.randint(1, 12))
+    text = "".join(rng.choices(kinds, k=rng.randrange(60)))
+    if rng.random() < 0.02:
+        begin, end = "".join(kinds[:3]), "".join(kinds[3:6]) if rng.random() < 0.5 else ""
+        count = 10**6 // (len(begin) + len(end))
+        text = begin * count + text + end * count
+    check_prompts([text])
+    steps = rng.choice((1, 2, 20, 1000))
+    schedule = read_prompt(text, rng.choice(get_args(PromptSyntax)), steps)
+    prompts = [schedule.at(step) for step in range(steps)]
+    assert all(math.isfinite(piece.weight) for piece in prompts[0].parts[0])
+
+
 TARGETS: dict[str, Callable[[Path, random.Random], None]] = {
     "header": fuzz_header,
     "single_file": fuzz_single_file,
@@ -367,6 +413,7 @@ TARGETS: dict[str, Callable[[Path, random.Random], None]] = {
     "text_encoder": fuzz_config(TEXT, CLIPTextConfig.from_json),
     "peft": fuzz_config(PEFT, lambda config: PeftConfig.from_json(config, "fuzz")),
     "scheduler": fuzz_config(SCHEDULER, Scheduler.from_config),
+    "prompt": fuzz_prompt,
 }
 
 
@@ -379,14 +426,15 @@ class Outcome(NamedTuple):
 
 
 def run_case(target: Callable[[Path, random.Random], None], rng: random.Random, folder: Path) -> Outcome:
-    begin, refused, problem = time.perf_counter(), False, None
+    # Of this process alone: the machine may be busy.
+    begin, refused, problem = time.process_time(), False, None
     try:
         target(folder, rng)
     except LatentgenError:
         refused = True
     except Exception:
         problem = traceback.format_exc(limit=-4)[:2000]
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     if (
         problem is None and seconds > SECONDS and target is not fuzz_child
     ):  # torch's import alone takes as long
@@ -399,6 +447,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=1000, help="how many cases to run")
     parser.add_argument("--child", type=int, default=0, help="how many cases more to run in child processes")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first case")
+    parser.add_argument("--only", choices=list(TARGETS), help="run cases of this kind alone")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in ("modeling_clip", "tokenization_clip"):  # or else their import counts for the first case
@@ -407,9 +456,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(arguments.seed, arguments.seed + arguments.cases):
             rng = random.Random(seed)
-            name = rng.choice(list(TARGETS))
+            name = arguments.only or rng.choice(list(TARGETS))
             outcomes[name][seed] = run_case(TARGETS[name], rng, Path(folder))
-            report(f"{name}: --cases 1 --seed {seed}", outcomes[name][seed])
+            only = f" --only {name}" if arguments.only else ""
+            report(f"{name}: --cases 1 --seed {seed}{only}", outcomes[name][seed])
         for seed in range(arguments.seed, arguments.seed + arguments.child):
             outcomes["child"][seed] = run_case(fuzz_child, random.Random(seed), Path(folder))
             report(f"child: --cases 0 --child 1 --seed {seed}", outcomes["child"][seed])

@@ -25,7 +25,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
 OPTIONS = [
     *("--model", "--negative", "--height", "--width", "--steps", "--guidance", "--seed", "--num-images"),
     *("--scheduler", "--dtype", "--device", "--no-metadata", "--output"),
-    *("--vae", "--lora", "--embedding", "--prediction-type", "--clip-skip"),
+    *("--vae", "--lora", "--embedding", "--prediction-type", "--clip-skip", "--prompt-syntax"),
 ]
 
 
@@ -113,6 +113,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["text2img", "x", "--embedding", "nowhere.safetensors"], "nowhere.safetensors"),
         (["text2img", "x", "--vae", "nowhere.safetensors"], "nowhere.safetensors"),
         (["text2img", "x", "--clip-skip", "-1"], "'--clip-skip'"),
+        (["text2img", "x", "--prompt-syntax", "compel"], "'a1111'"),
         (["inspect", "nowhere/at/all"], "nowhere/at/all"),
         (["convert"], "Missing argument 'SOURCE'"),
         (["convert", "nowhere/at/all.ckpt"], "nowhere/at/all.ckpt"),
@@ -142,6 +143,7 @@ def test_mistakes_are_told_in_one_line(
         (["x", "--device", "abacus"], "abacus"),
         (["nul \0 inside"], "NUL"),
         (["lone \udcff surrogate"], "surrogate"),
+        (["(a cat:1001)"], "the weight 1001"),
     ],
 )
 def test_mistakes_that_the_pipeline_finds(
@@ -234,6 +236,20 @@ def test_adapters_stand_in_the_recipe(tiny: list[str], tmp_path: Path):
     assert cli.main(["text2img", "a <toy>", *tiny, *options, "--clip-skip", "1", "-o", str(out)]) == 0
     with Image.open(out) as image:
         assert Recipe.from_text(image.info["parameters"]).other == (("Clip skip", "2"), ("LoRA", "style:0.5"))
+
+
+def test_a_prompt_syntax_is_read_and_stands_in_the_recipe(tiny: list[str], tmp_path: Path):
+    images = {}
+    for syntax in ("explicit", "a1111", "plain"):
+        out = tmp_path / f"{syntax}.png"
+        options = ["--seed", "7", "--prompt-syntax", syntax, "-o", str(out)]
+        assert cli.main(["text2img", "a ((red)) (cat:1.5) [dog:tiger:1]", *tiny, *options]) == 0
+        recipe = _recipe(out)
+        assert recipe.prompt == "a ((red)) (cat:1.5) [dog:tiger:1]"
+        assert recipe.other == (() if syntax == "explicit" else (("Prompt syntax", syntax),))
+        with Image.open(out) as image:
+            images[syntax] = image.tobytes()
+    assert len(set(images.values())) == 3
 
 
 def test_several_images_are_numbered_and_drawn_seeds_are_told(

@@ -13,7 +13,7 @@ BOS, EOS, PAD = 1001, 1002, 1003
 
 
 def chunk(rows: list[list[int]], window: int) -> list[list[list[int]]]:
-    return chunk_tokens(rows, window, bos=BOS, eos=EOS, pad=PAD)
+    return chunk_tokens([[row] for row in rows], window, bos=BOS, eos=EOS, pad=PAD)
 
 
 @given(st.lists(st.lists(st.integers(0, 1000), max_size=40), min_size=1, max_size=4), st.integers(3, 12))

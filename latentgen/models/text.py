@@ -22,7 +22,7 @@ from latentgen.errors import (
 )
 from latentgen.files import atomic_write, quote, write_json
 from latentgen.models.text_config import CLIPTextConfig as CLIPTextConfig
-from latentgen.prompts import check_prompts, chunk_tokens, expand_tokens, token_expansions
+from latentgen.prompts import WeightedPrompt, as_weighted, chunk_tokens, expand_tokens, token_expansions
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -36,19 +36,23 @@ _PROJECTION = "text_projection."
 _OLD_BUFFERS = (f"{_FILE_PREFIX}embeddings.position_ids", "embeddings.position_ids")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
+# The mean of hidden states that is not told from zero, as a share of their size.
+_ROUNDING = 1e-5
+
 # Which hidden states are the context: the last, normalised (SD 1.x and 2.x), or those before the last layer, as they
 # are (SDXL, arXiv:2307.01952, section 2).
 ContextLayer = Literal["last", "penultimate"]
 
 
 class Conditioning(NamedTuple):
-    """What a text encoder makes of B prompts.
+    """What a text encoder makes of B prompts; pipelines also take one in the place of prompts.
 
-    `context` [B, S, D] holds one vector per token, for cross-attention; `pooled` [B, P] one per prompt.
+    `context` [B, S, D] holds one vector per token, for cross-attention; `pooled` [B, P] one per prompt. They are what
+    diffusers calls `prompt_embeds` and `pooled_prompt_embeds`; only SDXL needs the second.
     """
 
     context: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
 
 
 class TextEncoder(Protocol):
@@ -77,8 +81,8 @@ class TextEncoder(Protocol):
     @property
     def pooled_width(self) -> int: ...
 
-    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0) -> Conditioning:
-        """Encode B prompts; all rows get the same number of tokens S.
+    def encode(self, prompts: Sequence[str | WeightedPrompt], *, clip_skip: int = 0) -> Conditioning:
+        """Encode B prompts; all rows get the same number of tokens S. A str is text without any weights.
 
         Raises:
             InputError: there is no prompt, one is not text, holds NUL, or holds half of a surrogate pair; or there are
@@ -191,20 +195,24 @@ class CLIPText:
         """The same encoder with another model of the same configuration."""
         return CLIPText(self.config, model, self.tokenizer, layer=self.layer)
 
-    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0) -> Conditioning:
+    def encode(self, prompts: Sequence[str | WeightedPrompt], *, clip_skip: int = 0) -> Conditioning:
         """Encode B prompts to hidden states [B, S, D] and the pooled state [B, P] of the end token.
 
-        S is a multiple of the window: longer prompts take several windows, each encoded by itself, and the
-        other rows are filled up with empty ones. The pooled state is that of the first window.
+        S is a multiple of the window: longer prompts take several windows, each encoded by itself, and the other rows
+        are filled up with empty ones. The pooled state is that of the first window, without weights; see :func:`weigh`.
 
         Args:
-            prompts: of any length.
+            prompts: of any length; a str is text without any weights.
             clip_skip: how many more layers, at the end, the context goes without.
 
         Raises:
             InputError: as :class:`TextEncoder` says.
         """
-        return self.encode_tokens(self.tokenize(prompts).to(self.model.device), clip_skip=clip_skip)
+        ids, weights = self._tokens(prompts)
+        encoded = self.encode_tokens(ids.to(self.model.device), clip_skip=clip_skip)
+        if weights is None:
+            return encoded
+        return encoded._replace(context=weigh(encoded.context, weights.to(self.model.device)))
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids [B, chunks, window] of B prompts, on the CPU.
@@ -212,10 +220,24 @@ class CLIPText:
         Raises:
             InputError: as :meth:`encode`.
         """
-        check_prompts(prompts)
-        rows = self.tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
-        rows = expand_tokens(rows, self._expansions)
-        return torch.tensor(chunk_tokens(rows, self.window, bos=self._bos, eos=self._eos, pad=self._pad))
+        return self._tokens(prompts)[0]
+
+    def _tokens(self, prompts: Sequence[str | WeightedPrompt]) -> tuple[Tensor, Tensor | None]:
+        """Token ids and, if any are other than 1, their weights: both [B, chunks, window], on the CPU."""
+        weighted = as_weighted(prompts)
+        texts = [piece.text for prompt in weighted for part in prompt.parts for piece in part]
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        following = iter(expand_tokens(rows, self._expansions))
+        pieces = [
+            [[(next(following), piece.weight) for piece in part] for part in prompt.parts]
+            for prompt in weighted
+        ]
+        ids = [[[token for tokens, _ in part for token in tokens] for part in row] for row in pieces]
+        chunks = torch.tensor(chunk_tokens(ids, self.window, bos=self._bos, eos=self._eos, pad=self._pad))
+        if not any(prompt.is_weighted for prompt in weighted):
+            return chunks, None
+        weights = [[[weight for tokens, weight in part for _ in tokens] for part in row] for row in pieces]
+        return chunks, torch.tensor(chunk_tokens(weights, self.window, bos=1.0, eos=1.0, pad=1.0))
 
     def encode_tokens(self, ids: Tensor, *, clip_skip: int = 0) -> Conditioning:
         """Encode token ids [B, chunks, window] on the model's device, as :meth:`encode` does."""
@@ -267,14 +289,32 @@ class CLIPTextPair:
         self.context_width = first.context_width + second.context_width
         self.pooled_width = second.pooled_width
 
-    def encode(self, prompts: Sequence[str], *, clip_skip: int = 0) -> Conditioning:
-        """Encode B prompts to a context [B, S, D1 + D2] and the pooled state [B, P2]; see :class:`TextEncoder`."""
+    def encode(self, prompts: Sequence[str | WeightedPrompt], *, clip_skip: int = 0) -> Conditioning:
+        """Encode B prompts to a context [B, S, D1 + D2] and the pooled state [B, P2]; see :class:`TextEncoder`.
+
+        Weights act on each tower's hidden states by themselves.
+        """
         first, second = (tower.encode(prompts, clip_skip=clip_skip) for tower in self.towers)
         if first.context.shape[1] != second.context.shape[1]:
             raise CheckpointMismatchError(
                 "the two tokenizers cut a prompt into different numbers of chunks; they belong to different models"
             )
         return Conditioning(torch.cat([first.context, second.context], dim=-1), second.pooled)
+
+
+def weigh(context: Tensor, weights: Tensor) -> Tensor:
+    """Multiply hidden states [B, chunks * window, D] by the weights [B, chunks, window] of their tokens.
+
+    Each chunk is then scaled to the mean over tokens and channels that it had, as A1111 does (its "original" emphasis),
+    unless one of the means is no more than rounding and says nothing. In float32; a chunk whose weights are all 1 stays
+    as it is, bit for bit.
+    """
+    chunks = context.float().unflatten(1, weights.shape[1:])
+    weighted = chunks * weights[..., None]
+    before, after = (states.mean((-2, -1), keepdim=True) for states in (chunks, weighted))
+    rounding = _ROUNDING * weighted.abs().mean((-2, -1), keepdim=True)
+    says_something = (before.abs() > rounding) & (after.abs() > rounding)
+    return (weighted * torch.where(says_something, before / after, 1.0)).flatten(1, 2).to(context.dtype)
 
 
 def join_towers(towers: Sequence[CLIPText]) -> TextEncoder:

@@ -17,6 +17,7 @@ from latentgen import (
     from_diffusers,
 )
 from latentgen.errors import ConfigError, InputError
+from latentgen.prompt_syntax import read_weights
 from tests.pipelines.families import arguments, build, save
 
 NAMES = {
@@ -67,6 +68,17 @@ def test_one_prompt_serves_several_images(theirs: Any, ours: Any) -> None:
     first, second = pictures(theirs)
     together = draw(ours, seed=[1, 2], **{**first, "image": [first["image"], second["image"]]})
     assert np.abs(together[1] - draw(ours, seed=2, **second)[0]).max() <= 1e-3
+
+
+def test_prompts_are_read_and_may_be_given_as_conditioning(theirs: Any, ours: Any) -> None:
+    given, _ = pictures(theirs)
+    plain = draw(ours, "a (red:1.5) cat", prompt_syntax="plain", **given)
+    weighted = draw(ours, "a (red:1.5) cat", **given)
+    assert np.abs(weighted - plain).max() > 1e-4
+    switched = draw(ours, "a [(red:1.5) cat:dog:9]", prompt_syntax="a1111", **given)
+    assert np.abs(switched - weighted).max() <= 1e-6
+    conditioning = ours.text_encoder.encode([read_weights("a (red:1.5) cat")])
+    assert np.abs(draw(ours, conditioning, **given) - weighted).max() <= 1e-4
 
 
 def test_without_guidance_there_is_one_row(theirs: Any, ours: Any) -> None:
