@@ -29,10 +29,8 @@ from latentgen.files import atomic_write, encode_json, quote
 
 MAX_SHARD_BYTES = 10_000_000_000
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,32}")
-# The dtypes that weights are saved in.
-DTYPE_NAMES = {
-    dtype: name for name, dtype in TORCH_DTYPES.items() if name not in ("U16", "U32", "F8_E4M3", "F8_E5M2")
-}
+_NEVER_SAVED = ("U16", "U32", "U64", "F8_E4M3", "F8_E5M2")
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items() if name not in _NEVER_SAVED}
 _INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)}
 _PIECE_BYTES = 2**20  # stays in a core's cache for the second look
 _LEGACY_VAE_ATTENTION = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
