@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from latentgen.errors import (
 from latentgen.files import atomic_write, encode_json, quote
 
 MAX_SHARD_BYTES = 10_000_000_000
+LOADING_THREADS = 4
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _NEVER_SAVED = ("U16", "U32", "U64", "F8_E4M3", "F8_E5M2")
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items() if name not in _NEVER_SAVED}
@@ -107,7 +109,7 @@ def load_weights(
     """Assign the tensors of safetensors files to ``module``, which is best built on the meta device.
 
     The tensors are views of the memory-mapped files: nothing is copied unless ``dtype``, ``device`` or
-    ``memory_format`` asks for it, and memory then holds one tensor twice, never all. Everything is checked before
+    ``memory_format`` asks for it, and memory then holds a few tensors twice, never all. Everything is checked before
     the first assignment, so a failure leaves the module as it was.
 
     Args:
@@ -132,18 +134,23 @@ def load_weights(
         )
     mapped = [MappedFile(file) for file in files]
     sources = _match(mapped, expected, prefixes, ignored_prefixes, rename, key_map)
-    state: dict[str, Tensor] = {}
-    for file, name, origin in sources:
+
+    def load(file: MappedFile, name: str, origin: Origin) -> tuple[str, Tensor]:
         stored = file.tensor(origin.key)
         tensor = origin.take(stored)
         check_values(tensor, dtype, origin.key, file.path)
-        state[name] = tensor.to(
+        placed = tensor.to(
             device=device,
             dtype=dtype if tensor.is_floating_point() else None,
             memory_format=memory_format if tensor.ndim == 4 else torch.preserve_format,
         )
-        if state[name].untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+        if placed.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
             file.release(origin.key)
+        return name, placed
+
+    # Reading pages, looking at values and copying let go of Python's lock.
+    with ThreadPoolExecutor(LOADING_THREADS) as pool:
+        state = dict(pool.map(lambda source: load(*source), sources))
     module.load_state_dict(state, strict=True, assign=True)
 
 
