@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
@@ -39,10 +39,17 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Header(Mapping[str, TensorInfo]):
-    """The tensors of one file by name, in the file's order, and the free text that was stored with them."""
+    """The tensors of one file by name, in the file's order, and the free text that was stored with them.
+
+    Attributes:
+        begins: where in the file the bytes of each tensor begin.
+        file_bytes: the size of the file.
+    """
 
     tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str]
+    begins: Mapping[str, int]
+    file_bytes: int
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self.tensors[name]
@@ -174,7 +181,9 @@ def _parse(path: Path, data: bytes, data_bytes: int) -> Header:
             f"{quote(path)} {kind}: {header_bytes + position:,} bytes expected, {header_bytes + data_bytes:,}"
             " found; download the file again"
         )
-    return Header(tensors, metadata)
+    start = 8 + len(data)
+    begins = {name: start + begin for begin, _, name in ranges}
+    return Header(tensors, metadata, begins, start + data_bytes)
 
 
 def _metadata(path: Path, value: object) -> dict[str, str]:

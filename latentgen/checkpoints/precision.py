@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,13 +79,12 @@ def convert_file(
         OutputError: the target cannot be written; what stood there is intact.
     """
     header = read_header(source)
-    begins = _begins(source)
     with atomic_write(target) as file:
         write_tensors(
             file,
             header,
             header.metadata,
-            lambda name: _read_pieces(source, header[name], begins[name]),
+            lambda name: _read_pieces(source, header[name], header.begins[name]),
             dtype=dtype,
             source=source,
             advance=advance,
@@ -177,18 +175,6 @@ def _retyped(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
         return info
     size = info.nbytes // ITEM_BYTES[info.dtype] * dtype.itemsize
     return TensorInfo(NAMES[dtype], info.shape, size)
-
-
-def _begins(source: Path) -> dict[str, int]:
-    """Where each tensor begins in a file whose header :func:`read_header` has accepted."""
-    with _opened(source) as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    return {
-        name: 8 + length + entry["data_offsets"][0]
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    }
 
 
 def _read_pieces(source: Path, info: TensorInfo, begin: int) -> Iterator[Tensor]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from latentgen.checkpoints.headers import MAX_TENSORS, TensorInfo, encode_header, read_header
 from latentgen.checkpoints.identify import likely_architecture
 from latentgen.checkpoints.key_map import KeyMap, Origin
+from latentgen.checkpoints.mapped_file import TORCH_DTYPES, MappedFile
 from latentgen.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -27,12 +29,12 @@ from latentgen.errors import (
 from latentgen.files import atomic_write, encode_json, quote
 
 MAX_SHARD_BYTES = 10_000_000_000
+LOADING_THREADS = 4
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,32}")
-DTYPE_NAMES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
-    torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
-}  # fmt: skip
+_NEVER_SAVED = ("U16", "U32", "U64", "F8_E4M3", "F8_E5M2")
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items() if name not in _NEVER_SAVED}
+_INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)}
+_PIECE_BYTES = 2**20  # stays in a core's cache for the second look
 _LEGACY_VAE_ATTENTION = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
 _LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _VAE_PROJECTION = re.compile(r".*\battentions\.\d+\.to_(q|k|v|out\.0)\.weight")
@@ -76,6 +78,7 @@ class Weights:
         rename: Callable[[str], str] | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
         """Load a module, as :func:`load_weights` does."""
         load_weights(
@@ -85,6 +88,7 @@ class Weights:
             ignored_prefixes=ignored_prefixes,
             dtype=dtype,
             device=device,
+            memory_format=memory_format,
             rename=rename,
             key_map=self.key_map,
         )
@@ -98,18 +102,21 @@ def load_weights(
     ignored_prefixes: tuple[str, ...] = (),
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    memory_format: torch.memory_format = torch.preserve_format,
     rename: Callable[[str], str] | None = None,
     key_map: KeyMap | None = None,
 ) -> None:
     """Assign the tensors of safetensors files to ``module``, which is best built on the meta device.
 
-    The tensors are views of the memory-mapped files: nothing is copied unless ``dtype`` or ``device`` asks
-    for it. Everything is checked before the first assignment, so a failure leaves the module as it was.
+    The tensors are views of the memory-mapped files: nothing is copied unless ``dtype``, ``device`` or
+    ``memory_format`` asks for it, and memory then holds a few tensors twice, never all. Everything is checked before
+    the first assignment, so a failure leaves the module as it was.
 
     Args:
         prefixes: keys that begin with one of these belong to ``module``; the prefix stays in the name.
         ignored_prefixes: keys that belong to another part and are passed over; any other key is an error.
         dtype: what floating-point tensors become; None keeps the dtype of the file.
+        memory_format: of tensors with four dimensions, as convolution kernels have.
         rename: maps a key of the file to a name in ``module``, after the selection by prefix.
         key_map: for files that are not in the diffusers layout: its names stand for the keys in all of the
             above, and what else a file holds is not looked at.
@@ -119,25 +126,31 @@ def load_weights(
         CheckpointMismatchError: missing, extra or misshapen keys, or buffers that would stay on meta.
         CheckpointValueError: a weight is NaN or infinite, or does not fit into ``dtype``.
     """
-    files = list(files)
     expected = module.state_dict()
     if unmade := [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in expected]:
         raise CheckpointMismatchError(
             f"{type(module).__name__} keeps {first_five(unmade)} on the meta device, which no checkpoint "
             "holds; make these buffers before the weights are loaded"
         )
-    sources = _match(files, expected, prefixes, ignored_prefixes, rename, key_map)
-    state: dict[str, Tensor] = {}
-    for file, origins in sources.items():
-        try:
-            with safe_open(file, framework="pt", device="cpu") as reader:
-                for name, origin in origins.items():
-                    tensor = origin.take(reader.get_tensor(origin.key))
-                    check_values(tensor, dtype, origin.key, file)
-                    target = dtype if tensor.is_floating_point() else None
-                    state[name] = tensor.to(device=device, dtype=target)
-        except SafetensorError as error:
-            raise CheckpointCorruptError(f"{quote(file)} cannot be read: {error}") from error
+    mapped = [MappedFile(file) for file in files]
+    sources = _match(mapped, expected, prefixes, ignored_prefixes, rename, key_map)
+
+    def load(file: MappedFile, name: str, origin: Origin) -> tuple[str, Tensor]:
+        stored = file.tensor(origin.key)
+        tensor = origin.take(stored)
+        check_values(tensor, dtype, origin.key, file.path)
+        placed = tensor.to(
+            device=device,
+            dtype=dtype if tensor.is_floating_point() else None,
+            memory_format=memory_format if tensor.ndim == 4 else torch.preserve_format,
+        )
+        if placed.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+            file.release(origin.key)
+        return name, placed
+
+    # Reading pages, looking at values and copying let go of Python's lock.
+    with ThreadPoolExecutor(LOADING_THREADS) as pool:
+        state = dict(pool.map(lambda source: load(*source), sources))
     module.load_state_dict(state, strict=True, assign=True)
 
 
@@ -189,35 +202,34 @@ def variant_infix(variant: str | None) -> str:
 
 
 def _match(
-    files: Sequence[Path],
+    files: Sequence[MappedFile],
     expected: Mapping[str, Tensor],
     prefixes: tuple[str, ...],
     ignored_prefixes: tuple[str, ...],
     rename: Callable[[str], str] | None,
     key_map: KeyMap | None,
-) -> dict[Path, dict[str, Origin]]:
-    """For each file, the names in the module and where they come from; every name is covered exactly once."""
-    sources: dict[Path, dict[str, Origin]] = {}
+) -> list[tuple[MappedFile, str, Origin]]:
+    """The names in the module and where they come from; every name is covered exactly once."""
+    sources: list[tuple[MappedFile, str, Origin]] = []
     found: dict[str, TensorInfo] = {}
     extra: dict[str, TensorInfo] = {}
     for file in files:
-        origins = sources.setdefault(file, {})
-        header = read_header(file)
-        for label, origin in _origins(header, key_map):
+        for label, origin in _origins(file.header, key_map):
             if label.startswith(ignored_prefixes):
                 continue
             name = _current_name(rename(label) if rename else label)
             if key_map is None and _VAE_PROJECTION.fullmatch(name):
                 origin = origin._replace(convolution=True)  # as old files hold them
-            info = header[origin.key]
+            info = file.header[origin.key]
             if not label.startswith(prefixes) or name not in expected:
                 extra[origin.key] = info
             elif name in found:
-                raise CheckpointCorruptError(f"{quote(file)}: {quote(origin.key)} repeats {quote(name)}")
+                raise CheckpointCorruptError(f"{quote(file.path)}: {quote(origin.key)} repeats {quote(name)}")
             else:
-                origins[name], found[name] = origin, info._replace(shape=origin.shape(info.shape))
+                sources.append((file, name, origin))
+                found[name] = info._replace(shape=origin.shape(info.shape))
     if problems := _problems(expected, found, extra):
-        where = ", ".join(quote(file) for file in files) or "no file"
+        where = ", ".join(quote(file.path) for file in files) or "no file"
         likely = likely_architecture(found | extra)
         hint = f". This is probably {likely}; use the configuration made for it" if likely else ""
         raise CheckpointMismatchError(
@@ -267,16 +279,30 @@ def check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path
     """Refuse NaN, infinity, and what overflows ``dtype``, in one pass that allocates nothing."""
     if not tensor.is_floating_point():
         return
-    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # no float8 reductions in torch
-    low, high = (bound.item() for bound in torch.aminmax(values))
+    largest = _largest_magnitude(tensor)
     where = f"{quote(file)}: tensor {quote(key)}"
-    if not (float("-inf") < low and high < float("inf")):
+    if not math.isfinite(largest):
         raise CheckpointValueError(f"{where} holds NaN or infinity: the file is damaged or training diverged")
-    largest = max(-low, high)
     if dtype is not None and largest > torch.finfo(dtype).max:
         raise CheckpointValueError(
             f"{where} reaches {largest:.6g}, too large for {dtype}; load it as float32"
         )
+
+
+def _largest_magnitude(tensor: Tensor) -> float:
+    """The largest magnitude in a floating-point tensor on the CPU; not finite if one value is not.
+
+    Without its sign bit, a number of IEEE 754 is an integer that grows with its magnitude; infinity and then NaN come
+    last. numpy compares integers faster than torch does halves, and starts no threads for a thousand small tensors.
+    """
+    width = tensor.itemsize
+    signed = tensor.detach().contiguous().flatten().view(_INTEGERS[width]).numpy()
+    unsigned, magnitude, largest = signed.view(f"u{width}"), 2 ** (8 * width - 1) - 1, 0
+    for start in range(0, len(signed), _PIECE_BYTES // width):
+        piece = slice(start, start + _PIECE_BYTES // width)
+        # The largest of the positive numbers, then that of the negative ones, where there are any.
+        largest = max(largest, int(signed[piece].max()), int(unsigned[piece].max()) & magnitude)
+    return torch.tensor(largest, dtype=_INTEGERS[width]).view(tensor.dtype).item()
 
 
 def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, TensorInfo]]:

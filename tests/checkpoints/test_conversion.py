@@ -24,6 +24,7 @@ from latentgen.checkpoints.conversion import (
     convert_precision,
     pickle_target,
 )
+from latentgen.checkpoints.headers import Header, read_header
 from latentgen.checkpoints.inspection import inspect
 from latentgen.checkpoints.weights import save_weights
 from latentgen.errors import (
@@ -239,13 +240,13 @@ def test_values_that_do_not_fit_are_named_and_nothing_is_written(tmp_path: Path,
 
 def test_a_file_that_shrinks_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"w": torch.randn(100)}, tmp_path / "a.safetensors")
-    begins = precision._begins
 
-    def shrink(source: Path) -> dict[str, int]:
+    def shrink(source: Path) -> Header:
+        header = read_header(source)
         os.truncate(source, 300)
-        return begins(source)
+        return header
 
-    monkeypatch.setattr(precision, "_begins", shrink)
+    monkeypatch.setattr(precision, "read_header", shrink)
     with pytest.raises(CheckpointCorruptError, match="became shorter"):
         convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="float16")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentgen.checkpoints import weights
-from latentgen.checkpoints.weights import load_weights, save_weights
+from latentgen.checkpoints.mapped_file import MappedFile
+from latentgen.checkpoints.weights import check_values, load_weights, save_weights
 from latentgen.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -22,6 +24,8 @@ from latentgen.errors import (
     OutputError,
     UnsafeCheckpointError,
 )
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def build() -> nn.Module:
@@ -75,6 +79,49 @@ def test_dtype_of_the_file_is_kept(tmp_path: Path, state: dict[str, Tensor]) -> 
     module = build_on_meta()
     load_weights(module, save_weights(half, tmp_path, "model"))
     assert_equal(module.state_dict(), half)
+
+
+@pytest.fixture
+def released(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys whose pages are given back."""
+    keys: list[str] = []
+    release = MappedFile.release
+
+    def record(file: MappedFile, key: str) -> None:
+        keys.append(key)
+        release(file, key)
+
+    monkeypatch.setattr(MappedFile, "release", record)
+    return keys
+
+
+def test_nothing_is_copied_that_need_not_be(
+    tmp_path: Path, state: dict[str, Tensor], released: list[str]
+) -> None:
+    files = save_weights(state, tmp_path, "model")
+    for dtype in (None, torch.float32):
+        load_weights(build_on_meta(), files, dtype=dtype)
+    assert released == []
+    load_weights(build_on_meta(), files, dtype=torch.bfloat16)
+    assert sorted(released) == sorted(name for name, tensor in state.items() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_memory_format_is_that_of_the_call_for_kernels_alone(
+    tmp_path: Path, state: dict[str, Tensor], released: list[str], dtype: torch.dtype | None
+) -> None:
+    module, expected = build_on_meta(), build()
+    expected.load_state_dict(state)
+    expected.to(dtype=dtype, memory_format=torch.channels_last)
+    files = save_weights(state, tmp_path, "model")
+    load_weights(module, files, dtype=dtype, memory_format=torch.channels_last)
+    assert_equal(module.state_dict(), expected.state_dict())
+    assert all(
+        tensor.stride() == module.state_dict()[name].stride()
+        for name, tensor in expected.state_dict().items()
+    )
+    assert module.state_dict()["0.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert dtype is not None or released == ["0.weight"]
 
 
 def test_channels_last_and_strided_tensors_are_saved_by_value(tmp_path: Path) -> None:
@@ -262,6 +309,45 @@ def test_overflow_of_the_wanted_dtype_is_named(tmp_path: Path, state: dict[str, 
     with pytest.raises(CheckpointValueError, match=r"'0\.bias' reaches 70000, too large for torch\.float16"):
         load_weights(build_on_meta(), files, dtype=torch.float16)
     load_weights(build_on_meta(), files, dtype=torch.bfloat16)
+
+
+FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accepts(values: Tensor, dtype: torch.dtype | None = None) -> bool:
+    try:
+        check_values(values, dtype, "w", Path("a.safetensors"))
+    except CheckpointValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_each_pattern_of_bits_is_judged_as_torch_does(dtype: torch.dtype) -> None:
+    # Random ones, and all around those where exponents are largest: every one of eight bits.
+    width = 8 * dtype.itemsize
+    random = torch.randint(-(2 ** (width - 1)), 2 ** (width - 1) - 1, (1000,), dtype=torch.int64)
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=torch.float64)
+    edge = int(largest.to(dtype).view(INTEGERS[dtype.itemsize]).item())
+    patterns = torch.cat([random, torch.arange(edge - 200, min(edge + 200, 2 ** (width - 1)))])
+    patterns = torch.cat([patterns, patterns + 2 ** (width - 1)])  # with the other sign
+    numbers = patterns.to(INTEGERS[dtype.itemsize]).view(dtype)
+    finite = numbers.double().isfinite()
+    assert [accepts(number) for number in numbers] == finite.tolist()
+    assert 0 < finite.sum() < len(finite)
+    if dtype.itemsize > 1:
+        reached = re.escape(f"reaches {torch.finfo(dtype).max:.6g}, too large")
+        with pytest.raises(CheckpointValueError, match=reached):
+            check_values(numbers[finite], torch.float8_e4m3fn, "w", Path("a.safetensors"))
+
+
+@pytest.mark.parametrize("index", [0, 2**19 - 1, 2**19, -1])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), -float("nan")])
+def test_large_tensors_are_looked_at_everywhere(index: int, value: float) -> None:
+    values = torch.randn(2**20 + 3, dtype=torch.float16)
+    assert accepts(values)
+    values[index] = value
+    assert not accepts(values)
 
 
 def test_pickles_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
