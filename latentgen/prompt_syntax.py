@@ -92,7 +92,9 @@ def read_weights(text: str, *, bare: bool = False) -> WeightedPrompt:
     factors, ends = _groups(signs, bare=bare)
     # Round and square brackets may cross, so each kind has a stack of its own.
     rounds, squares = [1.0], [1.0]
-    parts: list[list[tuple[float, list[str]]]] = [[]]
+    parts: list[list[Piece]] = [[]]
+    words: list[str] = []
+    current = 1.0
     for index, sign in enumerate(signs):
         if index in factors:
             stack = rounds if sign == "(" else squares
@@ -101,20 +103,37 @@ def read_weights(text: str, *, bare: bool = False) -> WeightedPrompt:
         if index in ends:
             (squares if sign == "]" else rounds).pop()
             continue
+        weight = rounds[-1] * squares[-1]
+        if weight != current:
+            _close(words, current, parts[-1])
+            current = weight
         if len(sign) == 2 and sign[0] == "\\" and (bare or sign[1] in "()"):
             sign = sign[1]
-        weight = rounds[-1] * squares[-1]
-        for number, words in enumerate(_BREAK.split(sign) if bare and "BREAK" in sign else [sign]):
-            if number:
+        if bare and "BREAK" in sign:
+            *whole, sign = _BREAK.split(sign)
+            for text in whole:
+                words.append(text)
+                _close(words, current, parts[-1])
                 parts.append([])
-            if words and not (parts[-1] and parts[-1][-1][0] == weight):
-                parts[-1].append((_checked(weight, words), []))
-            if words:
-                parts[-1][-1][1].append(words)
-    pieces = [[Piece("".join(words), weight) for weight, words in part] for part in parts]
-    if len(pieces) > 1 and not any(piece.text.strip() for piece in pieces[-1]):
-        pieces.pop()
-    return WeightedPrompt(tuple(tuple(part) or (Piece(""),) for part in pieces))
+        words.append(sign)
+    _close(words, current, parts[-1])
+    if len(parts) > 1 and not any(piece.text.strip() for piece in parts[-1]):
+        parts.pop()
+    return WeightedPrompt(tuple(tuple(part) or (Piece(""),) for part in parts))
+
+
+def _close(words: list[str], weight: float, part: list[Piece]) -> None:
+    """Move the words that share a weight to the end of a part."""
+    text = "".join(words)
+    words.clear()
+    if not text:
+        return
+    if not abs(weight) <= MAX_WEIGHT:
+        raise InputError(
+            f"the prompt gives {quote(text[:40])} the weight {weight:g}; it must be from {-MAX_WEIGHT:g} to "
+            f'{MAX_WEIGHT:g}: use fewer parentheses, or prompt_syntax="plain" if they are meant as text'
+        )
+    part.append(Piece(text, weight))
 
 
 def _groups(signs: Sequence[str], *, bare: bool) -> tuple[dict[int, float], set[int]]:
@@ -136,15 +155,6 @@ def _groups(signs: Sequence[str], *, bare: bool) -> tuple[dict[int, float], set[
     if bare:
         factors |= {index: _BARE[sign] for sign, indices in opened.items() for index in indices}
     return factors, ends
-
-
-def _checked(weight: float, words: str) -> float:
-    if not abs(weight) <= MAX_WEIGHT:
-        raise InputError(
-            f"the prompt gives {quote(words[:40])} the weight {weight:g}; it must be from {-MAX_WEIGHT:g} to "
-            f'{MAX_WEIGHT:g}: use fewer parentheses, or prompt_syntax="plain" if they are meant as text'
-        )
-    return weight
 
 
 class _Switch(NamedTuple):
