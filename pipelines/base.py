@@ -226,11 +226,12 @@ class Pipeline(ABC):
             variant,
             pack=memory.pack_weights and torch_device.type == "cpu",
         )
-        with explained_out_of_memory(
+        out_of_memory = explained_out_of_memory(
             f"loading the weights of {quote(checkpoint.path)}",
             partial(loading.weight_bytes, checkpoint, placement),
             'use dtype="bfloat16", or MemoryPolicy(offload_idle=True, pack_weights=False)',
-        ):
+        )
+        with loading.collector_at_rest(), out_of_memory:
             unet = loading.load_unet(checkpoint, placement)
             decoder = loading.load_decoder(checkpoint, placement)
             text_encoder = loading.load_text_encoder(checkpoint, placement)

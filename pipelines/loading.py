@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -62,6 +64,21 @@ class Placement(NamedTuple):
     device: torch.device
     variant: str | None = None
     pack: bool = False
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Keep Python's garbage collector from searching for what loading makes, nearly all of which lives on.
+
+    It would go through every object of all imported libraries as well, which takes longer than loading.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def check_class(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
