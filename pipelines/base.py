@@ -44,7 +44,7 @@ from latentgen.pipelines.saving import SD_INDEX, SDXL_INDEX, class_entries, save
 from latentgen.prompt_syntax import PromptSyntax, read_prompt
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 # What a call takes for its scheduler: the name of a solver, a Scheduler, or a scheduler of diffusers.
 AnyScheduler: TypeAlias = "str | Scheduler | SchedulerMixin"
@@ -412,7 +412,7 @@ class Pipeline(ABC):
         """Classifier-free guidance with its options; a UNet that is told the scale was distilled from it."""
         options = check_guidance_options(options)
         scale = 1.0 if self.unet.config.time_cond_proj_dim else request.guidance_scale
-        guidance = options.guidance(scale, sampling.scheduler.schedule.num_train_timesteps)
+        guidance = options.guidance(scale, sampling.scheduler)
         empty = None if self.force_zeros_for_empty_prompt else read_prompt("", "plain", sampling.total)
         negatives = {1: (), 2: request.negatives, 3: (empty,) * len(request) + request.negatives}
         return Guided(guidance, negatives[guidance.rows])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,10 +9,12 @@ from latentgen.diffusion.guidance import (
     ClassifierFree,
     Guidance,
     PerpendicularNegative,
+    PlusPlus,
     Rescaled,
     WithinInterval,
     is_guided,
 )
+from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import InputError
 from latentgen.pipelines.conditioning import Row
 
@@ -34,6 +35,8 @@ class GuidanceOptions:
             takes half the time.
         perpendicular: None, or how strongly to lead away from that part of the negative prompt which does not speak
             against the prompt (arXiv:2304.04968); 1 is usual. A step takes half as long again.
+        plus_plus: guide by CFG++ (arXiv:2406.08070): guidance_scale is then from 0 to 1, 0.6 is usual, and the solver
+            one of a single evaluation: ddim, ddpm, euler, euler_ancestral. Goes with none of the others.
 
     Raises:
         InputError: a value is out of bounds.
@@ -42,6 +45,7 @@ class GuidanceOptions:
     rescale: float = 0.0
     interval: tuple[float, float] = WHOLE
     perpendicular: float | None = None
+    plus_plus: bool = False
 
     def __post_init__(self) -> None:
         if not _is_number(self.rescale, 1.0):
@@ -57,8 +61,21 @@ class GuidanceOptions:
                 "usual"
             )
 
-    def guidance(self, guidance_scale: float, num_train_timesteps: int) -> Guidance:
-        """The guidance of these options; no guidance for a scale of 1 or less."""
+        if not isinstance(self.plus_plus, bool):
+            raise InputError(f"plus_plus={self.plus_plus!r} must be True or False")
+        if self.plus_plus and (self.rescale, self.interval, self.perpendicular) != (0.0, WHOLE, None):
+            raise InputError(
+                "plus_plus goes with no other option of guidance; leave rescale, interval and so on out"
+            )
+
+    def guidance(self, guidance_scale: float, scheduler: Scheduler) -> Guidance:
+        """The guidance of these options; no guidance for a scale of 1 or less, but for CFG++.
+
+        Raises:
+            InputError: CFG++ with a scale above 1, or with a solver that does not allow it.
+        """
+        if self.plus_plus:
+            return _plus_plus(guidance_scale, scheduler)
         guidance: Guidance = ClassifierFree(guidance_scale)
         if not is_guided(guidance_scale):
             return guidance
@@ -67,9 +84,22 @@ class GuidanceOptions:
         if self.rescale > 0:
             guidance = Rescaled(guidance, self.rescale)
         if self.interval != WHOLE:
-            highest, lowest = (round(num_train_timesteps * (1 - share)) for share in self.interval)
+            train = scheduler.schedule.num_train_timesteps
+            highest, lowest = (round(train * (1 - share)) for share in self.interval)
             guidance = WithinInterval(guidance, lowest, highest)
         return guidance
+
+
+def _plus_plus(guidance_scale: float, scheduler: Scheduler) -> PlusPlus:
+    if not 0 <= guidance_scale <= 1:
+        raise InputError(
+            f"guidance_scale={guidance_scale:g} must be from 0 to 1 for plus_plus; 0.6 does what 7.5 does without"
+        )
+    if not scheduler.keeps_any_noise:
+        raise InputError(
+            f"plus_plus does not go with the solver {scheduler.name}; use ddim, ddpm, euler or euler_ancestral"
+        )
+    return PlusPlus(guidance_scale)
 
 
 class Guided(NamedTuple):
@@ -85,4 +115,4 @@ class Guided(NamedTuple):
 
 
 def _is_number(value: object, highest: float) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Real) and 0 <= value <= highest
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= highest

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from latentgen.diffusion.prediction import Denoiser, PredictionType, to_x0
+from latentgen.diffusion.prediction import Denoised, Denoiser, PredictionType, to_x0
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.errors import InputError
 
@@ -178,11 +178,34 @@ class WithinInterval:
         return self.guidance(outputs) if len(outputs) == self.rows else outputs[-1]
 
 
+@dataclass(frozen=True)
+class PlusPlus:
+    """CFG++ (arXiv:2406.08070, algorithm 2): an interpolation, not an extrapolation, of the two outputs.
+
+    scale, the paper's lambda, is 0..1. The unconditional output tells what noise a step keeps, which `guided` sees to.
+    """
+
+    scale: float
+    rows: int = 2
+
+    def rows_at(self, level: NoiseLevel) -> int:
+        """All."""
+        return self.rows
+
+    def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Combine the outputs, each [B, C, H, W]."""
+        unconditional, conditional = outputs
+        return torch.lerp(unconditional, conditional, self.scale)
+
+
 def guided(predict: Predict, prediction_type: PredictionType, guidance: Guidance) -> Denoiser:
     """The denoiser that combines raw outputs and then turns the one they make into x0."""
 
-    def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-        output = guidance(predict(x, level, guidance.rows_at(level)))
-        return to_x0(output, x, level, prediction_type)
+    def denoise(x: Tensor, level: NoiseLevel) -> Tensor | Denoised:
+        outputs = predict(x, level, guidance.rows_at(level))
+        x0 = to_x0(guidance(outputs), x, level, prediction_type)
+        if isinstance(guidance, PlusPlus):
+            return Denoised(x0, to_x0(outputs[0], x, level, prediction_type))
+        return x0
 
     return denoise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,17 @@ from latentgen.errors import ConfigError
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
 # What the solvers call: x [B, C, H, W] at a noise level -> the predicted x0, of the shape and dtype of x.
-Denoiser = Callable[[Tensor, NoiseLevel], Tensor]
+Denoiser = Callable[[Tensor, NoiseLevel], "Tensor | Denoised"]
+
+
+class Denoised(NamedTuple):
+    """What a denoiser may give in place of x0 alone, each [B, C, H, W].
+
+    x0 is where a step leads; the noise that it keeps is that which leads from noise_x0 to x.
+    """
+
+    x0: Tensor
+    noise_x0: Tensor
 
 
 def add_noise(x0: Tensor, noise: Tensor, level: NoiseLevel | BatchNoiseLevel) -> Tensor:

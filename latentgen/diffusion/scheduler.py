@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from latentgen.diffusion import scheduler_config
-from latentgen.diffusion.prediction import Clipping, Denoiser, PredictionType
+from latentgen.diffusion.prediction import Clipping, Denoised, Denoiser, PredictionType
 from latentgen.diffusion.schedule import (
     CLEAN,
     FloatArray,
@@ -22,6 +22,7 @@ from latentgen.diffusion.schedule import (
     karras_sigmas,
     spaced_timesteps,
 )
+from latentgen.diffusion.solvers.one_step import ddpm_step, deterministic_step, euler_ancestral_step
 from latentgen.diffusion.solvers.step import Evaluation, History, StepInputs
 from latentgen.diffusion.solvers.table import SOLVERS, Solver, SolverName
 from latentgen.errors import ConfigError, InputError
@@ -199,6 +200,11 @@ class Scheduler:
         cutoff = round(train - share * train)
         return sum(level.timestep >= cutoff for level in levels[:-1])
 
+    @property
+    def keeps_any_noise(self) -> bool:
+        """Whether a step may keep other noise than its x0 implies (CFG++): those of a single evaluation."""
+        return SOLVERS[self.solver].step in (deterministic_step, ddpm_step, euler_ancestral_step)
+
     def visited(
         self, levels: Sequence[NoiseLevel], *, start: int = 0, stop: int | None = None
     ) -> tuple[NoiseLevel, ...]:
@@ -227,10 +233,12 @@ class Scheduler:
         )
 
         def evaluate(x: Tensor, level: NoiseLevel) -> Evaluation:
-            predicted = denoiser(x, level)
+            found = denoiser(x, level)
+            predicted, noise_x0 = found if isinstance(found, Denoised) else (found, found)
             x0 = clipping(predicted)
-            if solver.keeps_noise and x0 is not predicted:
-                x = x + level.alpha * (x0 - predicted)
+            kept = noise_x0 if solver.keeps_noise or noise_x0 is not predicted else x0
+            if x0 is not kept:
+                x = x + level.alpha * (x0 - kept)
             return Evaluation(level, x, x0, self.prediction_type)
 
         history: History = ()

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 from latentgen.diffusion.guidance import (
     ClassifierFree,
     PerpendicularNegative,
+    PlusPlus,
     Rescaled,
     TextAndImage,
     WithinInterval,
@@ -15,6 +19,8 @@ from latentgen.diffusion.guidance import (
     is_guided,
 )
 from latentgen.diffusion.schedule import NoiseLevel
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.diffusion.solvers.table import SolverName
 from latentgen.errors import InputError
 
 LEVEL = NoiseLevel.from_sigma_ve(2.0, 500.0)
@@ -111,3 +117,53 @@ def test_outside_of_its_interval_nothing_is_guided_nor_computed() -> None:
         expected = ClassifierFree(7.5)((UNCONDITIONAL, CONDITIONAL)) if inside else CONDITIONAL
         assert torch.equal(found, expected)
     assert asked == [1, 2, 2, 1]
+
+
+def sample(scheduler: Scheduler, guidance: Any) -> torch.Tensor:
+    """The end of a run in which both outputs depend on x."""
+    levels = scheduler.levels(6)
+
+    def predict(x: torch.Tensor, level: NoiseLevel, rows: int) -> tuple[torch.Tensor, ...]:
+        return (torch.tanh(x) + 0.1 * UNCONDITIONAL, torch.sin(x) + 0.1 * CONDITIONAL)[-rows:]
+
+    denoiser = guided(predict, scheduler.prediction_type, guidance)
+    (last,) = deque(scheduler.sample(denoiser, X, levels, lambda: IMAGE), maxlen=1)
+    return last.latents
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler", "euler_ancestral", "ddpm"])
+def test_cfg_plus_plus_keeps_the_unconditional_noise(solver: SolverName) -> None:
+    scheduler = Scheduler(solver=solver)
+    assert scheduler.keeps_any_noise
+    level, target = scheduler.levels(6)[:2]
+    predict = (torch.tanh(X) + 0.1 * UNCONDITIONAL, torch.sin(X) + 0.1 * CONDITIONAL)
+    x0 = (X - level.sigma * torch.lerp(*predict, 0.6)) / level.alpha
+    fresh = 0.0
+    if solver in ("euler_ancestral", "ddpm"):
+        fresh = target.sigma / level.sigma * math.sqrt(1 - (level.alpha / target.alpha) ** 2)
+    expected = target.alpha * x0 + math.sqrt(target.sigma**2 - fresh**2) * predict[0] + fresh * IMAGE
+    denoiser = guided(lambda x, level, rows: predict, "epsilon", PlusPlus(0.6))
+    first = next(iter(scheduler.sample(denoiser, X, scheduler.levels(6), lambda: IMAGE)))
+    torch.testing.assert_close(first.latents, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.x0, x0, rtol=1e-4, atol=1e-4)
+
+
+def test_cfg_plus_plus_at_scale_0_is_no_condition_at_all() -> None:
+    scheduler = Scheduler(solver="ddim")
+    plain = sample(scheduler, Unconditional())
+    torch.testing.assert_close(sample(scheduler, PlusPlus(0.0)), plain, rtol=1e-4, atol=1e-4)
+    assert (sample(scheduler, PlusPlus(0.6)) - plain).abs().max() > 1e-2
+    assert not Scheduler(solver="dpmpp_2m").keeps_any_noise
+    assert not Scheduler(solver="heun").keeps_any_noise
+
+
+class Unconditional:
+    """Takes both outputs and gives the first."""
+
+    rows = 2
+
+    def rows_at(self, level: NoiseLevel) -> int:
+        return 2
+
+    def __call__(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        return outputs[0]

@@ -119,6 +119,8 @@ def test_inpainting_takes_the_options_too() -> None:
         {"perpendicular": -1.0},
         {"perpendicular": float("inf")},
         {"perpendicular": "1"},
+        {"plus_plus": 1},
+        {"plus_plus": True, "rescale": 0.5},
     ],
     ids=str,
 )
@@ -130,3 +132,14 @@ def test_options_out_of_bounds_are_refused(fields: dict[str, Any]) -> None:
 def test_what_are_no_options_is_refused(pipeline: TextToImagePipeline) -> None:
     with pytest.raises(InputError, match="guidance_scale"):
         draw(pipeline, guidance=7.5)
+
+
+def test_cfg_plus_plus(pipeline: TextToImagePipeline) -> None:
+    options = GuidanceOptions(plus_plus=True)
+    images = [draw(pipeline, guidance=options, guidance_scale=scale) for scale in (0.0, 0.6, 1.0)]
+    assert all(np.isfinite(image).all() for image in images)
+    assert min(np.abs(images[1] - images[i]).max() for i in (0, 2)) > 1e-3
+    with pytest.raises(InputError, match="from 0 to 1"):
+        draw(pipeline, guidance=options)
+    with pytest.raises(InputError, match="dpmpp_2m"):
+        draw(pipeline, guidance=options, guidance_scale=0.6, scheduler="dpmpp_2m")
