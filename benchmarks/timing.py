@@ -11,8 +11,13 @@ import torch
 Work = Callable[[], object]
 
 
-def interleaved(work: Mapping[str, Work], rounds: int) -> dict[str, float]:
-    """The median seconds of each piece of work over `rounds`, taken in turn after one warm-up each."""
+def interleaved(
+    work: Mapping[str, Work], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """The median seconds of each piece of work over `rounds`, taken in turn after one warm-up each.
+
+    With `time.process_time` for a clock, other programs on a busy machine do not count.
+    """
     for run in work.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -21,10 +26,10 @@ def interleaved(work: Mapping[str, Work], rounds: int) -> dict[str, float]:
         names = list(work)[round_number % len(work) :] + list(work)[: round_number % len(work)]
         for name in names:
             _wait()
-            start = time.perf_counter()
+            start = clock()
             work[name]()
             _wait()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 

@@ -46,8 +46,13 @@ def to_x0(
     if prediction_type == "sample":
         return output
     if prediction_type == "epsilon":
-        return (x - level.sigma * output) / level.alpha
-    return level.alpha * x - level.sigma * output
+        return _less(x, level.sigma, output) / level.alpha
+    return _less(level.alpha * x, level.sigma, output)
+
+
+def _less(tensor: Tensor, scale: float | Tensor, other: Tensor) -> Tensor:
+    """``tensor - scale * other``, in one operation where the scale is one number."""
+    return tensor - scale * other if isinstance(scale, Tensor) else torch.sub(tensor, other, alpha=scale)
 
 
 def from_x0(
