@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from latentgen.diffusion import scheduler_config
+from latentgen.diffusion.names import NAMED, SOLVER_TABLE, SolverName, own_name
 from latentgen.diffusion.prediction import Clipping, Denoiser, PredictionType
 from latentgen.diffusion.schedule import (
     CLEAN,
@@ -23,17 +24,8 @@ from latentgen.diffusion.schedule import (
     spaced_timesteps,
 )
 from latentgen.diffusion.solvers.step import Evaluation, History, StepInputs
-from latentgen.diffusion.solvers.table import SOLVERS, Solver, SolverName
+from latentgen.diffusion.solvers.table import SOLVERS, Solver
 from latentgen.errors import ConfigError, InputError
-
-# What people call a solver -> the solver, and whether it runs on Karras sigmas.
-_NAMED_SOLVERS: dict[str, tuple[SolverName, bool]] = {
-    **{solver: (solver, False) for solver in SOLVERS},
-    **{f"{solver}_karras": (solver, True) for solver in SOLVERS if SOLVERS[solver].karras},
-}
-
-# The names that `Scheduler.with_solver` takes.
-SOLVER_NAMES: tuple[str, ...] = tuple(_NAMED_SOLVERS)
 
 
 class Step(NamedTuple):
@@ -122,18 +114,17 @@ class Scheduler:
     @property
     def name(self) -> str:
         """The name under which `with_solver` gives this solver."""
-        karras = self.use_karras_sigmas and SOLVERS[self.solver].karras
+        karras = self.use_karras_sigmas and "karras" in SOLVER_TABLE[self.solver].sigmas
         return f"{self.solver}_karras" if karras else self.solver
 
     def with_solver(self, name: str) -> Scheduler:
-        """The same schedule, prediction type and spacing with another solver, one of SOLVER_NAMES.
+        """The same schedule, prediction type and timestep spacing with another solver.
 
-        Raises InputError for any other name.
+        name is the library's own, such as "dpmpp_2m_karras", diffusers' class, or A1111's sampler and schedule
+        type, such as "DPM++ 2M Karras"; case does not matter. Raises InputError for any other name.
         """
-        if name not in _NAMED_SOLVERS:
-            raise InputError(f"scheduler {name!r} is not known; choose one of {', '.join(SOLVER_NAMES)}")
-        solver, karras = _NAMED_SOLVERS[name]
-        return replace(self, solver=solver, use_karras_sigmas=karras)
+        solver, sigmas = NAMED[own_name(name)]
+        return replace(self, solver=solver, use_karras_sigmas=sigmas == "karras")
 
     def levels(self, num_steps: int) -> tuple[NoiseLevel, ...]:
         """The `num_steps` noise levels at which the network looks, falling, and the level where the run ends.
@@ -273,7 +264,7 @@ class Scheduler:
 
     def _levels_in_sigma_ve(self, solver: Solver, timesteps: FloatArray) -> list[NoiseLevel]:
         sigmas_ve = self.schedule.sigma_ve_at(timesteps)
-        if self.use_karras_sigmas and solver.karras:
+        if self.use_karras_sigmas and "karras" in SOLVER_TABLE[self.solver].sigmas:
             # Karras sigmas reach from end to end: of the whole schedule where the spacing has an open end.
             ends = self.schedule.sigmas_ve if solver.open_end else sigmas_ve[::-1]
             sigmas_ve = karras_sigmas(float(ends[0]), float(ends[-1]), len(timesteps))

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from latentgen.diffusion.names import SOLVER_TABLE, SolverName
 from latentgen.diffusion.prediction import Clipping
 from latentgen.diffusion.schedule import NoiseSchedule
-from latentgen.diffusion.solvers.table import SolverName
 from latentgen.errors import ConfigError
 
 _SCHEDULE_KEYS = tuple(item.name for item in fields(NoiseSchedule))
@@ -46,12 +46,11 @@ _DPMPP_KEYS = (
 
 @dataclass(frozen=True)
 class _Entry:
-    """What diffusers calls a solver: the class, and the keys that tell it from others of the same class.
+    """How a class of diffusers configures a solver: its keys, and what tells it from others of the same class.
 
     keys are the class's own, besides the shared; defaults are those of the class that depart from ours.
     """
 
-    class_name: str
     keys: tuple[str, ...] = ()
     defaults: dict[str, object] = field(default_factory=dict)
     variant: dict[str, object] = field(default_factory=dict)
@@ -63,45 +62,36 @@ def _dpmpp(algorithm_type: str, solver_order: int) -> dict[str, object]:
 
 # Where a file leaves out what tells the solvers of a class apart, it means the first of them.
 _ENTRIES: dict[SolverName, _Entry] = {
-    "ddpm": _Entry("DDPMScheduler", (*_CLIPPING_KEYS, *_ZERO_SNR), {"clip_sample": True}),
-    "ddim": _Entry("DDIMScheduler", (*_CLIPPING_KEYS, *_ZERO_SNR, "set_alpha_to_one"), {"clip_sample": True}),
-    "pndm_prk": _Entry(
-        "PNDMScheduler", ("set_alpha_to_one",), {"set_alpha_to_one": False}, {"skip_prk_steps": False}
-    ),
-    "pndm": _Entry(
-        "PNDMScheduler", ("set_alpha_to_one",), {"set_alpha_to_one": False}, {"skip_prk_steps": True}
-    ),
-    "euler": _Entry("EulerDiscreteScheduler", (*_ZERO_SNR, "use_karras_sigmas", "final_sigmas_type")),
-    "euler_ancestral": _Entry("EulerAncestralDiscreteScheduler", _ZERO_SNR),
-    "heun": _Entry(
-        "HeunDiscreteScheduler", ("use_karras_sigmas", "clip_sample", "clip_sample_range"), _DISCRETE_DEFAULTS
-    ),
-    "dpm2": _Entry("KDPM2DiscreteScheduler", ("use_karras_sigmas",), _DISCRETE_DEFAULTS),
-    "dpm2_ancestral": _Entry("KDPM2AncestralDiscreteScheduler", ("use_karras_sigmas",), _DISCRETE_DEFAULTS),
-    "lms": _Entry("LMSDiscreteScheduler", ("use_karras_sigmas",)),
-    "dpmpp_2m": _Entry("DPMSolverMultistepScheduler", _DPMPP_KEYS, variant=_dpmpp("dpmsolver++", 2)),
-    "dpmpp_2m_sde": _Entry("DPMSolverMultistepScheduler", _DPMPP_KEYS, variant=_dpmpp("sde-dpmsolver++", 2)),
-    "dpmpp_3m": _Entry("DPMSolverMultistepScheduler", _DPMPP_KEYS, variant=_dpmpp("dpmsolver++", 3)),
-    "dpmpp_3m_sde": _Entry("DPMSolverMultistepScheduler", _DPMPP_KEYS, variant=_dpmpp("sde-dpmsolver++", 3)),
+    "ddpm": _Entry((*_CLIPPING_KEYS, *_ZERO_SNR), {"clip_sample": True}),
+    "ddim": _Entry((*_CLIPPING_KEYS, *_ZERO_SNR, "set_alpha_to_one"), {"clip_sample": True}),
+    "pndm_prk": _Entry(("set_alpha_to_one",), {"set_alpha_to_one": False}, {"skip_prk_steps": False}),
+    "pndm": _Entry(("set_alpha_to_one",), {"set_alpha_to_one": False}, {"skip_prk_steps": True}),
+    "euler": _Entry((*_ZERO_SNR, "use_karras_sigmas", "final_sigmas_type")),
+    "euler_ancestral": _Entry(_ZERO_SNR),
+    "heun": _Entry(("use_karras_sigmas", "clip_sample", "clip_sample_range"), _DISCRETE_DEFAULTS),
+    "dpm2": _Entry(("use_karras_sigmas",), _DISCRETE_DEFAULTS),
+    "dpm2_ancestral": _Entry(("use_karras_sigmas",), _DISCRETE_DEFAULTS),
+    "lms": _Entry(("use_karras_sigmas",)),
+    "dpmpp_2m": _Entry(_DPMPP_KEYS, variant=_dpmpp("dpmsolver++", 2)),
+    "dpmpp_2m_sde": _Entry(_DPMPP_KEYS, variant=_dpmpp("sde-dpmsolver++", 2)),
+    "dpmpp_3m": _Entry(_DPMPP_KEYS, variant=_dpmpp("dpmsolver++", 3)),
+    "dpmpp_3m_sde": _Entry(_DPMPP_KEYS, variant=_dpmpp("sde-dpmsolver++", 3)),
     "dpmpp_2s": _Entry(
-        "DPMSolverSinglestepScheduler",
         (*_THRESHOLDING_KEYS, "use_karras_sigmas", "final_sigmas_type", "lower_order_final"),
         {"lower_order_final": False},
         _dpmpp("dpmsolver++", 2),
     ),
-    "dpmpp_sde": _Entry("DPMSolverSDEScheduler", ("use_karras_sigmas",), _DISCRETE_DEFAULTS),
+    "dpmpp_sde": _Entry(("use_karras_sigmas",), _DISCRETE_DEFAULTS),
     "deis": _Entry(
-        "DEISMultistepScheduler",
         (*_THRESHOLDING_KEYS, "use_karras_sigmas", "lower_order_final"),
         variant={"algorithm_type": "deis", "solver_order": 2, "solver_type": "logrho"},
     ),
     "unipc": _Entry(
-        "UniPCMultistepScheduler",
         (*_THRESHOLDING_KEYS, *_ZERO_SNR, "use_karras_sigmas", "final_sigmas_type", "lower_order_final"),
         variant={"solver_order": 2, "solver_type": "bh2"},
     ),
-    "lcm": _Entry("LCMScheduler", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
-    "tcd": _Entry("TCDScheduler", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
+    "lcm": _Entry(_DISTILLED_KEYS, _DISTILLED_DEFAULTS),
+    "tcd": _Entry(_DISTILLED_KEYS, _DISTILLED_DEFAULTS),
 }
 
 Reader = Callable[[str, object], Any]
@@ -244,10 +234,10 @@ def read(config: Mapping[str, object]) -> SchedulerFields:
 def _identify(config: Mapping[str, object]) -> SolverName:
     class_name = config.get("_class_name")
     solvers: list[SolverName] = [
-        solver for solver, entry in _ENTRIES.items() if entry.class_name == class_name
+        solver for solver in _ENTRIES if SOLVER_TABLE[solver].diffusers_class == class_name
     ]
     if not solvers:
-        known = ", ".join(dict.fromkeys(entry.class_name for entry in _ENTRIES.values()))
+        known = ", ".join(dict.fromkeys(names.diffusers_class for names in SOLVER_TABLE.values()))
         raise ConfigError(f"scheduler config: _class_name is {reprlib.repr(class_name)}; known are {known}")
     defaults = _ENTRIES[solvers[0]].variant
     for key in defaults:
@@ -268,4 +258,4 @@ def write(
     own = {*_SHARED_KEYS, *entry.keys}
     defaults = {**defaults, **entry.defaults}
     written = {key: value for key, value in values.items() if key in own or value != defaults[key]}
-    return {"_class_name": entry.class_name, **entry.variant, **written}
+    return {"_class_name": SOLVER_TABLE[solver].diffusers_class, **entry.variant, **written}

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentgen.diffusion.names import SOLVER_NAMES
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
-from latentgen.diffusion.scheduler import SOLVER_NAMES, Scheduler, Step
+from latentgen.diffusion.scheduler import Scheduler, Step
 from latentgen.errors import ConfigError, InputError
 
 CHECKPOINT = Scheduler(
@@ -242,9 +243,9 @@ def test_initial_noise_of_euler_is_scaled_unless_the_spacing_is_leading(spacing:
     assert float(scheduler.with_solver("dpmpp_2m").initial(torch.ones(1), levels)) == 1.0
 
 
-def test_unknown_solver_names_are_refused_with_the_list() -> None:
-    with pytest.raises(InputError, match="dpmpp_2m_karras"):
-        CHECKPOINT.with_solver("dpm++")
+def test_unknown_solver_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"'DPM\+\+ 2M'.*latentgen schedulers"):
+        CHECKPOINT.with_solver("DPM++ M2")
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1001, True, 2.5, "10"])
