@@ -37,7 +37,7 @@ SolverName = Literal[
     "tcd",
 ]
 # What may replace a spacing of timesteps: noise levels spaced in sigma_ve.
-Sigmas = Literal["karras"]
+Sigmas = Literal["karras", "exponential", "beta", "sgm_uniform", "align_your_steps", "align_your_steps_xl"]
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,29 @@ SIGMAS: dict[Sigmas, SigmasNames] = {
     "karras": SigmasNames(
         "Karras", "use_karras_sigmas", "More of the steps at little noise: fine detail in few steps."
     ),
+    "exponential": SigmasNames(
+        "Exponential",
+        "use_exponential_sigmas",
+        "Even in the logarithm of the noise: still more at little noise; for DPM++ 2M SDE and 3M SDE.",
+    ),
+    "beta": SigmasNames(
+        "Beta", "use_beta_sigmas", "Denser at both ends: composition and detail in few steps."
+    ),
+    "sgm_uniform": SigmasNames(
+        "SGM Uniform",
+        None,
+        "Even timesteps that stop short of the end: for Lightning, Turbo and other fast models.",
+    ),
+    "align_your_steps": SigmasNames(
+        "Align Your Steps",
+        None,
+        "Optimised for SD 1.5 at 10 steps; pipelines of SDXL take the next in its place.",
+    ),
+    "align_your_steps_xl": SigmasNames("Align Your Steps XL", None, "Optimised for SDXL at 10 steps."),
 }
 _ANY = get_args(Sigmas)
+# diffusers has no flags for this solver, and ignores those that other classes left in its file.
+_UNFLAGGED = tuple(sigmas for sigmas, names in SIGMAS.items() if names.flag is None)
 
 SOLVER_TABLE: dict[SolverName, SolverNames] = {
     "ddpm": SolverNames(
@@ -105,6 +126,7 @@ SOLVER_TABLE: dict[SolverName, SolverNames] = {
         "Euler a",
         "EulerAncestralDiscreteScheduler",
         "Fresh noise at each step: soft and varied, and more steps change it.",
+        _UNFLAGGED,
     ),
     "heun": SolverNames(
         "Heun",
@@ -144,6 +166,7 @@ SOLVER_TABLE: dict[SolverName, SolverNames] = {
         "DPMSolverMultistepScheduler",
         "DPM++ 2M with fresh noise: richer texture; wants 25 to 40 steps.",
         _ANY,
+        "exponential",
     ),
     "dpmpp_3m": SolverNames(
         "DPM++ 3M",
@@ -156,6 +179,7 @@ SOLVER_TABLE: dict[SolverName, SolverNames] = {
         "DPMSolverMultistepScheduler",
         "Third order with fresh noise: fine texture; wants 30 steps or more.",
         _ANY,
+        "exponential",
     ),
     "dpmpp_2s": SolverNames(
         "DPM++ 2S",
@@ -258,7 +282,8 @@ def listing() -> Iterator[str]:
     for sigmas, spacing in SIGMAS.items():
         yield f"_{sigmas:24}{spacing.schedule_type:20}{spacing.flag or '-'}"
         yield f"    {spacing.good_for}"
-        solvers = [solver for solver, names in SOLVER_TABLE.items() if sigmas in names.sigmas]
-        yield from wrap(f"after {', '.join(solvers)}", 96, initial_indent="    ", subsequent_indent="    ")
     yield ""
     yield 'A spacing follows a solver: dpmpp_2m_karras, or "DPM++ 2M Karras".'
+    for spacings in dict.fromkeys(names.sigmas for names in SOLVER_TABLE.values() if names.sigmas):
+        solvers = [solver for solver, names in SOLVER_TABLE.items() if names.sigmas == spacings]
+        yield from wrap(f"_{', _'.join(spacings)} after {', '.join(solvers)}.", 96, subsequent_indent="    ")

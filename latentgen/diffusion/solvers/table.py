@@ -47,7 +47,7 @@ class Solver:
     memory: how many earlier evaluations the step uses.
     default_spacing: the spacing where a checkpoint names none.
     fixed_spacing: it is so whatever spacing is asked for; the references know no other.
-    in_sigma_ve: the levels are spaced in sigma_ve, so fractional timesteps and Karras sigmas are possible.
+    in_sigma_ve: the levels are spaced in sigma_ve, so fractional timesteps and other sigmas are possible.
     whole_timesteps: whether the network only sees whole timesteps, where the spacing gives others: "always", or where
         Karras sigmas replace it.
     open_end: the lowest point of the spacing is where the run ends, not a timestep that the network sees.
