@@ -22,7 +22,8 @@ from torch import Tensor
 
 from benchmarks.timing import interleaved
 from latentgen import from_diffusers, to_diffusers
-from latentgen.diffusion.scheduler import SOLVER_NAMES, Scheduler
+from latentgen.diffusion.names import SOLVER_NAMES, SOLVER_TABLE
+from latentgen.diffusion.scheduler import Scheduler
 from latentgen.models.attention import ContextKeyValue
 from latentgen.models.unet import UNetConstants
 from latentgen.pipelines.base import Pipeline
@@ -101,7 +102,7 @@ def _with_scheduler(pipeline: Pipeline, scheduler: Scheduler) -> Pipeline:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="the sampling loop of latentgen beside diffusers'")
-    parser.add_argument("--solvers", nargs="+", default=SOLVER_NAMES, choices=SOLVER_NAMES)
+    parser.add_argument("--solvers", nargs="+", default=tuple(SOLVER_TABLE), choices=SOLVER_NAMES)
     parser.add_argument("--rounds", type=int, default=9)
     return parser.parse_args()
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeGuard, cast
 import typer
 
 from latentgen import __version__
+from latentgen.diffusion.names import SAMPLERS, own_name
 from latentgen.errors import InputError, LatentgenError
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
-from latentgen.recipe import SAMPLERS, Recipe
+from latentgen.recipe import Recipe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -152,7 +153,11 @@ def text2img(
     ] = 0,
     scheduler: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"One of {', '.join(SAMPLERS)}. [default: the checkpoint's own]"),
+        typer.Option(
+            metavar="NAME",
+            help='Such as "DPM++ 2M Karras", "Euler a", dpmpp_2m_karras or UniPCMultistepScheduler; '
+            "`latentgen schedulers` lists all. [default: the checkpoint's own]",
+        ),
     ] = None,
     dtype: Annotated[
         DType, typer.Option(help="Precision of the weights; auto is float16 on CUDA, else float32.")
@@ -186,6 +191,7 @@ def text2img(
         check_output(path)
 
     adapters = [_file_and_weight(text) for text in lora or ()]
+    scheduler = None if scheduler is None else own_name(scheduler)
 
     from latentgen.pipelines.base import DEFAULT_STEPS
     from latentgen.pipelines.text_to_image import TextToImagePipeline
@@ -222,8 +228,7 @@ def text2img(
     )
     if seed is None:
         print(f"seed: {', '.join(map(str, result.seeds))}", file=sys.stderr)
-    solver = scheduler or pipeline.scheduler.name
-    sampler, schedule_type = SAMPLERS[solver]
+    sampler, schedule_type = SAMPLERS[pipeline.scheduler.name if scheduler is None else scheduler]
     for path, image, image_seed in zip(paths, cast("list[Image]", result.images), result.seeds, strict=True):
         recipe = Recipe(
             prompt=prompt,
@@ -241,6 +246,23 @@ def text2img(
         )
         save_image(image, path, None if no_metadata else recipe)
         print(_printable(str(path)))
+
+
+@app.command()
+def schedulers() -> None:
+    """List the schedulers: what each is called, and what it is good for.
+
+    \b
+    latentgen text2img "a castle" --scheduler dpmpp_2m_karras     the name here
+    latentgen text2img "a castle" --scheduler "DPM++ 2M Karras"   that of A1111 and its relatives
+    latentgen text2img "a castle" --scheduler LCMScheduler        the class of diffusers
+
+    Case does not matter. Without --scheduler a checkpoint's own is used. Nothing is loaded.
+    """
+    from latentgen.diffusion.names import listing
+
+    for line in listing():
+        print(line)
 
 
 @app.command()

@@ -13,45 +13,9 @@ import json
 import re
 from dataclasses import dataclass
 
+from latentgen.diffusion.names import name_of_sampler
 from latentgen.errors import InputError
 from latentgen.files import quote
-
-# Solver -> (sampler, schedule type), the names under which other programs know it.
-SAMPLERS: dict[str, tuple[str, str | None]] = {
-    "ddpm": ("DDPM", None),
-    "ddim": ("DDIM", None),
-    "euler": ("Euler", None),
-    "euler_karras": ("Euler", "Karras"),
-    "euler_ancestral": ("Euler a", None),
-    "heun": ("Heun", None),
-    "heun_karras": ("Heun", "Karras"),
-    "dpm2": ("DPM2", None),
-    "dpm2_karras": ("DPM2", "Karras"),
-    "dpm2_ancestral": ("DPM2 a", None),
-    "dpm2_ancestral_karras": ("DPM2 a", "Karras"),
-    "lms": ("LMS", None),
-    "lms_karras": ("LMS", "Karras"),
-    "dpmpp_2m": ("DPM++ 2M", None),
-    "dpmpp_2m_karras": ("DPM++ 2M", "Karras"),
-    "dpmpp_2m_sde": ("DPM++ 2M SDE", None),
-    "dpmpp_2m_sde_karras": ("DPM++ 2M SDE", "Karras"),
-    "dpmpp_3m": ("DPM++ 3M", None),
-    "dpmpp_3m_karras": ("DPM++ 3M", "Karras"),
-    "dpmpp_3m_sde": ("DPM++ 3M SDE", None),
-    "dpmpp_3m_sde_karras": ("DPM++ 3M SDE", "Karras"),
-    "dpmpp_2s": ("DPM++ 2S", None),
-    "dpmpp_2s_karras": ("DPM++ 2S", "Karras"),
-    "dpmpp_sde": ("DPM++ SDE", None),
-    "dpmpp_sde_karras": ("DPM++ SDE", "Karras"),
-    "deis": ("DEIS", None),
-    "deis_karras": ("DEIS", "Karras"),
-    "unipc": ("UniPC", None),
-    "unipc_karras": ("UniPC", "Karras"),
-    "pndm": ("PLMS", None),
-    "pndm_prk": ("PNDM", None),
-    "lcm": ("LCM", None),
-    "tcd": ("TCD", None),
-}
 
 _NEGATIVE = "\nNegative prompt:"
 _SETTING = re.compile(r'\s*([^:,"]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
@@ -68,7 +32,7 @@ class Recipe:
         prompt: the prompt, of any number of lines.
         negative_prompt: what guidance leads away from; "" for none.
         steps: number of sampling steps.
-        sampler: name of the solver as in :data:`SAMPLERS`.
+        sampler: name of the solver, as A1111 writes it.
         schedule_type: spacing of the noise levels, if it is not the sampler's own.
         guidance_scale: scale of classifier-free guidance.
         seed: seed of the generator of this one image.
@@ -95,6 +59,15 @@ class Recipe:
     denoising_strength: float | None = None
     version: str | None = None
     other: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def scheduler(self) -> str:
+        """The library's own name of the sampler and its schedule type, which pipelines take for their scheduler.
+
+        Raises:
+            InputError: this library has no such sampler, or not with such a spacing.
+        """
+        return name_of_sampler(self.sampler, self.schedule_type)
 
     def to_text(self) -> str:
         """The recipe as text; values that hold a comma, a colon or a newline are JSON-quoted."""

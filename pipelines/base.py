@@ -428,7 +428,9 @@ class Pipeline(ABC):
         if scheduler is None:
             return self.scheduler
         if isinstance(scheduler, str):
-            return self.scheduler.with_solver(scheduler)
+            chosen = self.scheduler.with_solver(scheduler)
+            aligned_to_sd = self.is_sdxl and chosen.sigmas == "align_your_steps"
+            return replace(chosen, sigmas="align_your_steps_xl") if aligned_to_sd else chosen
         if isinstance(scheduler, Scheduler):
             return scheduler
         config = getattr(scheduler, "config", None)  # of diffusers, which need not be installed

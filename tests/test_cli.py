@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from latentgen import cli
-from latentgen.recipe import SAMPLERS, Recipe
+from latentgen.diffusion.names import SIGMAS, SOLVER_TABLE
+from latentgen.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-c", "import sys; from latentgen.cli import main; sys.exit(main())"]
@@ -77,10 +78,8 @@ def test_help_of_text2img_names_every_option_and_its_default(capsys: pytest.Capt
 
 
 def test_choices_are_those_of_the_library():
-    from latentgen.diffusion.scheduler import SOLVER_NAMES
     from latentgen.pipelines.devices import DTypeName
 
-    assert set(SAMPLERS) == set(SOLVER_NAMES)
     assert get_args(cli.DType) == get_args(DTypeName)
 
 
@@ -114,6 +113,8 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["text2img", "x", "--vae", "nowhere.safetensors"], "nowhere.safetensors"),
         (["text2img", "x", "--clip-skip", "-1"], "'--clip-skip'"),
         (["text2img", "x", "--prompt-syntax", "compel"], "'a1111'"),
+        (["text2img", "x", "--scheduler", "DPM++ 2M Karas"], "'DPM++ 2M Karras'"),
+        (["text2img", "x", "--scheduler", "fastest"], "`latentgen schedulers`"),
         (["inspect", "nowhere/at/all"], "nowhere/at/all"),
         (["convert"], "Missing argument 'SOURCE'"),
         (["convert", "nowhere/at/all.ckpt"], "nowhere/at/all.ckpt"),
@@ -135,7 +136,6 @@ def test_mistakes_are_told_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x", "--scheduler", "fastest"], "dpmpp_2m"),
         (["x", "--height", "17"], "height=17"),
         (["x", "--steps", "0"], "0"),
         (["x", "--guidance", "nan"], "guidance_scale"),
@@ -164,7 +164,7 @@ def test_draws_what_the_pipeline_draws_and_records_how(
     from latentgen import TextToImagePipeline, __version__
 
     output = tmp_path / "new" / "cat.png"
-    options = ["--negative", "dog, red", "--seed", "7", "--scheduler", "dpmpp_2m_karras", "--guidance", "3"]
+    options = ["--negative", "dog, red", "--seed", "7", "--scheduler", "DPM++ 2M Karras", "--guidance", "3"]
     assert cli.main(["text2img", "a cat 🐈", *tiny, *options, "-o", str(output)]) == 0
     assert capsys.readouterr().out == f"{output}\n"
     assert _recipe(output) == Recipe(
@@ -267,6 +267,26 @@ def test_several_images_are_numbered_and_drawn_seeds_are_told(
 def test_no_metadata(tiny: list[str], tmp_path: Path):
     assert cli.main(["text2img", "a secret", *tiny, "--no-metadata", "-o", str(tmp_path / "out.png")]) == 0
     assert b"secret" not in (tmp_path / "out.png").read_bytes()
+
+
+def test_schedulers_lists_all_by_each_of_their_names(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["schedulers"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    for solver, names in SOLVER_TABLE.items():
+        line = next(line for line in lines if line.split()[:1] == [solver])
+        assert line.split() == [solver, *names.sampler.split(), names.diffusers_class]
+        assert names.good_for in text
+    for sigmas, names in SIGMAS.items():
+        assert f"_{sigmas}" in text
+        assert f" {names.schedule_type} " in text
+        assert names.good_for in text
+    assert max(map(len, lines)) <= 100
+
+
+def test_schedulers_imports_no_torch():
+    code = "import sys, latentgen.cli as cli; cli.main(['schedulers']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=ENVIRONMENT)
 
 
 def test_inspect(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentgen.errors import InputError
-from latentgen.recipe import SAMPLERS, Recipe
+from latentgen.recipe import Recipe
 
 PIZZA = Recipe(
     prompt="slice of pizza",
@@ -125,5 +125,20 @@ def test_no_text_raises_another_error(text: str):
         Recipe.from_text(text)
 
 
-def test_sampler_names_are_distinct():
-    assert len(set(SAMPLERS.values())) == len(SAMPLERS)
+@pytest.mark.parametrize(
+    ("settings", "scheduler"),
+    [
+        ("Sampler: DPM++ 2M, Schedule type: Karras", "dpmpp_2m_karras"),
+        ("Sampler: DPM++ 2M Karras", "dpmpp_2m_karras"),
+        ("Sampler: Euler a, Schedule type: Automatic", "euler_ancestral"),
+    ],
+)
+def test_a_recipe_of_another_program_names_its_scheduler(settings: str, scheduler: str):
+    recipe = Recipe.from_text(f"a cat\nSteps: 20, {settings}, CFG scale: 7, Seed: 1, Size: 512x512")
+    assert recipe.scheduler == scheduler
+
+
+def test_a_sampler_that_is_not_there_is_told():
+    recipe = Recipe.from_text("a cat\nSteps: 20, Sampler: DPM fast, CFG scale: 7, Seed: 1, Size: 512x512")
+    with pytest.raises(InputError, match="'DPM fast' is not known"):
+        assert recipe.scheduler

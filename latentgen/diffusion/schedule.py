@@ -180,6 +180,17 @@ class NoiseSchedule:
         """The timesteps, not always whole, at which sigma_ve is `sigmas_ve`: linear in its logarithm."""
         return np.interp(np.log(sigmas_ve), np.log(self.sigmas_ve), np.arange(self.num_train_timesteps))
 
+    def truncated_timestep_at(self, sigmas_ve: FloatArray) -> FloatArray:
+        """The whole timesteps at or below those of `timestep_at`, as diffusers truncates them.
+
+        It compares with a logarithm in float32, by whose rounding it may miss the last timestep: on the schedule of
+        Stable Diffusion it tells the network 998 there. On others its own last bits may decide otherwise.
+        """
+        last_sigma = self.sigmas_ve[-1].astype(np.float32)
+        last = self.num_train_timesteps - 1 - int(math.log(last_sigma) < float(np.log(last_sigma)))
+        # What is whole but for float64's rounding stays.
+        return np.minimum(np.floor(self.timestep_at(sigmas_ve) + 1e-6), last)
+
 
 def spaced_timesteps(
     spacing: Spacing,
@@ -240,11 +251,3 @@ def distilled_timesteps(
     stride = num_train_timesteps // original_inference_steps
     skipped = np.arange(num_steps) * original_inference_steps // num_steps
     return (original_inference_steps - skipped) * stride - 1.0
-
-
-def karras_sigmas(sigma_min: float, sigma_max: float, num_steps: int, rho: float = 7.0) -> FloatArray:
-    """`num_steps` values of sigma_ve from sigma_max down to sigma_min, even in ``sigma ** (1 / rho)``.
-
-    arXiv 2206.00364, eq. 5.
-    """
-    return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps) ** rho

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from latentgen.diffusion import scheduler_config
+from latentgen.diffusion.names import NAMED, SOLVER_TABLE, Sigmas, SolverName, own_name
 from latentgen.diffusion.prediction import Clipping, Denoised, Denoiser, PredictionType
 from latentgen.diffusion.schedule import (
     CLEAN,
@@ -19,22 +20,13 @@ from latentgen.diffusion.schedule import (
     NoiseSchedule,
     Spacing,
     distilled_timesteps,
-    karras_sigmas,
     spaced_timesteps,
 )
+from latentgen.diffusion.sigmas import spaced_sigmas
 from latentgen.diffusion.solvers.one_step import ddpm_step, deterministic_step, euler_ancestral_step
 from latentgen.diffusion.solvers.step import Evaluation, History, StepInputs
-from latentgen.diffusion.solvers.table import SOLVERS, Solver, SolverName
+from latentgen.diffusion.solvers.table import SOLVERS, Solver
 from latentgen.errors import ConfigError, InputError
-
-# What people call a solver -> the solver, and whether it runs on Karras sigmas.
-_NAMED_SOLVERS: dict[str, tuple[SolverName, bool]] = {
-    **{solver: (solver, False) for solver in SOLVERS},
-    **{f"{solver}_karras": (solver, True) for solver in SOLVERS if SOLVERS[solver].karras},
-}
-
-# The names that `Scheduler.with_solver` takes.
-SOLVER_NAMES: tuple[str, ...] = tuple(_NAMED_SOLVERS)
 
 
 class Step(NamedTuple):
@@ -51,13 +43,13 @@ class Scheduler:
     """How a model is sampled. Immutable: one object serves many runs and threads.
 
     schedule, prediction_type, steps_offset, set_alpha_to_one and clipping belong to the checkpoint; solver,
-    spacing (none: the solver's own default) and use_karras_sigmas to the user. Where fields are named as in
-    ``scheduler_config.json``, they mean the same: set_alpha_to_one false ends DDIM and PNDM at the schedule's
-    first level, final_sigmas_type "sigma_min" ends Euler, DPM++ and UniPC there; lower_order_final and
-    euler_at_final lower the order of the last steps of DPM++, DEIS and UniPC, of which the very last is always
-    one of first order when the run ends at clean data; original_inference_steps are those that a model for LCM
-    and TCD was distilled on, and timestep_scaling belongs to the skip connection of LCM. LCM, TCD and DPM++ 2S
-    have a spacing of their own, as in diffusers.
+    spacing (none: the solver's own default) and sigmas (none: those of the spacing) to the user. Where fields
+    are named as in ``scheduler_config.json``, they mean the same: set_alpha_to_one false ends DDIM and PNDM at
+    the schedule's first level, final_sigmas_type "sigma_min" ends Euler, DPM++ and UniPC there;
+    lower_order_final and euler_at_final lower the order of the last steps of DPM++, DEIS and UniPC, of which
+    the very last is always one of first order when the run ends at clean data; original_inference_steps are
+    those that a model for LCM and TCD was distilled on, and timestep_scaling belongs to the skip connection of
+    LCM. LCM, TCD and DPM++ 2S have a spacing of their own, as in diffusers.
 
     Raises ConfigError for values that are not allowed.
     """
@@ -67,7 +59,7 @@ class Scheduler:
     solver: SolverName = "ddim"
     spacing: Spacing | None = None
     steps_offset: int = 0
-    use_karras_sigmas: bool = False
+    sigmas: Sigmas | None = None
     set_alpha_to_one: bool = True
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     lower_order_final: bool = True
@@ -80,6 +72,7 @@ class Scheduler:
         _check_choice("prediction_type", self.prediction_type, get_args(PredictionType))
         _check_choice("solver", self.solver, tuple(SOLVERS))
         _check_choice("timestep_spacing", self.spacing, (*get_args(Spacing), None))
+        _check_choice("sigmas", self.sigmas, (*get_args(Sigmas), None))
         _check_choice("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
         if not 0 <= self.steps_offset < self.schedule.num_train_timesteps:
             last = self.schedule.num_train_timesteps - 1
@@ -107,7 +100,10 @@ class Scheduler:
         )
 
     def to_config(self) -> dict[str, object]:
-        """The contents of a ``scheduler_config.json``: diffusers loads it, `from_config` gives an equal."""
+        """The contents of a ``scheduler_config.json``: diffusers loads it, `from_config` gives an equal.
+
+        Sigmas for which diffusers has no flag stand under the key "sigmas", which it warns of and ignores.
+        """
         return scheduler_config.write(self.solver, self._values(), Scheduler()._values())
 
     def _values(self) -> dict[str, object]:
@@ -123,18 +119,16 @@ class Scheduler:
     @property
     def name(self) -> str:
         """The name under which `with_solver` gives this solver."""
-        karras = self.use_karras_sigmas and SOLVERS[self.solver].karras
-        return f"{self.solver}_karras" if karras else self.solver
+        return f"{self.solver}_{self._sigmas}" if self._sigmas else self.solver
 
     def with_solver(self, name: str) -> Scheduler:
-        """The same schedule, prediction type and spacing with another solver, one of SOLVER_NAMES.
+        """The same schedule, prediction type and timestep spacing with another solver.
 
-        Raises InputError for any other name.
+        name is the library's own, such as "dpmpp_2m_karras", diffusers' class, or A1111's sampler and schedule
+        type, such as "DPM++ 2M Karras"; case does not matter. Raises InputError for any other name.
         """
-        if name not in _NAMED_SOLVERS:
-            raise InputError(f"scheduler {name!r} is not known; choose one of {', '.join(SOLVER_NAMES)}")
-        solver, karras = _NAMED_SOLVERS[name]
-        return replace(self, solver=solver, use_karras_sigmas=karras)
+        solver, sigmas = NAMED[own_name(name)]
+        return replace(self, solver=solver, sigmas=sigmas)
 
     def levels(self, num_steps: int) -> tuple[NoiseLevel, ...]:
         """The `num_steps` noise levels at which the network looks, falling, and the level where the run ends.
@@ -260,6 +254,10 @@ class Scheduler:
             yield Step(index, target, x, now.x0)
 
     @property
+    def _sigmas(self) -> Sigmas | None:
+        return self.sigmas if self.sigmas in SOLVER_TABLE[self.solver].sigmas else None
+
+    @property
     def _spacing(self) -> Spacing:
         solver = SOLVERS[self.solver]
         return solver.default_spacing if solver.fixed_spacing else self.spacing or solver.default_spacing
@@ -281,20 +279,27 @@ class Scheduler:
 
     def _levels_in_sigma_ve(self, solver: Solver, timesteps: FloatArray) -> list[NoiseLevel]:
         sigmas_ve = self.schedule.sigma_ve_at(timesteps)
-        if self.use_karras_sigmas and solver.karras:
-            # Karras sigmas reach from end to end: of the whole schedule where the spacing has an open end.
+        if self._sigmas:
+            # They reach from end to end: of the whole schedule where the spacing has an open end.
             ends = self.schedule.sigmas_ve if solver.open_end else sigmas_ve[::-1]
-            sigmas_ve = karras_sigmas(float(ends[0]), float(ends[-1]), len(timesteps))
-            timesteps = self.schedule.timestep_at(sigmas_ve)
-            if solver.whole_timesteps != "never":
-                # diffusers rounds, but truncates for the cosine schedule where all timesteps are whole.
-                cosine = self.schedule.beta_schedule == "squaredcos_cap_v2"
-                truncates = cosine and solver.whole_timesteps == "always"
-                timesteps = np.floor(timesteps) if truncates else np.round(timesteps)
+            sigmas_ve = spaced_sigmas(
+                self._sigmas, self.schedule, float(ends[0]), float(ends[-1]), len(timesteps)
+            )
+            timesteps = self._told(solver, self._sigmas, sigmas_ve)
         return [
             NoiseLevel.from_sigma_ve(float(sigma_ve), float(timestep))
             for sigma_ve, timestep in zip(sigmas_ve, timesteps, strict=True)
         ]
+
+    def _told(self, solver: Solver, sigmas: Sigmas, sigmas_ve: FloatArray) -> FloatArray:
+        """The timesteps that the network is told: whole ones come about as in diffusers."""
+        timesteps = self.schedule.timestep_at(sigmas_ve)
+        if solver.whole_timesteps == "always":
+            cosine = self.schedule.beta_schedule == "squaredcos_cap_v2"
+            truncates = sigmas in ("exponential", "beta") or (cosine and sigmas == "karras")
+            return self.schedule.truncated_timestep_at(sigmas_ve) if truncates else np.round(timesteps)
+        rounds = solver.whole_timesteps == "karras" and sigmas == "karras"
+        return np.round(timesteps) if rounds else timesteps
 
     def _end(self, solver: Solver) -> NoiseLevel:
         stays_noisy = (

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from latentgen.diffusion.names import SIGMAS, SOLVER_TABLE, SolverName
 from latentgen.diffusion.prediction import Clipping
 from latentgen.diffusion.schedule import NoiseSchedule
-from latentgen.diffusion.solvers.table import SolverName
 from latentgen.errors import ConfigError
 
 _SCHEDULE_KEYS = tuple(item.name for item in fields(NoiseSchedule))
@@ -34,10 +34,11 @@ _DISTILLED_KEYS = (
 _DISCRETE_DEFAULTS: dict[str, object] = {"beta_start": 0.00085, "beta_end": 0.012}
 _DISTILLED_DEFAULTS = _DISCRETE_DEFAULTS | {"beta_schedule": "scaled_linear"}
 _THRESHOLDING_KEYS = tuple(key for key in _CLIPPING_KEYS if not key.startswith("clip_"))
+_SIGMAS_FLAGS = {names.flag: sigmas for sigmas, names in SIGMAS.items() if names.flag}
 _DPMPP_KEYS = (
     *_THRESHOLDING_KEYS,
     *_ZERO_SNR,
-    "use_karras_sigmas",
+    *_SIGMAS_FLAGS,
     "final_sigmas_type",
     "lower_order_final",
     "euler_at_final",
@@ -46,12 +47,11 @@ _DPMPP_KEYS = (
 
 @dataclass(frozen=True)
 class _Entry:
-    """What diffusers calls a solver: the class, and the keys that tell it from others of the same class.
+    """How a class of diffusers configures a solver: its keys, and what tells it from others of the same class.
 
     keys are the class's own, besides the shared; defaults are those of the class that depart from ours.
     """
 
-    class_name: str
     keys: tuple[str, ...] = ()
     defaults: dict[str, object] = field(default_factory=dict)
     variant: dict[str, object] = field(default_factory=dict)
@@ -63,45 +63,36 @@ def _dpmpp(algorithm_type: str, solver_order: int) -> dict[str, object]:
 
 # Where a file leaves out what tells the solvers of a class apart, it means the first of them.
 _ENTRIES: dict[SolverName, _Entry] = {
-    "ddpm": _Entry("DDPMScheduler", (*_CLIPPING_KEYS, *_ZERO_SNR), {"clip_sample": True}),
-    "ddim": _Entry("DDIMScheduler", (*_CLIPPING_KEYS, *_ZERO_SNR, "set_alpha_to_one"), {"clip_sample": True}),
-    "pndm_prk": _Entry(
-        "PNDMScheduler", ("set_alpha_to_one",), {"set_alpha_to_one": False}, {"skip_prk_steps": False}
-    ),
-    "pndm": _Entry(
-        "PNDMScheduler", ("set_alpha_to_one",), {"set_alpha_to_one": False}, {"skip_prk_steps": True}
-    ),
-    "euler": _Entry("EulerDiscreteScheduler", (*_ZERO_SNR, "use_karras_sigmas", "final_sigmas_type")),
-    "euler_ancestral": _Entry("EulerAncestralDiscreteScheduler", _ZERO_SNR),
-    "heun": _Entry(
-        "HeunDiscreteScheduler", ("use_karras_sigmas", "clip_sample", "clip_sample_range"), _DISCRETE_DEFAULTS
-    ),
-    "dpm2": _Entry("KDPM2DiscreteScheduler", ("use_karras_sigmas",), _DISCRETE_DEFAULTS),
-    "dpm2_ancestral": _Entry("KDPM2AncestralDiscreteScheduler", ("use_karras_sigmas",), _DISCRETE_DEFAULTS),
-    "lms": _Entry("LMSDiscreteScheduler", ("use_karras_sigmas",)),
-    "dpmpp_2m": _Entry("DPMSolverMultistepScheduler", _DPMPP_KEYS, variant=_dpmpp("dpmsolver++", 2)),
-    "dpmpp_2m_sde": _Entry("DPMSolverMultistepScheduler", _DPMPP_KEYS, variant=_dpmpp("sde-dpmsolver++", 2)),
-    "dpmpp_3m": _Entry("DPMSolverMultistepScheduler", _DPMPP_KEYS, variant=_dpmpp("dpmsolver++", 3)),
-    "dpmpp_3m_sde": _Entry("DPMSolverMultistepScheduler", _DPMPP_KEYS, variant=_dpmpp("sde-dpmsolver++", 3)),
+    "ddpm": _Entry((*_CLIPPING_KEYS, *_ZERO_SNR), {"clip_sample": True}),
+    "ddim": _Entry((*_CLIPPING_KEYS, *_ZERO_SNR, "set_alpha_to_one"), {"clip_sample": True}),
+    "pndm_prk": _Entry(("set_alpha_to_one",), {"set_alpha_to_one": False}, {"skip_prk_steps": False}),
+    "pndm": _Entry(("set_alpha_to_one",), {"set_alpha_to_one": False}, {"skip_prk_steps": True}),
+    "euler": _Entry((*_ZERO_SNR, *_SIGMAS_FLAGS, "final_sigmas_type")),
+    "euler_ancestral": _Entry(_ZERO_SNR),
+    "heun": _Entry((*_SIGMAS_FLAGS, "clip_sample", "clip_sample_range"), _DISCRETE_DEFAULTS),
+    "dpm2": _Entry(tuple(_SIGMAS_FLAGS), _DISCRETE_DEFAULTS),
+    "dpm2_ancestral": _Entry(tuple(_SIGMAS_FLAGS), _DISCRETE_DEFAULTS),
+    "lms": _Entry(tuple(_SIGMAS_FLAGS)),
+    "dpmpp_2m": _Entry(_DPMPP_KEYS, variant=_dpmpp("dpmsolver++", 2)),
+    "dpmpp_2m_sde": _Entry(_DPMPP_KEYS, variant=_dpmpp("sde-dpmsolver++", 2)),
+    "dpmpp_3m": _Entry(_DPMPP_KEYS, variant=_dpmpp("dpmsolver++", 3)),
+    "dpmpp_3m_sde": _Entry(_DPMPP_KEYS, variant=_dpmpp("sde-dpmsolver++", 3)),
     "dpmpp_2s": _Entry(
-        "DPMSolverSinglestepScheduler",
-        (*_THRESHOLDING_KEYS, "use_karras_sigmas", "final_sigmas_type", "lower_order_final"),
+        (*_THRESHOLDING_KEYS, *_SIGMAS_FLAGS, "final_sigmas_type", "lower_order_final"),
         {"lower_order_final": False},
         _dpmpp("dpmsolver++", 2),
     ),
-    "dpmpp_sde": _Entry("DPMSolverSDEScheduler", ("use_karras_sigmas",), _DISCRETE_DEFAULTS),
+    "dpmpp_sde": _Entry(tuple(_SIGMAS_FLAGS), _DISCRETE_DEFAULTS),
     "deis": _Entry(
-        "DEISMultistepScheduler",
-        (*_THRESHOLDING_KEYS, "use_karras_sigmas", "lower_order_final"),
+        (*_THRESHOLDING_KEYS, *_SIGMAS_FLAGS, "lower_order_final"),
         variant={"algorithm_type": "deis", "solver_order": 2, "solver_type": "logrho"},
     ),
     "unipc": _Entry(
-        "UniPCMultistepScheduler",
-        (*_THRESHOLDING_KEYS, *_ZERO_SNR, "use_karras_sigmas", "final_sigmas_type", "lower_order_final"),
+        (*_THRESHOLDING_KEYS, *_ZERO_SNR, *_SIGMAS_FLAGS, "final_sigmas_type", "lower_order_final"),
         variant={"solver_order": 2, "solver_type": "bh2"},
     ),
-    "lcm": _Entry("LCMScheduler", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
-    "tcd": _Entry("TCDScheduler", _DISTILLED_KEYS, _DISTILLED_DEFAULTS),
+    "lcm": _Entry(_DISTILLED_KEYS, _DISTILLED_DEFAULTS),
+    "tcd": _Entry(_DISTILLED_KEYS, _DISTILLED_DEFAULTS),
 }
 
 Reader = Callable[[str, object], Any]
@@ -115,6 +106,10 @@ def _flag(key: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise _wrong(key, value, "true or false")
     return value
+
+
+def _flag_or_none(key: str, value: object) -> bool:
+    return value is not None and _flag(key, value)
 
 
 def _integer(key: str, value: object) -> int:
@@ -133,6 +128,10 @@ def _text(key: str, value: object) -> str:
     if not isinstance(value, str):
         raise _wrong(key, value, "a string")
     return value
+
+
+def _text_or_none(key: str, value: object) -> str | None:
+    return None if value is None else _text(key, value)
 
 
 def _betas(key: str, value: object) -> tuple[float, ...] | None:
@@ -169,7 +168,10 @@ _READERS: dict[str, Reader] = {
     "prediction_type": _text,
     "timestep_spacing": _text,
     "steps_offset": _integer,
+    "sigmas": _text_or_none,
     "use_karras_sigmas": _flag,
+    "use_exponential_sigmas": _flag_or_none,
+    "use_beta_sigmas": _flag_or_none,
     "set_alpha_to_one": _flag,
     "final_sigmas_type": _text,
     "lower_order_final": _flag,
@@ -197,9 +199,7 @@ _UNIMPLEMENTED: dict[str, Reader] = {
     "solver_type": _only("midpoint", "heun", "logrho", "bh1", "bh2"),
     "time_shift_type": _only("exponential"),
     "timestep_type": _only("discrete"),
-    "use_beta_sigmas": _only(False, None),
     "use_dynamic_shifting": _only(False),
-    "use_exponential_sigmas": _only(False, None),
     "use_flow_sigmas": _only(False),
     "use_lu_lambdas": _only(False),
     # Both are the small variance of DDPM; they differ in the way diffusers computes it.
@@ -233,6 +233,13 @@ def read(config: Mapping[str, object]) -> SchedulerFields:
             )
     if "timestep_spacing" in values:
         values["spacing"] = values.pop("timestep_spacing")
+    flags = [flag for flag in _SIGMAS_FLAGS if values.pop(flag, False)]
+    if len(flags) + (values.get("sigmas") is not None) > 1:
+        raise ConfigError(
+            f"scheduler config: {' and '.join(flags)} exclude each other and sigmas; set one of them"
+        )
+    if flags:
+        values["sigmas"] = _SIGMAS_FLAGS[flags[0]]
     return SchedulerFields(
         solver,
         schedule={key: values.pop(key) for key in _SCHEDULE_KEYS if key in values},
@@ -244,10 +251,10 @@ def read(config: Mapping[str, object]) -> SchedulerFields:
 def _identify(config: Mapping[str, object]) -> SolverName:
     class_name = config.get("_class_name")
     solvers: list[SolverName] = [
-        solver for solver, entry in _ENTRIES.items() if entry.class_name == class_name
+        solver for solver in _ENTRIES if SOLVER_TABLE[solver].diffusers_class == class_name
     ]
     if not solvers:
-        known = ", ".join(dict.fromkeys(entry.class_name for entry in _ENTRIES.values()))
+        known = ", ".join(dict.fromkeys(names.diffusers_class for names in SOLVER_TABLE.values()))
         raise ConfigError(f"scheduler config: _class_name is {reprlib.repr(class_name)}; known are {known}")
     defaults = _ENTRIES[solvers[0]].variant
     for key in defaults:
@@ -257,15 +264,23 @@ def _identify(config: Mapping[str, object]) -> SolverName:
     return next(solver for solver in solvers if _ENTRIES[solver].variant == meant)
 
 
+def _with_flags(values: Mapping[str, object]) -> dict[str, object]:
+    """sigmas as the flags of diffusers, where it has one for them."""
+    sigmas = values["sigmas"]
+    flags = {flag: sigmas == flagged for flag, flagged in _SIGMAS_FLAGS.items()}
+    return {**values, "sigmas": None if any(flags.values()) else sigmas, **flags}
+
+
 def write(
     solver: SolverName, values: Mapping[str, object], defaults: Mapping[str, object]
 ) -> dict[str, object]:
     """The config of the class that stands for a solver: the keys of its own, and others where not default.
 
-    values holds every key, defaults what a file means that leaves one out.
+    values holds every field, defaults what a file means that leaves one out.
     """
+    values, defaults = _with_flags(values), _with_flags(defaults)
     entry = _ENTRIES[solver]
     own = {*_SHARED_KEYS, *entry.keys}
     defaults = {**defaults, **entry.defaults}
     written = {key: value for key, value in values.items() if key in own or value != defaults[key]}
-    return {"_class_name": entry.class_name, **entry.variant, **written}
+    return {"_class_name": SOLVER_TABLE[solver].diffusers_class, **entry.variant, **written}

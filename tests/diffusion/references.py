@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import diffusers
+import mpmath
 import numpy as np
 import torch
 from torch import Tensor
@@ -55,10 +57,30 @@ class Run(NamedTuple):
 
 
 def scheduler_class(name: str) -> Any:
-    """A class of diffusers; where its packages are not installed, LMS without scipy and DPM++ SDE without torchsde.
+    """A class of diffusers; where its packages are not installed, without scipy and torchsde.
 
-    The one integral that LMS asks scipy for is done here, and so is the Brownian motion that DPM++ SDE follows.
+    The one integral that LMS asks scipy for is done here, and so are the quantiles of beta sigmas and the Brownian
+    motion that DPM++ SDE follows.
     """
+    found = _scheduler_class(name)
+    module = found.set_timesteps.__globals__
+    if "scipy" not in module:
+        module["scipy"] = SimpleNamespace(stats=SimpleNamespace(beta=SimpleNamespace(ppf=beta_quantile)))
+        module["is_scipy_available"] = lambda: True
+    return found
+
+
+@cache
+def beta_quantile(share: float, a: float, b: float) -> float:
+    """By bisection of mpmath's distribution function."""
+    low, high = 0.0, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        below = mpmath.betainc(a, b, 0, middle, regularized=True) < share
+        low, high = (middle, high) if below else (low, middle)
+    return high if share > 0.0 else 0.0
+
+
+def _scheduler_class(name: str) -> Any:
     if name == "DPMSolverSDEScheduler":
         with patch.dict(sys.modules, {"torchsde": sys.modules.get("torchsde", ModuleType("torchsde"))}):
             from diffusers.schedulers.scheduling_dpmsolver_sde import DPMSolverSDEScheduler
@@ -125,8 +147,8 @@ def run_diffusers(scheduler: Any, num_steps: int) -> Run:
     x = noise() * scheduler.init_noise_sigma
     is_sde = str(scheduler.config.get("algorithm_type", "")).startswith("sde")
     draws = {"generator": generator} if name in STOCHASTIC or is_sde else {}
-    if name == "DEISMultistepScheduler":
-        # In float32 the coefficients of its second order lose two digits to cancellation.
+    if name in ("DEISMultistepScheduler", "LMSDiscreteScheduler"):
+        # In float32 the coefficients of their higher orders lose two digits to cancellation.
         scheduler.sigmas = scheduler.sigmas.double()
     if name == "DPMSolverSDEScheduler":
         scheduler.noise_sampler = BrownianMotion(noise)

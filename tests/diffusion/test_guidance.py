@@ -18,9 +18,9 @@ from latentgen.diffusion.guidance import (
     guided,
     is_guided,
 )
+from latentgen.diffusion.names import SolverName
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.diffusion.solvers.table import SolverName
 from latentgen.errors import InputError
 
 LEVEL = NoiseLevel.from_sigma_ve(2.0, 500.0)

@@ -81,6 +81,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("LMSDiscreteScheduler", {}),
     ("LMSDiscreteScheduler", {"use_karras_sigmas": True}),
 ]
+CASES += [
+    (class_name, {**options, flag: True})
+    for class_name, options in CASES
+    for flag in ("use_exponential_sigmas", "use_beta_sigmas")
+    if options in ({}, SDE)
+    and "use_karras_sigmas" in inspect.signature(scheduler_class(class_name)).parameters
+]
 
 
 def build_diffusers(class_name: str, config: dict[str, Any]) -> Any:
@@ -130,7 +137,9 @@ def test_every_step_agrees(
         "timestep_spacing": spacing,
         "prediction_type": prediction_type,
     }
-    assert difference(class_name, config) <= TOLERANCE
+    # On exponential sigmas the weights of LMS's last step, to clean data, are so large that float32 loses a digit.
+    extrapolates = class_name == "LMSDiscreteScheduler" and "use_exponential_sigmas" in options
+    assert difference(class_name, config) <= (3e-5 if extrapolates else TOLERANCE)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -140,6 +149,8 @@ def test_every_step_agrees(
         {},
         {"lower_order_final": True},
         {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True, "beta_start": 0.00085, "beta_end": 0.012},
+        {"use_beta_sigmas": True, "beta_start": 0.00085, "beta_end": 0.012},
         {"final_sigmas_type": "sigma_min"},
         {"final_sigmas_type": "sigma_min", "lower_order_final": True},
         THRESHOLDING,
@@ -295,6 +306,8 @@ def test_saved_configs_load_in_both_directions(class_name: str) -> None:
         ("dpmpp_2s", "DPMSolverSinglestepScheduler", {}),
         ("deis", "DEISMultistepScheduler", {}),
         ("unipc", "UniPCMultistepScheduler", {}),
+        ("euler_exponential", "EulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+        ("dpmpp_2m_beta", "DPMSolverMultistepScheduler", {"use_beta_sigmas": True}),
         ("lms_karras", "LMSDiscreteScheduler", {"use_karras_sigmas": True}),
         ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", SDE),
         ("dpmpp_3m", "DPMSolverMultistepScheduler", {"solver_order": 3}),

@@ -13,7 +13,6 @@ from latentgen.diffusion.schedule import (
     NoiseSchedule,
     Spacing,
     distilled_timesteps,
-    karras_sigmas,
     spaced_timesteps,
 )
 from latentgen.errors import ConfigError, InputError
@@ -109,13 +108,6 @@ def test_step_counts_that_do_not_fit_are_refused(num_steps: int) -> None:
 def test_an_offset_beyond_the_schedule_is_refused() -> None:
     with pytest.raises(InputError, match="use fewer steps"):
         spaced_timesteps("leading", 1000, 1000, steps_offset=1)
-
-
-def test_karras_sigmas_keep_both_ends_and_are_even_in_the_seventh_root() -> None:
-    sigmas = karras_sigmas(0.03, 14.6, 12)
-    assert sigmas[[0, -1]] == pytest.approx([14.6, 0.03])
-    steps = np.diff(sigmas ** (1 / 7))
-    np.testing.assert_allclose(steps, steps[0])
 
 
 def test_timestep_at_inverts_sigma_ve_at() -> None:

@@ -68,12 +68,17 @@ def test_stable_diffusion_xl() -> None:
             solver="ddpm", clipping=Clipping(clip_sample=True, thresholding=True, sample_max_value=3.0)
         ),
         Scheduler(STABLE_DIFFUSION, "v_prediction", "euler", "trailing", set_alpha_to_one=False),
-        Scheduler(solver="euler", use_karras_sigmas=True, final_sigmas_type="sigma_min", steps_offset=1),
+        Scheduler(solver="euler", sigmas="karras", final_sigmas_type="sigma_min", steps_offset=1),
         Scheduler(solver="euler_ancestral", clipping=Clipping(clip_sample=True), lower_order_final=False),
         Scheduler(solver="dpmpp_2m", lower_order_final=False, euler_at_final=True),
         Scheduler(solver="pndm", steps_offset=1, set_alpha_to_one=False),
         Scheduler(NoiseSchedule(rescale_betas_zero_snr=True), "v_prediction", "pndm_prk", "trailing"),
-        Scheduler(solver="dpmpp_3m_sde", use_karras_sigmas=True),
+        Scheduler(solver="dpmpp_3m_sde", sigmas="karras"),
+        Scheduler(solver="euler", sigmas="exponential"),
+        Scheduler(solver="dpmpp_2m", sigmas="beta"),
+        Scheduler(solver="ddim", sigmas="beta"),
+        Scheduler(solver="unipc", sigmas="sgm_uniform"),
+        Scheduler(solver="euler_ancestral", sigmas="align_your_steps"),
         Scheduler(solver="lcm", original_inference_steps=40, timestep_scaling=5.0),
         Scheduler(STABLE_DIFFUSION, "sample", "tcd", clipping=Clipping(clip_sample=True)),
         Scheduler(NoiseSchedule(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3))),
@@ -119,6 +124,15 @@ def test_variants_that_are_not_implemented_are_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{key}.*not implemented"):
         Scheduler.from_config({"_class_name": class_name, key: value})
+
+
+def test_only_one_spacing_of_sigmas_is_asked_for() -> None:
+    euler = {"_class_name": "EulerDiscreteScheduler"}
+    off = {"use_exponential_sigmas": None, "use_beta_sigmas": False}
+    assert Scheduler.from_config({**euler, "use_karras_sigmas": True, **off}).sigmas == "karras"
+    for other in ({"use_beta_sigmas": True}, {"sigmas": "sgm_uniform"}):
+        with pytest.raises(ConfigError, match=r"use_karras_sigmas.*exclude"):
+            Scheduler.from_config({**euler, "use_karras_sigmas": True, **other})
 
 
 def test_what_tells_other_classes_apart_is_left_over() -> None:
@@ -172,6 +186,11 @@ def test_unknown_keys_are_refused_by_name() -> None:
         ("set_alpha_to_one", "true"),
         ("final_sigmas_type", "one"),
         ("use_karras_sigmas", 0),
+        ("use_karras_sigmas", None),
+        ("use_exponential_sigmas", 1),
+        ("use_beta_sigmas", "true"),
+        ("sigmas", "even"),
+        ("sigmas", ["karras"]),
         ("original_inference_steps", 0),
         ("original_inference_steps", 50.0),
         ("timestep_scaling", 0.0),
@@ -194,8 +213,6 @@ def test_bad_values_are_refused_by_name(key: str, value: object) -> None:
         ("solver_order", 1),
         ("solver_type", "heun"),
         ("timestep_type", "continuous"),
-        ("use_beta_sigmas", True),
-        ("use_exponential_sigmas", True),
         ("use_flow_sigmas", True),
         ("use_lu_lambdas", True),
         ("variance_type", "learned_range"),

@@ -179,7 +179,7 @@ def test_a_run_that_visits_the_level_where_it_ends_is_finite(solver: SolverName)
     scheduler = Scheduler(
         STABLE_DIFFUSION,
         solver=solver,
-        use_karras_sigmas=True,
+        sigmas="karras",
         final_sigmas_type="sigma_min",
         lower_order_final=False,
     )
@@ -228,7 +228,7 @@ def finish(
 )
 def test_order_of_convergence(solver: SolverName, order: float, slack: float) -> None:
     """Up to the last noisy level: the step from there to clean data is one of first order in all of them."""
-    scheduler = Scheduler(STABLE_DIFFUSION, solver=solver, use_karras_sigmas=True)
+    scheduler = Scheduler(STABLE_DIFFUSION, solver=solver, sigmas="karras")
     errors, step_counts = [], (20, 40, 80, 160)
     for num_steps in step_counts:
         levels = scheduler.levels(num_steps)

@@ -356,7 +356,7 @@ class TestBadArguments:
             ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
             ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
             ({"seed": [1, 2]}, "2 entries for 1 images"),
-            ({"scheduler": "dpm++"}, "dpmpp_2m_karras"),
+            ({"scheduler": "dpmpp_2m_karas"}, "dpmpp_2m_karras"),
             ({"scheduler": 3}, "not int"),
             ({"latents": torch.zeros(1, 3, 8, 8)}, r"\[1, 3, 8, 8\]; this call needs \[1, 4, 8, 8\]"),
             ({"latents": torch.zeros(4, 8, 8)}, r"this call needs \[1, 4, 8, 8\]"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from latentgen.diffusion.names import SolverName
 from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule, Spacing
 from latentgen.diffusion.solvers.multistep import (
     deis_step,
@@ -38,29 +39,6 @@ from latentgen.diffusion.solvers.two_stage import (
     same_sigma,
 )
 
-SolverName = Literal[
-    "ddpm",
-    "ddim",
-    "pndm",
-    "pndm_prk",
-    "euler",
-    "euler_ancestral",
-    "heun",
-    "dpm2",
-    "dpm2_ancestral",
-    "lms",
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "dpmpp_3m",
-    "dpmpp_3m_sde",
-    "dpmpp_2s",
-    "dpmpp_sde",
-    "deis",
-    "unipc",
-    "lcm",
-    "tcd",
-]
-
 
 @dataclass(frozen=True)
 class Solver:
@@ -69,7 +47,7 @@ class Solver:
     memory: how many earlier evaluations the step uses.
     default_spacing: the spacing where a checkpoint names none.
     fixed_spacing: it is so whatever spacing is asked for; the references know no other.
-    in_sigma_ve: the levels are spaced in sigma_ve, so fractional timesteps and Karras sigmas are possible.
+    in_sigma_ve: the levels are spaced in sigma_ve, so fractional timesteps and other sigmas are possible.
     whole_timesteps: whether the network only sees whole timesteps, where the spacing gives others: "always", or where
         Karras sigmas replace it.
     open_end: the lowest point of the spacing is where the run ends, not a timestep that the network sees.
@@ -77,7 +55,6 @@ class Solver:
     distilled: the timesteps are among those of a distillation, original_inference_steps, whatever the spacing.
     end: the field of the config that may move the end of a run from clean data to the schedule's first level, or
         "first_level" where it always lies there.
-    karras: Karras sigmas may replace the spacing.
     between: where a step looks on its way from one level to another, besides at these, if it does.
     lowers_below: in runs of fewer steps than this the order falls to 1 towards the end, unless lower_order_final is
         false.
@@ -96,7 +73,6 @@ class Solver:
     scales_start: bool = False
     distilled: bool = False
     end: Literal["set_alpha_to_one", "final_sigmas_type", "first_level"] | None = None
-    karras: bool = False
     between: Callable[[NoiseLevel, NoiseLevel, NoiseSchedule], NoiseLevel] | None = None
     lowers_below: float = 0
     lowers_at_clean_end: bool = False
@@ -122,7 +98,6 @@ SOLVERS: dict[SolverName, Solver] = {
         in_sigma_ve=True,
         scales_start=True,
         end="final_sigmas_type",
-        karras=True,
     ),
     "euler_ancestral": Solver(
         euler_ancestral_step,
@@ -135,7 +110,6 @@ SOLVERS: dict[SolverName, Solver] = {
         "linspace",
         in_sigma_ve=True,
         scales_start=True,
-        karras=True,
         clips=True,
     ),
     "dpm2": Solver(
@@ -144,7 +118,6 @@ SOLVERS: dict[SolverName, Solver] = {
         in_sigma_ve=True,
         whole_timesteps="karras",
         scales_start=True,
-        karras=True,
         between=middle_in_log_sigma,
     ),
     "dpm2_ancestral": Solver(
@@ -153,7 +126,6 @@ SOLVERS: dict[SolverName, Solver] = {
         in_sigma_ve=True,
         whole_timesteps="karras",
         scales_start=True,
-        karras=True,
         between=same_sigma,
     ),
     "lms": Solver(
@@ -162,7 +134,6 @@ SOLVERS: dict[SolverName, Solver] = {
         memory=3,
         in_sigma_ve=True,
         scales_start=True,
-        karras=True,
     ),
     "dpmpp_2m": Solver(
         dpmpp_2m_step,
@@ -172,7 +143,6 @@ SOLVERS: dict[SolverName, Solver] = {
         whole_timesteps="always",
         open_end=True,
         end="final_sigmas_type",
-        karras=True,
         lowers_below=15,
         lowers_at_clean_end=True,
         thresholds=True,
@@ -185,7 +155,6 @@ SOLVERS: dict[SolverName, Solver] = {
         whole_timesteps="always",
         open_end=True,
         end="final_sigmas_type",
-        karras=True,
         lowers_below=15,
         lowers_at_clean_end=True,
         thresholds=True,
@@ -198,7 +167,6 @@ SOLVERS: dict[SolverName, Solver] = {
         whole_timesteps="always",
         open_end=True,
         end="final_sigmas_type",
-        karras=True,
         lowers_below=15,
         lowers_at_clean_end=True,
         thresholds=True,
@@ -211,7 +179,6 @@ SOLVERS: dict[SolverName, Solver] = {
         whole_timesteps="always",
         open_end=True,
         end="final_sigmas_type",
-        karras=True,
         lowers_below=15,
         lowers_at_clean_end=True,
         thresholds=True,
@@ -234,7 +201,6 @@ SOLVERS: dict[SolverName, Solver] = {
         whole_timesteps="always",
         open_end=True,
         end="final_sigmas_type",
-        karras=True,
         lowers_below=math.inf,
         lowers_at_clean_end=True,
         thresholds=True,
@@ -244,7 +210,6 @@ SOLVERS: dict[SolverName, Solver] = {
         "linspace",
         in_sigma_ve=True,
         scales_start=True,
-        karras=True,
         between=middle_in_log_sigma,
     ),
     "deis": Solver(
@@ -255,7 +220,6 @@ SOLVERS: dict[SolverName, Solver] = {
         whole_timesteps="always",
         open_end=True,
         end="first_level",
-        karras=True,
         lowers_below=15,
         thresholds=True,
     ),
@@ -267,7 +231,6 @@ SOLVERS: dict[SolverName, Solver] = {
         whole_timesteps="always",
         open_end=True,
         end="final_sigmas_type",
-        karras=True,
         lowers_below=math.inf,
         lowers_at_clean_end=True,
         thresholds=True,

@@ -1,0 +1,289 @@
+"""What people call the solvers and their spacings: this library, diffusers, and A1111 and its relatives.
+
+Imports no torch, so that the command and recipes can use it at no cost.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from textwrap import wrap
+from typing import Literal, get_args
+
+from latentgen.errors import InputError
+from latentgen.files import quote
+
+SolverName = Literal[
+    "ddpm",
+    "ddim",
+    "pndm",
+    "pndm_prk",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm2",
+    "dpm2_ancestral",
+    "lms",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m",
+    "dpmpp_3m_sde",
+    "dpmpp_2s",
+    "dpmpp_sde",
+    "deis",
+    "unipc",
+    "lcm",
+    "tcd",
+]
+# What may replace a spacing of timesteps: noise levels spaced in sigma_ve.
+Sigmas = Literal["karras", "exponential", "beta", "sgm_uniform", "align_your_steps", "align_your_steps_xl"]
+
+
+@dataclass(frozen=True)
+class SolverNames:
+    """What a solver is called elsewhere, and what it is good for.
+
+    sampler: its name in A1111 and its relatives, and in recipes.
+    diffusers_class: that of diffusers, which some solvers share.
+    good_for: one line.
+    sigmas: those that may replace its spacing of timesteps.
+    automatic: those that A1111 takes where the schedule type is "Automatic".
+    """
+
+    sampler: str
+    diffusers_class: str
+    good_for: str
+    sigmas: tuple[Sigmas, ...] = ()
+    automatic: Sigmas | None = None
+
+
+@dataclass(frozen=True)
+class SigmasNames:
+    """What a spacing in sigma_ve is called elsewhere, and what it is good for.
+
+    schedule_type: its name in A1111 and its relatives, and in recipes.
+    flag: the key of diffusers' ``scheduler_config.json`` that asks for it, if one does.
+    good_for: one line.
+    """
+
+    schedule_type: str
+    flag: str | None
+    good_for: str
+
+
+SIGMAS: dict[Sigmas, SigmasNames] = {
+    "karras": SigmasNames(
+        "Karras", "use_karras_sigmas", "More of the steps at little noise: fine detail in few steps."
+    ),
+    "exponential": SigmasNames(
+        "Exponential",
+        "use_exponential_sigmas",
+        "Even in the logarithm of the noise: still more at little noise; for DPM++ 2M SDE and 3M SDE.",
+    ),
+    "beta": SigmasNames(
+        "Beta", "use_beta_sigmas", "Denser at both ends: composition and detail in few steps."
+    ),
+    "sgm_uniform": SigmasNames(
+        "SGM Uniform",
+        None,
+        "Even timesteps that stop short of the end: for Lightning, Turbo and other fast models.",
+    ),
+    "align_your_steps": SigmasNames(
+        "Align Your Steps",
+        None,
+        "Optimised for SD 1.5 at 10 steps; pipelines of SDXL take the next in its place.",
+    ),
+    "align_your_steps_xl": SigmasNames("Align Your Steps XL", None, "Optimised for SDXL at 10 steps."),
+}
+_ANY = get_args(Sigmas)
+# diffusers has no flags for this solver, and ignores those that other classes left in its file.
+_UNFLAGGED = tuple(sigmas for sigmas, names in SIGMAS.items() if names.flag is None)
+
+SOLVER_TABLE: dict[SolverName, SolverNames] = {
+    "ddpm": SolverNames(
+        "DDPM",
+        "DDPMScheduler",
+        "The sampling of the original paper, with fresh noise; wants hundreds of steps.",
+    ),
+    "ddim": SolverNames(
+        "DDIM", "DDIMScheduler", "Simple, and the same picture each time; image to image and inversion."
+    ),
+    "pndm": SolverNames(
+        "PLMS",
+        "PNDMScheduler",
+        "The default of Stable Diffusion 1.x: better than DDIM from about 20 steps on.",
+    ),
+    "pndm_prk": SolverNames(
+        "PNDM PRK",
+        "PNDMScheduler",
+        "PLMS that begins with Runge-Kutta steps; nine more calls of the network.",
+    ),
+    "euler": SolverNames(
+        "Euler", "EulerDiscreteScheduler", "The default of SDXL: robust, settles within 20 to 30 steps.", _ANY
+    ),
+    "euler_ancestral": SolverNames(
+        "Euler a",
+        "EulerAncestralDiscreteScheduler",
+        "Fresh noise at each step: soft and varied, and more steps change it.",
+        _UNFLAGGED,
+    ),
+    "heun": SolverNames(
+        "Heun",
+        "HeunDiscreteScheduler",
+        "Euler of second order: exact, at two calls of the network for a step.",
+        _ANY,
+    ),
+    "dpm2": SolverNames(
+        "DPM2",
+        "KDPM2DiscreteScheduler",
+        "Second order by a look half way; two calls for a step.",
+        _ANY,
+        "karras",
+    ),
+    "dpm2_ancestral": SolverNames(
+        "DPM2 a",
+        "KDPM2AncestralDiscreteScheduler",
+        "DPM2 with fresh noise at each step: detailed and varied; two calls for a step.",
+        _ANY,
+        "karras",
+    ),
+    "lms": SolverNames(
+        "LMS",
+        "LMSDiscreteScheduler",
+        "Linear multistep of fourth order: smooth; wants 30 steps or more.",
+        _ANY,
+    ),
+    "dpmpp_2m": SolverNames(
+        "DPM++ 2M",
+        "DPMSolverMultistepScheduler",
+        "The one to begin with: sharp within 20 to 25 steps, best with Karras sigmas.",
+        _ANY,
+        "karras",
+    ),
+    "dpmpp_2m_sde": SolverNames(
+        "DPM++ 2M SDE",
+        "DPMSolverMultistepScheduler",
+        "DPM++ 2M with fresh noise: richer texture; wants 25 to 40 steps.",
+        _ANY,
+        "exponential",
+    ),
+    "dpmpp_3m": SolverNames(
+        "DPM++ 3M",
+        "DPMSolverMultistepScheduler",
+        "Third order: the most exact from about 20 steps on, at low guidance.",
+        _ANY,
+    ),
+    "dpmpp_3m_sde": SolverNames(
+        "DPM++ 3M SDE",
+        "DPMSolverMultistepScheduler",
+        "Third order with fresh noise: fine texture; wants 30 steps or more.",
+        _ANY,
+        "exponential",
+    ),
+    "dpmpp_2s": SolverNames(
+        "DPM++ 2S",
+        "DPMSolverSinglestepScheduler",
+        "DPM++ in pairs of steps, without a look further back; steady at high guidance.",
+        _ANY,
+    ),
+    "dpmpp_sde": SolverNames(
+        "DPM++ SDE",
+        "DPMSolverSDEScheduler",
+        "Fresh noise, second order: detailed within 10 to 15 steps; two calls for a step.",
+        _ANY,
+        "karras",
+    ),
+    "deis": SolverNames(
+        "DEIS", "DEISMultistepScheduler", "Exponential integrator: good within 10 to 20 steps.", _ANY
+    ),
+    "unipc": SolverNames(
+        "UniPC",
+        "UniPCMultistepScheduler",
+        "Predicts and corrects: the best where only 5 to 10 steps are affordable.",
+        _ANY,
+    ),
+    "lcm": SolverNames("LCM", "LCMScheduler", "For models and LoRAs distilled for it (LCM): 1 to 8 steps."),
+    "tcd": SolverNames(
+        "TCD", "TCDScheduler", "For models and LoRAs distilled for it (TCD, Hyper-SD): 1 to 8 steps."
+    ),
+}
+
+# The library's own names: solver, or solver and spacing.
+NAMED: dict[str, tuple[SolverName, Sigmas | None]] = {
+    f"{solver}_{sigmas}" if sigmas else solver: (solver, sigmas)
+    for solver, names in SOLVER_TABLE.items()
+    for sigmas in (None, *names.sigmas)
+}
+SOLVER_NAMES: tuple[str, ...] = tuple(NAMED)
+
+# Own name -> (sampler, schedule type) of A1111 and its relatives.
+SAMPLERS: dict[str, tuple[str, str | None]] = {
+    name: (SOLVER_TABLE[solver].sampler, SIGMAS[sigmas].schedule_type if sigmas else None)
+    for name, (solver, sigmas) in NAMED.items()
+}
+
+
+def _folded(name: str) -> str:
+    return " ".join(name.casefold().split())
+
+
+# All that is accepted, folded -> own name. Of the solvers that share a class of diffusers, its name means the first.
+_ACCEPTED: dict[str, str] = {
+    **{_folded(names.diffusers_class): solver for solver, names in reversed(SOLVER_TABLE.items())},
+    **{_folded(" ".join(filter(None, parts))): name for name, parts in SAMPLERS.items()},
+    **{name: name for name in NAMED},
+}
+# As people write them, for proposals.
+_SPELLINGS = {
+    _folded(spelling): spelling for spelling in (names.diffusers_class for names in SOLVER_TABLE.values())
+} | {_folded(" ".join(filter(None, parts))): " ".join(filter(None, parts)) for parts in SAMPLERS.values()}
+
+
+def own_name(name: str) -> str:
+    """The library's own name of what people call `name`; case and the space around words are forgiven.
+
+    Raises InputError for a name that nobody knows, and proposes the nearest.
+    """
+    folded = _folded(name)
+    if folded in _ACCEPTED:
+        return _ACCEPTED[folded]
+    near = difflib.get_close_matches(folded, _ACCEPTED, n=3)
+    proposal = (
+        f"did you mean {' or '.join(repr(_SPELLINGS.get(item, item)) for item in near)}? " if near else ""
+    )
+    raise InputError(f"scheduler {quote(name)} is not known; {proposal}`latentgen schedulers` lists all")
+
+
+def name_of_sampler(sampler: str, schedule_type: str | None = None) -> str:
+    """The library's own name of a recipe's "Sampler" and "Schedule type".
+
+    "Automatic" is what A1111 takes for the sampler, "Uniform" the sampler without any other spacing.
+
+    Raises InputError for those that nobody knows.
+    """
+    folded = _folded(schedule_type or "")
+    if folded == "automatic":
+        own = own_name(sampler)
+        solver, sigmas = NAMED[own]
+        automatic = SOLVER_TABLE[solver].automatic
+        return f"{solver}_{automatic}" if automatic and sigmas is None else own
+    return own_name(sampler if folded in ("", "uniform") else f"{sampler} {schedule_type}")
+
+
+def listing() -> Iterator[str]:
+    """All solvers and spacings by all their names, and what each is good for: lines of at most 100 characters."""
+    yield f"{'solver':17}{'A1111':14}diffusers"
+    for solver, names in SOLVER_TABLE.items():
+        yield f"{solver:17}{names.sampler:14}{names.diffusers_class}"
+        yield f"    {names.good_for}"
+    yield ""
+    yield f"{'spacing':25}{'A1111':20}diffusers"
+    for sigmas, spacing in SIGMAS.items():
+        yield f"_{sigmas:24}{spacing.schedule_type:20}{spacing.flag or '-'}"
+        yield f"    {spacing.good_for}"
+    yield ""
+    yield 'A spacing follows a solver: dpmpp_2m_karras, or "DPM++ 2M Karras".'
+    for spacings in dict.fromkeys(names.sigmas for names in SOLVER_TABLE.values() if names.sigmas):
+        solvers = [solver for solver, names in SOLVER_TABLE.items() if names.sigmas == spacings]
+        yield from wrap(f"_{', _'.join(spacings)} after {', '.join(solvers)}.", 96, subsequent_indent="    ")

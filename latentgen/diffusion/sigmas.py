@@ -1,0 +1,90 @@
+"""Spacings in sigma_ve, which replace one of timesteps: the noise levels first, their timesteps from these."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from latentgen.diffusion.names import Sigmas
+from latentgen.diffusion.schedule import FloatArray, NoiseSchedule
+
+# The ten steps and the end that arXiv:2404.14507 publishes for SD 1.5 and for SDXL, on the schedule of both.
+_ALIGN_YOUR_STEPS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+_ALIGN_YOUR_STEPS_XL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
+
+
+def spaced_sigmas(
+    sigmas: Sigmas, schedule: NoiseSchedule, sigma_min: float, sigma_max: float, num_steps: int
+) -> FloatArray:
+    """`num_steps` values of sigma_ve, falling.
+
+    Karras, exponential and beta sigmas reach from sigma_max down to sigma_min; the others go by the schedule or by
+    their tables, and leave out the lowest point, where the run ends.
+    """
+    match sigmas:
+        case "karras":
+            return karras_sigmas(sigma_min, sigma_max, num_steps)
+        case "exponential":
+            return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), num_steps))
+        case "beta":
+            return beta_sigmas(sigma_min, sigma_max, num_steps)
+        case "sgm_uniform":
+            return sgm_uniform_sigmas(schedule, num_steps)
+        case "align_your_steps":
+            return _resampled(_ALIGN_YOUR_STEPS, num_steps)
+        case "align_your_steps_xl":
+            return _resampled(_ALIGN_YOUR_STEPS_XL, num_steps)
+
+
+def karras_sigmas(sigma_min: float, sigma_max: float, num_steps: int, rho: float = 7.0) -> FloatArray:
+    """`num_steps` values of sigma_ve from sigma_max down to sigma_min, even in ``sigma ** (1 / rho)``.
+
+    arXiv 2206.00364, eq. 5.
+    """
+    return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps) ** rho
+
+
+def beta_sigmas(sigma_min: float, sigma_max: float, num_steps: int) -> FloatArray:
+    """`num_steps` values of sigma_ve from sigma_max down to sigma_min, at quantiles of Beta(0.6, 0.6).
+
+    arXiv 2407.12173; denser at both ends.
+    """
+    return sigma_min + (sigma_max - sigma_min) * beta_quantiles(np.linspace(1.0, 0.0, num_steps), 0.6)
+
+
+def sgm_uniform_sigmas(schedule: NoiseSchedule, num_steps: int) -> FloatArray:
+    """sigma_ve at evenly spaced timesteps, from the last of the schedule down; the lowest, 0, is left out.
+
+    Between whole timesteps log(sigma_ve) is linear, as in k-diffusion.
+    """
+    last = schedule.num_train_timesteps - 1
+    timesteps = np.linspace(last, 0.0, num_steps + 1)[:-1]
+    return np.exp(np.interp(timesteps, np.arange(last + 1), np.log(schedule.sigmas_ve)))
+
+
+def _resampled(published: tuple[float, ...], num_steps: int) -> FloatArray:
+    """A published list of sigma_ve at another number of steps, linear in the logarithm; the last is left out."""
+    points = np.linspace(0.0, len(published) - 1, num_steps + 1)[:-1]
+    return np.exp(np.interp(points, np.arange(len(published)), np.log(published)))
+
+
+def beta_quantiles(shares: FloatArray, shape: float) -> FloatArray:
+    """The points below which `shares` (0..1) of Beta(shape, shape) lie, for a shape in 0..1, in full float64.
+
+    Up to x = 1/2 the distribution function is a series in x (DLMF 8.17.7) that is increasing and convex in
+    u = x**shape, and below it lies its first term; so Newton's method from that term's root falls to the quantile.
+    The upper half mirrors the lower.
+    """
+    lower = np.minimum(shares, 1.0 - shares)
+    scale = shape * math.gamma(shape) ** 2 / math.gamma(2.0 * shape)
+    orders = np.arange(60)  # the terms fall like x**k, so by then to 2**-60
+    ratios = (orders[1:] - shape) / orders[1:]
+    coefficients = np.concatenate([[1.0], np.cumprod(ratios)]) * shape / (shape + orders)
+    u = scale * lower
+    for _ in range(12):
+        x = u ** (1.0 / shape)
+        series = np.polynomial.polynomial.polyval(x, coefficients)
+        u = u - (u * series - scale * lower) * (1.0 - x) ** (1.0 - shape)
+    x = u ** (1.0 / shape)
+    return np.where(shares <= 0.5, x, 1.0 - x)
