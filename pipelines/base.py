@@ -417,11 +417,22 @@ class Pipeline(ABC):
         negatives = {1: (), 2: request.negatives, 3: (empty,) * len(request) + request.negatives}
         return Guided(guidance, negatives[guidance.rows])
 
-    def _sampling(self, scheduler: AnyScheduler | None, num_inference_steps: int) -> Sampling:
+    def _sampling(
+        self,
+        scheduler: AnyScheduler | None,
+        num_inference_steps: int,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+    ) -> Sampling:
         """The whole run that is asked for, with this pipeline's scheduler by default."""
         scheduler = self._chosen(scheduler)
         most_steps = scheduler.schedule.num_train_timesteps
-        levels = scheduler.levels(check_integer("num_inference_steps", num_inference_steps, 1, most_steps))
+        if timesteps is None and sigmas is None:
+            levels = scheduler.levels(
+                check_integer("num_inference_steps", num_inference_steps, 1, most_steps)
+            )
+        else:
+            levels = scheduler.levels_at(timesteps=timesteps, sigmas=sigmas)
         return Sampling(scheduler, levels, range(len(levels) - 1))
 
     def _chosen(self, scheduler: AnyScheduler | None) -> Scheduler:

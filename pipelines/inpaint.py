@@ -57,6 +57,8 @@ class InpaintPipeline(Pipeline):
         negative_prompt: Prompts | None = None,
         prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
         num_inference_steps: int = DEFAULT_STEPS,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance: GuidanceOptions | None = None,
         num_images_per_prompt: int = 1,
@@ -79,7 +81,7 @@ class InpaintPipeline(Pipeline):
         """
         images = as_images("image", image)
         masks = as_masks("mask_image", mask_image, images)
-        sampling = self._sampling(scheduler, num_inference_steps)
+        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas)
         request = self._request(
             prompt,
             negative_prompt,

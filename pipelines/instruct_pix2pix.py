@@ -50,6 +50,8 @@ class InstructPix2PixPipeline(Pipeline):
         negative_prompt: Prompts | None = None,
         prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
         num_inference_steps: int = DEFAULT_STEPS,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         image_guidance_scale: float = USUAL_IMAGE_GUIDANCE,
         num_images_per_prompt: int = 1,
@@ -70,7 +72,7 @@ class InstructPix2PixPipeline(Pipeline):
             image_guidance_scale: how much of the image is kept; less than 1 is no guidance at all.
         """
         images = as_images("image", image)
-        sampling = self._sampling(scheduler, num_inference_steps)
+        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas)
         request = self._request(
             prompt,
             negative_prompt,

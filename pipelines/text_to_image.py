@@ -68,6 +68,8 @@ class TextToImagePipeline(Pipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance: GuidanceOptions | None = None,
         num_images_per_prompt: int = 1,
@@ -99,6 +101,8 @@ class TextToImagePipeline(Pipeline):
                 that the model was trained at.
             width: likewise.
             num_inference_steps: steps of the solver, over the whole schedule.
+            timesteps: falling, one for each step, in place of `num_inference_steps` and of the scheduler's spacing.
+            sigmas: likewise noise levels sigma / alpha, and at the end of the list that where the run ends, mostly 0.
             guidance_scale: scale of classifier-free guidance (arXiv:2207.12598, eq. 6, as 1 + w); 1 or less
                 is no guidance, in half the time. By default the checkpoint's own, where it has one (the embedded
                 model), else 7.5, or 5 for SDXL, as in diffusers.
@@ -123,7 +127,10 @@ class TextToImagePipeline(Pipeline):
             MemoryBudgetError: memory ran out; names the arguments that help.
         """
         sampling = part_of_run(
-            self._sampling(scheduler, num_inference_steps), denoising_start, denoising_end, latents
+            self._sampling(scheduler, num_inference_steps, timesteps, sigmas),
+            denoising_start,
+            denoising_end,
+            latents,
         )
         request = self._request(
             prompt,

@@ -109,6 +109,8 @@ class UpscalePipeline(Pipeline):
         negative_prompt: Prompts | None = None,
         prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
         num_inference_steps: int = DEFAULT_STEPS,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance: GuidanceOptions | None = None,
         num_images_per_prompt: int = 1,
@@ -130,7 +132,7 @@ class UpscalePipeline(Pipeline):
                 less faithful.
         """
         images = as_images("image", image)
-        sampling = self._sampling(scheduler, num_inference_steps)
+        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas)
         request = self._request(
             prompt,
             negative_prompt,

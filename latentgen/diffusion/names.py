@@ -98,7 +98,7 @@ SIGMAS: dict[Sigmas, SigmasNames] = {
 }
 _ANY = get_args(Sigmas)
 # diffusers has no flags for this solver, and ignores those that other classes left in its file.
-_UNFLAGGED = tuple(sigmas for sigmas, names in SIGMAS.items() if names.flag is None)
+_UNFLAGGED: tuple[Sigmas, ...] = tuple(sigmas for sigmas, names in SIGMAS.items() if names.flag is None)
 
 SOLVER_TABLE: dict[SolverName, SolverNames] = {
     "ddpm": SolverNames(
@@ -228,16 +228,13 @@ def _folded(name: str) -> str:
     return " ".join(name.casefold().split())
 
 
-# All that is accepted, folded -> own name. Of the solvers that share a class of diffusers, its name means the first.
-_ACCEPTED: dict[str, str] = {
-    **{_folded(names.diffusers_class): solver for solver, names in reversed(SOLVER_TABLE.items())},
-    **{_folded(" ".join(filter(None, parts))): name for name, parts in SAMPLERS.items()},
+# All spellings -> own name. Of the solvers that share a class of diffusers, its name means the first.
+_SPELLINGS: dict[str, str] = {
+    **{names.diffusers_class: solver for solver, names in reversed(SOLVER_TABLE.items())},
+    **{" ".join(filter(None, parts)): name for name, parts in SAMPLERS.items()},
     **{name: name for name in NAMED},
 }
-# As people write them, for proposals.
-_SPELLINGS = {
-    _folded(spelling): spelling for spelling in (names.diffusers_class for names in SOLVER_TABLE.values())
-} | {_folded(" ".join(filter(None, parts))): " ".join(filter(None, parts)) for parts in SAMPLERS.values()}
+_FOLDED = {_folded(spelling): spelling for spelling in _SPELLINGS}
 
 
 def own_name(name: str) -> str:
@@ -246,12 +243,10 @@ def own_name(name: str) -> str:
     Raises InputError for a name that nobody knows, and proposes the nearest.
     """
     folded = _folded(name)
-    if folded in _ACCEPTED:
-        return _ACCEPTED[folded]
-    near = difflib.get_close_matches(folded, _ACCEPTED, n=3)
-    proposal = (
-        f"did you mean {' or '.join(repr(_SPELLINGS.get(item, item)) for item in near)}? " if near else ""
-    )
+    if folded in _FOLDED:
+        return _SPELLINGS[_FOLDED[folded]]
+    near = [repr(_FOLDED[item]) for item in difflib.get_close_matches(folded, _FOLDED, n=3)]
+    proposal = f"did you mean {' or '.join(near)}? " if near else ""
     raise InputError(f"scheduler {quote(name)} is not known; {proposal}`latentgen schedulers` lists all")
 
 

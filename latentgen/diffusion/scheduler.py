@@ -27,6 +27,10 @@ from latentgen.diffusion.solvers.one_step import ddpm_step, deterministic_step, 
 from latentgen.diffusion.solvers.step import Evaluation, History, StepInputs
 from latentgen.diffusion.solvers.table import SOLVERS, Solver
 from latentgen.errors import ConfigError, InputError
+from latentgen.files import quote
+
+# The most values of a list by hand.
+_MAX_LEVELS = 1001
 
 
 class Step(NamedTuple):
@@ -145,12 +149,57 @@ class Scheduler:
         levels = (
             self._levels_in_sigma_ve(solver, timesteps) if solver.in_sigma_ve else self._levels_at(timesteps)
         )
-        if levels[0].alpha == 0.0 and self.prediction_type == "epsilon":
+        self._check_start(levels[0])
+        return (*levels, self._end(solver))
+
+    def levels_at(
+        self, *, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
+    ) -> tuple[NoiseLevel, ...]:
+        """The noise levels of a run that is laid out by hand, by one of its arguments, and the level where it ends.
+
+        timesteps: where the network looks, falling; whole ones for the solvers that know no others.
+        sigmas: values of sigma_ve, falling, the last of which is where the run ends; 0 is this scheduler's own end.
+
+        Both mean what they mean to diffusers' set_timesteps, and replace spacing and sigmas of the scheduler. Raises
+        InputError for values that do not fall, lie outside the schedule, or do not suit the solver, and ConfigError
+        as `levels` does.
+        """
+        if timesteps is not None and sigmas is None:
+            levels = self._levels_at_timesteps(SOLVERS[self.solver], timesteps)
+        elif sigmas is not None and timesteps is None:
+            levels = self._levels_at_sigmas(SOLVERS[self.solver], sigmas)
+        else:
+            raise InputError("a run is laid out by its timesteps or by its sigmas; give one of them")
+        self._check_start(levels[0])
+        return levels
+
+    def _levels_at_timesteps(self, solver: Solver, timesteps: Sequence[float]) -> tuple[NoiseLevel, ...]:
+        numbers = _falling("timesteps", timesteps, self.schedule.num_train_timesteps - 1)
+        if (solver.whole_timesteps == "always" or not solver.in_sigma_ve) and (numbers % 1.0).any():
+            raise InputError(f"timesteps must be whole numbers for the solver {self.solver}")
+        if solver.in_sigma_ve:
+            return (*_levels(self.schedule.sigma_ve_at(numbers), numbers), self._end(solver))
+        return (*self._levels_at(numbers), self._end(solver))
+
+    def _levels_at_sigmas(self, solver: Solver, sigmas: Sequence[float]) -> tuple[NoiseLevel, ...]:
+        if not solver.in_sigma_ve:
+            raise InputError(
+                f"the solver {self.solver} has no levels between whole timesteps; give timesteps, not sigmas"
+            )
+        # Lists are published with few digits, whose rounding may lead a little beyond the schedule.
+        numbers = _falling("sigmas", sigmas, float(self.schedule.sigmas_ve[-1]), slack=1.001)
+        if len(numbers) < 2:
+            raise InputError("sigmas needs at least two values, where the run begins and where it ends")
+        timesteps = self._told(solver, None, np.maximum(numbers, self.schedule.sigmas_ve[0]))
+        *levels, end = _levels(numbers, timesteps)
+        return (*levels, end if end.sigma > 0.0 else self._end(solver))
+
+    def _check_start(self, level: NoiseLevel) -> None:
+        if level.alpha == 0.0 and self.prediction_type == "epsilon":
             raise ConfigError(
                 "prediction_type is 'epsilon', which does not give x0 at zero signal-to-noise ratio, where "
                 "this run begins; use a v_prediction model, timestep_spacing 'leading' or solver 'euler'"
             )
-        return (*levels, self._end(solver))
 
     def initial(self, noise: Tensor, levels: Sequence[NoiseLevel]) -> Tensor:
         """The latents that begin a run over `levels`, from standard normal noise of the same shape."""
@@ -286,12 +335,9 @@ class Scheduler:
                 self._sigmas, self.schedule, float(ends[0]), float(ends[-1]), len(timesteps)
             )
             timesteps = self._told(solver, self._sigmas, sigmas_ve)
-        return [
-            NoiseLevel.from_sigma_ve(float(sigma_ve), float(timestep))
-            for sigma_ve, timestep in zip(sigmas_ve, timesteps, strict=True)
-        ]
+        return _levels(sigmas_ve, timesteps)
 
-    def _told(self, solver: Solver, sigmas: Sigmas, sigmas_ve: FloatArray) -> FloatArray:
+    def _told(self, solver: Solver, sigmas: Sigmas | None, sigmas_ve: FloatArray) -> FloatArray:
         """The timesteps that the network is told: whole ones come about as in diffusers."""
         timesteps = self.schedule.timestep_at(sigmas_ve)
         if solver.whole_timesteps == "always":
@@ -315,6 +361,35 @@ class Scheduler:
             return min(solver.memory + 1, steps_left)
         euler = solver.lowers_at_clean_end and (self.euler_at_final or self.final_sigmas_type == "zero")
         return 1 if euler and steps_left == 1 else solver.memory + 1
+
+
+def _levels(sigmas_ve: FloatArray, timesteps: FloatArray) -> list[NoiseLevel]:
+    return [
+        NoiseLevel.from_sigma_ve(float(sigma_ve), float(timestep))
+        for sigma_ve, timestep in zip(sigmas_ve, timesteps, strict=True)
+    ]
+
+
+def _falling(name: str, values: Sequence[float], most: float, slack: float = 1.0) -> FloatArray:
+    """Numbers from 0 to `most`, each less than the one before; InputError where they are anything else."""
+    try:
+        numbers = np.array([float(value) for value in values])
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name} must be a list of numbers, not {quote(values)}") from None
+    if not 1 <= len(numbers) <= _MAX_LEVELS:
+        raise InputError(f"{name} has {len(numbers)} entries; it needs 1..{_MAX_LEVELS}")
+    outside = ~((numbers >= 0.0) & (numbers <= most * slack))
+    if outside.any():
+        raise InputError(
+            f"{name}[{outside.argmax()}] is {numbers[outside.argmax()]:g}; the schedule has 0..{most:g}"
+        )
+    rises = np.diff(numbers) >= 0.0
+    if rises.any():
+        index = int(rises.argmax())
+        raise InputError(
+            f"{name} must fall, but {numbers[index + 1]:g} follows {numbers[index]:g} at [{index + 1}]"
+        )
+    return numbers
 
 
 def _check_choice(key: str, value: str | None, allowed: tuple[str | None, ...]) -> None:

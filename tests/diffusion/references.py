@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from latentgen.diffusion.guidance import ClassifierFree, guided
+from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
 
 SHAPE = (2, 4, 6, 6)
@@ -137,9 +138,9 @@ def normal_noise(seed: int = 1) -> tuple[torch.Generator, Callable[[], Tensor]]:
     return generator, lambda: torch.randn(SHAPE, generator=generator)
 
 
-def run_diffusers(scheduler: Any, num_steps: int) -> Run:
+def run_diffusers(scheduler: Any, num_steps: int | None, **by_hand: list[int] | list[float]) -> Run:
     """Step by step as diffusers' pipelines do; latents in the scale alpha**2 + sigma**2 == 1."""
-    scheduler.set_timesteps(num_steps)
+    scheduler.set_timesteps(num_steps, **by_hand)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     name = type(scheduler).__name__
@@ -174,8 +175,11 @@ def _ends_of_steps(latents: list[Tensor], scheduler: Any) -> list[Tensor]:
 
 
 def run_ours(scheduler: Scheduler, num_steps: int) -> Run:
+    return run_over(scheduler, scheduler.levels(num_steps))
+
+
+def run_over(scheduler: Scheduler, levels: Sequence[NoiseLevel]) -> Run:
     generator, noise = normal_noise()
-    levels = scheduler.levels(num_steps)
     denoiser = guided(
         lambda x, level, rows: (network(x, level.timestep),), scheduler.prediction_type, ClassifierFree(1.0)
     )

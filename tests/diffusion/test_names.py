@@ -94,7 +94,7 @@ def test_schedule_types_of_recipes(sampler: str, schedule_type: str | None, own:
         ("dpmpp_2m_karas", "'dpmpp_2m_karras'"),
         ("EulerScheduler", "'EulerDiscreteScheduler'"),
         ("euler ancestral", "'euler_ancestral'"),
-        ("unipc2", "'UniPC'"),
+        ("unipc2", "'unipc'"),
     ],
 )
 def test_unknown_names_propose_the_nearest(name: str, proposal: str) -> None:

@@ -19,6 +19,7 @@ from tests.diffusion.references import (
     normal_noise,
     run_diffusers,
     run_ours,
+    run_over,
     scheduler_class,
 )
 
@@ -137,7 +138,7 @@ def test_every_step_agrees(
         "timestep_spacing": spacing,
         "prediction_type": prediction_type,
     }
-    # On exponential sigmas the weights of LMS's last step, to clean data, are so large that float32 loses a digit.
+    # The weights of LMS's last step on exponential sigmas are so large that float32 loses a digit (float64: 2e-6).
     extrapolates = class_name == "LMSDiscreteScheduler" and "use_exponential_sigmas" in options
     assert difference(class_name, config) <= (3e-5 if extrapolates else TOLERANCE)
 
@@ -330,3 +331,23 @@ def test_a_change_of_solver_is_diffusers_from_config(
     ours = build_ours("DDIMScheduler", stored).with_solver(name)
     assert ours.name == name
     assert largest_relative_difference(run_ours(ours, 10), run_diffusers(theirs, 10)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    ("class_name", "by_hand"),
+    [
+        ("EulerDiscreteScheduler", {"timesteps": [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]}),
+        ("EulerDiscreteScheduler", {"sigmas": [14.615, 6.475, 2.697, 1.396, 0.652, 0.152, 0.0]}),
+        ("EulerDiscreteScheduler", {"sigmas": [9.5, 1.2, 0.3]}),
+        ("DPMSolverMultistepScheduler", {"timesteps": [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]}),
+        ("DPMSolverMultistepScheduler", {"timesteps": [700, 20, 0]}),
+        ("HeunDiscreteScheduler", {"timesteps": [999, 600, 350, 20]}),
+        ("DDPMScheduler", {"timesteps": [999, 600, 350, 20]}),
+    ],
+)
+def test_runs_by_hand_agree(class_name: str, by_hand: dict[str, Any], prediction_type: str) -> None:
+    config = {**STABLE_DIFFUSION, "prediction_type": prediction_type}
+    ours = build_ours(class_name, config)
+    theirs = run_diffusers(build_diffusers(class_name, config), None, **by_hand)
+    assert largest_relative_difference(run_over(ours, ours.levels_at(**by_hand)), theirs) <= TOLERANCE

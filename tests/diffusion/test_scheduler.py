@@ -3,14 +3,16 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from latentgen.diffusion.names import SOLVER_NAMES
+from latentgen.diffusion.names import SOLVER_NAMES, SOLVER_TABLE
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler, Step
+from latentgen.diffusion.solvers.table import SOLVERS
 from latentgen.errors import ConfigError, InputError
 
 CHECKPOINT = Scheduler(
@@ -242,3 +244,43 @@ def test_epsilon_at_zero_snr_is_refused_where_it_cannot_work(solver: str) -> Non
     with pytest.raises(ConfigError, match="epsilon"):
         zero_snr.levels(10)
     assert zero_snr.with_solver("euler").levels(10)[0].alpha > 0
+
+
+@pytest.mark.parametrize("name", SOLVER_TABLE)
+def test_every_solver_runs_by_hand(name: str) -> None:
+    scheduler = CHECKPOINT.with_solver(name)
+    runs = [scheduler.levels_at(timesteps=[950, 600, 200, 30])]
+    if SOLVERS[scheduler.solver].in_sigma_ve:
+        runs += [scheduler.levels_at(sigmas=[12.0, 3.0, 0.5, 0.1, end]) for end in (0.0, 0.05)]
+    for levels in runs:
+        assert len(levels) == 5
+        *_, last = scheduler.sample(denoise, start(0)[1], levels, NoNoise())
+        assert last.latents.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("solver", "by_hand", "message"),
+    [
+        ("euler", {}, "give one of them"),
+        ("euler", {"timesteps": [1], "sigmas": [1.0, 0.0]}, "give one of them"),
+        ("euler", {"timesteps": []}, r"0 entries; it needs 1\.\.1001"),
+        ("euler", {"timesteps": range(2000, 0, -1)}, "2000 entries"),
+        ("euler", {"timesteps": [500, 700]}, "must fall, but 700 follows 500"),
+        ("euler", {"timesteps": [500, 500]}, "must fall"),
+        ("euler", {"timesteps": [1001]}, r"timesteps\[0\] is 1001; the schedule has 0\.\.999"),
+        ("euler", {"timesteps": [5, -1]}, r"timesteps\[1\] is -1"),
+        ("euler", {"timesteps": [float("nan")]}, r"timesteps\[0\] is nan"),
+        ("euler", {"timesteps": ["many"]}, "list of numbers"),
+        ("euler", {"timesteps": 3}, "list of numbers"),
+        ("dpmpp_2m", {"timesteps": [500.5]}, "whole numbers"),
+        ("ddim", {"timesteps": [500.5]}, "whole numbers"),
+        ("ddim", {"sigmas": [3.0, 0.0]}, "give timesteps"),
+        ("euler", {"sigmas": [3.0]}, "at least two"),
+        ("euler", {"sigmas": [30.0, 0.0]}, r"sigmas\[0\] is 30"),
+        ("euler", {"sigmas": [float("inf"), 0.0]}, r"sigmas\[0\] is inf"),
+        ("euler", {"sigmas": [3.0, 0.0, 0.0]}, "must fall"),
+    ],
+)
+def test_bad_lists_by_hand_are_refused(solver: str, by_hand: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        CHECKPOINT.with_solver(solver).levels_at(**by_hand)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers import AysSchedules
 
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import ConfigError, InputError
@@ -103,6 +104,19 @@ def test_every_solver_gives_the_image_of_diffusers(
     base: TextToImagePipeline, base_oracle: Any, name: str
 ) -> None:
     assert_same(draw(base, scheduler=name), draw_oracle(with_solver(base_oracle, name)))
+
+
+@pytest.mark.parametrize("by_hand", [{"timesteps": [999, 700, 250, 10]}, {"sigmas": [14.0, 3.0, 0.5, 0.0]}])
+def test_runs_by_hand_give_the_image_of_diffusers(
+    base: TextToImagePipeline, base_oracle: Any, by_hand: dict[str, list[float]]
+) -> None:
+    theirs = draw_oracle(with_solver(base_oracle, "euler"), **by_hand)
+    assert_same(draw(base, scheduler="Euler", **by_hand), theirs)
+
+
+def test_align_your_steps_are_those_of_sdxl(base: TextToImagePipeline, base_oracle: Any) -> None:
+    theirs = draw_oracle(with_solver(base_oracle, "euler"), sigmas=AysSchedules["StableDiffusionXLSigmas"])
+    assert_same(draw(base, scheduler="Euler Align Your Steps", num_inference_steps=10), theirs)
 
 
 @pytest.mark.parametrize(
