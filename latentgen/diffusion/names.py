@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from textwrap import wrap
-from typing import Literal, get_args
+from typing import Literal
 
 from latentgen.errors import InputError
 from latentgen.files import quote
@@ -96,7 +96,7 @@ SIGMAS: dict[Sigmas, SigmasNames] = {
     ),
     "align_your_steps_xl": SigmasNames("Align Your Steps XL", None, "Optimised for SDXL at 10 steps."),
 }
-_ANY = get_args(Sigmas)
+_ANY: tuple[Sigmas, ...] = tuple(SIGMAS)
 # diffusers has no flags for this solver, and ignores those that other classes left in its file.
 _UNFLAGGED: tuple[Sigmas, ...] = tuple(sigmas for sigmas, names in SIGMAS.items() if names.flag is None)
 
