@@ -73,6 +73,7 @@ def _latentgen(
     Draw a picture:        latentgen text2img "slice of pizza" -o pizza.png
     Look at a checkpoint:  latentgen inspect path/to/folder
     Convert a pickle:      latentgen convert model.ckpt
+    List the schedulers:   latentgen schedulers
     All options:           latentgen text2img --help
     """
     if context.invoked_subcommand is None:
