@@ -134,10 +134,14 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
     Only the VAE's encoder, which text to image does not hold, may have to be loaded.
 
     Raises:
-        InputError: the pipeline knows of no VAE encoder, or has LoRAs that are not merged.
+        InputError: the pipeline knows of no VAE encoder, or has LoRAs that are not merged; diffusers is not installed.
     """
-    import diffusers
-
+    try:
+        import diffusers
+    except ImportError as error:
+        raise InputError(
+            f'to_diffusers needs diffusers ({error}); install it with pip install "latentgen[train]"'
+        ) from error
     refuse_attached(pipeline)
     with torch.device("meta"):
         unet: Any = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config.to_json())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,12 @@ def test_a_scheduler_of_diffusers_is_taken(tiny_checkpoint: Path, latents: torch
         ours("a cat", scheduler=3, **options)
     with pytest.raises(ConfigError, match="EDMEulerScheduler"):
         ours("a cat", scheduler=EDMEulerScheduler(), **options)
+
+
+def test_without_diffusers_the_error_says_what_to_install(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = TextToImagePipeline.from_pretrained(tiny_checkpoint, dtype="float32", device="cpu")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(InputError, match=r'pip install "latentgen\[train\]"'):
+        to_diffusers(ours)
