@@ -10,6 +10,7 @@ from torch import Tensor
 from latentgen.errors import NumericalError
 from latentgen.memory import MemoryPolicy, decode, resident
 from latentgen.models.vae import Gaussian, VAEDecoder, VAEEncoder
+from latentgen.pipelines.devices import dtype_of
 
 Stage = TypeVar("Stage", VAEDecoder, VAEEncoder)
 
@@ -23,7 +24,7 @@ def decode_images(decoder: VAEDecoder, latents: Tensor, device: torch.device, me
     Raises:
         NumericalError: the images are not finite in float32 either.
     """
-    dtype = next(decoder.parameters()).dtype
+    dtype = dtype_of(decoder)
     latents = latents.contiguous(memory_format=torch.channels_last)
     with resident(decoder, device, offload=memory.offload_idle):
         images = decode(decoder, latents.to(dtype), memory)
@@ -44,7 +45,7 @@ def encode_images(encoder: VAEEncoder, images: Tensor, device: torch.device) -> 
     Raises:
         NumericalError: the latents are not finite in float32 either.
     """
-    dtype = next(encoder.parameters()).dtype
+    dtype = dtype_of(encoder)
     images = images.to(device).contiguous(memory_format=torch.channels_last)
     with resident(encoder, device, offload=True):
         posterior = _encode(encoder, images.to(dtype))

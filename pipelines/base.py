@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import torch
 
@@ -246,7 +246,13 @@ class Pipeline(ABC):
             load_encoder=cache(partial(loading.load_encoder, checkpoint, encoder_placement)),
             force_zeros_for_empty_prompt=loading.forces_zeros(checkpoint),
             default_guidance_scale=loading.guidance_scale(checkpoint),
+            **cls._own_fields(checkpoint),
         )
+
+    @classmethod
+    def _own_fields(cls, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The fields that one kind of pipeline has besides, from a checkpoint."""
+        return {}
 
     def with_lora(
         self, source: str | Path, weight: float = 1.0, *, name: str | None = None, merged: bool = False

@@ -9,7 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.prediction import Denoiser
@@ -18,6 +18,7 @@ from latentgen.memory import resident
 from latentgen.models.unet import AddedConditioning, UNet, UNetConstants
 from latentgen.models.unet_blocks import repeat_rows
 from latentgen.pipelines.conditioning import added_conditioning, encode_rows, time_id_count, time_ids
+from latentgen.pipelines.devices import dtype_of
 from latentgen.pipelines.run import Beginning, Run, Stages
 from latentgen.prompt_syntax import PromptSchedule
 
@@ -132,8 +133,3 @@ def _constants(unet: UNet, run: Run, begin: Beginning, told: Told) -> tuple[UNet
 def rows_at_once(stages: Stages, run: Run) -> int:
     """How many rows of an image's guidance the UNet sees at once."""
     return 1 if stages.memory.guide_one_by_one else run.guided.guidance.rows
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's weights."""
-    return next(module.parameters()).dtype

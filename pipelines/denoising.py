@@ -16,7 +16,8 @@ from latentgen.errors import NumericalError
 from latentgen.memory import explained_out_of_memory, resident, weight_bytes
 from latentgen.models.unet import UNet
 from latentgen.pipelines.autoencoding import decode_images
-from latentgen.pipelines.denoiser import Position, build_denoiser, dtype_of, encode_prompts, rows_at_once
+from latentgen.pipelines.denoiser import Position, build_denoiser, encode_prompts, rows_at_once
+from latentgen.pipelines.devices import dtype_of
 from latentgen.pipelines.output import Images, Output, export
 from latentgen.pipelines.run import ImageNoise, Run, Stages
 

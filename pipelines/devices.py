@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import nn
 
 from latentgen.errors import InputError
 
@@ -52,3 +53,8 @@ def resolve_dtype(dtype: DTypeName | torch.dtype, device: torch.device) -> torch
     if resolved is None or resolved not in _DTYPES.values():
         raise InputError(f"dtype={dtype!r} is not supported; choose from auto, {', '.join(_DTYPES)}")
     return resolved
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's weights."""
+    return next(module.parameters()).dtype

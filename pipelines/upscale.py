@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self, cast
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,12 +12,10 @@ from latentgen.checkpoints.folder import Checkpoint
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
-from latentgen.memory import MemoryPolicy
 from latentgen.pipelines import loading
 from latentgen.pipelines.arguments import OutputType, check_integer, check_output_type
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
 from latentgen.pipelines.denoising import PipelineStep, completed, denoise
-from latentgen.pipelines.devices import DTypeName
 from latentgen.pipelines.guiding import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images, for_each
 from latentgen.pipelines.prompting import Prompts
@@ -58,24 +56,11 @@ class UpscalePipeline(Pipeline):
             )
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        checkpoint: Checkpoint,
-        *,
-        dtype: DTypeName | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        variant: str | None = None,
-        memory: MemoryPolicy | None = None,
-    ) -> Self:
-        """Load a pipeline from an opened checkpoint; arguments and errors are those of :meth:`from_pretrained`."""
-        pipeline = super().from_checkpoint(
-            checkpoint, dtype=dtype, device=device, variant=variant, memory=memory
-        )
-        return replace(
-            pipeline,
-            low_res_scheduler=Scheduler.from_config(checkpoint.config("low_res_scheduler")),
-            max_noise_level=cast("int", checkpoint.model_index.get("max_noise_level", MAX_NOISE_LEVEL)),
-        )
+    def _own_fields(cls, checkpoint: Checkpoint) -> dict[str, Any]:
+        return {
+            "low_res_scheduler": Scheduler.from_config(checkpoint.config("low_res_scheduler")),
+            "max_noise_level": checkpoint.model_index.get("max_noise_level", MAX_NOISE_LEVEL),
+        }
 
     @property
     def diffusers_class(self) -> str:
