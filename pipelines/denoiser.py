@@ -103,8 +103,10 @@ def build_denoiser(
         x = x.contiguous(memory_format=torch.channels_last)
         return unet.step(x, part, constants[index][1][level.timestep]).float().chunk(last - first)
 
-    def predict(x: Tensor, level: NoiseLevel, count: int) -> list[Tensor]:
+    def predict(x: Tensor, level: NoiseLevel, count: int) -> Sequence[Tensor]:
         x, total = x.to(dtype), guidance.rows
+        if count <= at_once:
+            return predict_rows(x, level, total - count, total)
         parts = range(total - count, total, at_once)
         return [row for first in parts for row in predict_rows(x, level, first, min(first + at_once, total))]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -57,14 +57,10 @@ class ClassifierFree:
     """
 
     scale: float
+    rows: int = field(init=False)
 
     def __post_init__(self) -> None:
-        is_guided(self.scale)
-
-    @property
-    def rows(self) -> int:
-        """2, or 1 without guidance."""
-        return 2 if is_guided(self.scale) else 1
+        object.__setattr__(self, "rows", 2 if is_guided(self.scale) else 1)
 
     def rows_at(self, level: NoiseLevel) -> int:
         """All."""

@@ -46,12 +46,12 @@ def to_x0(
     if prediction_type == "sample":
         return output
     if prediction_type == "epsilon":
-        return _less(x, level.sigma, output) / level.alpha
+        return _less(x, level.sigma, output).div_(level.alpha)
     return _less(level.alpha * x, level.sigma, output)
 
 
 def _less(tensor: Tensor, scale: float | Tensor, other: Tensor) -> Tensor:
-    """``tensor - scale * other``, in one operation where the scale is one number."""
+    """``tensor - scale * other``, a new tensor; in one operation where the scale is one number."""
     return tensor - scale * other if isinstance(scale, Tensor) else torch.sub(tensor, other, alpha=scale)
 
 

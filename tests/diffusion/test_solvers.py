@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -159,7 +158,7 @@ def test_dpmpp_3m_sde_is_the_formula_of_k_diffusion() -> None:
 
     history = (evaluation(first, X, denoised_1), evaluation(second, X, denoised_2))
     stepped = dpmpp_3m_sde_step(
-        evaluation(level, X, X0), target, replace(inputs(*history), draw=lambda: NOISE)
+        evaluation(level, X, X0), target, inputs(*history)._replace(draw=lambda: NOISE)
     )
     torch.testing.assert_close(stepped, target.alpha * x_ve, rtol=1e-11, atol=1e-11)
 

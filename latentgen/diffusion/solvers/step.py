@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,8 +62,7 @@ class Evaluation:
 History = tuple[Evaluation, ...]
 
 
-@dataclass(frozen=True)
-class StepInputs:
+class StepInputs(NamedTuple):
     """What a step may use besides where it stands and where it goes.
 
     index: of the step in the whole run, from 0.
