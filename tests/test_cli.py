@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from latentgen import cli
+from latentgen.cli.options import DType, file_and_weight
 from latentgen.diffusion.names import SIGMAS, SOLVER_TABLE
 from latentgen.recipe import Recipe
 
@@ -80,7 +81,7 @@ def test_help_of_text2img_names_every_option_and_its_default(capsys: pytest.Capt
 def test_choices_are_those_of_the_library():
     from latentgen.pipelines.devices import DTypeName
 
-    assert get_args(cli.DType) == get_args(DTypeName)
+    assert get_args(DType) == get_args(DTypeName)
 
 
 def test_help_imports_no_torch():
@@ -205,7 +206,7 @@ def test_draws_what_the_pipeline_draws_and_records_how(
     ],
 )
 def test_a_lora_has_a_weight(text: str, expected: tuple[str, float]):
-    file, weight = cli._file_and_weight(text)
+    file, weight = file_and_weight(text)
     assert (str(file), weight) == expected
 
 
@@ -307,7 +308,7 @@ def test_help_of_convert_names_every_option(capsys: pytest.CaptureFixture[str]):
 def test_dtypes_of_convert_are_those_of_the_library():
     from latentgen.checkpoints.conversion import DTypeName
 
-    assert set(get_args(DTypeName)) == set(get_args(cli.DType)) - {"auto"}
+    assert set(get_args(DTypeName)) == set(get_args(DType)) - {"auto"}
 
 
 def test_convert_a_folder_for_the_next_run(

@@ -1,0 +1,74 @@
+"""The `latentgen` command. Heavy imports stand inside the commands: help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from latentgen import __version__
+from latentgen.cli import checkpoints, drawing
+from latentgen.cli.text import format_warning, one_line
+from latentgen.errors import LatentgenError
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,  # plain text, which the terminal wraps and scripts can read
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (*drawing.COMMANDS, *checkpoints.COMMANDS):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command on ``arguments`` (by default those of the process) and return its exit code.
+
+    0 is success; 2 a mistake, told in one line on stderr; 130 an interruption by Ctrl-C.
+    """
+    warnings.formatwarning = format_warning
+    try:
+        code = app(arguments, prog_name="latentgen", standalone_mode=False)
+    except LatentgenError as error:
+        message = str(error)
+    except typer.TyperException as error:
+        message = f"{error.format_message().rstrip('.')}; see latentgen --help"
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    else:
+        return code or 0
+    print(f"latentgen: error: {one_line(message)}", file=sys.stderr)
+    return EXIT_MISTAKE
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"latentgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _latentgen(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Images from text, with Stable-Diffusion-style models.
+
+    \b
+    Draw a picture:        latentgen text2img "slice of pizza" -o pizza.png
+    Look at a checkpoint:  latentgen inspect path/to/folder
+    Convert a pickle:      latentgen convert model.ckpt
+    List the schedulers:   latentgen schedulers
+    All options:           latentgen text2img --help
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())

@@ -1,0 +1,117 @@
+"""The commands that look at checkpoints, and those that make others of them; and the list of schedulers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from latentgen.cli.options import PredictionTypeName
+from latentgen.cli.text import one_line, printable
+
+
+def schedulers() -> None:
+    """List the schedulers: what each is called, and what it is good for.
+
+    \b
+    latentgen text2img "a castle" --scheduler dpmpp_2m_karras     the name here
+    latentgen text2img "a castle" --scheduler "DPM++ 2M Karras"   that of A1111 and its relatives
+    latentgen text2img "a castle" --scheduler LCMScheduler        the class of diffusers
+
+    Case does not matter. Without --scheduler a checkpoint's own is used. Nothing is loaded.
+    """
+    from latentgen.diffusion.names import listing
+
+    for line in listing():
+        print(line)
+
+
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="A folder in the diffusers layout, the folder of a LoRA, or a .safetensors file.",
+        ),
+    ],
+) -> None:
+    """Say what a checkpoint, a LoRA or an embedding is.
+
+    Prints family, parameters, dtype, scheduler, size and metadata, read from the files' headers: nothing is loaded.
+    Of a LoRA also its target, rank, alpha and layers; of an embedding its target, token, vectors and width.
+
+    \b
+    latentgen inspect path/to/checkpoint
+    latentgen inspect style.safetensors
+    """
+    from latentgen.checkpoints.inspection import inspect as look
+
+    for line in look(path).lines():
+        print(line)
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A pickle (.ckpt, .pt, .pth, .bin), a .safetensors file, or a folder in the diffusers layout.",
+        ),
+    ],
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="TARGET",
+            help="What to write: a .safetensors file, or a new folder in the diffusers layout. "
+            "[default: for a pickle, its name with .safetensors beside it]",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Precision to write. [default: for a pickle, its own]", show_default=False),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="For a folder: becomes part of the weights' names, as in model.fp16.safetensors.",
+        ),
+    ] = None,
+    prediction_type: Annotated[
+        PredictionTypeName | None,
+        typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not say so itself."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file at TARGET.")] = False,
+) -> None:
+    """Convert a checkpoint: a pickle to .safetensors, one layout to the other, or one precision to another.
+
+    \b
+    latentgen convert model.ckpt
+    latentgen convert model.safetensors path/to/new/folder
+    latentgen convert path/to/checkpoint model.safetensors --dtype float16
+    latentgen convert model.safetensors half.safetensors --dtype float16
+    latentgen convert path/to/checkpoint path/to/half --dtype float16 --variant fp16
+
+    A pickle is read without running what it may hold, in a process of its own with little memory and time.
+    Prints the name of what it wrote; what of SOURCE that does not hold is told on stderr.
+    """
+    from latentgen.checkpoints.conversion import convert as write
+
+    result = write(
+        source,
+        target,
+        dtype=dtype,
+        variant=variant,
+        prediction_type=prediction_type,
+        overwrite=force,
+        progress=sys.stderr.isatty(),
+    )
+    if result.left_out:
+        print(f"left out: {one_line(', '.join(result.left_out))}", file=sys.stderr)
+    print(printable(str(result.path)))
+
+
+COMMANDS = (schedulers, inspect, convert)

@@ -1,0 +1,226 @@
+"""The options that drawing commands share, in groups: each is a dataclass whose fields the command line fills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
+
+import typer
+
+from latentgen.diffusion.names import own_name
+from latentgen.errors import InputError
+from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
+
+if TYPE_CHECKING:
+    from latentgen.pipelines.base import Pipeline
+
+    AnyPipeline = TypeVar("AnyPipeline", bound=Pipeline)
+
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+PredictionTypeName = Literal["epsilon", "v_prediction"]
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Let Typer see the fields of the dataclasses that a command takes as so many options.
+
+    Typer reads a command's signature, and what many commands share would have to stand in each of them.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    own, shared, groups = [], [], {}
+    for parameter in signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if not is_dataclass(kind):
+            own.append(parameter.replace(annotation=kind))
+            continue
+        groups[parameter.name] = kind
+        types = get_type_hints(kind, include_extras=True)
+        shared += [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name])
+            for field in fields(kind)
+        ]
+
+    @wraps(command)
+    def with_groups(**values: Any) -> None:
+        given = {
+            name: kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            for name, kind in groups.items()
+        }
+        command(**values, **given)
+
+    parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own] + shared
+    with_groups.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_groups.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_groups
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model draws, and how it is loaded."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A folder in the diffusers layout, a .safetensors file in the original layout, or an id on the Hub "
+            "(owner/name). [default: the small model inside this package]",
+        ),
+    ] = None
+    vae: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A .safetensors file with another VAE for the model.")
+    ] = None
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]",
+            help="A LoRA of kohya, diffusers or PEFT, at this weight; may be given several times. [default weight: 1]",
+        ),
+    ] = None
+    embedding: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="A textual-inversion embedding for the prompt; may be given several times."
+        ),
+    ] = None
+    prediction_type: Annotated[
+        PredictionTypeName | None,
+        typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not say so itself."),
+    ] = None
+    dtype: Annotated[
+        DType, typer.Option(help="Precision of the weights; auto is float16 on CUDA, else float32.")
+    ] = "auto"
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto is the best that there is.")
+    ] = "auto"
+
+    @property
+    def adapters(self) -> list[tuple[Path, float]]:
+        """Each LoRA with its weight."""
+        return [file_and_weight(text) for text in self.lora or ()]
+
+    @property
+    def name(self) -> str:
+        """The model in a recipe: a Hub id as it is, a folder or a file without the path that leads to it."""
+        if self.model is None:
+            return "latentgen default"
+        path = Path(self.model)
+        if path.is_file():
+            return path.stem
+        return path.resolve().name if path.is_dir() else self.model
+
+    def load(self, kind: type[AnyPipeline]) -> AnyPipeline:
+        """The pipeline of this kind over the model, with its adapters.
+
+        Raises:
+            LatentgenError: what is wrong with an option, or with the model's files, in a subclass.
+        """
+        if _is_file(self.model):
+            pipeline = kind.from_single_file(
+                str(self.model),
+                prediction_type=self.prediction_type,
+                vae=self.vae,
+                dtype=self.dtype,
+                device=self.device,
+            )
+        elif self.prediction_type is None:
+            pipeline = kind.from_pretrained(self.model, vae=self.vae, dtype=self.dtype, device=self.device)
+        else:
+            raise InputError(
+                "--prediction-type is for a --model that is a single file; folders say what their UNet predicts"
+            )
+        for file, weight in self.adapters:
+            pipeline = pipeline.with_lora(file, weight, name=str(file))  # files are often called the same
+        for file in self.embedding or ():
+            pipeline = pipeline.with_embedding(file)
+        return pipeline
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How images are sampled, from which seeds."""
+
+    negative: Annotated[
+        str, typer.Option(metavar="TEXT", help="What to keep away from.", show_default=False)
+    ] = ""
+    prompt_syntax: Annotated[
+        PromptSyntax,
+        typer.Option(
+            help="explicit: (text:1.2) weighs; a1111: also (text), [text], BREAK, [from:to:when], [one|other]; "
+            "plain: all is text."
+        ),
+    ] = DEFAULT_SYNTAX
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Sampling steps: more are slower and finer. [default: 25]")
+    ] = None
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCALE",
+            help="How closely to follow the prompt; 1 is no guidance. [default: the model's own, mostly 7.5]",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="The same seed draws the same image; image i of several takes seed + i. "
+            "[default: drawn at random and printed]",
+        ),
+    ] = None
+    num_images: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="How many images; several are named out-1.png, out-2.png, ..."),
+    ] = 1
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help='Such as "DPM++ 2M Karras", "Euler a", dpmpp_2m_karras or UniPCMultistepScheduler; '
+            "`latentgen schedulers` lists all. [default: the checkpoint's own]",
+        ),
+    ] = None
+
+    @property
+    def solver(self) -> str | None:
+        """The library's own name of the scheduler that was asked for.
+
+        Raises:
+            InputError: nobody knows it; the nearest are proposed.
+        """
+        return None if self.scheduler is None else own_name(self.scheduler)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where images go, and what is told in them."""
+
+    no_metadata: Annotated[
+        bool, typer.Option("--no-metadata", help="Write no prompt, seed or settings into the image.")
+    ] = False
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write: .png, .jpg or .webp.")
+    ] = Path("out.png")
+
+    def paths(self, count: int) -> list[Path]:
+        """The path itself for one image; out-1.png, out-2.png, ... for several."""
+        path = self.output
+        return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
+
+
+def file_and_weight(text: str) -> tuple[Path, float]:
+    """FILE[:WEIGHT]; the weight of a file without one is 1."""
+    file, colon, weight = text.rpartition(":")
+    try:
+        return (Path(file), float(weight)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def _is_file(model: str | None) -> bool:
+    try:
+        return model is not None and Path(model).is_file()
+    except (OSError, ValueError):  # no path at all, as the search for the model will say
+        return False
