@@ -90,14 +90,15 @@ def _scheduler_class(name: str) -> Any:
         from diffusers.schedulers import scheduling_lms_discrete as module
 
         if not hasattr(module, "integrate"):
-            vars(module)["integrate"] = SimpleNamespace(quad=_integral_of_a_cubic)
+            vars(module)["integrate"] = SimpleNamespace(quad=integral_of_a_cubic)
         return module.LMSDiscreteScheduler
     return getattr(diffusers, name)
 
 
-def _integral_of_a_cubic(
-    function: Callable[[float], float], start: Tensor, end: Tensor, epsrel: float
+def integral_of_a_cubic(
+    function: Callable[[float], float], start: float | Tensor, end: float | Tensor, epsrel: float
 ) -> tuple[float]:
+    """In the place of scipy's integrate.quad."""
     nodes, weights = np.polynomial.legendre.leggauss(4)
     middle, half = float(start + end) / 2, float(end - start) / 2
     return (
@@ -128,8 +129,8 @@ class BrownianMotion:
 
 def network(x: Tensor, timestep: float | Tensor) -> Tensor:
     """A smooth stand-in for a UNet: it depends on every channel of x and on the timestep."""
-    timestep = torch.as_tensor(timestep, dtype=torch.float32)
-    mixed = torch.einsum("oc,bchw->bohw", _MIX, x)
+    timestep = torch.as_tensor(timestep, dtype=x.dtype)
+    mixed = torch.einsum("oc,bchw->bohw", _MIX.to(x.dtype), x)
     return torch.tanh(mixed) * torch.cos(timestep / 300) + 0.5 * torch.sin(x + timestep / 200)
 
 

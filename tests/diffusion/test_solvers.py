@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -210,31 +209,6 @@ def finish(
     levels = scheduler.levels(num_steps)
     *_, last = scheduler.sample(denoiser, x, levels, noise)
     return last.latents, levels
-
-
-@pytest.mark.parametrize(
-    ("solver", "order", "slack"),
-    [
-        ("euler", 1.0, 0.15),
-        ("heun", 2.0, 0.2),
-        ("dpm2", 2.0, 0.2),
-        ("dpmpp_2m", 2.0, 0.2),
-        ("lms", 4.0, 0.4),
-        ("dpmpp_3m", 2.0, 0.2),
-        ("deis", 2.0, 0.2),
-        ("unipc", 3.0, 0.2),
-    ],
-)
-def test_order_of_convergence(solver: SolverName, order: float, slack: float) -> None:
-    """Up to the last noisy level: the step from there to clean data is one of first order in all of them."""
-    scheduler = Scheduler(STABLE_DIFFUSION, solver=solver, sigmas="karras")
-    errors, step_counts = [], (20, 40, 80, 160)
-    for num_steps in step_counts:
-        levels = scheduler.levels(num_steps)
-        *_, last = scheduler.sample(gaussian_denoiser, X, levels, no_noise, stop=num_steps - 1)
-        errors.append(float((last.latents - gaussian_flow(X, levels[0], levels[-2])).norm()))
-    slope = -np.polyfit(np.log(step_counts), np.log(errors), 1)[0]
-    assert slope == pytest.approx(order, abs=slack)
 
 
 @pytest.mark.parametrize(
