@@ -145,7 +145,7 @@ def run_diffusers(scheduler: Any, num_steps: int | None, **by_hand: list[int] | 
         scheduler.set_begin_index(0)
     name = type(scheduler).__name__
     generator, noise = normal_noise()
-    x = noise() * scheduler.init_noise_sigma
+    x = noise() * getattr(scheduler, "init_noise_sigma", 1.0)
     is_sde = str(scheduler.config.get("algorithm_type", "")).startswith("sde")
     draws = {"generator": generator} if name in STOCHASTIC or is_sde else {}
     if name in ("DEISMultistepScheduler", "LMSDiscreteScheduler"):
