@@ -153,9 +153,10 @@ def run_diffusers(scheduler: Any, num_steps: int | None, **by_hand: list[int] | 
         scheduler.sigmas = scheduler.sigmas.double()
     if name == "DPMSolverSDEScheduler":
         scheduler.noise_sampler = BrownianMotion(noise)
+    scaled = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
     latents = []
     for index, timestep in enumerate(scheduler.timesteps):
-        output = network(scheduler.scale_model_input(x, timestep), timestep)
+        output = network(scaled(x, timestep), timestep)
         x = scheduler.step(output, timestep, x, **draws).prev_sample
         scale = (1 + scheduler.sigmas[index + 1] ** 2) ** 0.5 if name in IN_SIGMA_VE else 1.0
         latents.append(x / scale)

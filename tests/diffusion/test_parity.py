@@ -201,7 +201,7 @@ FLOW_OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", FLOW_OPTIONS)
 def test_every_step_of_flow_matching_agrees(options: dict[str, Any]) -> None:
-    assert difference(FLOW, options, *NUM_STEPS, 1, 2, 500) <= TOLERANCE
+    assert difference(FLOW, options, *NUM_STEPS, 1, 2) <= TOLERANCE
 
 
 @pytest.mark.parametrize("options", [{}, {"shift": 3.0}])
