@@ -269,7 +269,9 @@ def read(config: Mapping[str, object]) -> SchedulerFields:
         values["sigmas"] = _SIGMAS_FLAGS[flags[0]]
     if is_flow:
         values["prediction_type"] = prediction_type(config)
-    of_schedule = {key: values.pop(key) for key in {*_SCHEDULE_KEYS, *_FLOW_KEYS} if key in values}
+    of_schedule: dict[str, Any] = {
+        key: values.pop(key) for key in {*_SCHEDULE_KEYS, *_FLOW_KEYS} if key in values
+    }
     return SchedulerFields(
         solver,
         schedule=_flow_schedule(of_schedule) if is_flow else NoiseSchedule(**of_schedule),
