@@ -46,10 +46,10 @@ def to_x0(
     output = output.to(x.dtype)
     if prediction_type == "sample":
         return output
-    if prediction_type == "epsilon":
-        return _less(x, level.sigma, output) / level.alpha
     if prediction_type == "flow_prediction":
         return _less(x, level.sigma, output)
+    if prediction_type == "epsilon":
+        return _less(x, level.sigma, output) / level.alpha
     return _less(level.alpha * x, level.sigma, output)
 
 
