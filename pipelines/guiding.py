@@ -84,8 +84,7 @@ class GuidanceOptions:
         if self.rescale > 0:
             guidance = Rescaled(guidance, self.rescale)
         if self.interval != WHOLE:
-            train = scheduler.schedule.num_train_timesteps
-            highest, lowest = (round(train * (1 - share)) for share in self.interval)
+            highest, lowest = (scheduler.schedule.cutoff(share) for share in self.interval)
             guidance = WithinInterval(guidance, lowest, highest)
         return guidance
 

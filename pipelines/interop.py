@@ -245,6 +245,7 @@ def _scheduler(config: Mapping[str, Any]) -> SchedulerMixin:
         diffusers.UniPCMultistepScheduler,
         diffusers.LCMScheduler,
         diffusers.TCDScheduler,
+        diffusers.FlowMatchEulerDiscreteScheduler,
     )
     by_name: dict[str, Any] = {known.__name__: known for known in classes}
     return by_name[config["_class_name"]].from_config(config)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from latentgen.checkpoints.folder import SCHEDULERS, TOKENIZERS, Checkpoint
+from latentgen.diffusion.schedule import FlowSchedule
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import quote
@@ -186,7 +187,9 @@ def load_scheduler(checkpoint: Checkpoint) -> Scheduler:
     diffusers' StableDiffusionPipeline reads them as 1 and false, and so they are read here.
     """
     scheduler = Scheduler.from_config(checkpoint.config("scheduler"))
-    if checkpoint.model_index.get("_class_name") not in _MENDING:
+    if checkpoint.model_index.get("_class_name") not in _MENDING or isinstance(
+        scheduler.schedule, FlowSchedule
+    ):
         return scheduler
     return replace(scheduler, steps_offset=1, clipping=replace(scheduler.clipping, clip_sample=False))
 

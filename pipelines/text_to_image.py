@@ -102,7 +102,8 @@ class TextToImagePipeline(Pipeline):
             width: likewise.
             num_inference_steps: steps of the solver, over the whole schedule.
             timesteps: falling, one for each step, in place of `num_inference_steps` and of the scheduler's spacing.
-            sigmas: likewise noise levels sigma / alpha, and at the end of the list that where the run ends, mostly 0.
+            sigmas: likewise noise levels sigma / alpha, and at the end of the list that where the run ends, mostly 0;
+                of flow-matching models sigma itself, before the shift, and the end may be left out.
             guidance_scale: scale of classifier-free guidance (arXiv:2207.12598, eq. 6, as 1 + w); 1 or less
                 is no guidance, in half the time. By default the checkpoint's own, where it has one (the embedded
                 model), else 7.5, or 5 for SDXL, as in diffusers.

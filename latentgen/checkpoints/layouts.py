@@ -16,6 +16,7 @@ from latentgen.checkpoints.original_layout import original_key_maps
 from latentgen.checkpoints.precision import write_tensors
 from latentgen.checkpoints.single_file import SingleFile
 from latentgen.checkpoints.weights import DTYPE_NAMES, variant_infix
+from latentgen.diffusion.scheduler_config import prediction_type
 from latentgen.errors import ConfigError
 from latentgen.files import atomic_folder, atomic_write, quote, write_json
 from latentgen.models.text import CLIPText, CLIPTextConfig, save_tokenizer
@@ -58,7 +59,7 @@ def write_single_file(
         state |= to_original(_state(folder, component), key_map)
     metadata = {"format": "pt"}
     if "scheduler" in folder.components:
-        prediction = folder.config("scheduler").get("prediction_type", "epsilon")
+        prediction = prediction_type(folder.config("scheduler"))
         if prediction not in _STATED:
             raise ConfigError(
                 f"{quote(folder.path)}: prediction_type is {quote(prediction)}; single files have {', '.join(_STATED)}"

@@ -35,8 +35,9 @@ SolverName = Literal[
     "unipc",
     "lcm",
     "tcd",
+    "flow_euler",
 ]
-# What may replace a spacing of timesteps: noise levels spaced in sigma_ve.
+# What may replace a spacing of timesteps: noise levels spaced in sigma_ve, in flow matching in sigma.
 Sigmas = Literal["karras", "exponential", "beta", "sgm_uniform", "align_your_steps", "align_your_steps_xl"]
 
 
@@ -206,6 +207,12 @@ SOLVER_TABLE: dict[SolverName, SolverNames] = {
     "lcm": SolverNames("LCM", "LCMScheduler", "For models and LoRAs distilled for it (LCM): 1 to 8 steps."),
     "tcd": SolverNames(
         "TCD", "TCDScheduler", "For models and LoRAs distilled for it (TCD, Hyper-SD): 1 to 8 steps."
+    ),
+    "flow_euler": SolverNames(
+        "Flow Euler",
+        "FlowMatchEulerDiscreteScheduler",
+        "For models trained by flow matching, and the only one for them; 20 to 30 steps.",
+        ("karras", "exponential", "beta"),
     ),
 }
 

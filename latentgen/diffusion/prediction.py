@@ -12,7 +12,7 @@ from torch import Tensor
 from latentgen.diffusion.schedule import BatchNoiseLevel, NoiseLevel
 from latentgen.errors import ConfigError
 
-PredictionType = Literal["epsilon", "sample", "v_prediction"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 
 # What the solvers call: x [B, C, H, W] at a noise level -> the predicted x0, of the shape and dtype of x.
 Denoiser = Callable[[Tensor, NoiseLevel], "Tensor | Denoised"]
@@ -40,11 +40,14 @@ def to_x0(
 
     output and x are [B, C, H, W]. `epsilon` predicts the noise (arXiv 2006.11239), which says nothing about
     x0 at zero signal-to-noise ratio (alpha 0); `sample` predicts x0 itself; `v_prediction` predicts
-    ``alpha * noise - sigma * x0`` (arXiv 2202.00512, appendix D).
+    ``alpha * noise - sigma * x0`` (arXiv 2202.00512, appendix D), on a NoiseSchedule; `flow_prediction` predicts
+    ``noise - x0``, the velocity from data to noise (arXiv 2209.03003, eq. 1, with time reversed), on a FlowSchedule.
     """
     output = output.to(x.dtype)
     if prediction_type == "sample":
         return output
+    if prediction_type == "flow_prediction":
+        return _less(x, level.sigma, output)
     if prediction_type == "epsilon":
         return _less(x, level.sigma, output).div_(level.alpha)
     return _less(level.alpha * x, level.sigma, output)
@@ -71,6 +74,8 @@ def target(
         return x0
     if prediction_type == "epsilon":
         return noise
+    if prediction_type == "flow_prediction":
+        return noise - x0
     return level.alpha * noise - level.sigma * x0
 
 

@@ -1,8 +1,9 @@
 """Noise schedules, noise levels and spacings: how much noise there is, and which timesteps a run visits.
 
-Everything is variance preserving, ``x = alpha * x0 + sigma * noise`` with ``alpha = sqrt(alphas_cumprod)``
-and ``sigma = sqrt(1 - alphas_cumprod)``. ``sigma_ve`` is ``sigma / alpha``, the noise level of the
-variance-exploding form. All of it is computed in float64, before a run begins.
+Everything is ``x = alpha * x0 + sigma * noise``. Diffusion preserves the variance, ``alpha = sqrt(alphas_cumprod)``
+and ``sigma = sqrt(1 - alphas_cumprod)``; flow matching goes straight from noise to data, ``alpha = 1 - sigma``.
+``sigma_ve`` is ``sigma / alpha``, the noise level of the variance-exploding form. All of it is computed in float64,
+before a run begins.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ Spacing = Literal["linspace", "leading", "trailing"]
 FloatArray = NDArray[np.floating]
 
 _MAX_TRAIN_TIMESTEPS = 100_000
+# Far beyond any use; it keeps the levels of a run apart.
+_MAX_SHIFT = 1000.0
 
 # The alphas_cumprod that stands in for zero where a finite sigma_ve is needed (sigma_ve = 4096).
 _ZERO_SNR_FLOOR = 2.0**-24
@@ -32,8 +35,9 @@ _ZERO_SNR_FLOOR = 2.0**-24
 class NoiseLevel(NamedTuple):
     """One point of a run: ``x = alpha * x0 + sigma * noise``.
 
-    alpha and sigma lie in 0..1 with ``alpha**2 + sigma**2 == 1``; timestep is what the network is told, in
-    0..num_train_timesteps - 1, not always whole.
+    alpha and sigma lie in 0..1, on a NoiseSchedule with ``alpha**2 + sigma**2 == 1``, on a FlowSchedule with
+    ``alpha + sigma == 1``. timestep is what the network is told, not always whole: 0..num_train_timesteps - 1, on a
+    FlowSchedule 0..num_train_timesteps.
     """
 
     alpha: float
@@ -42,7 +46,7 @@ class NoiseLevel(NamedTuple):
 
     @classmethod
     def from_sigma_ve(cls, sigma_ve: float, timestep: float) -> NoiseLevel:
-        """The level whose noise-to-signal ratio ``sigma / alpha`` is `sigma_ve`."""
+        """The variance preserving level whose noise-to-signal ratio ``sigma / alpha`` is `sigma_ve`."""
         alpha = 1.0 / math.hypot(1.0, sigma_ve)
         return cls(alpha, sigma_ve * alpha, timestep)
 
@@ -86,10 +90,7 @@ class NoiseSchedule:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num_train_timesteps <= _MAX_TRAIN_TIMESTEPS:
-            raise ConfigError(
-                f"num_train_timesteps is {self.num_train_timesteps}; it must lie in 2..{_MAX_TRAIN_TIMESTEPS}"
-            )
+        _check_train_timesteps(self.num_train_timesteps)
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise ConfigError(
                 f"beta_start is {self.beta_start} and beta_end is {self.beta_end}; they must hold "
@@ -172,6 +173,17 @@ class NoiseSchedule:
         alpha, sigma = (table.to(timesteps.device)[timesteps].view(shape) for table in self._tables)
         return BatchNoiseLevel(alpha, sigma, timesteps)
 
+    def level_at_sigma_ve(self, sigma_ve: float) -> NoiseLevel:
+        """The noise level whose ``sigma / alpha`` is `sigma_ve`, which need not be that of a whole timestep."""
+        return NoiseLevel.from_sigma_ve(sigma_ve, float(self.timestep_at(np.array(sigma_ve))))
+
+    def cutoff(self, share: float) -> float:
+        """The timestep down to which the first `share` (0..1) of the schedule reaches, that timestep included.
+
+        It is rounded as diffusers rounds it.
+        """
+        return float(round(self.num_train_timesteps - share * self.num_train_timesteps))
+
     def sigma_ve_at(self, timesteps: FloatArray) -> FloatArray:
         """sigma_ve at timesteps that need not be whole, interpolated linearly."""
         return np.interp(timesteps, np.arange(self.num_train_timesteps), self.sigmas_ve)
@@ -190,6 +202,66 @@ class NoiseSchedule:
         last = self.num_train_timesteps - 1 - int(math.log(last_sigma) < float(np.log(last_sigma)))
         # What is whole but for float64's rounding stays.
         return np.minimum(np.floor(self.timestep_at(sigmas_ve) + 1e-6), last)
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """The straight path from noise to data that a flow-matching model was trained on; the checkpoint owns it.
+
+    ``x = (1 - sigma) * x0 + sigma * noise`` (arXiv 2403.03206, eq. 13), and the network is told the timestep
+    ``num_train_timesteps * sigma``. shift moves the levels of a run towards noise (above 1) or towards data (below 1),
+    as larger images need more of it (arXiv 2403.03206, eq. 23).
+
+    Raises ConfigError for values outside their bounds.
+    """
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_train_timesteps(self.num_train_timesteps)
+        if not 1.0 / _MAX_SHIFT <= self.shift <= _MAX_SHIFT:
+            raise ConfigError(f"shift is {self.shift}; it must lie in {1.0 / _MAX_SHIFT:g}..{_MAX_SHIFT:g}")
+
+    def shifted(self, sigmas: FloatArray) -> FloatArray:
+        """Values of sigma in 0..1 after the shift, in 0..1 too."""
+        return self.shift * sigmas / (self.shift * sigmas + (1.0 - sigmas))
+
+    def level(self, timestep: float) -> NoiseLevel:
+        """The noise level at a timestep, whole or not. Raises InputError outside 0..num_train_timesteps."""
+        if not 0.0 <= timestep <= self.num_train_timesteps:
+            raise InputError(f"timestep {timestep:g} is outside the schedule's 0..{self.num_train_timesteps}")
+        sigma = timestep / self.num_train_timesteps
+        return NoiseLevel(1.0 - sigma, sigma, float(timestep))
+
+    def batch(self, timesteps: Tensor) -> BatchNoiseLevel:
+        """The noise levels at timesteps [B] in 0..num_train_timesteps, for training, on their device.
+
+        alpha and sigma come as [B, 1, 1, 1] float32. shift has no part in it: it is for the draw of the timesteps.
+        """
+        sigma = (timesteps.float() / self.num_train_timesteps).view(-1, 1, 1, 1)
+        return BatchNoiseLevel(1.0 - sigma, sigma, timesteps)
+
+    def level_at_sigma_ve(self, sigma_ve: float) -> NoiseLevel:
+        """The noise level whose ``sigma / alpha`` is `sigma_ve`."""
+        return self.level(self.num_train_timesteps * sigma_ve / (1.0 + sigma_ve))
+
+    def cutoff(self, share: float) -> float:
+        """The timestep down to which the first `share` (0..1) of the schedule reaches, that timestep included.
+
+        A share of 0 leaves out even pure noise, where the path begins.
+        """
+        return math.nextafter(self.num_train_timesteps - share * self.num_train_timesteps, math.inf)
+
+
+Schedule = NoiseSchedule | FlowSchedule
+
+
+def _check_train_timesteps(num_train_timesteps: int) -> None:
+    if not 2 <= num_train_timesteps <= _MAX_TRAIN_TIMESTEPS:
+        raise ConfigError(
+            f"num_train_timesteps is {num_train_timesteps}; it must lie in 2..{_MAX_TRAIN_TIMESTEPS}"
+        )
 
 
 def spaced_timesteps(

@@ -7,30 +7,17 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
-import numpy as np
 from torch import Tensor
 
 from latentgen.diffusion import scheduler_config
+from latentgen.diffusion.levels import FlowLayout, Layout, NoiseLayout
 from latentgen.diffusion.names import NAMED, SOLVER_TABLE, Sigmas, SolverName, own_name
 from latentgen.diffusion.prediction import Clipping, Denoised, Denoiser, PredictionType
-from latentgen.diffusion.schedule import (
-    CLEAN,
-    FloatArray,
-    NoiseLevel,
-    NoiseSchedule,
-    Spacing,
-    distilled_timesteps,
-    spaced_timesteps,
-)
-from latentgen.diffusion.sigmas import spaced_sigmas
+from latentgen.diffusion.schedule import CLEAN, FlowSchedule, NoiseLevel, NoiseSchedule, Schedule, Spacing
 from latentgen.diffusion.solvers.one_step import ddpm_step, deterministic_step, euler_ancestral_step
 from latentgen.diffusion.solvers.step import Evaluation, History, StepInputs
 from latentgen.diffusion.solvers.table import SOLVERS, Solver
 from latentgen.errors import ConfigError, InputError
-from latentgen.files import quote
-
-# The most values of a list by hand.
-_MAX_LEVELS = 1001
 
 
 class Step(NamedTuple):
@@ -55,10 +42,13 @@ class Scheduler:
     those that a model for LCM and TCD was distilled on, and timestep_scaling belongs to the skip connection of
     LCM. LCM, TCD and DPM++ 2S have a spacing of their own, as in diffusers.
 
+    A FlowSchedule goes with the prediction_type "flow_prediction" and the solver "flow_euler", and with no others; of
+    the other fields it knows sigmas alone.
+
     Raises ConfigError for values that are not allowed.
     """
 
-    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    schedule: Schedule = field(default_factory=NoiseSchedule)
     prediction_type: PredictionType = "epsilon"
     solver: SolverName = "ddim"
     spacing: Spacing | None = None
@@ -87,6 +77,27 @@ class Scheduler:
             )
         if not self.timestep_scaling > 0.0:
             raise ConfigError(f"timestep_scaling is {self.timestep_scaling}; it must be above 0")
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        """Diffusion or flow matching: schedule, solver and prediction type are of one kind."""
+        is_flow = isinstance(self.schedule, FlowSchedule)
+        if is_flow and not SOLVERS[self.solver].flow:
+            known = ", ".join(name for name, (solver, _) in NAMED.items() if SOLVERS[solver].flow)
+            raise ConfigError(
+                f"solver is {self.solver!r}, which samples diffusion models, but this one was trained by flow matching"
+                f" (its schedule is a FlowSchedule); use {known}"
+            )
+        if not is_flow and SOLVERS[self.solver].flow:
+            raise ConfigError(
+                f"solver is {self.solver!r}, which samples models trained by flow matching, but this one is a diffusion"
+                " model (its schedule is a NoiseSchedule); use another, such as euler: `latentgen schedulers` lists all"
+            )
+        if (self.prediction_type == "flow_prediction") != is_flow:
+            allowed = "flow_prediction" if is_flow else "epsilon, v_prediction or sample"
+            raise ConfigError(
+                f"prediction_type is {self.prediction_type!r}; with the solver {self.solver} it must be {allowed}"
+            )
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> Scheduler:
@@ -97,7 +108,7 @@ class Scheduler:
         """
         fields = scheduler_config.read(config)
         return cls(
-            schedule=NoiseSchedule(**fields.schedule),
+            schedule=fields.schedule,
             clipping=Clipping(**fields.clipping),
             solver=fields.solver,
             **fields.scheduler,
@@ -116,8 +127,8 @@ class Scheduler:
         }
         values["timestep_spacing"] = values.pop("spacing")
         values |= asdict(self.schedule) | asdict(self.clipping)
-        if self.schedule.trained_betas is not None:
-            values["trained_betas"] = list(self.schedule.trained_betas)
+        if values.get("trained_betas") is not None:
+            values["trained_betas"] = list(values["trained_betas"])
         return values
 
     @property
@@ -142,15 +153,9 @@ class Scheduler:
         """
         if isinstance(num_steps, bool) or not isinstance(num_steps, int):
             raise InputError(f"the number of steps is {num_steps!r}; it must be a whole number")
-        solver = SOLVERS[self.solver]
-        timesteps = self._timesteps(solver, num_steps)
-        if solver.whole_timesteps == "always":
-            timesteps = np.round(timesteps)
-        levels = (
-            self._levels_in_sigma_ve(solver, timesteps) if solver.in_sigma_ve else self._levels_at(timesteps)
-        )
+        levels = self._layout.spaced(num_steps)
         self._check_start(levels[0])
-        return (*levels, self._end(solver))
+        return levels
 
     def levels_at(
         self, *, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
@@ -159,40 +164,20 @@ class Scheduler:
 
         timesteps: where the network looks, falling; whole ones for the solvers that know no others.
         sigmas: values of sigma_ve, falling, the last of which is where the run ends; 0 is this scheduler's own end.
+            On a FlowSchedule, values of sigma before the shift; the run always ends at 0, which need not be named.
 
         Both mean what they mean to diffusers' set_timesteps, and replace spacing and sigmas of the scheduler. Raises
         InputError for values that do not fall, lie outside the schedule, or do not suit the solver, and ConfigError
         as `levels` does.
         """
         if timesteps is not None and sigmas is None:
-            levels = self._levels_at_timesteps(SOLVERS[self.solver], timesteps)
+            levels = self._layout.at_timesteps(timesteps)
         elif sigmas is not None and timesteps is None:
-            levels = self._levels_at_sigmas(SOLVERS[self.solver], sigmas)
+            levels = self._layout.at_sigmas(sigmas)
         else:
             raise InputError("a run is laid out by its timesteps or by its sigmas; give one of them")
         self._check_start(levels[0])
         return levels
-
-    def _levels_at_timesteps(self, solver: Solver, timesteps: Sequence[float]) -> tuple[NoiseLevel, ...]:
-        numbers = _falling("timesteps", timesteps, self.schedule.num_train_timesteps - 1)
-        if (solver.whole_timesteps == "always" or not solver.in_sigma_ve) and (numbers % 1.0).any():
-            raise InputError(f"timesteps must be whole numbers for the solver {self.solver}")
-        if solver.in_sigma_ve:
-            return (*_levels(self.schedule.sigma_ve_at(numbers), numbers), self._end(solver))
-        return (*self._levels_at(numbers), self._end(solver))
-
-    def _levels_at_sigmas(self, solver: Solver, sigmas: Sequence[float]) -> tuple[NoiseLevel, ...]:
-        if not solver.in_sigma_ve:
-            raise InputError(
-                f"the solver {self.solver} has no levels between whole timesteps; give timesteps, not sigmas"
-            )
-        # Lists are published with few digits, whose rounding may lead a little beyond the schedule.
-        numbers = _falling("sigmas", sigmas, float(self.schedule.sigmas_ve[-1]), slack=1.001)
-        if len(numbers) < 2:
-            raise InputError("sigmas needs at least two values, where the run begins and where it ends")
-        timesteps = self._told(solver, None, np.maximum(numbers, self.schedule.sigmas_ve[0]))
-        *levels, end = _levels(numbers, timesteps)
-        return (*levels, end if end.sigma > 0.0 else self._end(solver))
 
     def _check_start(self, level: NoiseLevel) -> None:
         if level.alpha == 0.0 and self.prediction_type == "epsilon":
@@ -239,8 +224,7 @@ class Scheduler:
         It is where one model hands over to another (arXiv:2211.01324, section 4), as diffusers' denoising_end and
         denoising_start have it.
         """
-        train = self.schedule.num_train_timesteps
-        cutoff = round(train - share * train)
+        cutoff = self.schedule.cutoff(share)
         return sum(level.timestep >= cutoff for level in levels[:-1])
 
     @property
@@ -311,49 +295,28 @@ class Scheduler:
         solver = SOLVERS[self.solver]
         return solver.default_spacing if solver.fixed_spacing else self.spacing or solver.default_spacing
 
-    def _timesteps(self, solver: Solver, num_steps: int) -> FloatArray:
-        train = self.schedule.num_train_timesteps
-        if solver.distilled:
-            return distilled_timesteps(train, self.original_inference_steps, num_steps)
-        return spaced_timesteps(
+    @property
+    def _layout(self) -> Layout:
+        if isinstance(self.schedule, FlowSchedule):
+            return FlowLayout(self.schedule, self._sigmas)
+        return NoiseLayout(
+            self.schedule,
+            self.solver,
             self._spacing,
-            train,
-            num_steps,
-            steps_offset=self.steps_offset,
-            open_end=solver.open_end,
+            self.steps_offset,
+            self._sigmas,
+            self.original_inference_steps,
+            self._end(self.schedule),
         )
 
-    def _levels_at(self, timesteps: FloatArray) -> list[NoiseLevel]:
-        return [self.schedule.level(int(timestep)) for timestep in timesteps]
-
-    def _levels_in_sigma_ve(self, solver: Solver, timesteps: FloatArray) -> list[NoiseLevel]:
-        sigmas_ve = self.schedule.sigma_ve_at(timesteps)
-        if self._sigmas:
-            # They reach from end to end: of the whole schedule where the spacing has an open end.
-            ends = self.schedule.sigmas_ve if solver.open_end else sigmas_ve[::-1]
-            sigmas_ve = spaced_sigmas(
-                self._sigmas, self.schedule, float(ends[0]), float(ends[-1]), len(timesteps)
-            )
-            timesteps = self._told(solver, self._sigmas, sigmas_ve)
-        return _levels(sigmas_ve, timesteps)
-
-    def _told(self, solver: Solver, sigmas: Sigmas | None, sigmas_ve: FloatArray) -> FloatArray:
-        """The timesteps that the network is told: whole ones come about as in diffusers."""
-        timesteps = self.schedule.timestep_at(sigmas_ve)
-        if solver.whole_timesteps == "always":
-            cosine = self.schedule.beta_schedule == "squaredcos_cap_v2"
-            truncates = sigmas in ("exponential", "beta") or (cosine and sigmas == "karras")
-            return self.schedule.truncated_timestep_at(sigmas_ve) if truncates else np.round(timesteps)
-        rounds = solver.whole_timesteps == "karras" and sigmas == "karras"
-        return np.round(timesteps) if rounds else timesteps
-
-    def _end(self, solver: Solver) -> NoiseLevel:
+    def _end(self, schedule: NoiseSchedule) -> NoiseLevel:
+        end = SOLVERS[self.solver].end
         stays_noisy = (
-            (solver.end == "set_alpha_to_one" and not self.set_alpha_to_one)
-            or (solver.end == "final_sigmas_type" and self.final_sigmas_type == "sigma_min")
-            or solver.end == "first_level"
+            (end == "set_alpha_to_one" and not self.set_alpha_to_one)
+            or (end == "final_sigmas_type" and self.final_sigmas_type == "sigma_min")
+            or end == "first_level"
         )
-        return self.schedule.level(0) if stays_noisy else CLEAN
+        return schedule.level(0) if stays_noisy else CLEAN
 
     def _order(self, solver: Solver, steps_left: int, num_steps: int) -> int:
         """The highest order that a step may have with `steps_left` of a run left, itself included."""
@@ -361,35 +324,6 @@ class Scheduler:
             return min(solver.memory + 1, steps_left)
         euler = solver.lowers_at_clean_end and (self.euler_at_final or self.final_sigmas_type == "zero")
         return 1 if euler and steps_left == 1 else solver.memory + 1
-
-
-def _levels(sigmas_ve: FloatArray, timesteps: FloatArray) -> list[NoiseLevel]:
-    return [
-        NoiseLevel.from_sigma_ve(float(sigma_ve), float(timestep))
-        for sigma_ve, timestep in zip(sigmas_ve, timesteps, strict=True)
-    ]
-
-
-def _falling(name: str, values: Sequence[float], most: float, slack: float = 1.0) -> FloatArray:
-    """Numbers from 0 to `most`, each less than the one before; InputError where they are anything else."""
-    try:
-        numbers = np.array([float(value) for value in values])
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name} must be a list of numbers, not {quote(values)}") from None
-    if not 1 <= len(numbers) <= _MAX_LEVELS:
-        raise InputError(f"{name} has {len(numbers)} entries; it needs 1..{_MAX_LEVELS}")
-    outside = ~((numbers >= 0.0) & (numbers <= most * slack))
-    if outside.any():
-        raise InputError(
-            f"{name}[{outside.argmax()}] is {numbers[outside.argmax()]:g}; the schedule has 0..{most:g}"
-        )
-    rises = np.diff(numbers) >= 0.0
-    if rises.any():
-        index = int(rises.argmax())
-        raise InputError(
-            f"{name} must fall, but {numbers[index + 1]:g} follows {numbers[index]:g} at [{index + 1}]"
-        )
-    return numbers
 
 
 def _check_choice(key: str, value: str | None, allowed: tuple[str | None, ...]) -> None:

@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 from latentgen.diffusion.names import SIGMAS, SOLVER_TABLE, SolverName
 from latentgen.diffusion.prediction import Clipping
-from latentgen.diffusion.schedule import NoiseSchedule
+from latentgen.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule
 from latentgen.errors import ConfigError
 
 _SCHEDULE_KEYS = tuple(item.name for item in fields(NoiseSchedule))
 _CLIPPING_KEYS = tuple(item.name for item in fields(Clipping))
 _ZERO_SNR = ("rescale_betas_zero_snr",)
+# A FlowSchedule is told by its class, and the keys of the other kind of schedule say nothing of it.
+_FLOW_KEYS = tuple(item.name for item in fields(FlowSchedule))
 _SHARED_KEYS = (*(key for key in _SCHEDULE_KEYS if key not in _ZERO_SNR), "prediction_type", "steps_offset")
 _DISTILLED_KEYS = (
     *_CLIPPING_KEYS,
@@ -49,12 +51,15 @@ _DPMPP_KEYS = (
 class _Entry:
     """How a class of diffusers configures a solver: its keys, and what tells it from others of the same class.
 
-    keys are the class's own, besides the shared; defaults are those of the class that depart from ours.
+    keys are the class's own, besides the shared; defaults are those of the class that depart from ours; is_flow says
+    that its schedule is a FlowSchedule.
     """
 
     keys: tuple[str, ...] = ()
     defaults: dict[str, object] = field(default_factory=dict)
     variant: dict[str, object] = field(default_factory=dict)
+    shared: tuple[str, ...] = _SHARED_KEYS
+    is_flow: bool = False
 
 
 def _dpmpp(algorithm_type: str, solver_order: int) -> dict[str, object]:
@@ -93,6 +98,12 @@ _ENTRIES: dict[SolverName, _Entry] = {
     ),
     "lcm": _Entry(_DISTILLED_KEYS, _DISTILLED_DEFAULTS),
     "tcd": _Entry(_DISTILLED_KEYS, _DISTILLED_DEFAULTS),
+    "flow_euler": _Entry(
+        tuple(_SIGMAS_FLAGS),
+        {"prediction_type": "flow_prediction"},
+        shared=_FLOW_KEYS,
+        is_flow=True,
+    ),
 }
 
 Reader = Callable[[str, object], Any]
@@ -122,6 +133,10 @@ def _number(key: str, value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     raise _wrong(key, value, "a finite number")
+
+
+def _number_or_none(key: str, value: object) -> float | None:
+    return None if value is None else _number(key, value)
 
 
 def _text(key: str, value: object) -> str:
@@ -180,12 +195,16 @@ _READERS: dict[str, Reader] = {
     "timestep_scaling": _number,
 }
 
+# Of these classes alone; others that change nothing there stand below.
+_FLOW_READERS: dict[str, Reader] = {"shift": _number}
+
 # Keys that change nothing at these values; at any other they ask for a feature that is not there. Those that tell the
 # solvers of one class apart are left over in files of the others.
 _UNIMPLEMENTED: dict[str, Reader] = {
     "algorithm_type": _only("dpmsolver++", "sde-dpmsolver++", "deis"),
     "disable_corrector": _only([]),
     "flow_shift": _only(1.0),
+    "invert_sigmas": _only(False),
     "interpolation_type": _only("linear"),
     "lambda_min_clipped": _only(-math.inf, None),
     "noise_sampler_seed": _only(None),
@@ -197,9 +216,15 @@ _UNIMPLEMENTED: dict[str, Reader] = {
     "solver_p": _only(None),
     "solver_order": _only(1, 2, 3),
     "solver_type": _only("midpoint", "heun", "logrho", "bh1", "bh2"),
-    "time_shift_type": _only("exponential"),
+    "stochastic_sampling": _only(False),
     "timestep_type": _only("discrete"),
     "use_dynamic_shifting": _only(False),
+    # These say how to shift dynamically.
+    "base_image_seq_len": _integer,
+    "base_shift": _number_or_none,
+    "max_image_seq_len": _integer,
+    "max_shift": _number_or_none,
+    "time_shift_type": _only("exponential", "linear"),
     "use_flow_sigmas": _only(False),
     "use_lu_lambdas": _only(False),
     # Both are the small variance of DDPM; they differ in the way diffusers computes it.
@@ -208,10 +233,10 @@ _UNIMPLEMENTED: dict[str, Reader] = {
 
 
 class SchedulerFields(NamedTuple):
-    """What a file says, as the arguments of the dataclasses that hold it."""
+    """What a file says: the schedule, and the arguments of the other dataclasses that hold it."""
 
     solver: SolverName
-    schedule: dict[str, Any]
+    schedule: Schedule
     clipping: dict[str, Any]
     scheduler: dict[str, Any]
 
@@ -219,14 +244,16 @@ class SchedulerFields(NamedTuple):
 def read(config: Mapping[str, object]) -> SchedulerFields:
     """Check a config key by key. Raises ConfigError."""
     solver = _identify(config)
+    is_flow = _ENTRIES[solver].is_flow
+    readers = _READERS | (_FLOW_READERS if is_flow else {})
     values = dict(_ENTRIES[solver].defaults)
     for key, value in config.items():
         if key.startswith("_"):
             continue
         if key in _UNIMPLEMENTED:
             _UNIMPLEMENTED[key](key, value)
-        elif key in _READERS:
-            values[key] = _READERS[key](key, value)
+        elif key in readers:
+            values[key] = readers[key](key, value)
         else:
             raise ConfigError(
                 f"scheduler config: the key {key!r} is not known; remove it, or correct its name"
@@ -240,11 +267,28 @@ def read(config: Mapping[str, object]) -> SchedulerFields:
         )
     if flags:
         values["sigmas"] = _SIGMAS_FLAGS[flags[0]]
+    if is_flow:
+        values["prediction_type"] = prediction_type(config)
+    of_schedule: dict[str, Any] = {
+        key: values.pop(key) for key in {*_SCHEDULE_KEYS, *_FLOW_KEYS} if key in values
+    }
     return SchedulerFields(
         solver,
-        schedule={key: values.pop(key) for key in _SCHEDULE_KEYS if key in values},
+        schedule=_flow_schedule(of_schedule) if is_flow else NoiseSchedule(**of_schedule),
         clipping={key: values.pop(key) for key in _CLIPPING_KEYS if key in values},
         scheduler=values,
+    )
+
+
+def _flow_schedule(values: Mapping[str, Any]) -> FlowSchedule:
+    return FlowSchedule(**{key: values[key] for key in _FLOW_KEYS if key in values})
+
+
+def prediction_type(config: Mapping[str, object]) -> object:
+    """What the model predicts: what a config says, unless its class knows but one kind of prediction. Not checked."""
+    flow = [SOLVER_TABLE[solver].diffusers_class for solver, entry in _ENTRIES.items() if entry.is_flow]
+    return (
+        "flow_prediction" if config.get("_class_name") in flow else config.get("prediction_type", "epsilon")
     )
 
 
@@ -280,7 +324,7 @@ def write(
     """
     values, defaults = _with_flags(values), _with_flags(defaults)
     entry = _ENTRIES[solver]
-    own = {*_SHARED_KEYS, *entry.keys}
+    own = {*entry.shared, *entry.keys}
     defaults = {**defaults, **entry.defaults}
     written = {key: value for key, value in values.items() if key in own or value != defaults[key]}
     return {"_class_name": SOLVER_TABLE[solver].diffusers_class, **entry.variant, **written}

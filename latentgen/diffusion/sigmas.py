@@ -1,8 +1,12 @@
-"""Spacings in sigma_ve, which replace one of timesteps: the noise levels first, their timesteps from these."""
+"""Spacings of noise levels, which replace one of timesteps: the levels first, their timesteps from these.
+
+They are in sigma_ve on a NoiseSchedule, in sigma on a FlowSchedule.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 
@@ -23,12 +27,8 @@ def spaced_sigmas(
     their tables, and leave out the lowest point, where the run ends.
     """
     match sigmas:
-        case "karras":
-            return karras_sigmas(sigma_min, sigma_max, num_steps)
-        case "exponential":
-            return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), num_steps))
-        case "beta":
-            return beta_sigmas(sigma_min, sigma_max, num_steps)
+        case "karras" | "exponential" | "beta":
+            return sigmas_between(sigmas, sigma_min, sigma_max, num_steps)
         case "sgm_uniform":
             return sgm_uniform_sigmas(schedule, num_steps)
         case "align_your_steps":
@@ -37,8 +37,21 @@ def spaced_sigmas(
             return _resampled(_ALIGN_YOUR_STEPS_XL, num_steps)
 
 
+def sigmas_between(
+    sigmas: Literal["karras", "exponential", "beta"], sigma_min: float, sigma_max: float, num_steps: int
+) -> FloatArray:
+    """`num_steps` values from sigma_max down to sigma_min, by their ends alone."""
+    match sigmas:
+        case "karras":
+            return karras_sigmas(sigma_min, sigma_max, num_steps)
+        case "exponential":
+            return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), num_steps))
+        case "beta":
+            return beta_sigmas(sigma_min, sigma_max, num_steps)
+
+
 def karras_sigmas(sigma_min: float, sigma_max: float, num_steps: int, rho: float = 7.0) -> FloatArray:
-    """`num_steps` values of sigma_ve from sigma_max down to sigma_min, even in ``sigma ** (1 / rho)``.
+    """`num_steps` values from sigma_max down to sigma_min, even in ``sigma ** (1 / rho)``.
 
     arXiv 2206.00364, eq. 5.
     """
@@ -46,7 +59,7 @@ def karras_sigmas(sigma_min: float, sigma_max: float, num_steps: int, rho: float
 
 
 def beta_sigmas(sigma_min: float, sigma_max: float, num_steps: int) -> FloatArray:
-    """`num_steps` values of sigma_ve from sigma_max down to sigma_min, at quantiles of Beta(0.6, 0.6).
+    """`num_steps` values from sigma_max down to sigma_min, at quantiles of Beta(0.6, 0.6).
 
     arXiv 2407.12173; denser at both ends.
     """

@@ -146,7 +146,7 @@ def run_diffusers(scheduler: Any, num_steps: int | None, **by_hand: list[int] | 
         scheduler.set_begin_index(0)
     name = type(scheduler).__name__
     generator, noise = normal_noise()
-    x = noise() * scheduler.init_noise_sigma
+    x = noise() * getattr(scheduler, "init_noise_sigma", 1.0)
     is_sde = str(scheduler.config.get("algorithm_type", "")).startswith("sde")
     draws = {"generator": generator} if name in STOCHASTIC or is_sde else {}
     if name in ("DEISMultistepScheduler", "LMSDiscreteScheduler"):
@@ -154,9 +154,10 @@ def run_diffusers(scheduler: Any, num_steps: int | None, **by_hand: list[int] | 
         scheduler.sigmas = scheduler.sigmas.double()
     if name == "DPMSolverSDEScheduler":
         scheduler.noise_sampler = BrownianMotion(noise)
+    scaled = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
     latents = []
     for index, timestep in enumerate(scheduler.timesteps):
-        output = network(scheduler.scale_model_input(x, timestep), timestep)
+        output = network(scaled(x, timestep), timestep)
         x = scheduler.step(output, timestep, x, **draws).prev_sample
         scale = (1 + scheduler.sigmas[index + 1] ** 2) ** 0.5 if name in IN_SIGMA_VE else 1.0
         latents.append(x / scale)

@@ -12,7 +12,7 @@ from torch import Tensor
 from latentgen.diffusion.guidance import ClassifierFree, Rescaled, guided
 from latentgen.diffusion.names import SOLVER_TABLE, SolverName
 from latentgen.diffusion.schedule import NoiseLevel
-from latentgen.diffusion.scheduler import Scheduler
+from tests.diffusion.checkpoints import scheduler_named
 from tests.diffusion.references import SHAPE, network
 
 THREADS = 8
@@ -25,13 +25,15 @@ def predict(x: Tensor, level: NoiseLevel, rows: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("solver", SOLVER_TABLE)
 def test_the_loop_never_waits_for_the_device(solver: SolverName) -> None:
     """Tensors without values can be computed with, but whoever asks for one of their values is refused."""
-    scheduler = Scheduler(solver=solver)
+    scheduler = scheduler_named(solver)
     levels = scheduler.levels(8)
     x = torch.empty(SHAPE, device="meta")
     with pytest.raises(RuntimeError):
         x.sum().item()
     denoiser = guided(
-        lambda x, level, rows: (x, x * 2)[-rows:], "epsilon", Rescaled(ClassifierFree(7.5), 0.7)
+        lambda x, level, rows: (x, x * 2)[-rows:],
+        scheduler.prediction_type,
+        Rescaled(ClassifierFree(7.5), 0.7),
     )
     steps = list(
         scheduler.sample(denoiser, scheduler.initial(x, levels), levels, lambda: torch.empty_like(x))
@@ -42,7 +44,7 @@ def test_the_loop_never_waits_for_the_device(solver: SolverName) -> None:
 
 @pytest.mark.parametrize("solver", SOLVER_TABLE)
 def test_one_scheduler_serves_many_threads(solver: SolverName) -> None:
-    scheduler = Scheduler(solver=solver)
+    scheduler = scheduler_named(solver)
     denoiser = guided(predict, scheduler.prediction_type, ClassifierFree(3.0))
 
     def run(seed: int) -> Tensor:

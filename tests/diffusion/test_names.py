@@ -16,9 +16,9 @@ from latentgen.diffusion.names import (
     name_of_sampler,
     own_name,
 )
-from latentgen.diffusion.scheduler import Scheduler
 from latentgen.diffusion.solvers.table import SOLVERS
 from latentgen.errors import InputError
+from tests.diffusion.checkpoints import scheduler_named
 
 
 def test_every_solver_and_spacing_is_named() -> None:
@@ -33,8 +33,8 @@ def test_the_classes_are_those_of_diffusers(solver: SolverName) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_only_levels_in_sigma_ve_are_spaced_so(solver: SolverName) -> None:
-    assert not SOLVER_TABLE[solver].sigmas or SOLVERS[solver].in_sigma_ve
+def test_only_levels_between_timesteps_are_spaced_so(solver: SolverName) -> None:
+    assert not SOLVER_TABLE[solver].sigmas or SOLVERS[solver].in_sigma_ve or SOLVERS[solver].flow
 
 
 @pytest.mark.parametrize("name", SOLVER_NAMES)
@@ -45,8 +45,8 @@ def test_every_name_leads_to_the_same_scheduler(name: str) -> None:
         assert own_name(spelling) == name
     assert name_of_sampler(sampler, schedule_type) == name
     assert name_of_sampler(written) == name
-    assert Scheduler().with_solver(written).name == name
-    assert NAMED[name][0] == Scheduler().with_solver(name).solver
+    assert scheduler_named(name).with_solver(written).name == name
+    assert NAMED[name][0] == scheduler_named(name).solver
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,8 @@ def test_every_name_leads_to_the_same_scheduler(name: str) -> None:
         ("LCM", "lcm"),
         ("PNDMScheduler", "pndm"),
         ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("FlowMatchEulerDiscreteScheduler", "flow_euler"),
+        ("flow euler karras", "flow_euler_karras"),
         ("eulerancestraldiscretescheduler", "euler_ancestral"),
     ],
 )

@@ -186,6 +186,45 @@ def test_every_step_of_a_distilled_model_agrees(
     assert difference(class_name, config, 1, 2, 4, 8, 50) <= TOLERANCE
 
 
+FLOW = "FlowMatchEulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    "flag", [None, "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"], ids=str
+)
+@pytest.mark.parametrize("options", [{}, {"shift": 3.0}, {"shift": 0.4, "num_train_timesteps": 500}])
+def test_every_step_of_flow_matching_agrees(options: dict[str, Any], flag: str | None) -> None:
+    config = {**options, flag: True} if flag else options
+    assert difference(FLOW, config, *NUM_STEPS, 1, 2) <= TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{}, {"shift": 3.0}])
+@pytest.mark.parametrize("sigmas", [[1.0, 0.75, 0.5, 0.25], [0.9, 0.3], [0.001], [1.0, 0.4, 0.0]])
+def test_flow_matching_by_hand_agrees(sigmas: list[float], options: dict[str, Any]) -> None:
+    ours = build_ours(FLOW, options)
+    theirs = run_diffusers(build_diffusers(FLOW, options), None, sigmas=sigmas)
+    if sigmas[-1] == 0.0:
+        # There they ask once more at clean data, and stay where they are.
+        assert theirs.latents.pop().equal(theirs.latents[-1])
+    assert largest_relative_difference(run_over(ours, ours.levels_at(sigmas=sigmas)), theirs) <= TOLERANCE
+
+
+def test_flow_matching_at_timesteps_by_hand_agrees() -> None:
+    timesteps = [1000, 750, 499.5, 20]
+    ours = build_ours(FLOW, {})
+    theirs = run_diffusers(build_diffusers(FLOW, {}), None, timesteps=timesteps)
+    assert (
+        largest_relative_difference(run_over(ours, ours.levels_at(timesteps=timesteps)), theirs) <= TOLERANCE
+    )
+
+
+def test_flow_matching_tells_the_network_where_it_stands() -> None:
+    """The intended departure: diffusers shifts the levels of timesteps by hand, and tells the network others."""
+    levels = build_ours(FLOW, {"shift": 3.0}).levels_at(timesteps=[900, 300])
+    assert [level.timestep for level in levels] == [900.0, 300.0, 0.0]
+    assert [level.sigma for level in levels] == pytest.approx([0.9, 0.3, 0.0])
+
+
 @pytest.mark.parametrize("options", [{}, {"beta_schedule": "squaredcos_cap_v2"}], ids=["linear", "cosine"])
 @pytest.mark.parametrize(
     "class_name",
@@ -275,7 +314,13 @@ def test_ddim_ends_each_step_where_the_next_begins(num_steps: int) -> None:
 
 @pytest.mark.parametrize(
     "class_name",
-    [*sorted({name for name, _ in CASES}), "DPMSolverSinglestepScheduler", "LCMScheduler", "TCDScheduler"],
+    [
+        *sorted({name for name, _ in CASES}),
+        "DPMSolverSinglestepScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
+        FLOW,
+    ],
 )
 def test_saved_configs_load_in_both_directions(class_name: str) -> None:
     theirs_class = scheduler_class(class_name)

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from latentgen.diffusion.prediction import Clipping, PredictionType, add_noise, from_x0, target, to_x0
-from latentgen.diffusion.schedule import BatchNoiseLevel, NoiseLevel, NoiseSchedule
+from latentgen.diffusion.schedule import FlowSchedule, NoiseLevel, NoiseSchedule
 from latentgen.errors import ConfigError
 
-SCHEDULE = NoiseSchedule()
-LEVELS = [SCHEDULE.level(0), SCHEDULE.level(500), SCHEDULE.batch(torch.tensor([3, 400, 999]))]
+SCHEDULE, FLOW = NoiseSchedule(), FlowSchedule()
+LEVELS = {
+    "first": (SCHEDULE.level(0), FLOW.level(0.1)),
+    "middle": (SCHEDULE.level(500), FLOW.level(500)),
+    "batch": (SCHEDULE.batch(torch.tensor([3, 400, 999])), FLOW.batch(torch.tensor([30.0, 400.5, 1000.0]))),
+}
 
 
 def draw(seed: int) -> torch.Tensor:
@@ -19,20 +23,18 @@ def draw(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prediction_type", get_args(PredictionType))
-@pytest.mark.parametrize("level", LEVELS, ids=["first", "middle", "batch"])
-def test_an_output_comes_back_from_its_x0(
-    level: NoiseLevel | BatchNoiseLevel, prediction_type: PredictionType
-) -> None:
+@pytest.mark.parametrize("where", LEVELS)
+def test_an_output_comes_back_from_its_x0(where: str, prediction_type: PredictionType) -> None:
+    level = LEVELS[where][prediction_type == "flow_prediction"]
     output, x = draw(0), draw(1)
     x0 = to_x0(output, x, level, prediction_type)
     torch.testing.assert_close(from_x0(x0, x, level, prediction_type), output, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction_type", get_args(PredictionType))
-@pytest.mark.parametrize("level", LEVELS, ids=["first", "middle", "batch"])
-def test_a_perfect_output_gives_x0(
-    level: NoiseLevel | BatchNoiseLevel, prediction_type: PredictionType
-) -> None:
+@pytest.mark.parametrize("where", LEVELS)
+def test_a_perfect_output_gives_x0(where: str, prediction_type: PredictionType) -> None:
+    level = LEVELS[where][prediction_type == "flow_prediction"]
     x0, noise = draw(0), draw(1)
     x = add_noise(x0, noise, level)
     output = target(x0, noise, level, prediction_type)
@@ -49,6 +51,20 @@ def test_v_prediction_is_the_angular_velocity() -> None:
     velocity = (x_at(angle + half) - x_at(angle - half)) / (2 * half)
     level = NoiseLevel(math.cos(angle), math.sin(angle), 0.0)
     torch.testing.assert_close(target(x0, noise, level, "v_prediction"), velocity, rtol=1e-8, atol=1e-8)
+
+
+def test_flow_prediction_is_the_velocity_from_data_to_noise() -> None:
+    x0, noise = draw(0), draw(1)
+    velocity = (add_noise(x0, noise, FLOW.level(600)) - add_noise(x0, noise, FLOW.level(100))) / 0.5
+    wanted = target(x0, noise, FLOW.level(350), "flow_prediction")
+    torch.testing.assert_close(wanted, velocity, rtol=1e-8, atol=1e-8)
+
+
+def test_flow_prediction_is_finite_where_there_is_no_signal() -> None:
+    output, noise = draw(0), draw(1)
+    x0 = to_x0(output, noise, FLOW.level(1000), "flow_prediction")
+    torch.testing.assert_close(x0, noise - output)
+    torch.testing.assert_close(from_x0(x0, noise, FLOW.level(1000), "flow_prediction"), output)
 
 
 def test_v_prediction_is_finite_at_zero_snr() -> None:

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from latentgen.diffusion.prediction import add_noise
 from latentgen.diffusion.schedule import (
+    FlowSchedule,
     NoiseLevel,
     NoiseSchedule,
+    Schedule,
     Spacing,
     distilled_timesteps,
     spaced_timesteps,
@@ -135,3 +138,56 @@ def test_timestep_at_inverts_sigma_ve_at() -> None:
 def test_bad_schedules_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         NoiseSchedule(**options)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 1.15, 0.4])
+def test_the_levels_of_flow_matching_are_those_that_diffusers_trains_on(shift: float) -> None:
+    oracle = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    schedule = FlowSchedule(shift=shift)
+    sigmas = schedule.shifted(np.arange(1000, 0, -1) / 1000)
+    np.testing.assert_allclose(sigmas, oracle.sigmas, rtol=1e-6)
+    assert sigmas[0] == 1.0
+    timesteps = oracle.timesteps[[0, 17, 500, 999]]
+    assert timesteps[0] == pytest.approx(1000.0)  # in float32 it may be a little more
+    batch = schedule.batch(timesteps)
+    assert batch.alpha.shape == batch.sigma.shape == (4, 1, 1, 1)
+    assert batch.timestep is timesteps
+    torch.testing.assert_close(batch.sigma.flatten(), oracle.sigmas[[0, 17, 500, 999]])
+    x0, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        add_noise(x0, noise, batch), oracle.scale_noise(x0, timesteps, noise), rtol=1e-6, atol=1e-6
+    )
+    for index, timestep in enumerate(timesteps.tolist()):
+        level = schedule.level(min(timestep, 1000.0))
+        assert level.alpha + level.sigma == pytest.approx(1.0, abs=1e-15)
+        assert float(batch.alpha[index]) == pytest.approx(level.alpha, abs=2e-7)
+        torch.testing.assert_close(
+            add_noise(x0, noise, level)[index], add_noise(x0, noise, batch)[index], rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("schedule", [STABLE_DIFFUSION, FlowSchedule()], ids=["diffusion", "flow"])
+def test_a_level_comes_back_from_its_sigma_ve(schedule: Schedule) -> None:
+    for timestep in (1, 500, 998):
+        level = schedule.level(timestep)
+        assert schedule.level_at_sigma_ve(level.sigma / level.alpha) == pytest.approx(level, rel=1e-9)
+
+
+def test_whole_timesteps_train_flow_matching_too() -> None:
+    batch = FlowSchedule(num_train_timesteps=10).batch(torch.tensor([0, 5, 10]))
+    assert batch.alpha.dtype == torch.float32
+    assert batch.alpha.flatten().tolist() == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("timestep", [-0.1, 1000.1, math.nan])
+def test_levels_outside_of_flow_matching_are_refused(timestep: float) -> None:
+    with pytest.raises(InputError, match=r"0\.\.1000"):
+        FlowSchedule().level(timestep)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_train_timesteps": 1}, *({"shift": s} for s in (0.0, -1.0, 1e9, math.nan))]
+)
+def test_bad_schedules_of_flow_matching_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        FlowSchedule(**options)

@@ -3,23 +3,20 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from latentgen.diffusion.names import SOLVER_NAMES, SOLVER_TABLE
-from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
+from latentgen.diffusion.prediction import PredictionType, add_noise
+from latentgen.diffusion.schedule import CLEAN, FlowSchedule, NoiseLevel, NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler, Step
 from latentgen.diffusion.solvers.table import SOLVERS
 from latentgen.errors import ConfigError, InputError
+from tests.diffusion.checkpoints import DIFFUSION, FLOW, scheduler_named
 
-CHECKPOINT = Scheduler(
-    NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
 SHAPE = (1, 4, 4, 4)
 
 
@@ -61,12 +58,12 @@ def test_solver_names() -> None:
         "dpmpp_2m_sgm_uniform",
     }
     assert names.isdisjoint({"ddim_karras", "euler_ancestral_karras", "lcm_beta"})
-    assert len(names) == 20 + 13 * 6 + 3
+    assert len(names) == 21 + 13 * 6 + 3 + 3
 
 
 @pytest.mark.parametrize("name", SOLVER_NAMES)
 def test_a_run_falls_to_clean_data_and_reports_each_step(name: str) -> None:
-    scheduler = CHECKPOINT.with_solver(name)
+    scheduler = scheduler_named(name)
     levels = scheduler.levels(6)
     assert len(levels) == 7
     # On sigmas that reach from end to end DEIS visits the level where it ends.
@@ -84,7 +81,7 @@ def test_a_run_falls_to_clean_data_and_reports_each_step(name: str) -> None:
 @pytest.mark.parametrize(("start", "stop"), [(0, 6), (0, 1), (2, 4), (5, 6)])
 @pytest.mark.parametrize("name", SOLVER_NAMES)
 def test_the_levels_at_which_the_network_looks_are_known_before(name: str, start: int, stop: int) -> None:
-    scheduler = CHECKPOINT.with_solver(name)
+    scheduler = scheduler_named(name)
     levels = scheduler.levels(6)
     asked = []
 
@@ -104,7 +101,7 @@ def test_the_levels_at_which_the_network_looks_are_known_before(name: str, start
 )
 def test_how_often_the_network_is_asked(name: str, num_steps: int, asked: int) -> None:
     """As often as by diffusers, whose lists of timesteps are so long."""
-    scheduler, timesteps = CHECKPOINT.with_solver(name), []
+    scheduler, timesteps = scheduler_named(name), []
 
     def denoiser(x: Tensor, level: NoiseLevel) -> Tensor:
         timesteps.append(level.timestep)
@@ -117,7 +114,7 @@ def test_how_often_the_network_is_asked(name: str, num_steps: int, asked: int) -
 
 @pytest.mark.parametrize("name", SOLVER_NAMES)
 def test_one_object_serves_many_threads(name: str) -> None:
-    scheduler = CHECKPOINT.with_solver(name)
+    scheduler = scheduler_named(name)
     alone = [run(scheduler, 12, seed)[-1].latents for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda seed: run(scheduler, 12, seed)[-1].latents, range(8)))
@@ -129,7 +126,7 @@ def test_one_object_serves_many_threads(name: str) -> None:
 def test_inputs_are_not_changed(name: str) -> None:
     _, latents = start(0)
     kept = latents.clone()
-    scheduler = CHECKPOINT.with_solver(name)
+    scheduler = scheduler_named(name)
     levels = scheduler.levels(4)
     list(scheduler.sample(denoise, scheduler.initial(latents, levels), levels, NoNoise()))
     assert torch.equal(latents, kept)
@@ -137,15 +134,15 @@ def test_inputs_are_not_changed(name: str) -> None:
 
 def test_a_run_may_begin_at_a_later_level() -> None:
     """What image to image does: the tail of a run from its own latents is the same run."""
-    levels = CHECKPOINT.levels(10)
-    whole = run(CHECKPOINT, 10, seed=3)
-    tail = list(CHECKPOINT.sample(denoise, whole[3].latents, levels[4:], NoNoise()))
+    levels = DIFFUSION.levels(10)
+    whole = run(DIFFUSION, 10, seed=3)
+    tail = list(DIFFUSION.sample(denoise, whole[3].latents, levels[4:], NoNoise()))
     assert len(tail) == 6
     assert torch.equal(tail[-1].latents, whole[-1].latents)
 
 
 def test_an_abandoned_run_leaves_no_trace() -> None:
-    scheduler = CHECKPOINT.with_solver("dpmpp_2m")
+    scheduler = DIFFUSION.with_solver("dpmpp_2m")
     levels = scheduler.levels(8)
     _, latents = start(1)
     next(iter(scheduler.sample(denoise, latents, levels, NoNoise())))
@@ -153,7 +150,7 @@ def test_an_abandoned_run_leaves_no_trace() -> None:
 
 
 def test_every_row_of_a_batch_is_its_own_run() -> None:
-    scheduler = CHECKPOINT.with_solver("dpmpp_2m_karras")
+    scheduler = DIFFUSION.with_solver("dpmpp_2m_karras")
     levels = scheduler.levels(9)
     rows = [start(seed)[1] for seed in range(4)]
     *_, batch = scheduler.sample(denoise, torch.cat(rows), levels, NoNoise())
@@ -185,11 +182,12 @@ def test_every_row_of_a_batch_is_its_own_run() -> None:
         ("ddim", 0),
         ("euler", 0),
         ("dpmpp_2m", 0),
+        ("flow_euler", 0),
     ],
 )
 def test_noise_is_drawn_only_where_a_step_uses_it(name: str, num_draws: int) -> None:
     noise = NoNoise()
-    scheduler = CHECKPOINT.with_solver(name)
+    scheduler = scheduler_named(name)
     list(scheduler.sample(denoise, start(0)[1], scheduler.levels(5), noise))
     assert noise.num_draws == num_draws
 
@@ -205,7 +203,7 @@ def test_ddpm_draws_nothing_at_timestep_0() -> None:
 
 @pytest.mark.parametrize("name", ["lcm", "tcd"])
 def test_a_distilled_model_takes_no_more_steps_than_it_was_distilled_on(name: str) -> None:
-    scheduler = CHECKPOINT.with_solver(name)
+    scheduler = scheduler_named(name)
     assert len(scheduler.levels(50)) == 51
     with pytest.raises(InputError, match=r"original_inference_steps.*1\.\.50"):
         scheduler.levels(51)
@@ -224,18 +222,18 @@ def test_initial_noise_of_euler_is_scaled_unless_the_spacing_is_leading(spacing:
 
 def test_unknown_solver_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(InputError, match=r"'DPM\+\+ 2M'.*latentgen schedulers"):
-        CHECKPOINT.with_solver("DPM++ M2")
+        DIFFUSION.with_solver("DPM++ M2")
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1001, True, 2.5, "10"])
 def test_bad_step_counts_are_refused(num_steps: int) -> None:
     with pytest.raises(InputError, match="number of steps"):
-        CHECKPOINT.levels(num_steps)
+        DIFFUSION.levels(num_steps)
 
 
 def test_a_run_needs_two_levels() -> None:
     with pytest.raises(InputError, match="two noise levels"):
-        CHECKPOINT.sample(denoise, start(0)[1], (CLEAN,), NoNoise())
+        DIFFUSION.sample(denoise, start(0)[1], (CLEAN,), NoNoise())
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
@@ -248,7 +246,7 @@ def test_epsilon_at_zero_snr_is_refused_where_it_cannot_work(solver: str) -> Non
 
 @pytest.mark.parametrize("name", SOLVER_TABLE)
 def test_every_solver_runs_by_hand(name: str) -> None:
-    scheduler = CHECKPOINT.with_solver(name)
+    scheduler = scheduler_named(name)
     runs = [scheduler.levels_at(timesteps=[950, 600, 200, 30])]
     if SOLVERS[scheduler.solver].in_sigma_ve:
         runs += [scheduler.levels_at(sigmas=[12.0, 3.0, 0.5, 0.1, end]) for end in (0.0, 0.05)]
@@ -283,4 +281,61 @@ def test_every_solver_runs_by_hand(name: str) -> None:
 )
 def test_bad_lists_by_hand_are_refused(solver: str, by_hand: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        CHECKPOINT.with_solver(solver).levels_at(**by_hand)
+        DIFFUSION.with_solver(solver).levels_at(**by_hand)
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "message"),
+    [
+        ({"sigmas": [1.1, 0.5]}, r"sigmas\[0\] is 1\.1; the schedule has 0\.\.1"),
+        ({"sigmas": [0.5, 0.7]}, "must fall"),
+        ({"sigmas": [0.0]}, "above 0"),
+        ({"timesteps": [1001.0]}, r"timesteps\[0\] is 1001; the schedule has 0\.\.1000"),
+        ({"timesteps": [float("nan")]}, r"timesteps\[0\] is nan"),
+    ],
+)
+def test_bad_lists_by_hand_are_refused_for_flow_matching(by_hand: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FLOW.levels_at(**by_hand)
+
+
+@pytest.mark.parametrize("name", ["DPM++ 2M Karras", "EulerDiscreteScheduler", "Euler", "ddim"])
+def test_flow_matching_is_not_sampled_by_solvers_of_diffusion(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"trained by flow matching .*; use flow_euler, flow_euler_karras"):
+        FLOW.with_solver(name)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "Flow Euler Karras"])
+def test_diffusion_is_not_sampled_by_solvers_of_flow_matching(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"'flow_euler'.* this one is a diffusion model .* such as euler"):
+        DIFFUSION.with_solver(name)
+
+
+@pytest.mark.parametrize("scheduler", [FLOW, DIFFUSION], ids=["flow", "diffusion"])
+@pytest.mark.parametrize("prediction_type", get_args(PredictionType))
+def test_prediction_types_go_with_their_schedule(
+    scheduler: Scheduler, prediction_type: PredictionType
+) -> None:
+    if (prediction_type == "flow_prediction") == (scheduler is FLOW):
+        assert replace(scheduler, prediction_type=prediction_type).prediction_type == prediction_type
+    else:
+        with pytest.raises(ConfigError, match=f"prediction_type is '{prediction_type}'.* it must be"):
+            replace(scheduler, prediction_type=prediction_type)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps"), [(0.0, 0), (0.1, 1), (0.25, 1), (0.251, 2), (0.5, 2), (0.9, 4), (1.0, 4)]
+)
+def test_a_share_of_a_run_of_flow_matching(share: float, steps: int) -> None:
+    scheduler = replace(FLOW, schedule=FlowSchedule())
+    levels = scheduler.levels_at(timesteps=[1000, 750, 500, 250])
+    assert scheduler.steps_before(levels, share) == steps
+
+
+def test_flow_matching_is_a_straight_line_for_one_data_point() -> None:
+    """Where the velocity is known, Euler's steps are exact, however few there are."""
+    x0, noise = start(0)[1], start(1)[1]
+    levels = FLOW.levels(3)
+    runs = FLOW.sample(lambda x, level: x0, FLOW.initial(noise, levels), levels, NoNoise())
+    for step in runs:
+        torch.testing.assert_close(step.latents, add_noise(x0, noise, step.level), rtol=1e-6, atol=1e-6)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from latentgen.diffusion.prediction import Clipping
-from latentgen.diffusion.schedule import NoiseSchedule
+from latentgen.diffusion.schedule import FlowSchedule, NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 
@@ -83,11 +83,87 @@ def test_stable_diffusion_xl() -> None:
         Scheduler(STABLE_DIFFUSION, "sample", "tcd", clipping=Clipping(clip_sample=True)),
         Scheduler(NoiseSchedule(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3))),
         Scheduler(NoiseSchedule(rescale_betas_zero_snr=True), "sample", "dpmpp_2m", "linspace"),
+        Scheduler(FlowSchedule(), "flow_prediction", "flow_euler"),
+        Scheduler(FlowSchedule(500, 3.0), "flow_prediction", "flow_euler", sigmas="beta", steps_offset=1),
     ],
     ids=lambda scheduler: scheduler.name,
 )
 def test_a_scheduler_survives_the_round_trip(scheduler: Scheduler) -> None:
     assert Scheduler.from_config(json.loads(json.dumps(scheduler.to_config()))) == scheduler
+
+
+# The scheduler_config.json of Stable Diffusion 3.
+SD3 = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "_diffusers_version": "0.29.0.dev0",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+}
+
+
+def test_stable_diffusion_3() -> None:
+    scheduler = Scheduler.from_config(SD3)
+    assert scheduler == Scheduler(FlowSchedule(shift=3.0), "flow_prediction", "flow_euler")
+    flags = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+    assert scheduler.to_config() == {key: SD3[key] for key in SD3 if key != "_diffusers_version"} | flags
+
+
+def test_the_class_tells_of_flow_matching_whatever_other_classes_left() -> None:
+    """As diffusers has it: FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=3)."""
+    left = {
+        "prediction_type": "epsilon",
+        "beta_start": 0.1,
+        "timestep_spacing": "leading",
+        "clip_sample": True,
+    }
+    scheduler = Scheduler.from_config({**SD3, **left})
+    assert scheduler.levels(10) == Scheduler.from_config(SD3).levels(10)
+    assert (scheduler.prediction_type, scheduler.schedule) == ("flow_prediction", FlowSchedule(shift=3.0))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dynamic_shifting", True),
+        ("stochastic_sampling", True),
+        ("invert_sigmas", True),
+        ("shift_terminal", 0.02),
+        ("time_shift_type", "cubic"),
+    ],
+)
+def test_features_of_flow_matching_that_are_not_implemented_are_refused_by_name(
+    key: str, value: object
+) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.*not implemented; allowed is"):
+        Scheduler.from_config({**SD3, key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("shift", 0.0),
+        ("shift", -1.0),
+        ("shift", "3"),
+        ("shift", None),
+        ("shift", math.nan),
+        ("num_train_timesteps", 1),
+        ("base_shift", "1"),
+        ("max_shift", math.inf),
+        ("base_image_seq_len", 1.5),
+        ("use_karras_sigmas", None),
+        ("shifts", 1.0),
+    ],
+)
+def test_bad_values_of_flow_matching_are_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key):
+        Scheduler.from_config({**SD3, key: value})
+
+
+def test_a_shift_is_of_flow_matching_alone() -> None:
+    with pytest.raises(ConfigError, match="'shift' is not known"):
+        Scheduler.from_config(SDXL | {"shift": 3.0})
+    with pytest.raises(ConfigError, match="prediction_type is 'flow_prediction'"):
+        Scheduler.from_config(SDXL | {"prediction_type": "flow_prediction"})
 
 
 def test_defaults_of_the_classes_that_clip() -> None:

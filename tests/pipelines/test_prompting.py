@@ -17,6 +17,7 @@ from latentgen.models.unet import UNet, UNetConstants
 from latentgen.pipelines.conditioning import join_contexts
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.prompt_syntax import read_weights
+from tests.diffusion.checkpoints import scheduler_named
 from tests.pipelines.sdxl import build_base
 
 if TYPE_CHECKING:
@@ -236,14 +237,16 @@ class TestSwitches:
 
     @pytest.mark.parametrize("name", SOLVER_NAMES)
     def test_every_solver_can_switch(self, pipeline: TextToImagePipeline, name: str) -> None:
-        switched = latents(pipeline, "a [cat:dog:2]", scheduler=name)
+        chosen = scheduler_named(name)
+        switched = latents(pipeline, "a [cat:dog:2]", scheduler=chosen)
         assert switched.isfinite().all()
-        assert not torch.equal(switched, latents(pipeline, "a cat", scheduler=name))
+        assert not torch.equal(switched, latents(pipeline, "a cat", scheduler=chosen))
         assert torch.equal(
-            latents(pipeline, "a [cat:dog:99]", scheduler=name), latents(pipeline, "a cat", scheduler=name)
+            latents(pipeline, "a [cat:dog:99]", scheduler=chosen),
+            latents(pipeline, "a cat", scheduler=chosen),
         )
         assert torch.equal(
-            latents(pipeline, "a [cat:dog:0]", scheduler=name), latents(pipeline, "a dog", scheduler=name)
+            latents(pipeline, "a [cat:dog:0]", scheduler=chosen), latents(pipeline, "a dog", scheduler=chosen)
         )
 
     def test_negative_prompts_switch(self, pipeline: TextToImagePipeline) -> None:

@@ -10,7 +10,7 @@ import torch
 from numpy.polynomial.polynomial import Polynomial, polyfromroots
 from torch import Tensor
 
-from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule
+from latentgen.diffusion.schedule import NoiseLevel, Schedule
 from latentgen.diffusion.solvers.step import (
     Evaluation,
     History,
@@ -121,7 +121,7 @@ def pndm_prk_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Te
     return step_along_output(now, target, weighted_sum((1 / 6, 1 / 3, 1 / 3, 1 / 6), outputs))
 
 
-def prk_middle(level: NoiseLevel, target: NoiseLevel, schedule: NoiseSchedule) -> NoiseLevel:
+def prk_middle(level: NoiseLevel, target: NoiseLevel, schedule: Schedule) -> NoiseLevel:
     """The level at half the timesteps between two."""
     return schedule.level(int(level.timestep - (level.timestep - target.timestep) // 2))
 

@@ -5,9 +5,9 @@ One step covers a family. With ``u = eta * (sigma' / sigma) * sqrt(1 - alpha**2 
     x' = alpha' * x0 + sqrt(sigma'**2 - u**2) * noise_hat + u * z,    noise_hat = (x - alpha * x0) / sigma
 
 is DDIM for any eta (arXiv 2010.02502, eq. 12 and 16), DDPM with its small variance (arXiv 2006.11239, eq. 6
-and 7) and Euler ancestral at eta 1, Euler (arXiv 2206.00364, algorithm 1) at eta 0: they differ in the levels
-that they visit, not in the step. LCM and TCD are this step with a u of their own. All others are it along an x0, or
-what is the same a noise, that is put together out of several evaluations.
+and 7) and Euler ancestral at eta 1, Euler (arXiv 2206.00364, algorithm 1) at eta 0, that of flow matching (arXiv
+2209.03003) too: they differ in the levels that they visit, not in the step. LCM and TCD are this step with a u of
+their own. All others are it along an x0, or what is the same a noise, that is put together out of several evaluations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from latentgen.diffusion.prediction import PredictionType, from_x0, to_x0
-from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule
+from latentgen.diffusion.schedule import NoiseLevel, Schedule
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class StepInputs(NamedTuple):
     is_last: bool
     evaluate: Callable[[Tensor, NoiseLevel], Evaluation]
     draw: Callable[[], Tensor]
-    schedule: NoiseSchedule
+    schedule: Schedule
     timestep_scaling: float
 
 

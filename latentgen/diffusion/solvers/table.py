@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentgen.diffusion.names import SolverName
-from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule, Spacing
+from latentgen.diffusion.schedule import NoiseLevel, Schedule, Spacing
 from latentgen.diffusion.solvers.multistep import (
     deis_step,
     dpmpp_2m_sde_step,
@@ -61,6 +61,7 @@ class Solver:
     lowers_at_clean_end: the last step is of first order where it ends in clean data, or euler_at_final asks for it.
     clips, thresholds: which bounds apply to x0.
     keeps_noise: the bounds leave noise_hat as the network predicted it.
+    flow: it samples models of a FlowSchedule, and no others.
     """
 
     step: SolverStep
@@ -73,12 +74,13 @@ class Solver:
     scales_start: bool = False
     distilled: bool = False
     end: Literal["set_alpha_to_one", "final_sigmas_type", "first_level"] | None = None
-    between: Callable[[NoiseLevel, NoiseLevel, NoiseSchedule], NoiseLevel] | None = None
+    between: Callable[[NoiseLevel, NoiseLevel, Schedule], NoiseLevel] | None = None
     lowers_below: float = 0
     lowers_at_clean_end: bool = False
     clips: bool = False
     thresholds: bool = False
     keeps_noise: bool = False
+    flow: bool = False
 
 
 SOLVERS: dict[SolverName, Solver] = {
@@ -237,4 +239,5 @@ SOLVERS: dict[SolverName, Solver] = {
     ),
     "lcm": Solver(lcm_step, "leading", distilled=True, clips=True, thresholds=True),
     "tcd": Solver(tcd_step, "leading", distilled=True, end="first_level"),
+    "flow_euler": Solver(deterministic_step, "linspace", fixed_spacing=True, flow=True),
 }

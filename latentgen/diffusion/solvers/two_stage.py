@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 from torch import Tensor
 
-from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule
+from latentgen.diffusion.schedule import NoiseLevel, Schedule
 from latentgen.diffusion.solvers.step import (
     Evaluation,
     StepInputs,
@@ -61,15 +60,11 @@ def dpmpp_sde_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> T
     return ancestral_step(now.with_x0(halfway.x0), target, noise)
 
 
-def middle_in_log_sigma(level: NoiseLevel, target: NoiseLevel, schedule: NoiseSchedule) -> NoiseLevel:
+def middle_in_log_sigma(level: NoiseLevel, target: NoiseLevel, schedule: Schedule) -> NoiseLevel:
     """The level whose sigma_ve is the geometric mean of two others', at the timestep that has it."""
-    return _level_at(math.exp(-(level.log_snr + target.log_snr) / 2), schedule)
+    return schedule.level_at_sigma_ve(math.exp(-(level.log_snr + target.log_snr) / 2))
 
 
-def same_sigma(level: NoiseLevel, target: NoiseLevel, schedule: NoiseSchedule) -> NoiseLevel:
+def same_sigma(level: NoiseLevel, target: NoiseLevel, schedule: Schedule) -> NoiseLevel:
     """The target, at the timestep that has its sigma_ve: not quite its own where that was rounded."""
-    return _level_at(target.sigma / target.alpha, schedule)
-
-
-def _level_at(sigma_ve: float, schedule: NoiseSchedule) -> NoiseLevel:
-    return NoiseLevel.from_sigma_ve(sigma_ve, float(schedule.timestep_at(np.array(sigma_ve))))
+    return schedule.level_at_sigma_ve(target.sigma / target.alpha)
