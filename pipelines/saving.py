@@ -7,9 +7,9 @@ from pathlib import Path
 
 from latentgen.checkpoints.folder import LAYOUT_VERSION, TOKENIZERS, save_weights, write_json
 from latentgen.diffusion.scheduler import Scheduler
+from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder
 from latentgen.models.text import CLIPText, TextEncoder
 from latentgen.models.unet import UNet
-from latentgen.models.vae import VAEDecoder, VAEEncoder
 from latentgen.pipelines.loading import GUIDANCE_KEY, usual_guidance_scale
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -34,14 +34,16 @@ def save_folder(
     folder: Path,
     *,
     unet: UNet,
-    encoder: VAEEncoder,
-    decoder: VAEDecoder,
+    encoder: ImageEncoder,
+    decoder: ImageDecoder,
     text_encoder: TextEncoder,
     schedulers: Mapping[str, Scheduler],
     index: Mapping[str, object],
     variant: str | None,
 ) -> None:
     """Write a folder that diffusers loads; `model_index.json`, which names the pipeline's class, comes last.
+
+    What works on pixels has no `vae`, and is of a class that diffusers does not know.
 
     Args:
         folder: where to write; made if need be.
@@ -58,13 +60,12 @@ def save_folder(
     """
     save_weights(unet.state_dict(), folder / "unet", WEIGHTS_STEM, variant=variant)
     write_json(folder / "unet" / "config.json", unet.config.to_json())
-    vae = {**encoder.state_dict(), **decoder.state_dict()}
-    save_weights(vae, folder / "vae", WEIGHTS_STEM, variant=variant)
-    write_json(folder / "vae" / "config.json", decoder.config.to_json())
-    components: dict[str, object] = {
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    components: dict[str, object] = {"unet": ["diffusers", "UNet2DConditionModel"]}
+    if not isinstance(decoder, PixelDecoder):
+        vae = {**encoder.state_dict(), **decoder.state_dict()}
+        save_weights(vae, folder / "vae", WEIGHTS_STEM, variant=variant)
+        write_json(folder / "vae" / "config.json", decoder.config.to_json())
+        components["vae"] = ["diffusers", "AutoencoderKL"]
     for name, tower in named_towers(unet, text_encoder).items():
         tower.save(folder / name, folder / TOKENIZERS[name], variant=variant)
         projected = "WithProjection" if tower.config.projects else ""
