@@ -9,11 +9,11 @@ from torch import Tensor
 
 from latentgen.errors import NumericalError
 from latentgen.memory import MemoryPolicy, decode, resident
-from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder, PixelEncoder
+from latentgen.models.pixels import ImageDecoder, ImageEncoder
 from latentgen.models.vae import Gaussian, VAEDecoder, VAEEncoder
 from latentgen.pipelines.devices import dtype_of
 
-Stage = TypeVar("Stage", VAEDecoder, VAEEncoder, PixelDecoder, PixelEncoder)
+Stage = TypeVar("Stage", VAEDecoder, VAEEncoder)
 
 
 def decode_images(
@@ -31,7 +31,7 @@ def decode_images(
     latents = latents.contiguous(memory_format=torch.channels_last)
     with resident(decoder, device, offload=memory.offload_idle):
         images = decode(decoder, latents.to(dtype), memory)
-        if dtype != torch.float32 and not _finite(images):
+        if isinstance(decoder, VAEDecoder) and dtype != torch.float32 and not _finite(images):
             images = decode(_in_float32(decoder), latents, memory)
     if not _finite(images):
         raise NumericalError(
@@ -52,7 +52,7 @@ def encode_images(encoder: ImageEncoder, images: Tensor, device: torch.device) -
     images = images.to(device).contiguous(memory_format=torch.channels_last)
     with resident(encoder, device, offload=True):
         posterior = _encode(encoder, images.to(dtype))
-        if dtype != torch.float32 and not _finite(torch.stack(posterior)):
+        if isinstance(encoder, VAEEncoder) and dtype != torch.float32 and not _finite(torch.stack(posterior)):
             posterior = _encode(_in_float32(encoder), images)
     if not _finite(torch.stack(posterior)):
         raise NumericalError(

@@ -144,7 +144,7 @@ def load_unet(checkpoint: Checkpoint, placement: Placement) -> UNet:
 
 
 def load_decoder(checkpoint: Checkpoint, placement: Placement) -> ImageDecoder:
-    """The decoder of a checkpoint's VAE; the encoder's part of the file is passed over."""
+    """The decoder of a checkpoint's VAE, the encoder's part of the file passed over; that of pixels if it has no VAE."""
     if _works_on_pixels(checkpoint):
         return PixelDecoder()
     with torch.device("meta"):
@@ -154,7 +154,7 @@ def load_decoder(checkpoint: Checkpoint, placement: Placement) -> ImageDecoder:
 
 
 def load_encoder(checkpoint: Checkpoint, placement: Placement) -> ImageEncoder:
-    """The encoder of a checkpoint's VAE; the decoder's part of the file is passed over."""
+    """The encoder of a checkpoint's VAE, the decoder's part of the file passed over; that of pixels if it has no VAE."""
     if _works_on_pixels(checkpoint):
         return PixelEncoder()
     with torch.device("meta"):
@@ -169,7 +169,7 @@ def _works_on_pixels(checkpoint: Checkpoint) -> bool:
     if "vae" in checkpoint.components:
         raise ConfigError(
             f"{quote(checkpoint.path)}, model_index.json: a {PIXEL_CLASS} works on pixels and has no vae; remove the "
-            "entry, or give _class_name as it is"
+            "entry, or correct _class_name"
         )
     return True
 

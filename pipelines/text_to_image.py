@@ -42,7 +42,7 @@ class TextToImagePipeline(Pipeline):
     @property
     def diffusers_class(self) -> str:
         """The class of diffusers' pipeline over the same stages; on pixels one of our own."""
-        if isinstance(self.decoder, PixelDecoder):
+        if isinstance(self.decoder, PixelDecoder) and not self.is_sdxl:
             return PIXEL_CLASS
         if not self.is_sdxl:
             distilled = self.unet.config.time_cond_proj_dim is not None
@@ -59,19 +59,11 @@ class TextToImagePipeline(Pipeline):
 
     def _index(self) -> dict[str, object]:
         if self.diffusers_class == PIXEL_CLASS:
-            return self._pixel_index()
+            return {}
         if self.diffusers_class != "StableDiffusionXLImg2ImgPipeline":
             return super()._index()
         absent = {"text_encoder": [None, None], "tokenizer": [None, None]}
         return super()._index() | absent | {"requires_aesthetics_score": self.is_told_a_score}
-
-    def _pixel_index(self) -> dict[str, object]:
-        """Nothing besides the class, which stands for a text encoder that is read as SD's is, not as SDXL's."""
-        if self.is_sdxl:
-            raise InputError(
-                "a pipeline of SDXL's kind that works on pixels cannot be saved: no layout has it"
-            )
-        return {}
 
     def stream(
         self,

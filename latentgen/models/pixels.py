@@ -27,6 +27,7 @@ class PixelConfig:
     out_channels: int = 3
     block_out_channels: tuple[int, ...] = (3,)
     spatial_factor: int = 1
+    scaling_factor: float = 1.0
 
 
 RGB = PixelConfig()

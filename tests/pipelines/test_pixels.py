@@ -19,8 +19,11 @@ from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
 from latentgen.memory import MemoryPolicy
 from latentgen.models.pixels import PixelDecoder, PixelEncoder
+from latentgen.models.unet import UNet
+from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines import loading
 from latentgen.pipelines.inpaint import InpaintPipeline
+from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.interop import to_diffusers
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 
@@ -222,3 +225,26 @@ def test_the_command_draws_and_inspects(
     assert Image.open(target).size == (8, 8)
     assert cli.main(["inspect", str(folder)]) == 0
     assert "3 input channels" in capsys.readouterr().out
+
+
+def test_what_has_no_class_on_pixels_is_drawn_but_not_saved(
+    pixels: TextToImagePipeline, tmp_path: Path
+) -> None:
+    config = UNetConfig.from_json({**pixels.unet.config.to_json(), "in_channels": 6})
+    torch.manual_seed(0)
+    paired = InstructPix2PixPipeline(
+        unet=UNet(config).eval(),
+        decoder=PixelDecoder(),
+        text_encoder=pixels.text_encoder,
+        scheduler=pixels.scheduler,
+        load_encoder=PixelEncoder,
+    )
+    image = np.full((9, 13, 3), 200, dtype=np.uint8)
+    (drawn,) = paired("a cat", image=image, num_inference_steps=2, progress=False).images
+    assert isinstance(drawn, Image.Image)
+    assert drawn.size == (13, 9)
+    with pytest.raises(
+        InputError, match="StableDiffusionInstructPix2PixPipeline that works on pixels cannot"
+    ):
+        paired.save_pretrained(tmp_path / "model")
+    assert not list((tmp_path / "model").glob("*"))
