@@ -144,7 +144,7 @@ def load_unet(checkpoint: Checkpoint, placement: Placement) -> UNet:
 
 
 def load_decoder(checkpoint: Checkpoint, placement: Placement) -> ImageDecoder:
-    """The decoder of a checkpoint's VAE, the encoder's part of the file passed over; that of pixels if it has no VAE."""
+    """The decoder of a checkpoint's VAE, the encoder's part passed over; that of pixels where there is no VAE."""
     if _works_on_pixels(checkpoint):
         return PixelDecoder()
     with torch.device("meta"):
@@ -154,7 +154,7 @@ def load_decoder(checkpoint: Checkpoint, placement: Placement) -> ImageDecoder:
 
 
 def load_encoder(checkpoint: Checkpoint, placement: Placement) -> ImageEncoder:
-    """The encoder of a checkpoint's VAE, the decoder's part of the file passed over; that of pixels if it has no VAE."""
+    """The encoder of a checkpoint's VAE, the decoder's part passed over; that of pixels where there is no VAE."""
     if _works_on_pixels(checkpoint):
         return PixelEncoder()
     with torch.device("meta"):
