@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from latentgen.errors import InputError, LatentgenError, MemoryBudgetError
 from latentgen.models.attention import AttentionBackend
-from latentgen.models.vae import VAEDecoder
+from latentgen.models.pixels import ImageDecoder
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -83,7 +83,7 @@ def resident(module: nn.Module, device: torch.device, *, offload: bool) -> Itera
     Weights do not change while they work, so their copies on the device are dropped and never written back;
     memory-mapped weights stay memory-mapped at home.
     """
-    if not offload or next(module.parameters()).device == device:
+    if not offload or all(parameter.device == device for parameter in module.parameters()):
         yield
         return
     homes = [
@@ -141,7 +141,7 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def decode(decoder: VAEDecoder, latents: Tensor, policy: MemoryPolicy) -> Tensor:
+def decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Tensor:
     """Decode latents [B, C, h, w] to images [B, 3, H, W] in -1..1, as sparingly as `policy` asks.
 
     If memory runs out, it goes on with the next knob, once and with a warning: images one by one, or else tiles.
@@ -183,7 +183,7 @@ def _next_knob(latents: Tensor, policy: MemoryPolicy) -> MemoryPolicy | None:
     return None
 
 
-def _decoder_bytes(decoder: VAEDecoder, latents: Tensor, policy: MemoryPolicy) -> int:
+def _decoder_bytes(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> int:
     """A lower bound: the weights, and the widest resnet block's input, skip and output at full resolution."""
     tile = policy.decode_tile or max(latents.shape[2:])
     pixels = math.prod(min(side, tile) * decoder.config.spatial_factor for side in latents.shape[2:])
@@ -192,7 +192,7 @@ def _decoder_bytes(decoder: VAEDecoder, latents: Tensor, policy: MemoryPolicy) -
     return weight_bytes(decoder) + rows * pixels * channels * latents.element_size()
 
 
-def _decode(decoder: VAEDecoder, latents: Tensor, policy: MemoryPolicy) -> Tensor:
+def _decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Tensor:
     decode_rows: Decode = decoder
     if policy.decode_tile is not None and max(latents.shape[2:]) > policy.decode_tile:
         warnings.warn(

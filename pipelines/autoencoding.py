@@ -9,13 +9,16 @@ from torch import Tensor
 
 from latentgen.errors import NumericalError
 from latentgen.memory import MemoryPolicy, decode, resident
+from latentgen.models.pixels import ImageDecoder, ImageEncoder
 from latentgen.models.vae import Gaussian, VAEDecoder, VAEEncoder
 from latentgen.pipelines.devices import dtype_of
 
 Stage = TypeVar("Stage", VAEDecoder, VAEEncoder)
 
 
-def decode_images(decoder: VAEDecoder, latents: Tensor, device: torch.device, memory: MemoryPolicy) -> Tensor:
+def decode_images(
+    decoder: ImageDecoder, latents: Tensor, device: torch.device, memory: MemoryPolicy
+) -> Tensor:
     """Decode float32 latents [B, C, h, w] to images [B, 3, H, W], nominally in -1..1.
 
     The decoder of Stable Diffusion can overflow in float16; if it gives infinity or NaN, it runs once more in
@@ -28,7 +31,7 @@ def decode_images(decoder: VAEDecoder, latents: Tensor, device: torch.device, me
     latents = latents.contiguous(memory_format=torch.channels_last)
     with resident(decoder, device, offload=memory.offload_idle):
         images = decode(decoder, latents.to(dtype), memory)
-        if dtype != torch.float32 and not _finite(images):
+        if isinstance(decoder, VAEDecoder) and dtype != torch.float32 and not _finite(images):
             images = decode(_in_float32(decoder), latents, memory)
     if not _finite(images):
         raise NumericalError(
@@ -37,7 +40,7 @@ def decode_images(decoder: VAEDecoder, latents: Tensor, device: torch.device, me
     return images
 
 
-def encode_images(encoder: VAEEncoder, images: Tensor, device: torch.device) -> Gaussian:
+def encode_images(encoder: ImageEncoder, images: Tensor, device: torch.device) -> Gaussian:
     """Encode images [B, 3, H, W] in -1..1, one after the other, to the float32 distribution of their latents.
 
     The encoder is on the device only while it works. Like the decoder it runs once more in float32 if need be.
@@ -49,7 +52,7 @@ def encode_images(encoder: VAEEncoder, images: Tensor, device: torch.device) -> 
     images = images.to(device).contiguous(memory_format=torch.channels_last)
     with resident(encoder, device, offload=True):
         posterior = _encode(encoder, images.to(dtype))
-        if dtype != torch.float32 and not _finite(torch.stack(posterior)):
+        if isinstance(encoder, VAEEncoder) and dtype != torch.float32 and not _finite(torch.stack(posterior)):
             posterior = _encode(_in_float32(encoder), images)
     if not _finite(torch.stack(posterior)):
         raise NumericalError(
@@ -58,7 +61,7 @@ def encode_images(encoder: VAEEncoder, images: Tensor, device: torch.device) -> 
     return posterior
 
 
-def _encode(encoder: VAEEncoder, images: Tensor) -> Gaussian:
+def _encode(encoder: ImageEncoder, images: Tensor) -> Gaussian:
     means, logvars = zip(*(encoder(image) for image in images.split(1)), strict=True)
     return Gaussian(torch.cat(means).float(), torch.cat(logvars).float())
 

@@ -18,9 +18,9 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
 from latentgen.memory import MemoryPolicy, explained_out_of_memory
+from latentgen.models.pixels import ImageDecoder, ImageEncoder
 from latentgen.models.text import TextEncoder
 from latentgen.models.unet import UNet
-from latentgen.models.vae import VAEDecoder, VAEEncoder
 from latentgen.pipelines import adapting, loading
 from latentgen.pipelines.arguments import (
     MAX_CLIP_SKIP,
@@ -77,12 +77,12 @@ class Pipeline(ABC):
     reads: ClassVar[tuple[str, ...]] = ()
 
     unet: UNet
-    decoder: VAEDecoder
+    decoder: ImageDecoder
     text_encoder: TextEncoder
     scheduler: Scheduler
     memory: MemoryPolicy = field(default_factory=MemoryPolicy)
     device: torch.device = _CPU
-    load_encoder: Callable[[], VAEEncoder] | None = None
+    load_encoder: Callable[[], ImageEncoder] | None = None
     force_zeros_for_empty_prompt: bool = False
     default_guidance_scale: float = loading.USUAL_GUIDANCE_SCALE
 
@@ -122,9 +122,9 @@ class Pipeline(ABC):
         unet, latent, image = self.unet.config, self.decoder.config.latent_channels, self._image_channels
         if unet.in_channels != latent + image or unet.out_channels != latent:
             raise ConfigError(
-                f"{type(self).__name__} needs a UNet from {latent + image} channels ({latent} of the VAE's latents, "
+                f"{type(self).__name__} needs a UNet from {latent + image} channels ({latent} of latents or pixels, "
                 f"{image} of an image) to {latent}, not from {unet.in_channels} to {unet.out_channels}: text to image "
-                "has 4 to 4, instruct-pix2pix 8 to 4, inpainting 9 to 4, x4 upscaling 7 to 4"
+                "has 4 to 4 (on pixels 3 to 3), instruct-pix2pix 8 to 4, inpainting 9 to 4, x4 upscaling 7 to 4"
             )
         labelled = bool(unet.class_embed_type or unet.num_class_embeds)
         if labelled != self._takes_noise_level:
@@ -346,7 +346,7 @@ class Pipeline(ABC):
             index["force_zeros_for_empty_prompt"] = self.force_zeros_for_empty_prompt
         return index
 
-    def encoder(self) -> VAEEncoder:
+    def encoder(self) -> ImageEncoder:
         """The VAE's encoder, from where the pipeline came from; stands on the CPU.
 
         Raises:

@@ -56,5 +56,5 @@ def resolve_dtype(dtype: DTypeName | torch.dtype, device: torch.device) -> torch
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's weights."""
-    return next(module.parameters()).dtype
+    """The dtype of a module's weights; float32 if it has none."""
+    return next((parameter.dtype for parameter in module.parameters()), torch.float32)

@@ -19,6 +19,7 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointMismatchError, InputError
 from latentgen.memory import MemoryPolicy
 from latentgen.models.packing import can_pack, pack_convolutions
+from latentgen.models.pixels import PixelDecoder
 from latentgen.models.text import CLIPText, CLIPTextConfig, ContextLayer, TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
@@ -92,7 +93,8 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
     name = type(pipe).__name__
     ours = next((ours for ours in _PIPELINES if name in ours.reads), None)
     if ours is None:
-        possible = ", ".join(known for ours in _PIPELINES for known in ours.reads)
+        reads = (known for ours in _PIPELINES for known in ours.reads)
+        possible = ", ".join(known for known in reads if known != loading.PIXEL_CLASS)
         raise InputError(f"a {name} cannot be taken over; possible are {possible}")
     memory = MemoryPolicy() if memory is None else memory
     parts = pipe.components
@@ -134,7 +136,8 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
     Only the VAE's encoder, which text to image does not hold, may have to be loaded.
 
     Raises:
-        InputError: the pipeline knows of no VAE encoder, or has LoRAs that are not merged; diffusers is not installed.
+        InputError: the pipeline works on pixels, knows of no VAE encoder, or has LoRAs that are not merged; diffusers
+            is not installed.
     """
     try:
         import diffusers
@@ -143,11 +146,18 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
             f'to_diffusers needs diffusers ({error}); install it with pip install "latentgen[train]"'
         ) from error
     refuse_attached(pipeline)
+    decoder = pipeline.decoder
+    if isinstance(decoder, PixelDecoder):
+        raise InputError(
+            "this pipeline works on pixels, and diffusers has none of that kind: those of Stable Diffusion need a VAE. "
+            "Its UNet, text encoder and scheduler are read by diffusers' and transformers' own classes: "
+            "save_pretrained(folder), then UNet2DConditionModel.from_pretrained(folder, subfolder='unet') and so on"
+        )
     with torch.device("meta"):
         unet: Any = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config.to_json())
-        vae: Any = diffusers.AutoencoderKL.from_config(pipeline.decoder.config.to_json())
+        vae: Any = diffusers.AutoencoderKL.from_config(decoder.config.to_json())
     _share(unet, pipeline.unet)
-    _share(vae, pipeline.encoder().to(pipeline.device), pipeline.decoder)
+    _share(vae, pipeline.encoder().to(pipeline.device), decoder)
     towers = named_towers(pipeline.unet, pipeline.text_encoder)
     parts: dict[str, Any] = {
         "unet": unet,

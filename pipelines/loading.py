@@ -18,6 +18,7 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import quote
 from latentgen.models.packing import can_pack, pack_convolutions
+from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder, PixelEncoder
 from latentgen.models.text import CLIPText, CLIPTextConfig, TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
@@ -34,6 +35,8 @@ _GUIDANCE_SCALES = {
 }
 # A checkpoint's own, in model_index.json; diffusers passes over keys that begin so.
 GUIDANCE_KEY = "_guidance_scale"
+# Diffusers has no pipeline from CLIP's text to pixels: under this class it refuses the folder, rather than misread it.
+PIXEL_CLASS = "LatentgenPixelPipeline"
 # Each pipeline here -> the classes of diffusers' pipelines whose checkpoints it reads.
 READS: Mapping[str, tuple[str, ...]] = {
     "TextToImagePipeline": (
@@ -42,6 +45,7 @@ READS: Mapping[str, tuple[str, ...]] = {
         # How diffusers calls the pipeline of a folder with the refiner.
         "StableDiffusionXLImg2ImgPipeline",
         "LatentConsistencyModelPipeline",
+        PIXEL_CLASS,
     ),
     "InpaintPipeline": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
     "InstructPix2PixPipeline": ("StableDiffusionInstructPix2PixPipeline",),
@@ -140,20 +144,35 @@ def load_unet(checkpoint: Checkpoint, placement: Placement) -> UNet:
     return unet
 
 
-def load_decoder(checkpoint: Checkpoint, placement: Placement) -> VAEDecoder:
-    """The decoder of a checkpoint's VAE; the encoder's part of the file is passed over."""
+def load_decoder(checkpoint: Checkpoint, placement: Placement) -> ImageDecoder:
+    """The decoder of a checkpoint's VAE, the encoder's part passed over; that of pixels where there is no VAE."""
+    if _works_on_pixels(checkpoint):
+        return PixelDecoder()
     with torch.device("meta"):
         decoder = VAEDecoder(VAEConfig.from_json(checkpoint.config("vae")))
     _load(decoder, checkpoint, "vae", placement, prefixes=DECODER_KEYS, ignored_prefixes=ENCODER_KEYS)
     return decoder
 
 
-def load_encoder(checkpoint: Checkpoint, placement: Placement) -> VAEEncoder:
-    """The encoder of a checkpoint's VAE; the decoder's part of the file is passed over."""
+def load_encoder(checkpoint: Checkpoint, placement: Placement) -> ImageEncoder:
+    """The encoder of a checkpoint's VAE, the decoder's part passed over; that of pixels where there is no VAE."""
+    if _works_on_pixels(checkpoint):
+        return PixelEncoder()
     with torch.device("meta"):
         encoder = VAEEncoder(VAEConfig.from_json(checkpoint.config("vae")))
     _load(encoder, checkpoint, "vae", placement, prefixes=ENCODER_KEYS, ignored_prefixes=DECODER_KEYS)
     return encoder
+
+
+def _works_on_pixels(checkpoint: Checkpoint) -> bool:
+    if checkpoint.model_index.get("_class_name") != PIXEL_CLASS:
+        return False
+    if "vae" in checkpoint.components:
+        raise ConfigError(
+            f"{quote(checkpoint.path)}, model_index.json: a {PIXEL_CLASS} works on pixels and has no vae; remove the "
+            "entry, or correct _class_name"
+        )
+    return True
 
 
 def load_text_encoder(checkpoint: Checkpoint, placement: Placement) -> TextEncoder:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from latentgen.memory import MemoryPolicy
+from latentgen.models.pixels import ImageDecoder
 from latentgen.models.text import TextEncoder
 from latentgen.models.unet import UNet
-from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.arguments import OutputType
 from latentgen.pipelines.conditioning import SizeConditioning
 from latentgen.pipelines.guiding import Guided
@@ -26,7 +26,7 @@ class Stages(Protocol):
     def unet(self) -> UNet: ...
 
     @property
-    def decoder(self) -> VAEDecoder: ...
+    def decoder(self) -> ImageDecoder: ...
 
     @property
     def text_encoder(self) -> TextEncoder: ...

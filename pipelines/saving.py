@@ -7,10 +7,11 @@ from pathlib import Path
 
 from latentgen.checkpoints.folder import LAYOUT_VERSION, TOKENIZERS, save_weights, write_json
 from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import InputError
+from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder
 from latentgen.models.text import CLIPText, TextEncoder
 from latentgen.models.unet import UNet
-from latentgen.models.vae import VAEDecoder, VAEEncoder
-from latentgen.pipelines.loading import GUIDANCE_KEY, usual_guidance_scale
+from latentgen.pipelines.loading import GUIDANCE_KEY, PIXEL_CLASS, usual_guidance_scale
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 _NONE = [None, None]
@@ -34,14 +35,16 @@ def save_folder(
     folder: Path,
     *,
     unet: UNet,
-    encoder: VAEEncoder,
-    decoder: VAEDecoder,
+    encoder: ImageEncoder,
+    decoder: ImageDecoder,
     text_encoder: TextEncoder,
     schedulers: Mapping[str, Scheduler],
     index: Mapping[str, object],
     variant: str | None,
 ) -> None:
     """Write a folder that diffusers loads; `model_index.json`, which names the pipeline's class, comes last.
+
+    Of what works on pixels there is no `vae`, and diffusers loads no more than the single components.
 
     Args:
         folder: where to write; made if need be.
@@ -50,21 +53,27 @@ def save_folder(
         decoder: of the VAE.
         text_encoder: one tower, or SDXL's two.
         schedulers: component -> scheduler.
-        index: what `model_index.json` holds besides the components: `_class_name` and the like.
+        index: what `model_index.json` holds besides the components: `_class_name` and the like. Of what works on
+            pixels, nothing but text to image without SDXL's conditioning has a class.
         variant: part of the names of the weight files.
 
     Raises:
+        InputError: the pipeline works on pixels, and its class needs a VAE; nothing was written.
         OutputError: a file could not be written; it keeps its old content, as do those that follow it.
     """
+    if isinstance(decoder, PixelDecoder) and index["_class_name"] != PIXEL_CLASS:
+        raise InputError(
+            f"a {index['_class_name']} that works on pixels cannot be saved: that class needs a VAE; only text to "
+            "image without the conditioning of SDXL has a class for pixels"
+        )
     save_weights(unet.state_dict(), folder / "unet", WEIGHTS_STEM, variant=variant)
     write_json(folder / "unet" / "config.json", unet.config.to_json())
-    vae = {**encoder.state_dict(), **decoder.state_dict()}
-    save_weights(vae, folder / "vae", WEIGHTS_STEM, variant=variant)
-    write_json(folder / "vae" / "config.json", decoder.config.to_json())
-    components: dict[str, object] = {
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    components: dict[str, object] = {"unet": ["diffusers", "UNet2DConditionModel"]}
+    if not isinstance(decoder, PixelDecoder):
+        vae = {**encoder.state_dict(), **decoder.state_dict()}
+        save_weights(vae, folder / "vae", WEIGHTS_STEM, variant=variant)
+        write_json(folder / "vae" / "config.json", decoder.config.to_json())
+        components["vae"] = ["diffusers", "AutoencoderKL"]
     for name, tower in named_towers(unet, text_encoder).items():
         tower.save(folder / name, folder / TOKENIZERS[name], variant=variant)
         projected = "WithProjection" if tower.config.projects else ""

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from latentgen.errors import InputError
+from latentgen.models.pixels import PixelDecoder
 from latentgen.pipelines.arguments import (
     OutputType,
     check_latents,
@@ -21,7 +22,7 @@ from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
 from latentgen.pipelines.conditioning import SizeConditioning
 from latentgen.pipelines.denoising import PipelineStep, completed, denoise
 from latentgen.pipelines.guiding import GuidanceOptions
-from latentgen.pipelines.loading import READS
+from latentgen.pipelines.loading import PIXEL_CLASS, READS
 from latentgen.pipelines.prompting import Prompts
 from latentgen.pipelines.request import Sampling
 from latentgen.pipelines.run import Beginning, ImageNoise, Run
@@ -30,7 +31,8 @@ from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 @dataclass(frozen=True, eq=False)
 class TextToImagePipeline(Pipeline):
-    """Images from text: Stable Diffusion 1.x and 2.x, SDXL, its refiner, and what was distilled from them.
+    """Images from text: Stable Diffusion 1.x and 2.x, SDXL, its refiner, what was distilled from them, and small models
+    that work on pixels.
 
     The stages, and how they are loaded, are those of :class:`Pipeline`; of the VAE only the decoder is.
     """
@@ -39,7 +41,9 @@ class TextToImagePipeline(Pipeline):
 
     @property
     def diffusers_class(self) -> str:
-        """The class of diffusers' pipeline over the same stages."""
+        """The class of diffusers' pipeline over the same stages; on pixels one of our own."""
+        if isinstance(self.decoder, PixelDecoder) and not self.is_sdxl:
+            return PIXEL_CLASS
         if not self.is_sdxl:
             distilled = self.unet.config.time_cond_proj_dim is not None
             return "LatentConsistencyModelPipeline" if distilled else "StableDiffusionPipeline"
@@ -54,6 +58,8 @@ class TextToImagePipeline(Pipeline):
         return 0
 
     def _index(self) -> dict[str, object]:
+        if self.diffusers_class == PIXEL_CLASS:
+            return {}
         if self.diffusers_class != "StableDiffusionXLImg2ImgPipeline":
             return super()._index()
         absent = {"text_encoder": [None, None], "tokenizer": [None, None]}

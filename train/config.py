@@ -60,19 +60,23 @@ class AutoencoderTask(Section):
 
 
 class TextToImageTask(Section):
-    """Train a UNet and its text encoder jointly in the latents of a finished autoencoder.
+    """Train a UNet and its text encoder jointly in the latents of a finished autoencoder, or in pixels.
 
-    `vae` is a folder with that autoencoder; `unet`, `text_encoder` and `scheduler` are the contents of the diffusers
-    configurations. `cached_views` random views of every item are encoded once, before training; a `timestep_shift`
-    above 1 spends more samples on the noisier timesteps; `guidance_scale` is what the finished model is guided with
-    where a call names none; `save_half` writes it in float16.
+    `vae` is a folder with that autoencoder, or null for pixels; `unet`, `text_encoder` and `scheduler` are the contents
+    of the diffusers configurations. Without `train_text_encoder` the text encoder stays that of `init_from`;
+    `fresh_layers` of the UNet, such as `conv_in`, begin at random all the same. `cached_views` random views of every
+    item are encoded once, before training; a `timestep_shift` above 1 spends more samples on the noisier timesteps;
+    `guidance_scale` is what the finished model is guided with where a call names none; `save_half` writes it in
+    float16.
     """
 
     kind: Literal["text_to_image"]
-    vae: Path
+    vae: Path | None
     unet: dict[str, Any]
     text_encoder: dict[str, Any]
     scheduler: dict[str, Any]
+    train_text_encoder: bool = True
+    fresh_layers: tuple[str, ...] = ()
     caption_dropout: Rate = 0.1
     cached_views: Annotated[int, Field(ge=1, le=4096)] = 16
     timestep_shift: Positive = 1.0
@@ -139,6 +143,15 @@ class TrainConfig(Section):
             raise ValueError(
                 "task.train_encoder is false, so init_from must name the folder of a trained encoder"
             )
+        if isinstance(self.task, TextToImageTask) and self.init_from is None:
+            if not self.task.train_text_encoder:
+                raise ValueError(
+                    "task.train_text_encoder is false, so init_from must name the folder of a trained text encoder"
+                )
+            if self.task.fresh_layers:
+                raise ValueError(
+                    "task.fresh_layers: without init_from every layer begins at random; leave it out"
+                )
         return self
 
 

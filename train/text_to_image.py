@@ -1,8 +1,8 @@
-"""The objective of text-to-image diffusion in the latents of a finished autoencoder (arXiv:2112.10752, eq. 3)."""
+"""The objective of text to image in the latents of an autoencoder (arXiv:2112.10752, eq. 3) or in pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from latentgen.diffusion.prediction import add_noise, target
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, ResumeError
 from latentgen.files import quote
+from latentgen.models.pixels import RGB, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
 from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer, save_tokenizer
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig, VAEEncoder
-from latentgen.pipelines.loading import Placement, load_decoder, load_encoder
-from latentgen.pipelines.saving import SD_INDEX, class_entries, save_folder
+from latentgen.models.vae import VAEConfig
+from latentgen.pipelines.loading import USUAL_GUIDANCE_SCALE, Placement, load_decoder, load_encoder
+from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TextToImageTask
 from latentgen.train.data import BatchPlan, CaptionedImages, Captions, sample_rng, to_tensor
 from latentgen.train.objective import Loss, Objective
@@ -37,11 +38,12 @@ _TOKENIZER = "tokenizer"
 
 
 class TextToImageObjective(Objective):
-    """The error of the UNet's prediction at random noise levels; the text encoder learns along with it.
+    """The error of the UNet's prediction at random noise levels; the text encoder learns along with it, or is frozen.
 
     The images are encoded once: `cached_views` random views of every item, kept as the mean and standard deviation of
-    their latents. Captions are drawn anew each time, and left out at the rate of `caption_dropout`, which teaches the
-    unconditional prediction of classifier-free guidance (arXiv:2207.12598).
+    their latents, which without an autoencoder are the pixels and 0. Captions are drawn anew each time, and left out at
+    the rate of `caption_dropout`, which teaches the unconditional prediction of classifier-free guidance
+    (arXiv:2207.12598).
 
     Args:
         task: what the recipe says.
@@ -75,16 +77,18 @@ class TextToImageObjective(Objective):
         self.scheduler = Scheduler.from_config(task.scheduler)
         unet_config = UNetConfig.from_json(task.unet)
         text_config = CLIPTextConfig.from_json(task.text_encoder)
-        vae = CheckpointFolder.open(task.vae)
-        _check_fit(unet_config, text_config, VAEConfig.from_json(vae.config("vae")), data.image_size)
+        vae = None if task.vae is None else CheckpointFolder.open(task.vae)
+        vae_config = RGB if vae is None else VAEConfig.from_json(vae.config("vae"))
+        _check_fit(unet_config, text_config, vae_config, data.image_size)
         origin = None if init_from is None else CheckpointFolder.open(init_from)
         self.unet = UNet(unet_config)
         if origin is not None:
-            load_weights(self.unet, origin.weight_files("unet"), dtype=torch.float32)
+            _load_unet(self.unet, origin, task.fresh_layers)
         self._text = _text_encoder(text_config, data, origin, assets)
-        self.text_encoder = self._text.model
+        self.text_encoder = self._text.model.requires_grad_(task.train_text_encoder)
         placement = Placement(torch.float32, device)
-        encoder, decoder = load_encoder(vae, placement), load_decoder(vae, placement)
+        encoder = PixelEncoder() if vae is None else load_encoder(vae, placement)
+        decoder = PixelDecoder() if vae is None else load_decoder(vae, placement)
         self._means, self._stds, self._captions = _encode_views(
             encoder, device, data, views=task.cached_views, seed=seed
         )
@@ -125,7 +129,8 @@ class TextToImageObjective(Objective):
         latents, noise, timesteps, tokens = batch
         level = self.scheduler.schedule.batch(timesteps)
         with _attention_kernels(latents):
-            context = self._text.encode_tokens(tokens).context
+            with torch.set_grad_enabled(self.task.train_text_encoder and torch.is_grad_enabled()):
+                context = self._text.encode_tokens(tokens).context
             output = self.unet(add_noise(latents, noise, level), timesteps, context)
         wanted = target(latents, noise, level, self.scheduler.prediction_type)
         errors = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
@@ -141,24 +146,23 @@ class TextToImageObjective(Objective):
         save_tokenizer(self._text.tokenizer, folder / _TOKENIZER)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the whole pipeline in the layout of StableDiffusionPipeline, in float16 if the recipe says so."""
+        """Write the whole pipeline in the diffusers layout, in float16 if the recipe says so."""
         self.load_state_dict(dict(weights))
         dtype = torch.float16 if self.task.save_half else torch.float32
         nn.ModuleList([self.unet, self.text_encoder, *self._vae]).to(dtype)
         encoder, decoder = self._vae
-        save_folder(
-            folder,
+        scale = self.task.guidance_scale
+        TextToImagePipeline(
             unet=self.unet,
-            encoder=encoder,
             decoder=decoder,
             text_encoder=self._text,
-            schedulers={"scheduler": self.scheduler},
-            index={**SD_INDEX, **class_entries("StableDiffusionPipeline", self.task.guidance_scale)},
-            variant=None,
-        )
+            scheduler=self.scheduler,
+            load_encoder=lambda: encoder,
+            default_guidance_scale=USUAL_GUIDANCE_SCALE if scale is None else scale,
+        ).save_pretrained(folder)
 
 
-def _check_fit(unet: UNetConfig, text: CLIPTextConfig, vae: VAEConfig, image_size: int) -> None:
+def _check_fit(unet: UNetConfig, text: CLIPTextConfig, vae: VAEConfig | PixelConfig, image_size: int) -> None:
     """Refuse configurations of which one cannot take what another gives."""
     pairs = (
         ("task.unet.in_channels", unet.in_channels, "channels of the latents", vae.latent_channels),
@@ -177,6 +181,18 @@ def _check_fit(unet: UNetConfig, text: CLIPTextConfig, vae: VAEConfig, image_siz
         )
     if problems:
         raise ConfigError("the parts of the recipe do not fit each other: " + "; ".join(problems))
+
+
+def _load_unet(unet: UNet, origin: CheckpointFolder, fresh_layers: Sequence[str]) -> None:
+    """Give the UNet the weights of `origin`, all but those of its fresh layers, which may have other shapes there."""
+    layers = dict(unet.named_children())
+    if unknown := [name for name in fresh_layers if name not in layers]:
+        raise ConfigError(
+            f"task.fresh_layers: {quote(unknown[0])} is no layer of this UNet; its layers are: {', '.join(layers)}"
+        )
+    kept = nn.ModuleDict({name: layer for name, layer in layers.items() if name not in fresh_layers})
+    fresh_prefixes = tuple(f"{name}." for name in fresh_layers)
+    load_weights(kept, origin.weight_files("unet"), ignored_prefixes=fresh_prefixes, dtype=torch.float32)
 
 
 def _text_encoder(
@@ -210,7 +226,7 @@ def _text_encoder(
 
 @torch.no_grad()
 def _encode_views(
-    encoder: VAEEncoder, device: torch.device, data: CaptionedImages, *, views: int, seed: int
+    encoder: ImageEncoder, device: torch.device, data: CaptionedImages, *, views: int, seed: int
 ) -> tuple[Tensor, Tensor, list[Captions]]:
     """Mean and standard deviation of the latents of `views` random views of every item, and the views' captions.
 

@@ -106,6 +106,12 @@ def test_fields_must_agree(fields: dict[str, Any], tmp_path: Path):
         load(fields, tmp_path, "gradient_accumulation_steps=3")
     with pytest.raises(ConfigError, match="init_from must name the folder of a trained encoder"):
         load(fields, tmp_path, "task.train_encoder=false")
+    fields["task"] = {"kind": "text_to_image", "vae": None, "unet": {}, "text_encoder": {}, "scheduler": {}}
+    with pytest.raises(ConfigError, match="init_from must name the folder of a trained text encoder"):
+        load(fields, tmp_path, "task.train_text_encoder=false")
+    with pytest.raises(ConfigError, match="fresh_layers: without init_from every layer begins at random"):
+        load(fields, tmp_path, "task.fresh_layers=[conv_in]")
+    load(fields, tmp_path, "task.train_text_encoder=false", "task.fresh_layers=[conv_in]", "init_from=model")
 
 
 def test_overrides_replace_nested_fields_and_are_read_as_yaml(fields: dict[str, Any], tmp_path: Path):

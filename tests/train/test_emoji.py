@@ -48,6 +48,18 @@ def test_missing_files_name_their_package(tmp_path: Path):
         EmojiSet(font=tmp_path / "font.ttf", annotations=tmp_path / "en.xml")
 
 
+def test_small_images_are_the_large_ones_reduced(emoji: EmojiSet):
+    small = EmojiSet(image_size=16)
+    for name in ("tiger face", "slice of pizza", "rocket"):
+        index = index_of(emoji, name)
+        assert small.view(index, random.Random(0)).image.size == (16, 16)
+        reduced = emoji.render(index, GlyphPlacement(56, ground="teal")).reduce(4)
+        drawn = small.render(index, GlyphPlacement(14, ground="teal"))
+        difference = np.abs(np.asarray(drawn, float) - np.asarray(reduced, float))
+        contrast = np.abs(np.asarray(reduced, float) - np.asarray(reduced, float).mean((0, 1)))
+        assert difference.mean() < 0.15 * contrast.mean(), name
+
+
 def test_glyphs(emoji: EmojiSet):
     names = [glyph.name for glyph in emoji.glyphs]
     assert 1340 <= len(emoji) <= 1420  # later versions of Python name a few more codepoints

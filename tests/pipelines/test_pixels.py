@@ -1,0 +1,250 @@
+"""Text to image on pixels, against a loop by hand over the parts that diffusers and transformers read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from latentgen import cli
+from latentgen.checkpoints.folder import CheckpointFolder
+from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
+from latentgen.memory import MemoryPolicy
+from latentgen.models.pixels import PixelDecoder, PixelEncoder
+from latentgen.models.unet import UNet
+from latentgen.models.unet_config import UNetConfig
+from latentgen.pipelines import loading
+from latentgen.pipelines.inpaint import InpaintPipeline
+from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
+from latentgen.pipelines.interop import to_diffusers
+from latentgen.pipelines.text_to_image import TextToImagePipeline
+
+SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": True,
+    "steps_offset": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with a UNet and a scheduler for 8x8 pixels; each part written by the library it is for."""
+    folder = tmp_path_factory.mktemp("pixels") / "model"
+    shutil.copytree(tiny_checkpoint, folder, ignore=shutil.ignore_patterns("vae", "unet", "scheduler"))
+    fields = json.loads((tiny_checkpoint / "unet" / "config.json").read_text("utf-8"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        UNet2DConditionModel.from_config({**fields, "in_channels": 3, "out_channels": 3}).save_pretrained(
+            folder / "unet"
+        )
+    DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    kept = {name: index[name] for name in ("unet", "text_encoder", "tokenizer", "scheduler")}
+    entries = {"_class_name": "LatentgenPixelPipeline", "_guidance_scale": 3.0, **kept}
+    (folder / "model_index.json").write_text(json.dumps(entries), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pixels(folder: Path) -> TextToImagePipeline:
+    return TextToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def broken(folder: Path, tmp_path: Path) -> Path:
+    """A copy whose files a test may change."""
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+def draw(pipeline: TextToImagePipeline, **arguments: Any) -> np.ndarray:
+    options = {"num_inference_steps": 5, "seed": 7, "output_type": "np", "progress": False, **arguments}
+    images = pipeline("a cat", **options).images
+    assert isinstance(images, np.ndarray)
+    return images
+
+
+def edit(path: Path, **fields: object) -> None:
+    entries = json.loads(path.read_text("utf-8")) | fields
+    path.write_text(
+        json.dumps({name: entry for name, entry in entries.items() if entry is not None}), "utf-8"
+    )
+
+
+@torch.no_grad()
+def loop_by_hand(folder: Path, start: Tensor, scale: float) -> np.ndarray:
+    """Classifier-free guidance over the stages of diffusers and transformers, without any pipeline."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokens = tokenizer(["", "a cat"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    context = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()(tokens).last_hidden_state
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(5)
+    x = start * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        without, with_prompt = unet(torch.cat([x, x]), timestep, context).sample.chunk(2)
+        x = scheduler.step(without + scale * (with_prompt - without), timestep, x).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 12), (9, 13)])
+def test_the_image_is_that_of_a_loop_by_hand(
+    folder: Path, pixels: TextToImagePipeline, size: tuple[int, int]
+) -> None:
+    start = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(7))
+    theirs = loop_by_hand(folder, start, scale=3.0)  # the folder's own
+    ours = draw(pixels, height=size[0], width=size[1])
+    assert ours.shape == theirs.shape == (1, *size, 3)
+    assert np.abs(ours - theirs).max() < 1e-4
+    assert np.std(theirs) > 0.05
+
+
+def test_x0_is_clipped_as_the_scheduler_says(broken: Path, pixels: TextToImagePipeline) -> None:
+    edit(broken / "scheduler" / "scheduler_config.json", clip_sample=False)
+    unclipped = TextToImagePipeline.from_pretrained(broken, dtype="float32", device="cpu")
+    assert np.abs(draw(unclipped) - draw(pixels)).max() > 0.01
+    *_, last = pixels.stream("a cat", num_inference_steps=5, seed=7, progress=False)
+    assert last.x0.abs().max() == 1.0
+
+
+def test_the_size_is_that_of_the_training_and_any_other_is_allowed(pixels: TextToImagePipeline) -> None:
+    (image,) = pixels("a cat", num_inference_steps=2, progress=False).images
+    assert isinstance(image, Image.Image)
+    assert image.size == (8, 8)
+    with pytest.raises(InputError, match="height=0 must be a multiple of 1"):
+        pixels.stream("a cat", height=0)
+
+
+def test_latents_are_the_pixels(pixels: TextToImagePipeline) -> None:
+    latents = pixels("a cat", num_inference_steps=3, seed=7, output_type="latent", progress=False).images
+    assert isinstance(latents, Tensor)
+    images = draw(pixels, num_inference_steps=3)
+    assert np.array_equal((latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), images)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        MemoryPolicy(offload_idle=True),
+        MemoryPolicy(attention="chunked", guide_one_by_one=True),
+        MemoryPolicy(decode_one_by_one=False, decode_tile=8),
+    ],
+)
+def test_knobs_do_not_change_the_image(
+    folder: Path, pixels: TextToImagePipeline, memory: MemoryPolicy
+) -> None:
+    sparing = TextToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu", memory=memory)
+    assert np.abs(draw(sparing) - draw(pixels)).max() < 1e-5
+
+
+def test_half_precision_is_close(folder: Path, pixels: TextToImagePipeline) -> None:
+    half = TextToImagePipeline.from_pretrained(folder, dtype="bfloat16", device="cpu")
+    assert np.abs(draw(half) - draw(pixels)).max() < 0.1
+
+
+def test_a_saved_folder_is_the_same_model(pixels: TextToImagePipeline, folder: Path, tmp_path: Path) -> None:
+    pixels.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "vae").exists()
+    again = TextToImagePipeline.from_pretrained(tmp_path / "again", dtype="float32", device="cpu")
+    assert isinstance(again.decoder, PixelDecoder)
+    assert isinstance(again.encoder(), PixelEncoder)
+    assert again.default_guidance_scale == 3.0
+    assert again.scheduler == pixels.scheduler
+    assert np.array_equal(draw(again), draw(pixels))
+    start = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+    assert np.abs(loop_by_hand(tmp_path / "again", start, scale=3.0) - draw(pixels)).max() < 1e-4
+
+
+def test_diffusers_refuses_the_folder_and_is_given_no_pipeline(
+    folder: Path, pixels: TextToImagePipeline
+) -> None:
+    with pytest.raises(AttributeError, match="LatentgenPixelPipeline"):
+        DiffusionPipeline.from_pretrained(folder)
+    with pytest.raises(InputError, match=r"works on pixels.*need a VAE"):
+        to_diffusers(pixels)
+
+
+def test_other_pipelines_name_the_one_that_reads_it(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="LatentgenPixelPipeline'; load it with TextToImagePipeline"):
+        InpaintPipeline.from_pretrained(folder)
+
+
+def test_a_vae_that_is_named_must_be_there(broken: Path) -> None:
+    edit(broken / "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    with pytest.raises(ConfigError, match="works on pixels and has no vae; remove the entry"):
+        TextToImagePipeline.from_pretrained(broken)
+    edit(broken / "model_index.json", _class_name="StableDiffusionPipeline")
+    with pytest.raises(CheckpointNotFoundError, match=r"config\.json"):
+        TextToImagePipeline.from_pretrained(broken)
+
+
+def test_a_latent_checkpoint_without_its_vae_is_no_pixel_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    latent = shutil.copytree(tiny_checkpoint, tmp_path / "latent")
+    edit(latent / "model_index.json", vae=None)
+    with pytest.raises(CheckpointNotFoundError, match="no component 'vae'"):
+        TextToImagePipeline.from_pretrained(latent)
+    edit(latent / "model_index.json", _class_name="LatentgenPixelPipeline")
+    with pytest.raises(ConfigError, match=r"needs a UNet from 3 channels .* not from 4 to 4"):
+        TextToImagePipeline.from_pretrained(latent)
+
+
+def test_an_autoencoder_has_no_place_in_it(folder: Path, tiny_checkpoint: Path) -> None:
+    vae = tiny_checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(CheckpointNotFoundError, match="no component 'vae'"):
+        TextToImagePipeline.from_pretrained(folder, vae=vae)
+
+
+def test_stages_are_loaded_alone(folder: Path) -> None:
+    placement = loading.Placement(torch.float16, torch.device("cpu"))
+    checkpoint = CheckpointFolder.open(folder)
+    images = torch.rand(2, 3, 6, 6)
+    posterior = loading.load_encoder(checkpoint, placement)(images)
+    assert torch.equal(loading.load_decoder(checkpoint, placement)(posterior.mean), images)
+
+
+def test_the_command_draws_and_inspects(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "cat.png"
+    options = ["--model", str(folder), "-o", str(target), "--steps", "2", "--seed", "1"]
+    assert cli.main(["text2img", "a cat", *options]) == 0
+    assert Image.open(target).size == (8, 8)
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert "3 input channels" in capsys.readouterr().out
+
+
+def test_what_has_no_class_on_pixels_is_drawn_but_not_saved(
+    pixels: TextToImagePipeline, tmp_path: Path
+) -> None:
+    config = UNetConfig.from_json({**pixels.unet.config.to_json(), "in_channels": 6})
+    torch.manual_seed(0)
+    paired = InstructPix2PixPipeline(
+        unet=UNet(config).eval(),
+        decoder=PixelDecoder(),
+        text_encoder=pixels.text_encoder,
+        scheduler=pixels.scheduler,
+        load_encoder=PixelEncoder,
+    )
+    image = np.full((9, 13, 3), 200, dtype=np.uint8)
+    (drawn,) = paired("a cat", image=image, num_inference_steps=2, progress=False).images
+    assert isinstance(drawn, Image.Image)
+    assert drawn.size == (13, 9)
+    with pytest.raises(
+        InputError, match="StableDiffusionInstructPix2PixPipeline that works on pixels cannot"
+    ):
+        paired.save_pretrained(tmp_path / "model")
+    assert not list((tmp_path / "model").glob("*"))
