@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from latentgen.models.unet import UNet as UNet
     from latentgen.models.vae import VAEDecoder as VAEDecoder
     from latentgen.models.vae import VAEEncoder as VAEEncoder
+    from latentgen.pipelines.cascade import CascadePipeline as CascadePipeline
+    from latentgen.pipelines.cascade import StageSettings as StageSettings
     from latentgen.pipelines.conditioning import SizeConditioning as SizeConditioning
     from latentgen.pipelines.guiding import GuidanceOptions as GuidanceOptions
     from latentgen.pipelines.inpaint import InpaintPipeline as InpaintPipeline
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from latentgen.pipelines.upscale import UpscalePipeline as UpscalePipeline
 
 _PUBLIC = {
+    "CascadePipeline": "latentgen.pipelines.cascade",
     "Conditioning": "latentgen.models.text",
     "GuidanceOptions": "latentgen.pipelines.guiding",
     "InpaintPipeline": "latentgen.pipelines.inpaint",
@@ -44,6 +47,7 @@ _PUBLIC = {
     "MemoryPolicy": "latentgen.memory",
     "Scheduler": "latentgen.diffusion.scheduler",
     "SizeConditioning": "latentgen.pipelines.conditioning",
+    "StageSettings": "latentgen.pipelines.cascade",
     "TextToImagePipeline": "latentgen.pipelines.text_to_image",
     "UNet": "latentgen.models.unet",
     "UpscalePipeline": "latentgen.pipelines.upscale",

@@ -54,4 +54,66 @@ def text2img(
     job.draw(pipeline, call, settings=clip_skip_setting(clip_skip))
 
 
-COMMANDS = (text2img,)
+@spread
+def edit(
+    image: InputImage,
+    prompt: Annotated[
+        str,
+        typer.Argument(metavar="INSTRUCTION", help='What is to be done, in quotes, such as "make it snowy".'),
+    ],
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    image_guidance: Annotated[
+        float,
+        typer.Option(metavar="SCALE", help="How much of the image to keep; less than 1 is no guidance."),
+    ] = 1.5,
+) -> None:
+    """Edit IMAGE as INSTRUCTION says, with a checkpoint of InstructPix2Pix.
+
+    \b
+    latentgen edit garden.jpg "make it snowy" --model path/to/instruct-pix2pix -o snow.png
+    latentgen edit garden.jpg "make it snowy" --model path/to/instruct-pix2pix --image-guidance 1.2 --guidance 9
+
+    The result is as large as IMAGE.
+    """
+    job = Job(prompt, model, sampling, output)
+    from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
+
+    pipeline = model.load(InstructPix2PixPipeline)
+    call = partial(pipeline, prompt, image=image, image_guidance_scale=image_guidance)
+    job.draw(pipeline, call, settings={"Image CFG scale": f"{image_guidance:g}"})
+
+
+@spread
+def upscale(
+    image: InputImage,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="What the image shows, in quotes.", show_default=False)
+    ] = "",
+    noise_level: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="How much noise hides the image: more invents more detail and keeps less."
+        ),
+    ] = 20,
+    clip_skip: ClipSkip = 0,
+) -> None:
+    """Draw IMAGE in higher resolution, with a checkpoint of an upscaler.
+
+    \b
+    latentgen upscale small.png --prompt "a castle" --model path/to/x4-upscaler -o large.png
+    latentgen upscale small.png --model path/to/x4-upscaler --noise-level 100
+    """
+    job = Job(prompt, model, sampling, output)
+    from latentgen.pipelines.upscale import UpscalePipeline
+
+    pipeline = model.load(UpscalePipeline)
+    call = partial(pipeline, prompt, image=image, noise_level=noise_level, clip_skip=clip_skip)
+    job.draw(pipeline, call, settings={"Noise level": str(noise_level), **clip_skip_setting(clip_skip)})
+
+
+COMMANDS = (text2img, edit, upscale)

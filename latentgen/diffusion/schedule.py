@@ -24,7 +24,7 @@ BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 Spacing = Literal["linspace", "leading", "trailing"]
 FloatArray = NDArray[np.floating]
 
-_MAX_TRAIN_TIMESTEPS = 100_000
+MAX_TRAIN_TIMESTEPS = 100_000
 # Far beyond any use; it keeps the levels of a run apart.
 _MAX_SHIFT = 1000.0
 
@@ -258,9 +258,9 @@ Schedule = NoiseSchedule | FlowSchedule
 
 
 def _check_train_timesteps(num_train_timesteps: int) -> None:
-    if not 2 <= num_train_timesteps <= _MAX_TRAIN_TIMESTEPS:
+    if not 2 <= num_train_timesteps <= MAX_TRAIN_TIMESTEPS:
         raise ConfigError(
-            f"num_train_timesteps is {num_train_timesteps}; it must lie in 2..{_MAX_TRAIN_TIMESTEPS}"
+            f"num_train_timesteps is {num_train_timesteps}; it must lie in 2..{MAX_TRAIN_TIMESTEPS}"
         )
 
 

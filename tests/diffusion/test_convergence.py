@@ -8,6 +8,7 @@ import torch
 
 from latentgen.diffusion.names import SOLVER_TABLE, SolverName
 from latentgen.diffusion.schedule import NoiseLevel
+from latentgen.diffusion.solvers.table import SOLVERS
 from tests.diffusion.mixture import (
     DEVIATIONS,
     MEANS,
@@ -36,7 +37,8 @@ def test_order_of_convergence(solver: SolverName) -> None:
 
 
 def test_no_deterministic_solver_is_left_out() -> None:
-    assert set(ORDERS) | STOCHASTIC == set(SOLVER_TABLE)
+    assert set(ORDERS) | STOCHASTIC | {"flow_euler"} == set(SOLVER_TABLE)
+    assert SOLVERS["flow_euler"].step is SOLVERS["euler"].step
 
 
 def test_the_levels_are_even_in_log_snr_and_end_where_those_of_stable_diffusion_do() -> None:

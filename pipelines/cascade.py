@@ -1,0 +1,308 @@
+"""Cascades: a base model draws the outline, and upscalers add detail, one after the other (arXiv:2106.15282)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from pathlib import Path
+from typing import NamedTuple, ParamSpec, Self, cast
+
+import torch
+from torch import Tensor
+
+from latentgen.checkpoints.cascade import INDEX, StageEntry, open_cascade
+from latentgen.checkpoints.folder import resolve
+from latentgen.diffusion.names import own_name
+from latentgen.diffusion.schedule import MAX_TRAIN_TIMESTEPS
+from latentgen.errors import ConfigError, InputError
+from latentgen.files import quote
+from latentgen.memory import MemoryPolicy
+from latentgen.pipelines.arguments import (
+    MAX_IMAGES_PER_PROMPT,
+    MAX_SEED,
+    OutputType,
+    as_negative_prompts,
+    as_prompts,
+    check_guidance_scale,
+    check_integer,
+    check_output_type,
+    check_seeds,
+)
+from latentgen.pipelines.base import DEFAULT_STEPS
+from latentgen.pipelines.devices import DTypeName
+from latentgen.pipelines.loading import check_class
+from latentgen.pipelines.output import Images, Output, export
+from latentgen.pipelines.text_to_image import TextToImagePipeline
+from latentgen.pipelines.upscale import USUAL_NOISE_LEVEL, UpscalePipeline
+from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
+
+P = ParamSpec("P")
+
+# So far apart are the seeds of an image's stages, that no stage draws the noise of another.
+_SEED_STRIDE = 0x9E37_79B9_7F4A_7C15
+
+StagePipeline = TextToImagePipeline | UpscalePipeline
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How one stage of a cascade is run.
+
+    Attributes:
+        num_inference_steps: steps of the solver.
+        guidance_scale: of classifier-free guidance; None is the stage's own.
+        scheduler: the name of a solver; None is the stage's own.
+        noise_level: for upscalers, the timestep to which the image of the stage before is noised: higher invents more
+            detail and forgives more mistakes.
+
+    Raises:
+        InputError: a value is out of bounds.
+    """
+
+    num_inference_steps: int = DEFAULT_STEPS
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    noise_level: int = USUAL_NOISE_LEVEL
+
+    def __post_init__(self) -> None:
+        check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_TRAIN_TIMESTEPS)
+        check_integer("noise_level", self.noise_level, 0, MAX_TRAIN_TIMESTEPS - 1)
+        if self.guidance_scale is not None:
+            check_guidance_scale(self.guidance_scale)
+        if self.scheduler is not None:
+            own_name(self.scheduler)
+
+
+@dataclass(frozen=True)
+class CascadeStage:
+    """One stage: how to get its pipeline, and how it is run where a call does not say.
+
+    Attributes:
+        name: what to call it, such as the name of its folder.
+        load: gives the pipeline; the cascade asks when the stage's turn has come, and forgets it afterwards.
+        settings: of its runs.
+    """
+
+    name: str
+    load: Callable[[], StagePipeline]
+    settings: StageSettings = StageSettings()
+
+
+class StageResult(NamedTuple):
+    """What one stage of a cascade has drawn.
+
+    Attributes:
+        index: of the stage, from 0.
+        total: how many stages there are.
+        name: of the stage.
+        images: as the call's `output_type` has them; see Output.
+        seeds: the seed of each image, of the whole cascade.
+    """
+
+    index: int
+    total: int
+    name: str
+    images: Images
+    seeds: tuple[int, ...]
+
+
+def _last(stream: Callable[P, Iterator[StageResult]]) -> Callable[P, StageResult]:
+    """What runs all stages and gives the result of the last."""
+
+    @wraps(stream)
+    def call(*args: P.args, **kwargs: P.kwargs) -> StageResult:
+        (last,) = deque(stream(*args, **kwargs), maxlen=1)
+        return last
+
+    return call
+
+
+@dataclass(frozen=True, eq=False)
+class CascadePipeline:
+    """Images drawn by several models, each of which sees what the one before has drawn, smaller.
+
+    The first stage draws from text, in latents or in pixels; the others are upscalers. Only the stage that works is in
+    memory.
+
+    Attributes:
+        stages: in the order in which they draw.
+
+    Raises:
+        InputError: there is no stage.
+    """
+
+    stages: tuple[CascadeStage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise InputError("a cascade needs at least one stage")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None = None,
+        *,
+        dtype: DTypeName | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        variant: str | None = None,
+        memory: MemoryPolicy | None = None,
+    ) -> Self:
+        """Open a folder with a `cascade.json`; see :mod:`latentgen.checkpoints.cascade`. Weights are read later.
+
+        Args:
+            source: the folder, or None for the embedded cascade.
+            dtype: of the stages; see :meth:`TextToImagePipeline.from_pretrained`, as for the others.
+            device: where they work.
+            variant: which of several sets of weights.
+            memory: what to trade for memory.
+
+        Raises:
+            CheckpointError: what is wrong with the folder's files, in a subclass.
+            ConfigError: a stage is of a kind that has no place there, or its settings are out of bounds.
+            InputError: the source is no folder.
+        """
+        opened = open_cascade(resolve(source, variant=variant))
+        stages = []
+        for index, (entry, checkpoint) in enumerate(opened):
+            kind = TextToImagePipeline if index == 0 else UpscalePipeline
+            check_class(checkpoint, kind.reads)
+            load = partial(
+                kind.from_checkpoint, checkpoint, dtype=dtype, device=device, variant=variant, memory=memory
+            )
+            stages.append(CascadeStage(checkpoint.path.name, load, _settings(entry)))
+        return cls(tuple(stages))
+
+    @classmethod
+    def from_pipelines(cls, *pipelines: StagePipeline) -> Self:
+        """A cascade of pipelines that are in memory, and stay there.
+
+        Raises:
+            InputError: there are none, or they are not one that draws from text and then upscalers.
+        """
+        for index, pipeline in enumerate(pipelines):
+            kind = TextToImagePipeline if index == 0 else UpscalePipeline
+            if not isinstance(pipeline, kind):
+                raise InputError(
+                    f"stage {index} of a cascade must be a {kind.__name__}, not a {type(pipeline).__name__}"
+                )
+        return cls(
+            tuple(
+                CascadeStage(f"stage {index}", partial(_itself, pipeline))
+                for index, pipeline in enumerate(pipelines)
+            )
+        )
+
+    def loaded(self) -> Self:
+        """The same cascade with all stages in memory, which draws image after image sooner."""
+        return replace(
+            self, stages=tuple(replace(stage, load=partial(_itself, stage.load())) for stage in self.stages)
+        )
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        settings: Sequence[StageSettings] | None = None,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+    ) -> Iterator[StageResult]:
+        """Draw, stage by stage: each result can be looked at, and the last one is that of the cascade.
+
+        Calling the cascade takes the same arguments and gives the last result. To cancel, stop iterating.
+
+        Args:
+            prompt: one prompt or several, which every stage is told.
+            negative_prompt: what to lead away from, one for all prompts or one for each.
+            prompt_syntax: see :meth:`TextToImagePipeline.stream`, as for the others.
+            num_images_per_prompt: images of each prompt.
+            seed: image i of the call gets seed + i; or one seed for each image; None draws one at random.
+            settings: how each stage is run, in place of what the cascade says.
+            output_type: "pil", "np" or "pt"; see Output.
+            progress: show a progress bar for each stage.
+
+        Raises:
+            InputError: an argument is out of bounds; nothing has been computed.
+            NumericalError, MemoryBudgetError, CheckpointError: as for the pipelines of the stages.
+        """
+        prompts = as_prompts("prompt", prompt)
+        negatives = as_negative_prompts(negative_prompt, len(prompts))
+        per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
+        if check_output_type(output_type) == "latent":
+            raise InputError('output_type="latent" is for one model; a cascade gives "pil", "np" or "pt"')
+        given = [stage.settings for stage in self.stages] if settings is None else list(settings)
+        if len(given) != len(self.stages) or not all(isinstance(item, StageSettings) for item in given):
+            raise InputError(f"settings must hold {len(self.stages)} StageSettings, one for each stage")
+        call = _Call(
+            prompts=tuple(text for text in prompts for _ in range(per_prompt)),
+            negatives=tuple(text for text in negatives for _ in range(per_prompt)),
+            prompt_syntax=prompt_syntax,
+            seeds=check_seeds(seed, len(prompts) * per_prompt),
+            progress=progress,
+        )
+        return self._run(call, given, output_type)
+
+    def _run(
+        self, call: _Call, settings: Sequence[StageSettings], output_type: OutputType
+    ) -> Iterator[StageResult]:
+        images: Tensor | None = None
+        for index, (stage, chosen) in enumerate(zip(self.stages, settings, strict=True)):
+            images = call.draw(stage.load(), index, chosen, images)
+            result = export(images * 2 - 1, output_type)
+            yield StageResult(index, len(self.stages), stage.name, result, call.seeds)
+
+    __call__ = _last(stream)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all stages of a call are told; one entry for each image."""
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    prompt_syntax: PromptSyntax
+    seeds: tuple[int, ...]
+    progress: bool
+
+    def draw(
+        self, pipeline: StagePipeline, index: int, settings: StageSettings, images: Tensor | None
+    ) -> Tensor:
+        """The images [B, 3, H, W] in 0..1 of a stage, from those of the stage before."""
+        seeds = [(seed + index * _SEED_STRIDE) % (MAX_SEED + 1) for seed in self.seeds]
+        call: Callable[..., Output] = (
+            partial(pipeline, image=images, noise_level=settings.noise_level)
+            if isinstance(pipeline, UpscalePipeline)
+            else pipeline
+        )
+        output = call(
+            list(self.prompts),
+            negative_prompt=list(self.negatives),
+            prompt_syntax=self.prompt_syntax,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            scheduler=settings.scheduler,
+            seed=seeds,
+            output_type="pt",
+            progress=self.progress,
+        )
+        return cast(Tensor, output.images)
+
+
+def _settings(entry: StageEntry) -> StageSettings:
+    """The settings of an entry; what it leaves out is as usual."""
+    stated = {
+        name: value for name, value in entry.model_dump(exclude={"folder"}).items() if value is not None
+    }
+    try:
+        return StageSettings(**stated)
+    except InputError as error:
+        raise ConfigError(f"{INDEX}, stage {quote(entry.folder)}: {error}") from None
+
+
+def _itself(pipeline: StagePipeline) -> StagePipeline:
+    return pipeline
