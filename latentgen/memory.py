@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from latentgen.errors import InputError, LatentgenError, MemoryBudgetError
 from latentgen.models.attention import AttentionBackend
 from latentgen.models.pixels import ImageDecoder
+from latentgen.tiling import in_tiles
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -222,31 +222,10 @@ def decode_in_tiles(decoder: Decode, latents: Tensor, *, tile: int, factor: int)
         float32 images [B, 3, h * factor, w * factor].
     """
     batch, _, height, width = latents.shape
-    overlap = max(tile // 4, 1)
-    tile_height, tile_width = min(tile, height), min(tile, width)
-    mask = _ramp(tile_height * factor, overlap * factor)[:, None] * _ramp(
-        tile_width * factor, overlap * factor
+    return in_tiles(
+        lambda rows, columns: decoder(latents[..., rows, columns]),
+        (batch, 3, height, width),
+        tile=tile,
+        device=latents.device,
+        factor=factor,
     )
-    mask = mask.to(latents.device)
-    images = latents.new_zeros((batch, 3, height * factor, width * factor), dtype=torch.float32)
-    weights = torch.zeros_like(images[0, 0])
-    for top, left in itertools.product(_starts(height, tile, overlap), _starts(width, tile, overlap)):
-        piece = decoder(latents[:, :, top : top + tile_height, left : left + tile_width])
-        rows = slice(top * factor, (top + tile_height) * factor)
-        columns = slice(left * factor, (left + tile_width) * factor)
-        images[:, :, rows, columns] += piece * mask
-        weights[rows, columns] += mask
-    return images / weights
-
-
-def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where the tiles begin along one side; the last one ends with the side."""
-    if length <= tile:
-        return [0]
-    return [*range(0, length - tile, tile - overlap), length - tile]
-
-
-def _ramp(length: int, overlap: int) -> Tensor:
-    """Weights [length] that rise from both ends over `overlap` pixels and are never 0."""
-    distance = torch.arange(length, dtype=torch.float32) + 0.5
-    return (torch.minimum(distance, length - distance) / overlap).clamp(max=1)

@@ -21,6 +21,11 @@ from latentgen.pipelines.conditioning import added_conditioning, encode_rows, ti
 from latentgen.pipelines.devices import dtype_of
 from latentgen.pipelines.run import Beginning, Run, Stages
 from latentgen.prompt_syntax import PromptSchedule
+from latentgen.tiling import in_tiles
+
+# Rows and columns of latents.
+Place = tuple[slice, slice]
+EVERYWHERE: Place = (slice(None), slice(None))
 
 
 class Told(NamedTuple):
@@ -95,20 +100,30 @@ def build_denoiser(
         shown = channels if channels is None or len(channels) == batch else channels[rows]
         return constants[index][0].part(rows), shown
 
-    def predict_rows(x: Tensor, level: NoiseLevel, first: int, last: int) -> tuple[Tensor, ...]:
+    def predict_rows(x: Tensor, level: NoiseLevel, rows: range, place: Place) -> tuple[Tensor, ...]:
         index = at[position.step]
-        part, shown = part_of(index, first, last)
+        part, shown = part_of(index, rows.start, rows.stop)
         if shown is not None:
-            x = torch.cat([repeat_rows(x, len(shown)), shown], dim=1)
+            x = torch.cat([repeat_rows(x, len(shown)), shown[..., *place]], dim=1)
         x = x.contiguous(memory_format=torch.channels_last)
-        return unet.step(x, part, constants[index][1][level.timestep]).float().chunk(last - first)
+        return unet.step(x, part, constants[index][1][level.timestep]).float().chunk(len(rows))
+
+    def predict_at(x: Tensor, level: NoiseLevel, count: int, place: Place) -> Sequence[Tensor]:
+        x, total = x[..., *place].to(dtype), guidance.rows
+        if count <= at_once:
+            return predict_rows(x, level, range(total - count, total), place)
+        parts = (range(first, min(first + at_once, total)) for first in range(total - count, total, at_once))
+        return [row for part in parts for row in predict_rows(x, level, part, place)]
 
     def predict(x: Tensor, level: NoiseLevel, count: int) -> Sequence[Tensor]:
-        x, total = x.to(dtype), guidance.rows
-        if count <= at_once:
-            return predict_rows(x, level, total - count, total)
-        parts = range(total - count, total, at_once)
-        return [row for first in parts for row in predict_rows(x, level, first, min(first + at_once, total))]
+        if run.tile is None or not run.is_tiled:
+            return predict_at(x, level, count, EVERYWHERE)
+        return in_tiles(
+            lambda rows, columns: torch.stack(list(predict_at(x, level, count, (rows, columns)))),
+            (count, *x.shape),
+            tile=run.tile,
+            device=x.device,
+        ).unbind()
 
     return guided(predict, run.sampling.scheduler.prediction_type, guidance)
 

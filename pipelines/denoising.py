@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import ParamSpec
 
@@ -33,9 +33,10 @@ def denoise(stages: Stages, run: Run) -> Iterator[PipelineStep]:
         MemoryBudgetError: memory ran out; names the arguments that help.
     """
     count, _, height, width = run.shape
+    pixels = min(height, run.tile or height) * min(width, run.tile or width)
     with explained_out_of_memory(
         f"denoising {count} image(s) of {run.size[1]}x{run.size[0]} pixels",
-        partial(denoising_bytes, stages.unet, rows_at_once(stages, run) * count, height * width),
+        partial(denoising_bytes, stages.unet, rows_at_once(stages, run) * count, pixels),
         'use fewer images at once, a smaller height and width, MemoryPolicy(attention="chunked", '
         'guide_one_by_one=True, offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
     ):
@@ -77,7 +78,10 @@ def _finish(stages: Stages, run: Run, check: FiniteCheck, latents: Tensor) -> Im
     check.verify(len(run.sampling.steps), dtype_of(stages.unet))
     if run.output_type == "latent":
         return latents
-    images = decode_images(stages.decoder, latents, stages.device, stages.memory)
+    memory = stages.memory
+    if run.is_tiled and memory.decode_tile is None:
+        memory = replace(memory, decode_tile=run.tile)
+    images = decode_images(stages.decoder, latents, stages.device, memory)
     return export(images[..., : run.size[0], : run.size[1]], run.output_type)
 
 

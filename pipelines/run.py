@@ -87,6 +87,8 @@ class Run:
         output_type: what becomes of the latents.
         progress: whether to show a progress bar.
         size_conditioning: what SDXL is told.
+        tile: side, in latents, of the overlapping tiles in which larger latents are denoised and decoded; each step
+            blends what they give (arXiv:2302.08113), so that neighbours agree. None takes all latents whole.
     """
 
     request: Request
@@ -98,3 +100,9 @@ class Run:
     output_type: OutputType
     progress: bool
     size_conditioning: SizeConditioning = field(default_factory=SizeConditioning)
+    tile: int | None = None
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the latents are larger than a tile."""
+        return self.tile is not None and max(self.shape[2:]) > self.tile
