@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,6 +13,8 @@ from latentgen.checkpoints.folder import Checkpoint
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
+from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import VAEConfig
 from latentgen.pipelines import loading
 from latentgen.pipelines.arguments import OutputType, check_integer, check_output_type
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
@@ -24,6 +27,15 @@ from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 USUAL_NOISE_LEVEL = 20
 MAX_NOISE_LEVEL = 350
+
+
+def low_res_ratio(unet: UNetConfig, vae: VAEConfig) -> int:
+    """The side of the low-resolution image over that of the latents, as the UNet's channels tell it.
+
+    Of an image that is larger than the latents, squares of ratio x ratio pixels become channels (space-to-depth,
+    arXiv:1609.05158), so that a UNet in use has as many channels as the latents and ratio**2 times those of an image.
+    """
+    return max(1, math.isqrt(max(0, unet.in_channels - vae.latent_channels) // vae.out_channels))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +86,7 @@ class UpscalePipeline(Pipeline):
 
     @property
     def _image_channels(self) -> int:
-        return self.decoder.config.out_channels
+        return self.decoder.config.out_channels * low_res_ratio(self.unet.config, self.decoder.config) ** 2
 
     @property
     def _takes_noise_level(self) -> bool:
