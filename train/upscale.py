@@ -1,4 +1,4 @@
-"""The objective of low-resolution-conditioned diffusion (arXiv:2106.15282, section 3; arXiv:2112.10752, section 4.4)."""
+"""The objective of low-resolution-conditioned diffusion in latents (arXiv:2106.15282; arXiv:2112.10752, section 4.4)."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class UpscaleObjective(Objective):
         self.unet.compile()
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the whole pipeline in the layout of StableDiffusionUpscalePipeline, in float16 if the recipe says so."""
+        """Write the whole pipeline in the diffusers layout, in float16 if the recipe says so."""
         self.load_state_dict(dict(weights))
         dtype = torch.float16 if self.task.save_half else torch.float32
         nn.ModuleList([self.unet, self.text_encoder, *self._vae]).to(dtype)
