@@ -134,8 +134,14 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
     Only the VAE's encoder, which text to image does not hold, may have to be loaded.
 
     Raises:
-        InputError: the pipeline knows of no VAE encoder, or has LoRAs that are not merged; diffusers is not installed.
+        InputError: the pipeline knows of no VAE encoder, or has LoRAs that are not merged; it is an upscaler whose
+            latents are smaller than its input, which diffusers has no pipeline for; diffusers is not installed.
     """
+    if isinstance(pipeline, UpscalePipeline) and pipeline.scale != pipeline.decoder.config.spatial_factor:
+        raise InputError(
+            f"this UpscalePipeline is shown its input in {pipeline.unet.config.in_channels} channels (space-to-depth); "
+            "diffusers' upscaler takes latents as large as the input alone, so use the pipeline here"
+        )
     try:
         import diffusers
     except ImportError as error:

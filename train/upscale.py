@@ -1,4 +1,4 @@
-"""The objective of low-resolution-conditioned diffusion in latents (arXiv:2106.15282; arXiv:2112.10752, section 4.4)."""
+"""The objective of low-resolution-conditioned diffusion (arXiv:2106.15282; arXiv:2112.10752, section 4.4)."""
 
 from __future__ import annotations
 
