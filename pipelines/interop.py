@@ -163,7 +163,10 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
         **{TOKENIZERS[name]: tower.tokenizer for name, tower in towers.items()},
     }
     if isinstance(pipeline, UpscalePipeline):
-        return diffusers.StableDiffusionUpscalePipeline(**parts, max_noise_level=pipeline.max_noise_level)
+        upscaler = diffusers.StableDiffusionUpscalePipeline(**parts, max_noise_level=pipeline.max_noise_level)
+        # It takes every factor but that of the published upscaler for a mistake, and has replaced it.
+        vae.register_to_config(scaling_factor=pipeline.decoder.config.scaling_factor)
+        return upscaler
     if not pipeline.is_sdxl:
         kinds = {
             "StableDiffusionPipeline": diffusers.StableDiffusionPipeline,

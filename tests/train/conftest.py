@@ -46,8 +46,8 @@ def upscale_recipe(tmp_path: Path, image_folder: Path, tiny_checkpoint: Path) ->
     folder = tmp_path / "finished"
     shutil.copytree(tiny_checkpoint, folder)
     config = folder / "vae" / "config.json"
-    # In an upscaler diffusers would take the usual factor for a mistake.
-    config.write_text(config.read_text("utf-8").replace("0.18215", "0.5"), "utf-8")
+    # The one factor with which diffusers' upscaler decodes, whatever the file says.
+    config.write_text(config.read_text("utf-8").replace("0.18215", "0.08333"), "utf-8")
     finished = {"vae": str(folder), "text_encoder": str(folder)}
     return _recipes(tmp_path, image_folder, UPSCALE | finished)
 
