@@ -3,9 +3,9 @@
     python -m benchmarks.upscaling --model runs/emoji_upscale_128/model                      200 emoji
     python -m benchmarks.upscaling --model FOLDER --count 40 --sheet sheet.png               fewer, and a sheet
 
-The emoji are those that `held_out: 200` keeps out of training, scaled down by Lanczos. Sharpness is the
-root mean square of the gradient over that of the true images (its plain mean would not tell a blurred edge). Ends with 1 unless the most faithful setting is 1.5 dB better than Lanczos,
-and follows another image as well as its own.
+The emoji are those that `held_out: 200` keeps out of training, scaled down by Lanczos. Sharpness is the root mean
+square of the gradient over that of the true images; its plain mean would not tell a blurred edge. Ends with 1 unless
+the most faithful setting is 1.5 dB better than Lanczos, and follows another image as well as its own.
 """
 
 from __future__ import annotations
