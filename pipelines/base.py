@@ -124,7 +124,8 @@ class Pipeline(ABC):
             raise ConfigError(
                 f"{type(self).__name__} needs a UNet from {latent + image} channels ({latent} of latents or pixels, "
                 f"{image} of an image) to {latent}, not from {unet.in_channels} to {unet.out_channels}: text to image "
-                "has 4 to 4 (on pixels 3 to 3), instruct-pix2pix 8 to 4, inpainting 9 to 4, x4 upscaling 7 to 4"
+                "has 4 to 4 (on pixels 3 to 3), instruct-pix2pix 8 to 4, inpainting 9 to 4, x4 upscaling 7 to 4, x2 "
+                "upscaling 16 to 4"
             )
         labelled = bool(unet.class_embed_type or unet.num_class_embeds)
         if labelled != self._takes_noise_level:

@@ -136,9 +136,15 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
     Only the VAE's encoder, which text to image does not hold, may have to be loaded.
 
     Raises:
-        InputError: the pipeline works on pixels, knows of no VAE encoder, or has LoRAs that are not merged; diffusers
-            is not installed.
+        InputError: the pipeline works on pixels, knows of no VAE encoder, or has LoRAs that are not merged; it is an
+            upscaler whose latents are smaller than its input, which diffusers has no pipeline for; diffusers is not
+            installed.
     """
+    if isinstance(pipeline, UpscalePipeline) and pipeline.scale != pipeline.decoder.config.spatial_factor:
+        raise InputError(
+            f"this UpscalePipeline is shown its input in {pipeline.unet.config.in_channels} channels (space-to-depth); "
+            "diffusers' upscaler takes latents as large as the input alone, so use the pipeline here"
+        )
     try:
         import diffusers
     except ImportError as error:
@@ -167,7 +173,10 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
         **{TOKENIZERS[name]: tower.tokenizer for name, tower in towers.items()},
     }
     if isinstance(pipeline, UpscalePipeline):
-        return diffusers.StableDiffusionUpscalePipeline(**parts, max_noise_level=pipeline.max_noise_level)
+        upscaler = diffusers.StableDiffusionUpscalePipeline(**parts, max_noise_level=pipeline.max_noise_level)
+        # It takes every factor but that of the published upscaler for a mistake, and has replaced it.
+        vae.register_to_config(scaling_factor=pipeline.decoder.config.scaling_factor)
+        return upscaler
     if not pipeline.is_sdxl:
         kinds = {
             "StableDiffusionPipeline": diffusers.StableDiffusionPipeline,

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from latentgen.checkpoints.folder import Checkpoint
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
+from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import VAEConfig
 from latentgen.pipelines import loading
 from latentgen.pipelines.arguments import OutputType, check_integer, check_output_type
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
 from latentgen.pipelines.denoising import PipelineStep, completed, denoise
 from latentgen.pipelines.guiding import GuidanceOptions
-from latentgen.pipelines.images import ImagesInput, as_images, for_each
+from latentgen.pipelines.images import ImagesInput, as_images, for_each, padded
 from latentgen.pipelines.prompting import Prompts
 from latentgen.pipelines.run import Beginning, ImageNoise, Run
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
@@ -26,13 +30,23 @@ USUAL_NOISE_LEVEL = 20
 MAX_NOISE_LEVEL = 350
 
 
+def low_res_ratio(unet: UNetConfig, vae: VAEConfig) -> int:
+    """The side of the low-resolution image over that of the latents, as the UNet's channels tell it.
+
+    Of an image that is larger than the latents, squares of ratio x ratio pixels become channels (space-to-depth,
+    arXiv:1609.05158), so that a UNet in use has as many channels as the latents and ratio**2 times those of an image.
+    """
+    return max(1, math.isqrt(max(0, unet.in_channels - vae.latent_channels) // vae.out_channels))
+
+
 @dataclass(frozen=True, eq=False)
 class UpscalePipeline(Pipeline):
-    """Images in higher resolution, four times that of the input with the checkpoints in use.
+    """Images in higher resolution, `scale` times that of the input: four with the checkpoints in use.
 
     The UNet is shown the image, noised to a level that it is told (noise conditioning augmentation,
-    arXiv:2106.15282): the noisier, the more is invented. Latents are as large as the image. The stages, and how they
-    are loaded, are those of :class:`Pipeline`.
+    arXiv:2106.15282): the noisier, the more is invented. Latents are as large as the image, or smaller, which the
+    UNet's channels tell: see :func:`low_res_ratio`. The stages, and how they are loaded, are those of
+    :class:`Pipeline`.
 
     Attributes:
         low_res_scheduler: whose noise schedule noises the image.
@@ -46,9 +60,20 @@ class UpscalePipeline(Pipeline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        labels = self.unet.config.num_class_embeds
+        unet, factor = self.unet.config, self.decoder.config.spatial_factor
+        if factor % self._ratio:
+            raise ConfigError(
+                f"in_channels {unet.in_channels} of the UNet stands for images of {self._ratio} times the latents' "
+                f"side, which must divide {factor}, the factor of the VAE"
+            )
+        if unet.class_embed_type not in (None, "timestep"):
+            raise ConfigError(
+                f"class_embed_type is {quote(unet.class_embed_type)}; an upscaler's UNet is told the noise level, a "
+                "number, so it must be null (with num_class_embeds) or 'timestep'"
+            )
         known = self.low_res_scheduler.schedule.num_train_timesteps
-        most = min(known, labels or known) - 1
+        labels = known if unet.class_embed_type else unet.num_class_embeds or known
+        most = min(known, labels) - 1
         if type(self.max_noise_level) is not int or not 0 <= self.max_noise_level <= most:
             raise ConfigError(
                 f"max_noise_level is {quote(self.max_noise_level)}; it must be a whole number from 0 to {most}, which "
@@ -63,6 +88,11 @@ class UpscalePipeline(Pipeline):
         }
 
     @property
+    def scale(self) -> int:
+        """How many times as high and wide as the input the result is."""
+        return self.decoder.config.spatial_factor // self._ratio
+
+    @property
     def diffusers_class(self) -> str:
         """The class of diffusers' pipeline over the same stages."""
         return "StableDiffusionUpscalePipeline"
@@ -74,7 +104,11 @@ class UpscalePipeline(Pipeline):
 
     @property
     def _image_channels(self) -> int:
-        return self.decoder.config.out_channels
+        return self.decoder.config.out_channels * self._ratio**2
+
+    @property
+    def _ratio(self) -> int:
+        return low_res_ratio(self.unet.config, self.decoder.config)
 
     @property
     def _takes_noise_level(self) -> bool:
@@ -130,7 +164,9 @@ class UpscalePipeline(Pipeline):
             images=len(images),
         )
         noise_level = check_integer("noise_level", noise_level, 0, self.max_noise_level)
-        height, width = images.shape[2:]
+        size = (images.shape[2] * self.scale, images.shape[3] * self.scale)
+        images = padded(images, self._ratio)
+        height, width = (side // self._ratio for side in images.shape[2:])
         shape = (len(request), self.decoder.config.latent_channels, height, width)
 
         def begin(noise: ImageNoise) -> Beginning:
@@ -139,9 +175,9 @@ class UpscalePipeline(Pipeline):
             # Drawn before the latents, which is the order of diffusers.
             noised = level.alpha * shown + level.sigma * noise.draw(shown.shape[1:])
             label = torch.tensor([noise_level], device=self.device)
-            return Beginning(sampling.initial(noise.draw(shape[1:])), noised, label)
+            channels = F.pixel_unshuffle(noised, self._ratio)
+            return Beginning(sampling.initial(noise.draw(shape[1:])), channels, label)
 
-        factor = self.decoder.config.spatial_factor
         return denoise(
             self,
             Run(
@@ -150,7 +186,7 @@ class UpscalePipeline(Pipeline):
                 self._guided(request, guidance, sampling),
                 shape,
                 begin,
-                size=(height * factor, width * factor),
+                size=size,
                 output_type=check_output_type(output_type),
                 progress=progress,
             ),

@@ -27,10 +27,14 @@ class Section(BaseModel):
 
 
 class EmojiData(Section):
-    """The rendered emoji of Debian's fonts-noto-color-emoji."""
+    """The rendered emoji of Debian's fonts-noto-color-emoji.
+
+    `held_out` of them, evenly chosen, are kept out of training, for benchmarks to measure on.
+    """
 
     kind: Literal["emoji"]
     image_size: Annotated[int, Field(ge=8, le=128)] = 64
+    held_out: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
 class FolderData(Section):
@@ -84,6 +88,31 @@ class TextToImageTask(Section):
     save_half: bool = False
 
 
+class UpscaleTask(Section):
+    """Train a UNet to draw images that it is shown in low resolution, in the latents of a finished autoencoder.
+
+    The low-resolution image is the true one, resampled with a random kernel to `image_size` / scale. The scale follows
+    from `unet.in_channels`, which is the channels of the latents and 3 * r * r: it is the autoencoder's factor / r.
+    The UNet is told the level, at most `max_noise_level`, to which `low_res_scheduler` noises what it is shown.
+
+    `text_encoder` is a folder whose text encoder and tokenizer are used as they are. The other fields are those of
+    TextToImageTask.
+    """
+
+    kind: Literal["upscale"]
+    vae: Path
+    text_encoder: Path
+    unet: dict[str, Any]
+    scheduler: dict[str, Any]
+    low_res_scheduler: dict[str, Any]
+    max_noise_level: Annotated[int, Field(ge=0, le=10**5)] = 350
+    caption_dropout: Rate = 0.1
+    cached_views: Annotated[int, Field(ge=1, le=4096)] = 16
+    timestep_shift: Positive = 1.0
+    guidance_scale: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    save_half: bool = False
+
+
 class Optimizer(Section):
     """The optimiser and its learning rate: a linear warm-up, a plateau, and a linear end.
 
@@ -116,7 +145,7 @@ class TrainConfig(Section):
     """
 
     output_dir: Path
-    task: Annotated[AutoencoderTask | TextToImageTask, Field(discriminator="kind")]
+    task: Annotated[AutoencoderTask | TextToImageTask | UpscaleTask, Field(discriminator="kind")]
     data: Annotated[EmojiData | FolderData, Field(discriminator="kind")]
     init_from: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -59,7 +59,7 @@ def open_data(config: EmojiData | FolderData) -> CaptionedImages:
     if isinstance(config, EmojiData):
         from latentgen.train.emoji import EmojiSet
 
-        return EmojiSet(image_size=config.image_size)
+        return EmojiSet(image_size=config.image_size, held_out=config.held_out)
     from latentgen.train.folder import ImageFolder
 
     return ImageFolder(config)

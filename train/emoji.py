@@ -11,9 +11,10 @@ import random
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -43,6 +44,10 @@ GROUNDS = {
 
 # A keyword that more glyphs share than this ("face", "person") does not say what to draw.
 COMMON_KEYWORD = 20
+
+
+Part = Literal["training", "held_out"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,22 @@ class EmojiSet:
         font: the `NotoColorEmoji.ttf` of Debian's `fonts-noto-color-emoji`.
         annotations: the `annotations/en.xml` of Debian's `unicode-cldr-core`.
         image_size: side of the square renderings, in pixels.
+        held_out: how many glyphs, spread evenly over the codepoints, are kept out of training.
+        part: which glyphs these are: those to train with, or those kept out.
 
     Raises:
-        DatasetError: a file is not there, with the package that brings it.
+        DatasetError: a file is not there, with the package that brings it; or no glyph would be left.
     """
 
-    def __init__(self, *, font: Path = FONT, annotations: Path = ANNOTATIONS, image_size: int = 64) -> None:
+    def __init__(
+        self,
+        *,
+        font: Path = FONT,
+        annotations: Path = ANNOTATIONS,
+        image_size: int = 64,
+        held_out: int = 0,
+        part: Part = "training",
+    ) -> None:
         for path, package in ((font, "fonts-noto-color-emoji"), (annotations, "unicode-cldr-core")):
             if not path.is_file():
                 raise DatasetError(f"{path} is not there: install Debian's {package}")
@@ -90,6 +105,7 @@ class EmojiSet:
         typeface = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.BASIC)
         drawn = [(glyph, _draw(glyph.character, typeface)) for glyph in _named_glyphs(annotations)]
         drawn = [(glyph, bitmap) for glyph, bitmap in drawn if bitmap.getbbox() is not None]
+        drawn = _part(drawn, held_out, part)
         self.glyphs = tuple(glyph for glyph, _ in drawn)
         self._bitmaps = [bitmap for _, bitmap in drawn]
 
@@ -129,6 +145,15 @@ class EmojiSet:
         """Every name and nickname, and the words for every ground: what the tokenizer is made from."""
         names = {name for glyph in self.glyphs for name in (glyph.name, *glyph.nicknames)}
         return sorted(names) + [caption_on("", ground) for ground in GROUNDS]
+
+
+def _part(items: Sequence[T], held_out: int, part: Part) -> list[T]:
+    """The training items, or the `held_out` ones that are spread evenly between them."""
+    kept_out = {number * len(items) // held_out for number in range(held_out)}
+    chosen = [item for place, item in enumerate(items) if (place in kept_out) == (part == "held_out")]
+    if not chosen:
+        raise DatasetError(f"data.held_out is {held_out} of {len(items)} emoji, which leaves none for {part}")
+    return chosen
 
 
 def _draw(character: str, typeface: ImageFont.FreeTypeFont) -> Image.Image:

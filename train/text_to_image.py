@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.checkpoints.weights import load_weights
-from latentgen.diffusion.prediction import add_noise, target
+from latentgen.diffusion.prediction import add_noise
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, ResumeError
 from latentgen.files import quote
-from latentgen.models.pixels import RGB, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
+from latentgen.models.pixels import RGB, PixelConfig, PixelDecoder, PixelEncoder
 from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer, save_tokenizer
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
@@ -27,13 +22,17 @@ from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.loading import USUAL_GUIDANCE_SCALE, Placement, load_decoder, load_encoder
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TextToImageTask
-from latentgen.train.data import BatchPlan, CaptionedImages, Captions, sample_rng, to_tensor
+from latentgen.train.data import BatchPlan, CaptionedImages
+from latentgen.train.latent_diffusion import (
+    attention_kernels,
+    encode_views,
+    fixed_views,
+    prediction_loss,
+    spread_timesteps,
+)
 from latentgen.train.objective import Loss, Objective
 from latentgen.train.tokenizer import train_tokenizer
 
-ENCODING_BATCH = 32
-# Pixels of latents up to which all attention scores of a batch are cheap to hold.
-SMALL_LATENTS = 32 * 32
 _TOKENIZER = "tokenizer"
 
 
@@ -89,53 +88,29 @@ class TextToImageObjective(Objective):
         placement = Placement(torch.float32, device)
         encoder = PixelEncoder() if vae is None else load_encoder(vae, placement)
         decoder = PixelDecoder() if vae is None else load_decoder(vae, placement)
-        self._means, self._stds, self._captions = _encode_views(
-            encoder, device, data, views=task.cached_views, seed=seed
-        )
+        self.item_count = len(data) * task.cached_views
+        views = fixed_views(data, task.cached_views, seed)
+        self._views = encode_views(encoder, device, views, self.item_count)
         # In a tuple, so that the finished autoencoder is no part of what is trained.
         self._vae = (encoder.cpu(), decoder.cpu())
-        self.item_count = len(self._captions)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]."""
-        items = torch.tensor(plan.items)
-        mean, std = self._means[items].float(), self._stds[items].float()
-        latents = mean + std * plan.noise(mean.shape[1:], "posterior")
-        tokens = self._text.tokenize(self._draw_captions(plan))
-        return latents, plan.noise(mean.shape[1:], "noise"), self._timesteps(plan), tokens
-
-    def _timesteps(self, plan: BatchPlan) -> Tensor:
-        """One timestep for each sample, spread evenly over the global batch from a random start.
-
-        Each is uniform by itself; together they cover the schedule, which lowers the variance of the loss
-        (arXiv:2107.00630, appendix I.1). `timestep_shift` then moves them towards noise (arXiv:2403.03206, eq. 23).
-        """
-        shift = self.task.timestep_shift
+        latents = self._views.latents(plan)
         count = self.scheduler.schedule.num_train_timesteps
-        start = sample_rng(plan.seed, "timestep", plan.step).random()
-        places = [(start + sample / plan.batch_size) % 1.0 for sample in plan.samples]
-        places = [shift * place / (1 + (shift - 1) * place) for place in places]
-        return torch.tensor([int(place * count) for place in places])
-
-    def _draw_captions(self, plan: BatchPlan) -> list[str]:
-        captions = []
-        for item, rng in zip(plan.items, plan.rngs("caption"), strict=True):
-            dropped = rng.random() < self.task.caption_dropout
-            captions.append("" if dropped else self._captions[item].draw(rng))
-        return captions
+        timesteps = spread_timesteps(plan, count, self.task.timestep_shift)
+        tokens = self._text.tokenize(self._views.draw_captions(plan, self.task.caption_dropout))
+        return latents, plan.noise(latents.shape[1:], "noise"), timesteps, tokens
 
     def forward(self, *batch: Tensor) -> Loss:
         """The mean squared error of the prediction; its part is the same at the noisier half of the timesteps."""
         latents, noise, timesteps, tokens = batch
         level = self.scheduler.schedule.batch(timesteps)
-        with _attention_kernels(latents):
+        with attention_kernels(latents):
             with torch.set_grad_enabled(self.task.train_text_encoder and torch.is_grad_enabled()):
                 context = self._text.encode_tokens(tokens).context
             output = self.unet(add_noise(latents, noise, level), timesteps, context)
-        wanted = target(latents, noise, level, self.scheduler.prediction_type)
-        errors = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
-        noisy = 2 * timesteps >= self.scheduler.schedule.num_train_timesteps
-        return Loss(errors.mean(), {"noisy half": (errors * noisy).sum() / noisy.sum().clamp(min=1)})
+        return prediction_loss(output, latents, noise, level, self.scheduler)
 
     def compile_networks(self) -> None:
         """Compile the UNet, beside which the text encoder takes no time."""
@@ -222,34 +197,3 @@ def _text_encoder(
     if wrong:
         raise ConfigError(f"task.text_encoder does not fit the tokenizer of the captions: {'; '.join(wrong)}")
     return CLIPText.from_config(config, tokenizer)
-
-
-@torch.no_grad()
-def _encode_views(
-    encoder: ImageEncoder, device: torch.device, data: CaptionedImages, *, views: int, seed: int
-) -> tuple[Tensor, Tensor, list[Captions]]:
-    """Mean and standard deviation of the latents of `views` random views of every item, and the views' captions.
-
-    The tensors are float16 [items * views, C, h, w], on the CPU.
-    """
-    count = len(data) * views
-    means, stds, captions = [], [], []
-    for start in tqdm(range(0, count, ENCODING_BATCH), desc="encoding the images", mininterval=1.0):
-        places = (divmod(place, views) for place in range(start, min(start + ENCODING_BATCH, count)))
-        batch = [data.view(item, sample_rng(seed, "cached view", item, view)) for item, view in places]
-        posterior = encoder(to_tensor([view.image for view in batch]).to(device))
-        means.append(posterior.mean.half().cpu())
-        stds.append((0.5 * posterior.logvar).exp().half().cpu())
-        captions += [view.captions for view in batch]
-    # The convolutions would hand on the encoder's channels_last.
-    return torch.cat(means).contiguous(), torch.cat(stds).contiguous(), captions
-
-
-def _attention_kernels(latents: Tensor) -> AbstractContextManager[Any]:
-    """On a CPU the backward pass of fused attention is slow: small latents do better with plain matrix products.
-
-    On the emoji recipe the whole backward pass takes 0.68x the time.
-    """
-    if latents.device.type == "cpu" and latents.shape[-2] * latents.shape[-1] <= SMALL_LATENTS:
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from latentgen.train.config import load_config
-from tests.train.recipes import COLOURS, TEXT_TO_IMAGE, VAE, MakeRecipe
+from tests.train.recipes import COLOURS, TEXT_TO_IMAGE, UPSCALE, VAE, MakeRecipe
 
 
 @pytest.fixture
@@ -37,6 +38,18 @@ def autoencoder_recipe(tmp_path: Path, image_folder: Path) -> MakeRecipe:
 def text_to_image_recipe(tmp_path: Path, image_folder: Path, tiny_checkpoint: Path) -> MakeRecipe:
     """As `autoencoder_recipe`, in the latents of the tiny checkpoint's autoencoder (half the images' side)."""
     return _recipes(tmp_path, image_folder, TEXT_TO_IMAGE | {"vae": str(tiny_checkpoint)})
+
+
+@pytest.fixture
+def upscale_recipe(tmp_path: Path, image_folder: Path, tiny_checkpoint: Path) -> MakeRecipe:
+    """As `text_to_image_recipe`, with the tiny checkpoint's text encoder as well."""
+    folder = tmp_path / "finished"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = folder / "vae" / "config.json"
+    # The one factor with which diffusers' upscaler decodes, whatever the file says.
+    config.write_text(config.read_text("utf-8").replace("0.18215", "0.08333"), "utf-8")
+    finished = {"vae": str(folder), "text_encoder": str(folder)}
+    return _recipes(tmp_path, image_folder, UPSCALE | finished)
 
 
 def _recipes(tmp_path: Path, image_folder: Path, task: dict[str, Any]) -> MakeRecipe:

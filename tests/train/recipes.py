@@ -56,3 +56,17 @@ TEXT_TO_IMAGE: dict[str, Any] = {
     },
     "cached_views": 2,
 }
+# In latents of half the images' side, that of the low-resolution image: x2. With 16 channels it would be x1.
+UPSCALE: dict[str, Any] = {
+    "kind": "upscale",
+    "unet": TEXT_TO_IMAGE["unet"]
+    | {"in_channels": 7, "cross_attention_dim": 32, "class_embed_type": "timestep"},
+    "scheduler": TEXT_TO_IMAGE["scheduler"],
+    "low_res_scheduler": {
+        "_class_name": "DDPMScheduler",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+    },
+    "cached_views": 2,
+}

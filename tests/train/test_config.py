@@ -41,15 +41,18 @@ def test_every_recipe_loads_and_builds_its_configurations(path: Path):
     from latentgen.models.text import CLIPTextConfig
     from latentgen.models.unet_config import UNetConfig
     from latentgen.models.vae import VAEConfig
-    from latentgen.train.config import AutoencoderTask
+    from latentgen.train.config import AutoencoderTask, TextToImageTask, UpscaleTask
 
     task = load_config(path).task
     if isinstance(task, AutoencoderTask):
         VAEConfig.from_json(task.vae)
     else:
         UNetConfig.from_json(task.unet)
-        CLIPTextConfig.from_json(task.text_encoder)
         Scheduler.from_config(task.scheduler)
+    if isinstance(task, TextToImageTask):
+        CLIPTextConfig.from_json(task.text_encoder)
+    if isinstance(task, UpscaleTask):
+        Scheduler.from_config(task.low_res_scheduler)
 
 
 @pytest.mark.parametrize(

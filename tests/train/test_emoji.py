@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from latentgen.train.emoji import (
     WHITE,
     EmojiSet,
     GlyphPlacement,
+    Part,
     caption_on,
 )
 
@@ -139,3 +141,22 @@ def test_corpus_holds_every_word(emoji: EmojiSet):
     for seed in range(50):
         for text in emoji.view(seed * 20, random.Random(seed)).captions.texts:
             assert set(text.split()) <= words
+
+
+def test_emoji_that_are_held_out_are_in_no_training_set(emoji: EmojiSet):
+    training, held_out = EmojiSet(held_out=200), EmojiSet(held_out=200, part="held_out")
+    assert len(held_out) == 200
+    names = [glyph.name for glyph in emoji.glyphs]
+    places = [names.index(glyph.name) for glyph in held_out.glyphs]
+    assert {after - before for before, after in pairwise(places)} <= {6, 7}
+    assert sorted(places + [names.index(glyph.name) for glyph in training.glyphs]) == list(range(len(emoji)))
+    assert not {glyph.name for glyph in held_out.glyphs} & set(training.corpus())
+    # Each keeps its picture.
+    assert held_out.view(3, random.Random(1)) == emoji.view(places[3], random.Random(1))
+
+
+@pytest.mark.parametrize(("held_out", "part"), [(0, "held_out"), (2000, "training")])
+def test_a_part_without_emoji_is_refused(held_out: int, part: Part, emoji: EmojiSet):
+    message = f"held_out is {held_out} of {len(emoji)} emoji, which leaves none for {part}"
+    with pytest.raises(DatasetError, match=message):
+        EmojiSet(held_out=held_out, part=part)

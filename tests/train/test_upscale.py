@@ -1,0 +1,221 @@
+"""The objective of upscaling, and what it saves, against diffusers and transformers."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from latentgen.errors import ConfigError
+from latentgen.pipelines.upscale import UpscalePipeline
+from latentgen.train.config import TrainConfig, UpscaleTask
+from latentgen.train.data import BatchPlan, open_data, plan_step
+from latentgen.train.upscale import KERNELS, UpscaleObjective, degrade
+from tests.train.recipes import COLOURS, MakeRecipe
+
+
+def build(config: TrainConfig) -> UpscaleObjective:
+    assert isinstance(config.task, UpscaleTask)
+    torch.manual_seed(1)
+    return UpscaleObjective(
+        config.task,
+        open_data(config.data),
+        seed=config.seed,
+        device=torch.device("cpu"),
+        init_from=config.init_from,
+    )
+
+
+def plan_for(objective: UpscaleObjective, step: int = 0, size: int = 8) -> BatchPlan:
+    (plan,) = plan_step(3, step, batch_size=size, count=objective.item_count, parts=1, rank=0, processes=1)
+    return plan
+
+
+def space_to_depth(image: torch.Tensor) -> torch.Tensor:
+    """Squares of 2x2 pixels of [B, C, 2h, 2w] as channels [B, 4C, h, w], those of one colour together."""
+    rows = [image[:, :, y::2, x::2] for y in (0, 1) for x in (0, 1)]
+    return torch.stack(rows, dim=2).flatten(1, 2)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("channels", [7, 16])
+def test_the_loss_is_that_of_diffusers(
+    prediction_type: str, channels: int, upscale_recipe: MakeRecipe, tmp_path: Path
+):
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    overrides = (f"task.scheduler.prediction_type={prediction_type}", f"task.unet.in_channels={channels}")
+    objective = build(upscale_recipe(*overrides))
+    objective.save(tmp_path, objective.state_dict())
+    latents, noise, timesteps, tokens, shown, levels = batch = objective.batch(plan_for(objective))
+    with torch.no_grad():
+        loss = objective(*batch)
+        context = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")(tokens[:, 0]).last_hidden_state
+        scheduler = DDPMScheduler.from_pretrained(tmp_path / "scheduler")
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        sample = torch.cat([noisy, shown if channels == 7 else space_to_depth(shown)], dim=1)
+        unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+        output = unet(sample, timesteps, context, class_labels=levels).sample
+    targets = {
+        "epsilon": noise,
+        "v_prediction": scheduler.get_velocity(latents, noise, timesteps),
+        "sample": latents,
+    }
+    assert scheduler.config["prediction_type"] == prediction_type
+    errors = F.mse_loss(output, targets[prediction_type], reduction="none").mean(dim=(1, 2, 3))
+    assert loss.total.item() == pytest.approx(errors.mean().item(), rel=1e-5)
+    assert loss.parts["noisy half"].item() == pytest.approx(errors[timesteps >= 500].mean().item(), rel=1e-5)
+
+
+def test_what_is_shown_is_the_image_noised_by_diffusers(upscale_recipe: MakeRecipe):
+    from diffusers import DDPMScheduler
+
+    objective = build(upscale_recipe("task.cached_views=1"))
+    plan = plan_for(objective)
+    *_, shown, levels = objective.batch(plan)
+    clean = [
+        torch.from_numpy(np.array(objective_image(objective, upscale_recipe().data, item)))
+        for item in plan.items
+    ]
+    images = torch.stack(clean).permute(0, 3, 1, 2) / 127.5 - 1
+    scheduler = DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear")
+    noise = plan.noise(images.shape[1:], "low-resolution noise")
+    torch.testing.assert_close(shown, scheduler.add_noise(images, noise, levels), atol=1e-5, rtol=1e-4)
+    assert shown.shape == (8, 3, 8, 8)
+
+
+def objective_image(objective: UpscaleObjective, data, item: int) -> Image.Image:
+    """Item `item` of the tiny recipe in low resolution, made anew."""
+    from latentgen.train.data import sample_rng
+
+    view = open_data(data).view(item, random.Random(0))  # a folder's views have nothing random
+    return degrade(view.image, 8, sample_rng(5, "degradation", item))
+
+
+def test_low_noise_levels_are_the_likelier_ones(upscale_recipe: MakeRecipe):
+    objective = build(upscale_recipe("task.max_noise_level=350"))
+    levels = torch.cat([objective.batch(plan_for(objective, step))[5] for step in range(250)])
+    assert levels.min() == 0
+    assert 300 < levels.max() <= 350
+    assert (levels == 0).float().mean().item() == pytest.approx(351**-0.5, abs=0.02)
+    assert (levels < 88).float().mean().item() == pytest.approx(0.5, abs=0.04)
+    assert (build(upscale_recipe("task.max_noise_level=0")).batch(plan_for(objective))[5] == 0).all()
+
+
+def test_degraded_images_are_resampled_by_every_kernel():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    plain = {image.resize((16, 16), kernel).tobytes(): kernel for kernel in KERNELS}
+    found = [plain.get(degrade(image, 16, random.Random(i)).tobytes()) for i in range(400)]
+    counts = Counter(found)
+    assert counts.pop(None) == pytest.approx(0.2 * 400, abs=30)  # blurred
+    assert set(counts) == set(KERNELS)
+    assert min(counts.values()) > 50
+
+
+def test_a_batch_is_a_function_of_its_plan(upscale_recipe: MakeRecipe):
+    objective, again = build(upscale_recipe()), build(upscale_recipe())
+    plan = plan_for(objective)
+    for ours, theirs in zip(objective.batch(plan), again.batch(plan), strict=True):
+        assert torch.equal(ours, theirs)
+    (_, part) = plan_step(3, 0, batch_size=8, count=objective.item_count, parts=2, rank=0, processes=1)
+    for whole, half in zip(objective.batch(plan), objective.batch(part), strict=True):
+        assert torch.equal(whole[list(part.samples)], half)
+
+
+def test_gradients_reach_the_unet_alone(upscale_recipe: MakeRecipe):
+    objective = build(upscale_recipe())
+    objective(*objective.batch(plan_for(objective))).total.backward()
+    trained = {name.split(".")[0] for name, p in objective.named_parameters() if p.requires_grad}
+    assert trained == {"unet"}
+    assert all(parameter.grad is not None for parameter in objective.unet.parameters())
+    assert all(parameter.grad is None for parameter in objective.text_encoder.parameters())
+
+
+def test_captions_belong_to_their_images_and_are_dropped(upscale_recipe: MakeRecipe):
+    texts = [f"{colour} disc" for colour in sorted(COLOURS)]
+    for rate, due in ((0, lambda item: texts[item // 2]), (1, lambda _: "")):
+        objective = build(upscale_recipe(f"task.caption_dropout={rate}"))
+        plan = plan_for(objective, size=12)
+        tokens = objective.batch(plan)[3]
+        assert torch.equal(tokens, objective._text.tokenize([due(item) for item in plan.items]))
+
+
+def test_the_saved_folder_draws_the_same_in_diffusers(upscale_recipe: MakeRecipe, tmp_path: Path):
+    from diffusers import StableDiffusionUpscalePipeline
+
+    objective = build(upscale_recipe("task.max_noise_level=77", "task.guidance_scale=2"))
+    objective.save(tmp_path, objective.state_dict())
+    picture = Image.radial_gradient("L").resize((8, 8)).convert("RGB")
+    oracle = StableDiffusionUpscalePipeline.from_pretrained(tmp_path)
+    oracle.set_progress_bar_config(disable=True)
+    theirs = oracle(
+        "red disc",
+        image=picture,
+        noise_level=20,
+        num_inference_steps=3,
+        guidance_scale=2,
+        generator=[torch.Generator().manual_seed(4)],
+        output_type="np",
+    ).images
+    pipeline = UpscalePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    assert (pipeline.scale, pipeline.max_noise_level, pipeline.default_guidance_scale) == (2, 77, 2.0)
+    ours = pipeline(
+        "red disc",
+        image=picture,
+        noise_level=20,
+        num_inference_steps=3,
+        seed=4,
+        output_type="np",
+        progress=False,
+    )
+    assert np.abs(np.asarray(ours.images) - theirs).max() < 1e-4
+
+
+def test_half_precision_halves_the_file(upscale_recipe: MakeRecipe, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    objective = build(upscale_recipe("task.save_half=true"))
+    objective.save(tmp_path, objective.state_dict())
+    for file in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        tensors = load_file(tmp_path / f"{file}.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_starting_from_a_trained_model(upscale_recipe: MakeRecipe, tmp_path: Path):
+    first = build(upscale_recipe())
+    first.save(tmp_path / "model", first.state_dict())
+    torch.manual_seed(2)
+    tuned = build(upscale_recipe(f"init_from={tmp_path / 'model'}")).state_dict()
+    assert all(torch.equal(tuned[name], tensor) for name, tensor in first.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.unet.in_channels=4", "in_channels is 4; with task.vae it can be 7 for x2, 16 for x1"),
+        ("task.unet.in_channels=31", "in_channels is 31; with task.vae it can be 7 for x2, 16 for x1"),
+        ("task.unet.out_channels=8", "out_channels is 8, but channels of the latents: 4"),
+        (
+            "task.unet.cross_attention_dim=16",
+            "cross_attention_dim is 16, but hidden_size of task.text_encoder: 32",
+        ),
+        ("data.image_size=17", "image_size is 17, no multiple of 2"),
+        (
+            "task.unet.class_embed_type=null",
+            "UpscalePipeline does not fit this UNet, which wants no noise level",
+        ),
+        ("task.unet.class_embed_type=identity", "class_embed_type is 'identity'"),
+        ("task.max_noise_level=1000", "max_noise_level is 1000; it must be a whole number from 0 to 999"),
+        ("task.low_res_scheduler.beta_start=-1", "beta_start"),
+    ],
+)
+def test_configurations_that_do_not_fit(override: str, message: str, upscale_recipe: MakeRecipe):
+    with pytest.raises(ConfigError, match=message):
+        build(upscale_recipe(override))
