@@ -99,6 +99,7 @@ class StageResult(NamedTuple):
         name: of the stage.
         images: as the call's `output_type` has them; see Output.
         seeds: the seed of each image, of the whole cascade.
+        settings: how the stage was run, with nothing left open.
     """
 
     index: int
@@ -106,6 +107,7 @@ class StageResult(NamedTuple):
     name: str
     images: Images
     seeds: tuple[int, ...]
+    settings: StageSettings
 
 
 def _last(stream: Callable[P, Iterator[StageResult]]) -> Callable[P, StageResult]:
@@ -252,9 +254,12 @@ class CascadePipeline:
     ) -> Iterator[StageResult]:
         images: Tensor | None = None
         for index, (stage, chosen) in enumerate(zip(self.stages, settings, strict=True)):
-            images = call.draw(stage.load(), index, chosen, images)
+            pipeline = stage.load()
+            chosen = _complete(chosen, pipeline)
+            images = call.draw(pipeline, index, chosen, images)
+            del pipeline  # before the next is loaded
             result = export(images * 2 - 1, output_type)
-            yield StageResult(index, len(self.stages), stage.name, result, call.seeds)
+            yield StageResult(index, len(self.stages), stage.name, result, call.seeds, chosen)
 
     __call__ = _last(stream)
 
@@ -302,6 +307,16 @@ def _settings(entry: StageEntry) -> StageSettings:
         return StageSettings(**stated)
     except InputError as error:
         raise ConfigError(f"{INDEX}, stage {quote(entry.folder)}: {error}") from None
+
+
+def _complete(settings: StageSettings, pipeline: StagePipeline) -> StageSettings:
+    """The settings with the stage's own where they leave something open."""
+    scale, scheduler = settings.guidance_scale, settings.scheduler
+    return replace(
+        settings,
+        guidance_scale=pipeline.default_guidance_scale if scale is None else scale,
+        scheduler=pipeline.scheduler.name if scheduler is None else own_name(scheduler),
+    )
 
 
 def _itself(pipeline: StagePipeline) -> StagePipeline:

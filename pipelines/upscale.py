@@ -14,10 +14,11 @@ from latentgen.checkpoints.folder import Checkpoint
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
+from latentgen.memory import SMALLEST_TILE
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
 from latentgen.pipelines import loading
-from latentgen.pipelines.arguments import OutputType, check_integer, check_output_type
+from latentgen.pipelines.arguments import MAX_SIDE, OutputType, check_integer, check_output_type
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
 from latentgen.pipelines.denoising import PipelineStep, completed, denoise
 from latentgen.pipelines.guiding import GuidanceOptions
@@ -28,6 +29,8 @@ from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 USUAL_NOISE_LEVEL = 20
 MAX_NOISE_LEVEL = 350
+# Side of the tiles of larger images, in pixels of the input.
+USUAL_TILE = 256
 
 
 def low_res_ratio(unet: UNetConfig, vae: VAEConfig) -> int:
@@ -136,6 +139,7 @@ class UpscalePipeline(Pipeline):
         seed: int | Sequence[int] | None = None,
         scheduler: AnyScheduler | None = None,
         clip_skip: int = 0,
+        tile: int | None = USUAL_TILE,
         output_type: OutputType = "pil",
         progress: bool = True,
     ) -> Iterator[PipelineStep]:
@@ -149,6 +153,9 @@ class UpscalePipeline(Pipeline):
                 [3, H, W] of floats in 0..1, of any size.
             noise_level: timestep to which the image is noised, 0..max_noise_level: higher invents more detail and is
                 less faithful.
+            tile: side, in pixels, of the overlapping tiles in which a larger image is worked through; memory then
+                grows with the result alone. Each step blends the tiles (arXiv:2302.08113), so that no border shows.
+                None takes every image whole.
         """
         images = as_images("image", image)
         sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas)
@@ -163,6 +170,8 @@ class UpscalePipeline(Pipeline):
             clip_skip=clip_skip,
             images=len(images),
         )
+        if tile is not None:
+            tile = check_integer("tile", tile, SMALLEST_TILE * self._ratio, MAX_SIDE) // self._ratio
         noise_level = check_integer("noise_level", noise_level, 0, self.max_noise_level)
         size = (images.shape[2] * self.scale, images.shape[3] * self.scale)
         images = padded(images, self._ratio)
@@ -189,6 +198,7 @@ class UpscalePipeline(Pipeline):
                 size=size,
                 output_type=check_output_type(output_type),
                 progress=progress,
+                tile=tile,
             ),
         )
 

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from latentgen.cli.job import Job, clip_skip_setting
-from latentgen.cli.options import ModelOptions, OutputOptions, SamplingOptions, spread
+from latentgen.cli.options import (
+    DeviceOption,
+    DTypeOption,
+    ModelOptions,
+    OutputOptions,
+    PromptOptions,
+    SamplingOptions,
+    StageOptions,
+    spread,
+)
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw, in quotes.")]
 InputImage = Annotated[
@@ -28,6 +37,7 @@ Side = Annotated[
 def text2img(
     prompt: Prompt,
     model: ModelOptions,
+    prompting: PromptOptions,
     sampling: SamplingOptions,
     output: OutputOptions,
     height: Side = None,
@@ -46,7 +56,7 @@ def text2img(
     Prints the names of the files that it wrote, and the seeds if it drew them. A PNG file carries its recipe
     in the text chunk "parameters", where other programs look for it too.
     """
-    job = Job(prompt, model, sampling, output)
+    job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.text_to_image import TextToImagePipeline
 
     pipeline = model.load(TextToImagePipeline)
@@ -62,6 +72,7 @@ def edit(
         typer.Argument(metavar="INSTRUCTION", help='What is to be done, in quotes, such as "make it snowy".'),
     ],
     model: ModelOptions,
+    prompting: PromptOptions,
     sampling: SamplingOptions,
     output: OutputOptions,
     image_guidance: Annotated[
@@ -77,7 +88,7 @@ def edit(
 
     The result is as large as IMAGE.
     """
-    job = Job(prompt, model, sampling, output)
+    job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 
     pipeline = model.load(InstructPix2PixPipeline)
@@ -89,6 +100,7 @@ def edit(
 def upscale(
     image: InputImage,
     model: ModelOptions,
+    prompting: PromptOptions,
     sampling: SamplingOptions,
     output: OutputOptions,
     prompt: Annotated[
@@ -108,7 +120,7 @@ def upscale(
     latentgen upscale small.png --prompt "a castle" --model path/to/x4-upscaler -o large.png
     latentgen upscale small.png --model path/to/x4-upscaler --noise-level 100
     """
-    job = Job(prompt, model, sampling, output)
+    job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.upscale import UpscalePipeline
 
     pipeline = model.load(UpscalePipeline)
@@ -116,4 +128,40 @@ def upscale(
     job.draw(pipeline, call, settings={"Noise level": str(noise_level), **clip_skip_setting(clip_skip)})
 
 
-COMMANDS = (text2img, edit, upscale)
+@spread
+def cascade(
+    prompt: Prompt,
+    prompting: PromptOptions,
+    stages: StageOptions,
+    output: OutputOptions,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="A folder with a cascade.json. [default: the one inside this package]"
+        ),
+    ] = None,
+    dtype: DTypeOption = "auto",
+    device: DeviceOption = "auto",
+    all_stages: Annotated[
+        bool,
+        typer.Option("--all-stages", help="Write what every stage has drawn, as out-1-NAME.png and so on."),
+    ] = False,
+) -> None:
+    """Draw a picture of PROMPT in stages: an outline first, then larger and larger.
+
+    \b
+    latentgen cascade "tiger face" -o tiger.png
+    latentgen cascade "tiger face" --seed 7 --all-stages
+    latentgen cascade "tiger face" --steps 25,10,10 --noise-level 0,40,20
+
+    Of --steps, --guidance, --scheduler and --noise-level each stage has its own: one value for all, or one for each
+    with commas between them; "-" leaves a stage its own. Only the stage that works is in memory.
+    """
+    from latentgen.cli.cascading import draw_cascade
+
+    draw_cascade(
+        prompt, prompting, stages, output, model=model, dtype=dtype, device=device, all_stages=all_stages
+    )
+
+
+COMMANDS = (text2img, edit, upscale, cascade)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, cast
 
 from latentgen import __version__
-from latentgen.cli.options import ModelOptions, OutputOptions, SamplingOptions
+from latentgen.cli.options import ModelOptions, OutputOptions, PromptOptions, SamplingOptions
 from latentgen.cli.text import printable
 from latentgen.diffusion.names import SAMPLERS
 from latentgen.prompt_syntax import DEFAULT_SYNTAX
@@ -28,12 +28,18 @@ class Job:
     """
 
     def __init__(
-        self, prompt: str, model: ModelOptions, sampling: SamplingOptions, output: OutputOptions
+        self,
+        prompt: str,
+        model: ModelOptions,
+        prompting: PromptOptions,
+        sampling: SamplingOptions,
+        output: OutputOptions,
     ) -> None:
         from latentgen.image import check_output
 
-        self.prompt, self.model, self.sampling, self.output = prompt, model, sampling, output
-        self.paths = output.paths(sampling.num_images)
+        self.prompt, self.model, self.output = prompt, model, output
+        self.prompting, self.sampling = prompting, sampling
+        self.paths = output.paths(prompting.num_images)
         for path in self.paths:
             check_output(path)
         self.solver = sampling.solver
@@ -57,27 +63,27 @@ class Job:
         from latentgen.image import save_image
         from latentgen.pipelines.base import DEFAULT_STEPS
 
-        sampling = self.sampling
+        prompting, sampling = self.prompting, self.sampling
         steps = DEFAULT_STEPS if sampling.steps is None else sampling.steps
         guidance = pipeline.default_guidance_scale if sampling.guidance is None else sampling.guidance
         result = call(
-            negative_prompt=sampling.negative,
-            prompt_syntax=sampling.prompt_syntax,
+            negative_prompt=prompting.negative,
+            prompt_syntax=prompting.prompt_syntax,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            num_images_per_prompt=sampling.num_images,
-            seed=sampling.seed,
+            num_images_per_prompt=prompting.num_images,
+            seed=prompting.seed,
             scheduler=self.solver,
             progress=sys.stderr.isatty(),
         )
-        if sampling.seed is None:
+        if prompting.seed is None:
             print(f"seed: {', '.join(map(str, result.seeds))}", file=sys.stderr)
         sampler, schedule_type = SAMPLERS[self.solver or pipeline.scheduler.name]
         images = cast("list[Image]", result.images)
         for path, image, seed in zip(self.paths, images, result.seeds, strict=True):
             recipe = Recipe(
                 prompt=self.prompt,
-                negative_prompt=sampling.negative,
+                negative_prompt=prompting.negative,
                 steps=steps,
                 sampler=sampler,
                 schedule_type=schedule_type,
@@ -94,7 +100,7 @@ class Job:
             print(printable(str(path)))
 
     def _settings(self) -> list[tuple[str, str]]:
-        syntax, vae, adapters = self.sampling.prompt_syntax, self.model.vae, self.model.adapters
+        syntax, vae, adapters = self.prompting.prompt_syntax, self.model.vae, self.model.adapters
         settings = [("Prompt syntax", syntax)] if syntax != DEFAULT_SYNTAX else []
         settings += [("VAE", vae.name)] if vae else []
         if adapters:

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 PredictionTypeName = Literal["epsilon", "v_prediction"]
 
+DTypeOption = Annotated[
+    DType, typer.Option(help="Precision of the weights; auto is float16 on CUDA, else float32.")
+]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto is the best that there is.")
+]
+
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Let Typer see the fields of the dataclasses that a command takes as so many options.
@@ -89,12 +96,8 @@ class ModelOptions:
         PredictionTypeName | None,
         typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not say so itself."),
     ] = None
-    dtype: Annotated[
-        DType, typer.Option(help="Precision of the weights; auto is float16 on CUDA, else float32.")
-    ] = "auto"
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto is the best that there is.")
-    ] = "auto"
+    dtype: DTypeOption = "auto"
+    device: DeviceOption = "auto"
 
     @property
     def adapters(self) -> list[tuple[Path, float]]:
@@ -139,8 +142,8 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How images are sampled, from which seeds."""
+class PromptOptions:
+    """What a prompt is accompanied by, and how many images are drawn of it, from which seeds."""
 
     negative: Annotated[
         str, typer.Option(metavar="TEXT", help="What to keep away from.", show_default=False)
@@ -152,16 +155,6 @@ class SamplingOptions:
             "plain: all is text."
         ),
     ] = DEFAULT_SYNTAX
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Sampling steps: more are slower and finer. [default: 25]")
-    ] = None
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SCALE",
-            help="How closely to follow the prompt; 1 is no guidance. [default: the model's own, mostly 7.5]",
-        ),
-    ] = None
     seed: Annotated[
         int | None,
         typer.Option(
@@ -174,6 +167,22 @@ class SamplingOptions:
         int,
         typer.Option(metavar="N", min=1, help="How many images; several are named out-1.png, out-2.png, ..."),
     ] = 1
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How images are sampled."""
+
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Sampling steps: more are slower and finer. [default: 25]")
+    ] = None
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCALE",
+            help="How closely to follow the prompt; 1 is no guidance. [default: the model's own, mostly 7.5]",
+        ),
+    ] = None
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -191,6 +200,34 @@ class SamplingOptions:
             InputError: nobody knows it; the nearest are proposed.
         """
         return None if self.scheduler is None else own_name(self.scheduler)
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How the stages of a cascade are run: one value for all, or one for each with commas between them."""
+
+    steps: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Sampling steps. [default: the cascade's own]")
+    ] = None
+    guidance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCALE[,SCALE...]", help="How closely to follow the prompt. [default: the cascade's own]"
+        ),
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[,NAME...]", help="`latentgen schedulers` lists all. [default: the cascade's own]"
+        ),
+    ] = None
+    noise_level: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="How much noise hides the smaller image: more invents more detail. [default: the cascade's own]",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
