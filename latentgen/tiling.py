@@ -36,7 +36,7 @@ def in_tiles(
     mask = (down[:, None] * across).to(device)
     total = torch.zeros((*leading, height * factor, width * factor), device=device)
     weights = torch.zeros(total.shape[-2:], device=device)
-    for top, left in itertools.product(_starts(height, tile, overlap), _starts(width, tile, overlap)):
+    for top, left in itertools.product(starts(height, tile, overlap), starts(width, tile, overlap)):
         piece = work(slice(top, top + sides[0]), slice(left, left + sides[1]))
         rows = slice(top * factor, (top + sides[0]) * factor)
         columns = slice(left * factor, (left + sides[1]) * factor)
@@ -45,7 +45,7 @@ def in_tiles(
     return total.div_(weights)
 
 
-def _starts(length: int, tile: int, overlap: int) -> list[int]:
+def starts(length: int, tile: int, overlap: int) -> list[int]:
     """Where the tiles begin along one side; the last one ends with the side."""
     if length <= tile:
         return [0]

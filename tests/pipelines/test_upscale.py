@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from benchmarks.large_upscale import border_jumps
 from latentgen import UpscalePipeline, from_diffusers, to_diffusers
 from latentgen.errors import ConfigError, InputError
 from latentgen.models.unet import UNet
@@ -192,3 +193,44 @@ def test_the_ratio_is_that_of_the_largest_image_that_the_channels_hold() -> None
 
 def with_channels(count: int) -> UNetConfig:
     return tiny().unet.config.model_copy(update={"in_channels": count})
+
+
+def smooth(side: int) -> Image.Image:
+    """A picture without edges."""
+    coarse = np.random.default_rng(1).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def test_a_small_image_needs_no_tiles(x2: UpscalePipeline) -> None:
+    np.testing.assert_array_equal(
+        draw(x2, image=picture(16, 16), tile=16), draw(x2, image=picture(16, 16), tile=None)
+    )
+
+
+@pytest.mark.parametrize("pipeline", [tiny, None])
+def test_no_border_of_a_tile_shows(pipeline: Any, x2: UpscalePipeline) -> None:
+    upscale, side, tile = x2 if pipeline is None else pipeline(), 96, 32
+    image = draw(upscale, image=smooth(side), tile=tile, num_inference_steps=4, guidance_scale=1.0)[0]
+    assert image.shape == (side * upscale.scale, side * upscale.scale, 3)
+    ratios = border_jumps(image, tile, upscale.scale)
+    assert len(ratios) == 2 * 6
+    assert max(ratios) <= 1.0
+
+
+def test_tiles_are_never_larger_than_asked(x2: UpscalePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = []
+    step = type(x2.unet).step
+
+    def watched(unet: Any, sample: torch.Tensor, *given: Any) -> torch.Tensor:
+        sides.extend(sample.shape[2:])
+        return step(unet, sample, *given)
+
+    monkeypatch.setattr(type(x2.unet), "step", watched)
+    draw(x2, image=smooth(80), tile=32)
+    assert set(sides) == {16}
+
+
+@pytest.mark.parametrize("tile", [8, 0, 2.5, "large"])
+def test_tiles_have_a_smallest_size(tile: Any, x2: UpscalePipeline) -> None:
+    with pytest.raises(InputError, match="tile"):
+        x2.stream(image=picture(), tile=tile)
