@@ -139,7 +139,8 @@ def _values(name: str, image: object) -> Tensor:
             f"{name} must be a path, a PIL image, an array, a tensor or a list of these, not {type(image).__name__}"
         )
     try:
-        values = torch.as_tensor(image).detach().cpu()
+        # A copy, because torch takes no array that runs backwards and warns of one that cannot be written.
+        values = torch.as_tensor(image.copy() if isinstance(image, np.ndarray) else image).detach().cpu()
     except TypeError as error:
         raise InputError(f"{name} is an array of {image.dtype}, which holds no pixels: {error}") from None
     if values.dtype == torch.uint8:
