@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from latentgen.models.vae import VAEEncoder as VAEEncoder
     from latentgen.pipelines.conditioning import SizeConditioning as SizeConditioning
     from latentgen.pipelines.guiding import GuidanceOptions as GuidanceOptions
+    from latentgen.pipelines.image_to_image import ImageToImagePipeline as ImageToImagePipeline
     from latentgen.pipelines.inpaint import InpaintPipeline as InpaintPipeline
     from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline as InstructPix2PixPipeline
     from latentgen.pipelines.interop import from_diffusers as from_diffusers
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Conditioning": "latentgen.models.text",
     "GuidanceOptions": "latentgen.pipelines.guiding",
+    "ImageToImagePipeline": "latentgen.pipelines.image_to_image",
     "InpaintPipeline": "latentgen.pipelines.inpaint",
     "InstructPix2PixPipeline": "latentgen.pipelines.instruct_pix2pix",
     "LatentgenError": "latentgen.errors",

@@ -11,6 +11,7 @@ from latentgen.errors import NumericalError
 from latentgen.memory import MemoryPolicy, decode, resident
 from latentgen.models.vae import Gaussian, VAEDecoder, VAEEncoder
 from latentgen.pipelines.devices import dtype_of
+from latentgen.pipelines.images import for_each
 
 Stage = TypeVar("Stage", VAEDecoder, VAEEncoder)
 
@@ -56,6 +57,12 @@ def encode_images(encoder: VAEEncoder, images: Tensor, device: torch.device) -> 
             "the encoder gave NaN or infinity, even in float32, for finite images; check the VAE's weights"
         )
     return posterior
+
+
+def encode_for_each(encoder: VAEEncoder, images: Tensor, device: torch.device, count: int) -> Gaussian:
+    """The distribution of the latents of each of `count` results, of which every image has equally many."""
+    mean, logvar = encode_images(encoder, images, device)
+    return Gaussian(for_each(mean, count), for_each(logvar, count))
 
 
 def _encode(encoder: VAEEncoder, images: Tensor) -> Gaussian:

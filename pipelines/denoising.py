@@ -26,7 +26,7 @@ P = ParamSpec("P")
 
 @torch.inference_mode()
 def denoise(stages: Stages, run: Run) -> Iterator[PipelineStep]:
-    """Make the images of a run: every step, the last of which gives the result.
+    """Make the images of a run: every step, the last of which gives the result; at least one.
 
     Raises:
         NumericalError: NaN or infinity where an image was due; names the step.
@@ -47,10 +47,13 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
     begin = run.begin(noise)
     latents = begin.latents.contiguous(memory_format=torch.channels_last)
     scheduler, levels, steps = run.sampling
-    told, position = encode_prompts(stages, run), Position(steps.start)
     total, check = len(steps), FiniteCheck()
-    last: PipelineStep | None = None
     finish = partial(_finish, stages, run, check)
+    if not steps:
+        yield PipelineStep(-1, total, latents, latents, run.request.seeds, finish)
+        return
+    told, position = encode_prompts(stages, run), Position(steps.start)
+    last: PipelineStep | None = None
     with (
         resident(stages.unet, stages.device, offload=stages.memory.offload_idle),
         tqdm(total=total, desc="denoising", disable=not run.progress) as bar,
@@ -86,7 +89,7 @@ class PipelineStep:
     """One step of a run that is under way.
 
     Attributes:
-        index: number of the step, from 0.
+        index: number of the step, from 0; -1 for what a run without steps gives.
         total: how many steps the run has.
         latents: float32 [B, C, h, w], the latents after this step.
         x0: float32 [B, C, h, w], where the denoiser expects the run to end.
@@ -141,6 +144,8 @@ class FiniteCheck:
         Raises:
             NumericalError: naming the first step, of `total`, that gave NaN or infinity.
         """
+        if not self._sums:
+            return
         finite = torch.stack(self._sums).isfinite().tolist()
         if not all(finite):
             step = finite.index(False) + 1

@@ -25,6 +25,7 @@ from latentgen.pipelines.loading import READS
 from latentgen.pipelines.prompting import Prompts
 from latentgen.pipelines.request import Sampling
 from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.pipelines.saving import redrawing_entries
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 
@@ -56,8 +57,7 @@ class TextToImagePipeline(Pipeline):
     def _index(self) -> dict[str, object]:
         if self.diffusers_class != "StableDiffusionXLImg2ImgPipeline":
             return super()._index()
-        absent = {"text_encoder": [None, None], "tokenizer": [None, None]}
-        return super()._index() | absent | {"requires_aesthetics_score": self.is_told_a_score}
+        return super()._index() | redrawing_entries(len(self.text_encoder.towers), self.is_told_a_score)
 
     def stream(
         self,
