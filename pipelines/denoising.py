@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from latentgen.diffusion.schedule import CLEAN
 from latentgen.errors import NumericalError
+from latentgen.image import to_unit
 from latentgen.memory import explained_out_of_memory, resident, weight_bytes
 from latentgen.models.unet import UNet
 from latentgen.pipelines.autoencoding import decode_images
@@ -58,14 +60,22 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
         resident(stages.unet, stages.device, offload=stages.memory.offload_idle),
         tqdm(total=total, desc="denoising", disable=not run.progress) as bar,
     ):
-        denoiser = build_denoiser(stages, run, begin, told, position)
+        denoiser, kept = build_denoiser(stages, run, begin, told, position), begin.kept
+        if kept is not None:
+            denoiser = kept.shown_to(denoiser, levels[steps.start])
         draw = partial(noise.draw, run.shape[1:])
         for step in scheduler.sample(denoiser, latents, levels, draw, start=steps.start, stop=steps.stop):
             position.step = step.index + 1
             check.watch(step.latents)
             bar.update()
-            index = step.index - steps.start
-            current = PipelineStep(index, total, step.latents, step.x0, run.request.seeds, finish)
+            index, reached, x0 = step.index - steps.start, step.latents, step.x0
+            if kept is not None:
+                is_last = index == total - 1
+                reached, x0 = (
+                    kept.put_back(reached, CLEAN if is_last else step.level),
+                    kept.put_back(x0, CLEAN),
+                )
+            current = PipelineStep(index, total, reached, x0, run.request.seeds, finish)
             if current.is_last:
                 last = current
             else:
@@ -81,7 +91,8 @@ def _finish(stages: Stages, run: Run, check: FiniteCheck, latents: Tensor) -> Im
     if run.output_type == "latent":
         return latents
     images = decode_images(stages.decoder, latents, stages.device, stages.memory)
-    return export(images[..., : run.size[0], : run.size[1]], run.output_type)
+    images = to_unit(images[..., : run.size[0], : run.size[1]])
+    return export(images if run.composite is None else run.composite(images), run.output_type)
 
 
 @dataclass(frozen=True, eq=False)

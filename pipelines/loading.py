@@ -46,7 +46,7 @@ _PLAIN = (
 READS: Mapping[str, tuple[str, ...]] = {
     "TextToImagePipeline": _PLAIN,
     "ImageToImagePipeline": _PLAIN,
-    "InpaintPipeline": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
+    "InpaintPipeline": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline", *_PLAIN),
     "InstructPix2PixPipeline": ("StableDiffusionInstructPix2PixPipeline",),
     "UpscalePipeline": ("StableDiffusionUpscalePipeline",),
 }

@@ -30,8 +30,8 @@ def redrawing_entries(towers: int, is_told_a_score: bool) -> dict[str, object]:
         towers: how many text encoders it has; the refiner has the second one alone.
         is_told_a_score: see Pipeline.
     """
-    absent = {"text_encoder": _NONE, "tokenizer": _NONE} if towers == 1 else {}
-    return absent | {"requires_aesthetics_score": is_told_a_score}
+    entries: dict[str, object] = {"requires_aesthetics_score": is_told_a_score}
+    return entries | {"text_encoder": _NONE, "tokenizer": _NONE} if towers == 1 else entries
 
 
 def class_entries(diffusers_class: str, guidance_scale: float | None) -> dict[str, object]:

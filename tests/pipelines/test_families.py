@@ -18,7 +18,7 @@ from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
-from tests.pipelines.families import KINDS, STEPS, arguments, build, save
+from tests.pipelines.families import KINDS, STEPS, arguments, build, composited, save
 
 # The first one that reads a family draws its image here.
 PIPELINES: tuple[Any, ...] = (
@@ -57,7 +57,8 @@ def draw(pipeline: Any, theirs: Any, **options: Any) -> np.ndarray:
 def draw_theirs(pipe: Any) -> np.ndarray:
     generator = [torch.Generator().manual_seed(7)]
     given = {"num_inference_steps": STEPS, "generator": generator, "output_type": "np"}
-    return pipe("a red cat", **arguments(pipe)[1] | given).images
+    shown = arguments(pipe)[1]
+    return composited(pipe("a red cat", **shown | given).images, shown)
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
