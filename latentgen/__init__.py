@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline as InstructPix2PixPipeline
     from latentgen.pipelines.interop import from_diffusers as from_diffusers
     from latentgen.pipelines.interop import to_diffusers as to_diffusers
+    from latentgen.pipelines.paired import PairedImagePipeline as PairedImagePipeline
     from latentgen.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from latentgen.pipelines.upscale import UpscalePipeline as UpscalePipeline
 
@@ -44,6 +45,7 @@ _PUBLIC = {
     "InstructPix2PixPipeline": "latentgen.pipelines.instruct_pix2pix",
     "LatentgenError": "latentgen.errors",
     "MemoryPolicy": "latentgen.memory",
+    "PairedImagePipeline": "latentgen.pipelines.paired",
     "Scheduler": "latentgen.diffusion.scheduler",
     "SizeConditioning": "latentgen.pipelines.conditioning",
     "TextToImagePipeline": "latentgen.pipelines.text_to_image",

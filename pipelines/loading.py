@@ -48,6 +48,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "ImageToImagePipeline": _PLAIN,
     "InpaintPipeline": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline", *_PLAIN),
     "InstructPix2PixPipeline": ("StableDiffusionInstructPix2PixPipeline",),
+    "PairedImagePipeline": ("StableDiffusionInstructPix2PixPipeline",),
     "UpscalePipeline": ("StableDiffusionUpscalePipeline",),
 }
 _SDXL_CLASSES = tuple(name for names in READS.values() for name in names if "XL" in name)

@@ -16,6 +16,7 @@ from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.image_to_image import ImageToImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
+from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
 from tests.pipelines.families import KINDS, STEPS, arguments, build, composited, save
@@ -26,6 +27,7 @@ PIPELINES: tuple[Any, ...] = (
     ImageToImagePipeline,
     InpaintPipeline,
     InstructPix2PixPipeline,
+    PairedImagePipeline,
     UpscalePipeline,
 )
 STAGES = ("unet", "vae", "text_encoder", "text_encoder_2")

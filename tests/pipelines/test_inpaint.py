@@ -88,12 +88,7 @@ def ours(pipeline: TextToImagePipeline) -> InpaintPipeline:
 @pytest.fixture(scope="module")
 def nine() -> InpaintPipeline:
     """Of nine channels, over the same VAE."""
-    pipe = build_pipeline()
-    config = {**pipe.unet.config, "in_channels": 9}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        unet = diffusers.UNet2DConditionModel.from_config(config).eval()
-    parts = pipe.components | {"unet": unet}
+    parts = build_pipeline(in_channels=9).components
     return from_diffusers(diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False))
 
 
