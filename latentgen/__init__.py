@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from latentgen.pipelines.cascade import StageSettings as StageSettings
     from latentgen.pipelines.conditioning import SizeConditioning as SizeConditioning
     from latentgen.pipelines.guiding import GuidanceOptions as GuidanceOptions
+    from latentgen.pipelines.image_to_image import ImageToImagePipeline as ImageToImagePipeline
     from latentgen.pipelines.inpaint import InpaintPipeline as InpaintPipeline
     from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline as InstructPix2PixPipeline
     from latentgen.pipelines.interop import from_diffusers as from_diffusers
     from latentgen.pipelines.interop import to_diffusers as to_diffusers
+    from latentgen.pipelines.paired import PairedImagePipeline as PairedImagePipeline
     from latentgen.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from latentgen.pipelines.upscale import UpscalePipeline as UpscalePipeline
 
@@ -41,10 +43,12 @@ _PUBLIC = {
     "CascadePipeline": "latentgen.pipelines.cascade",
     "Conditioning": "latentgen.models.text",
     "GuidanceOptions": "latentgen.pipelines.guiding",
+    "ImageToImagePipeline": "latentgen.pipelines.image_to_image",
     "InpaintPipeline": "latentgen.pipelines.inpaint",
     "InstructPix2PixPipeline": "latentgen.pipelines.instruct_pix2pix",
     "LatentgenError": "latentgen.errors",
     "MemoryPolicy": "latentgen.memory",
+    "PairedImagePipeline": "latentgen.pipelines.paired",
     "Scheduler": "latentgen.diffusion.scheduler",
     "SizeConditioning": "latentgen.pipelines.conditioning",
     "StageSettings": "latentgen.pipelines.cascade",

@@ -44,7 +44,7 @@ def to_numpy(images: Tensor) -> np.ndarray:
         raise InputError(f"images must have the shape [B, 3, H, W]; found {list(images.shape)}")
     if not images.isfinite().all():
         raise NumericalError("the images hold NaN or infinity; decode them in float32")
-    return to_unit(images.detach()).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return unit_to_numpy(to_unit(images.detach()))
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -53,7 +53,17 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     Raises:
         InputError, NumericalError: as :func:`to_numpy`.
     """
-    return [Image.fromarray(levels) for levels in (to_numpy(images) * 255).round().astype("uint8")]
+    return numpy_to_pil(to_numpy(images))
+
+
+def unit_to_numpy(images: Tensor) -> np.ndarray:
+    """Images [B, 3, H, W] in 0..1 as an array [B, H, W, 3] of the same values."""
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+    """An array [B, H, W, 3] in 0..1 as 8-bit RGB, rounded to the nearest level: what came from 8 bits is as it was."""
+    return [Image.fromarray(levels) for levels in (images * 255).round().astype("uint8")]
 
 
 def check_output(path: str | Path) -> None:

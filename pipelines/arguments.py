@@ -27,6 +27,7 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 # The side of the largest image, in pixels; a square of it has the 64 megapixels that no image may exceed.
 MAX_SIDE = 8192
 MAX_IMAGES_PER_PROMPT = 1024
+MAX_MASK_BLUR = 256
 MAX_SEED = 2**64 - 1
 # The layers of any text encoder; the encoder itself says how many it can spare.
 MAX_CLIP_SKIP = 1024
@@ -103,6 +104,28 @@ def check_side(name: str, value: int, multiple: int) -> int:
     raise InputError(
         f"{name}={side} must be a multiple of {multiple} from {multiple} to {highest}; nearest: {nearest}"
     )
+
+
+def check_size(
+    height: int | None, width: int | None, trained: int | tuple[int, int] | None, factor: int
+) -> tuple[int, int]:
+    """Height and width in pixels, multiples of `factor`; by default `trained`, which counts latents."""
+    if trained is not None:
+        trained_height, trained_width = trained if isinstance(trained, tuple) else (trained, trained)
+        height = trained_height * factor if height is None else height
+        width = trained_width * factor if width is None else width
+    if height is None or width is None:
+        raise InputError("give height and width; the checkpoint does not say at which size it was trained")
+    return check_side("height", height, factor), check_side("width", width, factor)
+
+
+def check_blur(value: float) -> float:
+    """How far the border of a mask is softened, in pixels."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= MAX_MASK_BLUR:
+        raise InputError(
+            f"mask_blur={value!r} must be a number of pixels from 0 to {MAX_MASK_BLUR}; 4 is usual"
+        )
+    return float(value)
 
 
 def check_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:

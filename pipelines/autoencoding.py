@@ -12,6 +12,7 @@ from latentgen.memory import MemoryPolicy, decode, resident
 from latentgen.models.pixels import ImageDecoder, ImageEncoder
 from latentgen.models.vae import Gaussian, VAEDecoder, VAEEncoder
 from latentgen.pipelines.devices import dtype_of
+from latentgen.pipelines.images import for_each
 
 Stage = TypeVar("Stage", VAEDecoder, VAEEncoder)
 
@@ -59,6 +60,12 @@ def encode_images(encoder: ImageEncoder, images: Tensor, device: torch.device) -
             "the encoder gave NaN or infinity, even in float32, for finite images; check the VAE's weights"
         )
     return posterior
+
+
+def encode_for_each(encoder: ImageEncoder, images: Tensor, device: torch.device, count: int) -> Gaussian:
+    """The distribution of the latents of each of `count` results, of which every image has equally many."""
+    mean, logvar = encode_images(encoder, images, device)
+    return Gaussian(for_each(mean, count), for_each(logvar, count))
 
 
 def _encode(encoder: ImageEncoder, images: Tensor) -> Gaussian:

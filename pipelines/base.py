@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -41,13 +41,9 @@ from latentgen.pipelines.guiding import GuidanceOptions, Guided
 from latentgen.pipelines.prompting import PromptReader, Prompts
 from latentgen.pipelines.request import Request, Sampling
 from latentgen.pipelines.saving import SD_INDEX, SDXL_INDEX, class_entries, save_folder
+from latentgen.pipelines.schedulers import AnyScheduler, chosen_scheduler
 from latentgen.prompt_syntax import PromptSyntax, read_prompt
 
-if TYPE_CHECKING:
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-# What a call takes for its scheduler: the name of a solver, a Scheduler, or a scheduler of diffusers.
-AnyScheduler: TypeAlias = "str | Scheduler | SchedulerMixin"
 DEFAULT_STEPS = 25
 _CPU = torch.device("cpu")
 
@@ -251,6 +247,16 @@ class Pipeline(ABC):
         )
 
     @classmethod
+    def from_pipeline(cls, pipeline: Pipeline) -> Self:
+        """A pipeline of this kind over the stages of another, adapters included; they share all weights.
+
+        Raises:
+            ConfigError: the UNet is for another kind of pipeline.
+        """
+        shared = (item.name for item in fields(cls) if hasattr(pipeline, item.name))
+        return cls(**{name: getattr(pipeline, name) for name in shared})
+
+    @classmethod
     def _own_fields(cls, checkpoint: Checkpoint) -> dict[str, Any]:
         """The fields that one kind of pipeline has besides, from a checkpoint."""
         return {}
@@ -432,7 +438,7 @@ class Pipeline(ABC):
         sigmas: Sequence[float] | None,
     ) -> Sampling:
         """The whole run that is asked for, with this pipeline's scheduler by default."""
-        scheduler = self._chosen(scheduler)
+        scheduler = chosen_scheduler(scheduler, self.scheduler, is_sdxl=self.is_sdxl)
         most_steps = scheduler.schedule.num_train_timesteps
         if timesteps is None and sigmas is None:
             levels = scheduler.levels(
@@ -441,19 +447,3 @@ class Pipeline(ABC):
         else:
             levels = scheduler.levels_at(timesteps=timesteps, sigmas=sigmas)
         return Sampling(scheduler, levels, range(len(levels) - 1))
-
-    def _chosen(self, scheduler: AnyScheduler | None) -> Scheduler:
-        if scheduler is None:
-            return self.scheduler
-        if isinstance(scheduler, str):
-            chosen = self.scheduler.with_solver(scheduler)
-            aligned_to_sd = self.is_sdxl and chosen.sigmas == "align_your_steps"
-            return replace(chosen, sigmas="align_your_steps_xl") if aligned_to_sd else chosen
-        if isinstance(scheduler, Scheduler):
-            return scheduler
-        config = getattr(scheduler, "config", None)  # of diffusers, which need not be installed
-        if not isinstance(config, Mapping):
-            raise InputError(
-                f"scheduler must be a name, a Scheduler or one of diffusers, not {type(scheduler).__name__}"
-            )
-        return Scheduler.from_config({**config, "_class_name": type(scheduler).__name__})

@@ -258,7 +258,7 @@ class CascadePipeline:
             chosen = _complete(chosen, pipeline)
             images = call.draw(pipeline, index, chosen, images)
             del pipeline  # before the next is loaded
-            result = export(images * 2 - 1, output_type)
+            result = export(images, output_type)
             yield StageResult(index, len(self.stages), stage.name, result, call.seeds, chosen)
 
     __call__ = _last(stream)

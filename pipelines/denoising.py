@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from latentgen.diffusion.schedule import CLEAN
 from latentgen.errors import NumericalError
+from latentgen.image import to_unit
 from latentgen.memory import explained_out_of_memory, resident, weight_bytes
 from latentgen.models.unet import UNet
 from latentgen.pipelines.autoencoding import decode_images
@@ -26,7 +28,7 @@ P = ParamSpec("P")
 
 @torch.inference_mode()
 def denoise(stages: Stages, run: Run) -> Iterator[PipelineStep]:
-    """Make the images of a run: every step, the last of which gives the result.
+    """Make the images of a run: every step, the last of which gives the result; at least one.
 
     Raises:
         NumericalError: NaN or infinity where an image was due; names the step.
@@ -48,22 +50,33 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
     begin = run.begin(noise)
     latents = begin.latents.contiguous(memory_format=torch.channels_last)
     scheduler, levels, steps = run.sampling
-    told, position = encode_prompts(stages, run), Position(steps.start)
     total, check = len(steps), FiniteCheck()
-    last: PipelineStep | None = None
     finish = partial(_finish, stages, run, check)
+    if not steps:
+        yield PipelineStep(-1, total, latents, latents, run.request.seeds, finish)
+        return
+    told, position = encode_prompts(stages, run), Position(steps.start)
+    last: PipelineStep | None = None
     with (
         resident(stages.unet, stages.device, offload=stages.memory.offload_idle),
         tqdm(total=total, desc="denoising", disable=not run.progress) as bar,
     ):
-        denoiser = build_denoiser(stages, run, begin, told, position)
+        denoiser, kept = build_denoiser(stages, run, begin, told, position), begin.kept
+        if kept is not None:
+            denoiser = kept.shown_to(denoiser, levels[steps.start])
         draw = partial(noise.draw, run.shape[1:])
         for step in scheduler.sample(denoiser, latents, levels, draw, start=steps.start, stop=steps.stop):
             position.step = step.index + 1
             check.watch(step.latents)
             bar.update()
-            index = step.index - steps.start
-            current = PipelineStep(index, total, step.latents, step.x0, run.request.seeds, finish)
+            index, reached, x0 = step.index - steps.start, step.latents, step.x0
+            if kept is not None:
+                is_last = index == total - 1
+                reached, x0 = (
+                    kept.put_back(reached, CLEAN if is_last else step.level),
+                    kept.put_back(x0, CLEAN),
+                )
+            current = PipelineStep(index, total, reached, x0, run.request.seeds, finish)
             if current.is_last:
                 last = current
             else:
@@ -82,7 +95,8 @@ def _finish(stages: Stages, run: Run, check: FiniteCheck, latents: Tensor) -> Im
     if run.is_tiled and memory.decode_tile is None:
         memory = replace(memory, decode_tile=run.tile)
     images = decode_images(stages.decoder, latents, stages.device, memory)
-    return export(images[..., : run.size[0], : run.size[1]], run.output_type)
+    images = to_unit(images[..., : run.size[0], : run.size[1]])
+    return export(images if run.composite is None else run.composite(images), run.output_type)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +104,7 @@ class PipelineStep:
     """One step of a run that is under way.
 
     Attributes:
-        index: number of the step, from 0.
+        index: number of the step, from 0; -1 for what a run without steps gives.
         total: how many steps the run has.
         latents: float32 [B, C, h, w], the latents after this step.
         x0: float32 [B, C, h, w], where the denoiser expects the run to end.
@@ -145,6 +159,8 @@ class FiniteCheck:
         Raises:
             NumericalError: naming the first step, of `total`, that gave NaN or infinity.
         """
+        if not self._sums:
+            return
         finite = torch.stack(self._sums).isfinite().tolist()
         if not all(finite):
             step = finite.index(False) + 1

@@ -30,7 +30,12 @@ def as_images(name: str, images: ImagesInput) -> Tensor:
         images: one image, or several of one size. An image is a path, a PIL image, an array [H, W, 3] or a tensor
             [3, H, W], of uint8 or of floats in 0..1; arrays and tensors can also hold a batch.
     """
-    return _joined(name, [_as_unit(name, image) for image in _items(images)]) * 2 - 1
+    return as_unit_images(name, images) * 2 - 1
+
+
+def as_unit_images(name: str, images: ImagesInput) -> Tensor:
+    """Images as float32 [B, 3, H, W] in 0..1, of which 8-bit ones are 255ths; arguments are those of `as_images`."""
+    return _joined(name, [_as_unit(name, image) for image in _items(images)])
 
 
 def as_masks(name: str, masks: ImagesInput, images: Tensor) -> Tensor:
@@ -139,7 +144,8 @@ def _values(name: str, image: object) -> Tensor:
             f"{name} must be a path, a PIL image, an array, a tensor or a list of these, not {type(image).__name__}"
         )
     try:
-        values = torch.as_tensor(image).detach().cpu()
+        # A copy, because torch takes no array that runs backwards and warns of one that cannot be written.
+        values = torch.as_tensor(image.copy() if isinstance(image, np.ndarray) else image).detach().cpu()
     except TypeError as error:
         raise InputError(f"{name} is an array of {image.dtype}, which holds no pixels: {error}") from None
     if values.dtype == torch.uint8:

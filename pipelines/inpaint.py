@@ -1,26 +1,43 @@
-"""Inpainting: repaint what a mask marks, with checkpoints that were trained for it (arXiv:2112.10752, section 4.5)."""
+"""Inpainting: what a mask marks is painted anew.
+
+Checkpoints that were trained for it are told the mask (arXiv:2112.10752, section 4.5); with all others the rest of the
+image is put back at every step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentgen.models.vae import Gaussian
-from latentgen.pipelines.arguments import OutputType, check_output_type, check_size_conditioning
-from latentgen.pipelines.autoencoding import encode_images
+from latentgen.errors import InputError
+from latentgen.pipelines.arguments import (
+    MAX_SIDE,
+    OutputType,
+    check_blur,
+    check_integer,
+    check_output_type,
+    check_size,
+    check_size_conditioning,
+)
+from latentgen.pipelines.autoencoding import encode_for_each
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
+from latentgen.pipelines.canvas import Canvas
 from latentgen.pipelines.conditioning import SizeConditioning
 from latentgen.pipelines.denoising import PipelineStep, completed, denoise
 from latentgen.pipelines.guiding import GuidanceOptions
-from latentgen.pipelines.images import ImagesInput, as_images, as_masks, for_each, padded
+from latentgen.pipelines.images import ImagesInput, as_masks, as_unit_images, for_each, padded
+from latentgen.pipelines.keeping import Kept
 from latentgen.pipelines.loading import READS
 from latentgen.pipelines.prompting import Prompts
+from latentgen.pipelines.request import Sampling
 from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.pipelines.saving import redrawing_entries
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 
@@ -28,8 +45,9 @@ from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 class InpaintPipeline(Pipeline):
     """Images in which what a mask marks is painted anew, as a text says.
 
-    The UNet is one of nine channels: it is told the mask, and the image without what lies beneath it. The stages, and
-    how they are loaded, are those of :class:`Pipeline`.
+    A UNet of nine channels is told the mask, and the image without what lies beneath it. One of four channels serves as
+    well: wherever it looks, it finds the rest of the image in its place, noised as far as its latents are. The stages,
+    and how they are loaded, are those of :class:`Pipeline`.
     """
 
     reads: ClassVar[tuple[str, ...]] = READS["InpaintPipeline"]
@@ -41,12 +59,13 @@ class InpaintPipeline(Pipeline):
 
     @property
     def _image_channels(self) -> int:
-        return 1 + self.decoder.config.latent_channels
+        latent = self.decoder.config.latent_channels
+        return 0 if self.unet.config.in_channels == latent else 1 + latent
 
     def _index(self) -> dict[str, object]:
-        return super()._index() | (
-            {"requires_aesthetics_score": self.is_told_a_score} if self.is_sdxl else {}
-        )
+        if not self.is_sdxl:
+            return super()._index()
+        return super()._index() | redrawing_entries(len(self.text_encoder.towers), self.is_told_a_score)
 
     def stream(
         self,
@@ -54,6 +73,11 @@ class InpaintPipeline(Pipeline):
         *,
         image: ImagesInput,
         mask_image: ImagesInput,
+        strength: float = 1.0,
+        mask_blur: float = 0.0,
+        padding_mask_crop: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         negative_prompt: Prompts | None = None,
         prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
         num_inference_steps: int = DEFAULT_STEPS,
@@ -78,10 +102,23 @@ class InpaintPipeline(Pipeline):
             image: one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a tensor
                 [3, H, W] of floats in 0..1. It may have any size, which the result has as well.
             mask_image: white, or 1, where the image is painted anew; of the image's size, one for all or one for each.
+                All other pixels of the result are those of the image, to the byte (8 bits, RGB).
+            strength: above 0 to 1, how much is drawn anew: the share of the steps that are taken, the last ones. Below
+                1 the result keeps something of what the mask covers.
+            mask_blur: softens the seam: standard deviation in pixels of a Gaussian over the mask, as which what is
+                painted is laid over the image. It reaches three times as far beyond the mask, and changes those pixels.
+            padding_mask_crop: paint on no more than what the mask marks and so many pixels around it, enlarged to
+                `height` and `width`: small things in fine detail. None paints on the whole image.
+            height: pixels, a multiple of what one latent covers, at which the model works; the result is as large as
+                the image nevertheless. By default that of the image, or with `padding_mask_crop` that at which the
+                model was trained.
+            width: likewise.
         """
-        images = as_images("image", image)
-        masks = as_masks("mask_image", mask_image, images)
-        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas)
+        originals = as_unit_images("image", image)
+        masks = as_masks("mask_image", mask_image, originals)
+        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas).with_strength(strength)
+        if not sampling.steps:
+            raise InputError("strength=0 would paint nothing; it must be above 0")
         request = self._request(
             prompt,
             negative_prompt,
@@ -91,23 +128,15 @@ class InpaintPipeline(Pipeline):
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
             clip_skip=clip_skip,
-            images=len(images),
+            images=len(originals),
         )
-        factor, size = self.decoder.config.spatial_factor, (images.shape[2], images.shape[3])
-        images, masks = padded(images, factor), padded(masks, factor)
-        height, width = (side // factor for side in images.shape[2:])
-        latent_masks = F.interpolate(masks, (height, width))
-        shape = (len(request), self.decoder.config.latent_channels, height, width)
-
-        def begin(noise: ImageNoise) -> Beginning:
-            latents = sampling.initial(noise.draw(shape[1:]))
-            posterior = encode_images(self.encoder(), images * (1 - masks), self.device)
-            kept = Gaussian(*(for_each(part, len(request)) for part in posterior)).sample(
-                noise.draw(shape[1:])
-            )
-            marked: Tensor = for_each(latent_masks, len(request)).to(self.device)
-            return Beginning(latents, channels=torch.cat([marked, kept], dim=1))
-
+        canvas = self._canvas(originals, masks, height, width, padding_mask_crop, mask_blur)
+        factor = self.decoder.config.spatial_factor
+        images, masks = padded(canvas.shown_images(), factor), padded(canvas.shown_masks(), factor)
+        latent_masks = _in_latents(masks, factor)
+        latent_height, latent_width = latent_masks.shape[2:]
+        shape = (len(request), self.decoder.config.latent_channels, latent_height, latent_width)
+        begin = partial(self._begin, sampling, images, masks, latent_masks, shape)
         return denoise(
             self,
             Run(
@@ -116,11 +145,69 @@ class InpaintPipeline(Pipeline):
                 self._guided(request, guidance, sampling),
                 shape,
                 begin,
-                size=size,
+                size=canvas.size,
                 output_type=check_output_type(output_type),
                 progress=progress,
                 size_conditioning=check_size_conditioning(size_conditioning),
+                composite=canvas.composite,
             ),
         )
 
     __call__ = completed(stream)
+
+    def _canvas(
+        self,
+        originals: Tensor,
+        masks: Tensor,
+        height: int | None,
+        width: int | None,
+        padding: int | None,
+        blur: float,
+    ) -> Canvas:
+        """What of the images the model works on, from arguments of a call."""
+        for index, mask in enumerate(masks):
+            if not mask.any():
+                raise InputError(f"mask_image {index} marks nothing; white, or 1, marks what is painted anew")
+        factor, usual, size = self.decoder.config.spatial_factor, self.unet.config.sample_size, None
+        if padding is None:
+            usual = (-(-originals.shape[2] // factor), -(-originals.shape[3] // factor))
+        else:
+            padding = check_integer("padding_mask_crop", padding, 0, MAX_SIDE)
+        if (height, width, padding) != (None, None, None):
+            size = check_size(height, width, usual, factor)
+        return Canvas.spanned(originals, masks, size=size, padding=padding, blur=check_blur(blur))
+
+    def _begin(
+        self,
+        sampling: Sampling,
+        images: Tensor,
+        masks: Tensor,
+        latent_masks: Tensor,
+        shape: tuple[int, int, int, int],
+        noise: ImageNoise,
+    ) -> Beginning:
+        """Begin from images [B, 3, H, W] in -1..1 and their masks; drawn is in the order of diffusers."""
+        count, encoder, is_told = shape[0], self.encoder(), self._image_channels > 0
+        marked = for_each(latent_masks, count).to(self.device)
+        x0 = None
+        if not (is_told and sampling.is_from_noise):
+            x0 = encode_for_each(encoder, images, self.device, count).sample(noise.draw(shape[1:]))
+        drawn = noise.draw(shape[1:])
+        latents = (
+            sampling.initial(drawn) if sampling.is_from_noise or x0 is None else sampling.noised(x0, drawn)
+        )
+        # Diffusers draws these even where it has no use for them.
+        of_posterior = noise.draw(shape[1:])
+        if x0 is not None and not is_told:
+            return Beginning(latents, kept=Kept(x0, drawn, marked > 0))
+        rest = encode_for_each(encoder, images * (1 - masks), self.device, count).sample(of_posterior)
+        return Beginning(latents, channels=torch.cat([marked, rest], dim=1))
+
+
+def _in_latents(masks: Tensor, factor: int) -> Tensor:
+    """Masks [B, 1, H, W] as [B, 1, h, w] by the pixel at the corner of each latent, as diffusers has them.
+
+    A mask that marks none of these pixels counts for all latents that it touches.
+    """
+    corners, touched = masks[..., ::factor, ::factor], F.max_pool2d(masks, factor)
+    return torch.where(corners.amax(dim=(2, 3), keepdim=True) > 0, corners, touched)

@@ -27,6 +27,7 @@ from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecod
 from latentgen.pipelines import loading
 from latentgen.pipelines.adapting import refuse_attached
 from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.image_to_image import ImageToImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.saving import named_towers
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         DiffusionPipeline,
         LatentConsistencyModelPipeline,
         SchedulerMixin,
+        StableDiffusionImg2ImgPipeline,
         StableDiffusionInpaintPipeline,
         StableDiffusionInstructPix2PixPipeline,
         StableDiffusionPipeline,
@@ -47,24 +49,28 @@ if TYPE_CHECKING:
         StableDiffusionXLPipeline,
     )
 
-    TextToImage = (
-        StableDiffusionPipeline
-        | StableDiffusionXLPipeline
-        | StableDiffusionXLImg2ImgPipeline
-        | LatentConsistencyModelPipeline
-    )
+    TextToImage = StableDiffusionPipeline | StableDiffusionXLPipeline | LatentConsistencyModelPipeline
+    ImageToImage = StableDiffusionImg2ImgPipeline | StableDiffusionXLImg2ImgPipeline
     Inpaint = StableDiffusionInpaintPipeline | StableDiffusionXLInpaintPipeline
 
-_PIPELINES: tuple[type[Pipeline], ...] = (
-    TextToImagePipeline,
-    InpaintPipeline,
-    InstructPix2PixPipeline,
-    UpscalePipeline,
-)
+# The class of diffusers' pipeline -> ours.
+_TAKEN_OVER_AS: Mapping[str, type[Pipeline]] = {
+    "StableDiffusionPipeline": TextToImagePipeline,
+    "StableDiffusionXLPipeline": TextToImagePipeline,
+    "LatentConsistencyModelPipeline": TextToImagePipeline,
+    "StableDiffusionImg2ImgPipeline": ImageToImagePipeline,
+    "StableDiffusionXLImg2ImgPipeline": ImageToImagePipeline,
+    "StableDiffusionInpaintPipeline": InpaintPipeline,
+    "StableDiffusionXLInpaintPipeline": InpaintPipeline,
+    "StableDiffusionInstructPix2PixPipeline": InstructPix2PixPipeline,
+    "StableDiffusionUpscalePipeline": UpscalePipeline,
+}
 
 
 @overload
 def from_diffusers(pipe: TextToImage, *, memory: MemoryPolicy | None = None) -> TextToImagePipeline: ...
+@overload
+def from_diffusers(pipe: ImageToImage, *, memory: MemoryPolicy | None = None) -> ImageToImagePipeline: ...
 @overload
 def from_diffusers(pipe: Inpaint, *, memory: MemoryPolicy | None = None) -> InpaintPipeline: ...
 @overload
@@ -81,7 +87,8 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
     Nothing is copied: what later changes the weights of one changes the other. `pipe` itself stays as it is.
 
     Args:
-        pipe: a pipeline of a class that one of ours names in `reads`; the result is that one of ours.
+        pipe: a pipeline of diffusers; the result is ours of the same kind. That of another kind over the same weights
+            is one call away: `TextToImagePipeline.from_pipeline(from_diffusers(refiner))`.
         memory: what to trade for memory; on a CPU, packed copies of convolution kernels are made beside the weights
             unless it says not to.
 
@@ -91,11 +98,9 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
         CheckpointMismatchError: a module holds other weights than its configuration says, such as those of adapters.
     """
     name = type(pipe).__name__
-    ours = next((ours for ours in _PIPELINES if name in ours.reads), None)
+    ours = _TAKEN_OVER_AS.get(name)
     if ours is None:
-        reads = (known for ours in _PIPELINES for known in ours.reads)
-        possible = ", ".join(known for known in reads if known != loading.PIXEL_CLASS)
-        raise InputError(f"a {name} cannot be taken over; possible are {possible}")
+        raise InputError(f"a {name} cannot be taken over; possible are {', '.join(_TAKEN_OVER_AS)}")
     memory = MemoryPolicy() if memory is None else memory
     parts = pipe.components
     device = _one_device(parts)
@@ -181,6 +186,7 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
         kinds = {
             "StableDiffusionPipeline": diffusers.StableDiffusionPipeline,
             "LatentConsistencyModelPipeline": diffusers.LatentConsistencyModelPipeline,
+            "StableDiffusionImg2ImgPipeline": diffusers.StableDiffusionImg2ImgPipeline,
             "StableDiffusionInpaintPipeline": diffusers.StableDiffusionInpaintPipeline,
             "StableDiffusionInstructPix2PixPipeline": diffusers.StableDiffusionInstructPix2PixPipeline,
         }

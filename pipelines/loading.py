@@ -37,23 +37,32 @@ _GUIDANCE_SCALES = {
 GUIDANCE_KEY = "_guidance_scale"
 # Diffusers has no pipeline from CLIP's text to pixels: under this class it refuses the folder, rather than misread it.
 PIXEL_CLASS = "LatentgenPixelPipeline"
+# Those whose UNet sees nothing but the noisy latents.
+_PLAIN = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    # How diffusers calls the pipeline of a folder with the refiner, too.
+    "StableDiffusionXLImg2ImgPipeline",
+    "LatentConsistencyModelPipeline",
+    PIXEL_CLASS,
+)
 # Each pipeline here -> the classes of diffusers' pipelines whose checkpoints it reads.
 READS: Mapping[str, tuple[str, ...]] = {
-    "TextToImagePipeline": (
-        "StableDiffusionPipeline",
-        "StableDiffusionXLPipeline",
-        # How diffusers calls the pipeline of a folder with the refiner.
-        "StableDiffusionXLImg2ImgPipeline",
-        "LatentConsistencyModelPipeline",
-        PIXEL_CLASS,
-    ),
-    "InpaintPipeline": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
+    "TextToImagePipeline": _PLAIN,
+    "ImageToImagePipeline": _PLAIN,
+    "InpaintPipeline": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline", *_PLAIN),
     "InstructPix2PixPipeline": ("StableDiffusionInstructPix2PixPipeline",),
+    "PairedImagePipeline": ("StableDiffusionInstructPix2PixPipeline",),
     "UpscalePipeline": ("StableDiffusionUpscalePipeline",),
 }
 _SDXL_CLASSES = tuple(name for names in READS.values() for name in names if "XL" in name)
 # Those that read old folders of Stable Diffusion as the model was trained; see load_scheduler.
-_MENDING = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+_MENDING = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+)
 # Components that the pipelines here read, and those that they do without.
 USED = ("unet", "vae", *SCHEDULERS, *TOKENIZERS, *TOKENIZERS.values())
 _IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from latentgen.image import to_numpy, to_pil, to_unit
+from latentgen.image import numpy_to_pil, unit_to_numpy
 from latentgen.pipelines.arguments import OutputType
 
 Images = list[Image.Image] | np.ndarray | Tensor
@@ -29,13 +29,11 @@ class Output(NamedTuple):
 
 
 def export(images: Tensor, output_type: OutputType) -> Images:
-    """Turn images [B, 3, H, W] in -1..1 into what `output_type` names."""
+    """Turn images [B, 3, H, W] in 0..1 into what `output_type` names."""
     match output_type:
         case "pil":
-            return to_pil(images)
+            return numpy_to_pil(unit_to_numpy(images))
         case "np":
-            return to_numpy(images)
-        case "pt":
-            return to_unit(images)
-        case "latent":
+            return unit_to_numpy(images)
+        case "pt" | "latent":
             return images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import InputError
+from latentgen.pipelines.arguments import check_share
 from latentgen.pipelines.conditioning import Row
 
 
@@ -55,3 +58,27 @@ class Sampling(NamedTuple):
     def initial(self, noise: Tensor) -> Tensor:
         """The latents that begin a whole run, from standard normal noise of the same shape."""
         return self.scheduler.initial(noise, self.levels)
+
+    @property
+    def is_from_noise(self) -> bool:
+        """Whether the run begins at its first level, where it knows of nothing but noise."""
+        return self.steps.start == 0
+
+    def noised(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """Clean latents at the level where these steps begin; the noise is standard normal, of the same shape."""
+        level = self.levels[self.steps.start]
+        return level.alpha * x0 + level.sigma * noise
+
+    def with_strength(self, strength: float) -> Sampling:
+        """The last steps of the whole run, `strength` of them rounded down as in diffusers; none at strength 0.
+
+        Raises:
+            InputError: not a number from 0 to 1, or one above 0 that leaves no step.
+        """
+        count = int(self.total * check_share("strength", strength))
+        if count == 0 and strength > 0:
+            raise InputError(
+                f"strength={strength} leaves none of the {self.total} steps; use {math.ceil(1000 / self.total) / 1000} "
+                "or more, or more steps"
+            )
+        return self._replace(steps=range(self.total - count, self.total))

@@ -16,6 +16,7 @@ from latentgen.models.unet import UNet
 from latentgen.pipelines.arguments import OutputType
 from latentgen.pipelines.conditioning import SizeConditioning
 from latentgen.pipelines.guiding import Guided
+from latentgen.pipelines.keeping import Kept
 from latentgen.pipelines.request import Request, Sampling
 
 
@@ -66,11 +67,13 @@ class Beginning(NamedTuple):
         channels: what is concatenated to the latents at each step, [B, K, h, w], or where the rows of a guidance differ
             [rows * B, K, h, w].
         class_labels: what the UNet is told besides the timestep, [1].
+        kept: what of an image is kept.
     """
 
     latents: Tensor
     channels: Tensor | None = None
     class_labels: Tensor | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +90,7 @@ class Run:
         output_type: what becomes of the latents.
         progress: whether to show a progress bar.
         size_conditioning: what SDXL is told.
+        composite: what becomes of the images [B, 3, H, W] in 0..1, where they are no result by themselves.
         tile: side, in latents, of the overlapping tiles in which larger latents are denoised and decoded; each step
             blends what they give (arXiv:2302.08113), so that neighbours agree. None takes all latents whole.
     """
@@ -100,6 +104,7 @@ class Run:
     output_type: OutputType
     progress: bool
     size_conditioning: SizeConditioning = field(default_factory=SizeConditioning)
+    composite: Callable[[Tensor], Tensor] | None = None
     tile: int | None = None
 
     @property

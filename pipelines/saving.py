@@ -24,6 +24,17 @@ SD_INDEX: Mapping[str, object] = {
 SDXL_INDEX: Mapping[str, object] = {"feature_extractor": _NONE, "image_encoder": _NONE}
 
 
+def redrawing_entries(towers: int, is_told_a_score: bool) -> dict[str, object]:
+    """What `model_index.json` says besides of a pipeline of SDXL's that begins with an image.
+
+    Args:
+        towers: how many text encoders it has; the refiner has the second one alone.
+        is_told_a_score: see Pipeline.
+    """
+    entries: dict[str, object] = {"requires_aesthetics_score": is_told_a_score}
+    return entries | {"text_encoder": _NONE, "tokenizer": _NONE} if towers == 1 else entries
+
+
 def class_entries(diffusers_class: str, guidance_scale: float | None) -> dict[str, object]:
     """What `model_index.json` says of the pipeline's class, and of a guidance scale that is not the usual one."""
     own = guidance_scale not in (None, usual_guidance_scale(diffusers_class))

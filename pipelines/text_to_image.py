@@ -15,7 +15,7 @@ from latentgen.pipelines.arguments import (
     check_latents,
     check_output_type,
     check_share,
-    check_side,
+    check_size,
     check_size_conditioning,
 )
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
@@ -26,6 +26,7 @@ from latentgen.pipelines.loading import PIXEL_CLASS, READS
 from latentgen.pipelines.prompting import Prompts
 from latentgen.pipelines.request import Sampling
 from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.pipelines.saving import redrawing_entries
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 
@@ -62,8 +63,7 @@ class TextToImagePipeline(Pipeline):
             return {}
         if self.diffusers_class != "StableDiffusionXLImg2ImgPipeline":
             return super()._index()
-        absent = {"text_encoder": [None, None], "tokenizer": [None, None]}
-        return super()._index() | absent | {"requires_aesthetics_score": self.is_told_a_score}
+        return super()._index() | redrawing_entries(len(self.text_encoder.towers), self.is_told_a_score)
 
     def stream(
         self,
@@ -182,15 +182,7 @@ class TextToImagePipeline(Pipeline):
         size = self.unet.config.sample_size
         if isinstance(latents, Tensor) and latents.ndim == 4:
             size = (latents.shape[2], latents.shape[3])
-        if size is not None:
-            default_height, default_width = size if isinstance(size, tuple) else (size, size)
-            height = default_height * factor if height is None else height
-            width = default_width * factor if width is None else width
-        if height is None or width is None:
-            raise InputError(
-                "give height and width; the checkpoint does not say at which size it was trained"
-            )
-        height, width = check_side("height", height, factor), check_side("width", width, factor)
+        height, width = check_size(height, width, size, factor)
         return (count, self.decoder.config.latent_channels, height // factor, width // factor)
 
 

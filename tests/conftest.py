@@ -42,8 +42,11 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=list(_MERGES), model_max_length=77)
 
 
-def build_pipeline() -> StableDiffusionPipeline:
-    """A Stable Diffusion 1.x pipeline of diffusers with tiny random weights, the same at every call."""
+def build_pipeline(in_channels: int = 4) -> StableDiffusionPipeline:
+    """A Stable Diffusion 1.x pipeline of diffusers with tiny random weights, the same at every call.
+
+    With other `in_channels` of the UNet they are the parts of another pipeline.
+    """
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -53,6 +56,7 @@ def build_pipeline() -> StableDiffusionPipeline:
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
             sample_size=8,
+            in_channels=in_channels,
             block_out_channels=(32, 64),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -106,6 +106,14 @@ def arguments(pipe: Any, side: int = 8) -> tuple[dict[str, Any], dict[str, Any]]
     return {"latents": latents}, {"latents": latents}
 
 
+def composited(image: np.ndarray, given: dict[str, Any]) -> np.ndarray:
+    """What diffusers painted, [B, H, W, 3], with the pixels of the image wherever the mask of a call is black."""
+    if "mask_image" not in given:
+        return image
+    mask = np.asarray(given["mask_image"])[None, :, :, None] > 127
+    return np.where(mask, image, np.asarray(given["image"], dtype=np.float32) / 255)
+
+
 def _parameters(function: Any) -> set[str]:
     import inspect
 

@@ -18,7 +18,7 @@ from latentgen import (
 )
 from latentgen.errors import ConfigError, InputError
 from latentgen.prompt_syntax import read_weights
-from tests.pipelines.families import arguments, build, save
+from tests.pipelines.families import arguments, build, composited, save
 
 NAMES = {
     InpaintPipeline: "SD 2.x inpainting",
@@ -85,7 +85,8 @@ def test_without_guidance_there_is_one_row(theirs: Any, ours: Any) -> None:
     given, _ = pictures(theirs)
     generator = [torch.Generator().manual_seed(7)]
     options = {"num_inference_steps": 3, "generator": generator, "output_type": "np", "guidance_scale": 1.0}
-    expected = theirs("a red cat", **arguments(theirs)[1] | options).images
+    shown = arguments(theirs)[1]
+    expected = composited(theirs("a red cat", **shown | options).images, shown)
     assert np.abs(draw(ours, guidance_scale=1.0, **given) - expected).max() <= 1e-4
 
 

@@ -26,12 +26,13 @@ def save(path: Path) -> Path:
         Image.fromarray(LEVELS),
         LEVELS,
         LEVELS[None],
+        LEVELS[..., ::-1].copy()[..., ::-1],
         LEVELS / 255,
         torch.from_numpy(LEVELS).permute(2, 0, 1),
         torch.from_numpy(LEVELS).permute(2, 0, 1)[None] / 255,
         [Image.fromarray(LEVELS)],
     ],
-    ids=["PIL", "uint8", "batch", "float64", "tensor", "float tensor", "list"],
+    ids=["PIL", "uint8", "batch", "backwards", "float64", "tensor", "float tensor", "list"],
 )
 def test_every_kind_of_image_is_the_same_tensor(image: Any) -> None:
     found = as_images("image", image)

@@ -1,0 +1,126 @@
+"""Image to image: an image is noised part of the way and drawn again, as a text says (SDEdit, arXiv:2108.01073)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from latentgen.pipelines.arguments import OutputType, check_output_type, check_size_conditioning
+from latentgen.pipelines.autoencoding import encode_for_each
+from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
+from latentgen.pipelines.conditioning import SizeConditioning
+from latentgen.pipelines.denoising import PipelineStep, completed, denoise
+from latentgen.pipelines.guiding import GuidanceOptions
+from latentgen.pipelines.images import ImagesInput, as_images, padded
+from latentgen.pipelines.loading import READS
+from latentgen.pipelines.prompting import Prompts
+from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.pipelines.saving import redrawing_entries
+from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
+
+USUAL_STRENGTH = 0.8
+
+
+@dataclass(frozen=True, eq=False)
+class ImageToImagePipeline(Pipeline):
+    """Images drawn anew from other images and a text.
+
+    Every checkpoint for text to image serves. The stages, and how they are loaded, are those of :class:`Pipeline`;
+    `ImageToImagePipeline.from_pipeline(text_to_image)` shares those of a pipeline that is loaded already.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = READS["ImageToImagePipeline"]
+
+    @property
+    def diffusers_class(self) -> str:
+        """The class of diffusers' pipeline over the same stages."""
+        return "StableDiffusionXLImg2ImgPipeline" if self.is_sdxl else "StableDiffusionImg2ImgPipeline"
+
+    @property
+    def _image_channels(self) -> int:
+        return 0
+
+    def _index(self) -> dict[str, object]:
+        if not self.is_sdxl:
+            return super()._index()
+        return super()._index() | redrawing_entries(len(self.text_encoder.towers), self.is_told_a_score)
+
+    def stream(
+        self,
+        prompt: Prompts,
+        *,
+        image: ImagesInput,
+        strength: float = USUAL_STRENGTH,
+        negative_prompt: Prompts | None = None,
+        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
+        num_inference_steps: int = DEFAULT_STEPS,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        guidance: GuidanceOptions | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        scheduler: AnyScheduler | None = None,
+        clip_skip: int = 0,
+        size_conditioning: SizeConditioning | None = None,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+    ) -> Iterator[PipelineStep]:
+        """Redraw images, step by step: each step can show a preview, and the last one gives the result.
+
+        Arguments that are not listed, and the errors, are those of :meth:`TextToImagePipeline.stream`.
+
+        Args:
+            prompt: what the images are to show; one for all images or one for each.
+            image: one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a tensor
+                [3, H, W] of floats in 0..1. It may have any size, which the result has as well.
+            strength: 0..1, how much is drawn anew: the share of the steps that are taken, the last ones. 1 is text to
+                image, which does not look at the image; 0 is the image as the VAE encodes and decodes it, in a single
+                PipelineStep.
+            num_inference_steps: steps of the whole run, of which `strength` are taken.
+        """
+        images = as_images("image", image)
+        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas).with_strength(strength)
+        request = self._request(
+            prompt,
+            negative_prompt,
+            sampling,
+            prompt_syntax=prompt_syntax,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            clip_skip=clip_skip,
+            images=len(images),
+        )
+        factor, size = self.decoder.config.spatial_factor, (images.shape[2], images.shape[3])
+        images = padded(images, factor)
+        height, width = (side // factor for side in images.shape[2:])
+        shape = (len(request), self.decoder.config.latent_channels, height, width)
+
+        def begin(noise: ImageNoise) -> Beginning:
+            if sampling.is_from_noise:
+                return Beginning(sampling.initial(noise.draw(shape[1:])))
+            posterior = encode_for_each(self.encoder(), images, self.device, len(request))
+            if not sampling.steps:
+                return Beginning(posterior.mean)
+            # The order of diffusers: the posterior is drawn from before the noise.
+            x0 = posterior.sample(noise.draw(shape[1:]))
+            return Beginning(sampling.noised(x0, noise.draw(shape[1:])))
+
+        return denoise(
+            self,
+            Run(
+                request,
+                sampling,
+                self._guided(request, guidance, sampling),
+                shape,
+                begin,
+                size=size,
+                output_type=check_output_type(output_type),
+                progress=progress,
+                size_conditioning=check_size_conditioning(size_conditioning),
+            ),
+        )
+
+    __call__ = completed(stream)

@@ -1,0 +1,108 @@
+"""Paired image to image: the UNet is shown an image beside the noisy latents (Palette, arXiv:2111.05826)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from latentgen.pipelines.arguments import OutputType, check_output_type
+from latentgen.pipelines.autoencoding import encode_for_each
+from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
+from latentgen.pipelines.denoising import PipelineStep, completed, denoise
+from latentgen.pipelines.guiding import GuidanceOptions
+from latentgen.pipelines.images import ImagesInput, as_images, padded
+from latentgen.pipelines.loading import READS
+from latentgen.pipelines.prompting import Prompts
+from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
+
+
+@dataclass(frozen=True, eq=False)
+class PairedImagePipeline(Pipeline):
+    """Images out of others that were paired with them in training: colour out of grey, a whole out of a part.
+
+    The UNet takes twice the channels of the latents. Its second half is the image: the mean of its latents without the
+    scaling factor, as InstructPix2Pix has it, so that diffusers' pipeline of that name reads the checkpoints, too. In
+    contrast to that one guidance has two rows, both of which see the image, and the prompt may be left out. The stages,
+    and how they are loaded, are those of :class:`Pipeline`.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = READS["PairedImagePipeline"]
+
+    @property
+    def diffusers_class(self) -> str:
+        """The class of diffusers' pipeline over the same stages; it gives the same with image_guidance_scale=1."""
+        return "StableDiffusionInstructPix2PixPipeline"
+
+    @property
+    def _image_channels(self) -> int:
+        return self.decoder.config.latent_channels
+
+    def stream(
+        self,
+        prompt: Prompts = "",
+        *,
+        image: ImagesInput,
+        negative_prompt: Prompts | None = None,
+        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
+        num_inference_steps: int = DEFAULT_STEPS,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        guidance: GuidanceOptions | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        scheduler: AnyScheduler | None = None,
+        clip_skip: int = 0,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+    ) -> Iterator[PipelineStep]:
+        """Make the counterparts of images, step by step: each step can show a preview, and the last gives the result.
+
+        Arguments that are not listed, and the errors, are those of :meth:`TextToImagePipeline.stream`.
+
+        Args:
+            prompt: what the results show, for models that were trained with text; one for all images or one for each.
+            image: what the model was trained to start from; one image for all prompts or one for each: a path, a PIL
+                image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1. It may have any size, which the
+                result has as well.
+            guidance_scale: how closely the prompt is followed; 1 or less, and half the time, for models without text.
+        """
+        images = as_images("image", image)
+        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas)
+        request = self._request(
+            prompt,
+            negative_prompt,
+            sampling,
+            prompt_syntax=prompt_syntax,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            clip_skip=clip_skip,
+            images=len(images),
+        )
+        config, size = self.decoder.config, (images.shape[2], images.shape[3])
+        images = padded(images, config.spatial_factor)
+        height, width = (side // config.spatial_factor for side in images.shape[2:])
+        shape = (len(request), config.latent_channels, height, width)
+
+        def begin(noise: ImageNoise) -> Beginning:
+            mean = encode_for_each(self.encoder(), images, self.device, len(request)).mean
+            return Beginning(sampling.initial(noise.draw(shape[1:])), mean / config.scaling_factor)
+
+        return denoise(
+            self,
+            Run(
+                request,
+                sampling,
+                self._guided(request, guidance, sampling),
+                shape,
+                begin,
+                size=size,
+                output_type=check_output_type(output_type),
+                progress=progress,
+            ),
+        )
+
+    __call__ = completed(stream)

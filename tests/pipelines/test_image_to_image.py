@@ -1,0 +1,300 @@
+"""Image to image against diffusers, and what it promises besides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentgen import ImageToImagePipeline, TextToImagePipeline, UpscalePipeline, from_diffusers, to_diffusers
+from latentgen.errors import ConfigError, InputError
+from latentgen.pipelines.autoencoding import decode_images, encode_images
+from latentgen.pipelines.images import as_images
+from tests.pipelines.families import build, save
+from tests.pipelines.sdxl import build_base, build_refiner
+
+PROMPTS = ["a cat", "tiger, red dog"]
+SEEDS = (7, 8)
+KARRAS = {"use_karras_sigmas": True}
+SCHEDULERS: dict[str, tuple[type, dict[str, object]]] = {
+    "ddim": (diffusers.DDIMScheduler, {}),
+    "ddpm": (diffusers.DDPMScheduler, {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, KARRAS),
+    "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_2s": (diffusers.DPMSolverSinglestepScheduler, {}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "lcm": (diffusers.LCMScheduler, {}),
+}
+
+
+def picture(seed: int, width: int = 16, height: int = 16) -> Image.Image:
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(levels)
+
+
+PICTURES = [picture(0), picture(1)]
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipeline: Any, prompt: str | list[str] = "a cat", **given: Any) -> np.ndarray:
+    options: dict[str, Any] = {"num_inference_steps": 5, "seed": 7, "output_type": "np", "progress": False}
+    return np.asarray(pipeline(prompt, **options | given).images)
+
+
+def draw_theirs(pipe: Any, **given: Any) -> np.ndarray:
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    options: dict[str, Any] = {"num_inference_steps": 10, "output_type": "np", "image": PICTURES}
+    return pipe(PROMPTS, generator=generators, **options | given).images
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.01
+    return float(np.abs(ours - theirs).max())
+
+
+@pytest.fixture(scope="module")
+def ours(pipeline: TextToImagePipeline) -> ImageToImagePipeline:
+    return ImageToImagePipeline.from_pipeline(pipeline)
+
+
+@pytest.fixture(scope="module")
+def theirs(oracle: Any) -> Any:
+    return quiet(diffusers.StableDiffusionImg2ImgPipeline(**oracle.components, requires_safety_checker=False))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning:diffusers")
+class TestAgainstDiffusers:
+    @pytest.mark.parametrize("name", SCHEDULERS)
+    def test_every_solver_gives_the_same_image(
+        self, ours: ImageToImagePipeline, theirs: Any, name: str
+    ) -> None:
+        kind, options = SCHEDULERS[name]
+        parts = theirs.components | {"scheduler": kind.from_config(theirs.scheduler.config, **options)}  # type: ignore[attr-defined]
+        pipe = quiet(type(theirs)(**parts, requires_safety_checker=False))
+        images = draw(ours, PROMPTS, image=PICTURES, strength=0.7, num_inference_steps=10, scheduler=name)
+        assert difference(images, draw_theirs(pipe, strength=0.7)) <= 1e-4
+
+    @pytest.mark.parametrize("strength", [0.1, 0.25, 0.5, 0.99])
+    @pytest.mark.parametrize("name", ["ddim", "heun"])
+    def test_as_many_steps_are_taken(
+        self, ours: ImageToImagePipeline, theirs: Any, name: str, strength: float
+    ) -> None:
+        parts = theirs.components | {"scheduler": SCHEDULERS[name][0].from_config(theirs.scheduler.config)}  # type: ignore[attr-defined]
+        pipe = quiet(type(theirs)(**parts, requires_safety_checker=False))
+        images = draw(
+            ours, PROMPTS, image=PICTURES, strength=strength, num_inference_steps=10, scheduler=name
+        )
+        assert difference(images, draw_theirs(pipe, strength=strength)) <= 1e-4
+
+    @pytest.mark.parametrize("timesteps", [None, [900, 500, 300, 100]])
+    def test_without_guidance_and_with_timesteps_by_hand(
+        self, ours: ImageToImagePipeline, theirs: Any, timesteps: list[int] | None
+    ) -> None:
+        parts = theirs.components | {
+            "scheduler": diffusers.DDPMScheduler.from_config(theirs.scheduler.config)
+        }
+        pipe = quiet(type(theirs)(**parts, requires_safety_checker=False))
+        given = {"timesteps": timesteps, "strength": 0.6, "num_inference_steps": 4}
+        images = draw(ours, PROMPTS, image=PICTURES, scheduler="ddpm", guidance_scale=1.0, **given)
+        assert difference(images, draw_theirs(pipe, guidance_scale=1.0, **given)) <= 1e-4
+
+    @pytest.mark.parametrize("builder", [build_base, build_refiner])
+    def test_sdxl_and_its_refiner(self, builder: Any) -> None:
+        parts = builder()
+        config: dict[str, Any] = {
+            "requires_aesthetics_score": builder is build_refiner,
+            "force_zeros_for_empty_prompt": bool(parts.config["force_zeros_for_empty_prompt"]),
+        }
+        components = {
+            key: part
+            for key, part in parts.components.items()
+            if key not in ("image_encoder", "feature_extractor")
+        }
+        pipe = quiet(
+            diffusers.StableDiffusionXLImg2ImgPipeline(**components, **config, add_watermarker=False)
+        )
+        ours = from_diffusers(pipe)
+        assert type(ours) is ImageToImagePipeline
+        images = draw(ours, PROMPTS, image=PICTURES, strength=0.5, num_inference_steps=10)
+        assert difference(images, draw_theirs(pipe, strength=0.5)) <= 1e-4
+        again = to_diffusers(ours)
+        assert type(again) is type(pipe)
+        assert again.config["requires_aesthetics_score"] == config["requires_aesthetics_score"]
+
+    def test_live_pipelines_go_both_ways(self, theirs: Any, ours: ImageToImagePipeline) -> None:
+        taken = from_diffusers(theirs)
+        assert type(taken) is ImageToImagePipeline
+        again = to_diffusers(ours)
+        assert type(again) is diffusers.StableDiffusionImg2ImgPipeline
+        images = draw(taken, PROMPTS, image=PICTURES, num_inference_steps=10)
+        assert difference(images, draw_theirs(quiet(again), strength=0.8)) <= 1e-4
+
+    def test_their_folders_are_read_and_ours_by_them(self, theirs: Any, tmp_path: Path) -> None:
+        theirs.save_pretrained(tmp_path / "theirs")
+        ours = ImageToImagePipeline.from_pretrained(tmp_path / "theirs", dtype="float32", device="cpu")
+        ours.save_pretrained(tmp_path / "ours")
+        again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours", safety_checker=None)
+        assert type(again) is diffusers.StableDiffusionImg2ImgPipeline
+        images = draw(ours, PROMPTS, image=PICTURES, num_inference_steps=10)
+        assert difference(images, draw_theirs(quiet(again))) <= 1e-4
+        TextToImagePipeline.from_pretrained(tmp_path / "ours", device="cpu")
+
+
+class TestStrength:
+    @pytest.mark.parametrize("solver", ["ddim", "euler", "euler_ancestral", "dpmpp_2m_karras", "heun"])
+    def test_1_is_text_to_image(
+        self, ours: ImageToImagePipeline, pipeline: TextToImagePipeline, solver: str
+    ) -> None:
+        given = {"scheduler": solver, "seed": [3, 5]}
+        expected = draw(pipeline, PROMPTS, height=12, width=20, **given)
+        assert np.array_equal(draw(ours, PROMPTS, image=picture(0, 20, 12), strength=1.0, **given), expected)
+
+    def test_1_does_not_need_the_encoder(self, ours: ImageToImagePipeline) -> None:
+        hook = ours.encoder().register_forward_pre_hook(lambda *_: pytest.fail("the encoder ran"))
+        try:
+            draw(ours, image=PICTURES[0], strength=1)
+        finally:
+            hook.remove()
+
+    def test_0_is_the_image_through_the_autoencoder(self, ours: ImageToImagePipeline) -> None:
+        hook = ours.unet.conv_in.register_forward_pre_hook(lambda *_: pytest.fail("the UNet ran"))
+        try:
+            (step,) = ours.stream("a cat", image=picture(0, 18, 14), strength=0, output_type="pt")
+        finally:
+            hook.remove()
+        assert (step.index, step.total, step.is_last) == (-1, 0, True)
+        mean = encode_images(ours.encoder(), as_images("image", picture(0, 18, 14)), ours.device).mean
+        assert torch.equal(step.latents, mean)
+        expected = decode_images(ours.decoder, mean, ours.device, ours.memory) / 2 + 0.5
+        assert torch.equal(torch.as_tensor(step.images()), expected.clamp(0, 1))
+        output = ours(PROMPTS, image=PICTURES, strength=0.0, num_images_per_prompt=2, seed=1, progress=False)
+        assert output.seeds == (1, 2, 3, 4)
+        assert len(output.images) == 4
+
+    def test_little_keeps_more_of_the_image(self, ours: ImageToImagePipeline) -> None:
+        through = draw(ours, image=PICTURES[0], strength=0)
+        changes = [
+            np.abs(draw(ours, image=PICTURES[0], strength=strength, num_inference_steps=20) - through).mean()
+            for strength in (0.1, 0.4, 0.8)
+        ]
+        assert changes == sorted(changes)
+
+    @pytest.mark.parametrize("strength", [-0.1, 1.01, float("nan"), float("inf"), "0.5", True, None])
+    def test_what_is_no_share_is_refused(self, ours: ImageToImagePipeline, strength: Any) -> None:
+        with pytest.raises(InputError, match=r"strength=.* must be a number from 0 to 1"):
+            ours.stream("a cat", image=PICTURES[0], strength=strength)
+
+    def test_too_little_for_a_step_says_what_is_enough(self, ours: ImageToImagePipeline) -> None:
+        with pytest.raises(InputError, match=r"strength=0.19 leaves none of the 5 steps; use 0.2 or more"):
+            ours.stream("a cat", image=PICTURES[0], strength=0.19, num_inference_steps=5)
+        steps = list(ours.stream("a cat", image=PICTURES[0], strength=0.2, num_inference_steps=5))
+        assert [(step.index, step.total) for step in steps] == [(0, 1)]
+
+
+class TestBatches:
+    def test_every_image_has_its_own_prompt_noise_and_picture(self, ours: ImageToImagePipeline) -> None:
+        given: dict[str, Any] = {"scheduler": "euler_ancestral"}
+        seeds = [1, 2, 3, 4]
+        together = draw(ours, PROMPTS, image=PICTURES, num_images_per_prompt=2, seed=seeds, **given)
+        for index, (image, seed) in enumerate(zip(together, seeds, strict=True)):
+            alone = draw(ours, PROMPTS[index // 2], image=PICTURES[index // 2], seed=seed, **given)
+            assert np.abs(image - alone[0]).max() <= 1e-4
+        assert min(np.abs(together[i] - together[j]).max() for i in range(4) for j in range(i)) > 1e-2
+
+    def test_one_prompt_serves_several_images_and_one_image_several_prompts(
+        self, ours: ImageToImagePipeline
+    ) -> None:
+        together = draw(ours, "a cat", image=PICTURES, seed=[1, 2])
+        assert np.abs(together[1] - draw(ours, "a cat", image=PICTURES[1], seed=2)[0]).max() <= 1e-4
+        together = draw(ours, PROMPTS, image=PICTURES[0], seed=[1, 2])
+        assert np.abs(together[1] - draw(ours, PROMPTS[1], image=PICTURES[0], seed=2)[0]).max() <= 1e-4
+        with pytest.raises(InputError, match="image has 3 entries for 2 prompts"):
+            draw(ours, PROMPTS, image=[*PICTURES, PICTURES[0]])
+
+
+class TestImages:
+    def test_every_kind_of_image_gives_the_same(self, ours: ImageToImagePipeline, tmp_path: Path) -> None:
+        levels = np.asarray(PICTURES[0])
+        PICTURES[0].save(tmp_path / "image.png")
+        expected = draw(ours, image=PICTURES[0])
+        kinds = (
+            levels,
+            levels / 255,
+            torch.from_numpy(levels.copy()).permute(2, 0, 1),
+            str(tmp_path / "image.png"),
+            tmp_path / "image.png",
+        )
+        for kind in kinds:
+            assert np.abs(draw(ours, image=kind) - expected).max() <= 1e-5
+        with pytest.raises(InputError, match="image must be a path"):
+            draw(ours, image=7)
+
+    @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+    def test_any_size_comes_back(self, ours: ImageToImagePipeline, strength: float) -> None:
+        assert draw(ours, image=picture(0, 21, 13), strength=strength).shape == (1, 13, 21, 3)
+
+    def test_latents_and_previews_are_given(self, ours: ImageToImagePipeline) -> None:
+        latents = ours(
+            "a cat", image=PICTURES[0], output_type="latent", num_inference_steps=4, progress=False
+        )
+        assert isinstance(latents.images, torch.Tensor)
+        assert latents.images.shape == (1, 4, 8, 8)
+        steps = list(ours.stream("a cat", image=PICTURES[0], strength=0.5, num_inference_steps=4))
+        assert [(step.index, step.total, step.is_last) for step in steps] == [(0, 2, False), (1, 2, True)]
+        assert all(isinstance(step.images()[0], Image.Image) for step in steps)
+
+    def test_progress_counts_the_steps_that_are_taken(
+        self, ours: ImageToImagePipeline, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        ours("a cat", image=PICTURES[0], strength=0.5, num_inference_steps=4, progress=False)
+        assert capsys.readouterr().err == ""
+        ours("a cat", image=PICTURES[0], strength=0.5, num_inference_steps=4)
+        assert "2/2" in capsys.readouterr().err
+
+
+class TestLoading:
+    def test_a_pipeline_over_the_stages_of_another(self, pipeline: TextToImagePipeline) -> None:
+        ours = ImageToImagePipeline.from_pipeline(pipeline)
+        assert ours.unet is pipeline.unet
+        assert ours.encoder() is pipeline.encoder()
+        back = TextToImagePipeline.from_pipeline(ours)
+        assert np.array_equal(draw(back), draw(pipeline))
+        with pytest.raises(ConfigError, match="UpscalePipeline needs a UNet from 7"):
+            UpscalePipeline.from_pipeline(pipeline)
+
+    def test_fields_of_its_own_are_kept(self) -> None:
+        upscaler = from_diffusers(build("SD x4 upscaler"))
+        assert UpscalePipeline.from_pipeline(upscaler).low_res_scheduler is upscaler.low_res_scheduler
+
+    @pytest.mark.parametrize("kind", ["SD 1.x", "SDXL refiner"])
+    def test_folders_and_single_files_of_text_to_image(self, kind: str, tmp_path: Path) -> None:
+        from latentgen.checkpoints.single_file import SingleFile
+
+        pipe = build(kind)
+        folder, file = save(pipe, tmp_path)
+        given: dict[str, Any] = {"image": picture(0, 64, 64), "strength": 0.5, "num_inference_steps": 4}
+        first = ImageToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
+        checkpoint = SingleFile.open(file, config=folder)
+        second = ImageToImagePipeline.from_checkpoint(checkpoint, dtype="float32", device="cpu")
+        assert difference(draw(first, **given), draw(second, **given)) <= 1e-5
+
+    def test_the_embedded_model(self) -> None:
+        ours = ImageToImagePipeline.from_pretrained(device="cpu", dtype="float32")
+        image = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+        through = draw(ours, "a cat", image=image, strength=0)
+        assert np.abs(through[0] - np.asarray(image) / 255).mean() < 0.05
+        assert draw(ours, "a cat", image=image, num_inference_steps=2).shape == (1, 64, 64, 3)

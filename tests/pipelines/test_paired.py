@@ -1,0 +1,114 @@
+"""Paired image to image: with two rows of guidance it is InstructPix2Pix with an image_guidance_scale of 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentgen import PairedImagePipeline, TextToImagePipeline, from_diffusers, to_diffusers
+from latentgen.errors import ConfigError, InputError
+from tests.conftest import build_pipeline
+
+PROMPTS = ["a cat", "tiger, red dog"]
+SEEDS = (7, 8)
+
+
+def picture(seed: int, width: int = 16, height: int = 16) -> Image.Image:
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(levels)
+
+
+PICTURES = [picture(0), picture(1)]
+
+
+def draw(pipeline: Any, prompt: str | list[str] = "", **given: Any) -> np.ndarray:
+    options: dict[str, Any] = {"num_inference_steps": 4, "seed": 7, "output_type": "np", "progress": False}
+    return np.asarray(pipeline(prompt, **options | given).images)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    parts = build_pipeline(in_channels=8).components
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def ours(theirs: Any) -> PairedImagePipeline:
+    return PairedImagePipeline.from_pipeline(from_diffusers(theirs))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_the_image_is_that_of_diffusers(
+    theirs: Any, ours: PairedImagePipeline, guidance_scale: float
+) -> None:
+    expected = [
+        theirs(
+            prompt,
+            image=image,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=1.0,
+            num_inference_steps=10,
+            generator=[torch.Generator().manual_seed(seed)],
+            output_type="np",
+        ).images[0]
+        for prompt, image, seed in zip(PROMPTS, PICTURES, SEEDS, strict=True)
+    ]
+    given = {"guidance_scale": guidance_scale, "num_inference_steps": 10}
+    images = draw(ours, PROMPTS, image=PICTURES, seed=SEEDS, **given)
+    assert np.std(images) > 0.01
+    assert np.abs(images - np.stack(expected)).max() <= 1e-4
+
+
+def test_guidance_takes_two_rows_and_none_one(ours: PairedImagePipeline) -> None:
+    rows: list[int] = []
+    hook = ours.unet.conv_out.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    try:
+        draw(ours, "a cat", image=PICTURES[0], num_inference_steps=1)
+        draw(ours, "a cat", image=PICTURES[0], num_inference_steps=1, guidance_scale=1)
+    finally:
+        hook.remove()
+    assert rows == [2, 1]
+
+
+def test_every_image_has_its_own_prompt_noise_and_picture(ours: PairedImagePipeline) -> None:
+    seeds = [1, 2, 3, 4]
+    given: dict[str, Any] = {"scheduler": "euler_ancestral"}
+    together = draw(ours, PROMPTS, image=PICTURES, num_images_per_prompt=2, seed=seeds, **given)
+    for index, (image, seed) in enumerate(zip(together, seeds, strict=True)):
+        alone = draw(ours, PROMPTS[index // 2], image=PICTURES[index // 2], seed=seed, **given)
+        assert np.abs(image - alone[0]).max() <= 1e-4
+    assert min(np.abs(together[i] - together[j]).max() for i in range(4) for j in range(i)) > 1e-2
+
+
+def test_without_a_prompt_the_picture_alone_counts(ours: PairedImagePipeline) -> None:
+    first, second = draw(ours, image=PICTURES, seed=[1, 1])
+    assert np.abs(first - second).max() > 1e-3
+    assert np.abs(draw(ours, image=PICTURES[0], seed=1, guidance_scale=1)[0] - first).max() <= 1e-4
+
+
+def test_any_size_comes_back_with_previews(ours: PairedImagePipeline) -> None:
+    steps = list(ours.stream(image=picture(0, 21, 13), num_inference_steps=2, progress=False))
+    assert [step.images()[0].size for step in steps] == [(21, 13), (21, 13)]  # type: ignore[union-attr]
+
+
+def test_folders_and_live_pipelines_go_to_diffusers(ours: PairedImagePipeline, tmp_path: Path) -> None:
+    ours.save_pretrained(tmp_path)
+    again = PairedImagePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    assert np.array_equal(draw(again, image=PICTURES[0]), draw(ours, image=PICTURES[0]))
+    assert type(to_diffusers(ours)) is diffusers.StableDiffusionInstructPix2PixPipeline
+    diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path, safety_checker=None)
+
+
+def test_what_does_not_fit_is_refused(ours: PairedImagePipeline, pipeline: TextToImagePipeline) -> None:
+    with pytest.raises(ConfigError, match="PairedImagePipeline needs a UNet from 8 channels"):
+        PairedImagePipeline.from_pipeline(pipeline)
+    with pytest.raises(InputError, match="image must be a path"):
+        ours.stream(image=3)  # type: ignore[arg-type]
