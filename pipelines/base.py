@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from latentgen.checkpoints.folder import Checkpoint, CheckpointFolder, resolve
+from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint, CheckpointFolder, resolve
 from latentgen.checkpoints.identify import StatedPrediction
 from latentgen.checkpoints.single_file import SingleFile, with_vae
 from latentgen.diffusion.scheduler import Scheduler
@@ -158,10 +158,24 @@ class Pipeline(ABC):
             OfflineError: the Hub is needed and cannot be reached.
             MemoryBudgetError: the weights do not fit into memory.
         """
-        checkpoint: Checkpoint = CheckpointFolder.open(resolve(source, revision=revision, variant=variant))
+        checkpoint: Checkpoint
+        if source is None and revision is None:
+            checkpoint = cls._embedded()
+        else:
+            checkpoint = CheckpointFolder.open(resolve(source, revision=revision, variant=variant))
         if vae is not None:
             checkpoint = with_vae(checkpoint, vae)
         return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, variant=variant, memory=memory)
+
+    @classmethod
+    def _embedded(cls) -> Checkpoint:
+        """The model inside the package; InputError where there is none of this kind."""
+        checkpoint = CheckpointFolder.open(EMBEDDED_DEFAULT)
+        if checkpoint.model_index.get("_class_name") not in cls.reads:
+            raise InputError(
+                f"the package holds no model for {cls.__name__}: name a folder, a file or a Hub id"
+            )
+        return checkpoint
 
     @classmethod
     def from_single_file(

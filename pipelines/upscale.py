@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from latentgen.checkpoints.folder import Checkpoint
+from latentgen.checkpoints.cascade import open_cascade
+from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
@@ -82,6 +83,10 @@ class UpscalePipeline(Pipeline):
                 f"max_noise_level is {quote(self.max_noise_level)}; it must be a whole number from 0 to {most}, which "
                 "the UNet's class labels and the low_res_scheduler hold"
             )
+
+    @classmethod
+    def _embedded(cls) -> Checkpoint:
+        return open_cascade(EMBEDDED_DEFAULT)[-1][1]
 
     @classmethod
     def _own_fields(cls, checkpoint: Checkpoint) -> dict[str, Any]:

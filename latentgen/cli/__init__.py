@@ -65,6 +65,8 @@ def _latentgen(
 
     \b
     Draw a picture:        latentgen text2img "slice of pizza" -o pizza.png
+    Draw one anew:         latentgen img2img pizza.png "birthday cake" -o cake.png
+    In stages, larger:     latentgen cascade "tiger face" -o tiger.png
     Look at a checkpoint:  latentgen inspect path/to/folder
     Convert a pickle:      latentgen convert model.ckpt
     List the schedulers:   latentgen schedulers

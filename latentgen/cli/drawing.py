@@ -65,6 +65,99 @@ def text2img(
 
 
 @spread
+def img2img(
+    image: InputImage,
+    prompt: Prompt,
+    model: ModelOptions,
+    prompting: PromptOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    strength: Annotated[
+        float,
+        typer.Option(metavar="SHARE", help="How much to draw anew: 0 keeps IMAGE, 1 does not look at it."),
+    ] = 0.8,
+    clip_skip: ClipSkip = 0,
+) -> None:
+    """Draw IMAGE anew, as PROMPT says.
+
+    \b
+    latentgen img2img tiger.png "dog face" -o dog.png
+    latentgen img2img sketch.png "a castle, oil on canvas" --model path/to/checkpoint --strength 0.6
+
+    The result is as large as IMAGE. Of --steps the share of --strength is taken.
+    """
+    job = Job(prompt, model, prompting, sampling, output)
+    from latentgen.pipelines.image_to_image import ImageToImagePipeline
+
+    pipeline = model.load(ImageToImagePipeline)
+    call = partial(pipeline, prompt, image=image, strength=strength, clip_skip=clip_skip)
+    job.draw(pipeline, call, denoising_strength=strength, settings=clip_skip_setting(clip_skip))
+
+
+@spread
+def inpaint(
+    image: InputImage,
+    mask: Annotated[
+        Path, typer.Argument(metavar="MASK", help="As large as IMAGE: white where it is painted anew.")
+    ],
+    prompt: Prompt,
+    model: ModelOptions,
+    prompting: PromptOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    strength: Annotated[
+        float, typer.Option(metavar="SHARE", help="How much to draw anew beneath the mask: 1 is all.")
+    ] = 1.0,
+    mask_blur: Annotated[
+        float,
+        typer.Option(metavar="PIXELS", help="Soften the mask's edge outwards: a Gaussian of this deviation."),
+    ] = 0.0,
+    padding_mask_crop: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="Paint only the part around the mask, with so much around it, at the model's full resolution.",
+        ),
+    ] = None,
+    height: Side = None,
+    width: Side = None,
+    clip_skip: ClipSkip = 0,
+) -> None:
+    """Paint anew what MASK marks in IMAGE, as PROMPT says; the rest stays as it is, to the byte.
+
+    \b
+    latentgen inpaint park.png mask.png "a fox on a bench" --model path/to/checkpoint -o fox.png
+    latentgen inpaint park.png mask.png "a red hat" --model path/to/checkpoint --padding-mask-crop 32 --mask-blur 4
+
+    The result is as large as IMAGE; --height and --width are those of the part that --padding-mask-crop cuts out.
+    Every model paints; those trained for it look at more of the image.
+    """
+    job = Job(prompt, model, prompting, sampling, output)
+    from latentgen.pipelines.inpaint import InpaintPipeline
+
+    pipeline = model.load(InpaintPipeline)
+    call = partial(
+        pipeline,
+        prompt,
+        image=image,
+        mask_image=mask,
+        strength=strength,
+        mask_blur=mask_blur,
+        padding_mask_crop=padding_mask_crop,
+        height=height,
+        width=width,
+        clip_skip=clip_skip,
+    )
+    settings = clip_skip_setting(clip_skip)
+    if mask_blur:
+        settings["Mask blur"] = f"{mask_blur:g}"
+    if padding_mask_crop is not None:
+        settings["Inpaint area"] = "Only masked"
+        settings["Masked area padding"] = str(padding_mask_crop)
+    job.draw(pipeline, call, denoising_strength=strength, settings=settings)
+
+
+@spread
 def edit(
     image: InputImage,
     prompt: Annotated[
@@ -164,4 +257,4 @@ def cascade(
     )
 
 
-COMMANDS = (text2img, edit, upscale, cascade)
+COMMANDS = (text2img, img2img, inpaint, edit, upscale, cascade)
