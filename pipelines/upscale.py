@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from latentgen.checkpoints.cascade import open_cascade
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
+from latentgen.image import to_unit
 from latentgen.memory import SMALLEST_TILE
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
@@ -145,6 +148,7 @@ class UpscalePipeline(Pipeline):
         scheduler: AnyScheduler | None = None,
         clip_skip: int = 0,
         tile: int | None = USUAL_TILE,
+        match_input: bool = False,
         output_type: OutputType = "pil",
         progress: bool = True,
     ) -> Iterator[PipelineStep]:
@@ -161,6 +165,8 @@ class UpscalePipeline(Pipeline):
             tile: side, in pixels, of the overlapping tiles in which a larger image is worked through; memory then
                 grows with the result alone. Each step blends the tiles (arXiv:2302.08113), so that no border shows.
                 None takes every image whole.
+            match_input: correct the result where, made small again, it is not the input: the most faithful to it in
+                colour and place, and less forgiving of its flaws.
         """
         images = as_images("image", image)
         sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas)
@@ -178,6 +184,7 @@ class UpscalePipeline(Pipeline):
         if tile is not None:
             tile = check_integer("tile", tile, SMALLEST_TILE * self._ratio, MAX_SIDE) // self._ratio
         noise_level = check_integer("noise_level", noise_level, 0, self.max_noise_level)
+        unpadded = images
         size = (images.shape[2] * self.scale, images.shape[3] * self.scale)
         images = padded(images, self._ratio)
         height, width = (side // self._ratio for side in images.shape[2:])
@@ -203,8 +210,20 @@ class UpscalePipeline(Pipeline):
                 size=size,
                 output_type=check_output_type(output_type),
                 progress=progress,
+                composite=partial(back_projected, small=to_unit(unpadded)) if match_input else None,
                 tile=tile,
             ),
         )
 
     __call__ = completed(stream)
+
+
+def back_projected(images: Tensor, small: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in 0..1 whose means over what one pixel of `small` covers come close to that pixel.
+
+    One step of iterative back-projection (Irani and Peleg, 1991): the difference is enlarged and added. `small` is
+    [b, 3, h, w] in 0..1; each of its images belongs to B / b of the others, which stand together.
+    """
+    small = for_each(small, len(images)).to(images.device)
+    missing = small - F.interpolate(images, small.shape[2:], mode="area")
+    return (images + F.interpolate(missing, images.shape[2:], mode="bicubic")).clamp(0, 1)

@@ -16,7 +16,7 @@ from latentgen import UpscalePipeline, from_diffusers, to_diffusers
 from latentgen.errors import ConfigError, InputError
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.pipelines.upscale import low_res_ratio
+from latentgen.pipelines.upscale import back_projected, low_res_ratio
 from tests.pipelines.families import build
 
 STEPS, LEVEL, SCALE = 3, 40, 3.0
@@ -169,7 +169,7 @@ def test_diffusers_decodes_with_the_scaling_factor_of_the_model() -> None:
     [
         (
             {"in_channels": 4},
-            "needs a UNet from 7 channels .4 of the VAE's latents, 3 of an image. to 4, not from 4",
+            "needs a UNet from 7 channels .4 of latents or pixels, 3 of an image. to 4, not from 4",
         ),
         ({"in_channels": 15}, "needs a UNet from 7 channels .*not from 15"),
         (
@@ -234,3 +234,24 @@ def test_tiles_are_never_larger_than_asked(x2: UpscalePipeline, monkeypatch: pyt
 def test_tiles_have_a_smallest_size(tile: Any, x2: UpscalePipeline) -> None:
     with pytest.raises(InputError, match="tile"):
         x2.stream(image=picture(), tile=tile)
+
+
+def test_the_result_can_be_made_to_match_the_input(x2: UpscalePipeline) -> None:
+    image = smooth(16)
+    small = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)[None]
+
+    def distance(result: np.ndarray) -> float:
+        return float(np.abs(result[0].reshape(16, 2, 16, 2, 3).mean((1, 3)) - np.asarray(image) / 255).mean())
+
+    plain, matched = draw(x2, image=image), draw(x2, image=image, match_input=True)
+    assert distance(matched) < 0.25 * distance(plain)
+    expected = back_projected(torch.from_numpy(plain).permute(0, 3, 1, 2), small)
+    np.testing.assert_allclose(matched, expected.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+
+
+def test_what_matches_already_stays() -> None:
+    large = torch.rand(4, 3, 12, 8, generator=torch.Generator().manual_seed(0))
+    small = F.interpolate(large[::2], (6, 4), mode="area")
+    same = large.clone()
+    same[1::2] = large[::2]
+    torch.testing.assert_close(back_projected(same[::2], small), large[::2], atol=1e-6, rtol=0)
