@@ -279,11 +279,10 @@ class _Call:
     ) -> Tensor:
         """The images [B, 3, H, W] in 0..1 of a stage, from those of the stage before."""
         seeds = [(seed + index * _SEED_STRIDE) % (MAX_SEED + 1) for seed in self.seeds]
-        call: Callable[..., Output] = (
-            partial(pipeline, image=images, noise_level=settings.noise_level)
-            if isinstance(pipeline, UpscalePipeline)
-            else pipeline
-        )
+        call: Callable[..., Output] = pipeline
+        if images is not None:
+            assert isinstance(pipeline, UpscalePipeline)  # as the cascade has made sure
+            call = partial(pipeline, image=images, noise_level=settings.noise_level)
         output = call(
             list(self.prompts),
             negative_prompt=list(self.negatives),

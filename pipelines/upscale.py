@@ -19,6 +19,7 @@ from latentgen.errors import ConfigError
 from latentgen.files import quote
 from latentgen.image import to_unit
 from latentgen.memory import SMALLEST_TILE
+from latentgen.models.pixels import PixelConfig
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
 from latentgen.pipelines import loading
@@ -37,7 +38,7 @@ MAX_NOISE_LEVEL = 350
 USUAL_TILE = 256
 
 
-def low_res_ratio(unet: UNetConfig, vae: VAEConfig) -> int:
+def low_res_ratio(unet: UNetConfig, vae: VAEConfig | PixelConfig) -> int:
     """The side of the low-resolution image over that of the latents, as the UNet's channels tell it.
 
     Of an image that is larger than the latents, squares of ratio x ratio pixels become channels (space-to-depth,

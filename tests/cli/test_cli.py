@@ -21,7 +21,7 @@ from latentgen.cli.options import DType, file_and_weight
 from latentgen.diffusion.names import SIGMAS, SOLVER_TABLE
 from latentgen.recipe import Recipe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-c", "import sys; from latentgen.cli import main; sys.exit(main())"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
 OPTIONS = [

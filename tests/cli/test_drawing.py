@@ -1,0 +1,194 @@
+"""The commands that begin with an image, and cascades: they draw what the pipelines draw, and record how."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentgen import ImageToImagePipeline, InpaintPipeline, InstructPix2PixPipeline, UpscalePipeline, cli
+from latentgen.recipe import Recipe
+from tests.conftest import build_pipeline
+from tests.pipelines.families import build, save
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model for each command."""
+    folder = tmp_path_factory.mktemp("models")
+    build_pipeline().save_pretrained(folder / "text2img", safe_serialization=True)
+    for name, kind in (("edit", "SD 1.x instruct-pix2pix"), ("upscale", "SD x4 upscaler")):
+        made, _ = save(build(kind), folder / f"made {name}")
+        shutil.move(made, folder / name)
+    (folder / "cascade.json").write_text(
+        '{"stages": [{"folder": "text2img", "num_inference_steps": 3},'
+        ' {"folder": "upscale", "num_inference_steps": 2, "noise_level": 30, "guidance_scale": 1.0}]}'
+    )
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    levels = np.random.default_rng(0).integers(0, 256, (19, 26, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(path)
+    return path
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    path = tmp_path / "mask.png"
+    marked = Image.new("L", (26, 19))
+    marked.paste(255, (4, 4, 20, 14))
+    marked.save(path)
+    return path
+
+
+def options(model: Path, output: Path) -> list[str]:
+    return ["--model", str(model), "--device", "cpu", "--steps", "3", "--seed", "7", "-o", str(output)]
+
+
+def read(path: Path) -> tuple[Recipe, np.ndarray]:
+    with Image.open(path) as image:
+        return Recipe.from_text(image.info["parameters"]), np.asarray(image)
+
+
+def test_img2img(models: Path, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    given = options(models / "text2img", out)
+    assert cli.main(["img2img", str(picture), "a cat", *given, "--strength", "0.7"]) == 0
+    recipe, image = read(out)
+    assert (recipe.denoising_strength, recipe.width, recipe.height) == (0.7, 26, 19)
+    pipeline = ImageToImagePipeline.from_pretrained(models / "text2img", device="cpu")
+    expected = pipeline("a cat", image=picture, strength=0.7, num_inference_steps=3, seed=7, progress=False)
+    np.testing.assert_array_equal(image, np.asarray(expected.images[0]))
+
+
+def test_inpaint(models: Path, picture: Path, mask: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    given = options(models / "text2img", out)
+    extra = ["--mask-blur", "1", "--padding-mask-crop", "4"]
+    assert cli.main(["inpaint", str(picture), str(mask), "a cat", *given, *extra]) == 0
+    recipe, image = read(out)
+    assert recipe.denoising_strength == 1.0
+    assert recipe.other == (
+        ("Mask blur", "1"),
+        ("Inpaint area", "Only masked"),
+        ("Masked area padding", "4"),
+    )
+    pipeline = InpaintPipeline.from_pretrained(models / "text2img", device="cpu")
+    expected = pipeline(
+        "a cat",
+        image=picture,
+        mask_image=mask,
+        mask_blur=1.0,
+        padding_mask_crop=4,
+        num_inference_steps=3,
+        seed=7,
+        progress=False,
+    )
+    np.testing.assert_array_equal(image, np.asarray(expected.images[0]))
+
+
+def test_edit(models: Path, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    given = options(models / "edit", out)
+    assert cli.main(["edit", str(picture), "make it red", *given, "--image-guidance", "1.2"]) == 0
+    recipe, image = read(out)
+    assert recipe.other == (("Image CFG scale", "1.2"),)
+    pipeline = InstructPix2PixPipeline.from_pretrained(models / "edit", device="cpu")
+    expected = pipeline(
+        "make it red",
+        image=picture,
+        image_guidance_scale=1.2,
+        num_inference_steps=3,
+        seed=7,
+        progress=False,
+    )
+    np.testing.assert_array_equal(image, np.asarray(expected.images[0]))
+
+
+def test_upscale(models: Path, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    given = options(models / "upscale", out)
+    extra = ["--prompt", "a cat", "--noise-level", "30", "--match-input"]
+    assert cli.main(["upscale", str(picture), *given, *extra]) == 0
+    recipe, image = read(out)
+    assert image.shape == (4 * 19, 4 * 26, 3)
+    assert recipe.other == (("Noise level", "30"), ("Match input", "True"))
+    pipeline = UpscalePipeline.from_pretrained(models / "upscale", device="cpu")
+    expected = pipeline(
+        "a cat",
+        image=picture,
+        noise_level=30,
+        match_input=True,
+        num_inference_steps=3,
+        seed=7,
+        progress=False,
+    )
+    np.testing.assert_array_equal(image, np.asarray(expected.images[0]))
+
+
+def test_cascade(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.png"
+    arguments = ["a cat", "--model", str(models), "--device", "cpu", "--seed", "7", "-o", str(out)]
+    assert cli.main(["cascade", *arguments, "--all-stages", "--steps", "-,3", "--scheduler", "Euler"]) == 0
+    first = tmp_path / "out-1-text2img.png"
+    assert capsys.readouterr().out.splitlines() == [str(first), str(out)]
+    assert read(first)[1].shape == (16, 16, 3)
+    recipe, image = read(out)
+    assert image.shape == (64, 64, 3)
+    assert (recipe.steps, recipe.sampler, recipe.guidance_scale) == (3, "Euler", 1.0)
+    told = "text2img: 3 steps, Euler, CFG scale 7.5; upscale: 3 steps, Euler, CFG scale 1, noise level 30"
+    assert recipe.other == (("Cascade", told),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["img2img", "nowhere.png", "a cat", "--model", "text2img"], "nowhere.png"),
+        (["img2img", "picture.png", "a cat", "--model", "text2img", "--strength", "2"], "strength"),
+        (["img2img", "picture.png", "a cat", "--model", "text2img", "--strength", "nan"], "strength"),
+        (["inpaint", "picture.png", "nowhere.png", "a cat", "--model", "text2img"], "nowhere.png"),
+        (["inpaint", "picture.png", "other.png", "a cat", "--model", "text2img"], "one size"),
+        (["edit", "picture.png", "make it red"], "holds no model for InstructPix2PixPipeline"),
+        (["edit", "picture.png", "make it red", "--model", "text2img"], "TextToImagePipeline"),
+        (["upscale", "picture.png", "--model", "upscale", "--noise-level", "5000"], "noise_level"),
+        (["upscale", "picture.png", "--model", "upscale", "--tile", "3"], "tile"),
+        (["cascade", "a cat", "--model", "text2img"], "cascade.json"),
+        (["cascade", "a cat", "--model", ".", "--steps", "3,4,5"], "--steps has 3 values for 2 stages"),
+        (["cascade", "a cat", "--model", ".", "--steps", "many"], "--steps=many"),
+        (["cascade", "a cat", "--model", ".", "--noise-level", "0,x"], "--noise-level=0,x"),
+        (["cascade", "a cat", "--model", ".", "--scheduler", "fastest"], "latentgen schedulers"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    arguments: list[str],
+    message: str,
+    models: Path,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(models)
+    shutil.copy(picture, models / "picture.png")
+    Image.new("L", (9, 9), 255).save(models / "other.png")
+    out = tmp_path / "out.png"
+    out.write_bytes(b"old")
+    assert cli.main([*arguments, "--device", "cpu", "-o", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"latentgen: error: [^\n]+\n", printed.err)
+    assert message in printed.err
+    assert out.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("command", ["img2img", "inpaint", "edit", "upscale", "cascade"])
+def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    assert f"latentgen {command} " in capsys.readouterr().out
