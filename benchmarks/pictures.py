@@ -1,0 +1,88 @@
+"""The pictures of the docs that the embedded cascade draws, as it draws them now.
+
+    python -m benchmarks.pictures cascade docs/cascade.png            outline, 64x64 and 128x128 of some prompts
+    python -m benchmarks.pictures noise_levels docs/noise_levels.png  one image upscaled at four noise levels
+
+In the first, the last row is the second one enlarged by Lanczos, to compare the third with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from latentgen import CascadePipeline, UpscalePipeline
+
+PROMPTS = (
+    *("tiger face", "slice of pizza", "rocket", "hot beverage", "automobile", "penguin"),
+    *("strawberry", "sunflower on a blue background", "castle", "owl"),
+)
+NOISE_LEVELS = (0, 60, 150, 300)
+NOISE_PROMPTS = ("owl", "tiger face", "bicycle")
+SEED = 7
+SIDE, GAP, MARGIN = 128, 8, 96
+INK, PAPER = (60, 60, 60), (255, 255, 255)
+
+
+def main() -> int:
+    """Draw one of the pictures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("picture", choices=("cascade", "noise_levels"))
+    parser.add_argument("output", type=Path)
+    options = parser.parse_args()
+    rows = cascade_rows() if options.picture == "cascade" else noise_level_rows()
+    sheet(rows).save(options.output, optimize=True)
+    return 0
+
+
+def cascade_rows() -> list[tuple[str, list[Image.Image]]]:
+    """A row for each stage, and one for the second enlarged."""
+    seeds = [SEED] * len(PROMPTS)
+    stages = [
+        _pictures(result.images) for result in CascadePipeline.from_pretrained().stream(PROMPTS, seed=seeds)
+    ]
+    names = [f"{images[0].width}x{images[0].height}" for images in stages]
+    enlarged = [image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for image in stages[1]]
+    return [*zip(names, stages, strict=True), (f"{names[1]},\nLanczos", enlarged)]
+
+
+def noise_level_rows() -> list[tuple[str, list[Image.Image]]]:
+    """The 64x64 images of a cascade, and a row for each noise level that they are upscaled at."""
+    cascade = CascadePipeline.from_pretrained()
+    results = cascade.stream(NOISE_PROMPTS, seed=[SEED] * len(NOISE_PROMPTS))
+    shown = next(_pictures(result.images) for result in results if result.index == 1)
+    upscale = UpscalePipeline.from_pretrained()
+    rows = [("input", shown)]
+    for level in NOISE_LEVELS:
+        output = upscale(list(NOISE_PROMPTS), image=shown, noise_level=level, seed=[SEED] * len(shown))
+        rows.append((f"level {level}", _pictures(output.images)))
+    return rows
+
+
+def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Labelled rows of images, all enlarged to one size without smoothing."""
+    columns = max(len(images) for _, images in rows)
+    paper = Image.new("RGB", (MARGIN + columns * (SIDE + GAP), len(rows) * (SIDE + GAP)), PAPER)
+    draw = ImageDraw.Draw(paper)
+    for row, (label, images) in enumerate(rows):
+        top = row * (SIDE + GAP)
+        draw.text((GAP, top + SIDE // 2 - 14), label, fill=INK, font=ImageFont.load_default(size=14))
+        for column, image in enumerate(images):
+            large = image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            paper.paste(large, (MARGIN + column * (SIDE + GAP), top))
+    return paper
+
+
+def _pictures(images: object) -> list[Image.Image]:
+    assert isinstance(images, list)
+    return images
+
+
+if __name__ == "__main__":
+    sys.exit(main())
