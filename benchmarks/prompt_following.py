@@ -3,6 +3,7 @@
     python -m benchmarks.prompt_following                        200 names, the embedded default
     python -m benchmarks.prompt_following FOLDER --names 1367    all names, another folder
     python -m benchmarks.prompt_following --sheet sheet.png      and the contact sheet of the README
+    python -m benchmarks.prompt_following --cascade              the cascade in the folder, as it is set
 
 Names come from the folder's captions.txt, in an order drawn with a fixed seed; image i has seed i. Distances are
 Euclidean, at 32x32, to every emoji on a white ground at a few shifts and scales.
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -21,8 +24,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from latentgen import TextToImagePipeline
+from latentgen import CascadePipeline, TextToImagePipeline
 from latentgen.checkpoints.folder import resolve
+from latentgen.pipelines.cascade import StageResult
+from latentgen.pipelines.output import Output
 from latentgen.train.data import to_tensor
 from latentgen.train.emoji import EmojiSet, GlyphPlacement
 
@@ -77,15 +82,12 @@ def ranks(images: Tensor, wanted: list[int], references: Tensor) -> list[int]:
     return result
 
 
-def draw(pipeline: TextToImagePipeline, prompts: list[str], steps: int, guidance: float | None) -> Tensor:
+def draw(call: Callable[..., Output | StageResult], prompts: list[str]) -> Tensor:
     """One image for each prompt, [N, 3, H, W] in -1..1; image i has seed i."""
     images = []
     for start in tqdm(range(0, len(prompts), BATCH), desc="drawing"):
-        part = prompts[start : start + BATCH]
-        extra = {} if guidance is None else {"guidance_scale": guidance}
-        output = pipeline(
-            part, num_inference_steps=steps, seed=start, output_type="pt", progress=False, **extra
-        )
+        output = call(prompts[start : start + BATCH], seed=start, output_type="pt", progress=False)
+        assert isinstance(output.images, Tensor)
         images.append(output.images * 2 - 1)
     return torch.cat(images)
 
@@ -98,18 +100,24 @@ def main() -> None:
     parser.add_argument("--names", type=int, default=200)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, help="default: the pipeline's own")
+    parser.add_argument("--cascade", action="store_true", help="draw with the folder's cascade")
     parser.add_argument("--sheet", type=Path, help="write the contact sheet to this PNG")
     options = parser.parse_args()
     folder = resolve(options.folder)
-    pipeline = TextToImagePipeline.from_pretrained(folder)
+    call: Callable[..., Output | StageResult]
+    if options.cascade:
+        call = CascadePipeline.from_pretrained(folder).loaded()
+    else:
+        pipeline = TextToImagePipeline.from_pretrained(folder)
+        call = partial(pipeline, num_inference_steps=options.steps, guidance_scale=options.guidance)
     if options.sheet:
-        write_sheet(options.sheet, draw(pipeline, list(SHEET), options.steps, options.guidance))
+        write_sheet(options.sheet, draw(call, list(SHEET)))
     emoji = EmojiSet()
     index_of = {glyph.name: index for index, glyph in enumerate(emoji.glyphs)}
     names = (folder / "captions.txt").read_text("utf-8").splitlines()
     random.Random(0).shuffle(names)
     names = names[: options.names]
-    images = draw(pipeline, names, options.steps, options.guidance)
+    images = draw(call, names)
     found = ranks(images, [index_of[name] for name in names], reference_thumbnails(emoji))
     for limit in (1, 5):
         hits = sum(rank < limit for rank in found)
