@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from latentgen import TextToImagePipeline
+from latentgen import CascadePipeline, TextToImagePipeline, UpscalePipeline
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT
 
+CASCADE_PROMPTS = ("tiger face", "slice of pizza", "rocket", "penguin on a blue background")
 PROMPTS = ("slice of pizza", "tiger face on a teal background", "rocket", "coffee")
-MAX_BYTES = 40_000_000
+MAX_BYTES = 80_000_000
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,55 @@ def test_the_prompt_decides_what_is_drawn(pipeline: TextToImagePipeline) -> None
     corners = np.stack([image[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0) for image in (on_teal, on_white)])
     assert np.abs(corners[0] - np.array([22, 150, 150]) / 255).max() < 0.15
     assert np.abs(corners[1] - 1.0).max() < 0.1
+
+
+@pytest.fixture(scope="module")
+def stages() -> list[np.ndarray]:
+    """What the stages of the embedded cascade draw."""
+    cascade = CascadePipeline.from_pretrained(dtype="float32", device="cpu")
+    results = cascade.stream(
+        CASCADE_PROMPTS, seed=[7] * len(CASCADE_PROMPTS), output_type="np", progress=False
+    )
+    return [np.asarray(result.images) for result in results]
+
+
+def test_the_cascade_draws_larger_and_larger(stages: list[np.ndarray]) -> None:
+    sides = [images.shape for images in stages]
+    assert sides == [(len(CASCADE_PROMPTS), side, side, 3) for side in (16, 64, 128)]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_each_stage_draws_what_the_one_before_drew(stage: int, stages: list[np.ndarray]) -> None:
+    side = stages[stage - 1].shape[1]
+    scale = stages[stage].shape[1] // side
+    small = stages[stage].reshape(-1, side, scale, side, scale, 3).mean((2, 4))
+    distances = np.square(small[:, None] - stages[stage - 1][None]).mean((2, 3, 4))
+    assert (distances.argmin(axis=1) == np.arange(len(CASCADE_PROMPTS))).all()
+    assert distances.diagonal().max() < 0.02
+
+
+def test_the_last_stage_is_sharper_than_the_one_before_enlarged(stages: list[np.ndarray]) -> None:
+    def gradient(images: np.ndarray) -> float:
+        across, down = np.diff(images, axis=2)[:, :-1], np.diff(images, axis=1)[:, :, :-1]
+        return float(np.square(across).mean() + np.square(down).mean())
+
+    small = torch.from_numpy(stages[1]).permute(0, 3, 1, 2)
+    enlarged = F.interpolate(small, scale_factor=2, mode="bicubic").permute(0, 2, 3, 1).numpy()
+    assert gradient(stages[2]) > 1.2 * gradient(enlarged)
+
+
+def test_the_embedded_upscaler_is_the_last_stage(stages: list[np.ndarray]) -> None:
+    upscale = UpscalePipeline.from_pretrained(dtype="float32", device="cpu")
+    assert upscale.scale == 2
+    images = upscale(
+        "tiger face",
+        image=stages[1][0],
+        num_inference_steps=1,
+        noise_level=0,
+        output_type="np",
+        progress=False,
+    ).images
+    assert np.asarray(images).shape == (1, 128, 128, 3)
 
 
 def test_the_source_is_where_a_wheel_puts_it() -> None:
