@@ -16,6 +16,7 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=2**40)]
+Degradation = Literal["colourisation", "uncropping", "jpeg", "inpainting"]
 # YAML reads a bare `no` as false.
 Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)]
 
@@ -114,6 +115,23 @@ class UpscaleTask(LatentTask):
     max_noise_level: Annotated[int, Field(ge=0, le=10**5)] = 350
 
 
+class PairedTask(LatentTask):
+    """Train a UNet to undo what was done to the images that it is shown, in the latents of a finished autoencoder.
+
+    `degradation` is what is done to them: see latentgen.train.degradation. `unet.in_channels` is twice the channels of
+    the latents. With `init_from` the run begins as that model, which may be one of text to image, whose UNet has half
+    of these channels: the others count for nothing at first.
+
+    `text_encoder` is a folder whose text encoder and tokenizer are used as they are. The other fields are those of
+    LatentTask.
+    """
+
+    kind: Literal["paired"]
+    vae: Path
+    text_encoder: Path
+    degradation: Degradation
+
+
 class Optimizer(Section):
     """The optimiser and its learning rate: a linear warm-up, a plateau, and a linear end.
 
@@ -146,7 +164,7 @@ class TrainConfig(Section):
     """
 
     output_dir: Path
-    task: Annotated[AutoencoderTask | TextToImageTask | UpscaleTask, Field(discriminator="kind")]
+    task: Annotated[AutoencoderTask | TextToImageTask | UpscaleTask | PairedTask, Field(discriminator="kind")]
     data: Annotated[EmojiData | FolderData, Field(discriminator="kind")]
     init_from: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
