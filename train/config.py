@@ -16,6 +16,7 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=2**40)]
+Degradation = Literal["colourisation", "uncropping", "jpeg", "inpainting"]
 # YAML reads a bare `no` as false.
 Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)]
 
@@ -63,24 +64,17 @@ class AutoencoderTask(Section):
     train_encoder: bool = True
 
 
-class TextToImageTask(Section):
-    """Train a UNet and its text encoder jointly in the latents of a finished autoencoder, or in pixels.
+class LatentTask(Section):
+    """What the tasks of diffusion in the latents of a finished autoencoder have in common.
 
-    `vae` is a folder with that autoencoder, or null for pixels; `unet`, `text_encoder` and `scheduler` are the contents
-    of the diffusers configurations. Without `train_text_encoder` the text encoder stays that of `init_from`;
-    `fresh_layers` of the UNet, such as `conv_in`, begin at random all the same. `cached_views` random views of every
-    item are encoded once, before training; a `timestep_shift` above 1 spends more samples on the noisier timesteps;
+    `unet` and `scheduler` are the contents of the diffusers configurations. `cached_views` random views of every item
+    are encoded once, before training; a `timestep_shift` above 1 spends more samples on the noisier timesteps;
     `guidance_scale` is what the finished model is guided with where a call names none; `save_half` writes it in
     float16.
     """
 
-    kind: Literal["text_to_image"]
-    vae: Path | None
     unet: dict[str, Any]
-    text_encoder: dict[str, Any]
     scheduler: dict[str, Any]
-    train_text_encoder: bool = True
-    fresh_layers: tuple[str, ...] = ()
     caption_dropout: Rate = 0.1
     cached_views: Annotated[int, Field(ge=1, le=4096)] = 16
     timestep_shift: Positive = 1.0
@@ -88,7 +82,22 @@ class TextToImageTask(Section):
     save_half: bool = False
 
 
-class UpscaleTask(Section):
+class TextToImageTask(LatentTask):
+    """Train a UNet and its text encoder jointly in the latents of a finished autoencoder, or in pixels.
+
+    `vae` is a folder with that autoencoder, or null for pixels; `text_encoder` is the content of a configuration.
+    Without `train_text_encoder` the text encoder stays that of `init_from`; `fresh_layers` of the UNet, such as
+    `conv_in`, begin at random all the same. The other fields are those of LatentTask.
+    """
+
+    kind: Literal["text_to_image"]
+    vae: Path | None
+    text_encoder: dict[str, Any]
+    train_text_encoder: bool = True
+    fresh_layers: tuple[str, ...] = ()
+
+
+class UpscaleTask(LatentTask):
     """Train a UNet to draw images that it is shown in low resolution, in the latents of a finished autoencoder.
 
     The low-resolution image is the true one, resampled with a random kernel to `image_size` / scale. The scale follows
@@ -96,21 +105,31 @@ class UpscaleTask(Section):
     The UNet is told the level, at most `max_noise_level`, to which `low_res_scheduler` noises what it is shown.
 
     `text_encoder` is a folder whose text encoder and tokenizer are used as they are. The other fields are those of
-    TextToImageTask.
+    LatentTask.
     """
 
     kind: Literal["upscale"]
     vae: Path
     text_encoder: Path
-    unet: dict[str, Any]
-    scheduler: dict[str, Any]
     low_res_scheduler: dict[str, Any]
     max_noise_level: Annotated[int, Field(ge=0, le=10**5)] = 350
-    caption_dropout: Rate = 0.1
-    cached_views: Annotated[int, Field(ge=1, le=4096)] = 16
-    timestep_shift: Positive = 1.0
-    guidance_scale: Annotated[float, Field(ge=0, le=1e6)] | None = None
-    save_half: bool = False
+
+
+class PairedTask(LatentTask):
+    """Train a UNet to undo what was done to the images that it is shown, in the latents of a finished autoencoder.
+
+    `degradation` is what is done to them: see latentgen.train.degradation. `unet.in_channels` is twice the channels of
+    the latents. With `init_from` the run begins as that model, which may be one of text to image, whose UNet has half
+    of these channels: the others count for nothing at first.
+
+    `text_encoder` is a folder whose text encoder and tokenizer are used as they are. The other fields are those of
+    LatentTask.
+    """
+
+    kind: Literal["paired"]
+    vae: Path
+    text_encoder: Path
+    degradation: Degradation
 
 
 class Optimizer(Section):
@@ -145,7 +164,7 @@ class TrainConfig(Section):
     """
 
     output_dir: Path
-    task: Annotated[AutoencoderTask | TextToImageTask | UpscaleTask, Field(discriminator="kind")]
+    task: Annotated[AutoencoderTask | TextToImageTask | UpscaleTask | PairedTask, Field(discriminator="kind")]
     data: Annotated[EmojiData | FolderData, Field(discriminator="kind")]
     init_from: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from latentgen.diffusion.prediction import target
+from latentgen.checkpoints.folder import CheckpointFolder
+from latentgen.diffusion.prediction import add_noise, target
 from latentgen.diffusion.schedule import BatchNoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.models.pixels import ImageEncoder
+from latentgen.errors import ConfigError
+from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
+from latentgen.models.text import CLIPText
+from latentgen.models.unet import UNet
+from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import VAEConfig
+from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.loading import (
+    Placement,
+    load_decoder,
+    load_encoder,
+    load_text_encoder,
+    usual_guidance_scale,
+)
+from latentgen.train.config import LatentTask
 from latentgen.train.data import BatchPlan, CaptionedImages, Captions, View, sample_rng, to_tensor
-from latentgen.train.objective import Loss
+from latentgen.train.objective import Loss, Objective
 
 ENCODING_BATCH = 32
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.
 SMALL_LATENTS = 32 * 32
+_ON_CPU = Placement(torch.float32, torch.device("cpu"))
+AnyTask = TypeVar("AnyTask", bound=LatentTask)
 
 
 class EncodedViews(NamedTuple):
@@ -50,6 +69,142 @@ class EncodedViews(NamedTuple):
         return captions
 
 
+class LatentObjective(Objective, Generic[AnyTask]):
+    """The error of a UNet's prediction at random noise levels, in the latents of a finished autoencoder or on pixels.
+
+    What is shown to the UNet beside the noisy latents makes the subclasses. Images are encoded once: `cached_views`
+    random views of every item, kept as the mean and standard deviation of their latents. Captions are drawn anew each
+    time, and left out at the rate of `caption_dropout`, which teaches the unconditional prediction of classifier-free
+    guidance (arXiv:2207.12598).
+
+    Attributes:
+        task: what the recipe says.
+        scheduler: its noise schedule and prediction type.
+        unet: what is trained.
+        text_encoder: is trained as well, or stays as it is.
+    """
+
+    unet: UNet
+    text_encoder: nn.Module
+    _text: CLIPText
+    _views: EncodedViews
+    # In a tuple, so that the finished autoencoder is no part of what is trained.
+    _vae: tuple[ImageEncoder, ImageDecoder]
+
+    def __init__(self, task: AnyTask, data: CaptionedImages, device: torch.device) -> None:
+        super().__init__()
+        self.task = task
+        # On a CPU the small convolutions of a latent UNet learn faster so.
+        self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
+        self.scheduler = Scheduler.from_config(task.scheduler)
+        self.item_count = len(data) * task.cached_views
+
+    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+        """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]."""
+        latents = self._views.latents(plan)
+        count = self.scheduler.schedule.num_train_timesteps
+        timesteps = spread_timesteps(plan, count, self.task.timestep_shift)
+        tokens = self._text.tokenize(self._views.draw_captions(plan, self.task.caption_dropout))
+        return latents, plan.noise(latents.shape[1:], "noise"), timesteps, tokens
+
+    def forward(self, *batch: Tensor) -> Loss:
+        """The mean squared error of the prediction; its part is the same at the noisier half of the timesteps."""
+        latents, noise, timesteps, tokens, *shown = batch
+        level = self.scheduler.schedule.batch(timesteps)
+        with attention_kernels(latents):
+            context = self._text.encode_tokens(tokens).context
+            output = self._output(add_noise(latents, noise, level), timesteps, context, *shown)
+        return prediction_loss(output, latents, noise, level, self.scheduler)
+
+    def _output(self, sample: Tensor, timesteps: Tensor, context: Tensor, *shown: Tensor) -> Tensor:
+        """The UNet's output for noisy latents; `shown` is what a batch holds besides."""
+        return self.unet(torch.cat([sample, *shown], dim=1), timesteps, context)
+
+    def compile_networks(self) -> None:
+        """Compile the UNet, beside which the text encoder takes no time."""
+        self.unet.compile()
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the whole pipeline in the diffusers layout, in float16 if the recipe says so."""
+        self.load_state_dict(dict(weights))
+        dtype = torch.float16 if self.task.save_half else torch.float32
+        nn.ModuleList([self.unet, self.text_encoder, *self._vae]).to(dtype)
+        self._pipeline().save_pretrained(folder)
+
+    @abstractmethod
+    def _pipeline(self) -> Pipeline:
+        """The pipeline that draws with the weights as they are.
+
+        Raises:
+            ConfigError: the recipe's UNet is none that it can use.
+        """
+
+    def _guidance_scale(self, diffusers_class: str) -> float:
+        """What the finished model is guided with where a call names no scale."""
+        scale = self.task.guidance_scale
+        return usual_guidance_scale(diffusers_class) if scale is None else scale
+
+
+def load_vae(folder: CheckpointFolder | None) -> tuple[ImageEncoder, ImageDecoder]:
+    """A finished autoencoder, or that of pixels for None, in float32 on the CPU."""
+    if folder is None:
+        return PixelEncoder(), PixelDecoder()
+    return load_encoder(folder, _ON_CPU), load_decoder(folder, _ON_CPU)
+
+
+def finished_text_encoder(folder: Path) -> CLIPText:
+    """A text encoder whose weights are not trained, in float32 on the CPU.
+
+    Raises:
+        ConfigError: it is SDXL's pair, which no model that is trained here is told.
+    """
+    joined = load_text_encoder(CheckpointFolder.open(folder), _ON_CPU)
+    if not isinstance(joined, CLIPText):
+        raise ConfigError("task.text_encoder has two text encoders; name the folder of a model with one")
+    return joined
+
+
+def check_fit(
+    unet: UNetConfig,
+    vae: VAEConfig | PixelConfig,
+    *,
+    context_width: int,
+    image_size: int,
+    in_channels: Mapping[int, str],
+) -> None:
+    """Refuse configurations of which one cannot take what another gives.
+
+    Args:
+        unet: the UNet's.
+        vae: the autoencoder's.
+        context_width: the channels of what the text encoder gives.
+        image_size: the side of the images.
+        in_channels: how many channels the UNet can take, and for what.
+
+    Raises:
+        ConfigError: listing all that does not fit.
+    """
+    problems = []
+    if unet.in_channels not in in_channels:
+        allowed = ", ".join(f"{channels} for {what}" for channels, what in in_channels.items())
+        problems.append(f"task.unet.in_channels is {unet.in_channels}; with task.vae it can be {allowed}")
+    if unet.out_channels != vae.latent_channels:
+        problems.append(
+            f"task.unet.out_channels is {unet.out_channels}, but channels of the latents: {vae.latent_channels}"
+        )
+    if unet.cross_attention_dim != context_width:
+        problems.append(
+            f"task.unet.cross_attention_dim is {unet.cross_attention_dim}, but hidden_size of task.text_encoder: "
+            f"{context_width}"
+        )
+    if image_size % vae.spatial_factor:
+        problems.append(
+            f"data.image_size is {image_size}, no multiple of {vae.spatial_factor}, as task.vae needs it"
+        )
+    if problems:
+        raise ConfigError("the parts of the recipe do not fit each other: " + "; ".join(problems))
+
+
 def fixed_views(data: CaptionedImages, views: int, seed: int) -> Iterator[View]:
     """`views` random views of every item, the same in every process of a run: those of one item follow each other."""
     for item in range(len(data)):
@@ -61,7 +216,8 @@ def fixed_views(data: CaptionedImages, views: int, seed: int) -> Iterator[View]:
 def encode_views(
     encoder: ImageEncoder, device: torch.device, views: Iterator[View], count: int
 ) -> EncodedViews:
-    """Encode `count` views, a few at a time."""
+    """Encode `count` views on `device`, a few at a time; the encoder, which must be on the CPU, is put back there."""
+    encoder.to(device)
     means, stds, captions = [], [], []
     for _ in tqdm(range(0, count, ENCODING_BATCH), desc="encoding the images", mininterval=1.0):
         batch = list(islice(views, ENCODING_BATCH))
@@ -69,6 +225,7 @@ def encode_views(
         means.append(posterior.mean.half().cpu())
         stds.append((0.5 * posterior.logvar).exp().half().cpu())
         captions += [view.captions for view in batch]
+    encoder.cpu()
     # The convolutions would hand on the encoder's channels_last.
     return EncodedViews(torch.cat(means).contiguous(), torch.cat(stds).contiguous(), captions)
 

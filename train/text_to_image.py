@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.checkpoints.weights import load_weights
-from latentgen.diffusion.prediction import add_noise
-from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, ResumeError
 from latentgen.files import quote
-from latentgen.models.pixels import RGB, PixelConfig, PixelDecoder, PixelEncoder
+from latentgen.models.pixels import RGB
 from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer, save_tokenizer
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
-from latentgen.pipelines.loading import USUAL_GUIDANCE_SCALE, Placement, load_decoder, load_encoder
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TextToImageTask
-from latentgen.train.data import BatchPlan, CaptionedImages
-from latentgen.train.latent_diffusion import (
-    attention_kernels,
-    encode_views,
-    fixed_views,
-    prediction_loss,
-    spread_timesteps,
-)
-from latentgen.train.objective import Loss, Objective
+from latentgen.train.data import CaptionedImages
+from latentgen.train.latent_diffusion import LatentObjective, check_fit, encode_views, fixed_views, load_vae
 from latentgen.train.tokenizer import train_tokenizer
 
 _TOKENIZER = "tokenizer"
 
 
-class TextToImageObjective(Objective):
-    """The error of the UNet's prediction at random noise levels; the text encoder learns along with it, or is frozen.
+class TextToImageObjective(LatentObjective[TextToImageTask]):
+    """A UNet that is shown nothing beside the noisy latents; the text encoder learns along with it, or is frozen.
 
-    The images are encoded once: `cached_views` random views of every item, kept as the mean and standard deviation of
-    their latents, which without an autoencoder are the pixels and 0. Captions are drawn anew each time, and left out at
-    the rate of `caption_dropout`, which teaches the unconditional prediction of classifier-free guidance
-    (arXiv:2207.12598).
+    Without an autoencoder the mean of the cached views is the pixels, and their standard deviation 0.
 
     Args:
         task: what the recipe says.
@@ -69,93 +56,42 @@ class TextToImageObjective(Objective):
         init_from: Path | None = None,
         assets: Path | None = None,
     ) -> None:
-        super().__init__()
-        self.task = task
-        # On a CPU the small convolutions of a latent UNet learn faster so.
-        self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
-        self.scheduler = Scheduler.from_config(task.scheduler)
+        super().__init__(task, data, device)
         unet_config = UNetConfig.from_json(task.unet)
         text_config = CLIPTextConfig.from_json(task.text_encoder)
         vae = None if task.vae is None else CheckpointFolder.open(task.vae)
         vae_config = RGB if vae is None else VAEConfig.from_json(vae.config("vae"))
-        _check_fit(unet_config, text_config, vae_config, data.image_size)
+        check_fit(
+            unet_config,
+            vae_config,
+            context_width=text_config.hidden_size,
+            image_size=data.image_size,
+            in_channels={vae_config.latent_channels: "the latents alone"},
+        )
         origin = None if init_from is None else CheckpointFolder.open(init_from)
         self.unet = UNet(unet_config)
         if origin is not None:
             _load_unet(self.unet, origin, task.fresh_layers)
         self._text = _text_encoder(text_config, data, origin, assets)
         self.text_encoder = self._text.model.requires_grad_(task.train_text_encoder)
-        placement = Placement(torch.float32, device)
-        encoder = PixelEncoder() if vae is None else load_encoder(vae, placement)
-        decoder = PixelDecoder() if vae is None else load_decoder(vae, placement)
-        self.item_count = len(data) * task.cached_views
+        self._vae = load_vae(vae)
         views = fixed_views(data, task.cached_views, seed)
-        self._views = encode_views(encoder, device, views, self.item_count)
-        # In a tuple, so that the finished autoencoder is no part of what is trained.
-        self._vae = (encoder.cpu(), decoder.cpu())
-
-    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]."""
-        latents = self._views.latents(plan)
-        count = self.scheduler.schedule.num_train_timesteps
-        timesteps = spread_timesteps(plan, count, self.task.timestep_shift)
-        tokens = self._text.tokenize(self._views.draw_captions(plan, self.task.caption_dropout))
-        return latents, plan.noise(latents.shape[1:], "noise"), timesteps, tokens
-
-    def forward(self, *batch: Tensor) -> Loss:
-        """The mean squared error of the prediction; its part is the same at the noisier half of the timesteps."""
-        latents, noise, timesteps, tokens = batch
-        level = self.scheduler.schedule.batch(timesteps)
-        with attention_kernels(latents):
-            with torch.set_grad_enabled(self.task.train_text_encoder and torch.is_grad_enabled()):
-                context = self._text.encode_tokens(tokens).context
-            output = self.unet(add_noise(latents, noise, level), timesteps, context)
-        return prediction_loss(output, latents, noise, level, self.scheduler)
-
-    def compile_networks(self) -> None:
-        """Compile the UNet, beside which the text encoder takes no time."""
-        self.unet.compile()
+        self._views = encode_views(self._vae[0], device, views, self.item_count)
 
     def save_assets(self, folder: Path) -> None:
         """Write the tokenizer: the weights are worth nothing with another one."""
         save_tokenizer(self._text.tokenizer, folder / _TOKENIZER)
 
-    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the whole pipeline in the diffusers layout, in float16 if the recipe says so."""
-        self.load_state_dict(dict(weights))
-        dtype = torch.float16 if self.task.save_half else torch.float32
-        nn.ModuleList([self.unet, self.text_encoder, *self._vae]).to(dtype)
+    def _pipeline(self) -> TextToImagePipeline:
         encoder, decoder = self._vae
-        scale = self.task.guidance_scale
-        TextToImagePipeline(
-            unet=self.unet,
-            decoder=decoder,
-            text_encoder=self._text,
-            scheduler=self.scheduler,
+        return TextToImagePipeline(
+            self.unet,
+            decoder,
+            self._text,
+            self.scheduler,
             load_encoder=lambda: encoder,
-            default_guidance_scale=USUAL_GUIDANCE_SCALE if scale is None else scale,
-        ).save_pretrained(folder)
-
-
-def _check_fit(unet: UNetConfig, text: CLIPTextConfig, vae: VAEConfig | PixelConfig, image_size: int) -> None:
-    """Refuse configurations of which one cannot take what another gives."""
-    pairs = (
-        ("task.unet.in_channels", unet.in_channels, "channels of the latents", vae.latent_channels),
-        ("task.unet.out_channels", unet.out_channels, "channels of the latents", vae.latent_channels),
-        (
-            "task.unet.cross_attention_dim",
-            unet.cross_attention_dim,
-            "text_encoder.hidden_size",
-            text.hidden_size,
-        ),
-    )
-    problems = [f"{name} is {found}, but {what}: {due}" for name, found, what, due in pairs if found != due]
-    if image_size % vae.spatial_factor:
-        problems.append(
-            f"data.image_size is {image_size}, no multiple of {vae.spatial_factor}, as task.vae needs it"
+            default_guidance_scale=self._guidance_scale("StableDiffusionPipeline"),
         )
-    if problems:
-        raise ConfigError("the parts of the recipe do not fit each other: " + "; ".join(problems))
 
 
 def _load_unet(unet: UNet, origin: CheckpointFolder, fresh_layers: Sequence[str]) -> None:

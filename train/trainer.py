@@ -17,7 +17,7 @@ from tqdm import tqdm
 from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train.autoencoder import AutoencoderObjective
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
-from latentgen.train.config import AutoencoderTask, TrainConfig, UpscaleTask
+from latentgen.train.config import AutoencoderTask, PairedTask, TrainConfig, UpscaleTask
 from latentgen.train.data import BatchPlan, open_data, plan_step, sample_rng
 from latentgen.train.interrupt import StopSignal
 from latentgen.train.objective import Loss, Objective
@@ -238,6 +238,10 @@ def build_objective(config: TrainConfig, *, device: torch.device, assets: Path |
         return UpscaleObjective(
             config.task, data, seed=config.seed, device=device, init_from=config.init_from
         )
+    if isinstance(config.task, PairedTask):
+        from latentgen.train.paired import PairedObjective
+
+        return PairedObjective(config.task, data, seed=config.seed, device=device, init_from=config.init_from)
     from latentgen.train.text_to_image import TextToImageObjective
 
     return TextToImageObjective(

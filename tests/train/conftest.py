@@ -11,8 +11,8 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
-from latentgen.train.config import load_config
-from tests.train.recipes import COLOURS, TEXT_TO_IMAGE, UPSCALE, VAE, MakeRecipe
+from latentgen.train.config import TrainConfig, load_config
+from tests.train.recipes import COLOURS, PAIRED, TEXT_TO_IMAGE, UPSCALE, VAE, MakeRecipe
 
 
 @pytest.fixture
@@ -52,6 +52,13 @@ def upscale_recipe(tmp_path: Path, image_folder: Path, tiny_checkpoint: Path) ->
     return _recipes(tmp_path, image_folder, UPSCALE | finished)
 
 
+@pytest.fixture
+def paired_recipe(tmp_path: Path, image_folder: Path, tiny_checkpoint: Path) -> MakeRecipe:
+    """As `text_to_image_recipe`, with the tiny checkpoint's text encoder as well."""
+    finished = {"vae": str(tiny_checkpoint), "text_encoder": str(tiny_checkpoint)}
+    return _recipes(tmp_path, image_folder, PAIRED | finished)
+
+
 def _recipes(tmp_path: Path, image_folder: Path, task: dict[str, Any]) -> MakeRecipe:
     fields = {
         "output_dir": str(tmp_path / "run"),
@@ -67,8 +74,12 @@ def _recipes(tmp_path: Path, image_folder: Path, task: dict[str, Any]) -> MakeRe
         "log_every": 1,
     }
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(fields), "utf-8")
-    return lambda *overrides: load_config(path, overrides)
+
+    def make(*overrides: str) -> TrainConfig:
+        path.write_text(yaml.safe_dump(fields), "utf-8")  # each time: a test may make several kinds
+        return load_config(path, overrides)
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -56,6 +56,13 @@ TEXT_TO_IMAGE: dict[str, Any] = {
     },
     "cached_views": 2,
 }
+PAIRED: dict[str, Any] = {
+    "kind": "paired",
+    "unet": TEXT_TO_IMAGE["unet"] | {"in_channels": 8, "cross_attention_dim": 32},
+    "scheduler": TEXT_TO_IMAGE["scheduler"],
+    "degradation": "colourisation",
+    "cached_views": 2,
+}
 # In latents of half the images' side, that of the low-resolution image: x2. With 16 channels it would be x1.
 UPSCALE: dict[str, Any] = {
     "kind": "upscale",

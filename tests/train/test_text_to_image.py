@@ -202,9 +202,12 @@ def test_starting_from_a_trained_model(text_to_image_recipe: MakeRecipe, image_f
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task.unet.in_channels=3", "in_channels is 3, but channels of the latents: 4"),
+        ("task.unet.in_channels=3", "in_channels is 3; with task.vae it can be 4 for the latents alone"),
         ("task.unet.out_channels=8", "out_channels is 8, but channels of the latents: 4"),
-        ("task.unet.cross_attention_dim=32", "cross_attention_dim is 32, but text_encoder.hidden_size: 16"),
+        (
+            "task.unet.cross_attention_dim=32",
+            "cross_attention_dim is 32, but hidden_size of task.text_encoder: 16",
+        ),
         ("data.image_size=17", "image_size is 17, no multiple of 2"),
         ("task.text_encoder.pad_token_id=0", "pad_token_id is 0 and must be 1"),
         ("task.text_encoder.vocab_size=100", "vocab_size is 100"),

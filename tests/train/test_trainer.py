@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 WEIGHTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
-@pytest.fixture(params=["autoencoder_recipe", "text_to_image_recipe", "upscale_recipe"])
+@pytest.fixture(params=["autoencoder_recipe", "text_to_image_recipe", "upscale_recipe", "paired_recipe"])
 def recipe(request: pytest.FixtureRequest) -> MakeRecipe:
     """Each of the tasks in turn."""
     return request.getfixturevalue(request.param)

@@ -1,0 +1,237 @@
+"""The objective of paired image to image, and what it saves, against diffusers and transformers."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from latentgen.errors import CheckpointMismatchError, ConfigError
+from latentgen.pipelines.paired import PairedImagePipeline
+from latentgen.train.config import Degradation, TrainConfig
+from latentgen.train.data import BatchPlan, open_data, plan_step, sample_rng, to_tensor
+from latentgen.train.degradation import DEGRADATIONS
+from latentgen.train.objective import Objective
+from latentgen.train.paired import PairedObjective
+from latentgen.train.trainer import build_objective
+from tests.train.recipes import COLOURS, MakeRecipe
+
+
+def build(config: TrainConfig) -> PairedObjective:
+    torch.manual_seed(1)
+    objective = build_objective(config, device=torch.device("cpu"))
+    assert isinstance(objective, PairedObjective)
+    return objective
+
+
+def plan_for(objective: Objective, step: int = 0, size: int = 8) -> BatchPlan:
+    (plan,) = plan_step(3, step, batch_size=size, count=objective.item_count, parts=1, rank=0, processes=1)
+    return plan
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_loss_is_that_of_diffusers(prediction_type: str, paired_recipe: MakeRecipe, tmp_path: Path):
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    objective = build(paired_recipe(f"task.scheduler.prediction_type={prediction_type}"))
+    objective.save(tmp_path, objective.state_dict())
+    latents, noise, timesteps, tokens, shown = batch = objective.batch(plan_for(objective))
+    with torch.no_grad():
+        loss = objective(*batch)
+        context = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")(tokens[:, 0]).last_hidden_state
+        scheduler = DDPMScheduler.from_pretrained(tmp_path / "scheduler")
+        sample = torch.cat([scheduler.add_noise(latents, noise, timesteps), shown], dim=1)
+        output = UNet2DConditionModel.from_pretrained(tmp_path / "unet")(sample, timesteps, context).sample
+    targets = {
+        "epsilon": noise,
+        "v_prediction": scheduler.get_velocity(latents, noise, timesteps),
+        "sample": latents,
+    }
+    assert scheduler.config["prediction_type"] == prediction_type
+    errors = F.mse_loss(output, targets[prediction_type], reduction="none").mean(dim=(1, 2, 3))
+    assert loss.total.item() == pytest.approx(errors.mean().item(), rel=1e-5)
+    assert loss.parts["noisy half"].item() == pytest.approx(errors[timesteps >= 500].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("degradation", get_args(Degradation))
+def test_what_is_shown_is_the_degraded_image_encoded_by_diffusers(
+    degradation: Degradation, paired_recipe: MakeRecipe, tiny_checkpoint: Path
+):
+    from diffusers import AutoencoderKL
+
+    config = paired_recipe("task.cached_views=1", f"task.degradation={degradation}")
+    objective, data = build(config), open_data(config.data)
+    plan = plan_for(objective, size=6)
+    latents, *_, shown = objective.batch(plan)
+    images = [data.view(item, random.Random(0)).image for item in plan.items]  # whole: they are square
+    degraded = [
+        DEGRADATIONS[degradation](image, sample_rng(5, "degradation", item))
+        for image, item in zip(images, plan.items, strict=True)
+    ]
+    vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    with torch.no_grad():
+        expected = vae.encode(to_tensor(degraded)).latent_dist.mode()
+        posterior = vae.encode(to_tensor(images)).latent_dist
+    assert ((shown - expected).norm() / expected.norm()).item() < 1e-3  # kept in float16
+    drawn = (posterior.mean + posterior.std * plan.noise(posterior.mean.shape[1:], "posterior")) * 0.18215
+    assert ((latents - drawn).norm() / drawn.norm()).item() < 1e-3
+
+
+def test_a_batch_is_a_function_of_its_plan(paired_recipe: MakeRecipe):
+    objective, again = (build(paired_recipe("task.degradation=inpainting")) for _ in range(2))
+    plan = plan_for(objective)
+    for ours, theirs in zip(objective.batch(plan), again.batch(plan), strict=True):
+        assert torch.equal(ours, theirs)
+    (_, part) = plan_step(3, 0, batch_size=8, count=objective.item_count, parts=2, rank=0, processes=1)
+    for whole, half in zip(objective.batch(plan), objective.batch(part), strict=True):
+        assert torch.equal(whole[list(part.samples)], half)
+
+
+def test_gradients_reach_the_unet_alone(paired_recipe: MakeRecipe):
+    objective = build(paired_recipe())
+    objective(*objective.batch(plan_for(objective))).total.backward()
+    trained = {name.split(".")[0] for name, p in objective.named_parameters() if p.requires_grad}
+    assert trained == {"unet"}
+    assert all(parameter.grad is not None for parameter in objective.unet.parameters())
+    assert all(parameter.grad is None for parameter in objective.text_encoder.parameters())
+
+
+def test_captions_belong_to_their_images_and_are_dropped(paired_recipe: MakeRecipe):
+    texts = [f"{colour} disc" for colour in sorted(COLOURS)]
+    for rate, due in ((0, lambda item: texts[item // 2]), (1, lambda _: "")):
+        objective = build(paired_recipe(f"task.caption_dropout={rate}"))
+        plan = plan_for(objective, size=12)
+        tokens = objective.batch(plan)[3]
+        assert torch.equal(tokens, objective._text.tokenize([due(item) for item in plan.items]))
+
+
+def in_yaml(fields: dict[str, Any]) -> str:
+    """In one line; of JSON, YAML takes 1e-05 for a text."""
+    return yaml.safe_dump(fields, default_flow_style=True, width=10**6)
+
+
+def test_a_text_to_image_model_is_where_it_begins(
+    paired_recipe: MakeRecipe, text_to_image_recipe: MakeRecipe, tiny_checkpoint: Path
+):
+    unet, text = (
+        json.loads((tiny_checkpoint / part / "config.json").read_text("utf-8"))
+        for part in ("unet", "text_encoder")
+    )
+    plain = build_objective(
+        text_to_image_recipe(
+            f"task.unet={in_yaml(unet)}",
+            f"task.text_encoder={in_yaml(text)}",
+            f"init_from={tiny_checkpoint}",
+        ),
+        device=torch.device("cpu"),
+    )
+    objective = build(
+        paired_recipe(
+            f"task.unet={in_yaml(unet | {'in_channels': 8})}",
+            f"init_from={tiny_checkpoint}",
+        )
+    )
+    batch = objective.batch(plan_for(objective))
+    assert batch[4].abs().mean() > 0.1
+    loss, expected = objective(*batch), plain(*batch[:4])
+    assert loss.total.item() == expected.total.item()
+    loss.total.backward()
+    kernel = objective.unet.conv_in.weight
+    assert kernel.grad is not None
+    assert kernel.grad[:, 4:].abs().max() > 0  # what counts for nothing at first is learnt
+    old = load_file(tiny_checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, weight in objective.unet.state_dict().items():
+        begun = old[name]
+        if name == "conv_in.weight":
+            begun = torch.cat([begun, torch.zeros_like(begun)], dim=1)
+        assert torch.equal(weight, begun), name
+    assert all(parameter.requires_grad for parameter in objective.unet.parameters())
+
+
+def test_starting_from_a_paired_model(paired_recipe: MakeRecipe, tmp_path: Path):
+    first = build(paired_recipe())
+    first.save(tmp_path / "model", first.state_dict())
+    tuned = build(paired_recipe(f"init_from={tmp_path / 'model'}", "task.degradation=jpeg")).state_dict()
+    assert all(torch.equal(tuned[name], tensor) for name, tensor in first.state_dict().items())
+
+
+def test_other_models_are_no_beginning(
+    paired_recipe: MakeRecipe, text_to_image_recipe: MakeRecipe, tiny_checkpoint: Path, tmp_path: Path
+):
+    with pytest.raises(
+        CheckpointMismatchError, match="130 of the 208 tensors that are due are there: 78 missing"
+    ):
+        build(paired_recipe(f"init_from={tiny_checkpoint}"))
+    pixels = ("task.vae=null", "task.unet.in_channels=3", "task.unet.out_channels=3")
+    on_pixels = build_objective(text_to_image_recipe(*pixels), device=torch.device("cpu"))
+    on_pixels.save(tmp_path / "model", on_pixels.state_dict())
+    with pytest.raises(CheckpointMismatchError, match=r"misshapen \(conv_in\.weight is F32 \[16, 3, 3, 3\]"):
+        build(paired_recipe(f"init_from={tmp_path / 'model'}"))
+
+
+def test_the_saved_folder_draws_the_same_in_diffusers(paired_recipe: MakeRecipe, tmp_path: Path):
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    objective = build(paired_recipe("task.guidance_scale=2"))
+    objective.save(tmp_path, objective.state_dict())
+    picture = Image.radial_gradient("L").resize((16, 16)).convert("RGB")
+    oracle = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path, safety_checker=None)
+    oracle.set_progress_bar_config(disable=True)
+    theirs = oracle(
+        "red disc",
+        image=picture,
+        num_inference_steps=3,
+        guidance_scale=2,
+        image_guidance_scale=1,
+        generator=[torch.Generator().manual_seed(4)],
+        output_type="np",
+    ).images
+    pipeline = PairedImagePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    assert pipeline.default_guidance_scale == 2.0
+    ours = pipeline(
+        "red disc", image=picture, num_inference_steps=3, seed=4, output_type="np", progress=False
+    )
+    assert np.abs(np.asarray(ours.images) - theirs).max() < 1e-4
+
+
+def test_half_precision_halves_the_file(paired_recipe: MakeRecipe, tmp_path: Path):
+    objective = build(paired_recipe("task.save_half=true"))
+    objective.save(tmp_path, objective.state_dict())
+    for file in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        tensors = load_file(tmp_path / f"{file}.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "task.unet.in_channels=4",
+            "in_channels is 4; with task.vae it can be 8 for the latents and those of an",
+        ),
+        ("task.unet.out_channels=8", "out_channels is 8, but channels of the latents: 4"),
+        (
+            "task.unet.cross_attention_dim=16",
+            "cross_attention_dim is 16, but hidden_size of task.text_encoder: 32",
+        ),
+        ("data.image_size=17", "image_size is 17, no multiple of 2"),
+        (
+            "task.unet.class_embed_type=timestep",
+            "PairedImagePipeline does not fit this UNet, which wants class labels",
+        ),
+        ("task.scheduler.beta_start=-1", "beta_start"),
+    ],
+)
+def test_configurations_that_do_not_fit(override: str, message: str, paired_recipe: MakeRecipe):
+    with pytest.raises(ConfigError, match=message):
+        build(paired_recipe(override))
