@@ -1,9 +1,9 @@
 """The pictures of the docs that the embedded cascade draws, as it draws them now.
 
-    python -m benchmarks.pictures cascade docs/cascade.png            outline, 64x64 and 128x128 of some prompts
+    python -m benchmarks.pictures cascade docs/cascade.png            what its stages draw of some prompts
     python -m benchmarks.pictures noise_levels docs/noise_levels.png  one image upscaled at four noise levels
 
-In the first, the last row is the second one enlarged by Lanczos, to compare the third with.
+In the first, the last row is the third one enlarged by Lanczos, to compare the fourth with.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ def main() -> int:
 
 
 def cascade_rows() -> list[tuple[str, list[Image.Image]]]:
-    """A row for each stage, and one for the second enlarged."""
+    """A row for each stage, and one for the third enlarged."""
     seeds = [SEED] * len(PROMPTS)
     stages = [
         _pictures(result.images) for result in CascadePipeline.from_pretrained().stream(PROMPTS, seed=seeds)
     ]
-    names = [f"{images[0].width}x{images[0].height}" for images in stages]
-    enlarged = [image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for image in stages[1]]
-    return [*zip(names, stages, strict=True), (f"{names[1]},\nLanczos", enlarged)]
+    names = ("outline\n16x16", "upscaled\n64x64", "refined\n64x64", "upscaled\n128x128")
+    enlarged = [image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for image in stages[2]]
+    return [*zip(names, stages, strict=True), ("refined,\nLanczos", enlarged)]
 
 
 def noise_level_rows() -> list[tuple[str, list[Image.Image]]]:
     """The 64x64 images of a cascade, and a row for each noise level that they are upscaled at."""
     cascade = CascadePipeline.from_pretrained()
     results = cascade.stream(NOISE_PROMPTS, seed=[SEED] * len(NOISE_PROMPTS))
-    shown = next(_pictures(result.images) for result in results if result.index == 1)
+    shown = next(_pictures(result.images) for result in results if result.index == 2)
     upscale = UpscalePipeline.from_pretrained()
     rows = [("input", shown)]
     for level in NOISE_LEVELS:

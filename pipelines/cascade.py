@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, Self, cast
+from typing import Literal, NamedTuple, ParamSpec, Self, cast
 
 import torch
 from torch import Tensor
@@ -29,9 +29,11 @@ from latentgen.pipelines.arguments import (
     check_integer,
     check_output_type,
     check_seeds,
+    check_share,
 )
 from latentgen.pipelines.base import DEFAULT_STEPS
 from latentgen.pipelines.devices import DTypeName
+from latentgen.pipelines.image_to_image import USUAL_STRENGTH, ImageToImagePipeline
 from latentgen.pipelines.loading import check_class
 from latentgen.pipelines.output import Images, Output, export
 from latentgen.pipelines.text_to_image import TextToImagePipeline
@@ -43,7 +45,8 @@ P = ParamSpec("P")
 # So far apart are the seeds of an image's stages, that no stage draws the noise of another.
 _SEED_STRIDE = 0x9E37_79B9_7F4A_7C15
 
-StagePipeline = TextToImagePipeline | UpscalePipeline
+StageKind = Literal["draw", "upscale", "redraw"]
+StagePipeline = TextToImagePipeline | ImageToImagePipeline | UpscalePipeline
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class StageSettings:
         scheduler: the name of a solver; None is the stage's own.
         noise_level: for upscalers, the timestep to which the image of the stage before is noised: higher invents more
             detail and forgives more mistakes.
+        strength: for image to image, above 0 to 1: how much of it is drawn anew.
 
     Raises:
         InputError: a value is out of bounds.
@@ -65,10 +69,13 @@ class StageSettings:
     guidance_scale: float | None = None
     scheduler: str | None = None
     noise_level: int = USUAL_NOISE_LEVEL
+    strength: float = USUAL_STRENGTH
 
     def __post_init__(self) -> None:
         check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_TRAIN_TIMESTEPS)
         check_integer("noise_level", self.noise_level, 0, MAX_TRAIN_TIMESTEPS - 1)
+        if check_share("strength", self.strength) == 0:
+            raise InputError("strength=0 would leave a stage nothing to do; it must be above 0")
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
         if self.scheduler is not None:
@@ -97,6 +104,7 @@ class StageResult(NamedTuple):
         index: of the stage, from 0.
         total: how many stages there are.
         name: of the stage.
+        kind: what it did: drew from text, drew what there was larger, or anew at the same size.
         images: as the call's `output_type` has them; see Output.
         seeds: the seed of each image, of the whole cascade.
         settings: how the stage was run, with nothing left open.
@@ -105,6 +113,7 @@ class StageResult(NamedTuple):
     index: int
     total: int
     name: str
+    kind: StageKind
     images: Images
     seeds: tuple[int, ...]
     settings: StageSettings
@@ -125,8 +134,8 @@ def _last(stream: Callable[P, Iterator[StageResult]]) -> Callable[P, StageResult
 class CascadePipeline:
     """Images drawn by several models, each of which sees what the one before has drawn, smaller.
 
-    The first stage draws from text, in latents or in pixels; the others are upscalers. Only the stage that works is in
-    memory.
+    The first stage draws from text, in latents or in pixels; the others are upscalers, or draw anew at the same size
+    what is not yet good (image to image). Only the stage that works is in memory.
 
     Attributes:
         stages: in the order in which they draw.
@@ -168,10 +177,15 @@ class CascadePipeline:
         opened = open_cascade(resolve(source, variant=variant))
         stages = []
         for index, (entry, checkpoint) in enumerate(opened):
-            kind = TextToImagePipeline if index == 0 else UpscalePipeline
-            check_class(checkpoint, kind.reads)
+            stage_class = _class_of(index, entry)
+            check_class(checkpoint, stage_class.reads)
             load = partial(
-                kind.from_checkpoint, checkpoint, dtype=dtype, device=device, variant=variant, memory=memory
+                stage_class.from_checkpoint,
+                checkpoint,
+                dtype=dtype,
+                device=device,
+                variant=variant,
+                memory=memory,
             )
             stages.append(CascadeStage(checkpoint.path.name, load, _settings(entry)))
         return cls(tuple(stages))
@@ -181,13 +195,13 @@ class CascadePipeline:
         """A cascade of pipelines that are in memory, and stay there.
 
         Raises:
-            InputError: there are none, or they are not one that draws from text and then upscalers.
+            InputError: there are none, or they are not one that draws from text and then others.
         """
         for index, pipeline in enumerate(pipelines):
-            kind = TextToImagePipeline if index == 0 else UpscalePipeline
-            if not isinstance(pipeline, kind):
+            if isinstance(pipeline, TextToImagePipeline) != (index == 0):
                 raise InputError(
-                    f"stage {index} of a cascade must be a {kind.__name__}, not a {type(pipeline).__name__}"
+                    f"stage {index} of a cascade cannot be a {type(pipeline).__name__}: the first is a "
+                    "TextToImagePipeline, the others are UpscalePipelines or ImageToImagePipelines"
                 )
         return cls(
             tuple(
@@ -255,11 +269,12 @@ class CascadePipeline:
         images: Tensor | None = None
         for index, (stage, chosen) in enumerate(zip(self.stages, settings, strict=True)):
             pipeline = stage.load()
+            kind = _kind_of(pipeline)
             chosen = _complete(chosen, pipeline)
             images = call.draw(pipeline, index, chosen, images)
             del pipeline  # before the next is loaded
             result = export(images, output_type)
-            yield StageResult(index, len(self.stages), stage.name, result, call.seeds, chosen)
+            yield StageResult(index, len(self.stages), stage.name, kind, result, call.seeds, chosen)
 
     __call__ = _last(stream)
 
@@ -281,8 +296,11 @@ class _Call:
         seeds = [(seed + index * _SEED_STRIDE) % (MAX_SEED + 1) for seed in self.seeds]
         call: Callable[..., Output] = pipeline
         if images is not None:
-            assert isinstance(pipeline, UpscalePipeline)  # as the cascade has made sure
-            call = partial(pipeline, image=images, noise_level=settings.noise_level)
+            call = (
+                partial(pipeline, image=images, noise_level=settings.noise_level)
+                if isinstance(pipeline, UpscalePipeline)
+                else partial(cast(ImageToImagePipeline, pipeline), image=images, strength=settings.strength)
+            )
         output = call(
             list(self.prompts),
             negative_prompt=list(self.negatives),
@@ -295,6 +313,18 @@ class _Call:
             progress=self.progress,
         )
         return cast(Tensor, output.images)
+
+
+def _kind_of(pipeline: StagePipeline) -> StageKind:
+    if isinstance(pipeline, TextToImagePipeline):
+        return "draw"
+    return "upscale" if isinstance(pipeline, UpscalePipeline) else "redraw"
+
+
+def _class_of(index: int, entry: StageEntry) -> type[StagePipeline]:
+    if index == 0:
+        return TextToImagePipeline
+    return UpscalePipeline if entry.strength is None else ImageToImagePipeline
 
 
 def _settings(entry: StageEntry) -> StageSettings:

@@ -35,7 +35,7 @@ class StageEntry(StageConfig):
     """One stage in `cascade.json`: its folder, and how it is run where a call does not say.
 
     `num_inference_steps`, `guidance_scale` and `scheduler` mean what they mean to a pipeline; `noise_level` is for
-    upscalers.
+    upscalers. A stage with a `strength` draws what the one before has drawn anew, at the same size.
     """
 
     diffusers_class: ClassVar[str] = "the stage of a cascade"
@@ -45,6 +45,7 @@ class StageEntry(StageConfig):
     guidance_scale: Annotated[float, Field(ge=0, le=1e6)] | None = None
     scheduler: str | None = None
     noise_level: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class CascadeIndex(StageConfig):

@@ -85,6 +85,7 @@ def stage_settings(options: StageOptions, cascade: CascadePipeline) -> list[Stag
         "guidance_scale": _values("--guidance", options.guidance, float, len(settings)),
         "scheduler": _values("--scheduler", options.scheduler, str, len(settings)),
         "noise_level": _values("--noise-level", options.noise_level, int, len(settings)),
+        "strength": _values("--strength", options.strength, float, len(settings)),
     }
     return [
         replace(own, **{name: values[index] for name, values in chosen.items() if values[index] is not None})
@@ -110,7 +111,10 @@ def _told(result: StageResult) -> str:
     """A stage in one phrase, for the recipe."""
     settings = result.settings
     sampler = " ".join(filter(None, SAMPLERS[str(settings.scheduler)]))
-    noise = f", noise level {settings.noise_level}" if result.index else ""
+    noise = {
+        "upscale": f", noise level {settings.noise_level}",
+        "redraw": f", denoising strength {settings.strength:g}",
+    }.get(result.kind, "")
     steps = settings.num_inference_steps
     return f"{result.name}: {steps} steps, {sampler}, CFG scale {settings.guidance_scale:g}{noise}"
 

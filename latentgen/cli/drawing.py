@@ -266,10 +266,10 @@ def cascade(
     \b
     latentgen cascade "tiger face" -o tiger.png
     latentgen cascade "tiger face" --seed 7 --all-stages
-    latentgen cascade "tiger face" --steps 25,10,10 --noise-level 0,40,20
+    latentgen cascade "tiger face" --steps 25,10,10,10 --noise-level -,60,-,20
 
-    Of --steps, --guidance, --scheduler and --noise-level each stage has its own: one value for all, or one for each
-    with commas between them; "-" leaves a stage its own. Only the stage that works is in memory.
+    Of --steps, --guidance, --scheduler, --noise-level and --strength each stage has its own: one value for all, or one
+    for each with commas between them; "-" leaves a stage its own. Only the stage that works is in memory.
     """
     from latentgen.cli.cascading import draw_cascade
 

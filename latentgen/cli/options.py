@@ -228,6 +228,13 @@ class StageOptions:
             help="How much noise hides the smaller image: more invents more detail. [default: the cascade's own]",
         ),
     ] = None
+    strength: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE[,SHARE...]",
+            help="How much a stage without enlargement draws anew. [default: the cascade's own]",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

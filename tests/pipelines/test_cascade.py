@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentgen import CascadePipeline, StageSettings, TextToImagePipeline, UpscalePipeline
+from latentgen import (
+    CascadePipeline,
+    ImageToImagePipeline,
+    StageSettings,
+    TextToImagePipeline,
+    UpscalePipeline,
+)
 from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError, UnsafePathError
 from latentgen.pipelines import cascade as module
 from tests.conftest import build_pipeline
@@ -132,6 +138,8 @@ def test_only_the_stage_that_works_is_in_memory(folder: Path, monkeypatch: pytes
         ({"noise_level": -1}, ConfigError, "noise_level"),
         ({"guidance_scale": "high"}, ConfigError, "guidance_scale"),
         ({"scheduler": "fastest"}, ConfigError, "latentgen schedulers"),
+        ({"strength": 0.5}, ConfigError, "UpscalePipeline"),
+        ({"strength": 0}, ConfigError, "strength"),
     ],
 )
 def test_mistakes_of_the_index_are_found_before_any_weight_is_read(
@@ -176,6 +184,8 @@ def test_mistakes_of_a_call_are_found_before_any_weight_is_read(
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"scheduler": "fastest"}, "latentgen schedulers"),
         ({"noise_level": -1}, "noise_level"),
+        ({"strength": 0}, "strength"),
+        ({"strength": 1.5}, "strength"),
     ],
 )
 def test_settings_are_checked_where_they_are_made(given: dict[str, Any], message: str) -> None:
@@ -183,9 +193,32 @@ def test_settings_are_checked_where_they_are_made(given: dict[str, Any], message
         StageSettings(**given)
 
 
-def test_a_cascade_begins_with_text(stage_folders: Path) -> None:
+def test_a_stage_can_draw_anew_at_the_same_size(stage_folders: Path, folder: Path) -> None:
+    redrawing = {"folder": "stages/base", "num_inference_steps": 4, "strength": 0.5}
+    write_index(folder, [{"folder": "stages/base", "num_inference_steps": 3}, redrawing])
+    results = list(CascadePipeline.from_pretrained(folder).stream("a cat", seed=7, **OPTIONS))
+    assert [result.kind for result in results] == ["draw", "redraw", "upscale"]
+    redraw = ImageToImagePipeline.from_pretrained(stage_folders / "base")
+    expected = redraw(
+        "a cat",
+        image=results[0].images,
+        strength=0.5,
+        num_inference_steps=4,
+        seed=7 + module._SEED_STRIDE,
+        **OPTIONS,
+    ).images
+    np.testing.assert_allclose(np.asarray(results[1].images), np.asarray(expected), atol=1e-5)
+    text_to_image = TextToImagePipeline.from_pretrained(stage_folders / "base")
+    in_memory = CascadePipeline.from_pipelines(text_to_image, redraw)
+    assert in_memory("a cat", seed=7, progress=False).kind == "redraw"
+
+
+def test_a_cascade_begins_with_text_and_only_begins_so(stage_folders: Path) -> None:
     upscale = UpscalePipeline.from_pretrained(stage_folders / "upscale")
-    with pytest.raises(InputError, match="stage 0 of a cascade must be a TextToImagePipeline"):
+    base = TextToImagePipeline.from_pretrained(stage_folders / "base")
+    with pytest.raises(InputError, match="stage 1 of a cascade cannot be a TextToImagePipeline"):
+        CascadePipeline.from_pipelines(base, base)
+    with pytest.raises(InputError, match="stage 0 of a cascade cannot be a UpscalePipeline"):
         CascadePipeline.from_pipelines(upscale)
     with pytest.raises(InputError, match="at least one stage"):
         CascadePipeline.from_pipelines()
