@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from latentgen import CascadePipeline, UpscalePipeline
@@ -21,9 +22,9 @@ PROMPTS = (
     *("tiger face", "slice of pizza", "rocket", "hot beverage", "automobile", "penguin"),
     *("strawberry", "sunflower on a blue background", "castle", "owl"),
 )
-NOISE_LEVELS = (0, 60, 150, 300)
+NOISE_LEVELS = (0, 100, 200, 350)
 NOISE_PROMPTS = ("owl", "tiger face", "bicycle")
-SEED = 7
+SEED = 11
 SIDE, GAP, MARGIN = 128, 8, 96
 INK, PAPER = (60, 60, 60), (255, 255, 255)
 
@@ -61,7 +62,13 @@ def noise_level_rows() -> list[tuple[str, list[Image.Image]]]:
     rows = [("input", shown)]
     for level in NOISE_LEVELS:
         output = upscale(list(NOISE_PROMPTS), image=shown, noise_level=level, seed=[SEED] * len(shown))
-        rows.append((f"level {level}", _pictures(output.images)))
+        images = _pictures(output.images)
+        small = [
+            image.resize(one.size, Image.Resampling.BOX) for image, one in zip(images, shown, strict=True)
+        ]
+        error = np.square(np.subtract(np.asarray(small, np.float64), np.asarray(shown, np.float64))).mean()
+        print(f"level {level:3}: made small again, {10 * np.log10(255**2 / error):.1f} dB to the input")
+        rows.append((f"level {level}", images))
     return rows
 
 
