@@ -59,8 +59,8 @@ def page(side: int, seed: int) -> Image.Image:
     rng = random.Random(seed)
     emoji = EmojiSet(image_size=CELL)
     paper = Image.new("RGB", (side, side))
-    for top in range(-CELL // 3, side, CELL):
-        for left in range(-CELL // 5, side, CELL):
+    for top in range(-40, side, CELL):
+        for left in range(-29, side, CELL):
             placement = GlyphPlacement(size=rng.randint(CELL // 3, CELL), ground=rng.choice(list(GROUNDS)))
             paper.paste(emoji.render(rng.randrange(len(emoji)), placement), (left, top))
     return paper
