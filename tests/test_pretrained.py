@@ -97,14 +97,14 @@ def test_the_cascade_draws_larger_and_larger(stages: list[np.ndarray]) -> None:
     assert sides == [(len(CASCADE_PROMPTS), side, side, 3) for side in (16, 64, 64, 128)]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_each_stage_draws_what_the_one_before_drew(stage: int, stages: list[np.ndarray]) -> None:
+@pytest.mark.parametrize(("stage", "most"), [(1, 0.02), (2, 0.05), (3, 0.02)])
+def test_each_stage_draws_what_the_one_before_drew(stage: int, most: float, stages: list[np.ndarray]) -> None:
     side = stages[stage - 1].shape[1]
     scale = stages[stage].shape[1] // side
     small = stages[stage].reshape(-1, side, scale, side, scale, 3).mean((2, 4))
     distances = np.square(small[:, None] - stages[stage - 1][None]).mean((2, 3, 4))
     assert (distances.argmin(axis=1) == np.arange(len(CASCADE_PROMPTS))).all()
-    assert distances.diagonal().max() < 0.02
+    assert distances.diagonal().max() < most  # a stage that draws anew may leave it further
 
 
 def test_the_last_stage_is_sharper_than_the_one_before_enlarged(stages: list[np.ndarray]) -> None:

@@ -22,10 +22,12 @@ from latentgen.models.pixels import PixelDecoder, PixelEncoder
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines import loading
+from latentgen.pipelines.image_to_image import ImageToImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.interop import to_diffusers
 from latentgen.pipelines.text_to_image import TextToImagePipeline
+from latentgen.pipelines.upscale import UpscalePipeline
 
 SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -180,7 +182,24 @@ def test_diffusers_refuses_the_folder_and_is_given_no_pipeline(
 
 def test_other_pipelines_name_the_one_that_reads_it(folder: Path) -> None:
     with pytest.raises(ConfigError, match="LatentgenPixelPipeline'; load it with TextToImagePipeline"):
-        InpaintPipeline.from_pretrained(folder)
+        UpscalePipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", [ImageToImagePipeline, InpaintPipeline])
+def test_images_are_drawn_anew_in_pixels(
+    kind: type[ImageToImagePipeline | InpaintPipeline], folder: Path
+) -> None:
+    image = np.random.default_rng(0).random((8, 8, 3)).astype(np.float32)
+    mask = np.zeros((8, 8), np.float32)
+    mask[:4] = 1
+    extra: dict[str, Any] = {} if kind is ImageToImagePipeline else {"mask_image": mask}
+    pipeline: Any = kind.from_pretrained(folder)
+    options = {"num_inference_steps": 3, "seed": 7, "output_type": "np", "progress": False}
+    result = pipeline("a cat", image=image, strength=0.7, **extra, **options).images[0]
+    assert result.shape == image.shape
+    assert np.abs(result[:4] - image[:4]).mean() > 0.01
+    if kind is InpaintPipeline:
+        np.testing.assert_allclose(result[4:], image[4:], atol=1e-6)
 
 
 def test_a_vae_that_is_named_must_be_there(broken: Path) -> None:
