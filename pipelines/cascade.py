@@ -294,12 +294,15 @@ class _Call:
     ) -> Tensor:
         """The images [B, 3, H, W] in 0..1 of a stage, from those of the stage before."""
         seeds = [(seed + index * _SEED_STRIDE) % (MAX_SEED + 1) for seed in self.seeds]
-        call: Callable[..., Output] = pipeline
-        if images is not None:
+        call: Callable[..., Output]
+        if isinstance(pipeline, TextToImagePipeline):
+            call = pipeline
+        else:
+            assert images is not None  # the first stage alone draws from text, as the cascade has made sure
             call = (
                 partial(pipeline, image=images, noise_level=settings.noise_level)
                 if isinstance(pipeline, UpscalePipeline)
-                else partial(cast(ImageToImagePipeline, pipeline), image=images, strength=settings.strength)
+                else partial(pipeline, image=images, strength=settings.strength)
             )
         output = call(
             list(self.prompts),
