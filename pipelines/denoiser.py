@@ -109,7 +109,8 @@ def build_denoiser(
         return unet.step(x, part, constants[index][1][level.timestep]).float().chunk(len(rows))
 
     def predict_at(x: Tensor, level: NoiseLevel, count: int, place: Place) -> Sequence[Tensor]:
-        x, total = x[..., *place].to(dtype), guidance.rows
+        x = (x if place is EVERYWHERE else x[..., *place]).to(dtype)
+        total = guidance.rows
         if count <= at_once:
             return predict_rows(x, level, range(total - count, total), place)
         parts = (range(first, min(first + at_once, total)) for first in range(total - count, total, at_once))
