@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from latentgen import __version__
-from latentgen.cli.options import DType, OutputOptions, PromptOptions, StageOptions
+from latentgen.cli.options import DType, OutputOptions, PromptOptions, StageOptions, model_name
 from latentgen.cli.text import printable
 from latentgen.diffusion.names import SAMPLERS
 from latentgen.errors import InputError
-from latentgen.prompt_syntax import DEFAULT_SYNTAX
 from latentgen.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -130,7 +128,6 @@ def _recipe(
 ) -> Recipe:
     settings = result.settings
     sampler, schedule_type = SAMPLERS[str(settings.scheduler)]
-    syntax = prompting.prompt_syntax
     return Recipe(
         prompt=prompt,
         negative_prompt=prompting.negative,
@@ -141,7 +138,7 @@ def _recipe(
         seed=seed,
         width=image.width,
         height=image.height,
-        model="latentgen default" if model is None else Path(model).name,
+        model=model_name(model),
         version=f"latentgen {__version__}",
-        other=(("Cascade", told), *([("Prompt syntax", syntax)] if syntax != DEFAULT_SYNTAX else [])),
+        other=(("Cascade", told), *prompting.syntax_setting.items()),
     )

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, cast
 
 from latentgen import __version__
-from latentgen.cli.options import ModelOptions, OutputOptions, PromptOptions, SamplingOptions
+from latentgen.cli.options import ModelOptions, OutputOptions, PromptOptions, SamplingOptions, model_name
 from latentgen.cli.text import printable
 from latentgen.diffusion.names import SAMPLERS
-from latentgen.prompt_syntax import DEFAULT_SYNTAX
 from latentgen.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -91,21 +90,21 @@ class Job:
                 seed=seed,
                 width=image.width,
                 height=image.height,
-                model=self.model.name,
+                model=model_name(self.model.model),
                 denoising_strength=denoising_strength,
                 version=f"latentgen {__version__}",
-                other=(*(settings or {}).items(), *self._settings()),
+                other=(*(settings or {}).items(), *self._settings().items()),
             )
             save_image(image, path, None if self.output.no_metadata else recipe)
             print(printable(str(path)))
 
-    def _settings(self) -> list[tuple[str, str]]:
-        syntax, vae, adapters = self.prompting.prompt_syntax, self.model.vae, self.model.adapters
-        settings = [("Prompt syntax", syntax)] if syntax != DEFAULT_SYNTAX else []
-        settings += [("VAE", vae.name)] if vae else []
+    def _settings(self) -> dict[str, str]:
+        vae, adapters = self.model.vae, self.model.adapters
+        settings = self.prompting.syntax_setting
+        if vae:
+            settings["VAE"] = vae.name
         if adapters:
-            loras = (f"{file.stem}:{weight:g}" for file, weight in adapters)
-            settings.append(("LoRA", ", ".join(loras)))
+            settings["LoRA"] = ", ".join(f"{file.stem}:{weight:g}" for file, weight in adapters)
         return settings
 
 

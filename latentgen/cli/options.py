@@ -104,16 +104,6 @@ class ModelOptions:
         """Each LoRA with its weight."""
         return [file_and_weight(text) for text in self.lora or ()]
 
-    @property
-    def name(self) -> str:
-        """The model in a recipe: a Hub id as it is, a folder or a file without the path that leads to it."""
-        if self.model is None:
-            return "latentgen default"
-        path = Path(self.model)
-        if path.is_file():
-            return path.stem
-        return path.resolve().name if path.is_dir() else self.model
-
     def load(self, kind: type[AnyPipeline]) -> AnyPipeline:
         """The pipeline of this kind over the model, with its adapters.
 
@@ -167,6 +157,11 @@ class PromptOptions:
         int,
         typer.Option(metavar="N", min=1, help="How many images; several are named out-1.png, out-2.png, ..."),
     ] = 1
+
+    @property
+    def syntax_setting(self) -> dict[str, str]:
+        """What a recipe says of the syntax, if it is not the usual one."""
+        return {} if self.prompt_syntax == DEFAULT_SYNTAX else {"Prompt syntax": self.prompt_syntax}
 
 
 @dataclass(frozen=True)
@@ -252,6 +247,16 @@ class OutputOptions:
         """The path itself for one image; out-1.png, out-2.png, ... for several."""
         path = self.output
         return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
+
+
+def model_name(model: str | None) -> str:
+    """The model in a recipe: a Hub id as it is, a folder or a file without the path that leads to it."""
+    if model is None:
+        return "latentgen default"
+    path = Path(model)
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if path.is_dir() else model
 
 
 def file_and_weight(text: str) -> tuple[Path, float]:

@@ -133,6 +133,17 @@ def test_upscale(models: Path, picture: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(image, np.asarray(expected.images[0]))
 
 
+def test_a_cascade_in_the_current_folder_is_told_by_its_name(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models)
+    out = tmp_path / "out.png"
+    assert (
+        cli.main(["cascade", "a cat", "--model", ".", "--steps", "1", "--device", "cpu", "-o", str(out)]) == 0
+    )
+    assert read(out)[0].model == models.name
+
+
 def test_cascade(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.png"
     arguments = ["a cat", "--model", str(models), "--device", "cpu", "--seed", "7", "-o", str(out)]
@@ -143,6 +154,7 @@ def test_cascade(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     recipe, image = read(out)
     assert image.shape == (64, 64, 3)
     assert (recipe.steps, recipe.sampler, recipe.guidance_scale) == (3, "Euler", 1.0)
+    assert recipe.model == models.name
     told = "text2img: 3 steps, Euler, CFG scale 7.5; upscale: 3 steps, Euler, CFG scale 1, noise level 30"
     assert recipe.other == (("Cascade", told),)
 
