@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from latentgen.train.config import TrainConfig
+from latentgen.train.data import BatchPlan, plan_step
+from latentgen.train.objective import Objective
 
 # Takes overrides as of the command's --set.
 MakeRecipe = Callable[..., TrainConfig]
@@ -77,3 +79,9 @@ UPSCALE: dict[str, Any] = {
     },
     "cached_views": 2,
 }
+
+
+def plan_for(objective: Objective, step: int = 0, size: int = 8) -> BatchPlan:
+    """The whole batch of a step, in one process."""
+    (plan,) = plan_step(3, step, batch_size=size, count=objective.item_count, parts=1, rank=0, processes=1)
+    return plan

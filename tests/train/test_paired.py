@@ -18,12 +18,11 @@ from safetensors.torch import load_file
 from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.train.config import Degradation, TrainConfig
-from latentgen.train.data import BatchPlan, open_data, plan_step, sample_rng, to_tensor
+from latentgen.train.data import open_data, sample_rng, to_tensor
 from latentgen.train.degradation import DEGRADATIONS
-from latentgen.train.objective import Objective
 from latentgen.train.paired import PairedObjective
 from latentgen.train.trainer import build_objective
-from tests.train.recipes import COLOURS, MakeRecipe
+from tests.train.recipes import MakeRecipe, plan_for
 
 
 def build(config: TrainConfig) -> PairedObjective:
@@ -31,11 +30,6 @@ def build(config: TrainConfig) -> PairedObjective:
     objective = build_objective(config, device=torch.device("cpu"))
     assert isinstance(objective, PairedObjective)
     return objective
-
-
-def plan_for(objective: Objective, step: int = 0, size: int = 8) -> BatchPlan:
-    (plan,) = plan_step(3, step, batch_size=size, count=objective.item_count, parts=1, rank=0, processes=1)
-    return plan
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -85,34 +79,6 @@ def test_what_is_shown_is_the_degraded_image_encoded_by_diffusers(
     assert ((shown - expected).norm() / expected.norm()).item() < 1e-3  # kept in float16
     drawn = (posterior.mean + posterior.std * plan.noise(posterior.mean.shape[1:], "posterior")) * 0.18215
     assert ((latents - drawn).norm() / drawn.norm()).item() < 1e-3
-
-
-def test_a_batch_is_a_function_of_its_plan(paired_recipe: MakeRecipe):
-    objective, again = (build(paired_recipe("task.degradation=inpainting")) for _ in range(2))
-    plan = plan_for(objective)
-    for ours, theirs in zip(objective.batch(plan), again.batch(plan), strict=True):
-        assert torch.equal(ours, theirs)
-    (_, part) = plan_step(3, 0, batch_size=8, count=objective.item_count, parts=2, rank=0, processes=1)
-    for whole, half in zip(objective.batch(plan), objective.batch(part), strict=True):
-        assert torch.equal(whole[list(part.samples)], half)
-
-
-def test_gradients_reach_the_unet_alone(paired_recipe: MakeRecipe):
-    objective = build(paired_recipe())
-    objective(*objective.batch(plan_for(objective))).total.backward()
-    trained = {name.split(".")[0] for name, p in objective.named_parameters() if p.requires_grad}
-    assert trained == {"unet"}
-    assert all(parameter.grad is not None for parameter in objective.unet.parameters())
-    assert all(parameter.grad is None for parameter in objective.text_encoder.parameters())
-
-
-def test_captions_belong_to_their_images_and_are_dropped(paired_recipe: MakeRecipe):
-    texts = [f"{colour} disc" for colour in sorted(COLOURS)]
-    for rate, due in ((0, lambda item: texts[item // 2]), (1, lambda _: "")):
-        objective = build(paired_recipe(f"task.caption_dropout={rate}"))
-        plan = plan_for(objective, size=12)
-        tokens = objective.batch(plan)[3]
-        assert torch.equal(tokens, objective._text.tokenize([due(item) for item in plan.items]))
 
 
 def in_yaml(fields: dict[str, Any]) -> str:

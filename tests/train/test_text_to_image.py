@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from latentgen.errors import ConfigError, ResumeError
 from latentgen.train.config import TextToImageTask, TrainConfig
-from latentgen.train.data import BatchPlan, open_data, plan_step
+from latentgen.train.data import open_data
 from latentgen.train.text_to_image import TextToImageObjective
-from tests.train.recipes import COLOURS, MakeRecipe
+from tests.train.recipes import COLOURS, MakeRecipe, plan_for
 
 
 def build(config: TrainConfig, assets: Path | None = None) -> TextToImageObjective:
@@ -27,11 +27,6 @@ def build(config: TrainConfig, assets: Path | None = None) -> TextToImageObjecti
         init_from=config.init_from,
         assets=assets,
     )
-
-
-def plan_for(objective: TextToImageObjective, step: int = 0, size: int = 8) -> BatchPlan:
-    (plan,) = plan_step(3, step, batch_size=size, count=objective.item_count, parts=1, rank=0, processes=1)
-    return plan
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -14,10 +14,10 @@ from PIL import Image
 from latentgen.errors import ConfigError
 from latentgen.pipelines.upscale import UpscalePipeline
 from latentgen.train.config import TrainConfig, UpscaleTask
-from latentgen.train.data import BatchPlan, open_data, plan_step
+from latentgen.train.data import open_data
 from latentgen.train.degradation import lower_resolution
 from latentgen.train.upscale import UpscaleObjective
-from tests.train.recipes import COLOURS, MakeRecipe
+from tests.train.recipes import MakeRecipe, plan_for
 
 
 def build(config: TrainConfig) -> UpscaleObjective:
@@ -30,11 +30,6 @@ def build(config: TrainConfig) -> UpscaleObjective:
         device=torch.device("cpu"),
         init_from=config.init_from,
     )
-
-
-def plan_for(objective: UpscaleObjective, step: int = 0, size: int = 8) -> BatchPlan:
-    (plan,) = plan_step(3, step, batch_size=size, count=objective.item_count, parts=1, rank=0, processes=1)
-    return plan
 
 
 def space_to_depth(image: torch.Tensor) -> torch.Tensor:
@@ -107,34 +102,6 @@ def test_low_noise_levels_are_the_likelier_ones(upscale_recipe: MakeRecipe):
     assert (levels == 0).float().mean().item() == pytest.approx(351**-0.5, abs=0.02)
     assert (levels < 88).float().mean().item() == pytest.approx(0.5, abs=0.04)
     assert (build(upscale_recipe("task.max_noise_level=0")).batch(plan_for(objective))[5] == 0).all()
-
-
-def test_a_batch_is_a_function_of_its_plan(upscale_recipe: MakeRecipe):
-    objective, again = build(upscale_recipe()), build(upscale_recipe())
-    plan = plan_for(objective)
-    for ours, theirs in zip(objective.batch(plan), again.batch(plan), strict=True):
-        assert torch.equal(ours, theirs)
-    (_, part) = plan_step(3, 0, batch_size=8, count=objective.item_count, parts=2, rank=0, processes=1)
-    for whole, half in zip(objective.batch(plan), objective.batch(part), strict=True):
-        assert torch.equal(whole[list(part.samples)], half)
-
-
-def test_gradients_reach_the_unet_alone(upscale_recipe: MakeRecipe):
-    objective = build(upscale_recipe())
-    objective(*objective.batch(plan_for(objective))).total.backward()
-    trained = {name.split(".")[0] for name, p in objective.named_parameters() if p.requires_grad}
-    assert trained == {"unet"}
-    assert all(parameter.grad is not None for parameter in objective.unet.parameters())
-    assert all(parameter.grad is None for parameter in objective.text_encoder.parameters())
-
-
-def test_captions_belong_to_their_images_and_are_dropped(upscale_recipe: MakeRecipe):
-    texts = [f"{colour} disc" for colour in sorted(COLOURS)]
-    for rate, due in ((0, lambda item: texts[item // 2]), (1, lambda _: "")):
-        objective = build(upscale_recipe(f"task.caption_dropout={rate}"))
-        plan = plan_for(objective, size=12)
-        tokens = objective.batch(plan)[3]
-        assert torch.equal(tokens, objective._text.tokenize([due(item) for item in plan.items]))
 
 
 def test_the_saved_folder_draws_the_same_in_diffusers(upscale_recipe: MakeRecipe, tmp_path: Path):
