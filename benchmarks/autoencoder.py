@@ -20,7 +20,7 @@ from latentgen.checkpoints.folder import CheckpointFolder, resolve
 from latentgen.image import to_pil
 from latentgen.pipelines.loading import Placement, load_decoder, load_encoder
 from latentgen.train.data import to_tensor
-from latentgen.train.emoji import EmojiSet, GlyphPlacement
+from latentgen.train.data.emoji import EmojiSet, GlyphPlacement
 
 BATCH = 64
 

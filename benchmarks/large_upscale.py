@@ -23,7 +23,7 @@ from latentgen.checkpoints.cascade import open_cascade
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT
 from latentgen.pipelines.upscale import USUAL_TILE, UpscalePipeline
 from latentgen.tiling import starts
-from latentgen.train.emoji import GROUNDS, EmojiSet, GlyphPlacement
+from latentgen.train.data.emoji import GROUNDS, EmojiSet, GlyphPlacement
 
 CELL = 118
 # How many columns or rows on either side of a border are its neighbours.

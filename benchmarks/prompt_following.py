@@ -29,7 +29,7 @@ from latentgen.checkpoints.folder import resolve
 from latentgen.pipelines.cascade import StageResult
 from latentgen.pipelines.output import Output
 from latentgen.train.data import to_tensor
-from latentgen.train.emoji import EmojiSet, GlyphPlacement
+from latentgen.train.data.emoji import EmojiSet, GlyphPlacement
 
 SIZES = (54, 58, 62)
 SHIFTS = (-2, 0, 2)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from latentgen import UpscalePipeline
 from latentgen.image import to_pil
 from latentgen.train.data import to_tensor
-from latentgen.train.emoji import EmojiSet
+from latentgen.train.data.emoji import EmojiSet
 
 HELD_OUT = 200
 # By the scale of the model: the side of the images that the recipes train with.

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentgen.errors import ConfigError, NumericalError, ResumeError
-from latentgen.train.autoencoder import AutoencoderObjective
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
 from latentgen.train.config import AutoencoderTask, PairedTask, TrainConfig, UpscaleTask
 from latentgen.train.data import BatchPlan, open_data, plan_step, sample_rng
 from latentgen.train.interrupt import StopSignal
-from latentgen.train.objective import Loss, Objective
+from latentgen.train.objectives.autoencoder import AutoencoderObjective
+from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.optimizer import build_optimizer
 from latentgen.train.run_folder import LOG, run_lock, starting_state, trim_log
 
@@ -233,16 +233,16 @@ def build_objective(config: TrainConfig, *, device: torch.device, assets: Path |
     if isinstance(config.task, AutoencoderTask):
         return AutoencoderObjective(config.task, data, init_from=config.init_from)
     if isinstance(config.task, UpscaleTask):
-        from latentgen.train.upscale import UpscaleObjective
+        from latentgen.train.objectives.upscale import UpscaleObjective
 
         return UpscaleObjective(
             config.task, data, seed=config.seed, device=device, init_from=config.init_from
         )
     if isinstance(config.task, PairedTask):
-        from latentgen.train.paired import PairedObjective
+        from latentgen.train.objectives.paired import PairedObjective
 
         return PairedObjective(config.task, data, seed=config.seed, device=device, init_from=config.init_from)
-    from latentgen.train.text_to_image import TextToImageObjective
+    from latentgen.train.objectives.text_to_image import TextToImageObjective
 
     return TextToImageObjective(
         config.task, data, seed=config.seed, device=device, init_from=config.init_from, assets=assets

@@ -7,7 +7,7 @@ from typing import Any
 
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, plan_step
-from latentgen.train.objective import Objective
+from latentgen.train.objectives.base import Objective
 
 # Takes overrides as of the command's --set.
 MakeRecipe = Callable[..., TrainConfig]

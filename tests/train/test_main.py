@@ -23,7 +23,8 @@ def test_a_mistake_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.delitem(sys.modules, "latentgen.train.config")
+    for module in ("latentgen.train.config", "latentgen.train.config.run"):
+        monkeypatch.delitem(sys.modules, module)
     assert main(["recipe.yaml"]) == 2
     assert (
         capsys.readouterr().err

@@ -35,7 +35,7 @@ from latentgen.pipelines.loading import (
 )
 from latentgen.train.config import LatentTask
 from latentgen.train.data import BatchPlan, CaptionedImages, Captions, View, sample_rng, to_tensor
-from latentgen.train.objective import Loss, Objective
+from latentgen.train.objectives.base import Loss, Objective
 
 ENCODING_BATCH = 32
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.

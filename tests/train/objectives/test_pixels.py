@@ -17,8 +17,8 @@ from latentgen.train.checkpoint import load_latest
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import open_data
 from latentgen.train.trainer import build_objective, train
+from tests.train.objectives.test_text_to_image import build, plan_for
 from tests.train.recipes import MakeRecipe
-from tests.train.test_text_to_image import build, plan_for
 
 PIXELS = ("task.vae=null", "task.unet.in_channels=3", "task.unet.out_channels=3", "task.unet.sample_size=16")
 FRESH = "task.fresh_layers=[conv_in, conv_out]"

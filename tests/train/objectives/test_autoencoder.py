@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from latentgen.errors import CheckpointMismatchError, ConfigError
-from latentgen.train.autoencoder import AutoencoderObjective, normalise_latents
 from latentgen.train.config import AutoencoderTask, TrainConfig
 from latentgen.train.data import open_data, plan_step
+from latentgen.train.objectives.autoencoder import AutoencoderObjective, normalise_latents
 from tests.train.recipes import MakeRecipe
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from latentgen.train.config import Degradation
-from latentgen.train.degradation import DEGRADATIONS, KERNELS, MISSING, lower_resolution
+from latentgen.train.objectives.degradation import DEGRADATIONS, KERNELS, MISSING, lower_resolution
 
 SIZES = [(32, 32), (40, 24), (8, 8)]
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentgen.errors import DatasetError
 from latentgen.train.config import FolderData
-from latentgen.train.folder import ImageFolder
+from latentgen.train.data.folder import ImageFolder
 
 
 def open_folder(folder: Path, **fields: Any) -> ImageFolder:

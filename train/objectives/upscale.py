@@ -20,8 +20,8 @@ from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.upscale import UpscalePipeline, low_res_ratio
 from latentgen.train.config import UpscaleTask
 from latentgen.train.data import BatchPlan, CaptionedImages, View, sample_rng
-from latentgen.train.degradation import lower_resolution
-from latentgen.train.latent_diffusion import (
+from latentgen.train.objectives.degradation import lower_resolution
+from latentgen.train.objectives.latent_diffusion import (
     LatentObjective,
     check_fit,
     encode_views,

@@ -15,8 +15,8 @@ from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.train.config import PairedTask
 from latentgen.train.data import BatchPlan, CaptionedImages, View, sample_rng
-from latentgen.train.degradation import DEGRADATIONS
-from latentgen.train.latent_diffusion import (
+from latentgen.train.objectives.degradation import DEGRADATIONS
+from latentgen.train.objectives.latent_diffusion import (
     EncodedViews,
     LatentObjective,
     check_fit,

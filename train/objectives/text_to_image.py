@@ -20,8 +20,14 @@ from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TextToImageTask
 from latentgen.train.data import CaptionedImages
-from latentgen.train.latent_diffusion import LatentObjective, check_fit, encode_views, fixed_views, load_vae
-from latentgen.train.tokenizer import train_tokenizer
+from latentgen.train.objectives.latent_diffusion import (
+    LatentObjective,
+    check_fit,
+    encode_views,
+    fixed_views,
+    load_vae,
+)
+from latentgen.train.objectives.tokenizer import train_tokenizer
 
 _TOKENIZER = "tokenizer"
 

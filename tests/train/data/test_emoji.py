@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from latentgen.errors import DatasetError
-from latentgen.train.emoji import (
+from latentgen.train.data.emoji import (
     ANNOTATIONS,
     FONT,
     GROUNDS,

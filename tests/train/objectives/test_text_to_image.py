@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from latentgen.errors import ConfigError, ResumeError
 from latentgen.train.config import TextToImageTask, TrainConfig
 from latentgen.train.data import open_data
-from latentgen.train.text_to_image import TextToImageObjective
+from latentgen.train.objectives.text_to_image import TextToImageObjective
 from tests.train.recipes import COLOURS, MakeRecipe, plan_for
 
 

@@ -16,7 +16,7 @@ from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines.saving import WEIGHTS_STEM
 from latentgen.train.config import AutoencoderTask
 from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng, to_tensor
-from latentgen.train.objective import Loss, Objective
+from latentgen.train.objectives.base import Loss, Objective
 
 _CALIBRATION_IMAGES = 1024
 _CALIBRATION_BATCH = 32

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from latentgen.errors import ConfigError
 from latentgen.models.text import load_tokenizer
-from latentgen.train.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
+from latentgen.train.objectives.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -15,8 +15,8 @@ from latentgen.errors import ConfigError
 from latentgen.pipelines.upscale import UpscalePipeline
 from latentgen.train.config import TrainConfig, UpscaleTask
 from latentgen.train.data import open_data
-from latentgen.train.degradation import lower_resolution
-from latentgen.train.upscale import UpscaleObjective
+from latentgen.train.objectives.degradation import lower_resolution
+from latentgen.train.objectives.upscale import UpscaleObjective
 from tests.train.recipes import MakeRecipe, plan_for
 
 

@@ -1,4 +1,4 @@
-"""Training data: captioned images whose order and randomness are functions of (seed, step, sample)."""
+"""Which samples make up which step: the order and all randomness are functions of (seed, step, sample)."""
 
 from __future__ import annotations
 
@@ -6,63 +6,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-
-from latentgen.train.config import EmojiData, FolderData
-
-
-class Captions(NamedTuple):
-    """What one image may be called, and how often each caption is drawn."""
-
-    texts: tuple[str, ...]
-    weights: tuple[float, ...]
-
-    def draw(self, rng: random.Random) -> str:
-        """One of the captions, drawn by weight."""
-        return rng.choices(self.texts, weights=self.weights)[0]
-
-
-class View(NamedTuple):
-    """One rendering or crop of an item: an RGB image of `image_size` squared, and its captions."""
-
-    image: Image.Image
-    captions: Captions
-
-
-class CaptionedImages(Protocol):
-    """A set of items, each seen through random views."""
-
-    image_size: int
-
-    def __len__(self) -> int: ...
-
-    def view(self, index: int, rng: random.Random) -> View:
-        """Draw a view of item `index`."""
-        ...
-
-    def corpus(self) -> list[str]:
-        """The captions that a tokenizer for this set is made from."""
-        ...
-
-
-def open_data(config: EmojiData | FolderData) -> CaptionedImages:
-    """The data set that a recipe names.
-
-    Raises:
-        DatasetError: listing all that is wrong with it.
-    """
-    if isinstance(config, EmojiData):
-        from latentgen.train.emoji import EmojiSet
-
-        return EmojiSet(image_size=config.image_size, held_out=config.held_out)
-    from latentgen.train.folder import ImageFolder
-
-    return ImageFolder(config)
 
 
 def sample_rng(seed: int, *position: int | str) -> random.Random:
@@ -125,9 +71,3 @@ def plan_step(
         items = tuple(item_at(seed, step * batch_size + sample, count) for sample in samples)
         plans.append(BatchPlan(seed, step, batch_size, samples, items))
     return plans
-
-
-def to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """RGB images of one size to [B, 3, H, W] in -1..1, float32, channels_last."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)

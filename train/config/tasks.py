@@ -1,0 +1,94 @@
+"""The sections of a recipe that say what is learnt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from latentgen.train.config.base import Positive, Rate, Section
+
+Degradation = Literal["colourisation", "uncropping", "jpeg", "inpainting"]
+
+
+class AutoencoderTask(Section):
+    """Train a KL autoencoder: reconstruction, edges and a slight pull of the latents towards the standard normal.
+
+    `vae` is the content of a diffusers `vae/config.json`. Without `train_encoder` the decoder alone learns, and the
+    latents stay those of `init_from`.
+    """
+
+    kind: Literal["autoencoder"]
+    vae: dict[str, Any]
+    edge_weight: Annotated[float, Field(ge=0, le=100)] = 0.5
+    kl_weight: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    train_encoder: bool = True
+
+
+class LatentTask(Section):
+    """What the tasks of diffusion in the latents of a finished autoencoder have in common.
+
+    `unet` and `scheduler` are the contents of the diffusers configurations. `cached_views` random views of every item
+    are encoded once, before training; a `timestep_shift` above 1 spends more samples on the noisier timesteps;
+    `guidance_scale` is what the finished model is guided with where a call names none; `save_half` writes it in
+    float16.
+    """
+
+    unet: dict[str, Any]
+    scheduler: dict[str, Any]
+    caption_dropout: Rate = 0.1
+    cached_views: Annotated[int, Field(ge=1, le=4096)] = 16
+    timestep_shift: Positive = 1.0
+    guidance_scale: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    save_half: bool = False
+
+
+class TextToImageTask(LatentTask):
+    """Train a UNet and its text encoder jointly in the latents of a finished autoencoder, or in pixels.
+
+    `vae` is a folder with that autoencoder, or null for pixels; `text_encoder` is the content of a configuration.
+    Without `train_text_encoder` the text encoder stays that of `init_from`; `fresh_layers` of the UNet, such as
+    `conv_in`, begin at random all the same. The other fields are those of LatentTask.
+    """
+
+    kind: Literal["text_to_image"]
+    vae: Path | None
+    text_encoder: dict[str, Any]
+    train_text_encoder: bool = True
+    fresh_layers: tuple[str, ...] = ()
+
+
+class UpscaleTask(LatentTask):
+    """Train a UNet to draw images that it is shown in low resolution, in the latents of a finished autoencoder.
+
+    The low-resolution image is the true one, resampled with a random kernel to `image_size` / scale. The scale follows
+    from `unet.in_channels`, which is the channels of the latents and 3 * r * r: it is the autoencoder's factor / r.
+    The UNet is told the level, at most `max_noise_level`, to which `low_res_scheduler` noises what it is shown.
+
+    `text_encoder` is a folder whose text encoder and tokenizer are used as they are. The other fields are those of
+    LatentTask.
+    """
+
+    kind: Literal["upscale"]
+    vae: Path
+    text_encoder: Path
+    low_res_scheduler: dict[str, Any]
+    max_noise_level: Annotated[int, Field(ge=0, le=10**5)] = 350
+
+
+class PairedTask(LatentTask):
+    """Train a UNet to undo what was done to the images that it is shown, in the latents of a finished autoencoder.
+
+    `degradation` is what is done to them: see latentgen.train.objectives.degradation. `unet.in_channels` is twice the
+    channels of the latents. With `init_from` the run begins as that model, which may be one of text to image, whose
+    UNet has half of these channels: the others count for nothing at first.
+
+    `text_encoder` is a folder whose text encoder and tokenizer are used as they are. The other fields are those of
+    LatentTask.
+    """
+
+    kind: Literal["paired"]
+    vae: Path
+    text_encoder: Path
+    degradation: Degradation

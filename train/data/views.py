@@ -1,0 +1,52 @@
+"""What a training set is to those who learn from it: items, each seen through random views."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class Captions(NamedTuple):
+    """What one image may be called, and how often each caption is drawn."""
+
+    texts: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def draw(self, rng: random.Random) -> str:
+        """One of the captions, drawn by weight."""
+        return rng.choices(self.texts, weights=self.weights)[0]
+
+
+class View(NamedTuple):
+    """One rendering or crop of an item: an RGB image of `image_size` squared, and its captions."""
+
+    image: Image.Image
+    captions: Captions
+
+
+class CaptionedImages(Protocol):
+    """A set of items, each seen through random views."""
+
+    image_size: int
+
+    def __len__(self) -> int: ...
+
+    def view(self, index: int, rng: random.Random) -> View:
+        """Draw a view of item `index`."""
+        ...
+
+    def corpus(self) -> list[str]:
+        """The captions that a tokenizer for this set is made from."""
+        ...
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of one size to [B, 3, H, W] in -1..1, float32, channels_last."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
