@@ -24,10 +24,23 @@ class Captions(NamedTuple):
 
 
 class View(NamedTuple):
-    """One rendering or crop of an item: an RGB image of `image_size` squared, and its captions."""
+    """One rendering or crop of an item, and what is known of it.
+
+    Attributes:
+        image: RGB, of the size that the item's views have.
+        captions: what it may be called.
+        original_size: height and width of the whole image, before it was scaled and cropped; None if it is the same.
+        crop_corner: top and left of the crop in the scaled image, in pixels.
+        mask: where the loss counts, "L", as large as the image; None for everywhere.
+        before: the image that this one is an edit of, RGB, as large; None where nothing was edited.
+    """
 
     image: Image.Image
     captions: Captions
+    original_size: tuple[int, int] | None = None
+    crop_corner: tuple[int, int] = (0, 0)
+    mask: Image.Image | None = None
+    before: Image.Image | None = None
 
 
 class CaptionedImages(Protocol):
