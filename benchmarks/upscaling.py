@@ -29,8 +29,6 @@ from latentgen.train.data import to_tensor
 from latentgen.train.data.emoji import EmojiSet
 
 HELD_OUT = 200
-# By the scale of the model: the side of the images that the recipes train with.
-IMAGE_SIZES = {2: 128, 4: 64}
 ASKED_GAIN = 1.5
 # How much less close, in dB, another image may be followed than the one that the text is about.
 SLACK = 1.0
@@ -125,7 +123,9 @@ def main() -> int:
     parser.add_argument("--sheet", type=Path, help="write input, Lanczos, model and truth to this PNG")
     options = parser.parse_args()
     pipeline = UpscalePipeline.from_pretrained(options.model)
-    size = IMAGE_SIZES[pipeline.scale]
+    side = pipeline.unet.config.sample_size
+    assert isinstance(side, int), "the recipes train with squares"
+    size = side * pipeline.decoder.config.spatial_factor
     shown = examples(options.count, size, pipeline.scale)
     truth = to_tensor(shown.images)
     enlarged = [image.resize((size, size), Image.Resampling.LANCZOS) for image in shown.low_res]

@@ -18,7 +18,7 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
 from latentgen.memory import MemoryPolicy, explained_out_of_memory
-from latentgen.models.pixels import ImageDecoder, ImageEncoder
+from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder
 from latentgen.models.text import TextEncoder
 from latentgen.models.unet import UNet
 from latentgen.pipelines import adapting, loading
@@ -113,6 +113,11 @@ class Pipeline(ABC):
     @property
     def _takes_noise_level(self) -> bool:
         return False
+
+    @property
+    def _is_on_pixels(self) -> bool:
+        """Whether a class of our own is due, as diffusers has none; SDXL's conditioning has none here either."""
+        return isinstance(self.decoder, PixelDecoder) and not self.is_sdxl
 
     def _check_channels(self) -> None:
         unet, latent, image = self.unet.config, self.decoder.config.latent_channels, self._image_channels
@@ -362,6 +367,8 @@ class Pipeline(ABC):
 
     def _index(self) -> dict[str, object]:
         """What `model_index.json` says besides the class and the components."""
+        if self._is_on_pixels:
+            return {}
         index = dict(SDXL_INDEX if self.is_sdxl else SD_INDEX)
         if self.is_sdxl:
             index["force_zeros_for_empty_prompt"] = self.force_zeros_for_empty_prompt

@@ -17,6 +17,7 @@ from latentgen.errors import NumericalError
 from latentgen.image import to_unit
 from latentgen.memory import explained_out_of_memory, resident, weight_bytes
 from latentgen.models.unet import UNet
+from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.autoencoding import decode_images
 from latentgen.pipelines.denoiser import Position, build_denoiser, encode_prompts, rows_at_once
 from latentgen.pipelines.devices import dtype_of
@@ -92,7 +93,7 @@ def _finish(stages: Stages, run: Run, check: FiniteCheck, latents: Tensor) -> Im
     if run.output_type == "latent":
         return latents
     memory = stages.memory
-    if run.is_tiled and memory.decode_tile is None:
+    if run.is_tiled and memory.decode_tile is None and isinstance(stages.decoder, VAEDecoder):
         memory = replace(memory, decode_tile=run.tile)
     images = decode_images(stages.decoder, latents, stages.device, memory)
     images = to_unit(images[..., : run.size[0], : run.size[1]])

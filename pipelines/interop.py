@@ -145,7 +145,14 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
             upscaler whose latents are smaller than its input, which diffusers has no pipeline for; diffusers is not
             installed.
     """
-    if isinstance(pipeline, UpscalePipeline) and pipeline.scale != pipeline.decoder.config.spatial_factor:
+    decoder = pipeline.decoder
+    if isinstance(decoder, PixelDecoder):
+        raise InputError(
+            "this pipeline works on pixels, and diffusers has none of that kind: those of Stable Diffusion need a VAE. "
+            "Its UNet, text encoder and scheduler are read by diffusers' and transformers' own classes: "
+            "save_pretrained(folder), then UNet2DConditionModel.from_pretrained(folder, subfolder='unet') and so on"
+        )
+    if isinstance(pipeline, UpscalePipeline) and pipeline.scale != decoder.config.spatial_factor:
         raise InputError(
             f"this UpscalePipeline is shown its input in {pipeline.unet.config.in_channels} channels (space-to-depth); "
             "diffusers' upscaler takes latents as large as the input alone, so use the pipeline here"
@@ -157,13 +164,6 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
             f'to_diffusers needs diffusers ({error}); install it with pip install "latentgen[train]"'
         ) from error
     refuse_attached(pipeline)
-    decoder = pipeline.decoder
-    if isinstance(decoder, PixelDecoder):
-        raise InputError(
-            "this pipeline works on pixels, and diffusers has none of that kind: those of Stable Diffusion need a VAE. "
-            "Its UNet, text encoder and scheduler are read by diffusers' and transformers' own classes: "
-            "save_pretrained(folder), then UNet2DConditionModel.from_pretrained(folder, subfolder='unet') and so on"
-        )
     with torch.device("meta"):
         unet: Any = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config.to_json())
         vae: Any = diffusers.AutoencoderKL.from_config(decoder.config.to_json())

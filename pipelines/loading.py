@@ -25,18 +25,22 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines.arguments import check_guidance_scale
 
+# Diffusers has no pipelines from CLIP's text to pixels: under these classes it refuses the folder, and misreads none.
+PIXEL_CLASS = "LatentgenPixelPipeline"
+PIXEL_PAIRED_CLASS = "LatentgenPixelPairedPipeline"
+PIXEL_UPSCALE_CLASS = "LatentgenPixelUpscalePipeline"
+PIXEL_CLASSES = (PIXEL_CLASS, PIXEL_PAIRED_CLASS, PIXEL_UPSCALE_CLASS)
 # What diffusers guides with where a call names no scale.
 USUAL_GUIDANCE_SCALE = 7.5
 _GUIDANCE_SCALES = {
     "StableDiffusionXLPipeline": 5.0,
     "StableDiffusionXLImg2ImgPipeline": 5.0,
     "StableDiffusionUpscalePipeline": 9.0,
+    PIXEL_UPSCALE_CLASS: 9.0,
     "LatentConsistencyModelPipeline": 8.5,
 }
 # A checkpoint's own, in model_index.json; diffusers passes over keys that begin so.
 GUIDANCE_KEY = "_guidance_scale"
-# Diffusers has no pipeline from CLIP's text to pixels: under this class it refuses the folder, rather than misread it.
-PIXEL_CLASS = "LatentgenPixelPipeline"
 # Those whose UNet sees nothing but the noisy latents.
 _PLAIN = (
     "StableDiffusionPipeline",
@@ -53,8 +57,8 @@ READS: Mapping[str, tuple[str, ...]] = {
     "ImageToImagePipeline": _PLAIN,
     "InpaintPipeline": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline", *_PLAIN),
     "InstructPix2PixPipeline": ("StableDiffusionInstructPix2PixPipeline",),
-    "PairedImagePipeline": ("StableDiffusionInstructPix2PixPipeline",),
-    "UpscalePipeline": ("StableDiffusionUpscalePipeline",),
+    "PairedImagePipeline": ("StableDiffusionInstructPix2PixPipeline", PIXEL_PAIRED_CLASS),
+    "UpscalePipeline": ("StableDiffusionUpscalePipeline", PIXEL_UPSCALE_CLASS),
 }
 _SDXL_CLASSES = tuple(name for names in READS.values() for name in names if "XL" in name)
 # Those that read old folders of Stable Diffusion as the model was trained; see load_scheduler.
@@ -174,11 +178,12 @@ def load_encoder(checkpoint: Checkpoint, placement: Placement) -> ImageEncoder:
 
 
 def _works_on_pixels(checkpoint: Checkpoint) -> bool:
-    if checkpoint.model_index.get("_class_name") != PIXEL_CLASS:
+    name = checkpoint.model_index.get("_class_name")
+    if name not in PIXEL_CLASSES:
         return False
     if "vae" in checkpoint.components:
         raise ConfigError(
-            f"{quote(checkpoint.path)}, model_index.json: a {PIXEL_CLASS} works on pixels and has no vae; remove the "
+            f"{quote(checkpoint.path)}, model_index.json: a {name} works on pixels and has no vae; remove the "
             "entry, or correct _class_name"
         )
     return True

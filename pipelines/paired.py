@@ -12,7 +12,7 @@ from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
 from latentgen.pipelines.denoising import PipelineStep, completed, denoise
 from latentgen.pipelines.guiding import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images, padded
-from latentgen.pipelines.loading import READS
+from latentgen.pipelines.loading import PIXEL_PAIRED_CLASS, READS
 from latentgen.pipelines.prompting import Prompts
 from latentgen.pipelines.run import Beginning, ImageNoise, Run
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
@@ -32,8 +32,11 @@ class PairedImagePipeline(Pipeline):
 
     @property
     def diffusers_class(self) -> str:
-        """The class of diffusers' pipeline over the same stages; it gives the same with image_guidance_scale=1."""
-        return "StableDiffusionInstructPix2PixPipeline"
+        """The class of diffusers' pipeline over the same stages; it gives the same with image_guidance_scale=1.
+
+        On pixels it is one of our own.
+        """
+        return PIXEL_PAIRED_CLASS if self._is_on_pixels else "StableDiffusionInstructPix2PixPipeline"
 
     @property
     def _image_channels(self) -> int:

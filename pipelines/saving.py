@@ -11,7 +11,7 @@ from latentgen.errors import InputError
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder
 from latentgen.models.text import CLIPText, TextEncoder
 from latentgen.models.unet import UNet
-from latentgen.pipelines.loading import GUIDANCE_KEY, PIXEL_CLASS, usual_guidance_scale
+from latentgen.pipelines.loading import GUIDANCE_KEY, PIXEL_CLASSES, usual_guidance_scale
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 _NONE = [None, None]
@@ -64,18 +64,18 @@ def save_folder(
         decoder: of the VAE.
         text_encoder: one tower, or SDXL's two.
         schedulers: component -> scheduler.
-        index: what `model_index.json` holds besides the components: `_class_name` and the like. Of what works on
-            pixels, nothing but text to image without SDXL's conditioning has a class.
+        index: what `model_index.json` holds besides the components: `_class_name` and the like. What works on
+            pixels needs one of the classes for it.
         variant: part of the names of the weight files.
 
     Raises:
         InputError: the pipeline works on pixels, and its class needs a VAE; nothing was written.
         OutputError: a file could not be written; it keeps its old content, as do those that follow it.
     """
-    if isinstance(decoder, PixelDecoder) and index["_class_name"] != PIXEL_CLASS:
+    if isinstance(decoder, PixelDecoder) and index["_class_name"] not in PIXEL_CLASSES:
         raise InputError(
-            f"a {index['_class_name']} that works on pixels cannot be saved: that class needs a VAE; only text to "
-            "image without the conditioning of SDXL has a class for pixels"
+            f"a {index['_class_name']} that works on pixels cannot be saved: that class needs a VAE; text to "
+            "image, paired images and upscaling, without the conditioning of SDXL, have classes for pixels"
         )
     save_weights(unet.state_dict(), folder / "unet", WEIGHTS_STEM, variant=variant)
     write_json(folder / "unet" / "config.json", unet.config.to_json())

@@ -9,7 +9,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from latentgen.errors import InputError
-from latentgen.models.pixels import PixelDecoder
 from latentgen.pipelines.arguments import (
     OutputType,
     check_latents,
@@ -43,7 +42,7 @@ class TextToImagePipeline(Pipeline):
     @property
     def diffusers_class(self) -> str:
         """The class of diffusers' pipeline over the same stages; on pixels one of our own."""
-        if isinstance(self.decoder, PixelDecoder) and not self.is_sdxl:
+        if self._is_on_pixels:
             return PIXEL_CLASS
         if not self.is_sdxl:
             distilled = self.unet.config.time_cond_proj_dim is not None
@@ -59,8 +58,6 @@ class TextToImagePipeline(Pipeline):
         return 0
 
     def _index(self) -> dict[str, object]:
-        if self.diffusers_class == PIXEL_CLASS:
-            return {}
         if self.diffusers_class != "StableDiffusionXLImg2ImgPipeline":
             return super()._index()
         return super()._index() | redrawing_entries(len(self.text_encoder.towers), self.is_told_a_score)

@@ -19,7 +19,7 @@ from latentgen.errors import ConfigError
 from latentgen.files import quote
 from latentgen.image import to_unit
 from latentgen.memory import SMALLEST_TILE
-from latentgen.models.pixels import PixelConfig
+from latentgen.models.pixels import PixelConfig, PixelDecoder
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
 from latentgen.pipelines import loading
@@ -34,6 +34,9 @@ from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 USUAL_NOISE_LEVEL = 20
 MAX_NOISE_LEVEL = 350
+MAX_ENLARGEMENT = 16
+# In model_index.json; diffusers passes over keys that begin so.
+_ENLARGEMENT_KEY = "_enlargement"
 # Side of the tiles of larger images, in pixels of the input.
 USUAL_TILE = 256
 
@@ -47,24 +50,41 @@ def low_res_ratio(unet: UNetConfig, vae: VAEConfig | PixelConfig) -> int:
     return max(1, math.isqrt(max(0, unet.in_channels - vae.latent_channels) // vae.out_channels))
 
 
+def as_channels(images: Tensor, ratio: int, enlargement: int) -> Tensor:
+    """Images in low resolution [B, 3, h, w] as the UNet is shown them, at the resolution of the latents.
+
+    They become [B, 3 * ratio**2, h / ratio, w / ratio] by space-to-depth, or on pixels, where ratio is 1,
+    [B, 3, h * enlargement, w * enlargement] by bicubic interpolation (arXiv:2104.07636, section 2.2).
+    """
+    if enlargement > 1:
+        images = F.interpolate(images, scale_factor=enlargement, mode="bicubic")
+    return F.pixel_unshuffle(images, ratio)
+
+
 @dataclass(frozen=True, eq=False)
 class UpscalePipeline(Pipeline):
     """Images in higher resolution, `scale` times that of the input: four with the checkpoints in use.
 
     The UNet is shown the image, noised to a level that it is told (noise conditioning augmentation,
     arXiv:2106.15282): the noisier, the more is invented. Latents are as large as the image, or smaller, which the
-    UNet's channels tell: see :func:`low_res_ratio`. The stages, and how they are loaded, are those of
-    :class:`Pipeline`.
+    UNet's channels tell: see :func:`low_res_ratio`. On pixels the UNet takes 6 channels, and is shown the image
+    enlarged. The stages, and how they are loaded, are those of :class:`Pipeline`.
 
     Attributes:
         low_res_scheduler: whose noise schedule noises the image.
         max_noise_level: the highest level that the UNet was trained with.
+        enlargement: on pixels, how many times as large as the input the UNet was trained to be shown it, and `scale`;
+            in latents 1.
+
+    Raises:
+        ConfigError: the stages do not fit together, or a value is out of bounds.
     """
 
     reads: ClassVar[tuple[str, ...]] = loading.READS["UpscalePipeline"]
 
     low_res_scheduler: Scheduler = field(default_factory=Scheduler)
     max_noise_level: int = MAX_NOISE_LEVEL
+    enlargement: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +107,12 @@ class UpscalePipeline(Pipeline):
                 f"max_noise_level is {quote(self.max_noise_level)}; it must be a whole number from 0 to {most}, which "
                 "the UNet's class labels and the low_res_scheduler hold"
             )
+        most = MAX_ENLARGEMENT if isinstance(self.decoder, PixelDecoder) else 1
+        if type(self.enlargement) is not int or not 1 <= self.enlargement <= most:
+            raise ConfigError(
+                f"enlargement is {quote(self.enlargement)}; on pixels it must be a whole number from 1 to "
+                f"{MAX_ENLARGEMENT}, and with a VAE, whose UNet is shown the image as it is, 1"
+            )
 
     @classmethod
     def _embedded(cls) -> Checkpoint:
@@ -97,17 +123,18 @@ class UpscalePipeline(Pipeline):
         return {
             "low_res_scheduler": Scheduler.from_config(checkpoint.config("low_res_scheduler")),
             "max_noise_level": checkpoint.model_index.get("max_noise_level", MAX_NOISE_LEVEL),
+            "enlargement": checkpoint.model_index.get(_ENLARGEMENT_KEY, 1),
         }
 
     @property
     def scale(self) -> int:
         """How many times as high and wide as the input the result is."""
-        return self.decoder.config.spatial_factor // self._ratio
+        return self.enlargement * self.decoder.config.spatial_factor // self._ratio
 
     @property
     def diffusers_class(self) -> str:
-        """The class of diffusers' pipeline over the same stages."""
-        return "StableDiffusionUpscalePipeline"
+        """The class of diffusers' pipeline over the same stages; on pixels one of our own."""
+        return loading.PIXEL_UPSCALE_CLASS if self._is_on_pixels else "StableDiffusionUpscalePipeline"
 
     @property
     def schedulers(self) -> dict[str, Scheduler]:
@@ -127,9 +154,12 @@ class UpscalePipeline(Pipeline):
         return True
 
     def _index(self) -> dict[str, object]:
+        level = {"max_noise_level": self.max_noise_level}
+        if self._is_on_pixels:
+            return level | {_ENLARGEMENT_KEY: self.enlargement}
         # Unlike the other pipelines of diffusers this one does not know requires_safety_checker.
         index = {key: value for key, value in super()._index().items() if key != "requires_safety_checker"}
-        return index | {"watermarker": [None, None], "max_noise_level": self.max_noise_level}
+        return index | {"watermarker": [None, None]} | level
 
     def stream(
         self,
@@ -183,12 +213,13 @@ class UpscalePipeline(Pipeline):
             images=len(images),
         )
         if tile is not None:
-            tile = check_integer("tile", tile, SMALLEST_TILE * self._ratio, MAX_SIDE) // self._ratio
+            tile = check_integer("tile", tile, SMALLEST_TILE * self._ratio, MAX_SIDE)
+            tile = tile * self.enlargement // self._ratio
         noise_level = check_integer("noise_level", noise_level, 0, self.max_noise_level)
         unpadded = images
         size = (images.shape[2] * self.scale, images.shape[3] * self.scale)
         images = padded(images, self._ratio)
-        height, width = (side // self._ratio for side in images.shape[2:])
+        height, width = (side * self.enlargement // self._ratio for side in images.shape[2:])
         shape = (len(request), self.decoder.config.latent_channels, height, width)
 
         def begin(noise: ImageNoise) -> Beginning:
@@ -197,7 +228,7 @@ class UpscalePipeline(Pipeline):
             # Drawn before the latents, which is the order of diffusers.
             noised = level.alpha * shown + level.sigma * noise.draw(shown.shape[1:])
             label = torch.tensor([noise_level], device=self.device)
-            channels = F.pixel_unshuffle(noised, self._ratio)
+            channels = as_channels(noised, self._ratio, self.enlargement)
             return Beginning(sampling.initial(noise.draw(shape[1:])), channels, label)
 
         return denoise(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -22,10 +24,12 @@ from latentgen.models.pixels import PixelDecoder, PixelEncoder
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines import loading
+from latentgen.pipelines.cascade import _SEED_STRIDE, CascadePipeline, CascadeStage, StageSettings
 from latentgen.pipelines.image_to_image import ImageToImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.interop import to_diffusers
+from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
 
@@ -244,6 +248,131 @@ def test_the_command_draws_and_inspects(
     assert Image.open(target).size == (8, 8)
     assert cli.main(["inspect", str(folder)]) == 0
     assert "3 input channels" in capsys.readouterr().out
+
+
+def upscaler(pixels: TextToImagePipeline, **fields: Any) -> UpscalePipeline:
+    """An upscaler of three times, which is shown its input in three more channels and told its noise level."""
+    config = UNetConfig.from_json(
+        {**pixels.unet.config.to_json(), "in_channels": 6, "class_embed_type": "timestep"}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        unet = UNet(config).eval().requires_grad_(False)
+    options: dict[str, Any] = {"load_encoder": PixelEncoder, "enlargement": 3, "max_noise_level": 99} | fields
+    return UpscalePipeline(unet, PixelDecoder(), pixels.text_encoder, pixels.scheduler, **options)
+
+
+@torch.no_grad()
+def upscaled_by_hand(folder: Path, image: np.ndarray, level: int) -> np.ndarray:
+    """Three times as large in five steps, over the stages of diffusers and transformers, without any pipeline."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    noise = torch.Generator().manual_seed(7)
+    shown = torch.from_numpy(image).permute(2, 0, 1)[None] * 2 - 1
+    low_res = DDPMScheduler.from_pretrained(folder / "low_res_scheduler")
+    drawn = torch.randn(shown.shape, generator=noise)
+    shown = low_res.add_noise(shown, drawn, torch.tensor([level]))
+    shown = torch.nn.functional.interpolate(shown, scale_factor=3, mode="bicubic")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokens = tokenizer(["", "a cat"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    context = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()(tokens).last_hidden_state
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(5)
+    x = torch.randn(shown.shape, generator=noise) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        sample, labels = torch.cat([x, shown], dim=1), torch.tensor([level] * 2)
+        without, with_prompt = unet(
+            torch.cat([sample, sample]), timestep, context, class_labels=labels
+        ).sample.chunk(2)
+        x = scheduler.step(without + 3 * (with_prompt - without), timestep, x).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+def test_upscaling_in_pixels_is_that_of_a_loop_by_hand(
+    pixels: TextToImagePipeline, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    upscaler(pixels, default_guidance_scale=3.0).save_pretrained(tmp_path / "model")
+    saved = UpscalePipeline.from_pretrained(tmp_path / "model", dtype="float32", device="cpu")
+    assert (saved.scale, saved.max_noise_level, saved.default_guidance_scale) == (3, 99, 3.0)
+    image = np.random.default_rng(1).random((*size, 3)).astype(np.float32)
+    theirs = upscaled_by_hand(tmp_path / "model", image, level=40)
+    options: dict[str, Any] = {"num_inference_steps": 5, "seed": 7, "output_type": "np", "progress": False}
+    ours = saved("a cat", image=image, noise_level=40, **options).images
+    assert ours.shape == theirs.shape == (1, 3 * size[0], 3 * size[1], 3)
+    assert np.abs(ours - theirs).max() < 1e-4
+    other = saved("a cat", image=1 - image, noise_level=40, **options).images
+    assert np.abs(ours - other).max() > 0.01
+    with pytest.raises(AttributeError, match="LatentgenPixelUpscalePipeline"):
+        DiffusionPipeline.from_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"works on pixels.*need a VAE"):
+        to_diffusers(saved)
+    with pytest.raises(ConfigError, match="load it with UpscalePipeline"):
+        TextToImagePipeline.from_pretrained(tmp_path / "model")
+
+
+def test_large_images_are_upscaled_in_tiles_of_the_input(pixels: TextToImagePipeline) -> None:
+    image = np.random.default_rng(2).random((20, 28, 3)).astype(np.float32)
+    options: dict[str, Any] = {"num_inference_steps": 2, "seed": 7, "output_type": "np", "progress": False}
+    whole, covered, tiled = (
+        upscaler(pixels)("a cat", image=image, tile=tile, **options).images for tile in (None, 28, 16)
+    )
+    assert np.array_equal(whole, covered)
+    assert tiled.shape == whole.shape == (1, 60, 84, 3)
+    assert 0 < np.abs(tiled - whole).mean() < 0.2
+
+
+def test_a_cascade_in_pixels_draws_small_and_then_larger(pixels: TextToImagePipeline, tmp_path: Path) -> None:
+    pixels.save_pretrained(tmp_path / "draw")
+    upscaler(pixels).save_pretrained(tmp_path / "upscale")
+    settings = StageSettings(num_inference_steps=2)
+    stages = (
+        CascadeStage("draw", partial(TextToImagePipeline.from_pretrained, tmp_path / "draw"), settings),
+        CascadeStage("upscale", partial(UpscalePipeline.from_pretrained, tmp_path / "upscale"), settings),
+    )
+    results = list(CascadePipeline(stages).stream("a cat", seed=7, output_type="np", progress=False))
+    small, large = (result.images for result in results)
+    assert (small.shape, large.shape) == ((1, 8, 8, 3), (1, 24, 24, 3))
+    alone = upscaler(pixels)(
+        "a cat",
+        image=small[0],
+        seed=7 + _SEED_STRIDE,
+        num_inference_steps=2,
+        output_type="np",
+        progress=False,
+    ).images
+    assert np.abs(large - alone).max() < 1e-5
+
+
+@pytest.mark.parametrize("enlargement", [0, 17, 2.0, True, "2"])
+def test_an_enlargement_out_of_bounds_is_refused(pixels: TextToImagePipeline, enlargement: object) -> None:
+    with pytest.raises(ConfigError, match="on pixels it must be a whole number from 1 to 16"):
+        upscaler(pixels, enlargement=enlargement)
+
+
+def test_with_a_vae_the_image_is_shown_as_it_is() -> None:
+    latent = UpscalePipeline.from_pretrained(device="cpu")
+    with pytest.raises(
+        ConfigError, match=r"enlargement is 2; .* with a VAE, whose UNet is shown the image as it is, 1"
+    ):
+        replace(latent, enlargement=2)
+
+
+def test_paired_images_in_pixels_are_saved(pixels: TextToImagePipeline, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = UNetConfig.from_json({**pixels.unet.config.to_json(), "in_channels": 6})
+    stages = (UNet(config).eval(), PixelDecoder(), pixels.text_encoder, pixels.scheduler)
+    paired = PairedImagePipeline(*stages, load_encoder=PixelEncoder)
+    paired.save_pretrained(tmp_path / "model")
+    again = PairedImagePipeline.from_pretrained(tmp_path / "model", dtype="float32", device="cpu")
+    image = np.random.default_rng(3).random((9, 13, 3)).astype(np.float32)
+    options: dict[str, Any] = {"num_inference_steps": 2, "seed": 7, "output_type": "np", "progress": False}
+    first, second = (kind("a cat", image=image, **options).images for kind in (paired, again))
+    assert np.abs(first - second).max() < 1e-5
+    assert np.abs(first - paired("a cat", image=1 - image, **options).images).max() > 0.01
+    with pytest.raises(ConfigError, match="load it with PairedImagePipeline"):
+        InstructPix2PixPipeline.from_pretrained(tmp_path / "model")
 
 
 def test_what_has_no_class_on_pixels_is_drawn_but_not_saved(

@@ -60,25 +60,28 @@ class TextToImageTask(LatentTask):
 
 
 class UpscaleTask(LatentTask):
-    """Train a UNet to draw images that it is shown in low resolution, in the latents of a finished autoencoder.
+    """Train a UNet to draw images that it is shown in low resolution, in latents or on pixels.
 
     The low-resolution image is the true one, resampled with a random kernel to `image_size` / scale. The scale follows
     from `unet.in_channels`, which is the channels of the latents and 3 * r * r: it is the autoencoder's factor / r.
-    The UNet is told the level, at most `max_noise_level`, to which `low_res_scheduler` noises what it is shown.
+    Without an autoencoder (`vae: null`) the UNet, of 6 channels, works on pixels and is shown the image `enlargement`
+    times as large, which is the scale then. It is told the level, at most `max_noise_level`, to which
+    `low_res_scheduler` noises what it is shown.
 
     `text_encoder` is a folder whose text encoder and tokenizer are used as they are. The other fields are those of
     LatentTask.
     """
 
     kind: Literal["upscale"]
-    vae: Path
+    vae: Path | None
     text_encoder: Path
     low_res_scheduler: dict[str, Any]
     max_noise_level: Annotated[int, Field(ge=0, le=10**5)] = 350
+    enlargement: Annotated[int, Field(ge=1, le=16)] = 1
 
 
 class PairedTask(LatentTask):
-    """Train a UNet to undo what was done to the images that it is shown, in the latents of a finished autoencoder.
+    """Train a UNet to undo what was done to the images that it is shown, in latents or, with `vae: null`, on pixels.
 
     `degradation` is what is done to them: see latentgen.train.objectives.degradation. `unet.in_channels` is twice the
     channels of the latents. With `init_from` the run begins as that model, which may be one of text to image, whose
@@ -89,6 +92,6 @@ class PairedTask(LatentTask):
     """
 
     kind: Literal["paired"]
-    vae: Path
+    vae: Path | None
     text_encoder: Path
     degradation: Degradation

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from latentgen.checkpoints.folder import CheckpointFolder
+from latentgen.models.pixels import RGB
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
@@ -57,8 +58,8 @@ class PairedObjective(LatentObjective[PairedTask]):
     ) -> None:
         super().__init__(task, data, device)
         config = UNetConfig.from_json(task.unet)
-        vae = CheckpointFolder.open(task.vae)
-        vae_config = VAEConfig.from_json(vae.config("vae"))
+        vae = None if task.vae is None else CheckpointFolder.open(task.vae)
+        vae_config = RGB if vae is None else VAEConfig.from_json(vae.config("vae"))
         self._text = finished_text_encoder(task.text_encoder)
         check_fit(
             config,

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.checkpoints.weights import load_weights
 from latentgen.diffusion.prediction import add_noise
 from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import ConfigError
+from latentgen.models.pixels import RGB, PixelConfig
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
-from latentgen.pipelines.upscale import UpscalePipeline, low_res_ratio
+from latentgen.pipelines.upscale import UpscalePipeline, as_channels, low_res_ratio
 from latentgen.train.config import UpscaleTask
 from latentgen.train.data import BatchPlan, CaptionedImages, View, sample_rng
 from latentgen.train.objectives.degradation import lower_resolution
@@ -61,8 +62,8 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         super().__init__(task, data, device)
         self.low_res_scheduler = Scheduler.from_config(task.low_res_scheduler)
         config = UNetConfig.from_json(task.unet)
-        vae = CheckpointFolder.open(task.vae)
-        vae_config = VAEConfig.from_json(vae.config("vae"))
+        vae = None if task.vae is None else CheckpointFolder.open(task.vae)
+        vae_config = RGB if vae is None else VAEConfig.from_json(vae.config("vae"))
         self._text = finished_text_encoder(task.text_encoder)
         self._ratio = low_res_ratio(config, vae_config)
         check_fit(
@@ -70,8 +71,12 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
             vae_config,
             context_width=self._text.context_width,
             image_size=data.image_size,
-            in_channels=_in_channels(vae_config),
+            in_channels=_in_channels(vae_config, task.enlargement),
         )
+        if data.image_size % task.enlargement:
+            raise ConfigError(
+                f"data.image_size is {data.image_size}, no multiple of task.enlargement, {task.enlargement}"
+            )
         self.unet = UNet(config)
         if init_from is not None:
             load_weights(
@@ -79,10 +84,9 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
             )
         self.text_encoder = self._text.model
         self._vae = load_vae(vae)
-        # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
-        self._pipeline()
         self._low_res: list[Tensor] = []
-        side = data.image_size * self._ratio // vae_config.spatial_factor
+        # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
+        side = data.image_size // self._pipeline().scale
         views = self._degraded(fixed_views(data, task.cached_views, seed), side, seed)
         self._views = encode_views(self._vae[0], device, views, self.item_count)
 
@@ -106,8 +110,8 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
 
     def _output(self, sample: Tensor, timesteps: Tensor, context: Tensor, *shown: Tensor) -> Tensor:
         image, levels = shown
-        sample = torch.cat([sample, F.pixel_unshuffle(image, self._ratio)], dim=1)
-        return self.unet(sample, timesteps, context, class_labels=levels)
+        channels = as_channels(image, self._ratio, self.task.enlargement)
+        return self.unet(torch.cat([sample, channels], dim=1), timesteps, context, class_labels=levels)
 
     def _pipeline(self) -> UpscalePipeline:
         encoder, decoder = self._vae
@@ -120,13 +124,14 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
             default_guidance_scale=self._guidance_scale("StableDiffusionUpscalePipeline"),
             low_res_scheduler=self.low_res_scheduler,
             max_noise_level=self.task.max_noise_level,
+            enlargement=self.task.enlargement,
         )
 
 
-def _in_channels(vae: VAEConfig) -> dict[int, str]:
+def _in_channels(vae: VAEConfig | PixelConfig, enlargement: int) -> dict[int, str]:
     """The channels of UNets that are shown an image in low resolution, by the ratio of its side to the latents'."""
     ratios = [ratio for ratio in range(1, vae.spatial_factor + 1) if vae.spatial_factor % ratio == 0]
     return {
-        vae.latent_channels + vae.out_channels * ratio**2: f"x{vae.spatial_factor // ratio}"
+        vae.latent_channels + vae.out_channels * ratio**2: f"x{enlargement * vae.spatial_factor // ratio}"
         for ratio in ratios
     }

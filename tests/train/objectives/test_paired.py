@@ -33,12 +33,19 @@ def build(config: TrainConfig) -> PairedObjective:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_loss_is_that_of_diffusers(prediction_type: str, paired_recipe: MakeRecipe, tmp_path: Path):
+@pytest.mark.parametrize("space", ["latents", "pixels"])
+def test_the_loss_is_that_of_diffusers(
+    prediction_type: str, space: str, paired_recipe: MakeRecipe, tmp_path: Path
+):
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    objective = build(paired_recipe(f"task.scheduler.prediction_type={prediction_type}"))
+    overrides = ("task.vae=null", "task.unet.in_channels=6", "task.unet.out_channels=3")
+    on_pixels = overrides if space == "pixels" else ()
+    objective = build(paired_recipe(f"task.scheduler.prediction_type={prediction_type}", *on_pixels))
     objective.save(tmp_path, objective.state_dict())
+    kind = json.loads((tmp_path / "model_index.json").read_text("utf-8"))["_class_name"]
+    assert (kind == "LatentgenPixelPairedPipeline") == (space == "pixels")
     latents, noise, timesteps, tokens, shown = batch = objective.batch(plan_for(objective))
     with torch.no_grad():
         loss = objective(*batch)

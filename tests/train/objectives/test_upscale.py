@@ -19,6 +19,14 @@ from latentgen.train.objectives.degradation import lower_resolution
 from latentgen.train.objectives.upscale import UpscaleObjective
 from tests.train.recipes import MakeRecipe, plan_for
 
+ON_PIXELS = (
+    "task.vae=null",
+    "task.enlargement=2",
+    "task.unet.in_channels=6",
+    "task.unet.out_channels=3",
+    "task.unet.sample_size=16",
+)
+
 
 def build(config: TrainConfig) -> UpscaleObjective:
     assert isinstance(config.task, UpscaleTask)
@@ -39,7 +47,7 @@ def space_to_depth(image: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("channels", [7, 16])
+@pytest.mark.parametrize("channels", [6, 7, 16])
 def test_the_loss_is_that_of_diffusers(
     prediction_type: str, channels: int, upscale_recipe: MakeRecipe, tmp_path: Path
 ):
@@ -47,7 +55,7 @@ def test_the_loss_is_that_of_diffusers(
     from transformers import CLIPTextModel
 
     overrides = (f"task.scheduler.prediction_type={prediction_type}", f"task.unet.in_channels={channels}")
-    objective = build(upscale_recipe(*overrides))
+    objective = build(upscale_recipe(*overrides, *(ON_PIXELS if channels == 6 else ())))
     objective.save(tmp_path, objective.state_dict())
     latents, noise, timesteps, tokens, shown, levels = batch = objective.batch(plan_for(objective))
     with torch.no_grad():
@@ -55,7 +63,12 @@ def test_the_loss_is_that_of_diffusers(
         context = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")(tokens[:, 0]).last_hidden_state
         scheduler = DDPMScheduler.from_pretrained(tmp_path / "scheduler")
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        sample = torch.cat([noisy, shown if channels == 7 else space_to_depth(shown)], dim=1)
+        seen = {
+            6: F.interpolate(shown, size=(16, 16), mode="bicubic"),
+            7: shown,
+            16: space_to_depth(shown),
+        }
+        sample = torch.cat([noisy, seen[channels]], dim=1)
         unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
         output = unet(sample, timesteps, context, class_labels=levels).sample
     targets = {
@@ -135,6 +148,20 @@ def test_the_saved_folder_draws_the_same_in_diffusers(upscale_recipe: MakeRecipe
     assert np.abs(np.asarray(ours.images) - theirs).max() < 1e-4
 
 
+def test_on_pixels_the_saved_folder_upscales_as_it_was_trained(upscale_recipe: MakeRecipe, tmp_path: Path):
+    objective = build(upscale_recipe(*ON_PIXELS))
+    latents, *_, shown, _ = objective.batch(plan_for(objective))
+    assert (latents.shape, shown.shape) == ((8, 3, 16, 16), (8, 3, 8, 8))
+    objective.save(tmp_path, objective.state_dict())
+    pipeline = UpscalePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    assert (pipeline.scale, pipeline.max_noise_level, pipeline.default_guidance_scale) == (2, 350, 9.0)
+    (image,) = pipeline(
+        image=Image.new("RGB", (9, 7), "red"), num_inference_steps=2, seed=0, progress=False
+    ).images
+    assert isinstance(image, Image.Image)
+    assert image.size == (18, 14)
+
+
 def test_half_precision_halves_the_file(upscale_recipe: MakeRecipe, tmp_path: Path):
     from safetensors.torch import load_file
 
@@ -157,6 +184,7 @@ def test_starting_from_a_trained_model(upscale_recipe: MakeRecipe, tmp_path: Pat
     ("override", "message"),
     [
         ("task.unet.in_channels=4", "in_channels is 4; with task.vae it can be 7 for x2, 16 for x1"),
+        ("task.enlargement=2", "with a VAE, whose UNet is shown the image as it is, 1"),
         ("task.unet.in_channels=31", "in_channels is 31; with task.vae it can be 7 for x2, 16 for x1"),
         ("task.unet.out_channels=8", "out_channels is 8, but channels of the latents: 4"),
         (
