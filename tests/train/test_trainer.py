@@ -9,10 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,8 +20,11 @@ from torch import Tensor
 
 from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train import trainer
+from latentgen.train.batches import PlannedBatch
 from latentgen.train.checkpoint import RunState, load_latest
 from latentgen.train.config import TrainConfig
+from latentgen.train.data import BatchPlan
+from latentgen.train.objectives.base import Loss
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
 
@@ -217,8 +219,8 @@ def test_the_learning_rate_is_that_of_the_recipe(
     rates: list[float] = []
     original = Trainer._update
 
-    def update(self: Trainer, step: int) -> dict[str, Tensor]:
-        losses = original(self, step)
+    def update(self: Trainer, step: int, batches: Iterator[PlannedBatch]) -> dict[str, Tensor]:
+        losses = original(self, step, batches)
         rates.append(self._optimizer.param_groups[0]["lr"])
         return losses
 
@@ -238,10 +240,10 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints(
     config = autoencoder_recipe("log_every=1000", "keep_checkpoints=1")
     original = Trainer._update
 
-    def update(self: Trainer, step: int) -> dict[str, Tensor]:
+    def update(self: Trainer, step: int, batches: Iterator[PlannedBatch]) -> dict[str, Tensor]:
         if step == 2:
             spoil(next(iter(self.trainable.values())))
-        return original(self, step)
+        return original(self, step, batches)
 
     monkeypatch.setattr(Trainer, "_update", update)
     with pytest.raises(NumericalError, match="the loss is not finite at step 3"):
@@ -255,8 +257,8 @@ def test_weights_that_are_not_finite_are_not_saved(
     config = autoencoder_recipe("keep_checkpoints=1")
     original = Trainer._update
 
-    def update(self: Trainer, step: int) -> dict[str, Tensor]:
-        losses = original(self, step)
+    def update(self: Trainer, step: int, batches: Iterator[PlannedBatch]) -> dict[str, Tensor]:
+        losses = original(self, step, batches)
         if step == 2:
             spoil(self.trainable["decoder.post_quant_conv.bias"])
         return losses
@@ -274,10 +276,10 @@ def test_a_signal_ends_the_run_after_the_step(
     config = autoencoder_recipe("checkpoint_every=100")
     original = Trainer._loss
 
-    def loss(self: Trainer, plan: Any) -> Any:
+    def loss(self: Trainer, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
         if plan.step == 1:
             signal.raise_signal(number)
-        return original(self, plan)
+        return original(self, plan, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_loss", loss)
