@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -27,28 +26,15 @@ from latentgen.train.data import BatchPlan
 from latentgen.train.objectives.base import Loss
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
+from tests.train.runs import assert_same_checkpoint, forget_accelerate, log_of, losses_of
 
 ROOT = Path(__file__).parents[2]
-WEIGHTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
 @pytest.fixture(params=["autoencoder_recipe", "text_to_image_recipe", "upscale_recipe", "paired_recipe"])
 def recipe(request: pytest.FixtureRequest) -> MakeRecipe:
     """Each of the tasks in turn."""
     return request.getfixturevalue(request.param)
-
-
-def log_of(config: TrainConfig) -> list[dict[str, float]]:
-    return [json.loads(row) for row in (config.output_dir / "log.jsonl").read_text("utf-8").splitlines()]
-
-
-def assert_same_checkpoint(ours: Path, theirs: Path) -> None:
-    for name in WEIGHTS:
-        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
-
-
-def losses_of(config: TrainConfig) -> list[float]:
-    return [row["loss"] for row in log_of(config)]
 
 
 def test_the_loss_falls(recipe: MakeRecipe):
@@ -160,13 +146,6 @@ def test_accumulating_gradients_changes_no_loss(parts: int, recipe: MakeRecipe, 
     weights, others = (load_latest(config.output_dir).weights for config in (whole, split))
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, atol=2e-4, rtol=1e-3)
-
-
-def forget_accelerate() -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def test_the_environment_does_not_change_the_accumulation(
