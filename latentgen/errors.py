@@ -83,3 +83,7 @@ class ResumeError(LatentgenError):
 
 class RunLockedError(LatentgenError):
     """Another process writes into the run folder."""
+
+
+class WorkerError(LatentgenError):
+    """A process that prepares batches died; the last checkpoint of the run is intact."""

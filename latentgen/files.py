@@ -51,7 +51,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except LatentgenError:
         raise
     except OSError as error:
@@ -84,7 +84,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if target.is_dir():
             target.rmdir()  # empty; Windows does not rename over it
         temporary.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except LatentgenError:
         raise
     except OSError as error:
@@ -237,7 +237,7 @@ def quote(value: object) -> str:
     return _REPR.repr(str(value) if isinstance(value, Path) else value)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable; Windows cannot open folders and needs no such step."""
     if os.name == "nt":
         return

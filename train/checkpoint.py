@@ -1,15 +1,15 @@
 """Checkpoints of a training run: folders of safetensors that are whole or not there.
 
 A checkpoint `checkpoint-00001000/` holds the trainable weights, their moving average, the optimiser's state and
-`state.json`. `manifest.json` is written last and carries the sha256 of every file: a folder without it, or whose files
-do not match it, was cut off while it was written and is passed over.
+`state.json`. `manifest.json` is written last and carries the sha256 of every file. The folder appears under its name
+when all of it is on the disk; one without a manifest, or whose files do not match it, was damaged later and is passed
+over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Mapping
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from latentgen.checkpoints.weights import save_weights
 from latentgen.errors import CheckpointError, OutputError, ResumeError
-from latentgen.files import quote, read_json, write_json
+from latentgen.files import atomic_folder, quote, read_json, write_json
+from latentgen.train.run_files import discard
 
 MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -41,6 +42,7 @@ class RunState:
         ema: their moving average, empty if the recipe asks for none.
         optimizer: from `flatten_optimizer`.
         scaler: the state of float16's loss scaling, empty without it.
+        processes: how many computed it; None if that is not known.
     """
 
     step: int
@@ -49,6 +51,7 @@ class RunState:
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     scaler: Mapping[str, Any]
+    processes: int | None = None
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -84,15 +87,17 @@ def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:
     """
     folder = output_dir / f"checkpoint-{state.step:08d}"
     if folder.exists():  # one that was passed over
-        shutil.rmtree(folder)
-    for stem, tensors in (("weights", state.weights), ("ema", state.ema), ("optimizer", state.optimizer)):
-        if tensors:
-            save_weights(tensors, folder, stem, max_shard_bytes=sys.maxsize)
-    scaler = {"scaler": dict(state.scaler)} if state.scaler else {}
-    write_json(folder / _STATE, {"step": state.step, "config": dict(state.config), **scaler})
-    write_json(folder / MANIFEST, {file.name: _sha256(file) for file in sorted(folder.iterdir())})
-    if not _is_whole(folder):
-        raise OutputError(f"{quote(folder)} does not read back as it was written: check the disk")
+        discard(folder)
+    with atomic_folder(folder) as written:
+        for stem, tensors in (("weights", state.weights), ("ema", state.ema), ("optimizer", state.optimizer)):
+            if tensors:
+                save_weights(tensors, written, stem, max_shard_bytes=sys.maxsize)
+        optional = {"scaler": dict(state.scaler) or None, "processes": state.processes}
+        known = {name: value for name, value in optional.items() if value is not None}
+        write_json(written / _STATE, {"step": state.step, "config": dict(state.config), **known})
+        write_json(written / MANIFEST, {file.name: _sha256(file) for file in sorted(written.iterdir())})
+        if not _is_whole(written):
+            raise OutputError(f"{quote(folder)} does not read back as it was written: check the disk")
     _delete_others(output_dir, state.step, keep)
     return folder
 
@@ -115,14 +120,16 @@ def load_latest(output_dir: Path) -> RunState:
             ema=_load(folder / "ema.safetensors"),
             optimizer=_load(folder / "optimizer.safetensors"),
             scaler=state.get("scaler", {}),
+            processes=state.get("processes"),
         )
-    raise ResumeError(
-        f"nothing to resume in {quote(output_dir)}: it holds no whole checkpoint; start without resume"
+    remedy = (
+        "delete them or choose another output_dir" if has_checkpoint(output_dir) else "start without resume"
     )
+    raise ResumeError(f"nothing to resume in {quote(output_dir)}: it holds no whole checkpoint; {remedy}")
 
 
 def has_checkpoint(output_dir: Path) -> bool:
-    """Whether a run has begun to save here, whole or not."""
+    """Whether a run has saved here; what it saved may have been damaged since."""
     return bool(_folders(output_dir))
 
 
@@ -139,7 +146,7 @@ def _delete_others(output_dir: Path, newest: int, keep: int) -> None:
     finished = [folder for step, folder in folders if step <= newest and (folder / MANIFEST).is_file()]
     for _, folder in folders:
         if folder not in finished[-keep:]:
-            shutil.rmtree(folder)
+            discard(folder)
 
 
 def _folders(output_dir: Path) -> list[tuple[int, Path]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,19 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from latentgen.errors import OutputError, ResumeError, RunLockedError
-from latentgen.files import atomic_write, quote
+from latentgen.files import quote, sync_folder
 from latentgen.train.checkpoint import RunState, has_checkpoint, load_latest
-from latentgen.train.config import FREE_FIELDS, TrainConfig, in_one_line
+from latentgen.train.config import FIXED_FIELDS, FREE_FIELDS, TrainConfig, in_one_line
+from latentgen.train.run_files import delete_unfinished
 
-LOG = "log.jsonl"
 _LOCK = ".lock"
 
 
 @contextmanager
 def run_lock(output_dir: Path, *, enabled: bool) -> Iterator[None]:
     """Make and hold the run folder: a lock of the operating system, which ends with the process however it ends.
+
+    What a process that was killed has left unfinished is deleted.
 
     Args:
         output_dir: the folder.
@@ -37,7 +39,9 @@ def run_lock(output_dir: Path, *, enabled: bool) -> Iterator[None]:
         return
     lock = FileLock(output_dir / _LOCK, timeout=0)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        if not output_dir.is_dir():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            sync_folder(output_dir.parent)
         lock.acquire()
     except Timeout:
         raise RunLockedError(
@@ -48,58 +52,75 @@ def run_lock(output_dir: Path, *, enabled: bool) -> Iterator[None]:
             f"output_dir {quote(output_dir)} cannot be written: {error.strerror or error}"
         ) from error
     try:
+        delete_unfinished(output_dir)
         yield
     finally:
         lock.release()
 
 
-def starting_state(config: TrainConfig) -> RunState | None:
+def starting_state(config: TrainConfig, *, processes: int = 1, quiet: bool = False) -> RunState | None:
     """The latest checkpoint if the recipe says resume, None for a new run in a folder without one.
+
+    Args:
+        config: the recipe.
+        processes: how many there are; another number than before is warned of, as are the changes that are allowed.
+        quiet: whether to leave these warnings to another process.
 
     Raises:
         ResumeError: a run is there and resume is off; none is there and resume is on; or the recipe has changed.
     """
-    if not config.resume:
-        if has_checkpoint(config.output_dir):
-            raise ResumeError(
-                f"{quote(config.output_dir)} holds a run already: add --set resume=true, or choose another output_dir"
-            )
+    folder = config.output_dir
+    if config.resume != "latest" and not has_checkpoint(folder):
         return None
-    state = load_latest(config.output_dir)
+    if config.resume == "no":
+        raise ResumeError(
+            f"{quote(folder)} holds a run already: add --set resume=latest, or choose another output_dir"
+        )
+    state = load_latest(folder)
+    changed = _changes(state, config)
+    notes = [f"from step {state.step} on the recipe is another: {'; '.join(changed)}"] if changed else []
+    if state.processes not in (None, processes):
+        notes.append(
+            f"the run was computed by {state.processes} processes and goes on with {processes}: it sees the same "
+            "samples in the same order, but its sums are rounded in another order"
+        )
+    if not quiet:
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+    return state
+
+
+def _changes(state: RunState, config: TrainConfig) -> list[str]:
+    """Where a recipe differs from that of a checkpoint, as far as `allow_changes` lets it."""
     try:
-        before = _flatten(
-            TrainConfig.model_validate(state.config)
-        )  # fields that came later take their defaults
+        recipe = TrainConfig.model_validate(state.config)  # fields that came later take their defaults
     except ValidationError as error:
         raise ResumeError(
             f"the run in {quote(config.output_dir)} was begun by a version with other recipes: {in_one_line(error)}"
         ) from None
-    now = _flatten(config)
-    changed = [
-        f"{field} was {before.get(field)}, is {now.get(field)}"
+    before, now = _flatten(recipe), _flatten(config)
+    changed = {
+        field: f"{field} was {before.get(field)}, is {now.get(field)}"
         for field in sorted(before.keys() | now.keys())
         if field not in FREE_FIELDS and before.get(field) != now.get(field)
-    ]
-    if changed:
-        raise ResumeError(f"the recipe is not the one that the run began with: {'; '.join(changed)}")
-    return state
+    }
+    refused = [field for field in changed if not _is_allowed(field, config.allow_changes)]
+    if refused:
+        fixed = FIXED_FIELDS.intersection(refused)
+        remedy = (
+            f"{', '.join(sorted(fixed))} cannot change within a run"
+            if fixed
+            else f"to change it all the same add --set 'allow_changes=[{', '.join(refused)}]'"
+        )
+        differences = "; ".join(changed[field] for field in refused)
+        raise ResumeError(f"the recipe is not the one that the run began with: {differences}; {remedy}")
+    return list(changed.values())
 
 
-def trim_log(output_dir: Path, step: int) -> None:
-    """Drop the rows of steps after `step`: they will be run again."""
-    log = output_dir / LOG
-    if not log.is_file():
-        return
-    rows = log.read_text("utf-8").splitlines(keepends=True)
-    with atomic_write(log) as file:
-        file.writelines(row.encode() for row in rows if _step_of(row) <= step)
-
-
-def _step_of(row: str) -> float:
-    try:
-        return json.loads(row)["step"]
-    except (ValueError, TypeError, KeyError):
-        return float("inf")  # cut off while it was written
+def _is_allowed(field: str, allowed: Sequence[str]) -> bool:
+    return field not in FIXED_FIELDS and any(
+        field == name or field.startswith(f"{name}.") for name in allowed
+    )
 
 
 def _flatten(config: TrainConfig) -> dict[str, Any]:

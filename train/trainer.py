@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentgen.errors import ConfigError, NumericalError, ResumeError
+from latentgen.files import quote
+from latentgen.train.batches import PlannedBatch, prepared_batches
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
 from latentgen.train.config import AutoencoderTask, PairedTask, TrainConfig, UpscaleTask
 from latentgen.train.data import BatchPlan, open_data, plan_step, sample_rng
@@ -22,7 +24,8 @@ from latentgen.train.interrupt import StopSignal
 from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.optimizer import build_optimizer
-from latentgen.train.run_folder import LOG, run_lock, starting_state, trim_log
+from latentgen.train.run_files import append_row, replaced_folder, sync_log, trim_log
+from latentgen.train.run_folder import run_lock, starting_state
 
 _AFTER_NAN = (
     "lower optimizer.learning_rate, or train with mixed_precision bf16 or no; the last checkpoint is intact"
@@ -41,12 +44,16 @@ def train(config: TrainConfig) -> Path:
         ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe has changed.
         RunLockedError: another process writes into the same folder.
         NumericalError: the loss or the weights are not finite.
+        WorkerError: a process that prepares batches died.
         OutputError: the folder cannot be written.
     """
     accelerator = _accelerator(config)
     output_dir = config.output_dir
     with run_lock(output_dir, enabled=accelerator.is_main_process):
-        state = starting_state(config)
+        state = starting_state(
+            config, processes=accelerator.num_processes, quiet=not accelerator.is_main_process
+        )
+        _check_same_start(accelerator, state, output_dir)
         torch.manual_seed(config.seed)
         assets = None if state is None else output_dir
         objective = build_objective(config, device=accelerator.device, assets=assets)
@@ -112,6 +119,7 @@ class Trainer:
         Raises:
             NumericalError: the loss or the weights are not finite.
             OutputError: a checkpoint could not be written.
+            WorkerError: a process that prepares batches died.
             SystemExit: 128 + the signal's number, after a checkpoint, if SIGTERM or Ctrl-C came.
         """
         config = self.config
@@ -124,9 +132,15 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
             mininterval=1.0,
         )
-        with StopSignal() as stop, bar:
+        batches = prepared_batches(
+            self.objective,
+            self._plans(),
+            workers=config.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        with StopSignal() as stop, bar, batches as prepared:
             for step in bar:
-                losses = self._update(step)
+                losses = self._update(step, prepared)
                 self.step = step + 1
                 signal = self._agree(stop.number)
                 saving = signal or self.step == config.max_steps or self.step % config.checkpoint_every == 0
@@ -143,29 +157,37 @@ class Trainer:
         Raises:
             OutputError: a file could not be written.
         """
-        self.objective.cpu().save(folder, {**self.objective.state_dict(), **self.ema})
+        weights = {**self.objective.cpu().state_dict(), **self.ema}
+        with replaced_folder(folder) as written:
+            self.objective.save(written, weights)
 
-    def _update(self, step: int) -> dict[str, Tensor]:
+    def _plans(self) -> Iterator[BatchPlan]:
+        """This process's part of all steps to come, as they are accumulated one after the other."""
+        config = self.config
+        for step in range(self.step, config.max_steps):
+            yield from plan_step(
+                config.seed,
+                step,
+                batch_size=config.batch_size,
+                count=self.objective.item_count,
+                parts=config.gradient_accumulation_steps,
+                rank=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
+            )
+
+    def _update(self, step: int, batches: Iterator[PlannedBatch]) -> dict[str, Tensor]:
         """One optimiser step over the global batch; returns this process's mean losses by name, on the device."""
         config = self.config
-        plans = plan_step(
-            config.seed,
-            step,
-            batch_size=config.batch_size,
-            count=self.objective.item_count,
-            parts=config.gradient_accumulation_steps,
-            rank=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-        )
         for group in self._optimizer.param_groups:
             group["lr"] = config.optimizer.rate_at(step, config.max_steps)
         losses: dict[str, Tensor] = {}
-        for plan in plans:
+        parts = config.gradient_accumulation_steps
+        for plan, batch in islice(batches, parts):
             with self.accelerator.accumulate(self._model):
-                loss = self._loss(plan)
+                loss = self._loss(plan, batch)
                 self.accelerator.backward(loss.total)
                 for name, value in {"loss": loss.total, **loss.parts}.items():
-                    losses[name] = losses.get(name, 0) + value.detach() / len(plans)
+                    losses[name] = losses.get(name, 0) + value.detach() / parts
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.trainable.values(), config.optimizer.max_grad_norm)
                 self._optimizer.step()
@@ -173,8 +195,9 @@ class Trainer:
         self._update_ema(step)
         return losses
 
-    def _loss(self, plan: BatchPlan) -> Loss:
-        batch = (tensor.to(self.accelerator.device) for tensor in self.objective.batch(plan))
+    def _loss(self, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
+        # Not awaited where the batch is pinned.
+        batch = tuple(tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)
         # For dropout, which draws from the global generator: after resuming it draws what it would have drawn.
         torch.manual_seed(sample_rng(plan.seed, "network", plan.step, plan.samples[0]).getrandbits(63))
         return self._model(*batch)
@@ -200,14 +223,14 @@ class Trainer:
             raise NumericalError(f"the loss is not finite at step {self.step}: {values}; {_AFTER_NAN}")
         bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         if self.accelerator.is_main_process:
-            with (self.config.output_dir / LOG).open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": self.step, **values}) + "\n")
+            append_row(self.config.output_dir, {"step": self.step, **values})
 
     def _save_checkpoint(self) -> None:
         for name, parameter in self.trainable.items():
             if not parameter.isfinite().all():
                 raise NumericalError(f"{name} is not finite after step {self.step}; {_AFTER_NAN}")
         if self.accelerator.is_main_process:
+            sync_log(self.config.output_dir)
             scaler = self.accelerator.scaler
             state = RunState(
                 step=self.step,
@@ -216,6 +239,7 @@ class Trainer:
                 ema=self.ema,
                 optimizer=flatten_optimizer(self._optimizer),
                 scaler={} if scaler is None else scaler.state_dict(),
+                processes=self.accelerator.num_processes,
             )
             save_checkpoint(self.config.output_dir, state, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
@@ -275,6 +299,19 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             f"{accelerator.num_processes} processes"
         )
     return accelerator
+
+
+def _check_same_start(accelerator: Accelerator, state: RunState | None, output_dir: Path) -> None:
+    """Whether all processes read the same checkpoint, or none."""
+    if accelerator.num_processes == 1:
+        return
+    step = torch.tensor([-1 if state is None else state.step], device=accelerator.device)
+    steps: Any = accelerator.gather(step)
+    if len(set(steps.tolist())) > 1:
+        raise ResumeError(
+            f"the processes find different checkpoints in {quote(output_dir)}: output_dir must be one folder that all "
+            "of them share"
+        )
 
 
 def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:

@@ -375,10 +375,14 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
             f"{quote(folder)} holds no tokenizer; looked for {' and '.join(_TOKENIZER_FILES)}"
         )
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     # The tokenizers library raises bare Exception for a malformed file.
     except Exception as error:
         raise CheckpointCorruptError(f"the tokenizer in {quote(folder)} cannot be read: {error}") from error
+    # How it was loaded is no part of what it is, and would be saved with it.
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:

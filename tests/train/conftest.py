@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from latentgen.train.config import TrainConfig, load_config
 from tests.train.recipes import COLOURS, PAIRED, TEXT_TO_IMAGE, UPSCALE, VAE, MakeRecipe
+from tests.train.runs import forget_accelerate
 
 
 @pytest.fixture
@@ -84,9 +85,5 @@ def _recipes(tmp_path: Path, image_folder: Path, task: dict[str, Any]) -> MakeRe
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps precision and accumulation for the whole process: forget them after each test."""
     yield
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()

@@ -138,7 +138,7 @@ def test_overrides_replace_nested_fields_and_are_read_as_yaml(fields: dict[str, 
     assert config.optimizer.betas == (0.8, 0.95)
     assert config.optimizer.learning_rate == 1e-3
     assert config.task.vae == {"latent_channels": 4, "block_out_channels": [8, 16]}
-    assert config.resume is True
+    assert config.resume == "latest"
     assert config.seed == 7
 
 

@@ -11,7 +11,8 @@ import pytest
 from latentgen.errors import OutputError, ResumeError, RunLockedError
 from latentgen.train.checkpoint import RunState, save_checkpoint
 from latentgen.train.config import TrainConfig
-from latentgen.train.run_folder import LOG, run_lock, starting_state, trim_log
+from latentgen.train.run_files import LOG, trim_log
+from latentgen.train.run_folder import run_lock, starting_state
 from tests.train.recipes import MakeRecipe
 
 
@@ -56,7 +57,7 @@ def test_a_new_run_needs_a_folder_without_checkpoints(autoencoder_recipe: MakeRe
     config = autoencoder_recipe()
     assert starting_state(config) is None
     save_state_of(config)
-    with pytest.raises(ResumeError, match="holds a run already: add --set resume=true"):
+    with pytest.raises(ResumeError, match="holds a run already: add --set resume=latest"):
         starting_state(config)
 
 
@@ -105,7 +106,7 @@ def test_fields_that_are_gone_are_an_error(autoencoder_recipe: MakeRecipe):
 )
 def test_other_fields_are_shown_and_refused(override: str, message: str, autoencoder_recipe: MakeRecipe):
     save_state_of(autoencoder_recipe())
-    with pytest.raises(ResumeError, match=f"the run began with: {message}$"):
+    with pytest.raises(ResumeError, match=f"the run began with: {message}; to change"):
         starting_state(autoencoder_recipe("resume=true", override))
 
 

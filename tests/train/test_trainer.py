@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,32 +19,22 @@ from torch import Tensor
 
 from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train import trainer
+from latentgen.train.batches import PlannedBatch
 from latentgen.train.checkpoint import RunState, load_latest
 from latentgen.train.config import TrainConfig
+from latentgen.train.data import BatchPlan
+from latentgen.train.objectives.base import Loss
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
+from tests.train.runs import assert_same_checkpoint, forget_accelerate, log_of, losses_of
 
 ROOT = Path(__file__).parents[2]
-WEIGHTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
 @pytest.fixture(params=["autoencoder_recipe", "text_to_image_recipe", "upscale_recipe", "paired_recipe"])
 def recipe(request: pytest.FixtureRequest) -> MakeRecipe:
     """Each of the tasks in turn."""
     return request.getfixturevalue(request.param)
-
-
-def log_of(config: TrainConfig) -> list[dict[str, float]]:
-    return [json.loads(row) for row in (config.output_dir / "log.jsonl").read_text("utf-8").splitlines()]
-
-
-def assert_same_checkpoint(ours: Path, theirs: Path) -> None:
-    for name in WEIGHTS:
-        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
-
-
-def losses_of(config: TrainConfig) -> list[float]:
-    return [row["loss"] for row in log_of(config)]
 
 
 def test_the_loss_falls(recipe: MakeRecipe):
@@ -160,13 +148,6 @@ def test_accumulating_gradients_changes_no_loss(parts: int, recipe: MakeRecipe, 
         torch.testing.assert_close(others[name], weight, atol=2e-4, rtol=1e-3)
 
 
-def forget_accelerate() -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def test_the_environment_does_not_change_the_accumulation(
     autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ):
@@ -217,8 +198,8 @@ def test_the_learning_rate_is_that_of_the_recipe(
     rates: list[float] = []
     original = Trainer._update
 
-    def update(self: Trainer, step: int) -> dict[str, Tensor]:
-        losses = original(self, step)
+    def update(self: Trainer, step: int, batches: Iterator[PlannedBatch]) -> dict[str, Tensor]:
+        losses = original(self, step, batches)
         rates.append(self._optimizer.param_groups[0]["lr"])
         return losses
 
@@ -238,10 +219,10 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints(
     config = autoencoder_recipe("log_every=1000", "keep_checkpoints=1")
     original = Trainer._update
 
-    def update(self: Trainer, step: int) -> dict[str, Tensor]:
+    def update(self: Trainer, step: int, batches: Iterator[PlannedBatch]) -> dict[str, Tensor]:
         if step == 2:
             spoil(next(iter(self.trainable.values())))
-        return original(self, step)
+        return original(self, step, batches)
 
     monkeypatch.setattr(Trainer, "_update", update)
     with pytest.raises(NumericalError, match="the loss is not finite at step 3"):
@@ -255,8 +236,8 @@ def test_weights_that_are_not_finite_are_not_saved(
     config = autoencoder_recipe("keep_checkpoints=1")
     original = Trainer._update
 
-    def update(self: Trainer, step: int) -> dict[str, Tensor]:
-        losses = original(self, step)
+    def update(self: Trainer, step: int, batches: Iterator[PlannedBatch]) -> dict[str, Tensor]:
+        losses = original(self, step, batches)
         if step == 2:
             spoil(self.trainable["decoder.post_quant_conv.bias"])
         return losses
@@ -274,10 +255,10 @@ def test_a_signal_ends_the_run_after_the_step(
     config = autoencoder_recipe("checkpoint_every=100")
     original = Trainer._loss
 
-    def loss(self: Trainer, plan: Any) -> Any:
+    def loss(self: Trainer, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
         if plan.step == 1:
             signal.raise_signal(number)
-        return original(self, plan)
+        return original(self, plan, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_loss", loss)

@@ -3,6 +3,7 @@
 from latentgen.train.config.data import EmojiData as EmojiData
 from latentgen.train.config.data import FolderData as FolderData
 from latentgen.train.config.optimizer import Optimizer as Optimizer
+from latentgen.train.config.run import FIXED_FIELDS as FIXED_FIELDS
 from latentgen.train.config.run import FREE_FIELDS as FREE_FIELDS
 from latentgen.train.config.run import TrainConfig as TrainConfig
 from latentgen.train.config.run import in_one_line as in_one_line

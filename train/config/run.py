@@ -17,7 +17,11 @@ from latentgen.train.config.optimizer import Optimizer
 from latentgen.train.config.tasks import AutoencoderTask, PairedTask, TextToImageTask, UpscaleTask
 
 # YAML reads a bare `no` as false.
-Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)]
+_NO = BeforeValidator(lambda value: "no" if value is False else value)
+Precision = Annotated[Literal["no", "fp16", "bf16"], _NO]
+Resume = Annotated[
+    Literal["no", "latest", "auto"], BeforeValidator(lambda value: "latest" if value is True else value), _NO
+]
 
 
 class TrainConfig(Section):
@@ -26,6 +30,13 @@ class TrainConfig(Section):
     `init_from` is a folder in the diffusers layout whose weights training starts from; `batch_size` counts the samples
     of an optimiser step over all processes and accumulated parts; `ema_decay` 0 keeps no moving average; `compile`
     takes minutes before the first step and makes the others faster (on a CPU it needs a C++ compiler).
+
+    `workers` processes beside each training process prepare the batches ahead, the same ones bit for bit as with 0.
+
+    `resume` is `no` (a folder that holds a run is an error), `latest` (a folder that holds none is an error; true says
+    the same) or `auto` (go on if there is something to go on from, else begin: for jobs that are started again by
+    themselves). `allow_changes` names the fields, or sections, in which the recipe of a resumed run may differ from
+    what it began with.
     """
 
     output_dir: Path
@@ -43,7 +54,9 @@ class TrainConfig(Section):
     checkpoint_every: Count = 1000
     keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
     log_every: Count = 50
-    resume: bool = False
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    resume: Resume = "no"
+    allow_changes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -70,8 +83,19 @@ class TrainConfig(Section):
 
 # Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the linear end.
 FREE_FIELDS = frozenset(
-    {"output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every", "resume"}
+    {
+        "output_dir",
+        "max_steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "workers",
+        "resume",
+        "allow_changes",
+    }
 )
+# And those in which it may not even if allow_changes names them: the checkpoint would mean nothing.
+FIXED_FIELDS = frozenset({"task.kind", "optimizer.name"})
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:

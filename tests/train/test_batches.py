@@ -1,0 +1,157 @@
+"""Batches from worker processes: those of this process bit for bit, and no process outlives its run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentgen.errors import ConfigError, DatasetError, WorkerError
+from latentgen.train import batches
+from latentgen.train.batches import prepared_batches
+from latentgen.train.data import BatchPlan, plan_step
+from latentgen.train.objectives.base import Objective
+from latentgen.train.trainer import build_objective, train
+from tests.train.recipes import MakeRecipe
+from tests.train.runs import assert_same_checkpoint, log_of
+
+STEPS = 3
+
+
+class Counting(Objective):
+    """Batches that name the process which made them; `spoilt` is the step at which that fails."""
+
+    item_count = 5
+
+    def __init__(self, spoilt: int = -1, *, kill: bool = False) -> None:
+        super().__init__()
+        self.spoilt = spoilt
+        self.kill = kill
+
+    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+        if plan.step == self.spoilt:
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise DatasetError(f"image {plan.step} is gone")
+        return torch.tensor([plan.step, os.getpid()]), plan.noise((3,), "noise")
+
+    def forward(self, *batch: Tensor) -> None: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def compile_networks(self) -> None: ...
+
+    def save(self, folder: Path, weights: object) -> None: ...
+
+
+def plans(steps: int = STEPS, parts: int = 2) -> Iterator[BatchPlan]:
+    for step in range(steps):
+        yield from plan_step(3, step, batch_size=4, count=5, parts=parts, rank=0, processes=1)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("fixture", ["autoencoder_recipe", "text_to_image_recipe"])
+def test_workers_make_the_same_tensors(fixture: str, request: pytest.FixtureRequest):
+    recipe: MakeRecipe = request.getfixturevalue(fixture)
+    objective = build_objective(recipe(), device=torch.device("cpu"))
+    with prepared_batches(objective, plans(), workers=0, pin_memory=False) as prepared:
+        here = list(prepared)
+    with prepared_batches(objective, plans(), workers=2, pin_memory=False) as prepared:
+        there = list(prepared)
+    assert [plan for plan, _ in here] == [plan for plan, _ in there] == list(plans())
+    for (_, ours), (_, theirs) in zip(here, there, strict=True):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.dtype == other.dtype
+            assert one.stride() == other.stride()
+            assert torch.equal(one, other)
+
+
+def test_a_run_with_workers_is_the_same_run(autoencoder_recipe: MakeRecipe, tmp_path: Path):
+    alone = autoencoder_recipe("gradient_accumulation_steps=2", "max_steps=3")
+    train(alone)
+    helped = autoencoder_recipe(
+        "gradient_accumulation_steps=2", "max_steps=3", "workers=2", f"output_dir={tmp_path / 'helped'}"
+    )
+    train(helped)
+    last = "checkpoint-00000003"
+    assert_same_checkpoint(helped.output_dir / last, alone.output_dir / last)
+    assert log_of(helped) == log_of(alone)
+
+
+def test_every_worker_works_and_ends():
+    with prepared_batches(Counting(), plans(9), workers=2, pin_memory=False) as prepared:
+        makers = {int(tensors[0][1]) for _, tensors in prepared}
+        assert len(makers) == 2
+        assert os.getpid() not in makers
+    assert not any(map(is_alive, makers))
+
+
+def test_a_run_that_stops_early_leaves_no_process():
+    makers: set[int] = set()
+
+    def stop_at_the_second() -> None:
+        with prepared_batches(Counting(), plans(1000), workers=2, pin_memory=False) as prepared:
+            makers.update(int(next(prepared)[1][0][1]) for _ in range(2))
+            raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        stop_at_the_second()
+    assert len(makers) == 2
+    assert not any(map(is_alive, makers))
+
+
+def test_errors_are_raised_as_they_are():
+    with prepared_batches(Counting(1), plans(), workers=1, pin_memory=False) as prepared:
+        assert [int(next(prepared)[1][0][0]) for _ in range(2)] == [0, 0]
+        with pytest.raises(DatasetError, match=r"^image 1 is gone$"):
+            next(prepared)
+
+
+def test_a_worker_that_dies_is_named():
+    started = time.monotonic()
+    with (
+        pytest.raises(WorkerError, match=r"is killed by signal: Killed.*resume with fewer workers"),
+        prepared_batches(Counting(1, kill=True), plans(), workers=1, pin_memory=False) as prepared,
+    ):
+        list(prepared)
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_signals_to_the_parent(number: int):
+    with prepared_batches(Counting(), plans(100), workers=1, pin_memory=False) as prepared:
+        maker = int(next(prepared)[1][0][1])
+        os.kill(maker, number)
+        assert len(list(prepared)) == 199
+    assert not is_alive(maker)
+
+
+def test_errors_of_the_block_pass_through():
+    with (
+        pytest.raises(RuntimeError, match=r"^the loss$"),
+        prepared_batches(Counting(), plans(), workers=1, pin_memory=False),
+    ):
+        raise RuntimeError("the loss")
+
+
+def test_a_system_that_cannot_fork_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batches.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    assert multiprocessing.get_all_start_methods() == ["spawn"]
+    with (
+        pytest.raises(ConfigError, match="workers is 2, but this system cannot fork"),
+        prepared_batches(Counting(), plans(), workers=2, pin_memory=False),
+    ):
+        pass

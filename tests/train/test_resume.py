@@ -1,0 +1,149 @@
+"""A resumed run is the same run, bit for bit: weights, optimiser, moving average, order of samples and losses.
+
+The full form cuts every kind of run at 40 steps and takes minutes: `pytest -m slow tests/train/test_resume.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentgen.train.config import TrainConfig
+from latentgen.train.data import BatchPlan
+from latentgen.train.objectives.base import Loss
+from latentgen.train.trainer import Trainer, train
+from tests.train.recipes import MakeRecipe
+from tests.train.runs import assert_same_checkpoint, assert_same_model, forget_accelerate, log_of
+
+# What is trained: a recipe of conftest.py, and what is set in it. Dropout draws from torch's generator.
+RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "all weights": (
+        "text_to_image_recipe",
+        ("optimizer.name=muon", "task.text_encoder.attention_dropout=0.2"),
+    ),
+    "some weights": ("paired_recipe", ("optimizer.name=adamw",)),
+}
+PRECISIONS = ("no", "bf16")
+ACCUMULATIONS = (1, 4)
+WORKERS = (0, 2)
+
+
+@dataclass
+class Watch:
+    """What runs train on, and the step after which SIGTERM reaches one."""
+
+    order: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    stop_after: int | None = None
+
+    def see(self, plan: BatchPlan) -> None:
+        self.order.append((plan.step, plan.items))
+        if self.stop_after == plan.step + 1:
+            signal.raise_signal(signal.SIGTERM)
+            self.stop_after = None  # the parts of a step that follow are not to get a second one
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    watch = Watch()
+    original = Trainer._loss
+
+    def loss(self: Trainer, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
+        watch.see(plan)
+        return original(self, plan, batch)
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    return watch
+
+
+@pytest.fixture
+def check(request: pytest.FixtureRequest, watch: Watch, tmp_path: Path) -> Check:
+    """See Check."""
+    return Check(request, watch, tmp_path)
+
+
+@dataclass
+class Check:
+    """`check(kind, steps, splits)` runs a recipe without a stop, and again with stops after each of the splits."""
+
+    request: pytest.FixtureRequest
+    watch: Watch
+    scratch: Path
+
+    def __call__(
+        self, kind: tuple[str, str, int, int], steps: int, splits: Sequence[tuple[int, ...]]
+    ) -> None:
+        name, precision, parts, workers = kind
+        fixture, overrides = RECIPES[name]
+        recipe: MakeRecipe = self.request.getfixturevalue(fixture)
+        common = (
+            *overrides,
+            f"mixed_precision={precision}",
+            f"gradient_accumulation_steps={parts}",
+            f"max_steps={steps}",
+            f"workers={workers}",
+        )
+        whole = recipe(*common, f"output_dir={self.scratch / 'whole'}")
+        forget_accelerate()
+        train(whole)
+        order = list(self.watch.order)
+        assert len(order) == steps * parts
+        cut = recipe(*common, f"output_dir={self.scratch / 'cut'}", "checkpoint_every=1000", "resume=latest")
+        for stops in splits:
+            _copy_until(stops[0], whole, cut)
+            resumed = self._order_of(cut, stops)
+            assert [row for row in order if row[0] < stops[0]] + resumed == order, stops
+            assert log_of(cut) == log_of(whole), stops
+            last = f"checkpoint-{steps:08d}"
+            assert_same_checkpoint(cut.output_dir / last, whole.output_dir / last)
+            assert_same_model(cut.output_dir / "model", whole.output_dir / "model")
+
+    def _order_of(self, config: TrainConfig, stops: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+        """Resume at the first stop, and once more at each of the others; what was trained on meanwhile."""
+        self.watch.order.clear()
+        for start, stop in zip(stops, (*stops[1:], None), strict=True):
+            forget_accelerate()
+            torch.manual_seed(start)  # nothing may depend on what was drawn before
+            self.watch.stop_after = stop
+            if stop is None:
+                train(config)
+            else:
+                with pytest.raises(SystemExit, match="143"):
+                    train(config)
+        return list(self.watch.order)
+
+
+def _copy_until(step: int, whole: TrainConfig, cut: TrainConfig) -> None:
+    """The folder of a run that was killed some time after the checkpoint of `step`: its log is longer."""
+    shutil.rmtree(cut.output_dir, ignore_errors=True)
+    shutil.copytree(
+        whole.output_dir, cut.output_dir, ignore=shutil.ignore_patterns("checkpoint-*", "model", ".lock")
+    )
+    name = f"checkpoint-{step:08d}"
+    shutil.copytree(whole.output_dir / name, cut.output_dir / name)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [("all weights", "bf16", 4, 2), ("all weights", "no", 1, 0), ("some weights", "no", 4, 0)],
+    ids=str,
+)
+def test_a_resumed_run_is_the_same_run(kind: tuple[str, str, int, int], check: Check):
+    check(kind, 5, [(2,), (4,)])
+
+
+def test_three_resumes_in_a_row(check: Check):
+    check(("all weights", "bf16", 1, 0), 6, [(1, 3, 4)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(product(RECIPES, PRECISIONS, ACCUMULATIONS, WORKERS)), ids=str)
+def test_at_forty_splits_and_three_in_a_row(kind: tuple[str, str, int, int], check: Check):
+    check(kind, 41, [*((step,) for step in range(1, 41)), (7, 19, 33)])
