@@ -70,7 +70,15 @@ class TrainConfig(Section):
 
 # Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the linear end.
 FREE_FIELDS = frozenset(
-    {"output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every", "resume"}
+    {
+        "output_dir",
+        "max_steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "resume",
+        "task.cache_dir",
+    }
 )
 
 
