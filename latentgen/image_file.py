@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from latentgen.errors import InputError
 from latentgen.files import quote
@@ -57,7 +57,10 @@ def _read(source: Path | io.BytesIO, name: str, background: tuple[int, int, int]
         raise
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more, whatever parsing ran into.
     except Exception as error:
-        raise InputError(f"{name} cannot be read as an image ({error}); replace or remove it") from error
+        # Pillow names the file, which in memory has no name that says anything.
+        nameless = isinstance(error, UnidentifiedImageError) and not isinstance(source, Path)
+        reason = "of no known format" if nameless else error
+        raise InputError(f"{name} cannot be read as an image ({reason}); replace or remove it") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

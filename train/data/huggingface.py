@@ -49,7 +49,7 @@ class HuggingFaceSet:
 
     def __init__(self, config: HuggingFaceData) -> None:
         self.image_size = config.image_size
-        self._where = f"{config.path}" + (f", split {config.split}" if config.split else "")
+        self._where = quote(config.path) + (f", split {quote(config.split)}" if config.split else "")
         self._image, self._caption = config.image_column, config.caption_column
         self._table = _with_columns(_open(config), config)
         self._rows: range | list[int] = range(len(self._table))
@@ -60,9 +60,9 @@ class HuggingFaceSet:
                 self._rows = [row for row in self._rows if row not in images]
             else:
                 captions += images.values()
-            refuse(quote(self._where), captions)
+            refuse(self._where, captions)
         if not self._rows:
-            raise DatasetError(f"{quote(self._where)} has no row that can be used")
+            raise DatasetError(f"{self._where} has no row that can be used")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -76,18 +76,15 @@ class HuggingFaceSet:
         row = self._rows[index]
         fields = self._table[row]
         try:
-            image = read_image_bytes(_image_bytes(fields[self._image]), self._name(row))
+            image = read_image_bytes(_image_bytes(fields[self._image]), self._image)
             return view_of(image, captions_of(fields[self._caption]), self.image_size)
         except InputError as error:
-            raise DatasetError(f"{self._name(row)}: {error}") from error
+            raise DatasetError(f"{self._where}, row {row}: {error}") from error
 
     def corpus(self) -> list[str]:
         """All captions of each row."""
         column = self._table[self._caption]
         return [text for row in self._rows for text in captions_of(column[row])]
-
-    def _name(self, row: int) -> str:
-        return f"{self._where}, row {row}"
 
     def _check(self) -> tuple[list[str], dict[int, str]]:
         """What is wrong with captions, and with the images by row."""
@@ -113,7 +110,7 @@ class HuggingFaceSet:
         except InputError as error:
             problems[0] = str(error)
         try:
-            image_size(_image_bytes(fields[self._image]), self._name(row))
+            image_size(_image_bytes(fields[self._image]), self._image)
         except InputError as error:
             problems[1] = str(error)
         return problems[0], problems[1]

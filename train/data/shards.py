@@ -1,4 +1,4 @@
-"""Training sets in tar files, in the layout of WebDataset: read where they lie, in an order that keeps reads together."""
+"""Training sets in tar files, in the layout of WebDataset: read in place, in an order that keeps reads together."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from latentgen.train.sharing import gather, own_share
 # How many shards are shuffled together, and so are open at the same time.
 SHARDS_TOGETHER = 8
 _OPEN_FILES = 4 * SHARDS_TOGETHER
-_MAX_SHARDS = 10**6
+_MAX_SHARDS = 100_000
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _WILDCARD = re.compile(r"[*?[]")
 
@@ -60,6 +60,7 @@ class ShardSet:
     def __init__(self, config: WebDataset) -> None:
         self.image_size = config.image_size
         self._paths = expand_shards(config.shards)
+        self._stamps = {path: _stamp(path) for path in self._paths}
         surveys = _survey_all(self._paths, config)
         problems = [problem for survey in surveys for problem in survey.problems]
         bad = [problem for survey in surveys for problem in survey.bad_images]
@@ -73,7 +74,7 @@ class ShardSet:
             problems.append("no sample: an image (.jpg, .jpeg, .png or .webp) with a .txt or a .json")
         refuse(f"data.shards ({len(self._paths):,} files)", problems)
         self._ends = list(accumulate(self.shard_counts))
-        self._open = lru_cache(_OPEN_FILES)(OpenTar)
+        self._open = lru_cache(_OPEN_FILES)(self._open_unchanged)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -106,13 +107,21 @@ class ShardSet:
         place = index - (self._ends[shard] - self.shard_counts[shard])
         samples = self._samples[shard]
         image_begin, image_length, caption_begin, caption_length = map(int, samples.extents[place])
-        try:
-            archive = self._open(self._paths[shard])
-        except InputError as error:
-            raise DatasetError(str(error)) from error
+        archive = self._open(self._paths[shard])
         image = Extent(f"image at byte {image_begin:,}", image_begin, image_length)
         caption = Extent(f"caption at byte {caption_begin:,}", caption_begin, caption_length)
         return archive, image, caption, bool(samples.json[place])
+
+    def _open_unchanged(self, path: Path) -> OpenTar:
+        try:
+            archive = OpenTar(path)
+            if _stamp(path) == self._stamps[path]:
+                return archive
+        except (InputError, OSError) as error:
+            raise DatasetError(f"{quote(path)} cannot be opened: {error}") from error
+        raise DatasetError(
+            f"{quote(path)} was changed while the run used it; resume the run with what it began with"
+        )
 
 
 def _captions(archive: OpenTar, caption: Extent, *, is_json: bool) -> tuple[str, ...]:
@@ -157,9 +166,14 @@ def _survey(path: Path, config: WebDataset, index: TensorCache | None) -> ShardS
 
 def _index_keys(path: Path) -> dict[bool, str]:
     """The keys of a shard, as it is now, in the index: with its samples decoded, and without."""
-    state = path.stat()
-    parts = ("shard", str(path.resolve()), str(state.st_size), str(state.st_mtime_ns))
+    parts = ("shard", str(path.resolve()), *map(str, _stamp(path)))
     return {decoded: content_key(*parts, str(decoded)) for decoded in (True, False)}
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes with the content of a file: its size, and when it was written."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
 
 
 def _bar(paths: Sequence[Path], *, disable: bool = False) -> Iterable[Path]:
@@ -188,7 +202,7 @@ def expand_shards(names: Sequence[str]) -> list[Path]:
     """The files that the names of a recipe stand for: `{000..127}` counts, with as many digits, and `*?[]` are globs.
 
     Raises:
-        DatasetError: a file is not there or named twice, or there are over a million.
+        DatasetError: a file is not there or named twice, or there are too many.
     """
     problems: list[str] = []
     paths: list[Path] = []

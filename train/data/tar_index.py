@@ -184,7 +184,7 @@ def _members(path: Path, problems: list[str]) -> Iterator[Extent]:
                     f"{quote(path)} is compressed, so that no sample can be read by itself; decompress it"
                 )
                 return
-            if (problem := wrong_content(head)) and head.strip(b"\0"):
+            if (problem := wrong_content(head)) and (head.strip(b"\0") or not head):
                 problems.append(f"{quote(path)} is {problem}; download it again")
                 return
             yield from _headers(path, problems)
@@ -232,12 +232,13 @@ def _pair(path: Path, members: Iterator[Extent], problems: list[str]) -> list[Ta
         if kind in sample:
             problems.append(f"{where}: its sample has {quote(sample[kind].name)} already")
         sample[kind] = member
-    pairs = []
+    pairs: list[TarSample] = []
     for key, sample in samples.items():
         image = sample.get("image")
         caption = next((sample[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample), None)
         if image is not None and caption is not None:
-            pairs.append(TarSample(image, caption))
+            if image.length <= MAX_IMAGE_BYTES and caption.length <= MAX_CAPTION_BYTES:
+                pairs.append(TarSample(image, caption))
         elif image is not None:
             problems.append(
                 f"{quote(path)}, {quote(image.name)}: no caption; there must be a {quote(key + '.txt')}"
