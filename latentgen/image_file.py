@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from latentgen.errors import InputError
 from latentgen.files import quote
@@ -29,24 +29,38 @@ def read_image(path: Path, *, background: tuple[int, int, int] = WHITE) -> Image
     Raises:
         InputError: not an image, truncated, over 64 megapixels, or of a kind that has no clear reading as sRGB.
     """
+    return _read(path, quote(path), background)
+
+
+def read_image_bytes(data: bytes, name: str, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Decode the content of a file as :func:`read_image` does; `name` says in errors and warnings where it lies.
+
+    Raises:
+        InputError: as :func:`read_image`.
+    """
+    return _read(io.BytesIO(data), quote(name), background)
+
+
+def _read(source: Path | io.BytesIO, name: str, background: tuple[int, int, int]) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(
-                    f"{quote(path)} has {image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}; "
+                    f"{name} has {image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}; "
                     "make it smaller"
                 )
             if getattr(image, "n_frames", 1) > 1:
-                warnings.warn(f"{quote(path)} is animated; its first frame is used", stacklevel=2)
+                warnings.warn(f"{name} is animated; its first frame is used", stacklevel=3)
             image.load()
             return _upright(image, background)
     except InputError:
         raise
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more, whatever parsing ran into.
     except Exception as error:
-        raise InputError(
-            f"{quote(path)} cannot be read as an image ({error}); replace or remove it"
-        ) from error
+        # Pillow names the file, which in memory has no name that says anything.
+        nameless = isinstance(error, UnidentifiedImageError) and not isinstance(source, Path)
+        reason = "of no known format" if nameless else error
+        raise InputError(f"{name} cannot be read as an image ({reason}); replace or remove it") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

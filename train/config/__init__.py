@@ -2,6 +2,9 @@
 
 from latentgen.train.config.data import EmojiData as EmojiData
 from latentgen.train.config.data import FolderData as FolderData
+from latentgen.train.config.data import HuggingFaceData as HuggingFaceData
+from latentgen.train.config.data import PackedData as PackedData
+from latentgen.train.config.data import WebDataset as WebDataset
 from latentgen.train.config.optimizer import Optimizer as Optimizer
 from latentgen.train.config.run import FIXED_FIELDS as FIXED_FIELDS
 from latentgen.train.config.run import FREE_FIELDS as FREE_FIELDS

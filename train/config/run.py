@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from latentgen.errors import ConfigError
 from latentgen.train.config.base import Count, Decay, Section
-from latentgen.train.config.data import EmojiData, FolderData
+from latentgen.train.config.data import EmojiData, FolderData, HuggingFaceData, WebDataset
 from latentgen.train.config.optimizer import Optimizer
 from latentgen.train.config.tasks import AutoencoderTask, PairedTask, TextToImageTask, UpscaleTask
 
@@ -41,7 +41,7 @@ class TrainConfig(Section):
 
     output_dir: Path
     task: Annotated[AutoencoderTask | TextToImageTask | UpscaleTask | PairedTask, Field(discriminator="kind")]
-    data: Annotated[EmojiData | FolderData, Field(discriminator="kind")]
+    data: Annotated[EmojiData | FolderData | WebDataset | HuggingFaceData, Field(discriminator="kind")]
     init_from: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     mixed_precision: Precision = "no"
@@ -92,6 +92,7 @@ FREE_FIELDS = frozenset(
         "workers",
         "resume",
         "allow_changes",
+        "task.cache_dir",
     }
 )
 # And those in which it may not even if allow_changes names them: the checkpoint would mean nothing.

@@ -30,7 +30,8 @@ class LatentTask(Section):
     """What the tasks of diffusion in the latents of a finished autoencoder have in common.
 
     `unet` and `scheduler` are the contents of the diffusers configurations. `cached_views` random views of every item
-    are encoded once, before training; a `timestep_shift` above 1 spends more samples on the noisier timesteps;
+    are encoded once, before training, and kept in memory or, with `cache_dir`, in a folder that all runs may share; 0
+    draws and encodes new ones in every step. A `timestep_shift` above 1 spends more samples on the noisier timesteps;
     `guidance_scale` is what the finished model is guided with where a call names none; `save_half` writes it in
     float16.
     """
@@ -38,7 +39,8 @@ class LatentTask(Section):
     unet: dict[str, Any]
     scheduler: dict[str, Any]
     caption_dropout: Rate = 0.1
-    cached_views: Annotated[int, Field(ge=1, le=4096)] = 16
+    cached_views: Annotated[int, Field(ge=0, le=4096)] = 16
+    cache_dir: Path | None = None
     timestep_shift: Positive = 1.0
     guidance_scale: Annotated[float, Field(ge=0, le=1e6)] | None = None
     save_half: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentgen.train.config import EmojiData, FolderData
+from latentgen.train.config import EmojiData, FolderData, HuggingFaceData, WebDataset
 from latentgen.train.data.plan import BatchPlan as BatchPlan
 from latentgen.train.data.plan import item_at as item_at
 from latentgen.train.data.plan import plan_step as plan_step
@@ -13,7 +13,7 @@ from latentgen.train.data.views import View as View
 from latentgen.train.data.views import to_tensor as to_tensor
 
 
-def open_data(config: EmojiData | FolderData) -> CaptionedImages:
+def open_data(config: EmojiData | FolderData | WebDataset | HuggingFaceData) -> CaptionedImages:
     """The data set that a recipe names.
 
     Raises:
@@ -23,6 +23,14 @@ def open_data(config: EmojiData | FolderData) -> CaptionedImages:
         from latentgen.train.data.emoji import EmojiSet
 
         return EmojiSet(image_size=config.image_size, held_out=config.held_out)
+    if isinstance(config, WebDataset):
+        from latentgen.train.data.shards import ShardSet
+
+        return ShardSet(config)
+    if isinstance(config, HuggingFaceData):
+        from latentgen.train.data.huggingface import HuggingFaceSet
+
+        return HuggingFaceSet(config)
     from latentgen.train.data.folder import ImageFolder
 
     return ImageFolder(config)

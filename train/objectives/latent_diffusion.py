@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.diffusion.prediction import add_noise, target
@@ -34,48 +32,23 @@ from latentgen.pipelines.loading import (
     usual_guidance_scale,
 )
 from latentgen.train.config import LatentTask
-from latentgen.train.data import BatchPlan, CaptionedImages, Captions, View, sample_rng, to_tensor
+from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng
 from latentgen.train.objectives.base import Loss, Objective
+from latentgen.train.objectives.encoding import EncodedViews
 
-ENCODING_BATCH = 32
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.
 SMALL_LATENTS = 32 * 32
 _ON_CPU = Placement(torch.float32, torch.device("cpu"))
 AnyTask = TypeVar("AnyTask", bound=LatentTask)
 
 
-class EncodedViews(NamedTuple):
-    """Views of images, encoded once: mean and standard deviation of their latents, and what each may be called.
-
-    The tensors are float16 [views, C, h, w], on the CPU.
-    """
-
-    means: Tensor
-    stds: Tensor
-    captions: Sequence[Captions]
-
-    def latents(self, plan: BatchPlan) -> Tensor:
-        """A draw from the posterior of each sample, float32 [B, C, h, w]."""
-        items = torch.tensor(plan.items)
-        mean, std = self.means[items].float(), self.stds[items].float()
-        return mean + std * plan.noise(mean.shape[1:], "posterior")
-
-    def draw_captions(self, plan: BatchPlan, dropout: float) -> list[str]:
-        """A caption for each sample, left empty at the rate of `dropout` (arXiv:2207.12598)."""
-        captions = []
-        for item, rng in zip(plan.items, plan.rngs("caption"), strict=True):
-            dropped = rng.random() < dropout
-            captions.append("" if dropped else self.captions[item].draw(rng))
-        return captions
-
-
 class LatentObjective(Objective, Generic[AnyTask]):
     """The error of a UNet's prediction at random noise levels, in the latents of a finished autoencoder or on pixels.
 
     What is shown to the UNet beside the noisy latents makes the subclasses. Images are encoded once: `cached_views`
-    random views of every item, kept as the mean and standard deviation of their latents. Captions are drawn anew each
-    time, and left out at the rate of `caption_dropout`, which teaches the unconditional prediction of classifier-free
-    guidance (arXiv:2207.12598).
+    random views of every item, kept as the mean and standard deviation of their latents; or, with 0, in every step.
+    Captions are drawn anew each time, and left out at the rate of `caption_dropout`, which teaches the unconditional
+    prediction of classifier-free guidance (arXiv:2207.12598).
 
     Attributes:
         task: what the recipe says.
@@ -97,7 +70,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
         # On a CPU the small convolutions of a latent UNet learn faster so.
         self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
         self.scheduler = Scheduler.from_config(task.scheduler)
-        self.item_count = len(data) * task.cached_views
+        self.item_count = len(data) * max(1, task.cached_views)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]."""
@@ -203,31 +176,6 @@ def check_fit(
         )
     if problems:
         raise ConfigError("the parts of the recipe do not fit each other: " + "; ".join(problems))
-
-
-def fixed_views(data: CaptionedImages, views: int, seed: int) -> Iterator[View]:
-    """`views` random views of every item, the same in every process of a run: those of one item follow each other."""
-    for item in range(len(data)):
-        for number in range(views):
-            yield data.view(item, sample_rng(seed, "cached view", item, number))
-
-
-@torch.no_grad()
-def encode_views(
-    encoder: ImageEncoder, device: torch.device, views: Iterator[View], count: int
-) -> EncodedViews:
-    """Encode `count` views on `device`, a few at a time; the encoder, which must be on the CPU, is put back there."""
-    encoder.to(device)
-    means, stds, captions = [], [], []
-    for _ in tqdm(range(0, count, ENCODING_BATCH), desc="encoding the images", mininterval=1.0):
-        batch = list(islice(views, ENCODING_BATCH))
-        posterior = encoder(to_tensor([view.image for view in batch]).to(device))
-        means.append(posterior.mean.half().cpu())
-        stds.append((0.5 * posterior.logvar).exp().half().cpu())
-        captions += [view.captions for view in batch]
-    encoder.cpu()
-    # The convolutions would hand on the encoder's channels_last.
-    return EncodedViews(torch.cat(means).contiguous(), torch.cat(stds).contiguous(), captions)
 
 
 def spread_timesteps(plan: BatchPlan, count: int, shift: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
 from pathlib import Path
 
 import torch
@@ -15,15 +15,13 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.train.config import PairedTask
-from latentgen.train.data import BatchPlan, CaptionedImages, View, sample_rng
+from latentgen.train.data import BatchPlan, CaptionedImages, View
 from latentgen.train.objectives.degradation import DEGRADATIONS
+from latentgen.train.objectives.encoding import ViewSource, encode_views
 from latentgen.train.objectives.latent_diffusion import (
-    EncodedViews,
     LatentObjective,
     check_fit,
-    encode_views,
     finished_text_encoder,
-    fixed_views,
     load_vae,
 )
 
@@ -74,23 +72,17 @@ class PairedObjective(LatentObjective[PairedTask]):
         self._vae = load_vae(vae)
         # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
         self._pipeline()
-        views = self._pairs(fixed_views(data, task.cached_views, seed), seed)
-        encoded = encode_views(self._vae[0], device, views, 2 * self.item_count)
-        # Of what is shown the mean is enough.
-        self._views = EncodedViews(encoded.means[::2], encoded.stds[::2].clone(), encoded.captions[::2])
-        self._shown = encoded.means[1::2]
+        source = ViewSource(data, task.cached_views, seed, self._degraded)
+        self._views = encode_views(self._vae[0], device, source, shown="latents", cache_dir=task.cache_dir)
         self._scaling_factor = vae_config.scaling_factor
 
-    def _pairs(self, views: Iterator[View], seed: int) -> Iterator[View]:
-        """Each view, and after it what the UNet is shown of it."""
-        degrade = DEGRADATIONS[self.task.degradation]
-        for number, view in enumerate(views):
-            yield view
-            yield view._replace(image=degrade(view.image, sample_rng(seed, "degradation", number)))
+    def _degraded(self, view: View, rng: random.Random) -> View:
+        """A view, as an edit of what the UNet is shown of it."""
+        return view._replace(before=DEGRADATIONS[self.task.degradation](view.image, rng))
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """As LatentObjective.batch, and the degraded images in latents without the scaling factor [B, C, h, w]."""
-        return *super().batch(plan), self._shown[list(plan.items)].float() / self._scaling_factor
+        return *super().batch(plan), self._views.shown(plan).float() / self._scaling_factor
 
     def _pipeline(self) -> PairedImagePipeline:
         encoder, decoder = self._vae

@@ -20,13 +20,8 @@ from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TextToImageTask
 from latentgen.train.data import CaptionedImages
-from latentgen.train.objectives.latent_diffusion import (
-    LatentObjective,
-    check_fit,
-    encode_views,
-    fixed_views,
-    load_vae,
-)
+from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.latent_diffusion import LatentObjective, check_fit, load_vae
 from latentgen.train.objectives.tokenizer import train_tokenizer
 
 _TOKENIZER = "tokenizer"
@@ -81,8 +76,8 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         self._text = _text_encoder(text_config, data, origin, assets)
         self.text_encoder = self._text.model.requires_grad_(task.train_text_encoder)
         self._vae = load_vae(vae)
-        views = fixed_views(data, task.cached_views, seed)
-        self._views = encode_views(self._vae[0], device, views, self.item_count)
+        source = ViewSource(data, task.cached_views, seed)
+        self._views = encode_views(self._vae[0], device, source, cache_dir=task.cache_dir)
 
     def save_assets(self, folder: Path) -> None:
         """Write the tokenizer: the weights are worth nothing with another one."""

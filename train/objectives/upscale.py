@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,14 +19,13 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.upscale import UpscalePipeline, as_channels, low_res_ratio
 from latentgen.train.config import UpscaleTask
-from latentgen.train.data import BatchPlan, CaptionedImages, View, sample_rng
+from latentgen.train.data import BatchPlan, CaptionedImages, View
 from latentgen.train.objectives.degradation import lower_resolution
+from latentgen.train.objectives.encoding import ViewSource, encode_views
 from latentgen.train.objectives.latent_diffusion import (
     LatentObjective,
     check_fit,
-    encode_views,
     finished_text_encoder,
-    fixed_views,
     load_vae,
 )
 
@@ -84,22 +82,18 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
             )
         self.text_encoder = self._text.model
         self._vae = load_vae(vae)
-        self._low_res: list[Tensor] = []
         # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
-        side = data.image_size // self._pipeline().scale
-        views = self._degraded(fixed_views(data, task.cached_views, seed), side, seed)
-        self._views = encode_views(self._vae[0], device, views, self.item_count)
+        self._side = data.image_size // self._pipeline().scale
+        source = ViewSource(data, task.cached_views, seed, self._with_low_res)
+        self._views = encode_views(self._vae[0], device, source, shown="pixels", cache_dir=task.cache_dir)
 
-    def _degraded(self, views: Iterator[View], side: int, seed: int) -> Iterator[View]:
-        """Pass views on, and keep each in low resolution: uint8 [3, side, side]."""
-        for number, view in enumerate(views):
-            low_res = lower_resolution(view.image, side, sample_rng(seed, "degradation", number))
-            self._low_res.append(torch.from_numpy(np.array(low_res)).permute(2, 0, 1))
-            yield view
+    def _with_low_res(self, view: View, rng: random.Random) -> View:
+        """A view, as what becomes of the same in low resolution."""
+        return view._replace(before=lower_resolution(view.image, self._side, rng))
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """As LatentObjective.batch, and the noised low-resolution images [B, 3, H, W] and their levels [B]."""
-        shown = torch.stack([self._low_res[item] for item in plan.items]).float() / 127.5 - 1.0
+        shown = self._views.shown(plan).float() / 127.5 - 1.0
         # The square favours low levels: an image that is shown as it is has one level of many.
         levels = torch.tensor(
             [int((self.task.max_noise_level + 1) * rng.random() ** 2) for rng in plan.rngs("noise level")]

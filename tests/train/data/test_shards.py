@@ -1,0 +1,385 @@
+"""Tar shards: what tarfile writes and webdataset reads, read here at its place; every problem in one report."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from pydantic import ValidationError
+from webdataset.shardlists import expand_urls
+
+from latentgen.errors import DatasetError
+from latentgen.train.config import WebDataset
+from latentgen.train.data import open_data, packed, shards, tar_index
+from latentgen.train.data.shards import ShardSet, expand_shards, shard_order
+from latentgen.train.trainer import train
+from tests.train.recipes import COLOURS, MakeRecipe
+
+Member = tuple[str, bytes]
+
+
+def picture(colour: str, size: tuple[int, int] = (12, 10), kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, kind)
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[Member], *, form: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(key: str, colour: str, caption: str | None = None) -> list[Member]:
+    return [(f"{key}.png", picture(colour)), (f"{key}.txt", (caption or f"{colour} disc").encode())]
+
+
+def open_shards(*names: str | Path, **fields: Any) -> ShardSet:
+    return ShardSet(WebDataset(kind="webdataset", shards=tuple(map(str, names)), image_size=8, **fields))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three shards of two samples each."""
+    for shard in range(3):
+        two = COLOURS[2 * shard : 2 * shard + 2]
+        write_tar(tmp_path / f"part-{shard:03}.tar", [m for c in two for m in sample(c, c)])
+    return tmp_path
+
+
+def view(data: ShardSet, index: int) -> Any:
+    return data.view(index, random.Random(0))
+
+
+def test_every_sample_is_there(folder: Path):
+    data = open_shards(folder / "part-{000..002}.tar")
+    assert len(data) == 6
+    assert data.shard_counts == (2, 2, 2)
+    assert data.corpus() == [f"{colour} disc" for colour in COLOURS]
+    for index, colour in enumerate(COLOURS):
+        shown = view(data, index)
+        assert shown.captions.texts == (f"{colour} disc",)
+        assert shown.image.getcolors() == [(64, Image.new("RGB", (1, 1), colour).getpixel((0, 0)))]
+        assert shown.original_size == (10, 12)
+        assert shown.crop_corner == (0, 1)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_it_reads_what_webdataset_reads(tmp_path: Path, form: int):
+    deep = "/".join(
+        ["folder"] * 14
+    )  # a hundred characters and more, for which formats have fields of their own
+    members = [
+        *sample("0001", "red"),
+        ("0002.cls", b"7"),
+        ("0002.JPG", picture("blue", kind="JPEG")),
+        ("0002.json", json.dumps({"caption": "blue thing", "more": [1]}).encode()),
+        *sample(f"{deep}/0003", "green"),
+        ("a.b/0004.webp", picture("white", kind="WEBP")),
+        ("a.b/0004.seg.png", b"no picture"),
+        ("a.b/0004.txt", b" white thing \n"),
+        ("__info__/readme.txt", b"none"),
+        (".hidden.png", b"none"),
+        ("./0005.jpeg", picture("black", kind="JPEG")),
+        ("./0005.json", json.dumps({"text": "é 🍕"}).encode()),
+    ]
+    path = write_tar(tmp_path / "shard.tar", members, form=form)
+    data = open_shards(path)
+    theirs = []
+    for row in webdataset.WebDataset(str(path), shardshuffle=False):
+        image = next(row[suffix] for suffix in ("png", "jpg", "jpeg", "webp") if suffix in row)
+        caption = row["txt"].decode().strip() if "txt" in row else None
+        fields = json.loads(row["json"]) if "json" in row else {}
+        theirs.append((image, caption or fields.get("text") or fields["caption"]))
+    assert len(data) == len(theirs) == 5
+    for index, (image, caption) in enumerate(theirs):
+        assert view(data, index).captions.texts == (caption,)
+        expected = packed.view_of(Image.open(io.BytesIO(image)).convert("RGB"), (caption,), 8)
+        assert np.array_equal(view(data, index).image, expected.image)
+
+
+def test_several_captions(tmp_path: Path):
+    path = write_tar(
+        tmp_path / "shard.tar",
+        [("a.png", picture("red")), ("a.json", json.dumps({"text": ["one", "two"]}).encode())],
+    )
+    assert view(open_shards(path), 0).captions == (("one", "two"), (1.0, 1.0))
+
+
+BAD_SAMPLES: list[Member] = [
+    *sample("good", "red"),
+    ("lonely.png", picture("red")),
+    ("captions.txt", b"no image"),
+    *sample("twice", "red"),
+    ("twice.png", picture("blue")),
+    *sample("both", "red"),
+    ("both.jpg", picture("blue", kind="JPEG")),
+    ("latin.png", picture("red")),
+    ("latin.txt", b"\xff\xfe"),
+    ("list.png", picture("red")),
+    ("list.json", b'{"text": [1]}'),
+    ("nothing.png", picture("red")),
+    ("nothing.json", b'{"title": "x"}'),
+    ("broken.png", picture("red")),
+    ("broken.json", b"{"),
+    ("nul.png", picture("red")),
+    ("nul.txt", b"a\0b"),
+    ("long.png", picture("red")),
+    ("long.txt", b"x" * (packed.MAX_CAPTION_BYTES + 1)),
+]
+
+
+def test_every_problem_is_listed_at_once(tmp_path: Path):
+    path = write_tar(
+        tmp_path / "shard.tar", [*BAD_SAMPLES, ("cut.png", picture("red")[:40]), ("cut.txt", b"cut")]
+    )
+    with pytest.raises(DatasetError) as caught:
+        open_shards(path)
+    with (
+        pytest.warns(UserWarning, match=r"1 images are left out: .*cut\.png"),
+        pytest.raises(DatasetError) as skipping,
+    ):
+        open_shards(path, on_bad_image="skip")
+    for error, count in ((caught, 11), (skipping, 10)):
+        message = str(error.value)
+        assert f"data.shards (1 files) has {count} problems" in message
+        for part in (
+            "'lonely.png': no caption; there must be a 'lonely.txt'",
+            "'captions.txt': a caption without an image",
+            "'twice.png': its sample has 'twice.png' already",
+            "'both.jpg': its sample has 'both.png' already",
+            "'latin.txt': it is not in UTF-8",
+            "'list.json': the caption is [1]; it must be a string",
+            "'nothing.json': it has no 'text' and no 'caption'",
+            "'broken.json': it is no JSON",
+            "'nul.txt':",
+            "'long.txt' has 1,048,577 bytes; at most 1,048,576 are read",
+        ):
+            assert part in message
+        assert ("cut.png" in message) == (count == 11)
+
+
+def test_a_long_report_counts_what_it_leaves_out(tmp_path: Path):
+    path = write_tar(tmp_path / "shard.tar", [(f"{number}.png", b"") for number in range(80)])
+    with pytest.raises(DatasetError, match=r"has 80 problems: .*'49\.png'.*; and 30 more$") as caught:
+        open_shards(path)
+    assert "'50.png'" not in str(caught.value)
+
+
+def test_bad_images_can_be_skipped_with_a_warning(tmp_path: Path):
+    members = [*sample("a", "red"), ("b.png", b"GIF89a"), ("b.txt", b"b"), *sample("c", "blue")]
+    path = write_tar(tmp_path / "shard.tar", members)
+    with pytest.raises(DatasetError, match=r"1 problems: .*b\.png.* cannot be read as an image"):
+        open_shards(path)
+    for _ in range(2):  # the second time from the index
+        with pytest.warns(UserWarning, match=r"1 images are left out: .*b\.png"):
+            data = open_shards(path, on_bad_image="skip", index_dir=tmp_path / "index")
+        assert data.corpus() == ["red disc", "blue disc"]
+
+
+def _without_end(data: bytes) -> bytes:
+    whole = data.rstrip(b"\0")
+    return whole.ljust(-(-len(whole) // 512) * 512, b"\0")
+
+
+def _with_bad_header(data: bytes) -> bytes:
+    begin = data.index(b"blue.png") + 20
+    return data[:begin] + b"\xff" * 300 + data[begin + 300 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:700], "unexpected end of data"),
+        (lambda data: data[: data.index(b"blue.png") + 600], "unexpected end of data"),
+        (_without_end, "without the mark of its end"),
+        (_with_bad_header, "is damaged at byte"),
+        (lambda data: b"", r"is empty \(0 bytes\)"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\nsize 99\n", "git-LFS pointer"),
+        (lambda data: b"<!DOCTYPE html><html>", "HTML"),
+        (gzip.compress, "is compressed"),
+        (lambda data: random.Random(0).randbytes(4096), "cannot be read as a tar file"),
+        (lambda data: bytes(1024), "no sample"),
+    ],
+)
+def test_damaged_shards(tmp_path: Path, damage: Callable[[bytes], bytes], message: str):
+    members = [member for colour in ("red", "blue", "green") for member in sample(colour, colour)]
+    path = write_tar(tmp_path / "shard.tar", members, form=tarfile.USTAR_FORMAT)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DatasetError, match=message):
+        open_shards(path, on_bad_image="skip")
+
+
+def test_links_and_folders_are_no_samples(tmp_path: Path):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(picture("blue"))
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, kind in (
+            ("a.png", tarfile.SYMTYPE),
+            ("b.png", tarfile.LNKTYPE),
+            ("c.png", tarfile.DIRTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, str(outside)
+            archive.addfile(info)
+        for name, data in (("../../d.png", picture("red")), ("../../d.txt", b"up")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    before = sorted(tmp_path.rglob("*"))
+    data = open_shards(path)
+    assert data.corpus() == ["up"]
+    assert view(data, 0).image.getpixel((0, 0)) == (255, 0, 0)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_checking_nothing_is_read_before_it_is_needed(tmp_path: Path):
+    members = [
+        *sample("a", "red"),
+        ("b.png", b"none"),
+        ("b.txt", b"b"),
+        ("c.png", picture("red")),
+        ("c.json", b"[]"),
+    ]
+    data = open_shards(write_tar(tmp_path / "shard.tar", members), check_images=False)
+    assert view(data, 0).captions.texts == ("red disc",)
+    with pytest.raises(DatasetError, match=r"shard\.tar.*, image at byte .* cannot be read as an image"):
+        view(data, 1)
+    with pytest.raises(DatasetError, match=r"shard\.tar.*, caption at byte .*: it has no 'text'"):
+        view(data, 2)
+    with pytest.raises(ValidationError, match="skip needs check_images"):
+        open_shards(tmp_path / "shard.tar", check_images=False, on_bad_image="skip")
+
+
+def test_the_index_spares_the_second_run_the_reading(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    names, index = folder / "part-*.tar", folder / "index"
+    first = open_shards(names, index_dir=index)
+    surveyed: list[Path] = []
+
+    def survey(path: Path, *, decode: bool) -> tar_index.ShardSurvey:
+        surveyed.append(path)
+        return tar_index.survey_shard(path, decode=decode)
+
+    monkeypatch.setattr(shards, "survey_shard", survey)
+    second = open_shards(names, index_dir=index)
+    unchecked = open_shards(names, index_dir=index, check_images=False)
+    assert surveyed == []
+    assert second.corpus() == unchecked.corpus() == first.corpus()
+    write_tar(folder / "part-001.tar", [*sample("new", "white", "new one"), *sample("x", "red")])
+    third = open_shards(names, index_dir=index)
+    assert surveyed == [folder / "part-001.tar"]
+    assert third.corpus()[2] == "new one"
+    open_shards(names, index_dir=index, check_images=False)
+    assert len(surveyed) == 1
+    assert len(list(index.glob("*.safetensors"))) == 2
+
+
+def test_an_unchecked_index_is_not_taken_for_a_checked_one(tmp_path: Path):
+    path = write_tar(tmp_path / "shard.tar", [("b.png", b"none"), ("b.txt", b"b")])
+    open_shards(path, index_dir=tmp_path / "index", check_images=False)
+    with pytest.raises(DatasetError, match="cannot be read as an image"):
+        open_shards(path, index_dir=tmp_path / "index")
+
+
+def test_a_shard_that_changes_during_the_run(folder: Path):
+    path = folder / "part-000.tar"
+    data = open_shards(path)
+    os.truncate(path, 700)
+    with pytest.raises(DatasetError, match="was changed while the run used it"):
+        view(data, 1)
+    data = open_shards(folder / "part-001.tar")
+    view(data, 0)
+    os.truncate(folder / "part-001.tar", 700)
+    with pytest.raises(DatasetError, match="is cut off: the file has become shorter"):
+        view(data, 1)
+
+
+def test_few_files_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shards, "_OPEN_FILES", 2)
+    data = open_shards(folder / "part-*.tar")
+    before = len(os.listdir("/proc/self/fd"))
+    for index in range(6):
+        view(data, index)
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+
+
+def test_names_of_shards(folder: Path):
+    pattern = f"{folder}/part-{{000..002}}.tar"
+    expected = [Path(name) for name in expand_urls(pattern)]
+    assert expand_shards([pattern]) == expected
+    assert expand_shards([f"{folder}/part-*.tar"]) == expected
+    assert expand_shards([f"{folder}/part-{{0..0}}0{{0..2}}.tar"]) == expected
+    with pytest.raises(DatasetError, match=r"part-003\.tar' is not a file that exists"):
+        expand_shards([f"{folder}/part-{{000..003}}.tar"])
+    with pytest.raises(DatasetError, match="matches no file"):
+        expand_shards([f"{folder}/none-*.tar"])
+    with pytest.raises(DatasetError, match=r"part-001\.tar' is named twice"):
+        expand_shards([pattern, f"{folder}/part-001.tar"])
+    for wrong in ("{5..1}", "{0..9999999}", "{000..999}{000..999}"):
+        with pytest.raises(DatasetError, match=r"must count up|over 100,000 files"):
+            expand_shards([f"{folder}/{wrong}.tar"])
+
+
+@pytest.mark.parametrize(
+    "name", ["pipe:cat /etc/passwd", "http://host/a.tar", "s3://bucket/a.tar", "gs://b/{0..9}.tar"]
+)
+def test_commands_and_addresses_are_refused(name: str):
+    with pytest.raises(ValidationError, match=r"runs a command|is an address"):
+        WebDataset(kind="webdataset", shards=(name,), image_size=8)
+    with pytest.raises(ValidationError, match="must be a path"):
+        WebDataset.model_validate({"kind": "webdataset", "shards": 3, "image_size": 8})
+
+
+def test_an_epoch_shows_every_item_once_and_reads_few_shards_at_a_time():
+    counts = [7, 0, 12, 5, 9, 30, 1, 8, 8, 20]
+    shard_of = np.repeat(np.arange(10), counts)
+    orders = [shard_order(3, epoch, counts, together=2) for epoch in range(3)]
+    for order in orders:
+        assert sorted(order) == list(range(100))
+        spans = {shard: np.flatnonzero(shard_of[order] == shard) for shard in range(10) if counts[shard]}
+        open_at = [sum(span[0] <= place <= span[-1] for span in spans.values()) for place in range(100)]
+        assert max(open_at) <= 2
+    assert not np.array_equal(orders[0], orders[1])
+    assert np.array_equal(orders[1], shard_order(3, 1, counts, together=2))
+    assert not np.array_equal(orders[1], shard_order(4, 1, counts, together=2))
+
+
+def test_an_order_never_changes():
+    assert shard_order(1, 2, [3, 3, 2], together=2).tolist() == [2, 1, 7, 0, 6, 4, 3, 5]
+
+
+def test_a_run_from_shards_is_one_from_a_folder(
+    text_to_image_recipe: MakeRecipe, image_folder: Path, tmp_path: Path
+):
+    names = sorted(COLOURS)
+    for number in range(2):
+        members = []
+        for colour in names[3 * number : 3 * number + 3]:
+            members += [
+                (f"{colour}{end}", (image_folder / f"{colour}{end}").read_bytes()) for end in (".png", ".txt")
+            ]
+        write_tar(tmp_path / f"{number}.tar", members)
+    shards_fields = f"{{kind: webdataset, shards: '{tmp_path}/{{0..1}}.tar', image_size: 16}}"
+    ours = text_to_image_recipe(f"data={shards_fields}", f"output_dir={tmp_path / 'ours'}")
+    theirs = text_to_image_recipe(f"output_dir={tmp_path / 'theirs'}")
+    assert isinstance(open_data(ours.data), ShardSet)
+    for config in (ours, theirs):
+        train(config)
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        files = [config.output_dir / "checkpoint-00000004" / name for config in (ours, theirs)]
+        assert files[0].read_bytes() == files[1].read_bytes()

@@ -1,0 +1,339 @@
+"""Views in latents: the same kept in memory, kept on disk, and shared by processes; new ones in every step."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from latentgen.checkpoints.folder import CheckpointFolder
+from latentgen.errors import CheckpointCorruptError, ConfigError
+from latentgen.models.pixels import ImageEncoder
+from latentgen.train.config import TrainConfig
+from latentgen.train.data import BatchPlan, Captions, View, to_tensor
+from latentgen.train.objectives import view_encoder
+from latentgen.train.objectives.base import Objective
+from latentgen.train.objectives.encoding import EncodedViews, ViewSource, encode_views
+from latentgen.train.objectives.latent_diffusion import LatentObjective, load_vae
+from latentgen.train.objectives.view_encoder import ViewEncoder, batch_limit
+from latentgen.train.trainer import build_objective, train
+from tests.train.recipes import MakeRecipe, plan_for
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[3]
+
+
+class Scribbles:
+    """Six random pictures: the even ones 16 wide and 16 high, the odd ones 24 wide and 8 high, the last two masked."""
+
+    image_size = 16
+
+    def __len__(self) -> int:
+        return 6
+
+    def view(self, index: int, rng: random.Random) -> View:
+        size = (24, 8) if index % 2 else (16, 16)
+        image = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
+        ImageDraw.Draw(image).line([rng.randrange(16) for _ in range(6)], "red", 2)
+        mask = None
+        if index > 3:
+            mask = Image.new("L", size)
+            mask.paste(255, (0, 0, 3, 8))
+        corner = (rng.randrange(5), 1)
+        return View(image, Captions((f"number {index}",), (1.0,)), (100, 50 + index), corner, mask)
+
+    def corpus(self) -> list[str]:
+        return []
+
+
+def plan(*items: int, step: int = 0) -> BatchPlan:
+    return BatchPlan(3, step, len(items), tuple(range(len(items))), items)
+
+
+@pytest.fixture
+def encoder(tiny_checkpoint: Path) -> ImageEncoder:
+    return load_vae(CheckpointFolder.open(tiny_checkpoint))[0]
+
+
+@pytest.fixture(params=["upscale_recipe", "paired_recipe", "text_to_image_recipe"])
+def recipe(request: pytest.FixtureRequest) -> MakeRecipe:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def encoded_images(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of the encoder was given, fillings included."""
+    counts: list[int] = []
+    encode = ViewEncoder.encode
+
+    def counting(self: ViewEncoder, images: Any) -> list[Tensor]:
+        counts.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(ViewEncoder, "encode", counting)
+    return counts
+
+
+def build(config: TrainConfig) -> Objective:
+    torch.manual_seed(1)
+    return build_objective(config, device=CPU)
+
+
+def assert_same_batches(ours: Objective, theirs: Objective) -> None:
+    for step in range(3):
+        for our, their in zip(
+            ours.batch(plan_for(ours, step)), theirs.batch(plan_for(theirs, step)), strict=True
+        ):
+            assert our.dtype == their.dtype
+            assert torch.equal(our, their)
+
+
+def assert_same_views(ours: EncodedViews, theirs: EncodedViews, count: int) -> None:
+    for index in range(count):
+        (our,), (their,) = ours.posteriors(plan(index)), theirs.posteriors(plan(index))
+        assert torch.equal(our, their)
+        assert torch.equal(ours.size_conditions(plan(index)), theirs.size_conditions(plan(index)))
+        assert torch.equal(ours.masks_of(plan(index)), theirs.masks_of(plan(index)))
+        assert ours.draw_captions(plan(index), 0.0) == theirs.draw_captions(plan(index), 0.0)
+
+
+def test_a_cache_changes_nothing_but_the_time(recipe: MakeRecipe, tmp_path: Path, encoded_images: list[int]):
+    cache = f"task.cache_dir={tmp_path / 'cache'}"
+    in_memory, first = build(recipe()), build(recipe(cache))
+    assert encoded_images
+    encoded_images.clear()
+    second = build(recipe(cache))
+    assert not encoded_images
+    assert_same_batches(first, in_memory)
+    assert_same_batches(second, in_memory)
+
+
+def test_tasks_share_what_they_encode_alike(
+    text_to_image_recipe: MakeRecipe,
+    paired_recipe: MakeRecipe,
+    tmp_path: Path,
+    encoded_images: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(view_encoder, "ENCODING_BATCH", 1)
+    cache = f"task.cache_dir={tmp_path / 'cache'}"
+    build(text_to_image_recipe(cache))
+    assert len(encoded_images) == 6  # both views of an item are the same centre crop
+    build(paired_recipe(cache))
+    assert len(encoded_images) == 10  # black and white have no colour to lose
+
+
+def test_another_autoencoder_has_other_latents(encoder: ImageEncoder, tmp_path: Path):
+    source = ViewSource(Scribbles(), 1, seed=0)
+    before = encode_views(encoder, CPU, source, cache_dir=tmp_path)
+    with torch.no_grad():
+        next(encoder.parameters()).mul_(1.5)
+    after = encode_views(encoder, CPU, source, cache_dir=tmp_path)
+    assert not torch.equal(after.posteriors(plan(0))[0], before.posteriors(plan(0))[0])
+    assert_same_views(after, encode_views(encoder, CPU, source), 6)
+
+
+def test_latents_do_not_depend_on_what_was_cached_before(encoder: ImageEncoder, tmp_path: Path):
+    class OnlyTwo(Scribbles):
+        def __len__(self) -> int:
+            return 2
+
+    encode_views(encoder, CPU, ViewSource(OnlyTwo(), 3, seed=0), cache_dir=tmp_path)
+    source = ViewSource(Scribbles(), 3, seed=0)
+    assert_same_views(
+        encode_views(encoder, CPU, source, cache_dir=tmp_path), encode_views(encoder, CPU, source), 18
+    )
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_entries_are_made_anew(
+    encoder: ImageEncoder, tmp_path: Path, damage: str, encoded_images: list[int]
+):
+    source = ViewSource(Scribbles(), 2, seed=0)
+    whole = encode_views(encoder, CPU, source)
+    encode_views(encoder, CPU, source, cache_dir=tmp_path)
+    (file,) = tmp_path.rglob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data[:-100] if damage == "truncated" else data)
+    encoded_images.clear()
+    with pytest.warns(UserWarning, match="damaged and is deleted"):
+        mended = encode_views(encoder, CPU, source, cache_dir=tmp_path)
+    assert encoded_images
+    assert_same_views(mended, whole, 12)
+    encoded_images.clear()
+    assert_same_views(encode_views(encoder, CPU, source, cache_dir=tmp_path), whole, 12)
+    assert not encoded_images
+
+
+def test_damage_during_the_run_is_an_error(encoder: ImageEncoder, tmp_path: Path):
+    views = encode_views(encoder, CPU, ViewSource(Scribbles(), 1, seed=0), cache_dir=tmp_path)
+    (file,) = tmp_path.rglob("*.safetensors")
+    with file.open("r+b") as handle:
+        handle.seek(-1, 2)
+        last = handle.read(1)[0]
+        handle.seek(-1, 2)
+        handle.write(bytes([last ^ 1]))
+    with (
+        pytest.warns(UserWarning, match="does not match its checksums"),
+        pytest.raises(CheckpointCorruptError, match="was damaged while this run read it; resume the run"),
+    ):
+        [views.posteriors(plan(index)) for index in range(6)]
+
+
+def test_views_of_several_sizes_are_those_of_diffusers(encoder: ImageEncoder, tiny_checkpoint: Path):
+    from diffusers import AutoencoderKL
+
+    source = ViewSource(Scribbles(), 2, seed=0)
+    views = encode_views(encoder, CPU, source)
+    oracle = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    for items in ((0, 5, 4, 9), (2, 3, 6, 7)):  # of the even pictures, and of the odd ones
+        batch = plan(*items)
+        with torch.no_grad():
+            posterior = oracle.encode(to_tensor([source.fixed(item).image for item in items])).latent_dist
+        noise = batch.noise(posterior.mean.shape[1:], "posterior")
+        expected = (posterior.mean + posterior.std * noise) * 0.18215
+        latents = views.latents(batch)
+        assert latents.shape == expected.shape
+        assert ((latents - expected).norm() / expected.norm()).item() < 1e-3  # kept in float16
+
+
+def test_fresh_views_are_drawn_by_step_and_sample(encoder: ImageEncoder, tiny_checkpoint: Path):
+    from diffusers import AutoencoderKL
+
+    source = ViewSource(Scribbles(), 0, seed=0)
+    views = encode_views(encoder, CPU, source)
+    oracle = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    seen = []
+    for step in range(3):
+        batch = plan(2, 4, 2, step=step)
+        images = [
+            source.data.view(item, rng).image
+            for item, rng in zip(batch.items, batch.rngs("view"), strict=True)
+        ]
+        with torch.no_grad():
+            posterior = oracle.encode(to_tensor(images)).latent_dist
+        expected = (
+            posterior.mean + posterior.std * batch.noise(posterior.mean.shape[1:], "posterior")
+        ) * 0.18215
+        latents = views.latents(batch)
+        assert ((latents - expected).norm() / expected.norm()).item() < 1e-3
+        seen += [*latents]
+        again = encode_views(encoder, CPU, source)
+        assert torch.equal(again.latents(batch), latents)
+        assert views.draw_captions(batch, 0.0) == ["number 2", "number 4", "number 2"]
+    assert all(not torch.equal(ours, theirs) for i, ours in enumerate(seen) for theirs in seen[:i])
+
+
+def test_fresh_views_are_encoded_once_a_batch(encoder: ImageEncoder, encoded_images: list[int]):
+    views = encode_views(encoder, CPU, ViewSource(Scribbles(), 0, seed=0))
+    assert not encoded_images
+    for _ in range(2):
+        views.latents(plan(1, 3))
+        views.draw_captions(plan(1, 3), 0.1)
+        views.masks_of(plan(1, 3))
+        views.size_conditions(plan(1, 3))
+    assert encoded_images == [2]
+
+
+def test_fresh_batches_are_functions_of_their_plans(recipe: MakeRecipe, tmp_path: Path):
+    cache = tmp_path / "cache"
+    config = recipe("task.cached_views=0", f"task.cache_dir={cache}")
+    objective = build(config)
+    assert isinstance(objective, LatentObjective)
+    assert objective.item_count == 6
+    assert_same_batches(objective, build(config))
+    assert objective(*objective.batch(plan_for(objective))).total.isfinite()
+    assert not cache.exists()
+
+
+def test_a_run_with_fresh_views_resumes_as_if_it_had_not_stopped(paired_recipe: MakeRecipe, tmp_path: Path):
+    overrides = ["task.cached_views=0", "task.degradation=inpainting"]
+    overrides += [f"output_dir={tmp_path / 'cut'}", "optimizer.decay_fraction=0"]
+    assert_runs_alike(paired_recipe, overrides)
+
+
+def test_a_run_may_be_resumed_with_another_cache(text_to_image_recipe: MakeRecipe, tmp_path: Path):
+    overrides = [f"output_dir={tmp_path / 'cut'}", "optimizer.decay_fraction=0"]
+    assert_runs_alike(text_to_image_recipe, overrides, f"task.cache_dir={tmp_path / 'cache'}")
+
+
+def assert_runs_alike(make: MakeRecipe, overrides: list[str], *later: str) -> None:
+    """Four steps at once against two and two, the latter with `later`."""
+    train(make(*overrides, "max_steps=2"))
+    cut = make(*overrides, *later, "max_steps=4", "resume=true")
+    train(cut)
+    whole = make(*overrides, "max_steps=4", f"output_dir={cut.output_dir.parent / 'uncut'}")
+    train(whole)
+    for name in ("weights.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        files = (config.output_dir / "checkpoint-00000004" / name for config in (cut, whole))
+        assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_masks_are_brought_to_the_latents_by_area(encoder: ImageEncoder):
+    views = encode_views(encoder, CPU, ViewSource(Scribbles(), 1, seed=0))
+    masks = views.masks_of(plan(0, 4))
+    assert masks.shape == (2, 1, 8, 8)
+    assert (masks[0] == 1).all()
+    expected = torch.zeros(8, 8)
+    expected[:4, 0] = 1
+    expected[:4, 1] = 0.5
+    torch.testing.assert_close(masks[1, 0], expected, atol=1 / 255, rtol=0)
+
+
+def test_asking_for_masks_that_are_not_there(text_to_image_recipe: MakeRecipe):
+    objective = build(text_to_image_recipe())
+    assert isinstance(objective, LatentObjective)
+    with pytest.raises(ConfigError, match="no image of the training set has a mask"):
+        objective._views.masks_of(plan_for(objective))
+
+
+def test_size_conditions_are_those_of_sdxl(encoder: ImageEncoder):
+    source = ViewSource(Scribbles(), 2, seed=0)
+    rows = encode_views(encoder, CPU, source).size_conditions(plan(2, 7))
+    assert rows.dtype == torch.float32
+    corners = [source.fixed(item).crop_corner for item in (2, 7)]
+    # Item 1 is 8 high and 24 wide, cut from an image that is 100 high and 51 wide.
+    assert rows.tolist() == [[100, 51, *corners[0], 8, 24], [100, 53, *corners[1], 8, 24]]
+
+
+def test_large_images_are_encoded_a_few_at_a_time():
+    assert [batch_limit((side, side)) for side in (64, 128, 256, 512, 1024, 2048)] == [32, 32, 16, 4, 1, 1]
+
+
+_WORKER = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from latentgen.checkpoints.folder import CheckpointFolder
+from latentgen.train.objectives import view_encoder
+from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.latent_diffusion import load_vae
+from tests.train.objectives.test_encoding import CPU, Scribbles, assert_same_views
+folder, rank, cache = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{cache.parent / 'meeting'}", rank=rank, world_size=2)
+encoder = load_vae(CheckpointFolder.open(folder))[0]
+source = ViewSource(Scribbles(), 4, seed=0)
+expected = encode_views(encoder, CPU, source)
+added = []
+add = view_encoder.EncodingQueue.add
+view_encoder.EncodingQueue.add = lambda self, image, keep: (added.append(image), add(self, image, keep))[1]
+views = encode_views(encoder, CPU, source, cache_dir=cache)
+assert len(added) == 12, len(added)
+assert_same_views(views, expected, 24)
+dist.destroy_process_group()
+"""
+
+
+def test_each_process_encodes_its_share(tiny_checkpoint: Path, tmp_path: Path):
+    arguments = [sys.executable, "-c", _WORKER, str(tiny_checkpoint)]
+    workers = [
+        subprocess.Popen([*arguments, str(rank), str(tmp_path / "cache")], cwd=ROOT) for rank in range(2)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]

@@ -1,0 +1,189 @@
+"""Tensors on disk under the hash of what they were computed from, for all runs and processes to share."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import time
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from latentgen.checkpoints.headers import TensorInfo, encode_header
+from latentgen.checkpoints.mapped_file import MappedFile
+from latentgen.checkpoints.weights import DTYPE_NAMES
+from latentgen.errors import CheckpointCorruptError, CheckpointError
+from latentgen.files import atomic_write, quote
+
+# A pack is written when it has grown to one of these, or is as old as this: a run that is killed loses no more.
+PACK_BYTES = 64 * 2**20
+PACK_ENTRIES = 4096
+PACK_SECONDS = 60.0
+_SUFFIX = ".safetensors"
+_NAME = re.compile(r"([0-9a-f]{64})/[a-z_]+")
+# What a process that was killed leaves behind is deleted when nobody can be writing it any more.
+_STALE_SECONDS = 24 * 3600.0
+
+
+class _Place(NamedTuple):
+    pack: MappedFile
+    names: tuple[str, ...]
+
+
+class TensorCache:
+    """A folder of entries, each a few tensors under a key from :func:`content_key`; tensors are read memory-mapped.
+
+    Entries lie in packs: safetensors files of up to 64 MiB with random names, as a file for each of a million entries
+    would be slow to list, to copy and to delete. A pack appears when it is whole and is never written again, so that
+    any number of processes may read and write at once; two that compute one entry both write it, which costs space
+    alone. Every tensor has a checksum: a damaged pack is deleted with a warning, and what it held is computed anew.
+    The folder may be deleted whenever no run uses it.
+
+    An object serves one thread; after a fork, parent and child may both read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: set[str] = set()
+        self._places: dict[str, _Place] = {}
+        self._pending: dict[str, dict[str, Tensor]] = {}
+        self._pending_bytes = 0
+        self._pending_since = 0.0
+        self.refresh()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._pending or key in self._places
+
+    def __len__(self) -> int:
+        return len(self._pending.keys() | self._places.keys())
+
+    def refresh(self) -> None:
+        """Look for what other processes have written; damaged packs are deleted."""
+        if not self.folder.is_dir():
+            return
+        for file in sorted(self.folder.iterdir()):
+            if file.suffix == _SUFFIX and file.name not in self._known:
+                self._known.add(file.name)
+                self._open(file)
+            elif file.suffix == ".tmp":
+                with suppress(OSError):  # another process was faster
+                    if time.time() - file.stat().st_mtime > _STALE_SECONDS:
+                        file.unlink()
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of an entry, not to be written to; None if there is none, or only a damaged one."""
+        if key in self._pending:
+            return self._pending[key]
+        place = self._places.get(key)
+        if place is None:
+            return None
+        tensors = {name: place.pack.tensor(name) for name in place.names}
+        if any(_checksum(tensor) != place.pack.header.metadata[name] for name, tensor in tensors.items()):
+            self._discard(place.pack.path, "does not match its checksums")
+            return None
+        return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep an entry. It reaches the disk with the pack that it is part of, with :meth:`flush` at the latest.
+
+        Raises:
+            OutputError: a pack cannot be written.
+        """
+        if not self._pending:
+            self._pending_since = time.monotonic()
+        self._pending[key] = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        full = self._pending_bytes >= PACK_BYTES or len(self._pending) >= PACK_ENTRIES
+        if full or time.monotonic() - self._pending_since >= PACK_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not on the disk yet.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if not self._pending:
+            return
+        tensors = {
+            f"{key}/{name}": tensor for key, entry in self._pending.items() for name, tensor in entry.items()
+        }
+        # Wider items first, so that every tensor is aligned to its item size.
+        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+        infos = {
+            name: TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+            for name, tensor in tensors.items()
+        }
+        file = self.folder / f"{secrets.token_hex(16)}{_SUFFIX}"
+        with atomic_write(file) as pack:
+            pack.write(encode_header(infos, {name: _checksum(tensor) for name, tensor in tensors.items()}))
+            for tensor in tensors.values():
+                pack.write(_bytes_of(tensor))
+        self._known.add(file.name)
+        self._open(file)
+        self._pending, self._pending_bytes = {}, 0
+
+    def _open(self, file: Path) -> None:
+        try:
+            pack = MappedFile(file)
+        except CheckpointCorruptError as error:
+            self._discard(file, str(error))
+            return
+        except CheckpointError as error:
+            if file.exists():  # else another process has deleted it
+                warnings.warn(f"{quote(file)} of the cache is passed over: {error}", stacklevel=2)
+            return
+        matches = {name: _NAME.fullmatch(name) for name in pack.header}
+        if not all(matches.values()) or pack.header.metadata.keys() != pack.header.tensors.keys():
+            self._discard(file, "is no pack of this cache")
+            return
+        names: dict[str, tuple[str, ...]] = {}
+        for name, match in matches.items():
+            if match:
+                names[match[1]] = (*names.get(match[1], ()), name)
+        self._places.update({key: _Place(pack, own) for key, own in names.items()})
+
+    def _discard(self, file: Path, reason: str) -> None:
+        warnings.warn(
+            f"{quote(file)} of the cache is damaged and is deleted; what it held is computed anew ({reason})",
+            stacklevel=3,
+        )
+        self._places = {key: place for key, place in self._places.items() if place.pack.path != file}
+        with suppress(OSError):  # another process was faster, or the folder may only be read
+            file.unlink()
+
+
+def content_key(*parts: str | bytes) -> str:
+    """The sha256 of a sequence of texts and bytes, in hexadecimal; other sequences have other keys."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def weights_digest(modules: Iterable[nn.Module]) -> str:
+    """The sha256 of the names, dtypes, shapes and values of all parameters and buffers that files hold."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(_bytes_of(tensor))
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _checksum(tensor: Tensor) -> str:
+    return f"{zlib.crc32(_bytes_of(tensor)):08x}"
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

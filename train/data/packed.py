@@ -1,0 +1,118 @@
+"""Training sets whose images lie within large files: what is common to all formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from PIL import Image
+
+from latentgen.errors import DatasetError, InputError
+from latentgen.files import quote
+from latentgen.image_file import read_image_bytes
+from latentgen.prompts import check_prompts
+from latentgen.train.data import Captions, View
+
+# Far over every photograph, and little beside the memory that decoding one takes.
+MAX_IMAGE_BYTES = 256 * 2**20
+MAX_CAPTION_BYTES = 2**20
+CAPTION_KEYS = ("text", "caption")
+_LISTED = 50
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+def captions_of(value: object) -> tuple[str, ...]:
+    """One caption or several.
+
+    Raises:
+        InputError: it is neither a string nor a list of them, or cannot be encoded.
+    """
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not texts:
+        raise InputError(f"the caption is {quote(value)}; it must be a string, or a list of strings")
+    texts = list(texts)
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"the caption is {quote(value)}; it must be a string, or a list of strings")
+    check_prompts(texts)
+    return tuple(texts)
+
+
+def json_captions(data: bytes) -> tuple[str, ...]:
+    """The captions in the JSON of a sample, under the first of `CAPTION_KEYS` that it has.
+
+    Raises:
+        InputError: it is no JSON, or has none of them.
+    """
+    try:
+        fields = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"it is no JSON: {error}") from None
+    key = next((key for key in CAPTION_KEYS if isinstance(fields, dict) and key in fields), None)
+    if key is None:
+        raise InputError(f"it has no {' and no '.join(map(quote, CAPTION_KEYS))}")
+    return captions_of(fields[key])
+
+
+def text_captions(data: bytes) -> tuple[str, ...]:
+    """The caption in a text file.
+
+    Raises:
+        InputError: it is not in UTF-8, or cannot be encoded.
+    """
+    try:
+        return captions_of(data.decode("utf-8-sig").strip())
+    except UnicodeDecodeError as error:
+        raise InputError(f"it is not in UTF-8: {error}") from None
+
+
+def view_of(image: Image.Image, captions: Sequence[str], side: int) -> View:
+    """The middle square of an image, its shorter side scaled to `side`."""
+    height, width = (
+        max(side, round(length * side / min(image.size))) for length in (image.height, image.width)
+    )
+    top, left = (height - side) // 2, (width - side) // 2
+    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
+    square = scaled.crop((left, top, left + side, top + side))
+    texts = tuple(captions)
+    return View(square, Captions(texts, (1.0,) * len(texts)), (image.height, image.width), (top, left))
+
+
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Height and width of an image that is decoded for it.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    image = read_image_bytes(data, name)
+    return image.height, image.width
+
+
+def in_threads(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """`function` of each item, several at a time: Pillow and files let others run meanwhile."""
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        return list(pool.map(function, items))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for thousands of images
+
+
+def leave_out(bad: Sequence[str]) -> None:
+    """Warn of the images that the recipe says to skip."""
+    if bad:
+        warnings.warn(f"{len(bad):,} images are left out: {_listed(bad)}", stacklevel=3)
+
+
+def refuse(where: str, problems: Sequence[str]) -> None:
+    """Raise DatasetError if there are problems; it names the first fifty and counts all."""
+    if problems:
+        raise DatasetError(f"{where} has {len(problems):,} problems: {_listed(problems)}")
+
+
+def _listed(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - _LISTED:,} more" if len(problems) > _LISTED else ""
+    return "; ".join(problems[:_LISTED]) + more

@@ -1,0 +1,370 @@
+"""Views of images in the latents of a finished autoencoder: encoded once and kept, or anew in every step."""
+
+from __future__ import annotations
+
+import os
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from tqdm import tqdm
+
+from latentgen.errors import CheckpointCorruptError, ConfigError, DatasetError
+from latentgen.files import quote
+from latentgen.models.pixels import ImageEncoder
+from latentgen.train.cache import TensorCache, content_key, weights_digest
+from latentgen.train.data import BatchPlan, CaptionedImages, View, sample_rng
+from latentgen.train.objectives.view_encoder import EncodingQueue, ViewEncoder, ViewFacts, pixels_of
+from latentgen.train.sharing import gather, own_share, refuse_in_worker
+
+# Pillow lets go of Python's lock where it decodes and resamples.
+DRAWING_THREADS = min(8, os.cpu_count() or 1)
+_DRAWN_AHEAD = 64
+_ENTRY = "latents"
+S = TypeVar("S")
+T = TypeVar("T")
+
+Change = Callable[[View, random.Random], View]
+# What becomes of the image `before` of each view: not used, kept in latents, or kept as it is.
+Shown = Literal["nothing", "latents", "pixels"]
+
+
+@dataclass(frozen=True)
+class ViewSource:
+    """Which views a run sees, the same ones in every process.
+
+    Attributes:
+        data: the images.
+        per_item: how many fixed views of every item; 0 for new ones in every step.
+        seed: the run's seed.
+        change: what is done to every view, with random numbers of its own.
+    """
+
+    data: CaptionedImages
+    per_item: int
+    seed: int
+    change: Change | None = None
+
+    def __len__(self) -> int:
+        return len(self.data) * max(1, self.per_item)
+
+    def fixed(self, index: int) -> View:
+        """A fixed view: those of one item follow each other."""
+        item, number = divmod(index, self.per_item)
+        view = self.data.view(item, sample_rng(self.seed, "cached view", item, number))
+        return view if self.change is None else self.change(view, sample_rng(self.seed, "degradation", index))
+
+    def fresh(self, plan: BatchPlan) -> list[View]:
+        """A new view for each sample of a batch."""
+        places = list(zip(plan.items, plan.rngs("view"), plan.rngs("degradation"), strict=True))
+
+        def draw(place: tuple[int, random.Random, random.Random]) -> View:
+            item, rng, change_rng = place
+            view = self.data.view(item, rng)
+            return view if self.change is None else self.change(view, change_rng)
+
+        return _in_threads(draw, places)
+
+
+class EncodedViews(ABC):
+    """Views in latents, on the CPU, and what is known of them. All views of one batch have one size."""
+
+    @abstractmethod
+    def facts(self, plan: BatchPlan) -> list[ViewFacts]:
+        """What is known of the view of each sample."""
+
+    @abstractmethod
+    def posteriors(self, plan: BatchPlan) -> list[Tensor]:
+        """Mean and standard deviation of the latents of each sample's view: float16 [2, C, h, w] each."""
+
+    @abstractmethod
+    def shown(self, plan: BatchPlan) -> Tensor:
+        """What the UNet is shown of each sample's `before`.
+
+        That is the mean of its latents, float16 [B, C, h, w], or its pixels, uint8 [B, 3, H, W].
+        """
+
+    @property
+    @abstractmethod
+    def has_masks(self) -> bool:
+        """Whether any view has a mask; true if that cannot be known."""
+
+    def latents(self, plan: BatchPlan) -> Tensor:
+        """A draw from the posterior of each sample, float32 [B, C, h, w]."""
+        mean, std = torch.stack(self.posteriors(plan)).float().unbind(1)
+        return mean + std * plan.noise(mean.shape[1:], "posterior")
+
+    def draw_captions(self, plan: BatchPlan, dropout: float) -> list[str]:
+        """A caption for each sample, left empty at the rate of `dropout` (arXiv:2207.12598)."""
+        captions = []
+        for facts, rng in zip(self.facts(plan), plan.rngs("caption"), strict=True):
+            dropped = rng.random() < dropout
+            captions.append("" if dropped else facts.captions.draw(rng))
+        return captions
+
+    def masks_of(self, plan: BatchPlan) -> Tensor:
+        """How much each place of each sample's latents counts: float32 [B, 1, h, w] in 0..1, 1 without a mask.
+
+        Raises:
+            ConfigError: no view has a mask.
+        """
+        if not self.has_masks:
+            raise ConfigError(
+                "task.loss.masked is true, but no image of the training set has a mask; add them, or leave it out"
+            )
+        masks = [facts.mask for facts in self.facts(plan)]
+        shape = self.posteriors(plan)[0].shape[-2:]
+        everywhere = torch.full((1, *shape), 255, dtype=torch.uint8)
+        return torch.stack([everywhere if mask is None else mask for mask in masks]).float() / 255
+
+    def size_conditions(self, plan: BatchPlan) -> Tensor:
+        """SDXL's time ids, float32 [B, 6]: height and width of the original, top and left of the crop, the view's size.
+
+        arXiv:2307.01952, section 2.2, in the order of diffusers.
+        """
+        rows = [(*facts.original_size, *facts.crop_corner, *facts.size) for facts in self.facts(plan)]
+        return torch.tensor(rows, dtype=torch.float32)
+
+
+class KeptViews(EncodedViews):
+    """Views that were encoded once; a plan's items are their indices."""
+
+    def __init__(self, facts: Sequence[ViewFacts], latents: _Rows, shown: _Rows | None) -> None:
+        self._facts = facts
+        self._latents = latents
+        self._shown = shown
+        self._has_masks = any(view.mask is not None for view in facts)
+
+    @property
+    def has_masks(self) -> bool:
+        return self._has_masks
+
+    def facts(self, plan: BatchPlan) -> list[ViewFacts]:
+        return [self._facts[item] for item in plan.items]
+
+    def posteriors(self, plan: BatchPlan) -> list[Tensor]:
+        return [self._latents[item] for item in plan.items]
+
+    def shown(self, plan: BatchPlan) -> Tensor:
+        assert self._shown is not None  # encode_views was told of it
+        rows = [self._shown[item] for item in plan.items]
+        return torch.stack([row[0] if row.is_floating_point() else row for row in rows])
+
+
+class _Batch(NamedTuple):
+    facts: list[ViewFacts]
+    posteriors: list[Tensor]
+    shown: Tensor | None
+
+
+class FreshViews(EncodedViews):
+    """Views that are drawn and encoded when a batch asks for them: nothing is kept, on disk or in memory.
+
+    The encoder stays on its device.
+    """
+
+    def __init__(self, source: ViewSource, encoder: ViewEncoder, shown: Shown) -> None:
+        self._source = source
+        self._encoder = encoder
+        self._shown: Shown = shown
+        # A batch asks several times.
+        self._batch = lru_cache(maxsize=2)(self._encode)
+
+    @property
+    def has_masks(self) -> bool:
+        return True
+
+    def facts(self, plan: BatchPlan) -> list[ViewFacts]:
+        return self._batch(plan).facts
+
+    def posteriors(self, plan: BatchPlan) -> list[Tensor]:
+        return self._batch(plan).posteriors
+
+    def shown(self, plan: BatchPlan) -> Tensor:
+        shown = self._batch(plan).shown
+        assert shown is not None  # encode_views was told of it
+        return shown
+
+    def _encode(self, plan: BatchPlan) -> _Batch:
+        refuse_in_worker(self._encoder.device, "with task.cached_views 0 images are encoded")
+        views = self._source.fresh(plan)
+        facts = [self._encoder.facts(view) for view in views]
+        posteriors = self._encoder.encode([view.image for view in views])
+        before = [_before(view) for view in views] if self._shown != "nothing" else []
+        if self._shown == "latents":
+            shown = torch.stack([row[0] for row in self._encoder.encode(before)])
+        else:
+            shown = torch.stack([pixels_of(image) for image in before]) if before else None
+        return _Batch(facts, posteriors, shown)
+
+
+def encode_views(
+    encoder: ImageEncoder,
+    device: torch.device,
+    source: ViewSource,
+    *,
+    shown: Shown = "nothing",
+    cache_dir: Path | None = None,
+) -> EncodedViews:
+    """Encode fixed views now, or nothing yet if the source has new ones in every step.
+
+    Without `cache_dir` every process encodes all of them and holds them in memory. With it each encodes its share and
+    all read from the disk, memory-mapped; what any run with this autoencoder has encoded before is not encoded again.
+    The results are equal bit for bit, on devices of one kind.
+
+    Args:
+        encoder: on the CPU, to which it comes back unless it is needed in every step.
+        device: where it encodes.
+        source: the views.
+        shown: what to keep of the image `before` of each view, which then all have.
+        cache_dir: the folder of the cache.
+
+    Raises:
+        OutputError: the cache cannot be written.
+    """
+    engine = ViewEncoder(encoder.to(device), device)
+    if not source.per_item:
+        return FreshViews(source, engine, shown)
+    if cache_dir is None:
+        kept = _encode_to_memory(engine, source, shown)
+    else:
+        kept = _encode_to_disk(engine, source, shown, _latents_cache(encoder, device, cache_dir))
+    encoder.cpu()
+    return kept
+
+
+def _latents_cache(encoder: ImageEncoder, device: torch.device, cache_dir: Path) -> TensorCache:
+    """Where the latents of one autoencoder lie. Kinds of devices round differently, so each has its own."""
+    digest = content_key(
+        "mean and std, float16", weights_digest([encoder]), repr(encoder.config), device.type
+    )
+    return TensorCache(cache_dir / f"latents-{digest[:32]}")
+
+
+def _encode_to_memory(encoder: ViewEncoder, source: ViewSource, shown: Shown) -> KeptViews:
+    facts: list[ViewFacts] = []
+    latents: dict[int, Tensor] = {}
+    before: dict[int, Tensor] = {}
+    queue = EncodingQueue(encoder)
+    indices = range(len(source))
+    for index, view in _drawn(source, indices):
+        facts.append(encoder.facts(view))
+        queue.add(view.image, lambda row, index=index: latents.__setitem__(index, row))
+        if shown == "latents":
+            queue.add(_before(view), lambda row, index=index: before.__setitem__(index, row))
+        elif shown == "pixels":
+            before[index] = pixels_of(_before(view))
+    queue.finish()
+    return KeptViews(facts, latents, None if shown == "nothing" else before)
+
+
+class _Filed(NamedTuple):
+    """A view whose latents lie in the cache, under the keys of its image and of what is shown of it."""
+
+    facts: ViewFacts
+    key: str
+    shown_key: str | None
+
+    def is_in(self, cache: TensorCache) -> bool:
+        return self.key in cache and (self.shown_key is None or self.shown_key in cache)
+
+
+def _encode_to_disk(encoder: ViewEncoder, source: ViewSource, shown: Shown, cache: TensorCache) -> KeptViews:
+    filed = dict(gather(_file_views(encoder, source, shown, cache, own_share(range(len(source))))))
+    cache.refresh()
+    # Other machines may not see this folder.
+    missing = [index for index, view in filed.items() if not view.is_in(cache)]
+    filed.update(_file_views(encoder, source, shown, cache, missing))
+    views = [filed[index] for index in range(len(source))]
+    shown_keys = [view.shown_key for view in views if view.shown_key is not None]
+    return KeptViews(
+        [view.facts for view in views],
+        _CachedRows(cache, [view.key for view in views]),
+        _CachedRows(cache, shown_keys) if shown_keys else None,
+    )
+
+
+def _file_views(
+    encoder: ViewEncoder, source: ViewSource, shown: Shown, cache: TensorCache, indices: Sequence[int]
+) -> list[tuple[int, _Filed]]:
+    """Put into the cache what is not there of the views of `indices`."""
+    queue = EncodingQueue(encoder)
+    waiting: set[str] = set()
+
+    def ask(image: Image.Image) -> str:
+        key = content_key(image.mode, repr(image.size), image.tobytes())
+        if key not in waiting and cache.get(key) is None:
+            waiting.add(key)
+            queue.add(image, lambda row: cache.put(key, {_ENTRY: row}))
+        return key
+
+    filed = []
+    for index, view in _drawn(source, indices):
+        key, shown_key = ask(view.image), None
+        if shown == "latents":
+            shown_key = ask(_before(view))
+        elif shown == "pixels":
+            image = _before(view)
+            shown_key = content_key("pixels", image.mode, repr(image.size), image.tobytes())
+            if shown_key not in cache:
+                cache.put(shown_key, {_ENTRY: pixels_of(image)})
+        filed.append((index, _Filed(encoder.facts(view), key, shown_key)))
+    queue.finish()
+    cache.flush()
+    return filed
+
+
+class _Rows(Protocol):
+    """One tensor for each view."""
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+class _CachedRows:
+    """Rows that lie in a cache, of which memory holds the keys."""
+
+    def __init__(self, cache: TensorCache, keys: Sequence[str]) -> None:
+        self._cache = cache
+        self._keys = [bytes.fromhex(key) for key in keys]
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        entry = self._cache.get(self._keys[index].hex())
+        if entry is None:
+            raise CheckpointCorruptError(
+                f"the cache in {quote(self._cache.folder)} was damaged while this run read it; resume the run, which "
+                "makes anew what is missing"
+            )
+        return entry[_ENTRY]
+
+
+def _drawn(source: ViewSource, indices: Sequence[int]) -> Iterator[tuple[int, View]]:
+    """The fixed views of `indices`, drawn a few at a time."""
+    with tqdm(total=len(indices), desc="encoding the images", mininterval=1.0, disable=not indices) as bar:
+        for start in range(0, len(indices), _DRAWN_AHEAD):
+            part = indices[start : start + _DRAWN_AHEAD]
+            yield from zip(part, _in_threads(source.fixed, part), strict=True)
+            bar.update(len(part))
+
+
+def _in_threads(draw: Callable[[S], T], places: Sequence[S]) -> list[T]:
+    """`draw` of each place, several at a time; one after the other in a process that is one of many already."""
+    if DRAWING_THREADS == 1 or len(places) == 1 or get_worker_info() is not None:
+        return [draw(place) for place in places]
+    # Made for each call: the threads of a lasting pool would not be there after a fork.
+    with ThreadPoolExecutor(DRAWING_THREADS) as pool:
+        return list(pool.map(draw, places))
+
+
+def _before(view: View) -> Image.Image:
+    if view.before is None:
+        raise DatasetError("an image has no image that it is an edit of, which this task shows to the UNet")
+    return view.before
