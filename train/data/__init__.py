@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from latentgen.train.config import EmojiData, FolderData
+from latentgen.train.data.order import Order as Order
+from latentgen.train.data.order import sample_rng as sample_rng
 from latentgen.train.data.plan import BatchPlan as BatchPlan
-from latentgen.train.data.plan import item_at as item_at
 from latentgen.train.data.plan import plan_step as plan_step
-from latentgen.train.data.plan import sample_rng as sample_rng
 from latentgen.train.data.views import CaptionedImages as CaptionedImages
 from latentgen.train.data.views import Captions as Captions
 from latentgen.train.data.views import View as View

@@ -44,11 +44,19 @@ class View(NamedTuple):
 
 
 class CaptionedImages(Protocol):
-    """A set of items, each seen through random views."""
+    """A set of items, each seen through random views.
+
+    Attributes:
+        image_size: the side of the views if they are square, else that of a square of the area that they have at most.
+    """
 
     image_size: int
 
     def __len__(self) -> int: ...
+
+    def bucket(self, index: int) -> tuple[int, int]:
+        """Height and width of the views of item `index`."""
+        ...
 
     def view(self, index: int, rng: random.Random) -> View:
         """Draw a view of item `index`."""

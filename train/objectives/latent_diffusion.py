@@ -34,7 +34,7 @@ from latentgen.pipelines.loading import (
     usual_guidance_scale,
 )
 from latentgen.train.config import LatentTask
-from latentgen.train.data import BatchPlan, CaptionedImages, Captions, View, sample_rng, to_tensor
+from latentgen.train.data import BatchPlan, CaptionedImages, Captions, Order, View, sample_rng, to_tensor
 from latentgen.train.objectives.base import Loss, Objective
 
 ENCODING_BATCH = 32
@@ -98,6 +98,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
         self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
         self.scheduler = Scheduler.from_config(task.scheduler)
         self.item_count = len(data) * task.cached_views
+        self.order = Order.of(data, views=task.cached_views)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]."""

@@ -31,7 +31,7 @@ def build(config: TrainConfig) -> AutoencoderObjective:
 
 
 def batch_of(objective: AutoencoderObjective, step: int = 0, size: int = 6) -> tuple[Tensor, ...]:
-    (plan,) = plan_step(3, step, batch_size=size, count=objective.item_count, parts=1, rank=0, processes=1)
+    (plan,) = plan_step(3, step, batch_size=size, order=objective.order, parts=1, rank=0, processes=1)
     return objective.batch(plan)
 
 
