@@ -2,6 +2,8 @@
 
 from latentgen.train.config.data import EmojiData as EmojiData
 from latentgen.train.config.data import FolderData as FolderData
+from latentgen.train.config.data import FramedData as FramedData
+from latentgen.train.config.data import KohyaData as KohyaData
 from latentgen.train.config.optimizer import Optimizer as Optimizer
 from latentgen.train.config.run import FREE_FIELDS as FREE_FIELDS
 from latentgen.train.config.run import TrainConfig as TrainConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentgen.train.config import EmojiData, FolderData
+from latentgen.train.config import EmojiData, FolderData, KohyaData
 from latentgen.train.data.order import Order as Order
 from latentgen.train.data.order import sample_rng as sample_rng
 from latentgen.train.data.plan import BatchPlan as BatchPlan
@@ -13,7 +13,7 @@ from latentgen.train.data.views import View as View
 from latentgen.train.data.views import to_tensor as to_tensor
 
 
-def open_data(config: EmojiData | FolderData) -> CaptionedImages:
+def open_data(config: EmojiData | FolderData | KohyaData) -> CaptionedImages:
     """The data set that a recipe names.
 
     Raises:

@@ -13,14 +13,28 @@ from torch import Tensor
 
 
 class Captions(NamedTuple):
-    """What one image may be called, and how often each caption is drawn."""
+    """What one image may be called.
+
+    Attributes:
+        texts: the captions.
+        weights: how often each is drawn.
+        shuffle_after: how many of the parts between commas stay at the beginning of a caption while the others change
+            places each time it is drawn, as in kohya's trainers; None to leave captions as they are.
+    """
 
     texts: tuple[str, ...]
     weights: tuple[float, ...]
+    shuffle_after: int | None = None
 
     def draw(self, rng: random.Random) -> str:
-        """One of the captions, drawn by weight."""
-        return rng.choices(self.texts, weights=self.weights)[0]
+        """One of the captions, drawn by weight, its parts shuffled if they are to be."""
+        text = rng.choices(self.texts, weights=self.weights)[0]
+        if self.shuffle_after is None:
+            return text
+        parts = [part.strip() for part in text.split(",")]
+        kept, others = parts[: self.shuffle_after], parts[self.shuffle_after :]
+        rng.shuffle(others)
+        return ", ".join(kept + others)
 
 
 class View(NamedTuple):

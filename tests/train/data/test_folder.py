@@ -84,7 +84,7 @@ def test_every_problem_is_listed_at_once(bare_folder: Path):
     for line in range(2, 12):
         assert f"metadata.jsonl line {line}:" in message
     for part in (
-        "has a caption already",
+        "has a row already",
         "'none.png' is not there",
         "b.png: no caption",
         "latin.txt:",
