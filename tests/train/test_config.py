@@ -178,3 +178,12 @@ def test_learning_rate_rises_stays_and_falls():
 def test_learning_rate_is_constant_without_warmup_and_end():
     optimizer = Optimizer(learning_rate=0.5, warmup_steps=0)
     assert {optimizer.rate_at(step, 10) for step in range(10)} == {0.5}
+
+
+def test_upscaling_learns_from_squares(fields: dict[str, Any], tmp_path: Path):
+    networks = {"vae": "model", "text_encoder": "model", "unet": {}, "scheduler": {}, "low_res_scheduler": {}}
+    fields["task"] = {"kind": "upscale", **networks}
+    fields["data"] = {"kind": "kohya", "path": "img", "image_size": 512}
+    load(fields, tmp_path)
+    with pytest.raises(ConfigError, match=r"set data\.buckets to false"):
+        load(fields, tmp_path, "data.buckets=true")

@@ -79,12 +79,13 @@ class Framing:
 def bucket_sizes(image_size: int, step: int, shortest: int, longest: int) -> tuple[Size, ...]:
     """The rectangles with sides of multiples of `step` and an area of at most `image_size` squared.
 
-    For each side from `shortest` to `longest` that is the longest other one that the area has room for; with each
-    rectangle there is the one that lies on its side. At 1024 and 64 they are among those of SDXL (arXiv:2307.01952,
-    appendix I).
+    They are the square and, for each side from `shortest` to `longest`, the longest other one that the area has room
+    for; with each rectangle there is the one that lies on its side. At 1024 and 64 they are among those of SDXL
+    (arXiv:2307.01952, appendix I).
     """
     multiples = range(-(-shortest // step) * step, longest + 1, step)
-    sizes: set[Size] = set()
+    square = image_size // step * step
+    sizes: set[Size] = {(square, square)}
     for side in multiples:
         other = min(image_size**2 // side, longest) // step * step
         if other >= shortest:
