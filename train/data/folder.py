@@ -48,8 +48,8 @@ def survey(config: FolderData | KohyaData, *, progress: bool = False) -> Survey:
         found = [problems[file] for file in item.files if file in problems]
         if not found:
             found = [
-                f"{listing.name(file)} is {_pixels(facts[file].size)}, and {listing.name(item.file)} is "
-                f"{_pixels(facts[item.file].size)}; both must be of one size"
+                f"{listing.name(file)} is {pixels(facts[file].size)}, and {listing.name(item.file)} is "
+                f"{pixels(facts[item.file].size)}; both must be of one size"
                 for file in item.files
                 if facts[file].size != facts[item.file].size
             ]
@@ -58,7 +58,8 @@ def survey(config: FolderData | KohyaData, *, progress: bool = False) -> Survey:
     return Survey(listing, facts, bad)
 
 
-def _pixels(size: Size) -> str:
+def pixels(size: Size) -> str:
+    """A size for a message, width first, as programs show it."""
     return f"{size[1]}x{size[0]}"
 
 

@@ -26,7 +26,7 @@ class Item(NamedTuple):
 
     Attributes:
         file: the image.
-        captions: what it may be called, at least one.
+        captions: what it may be called; none if that is among the problems.
         mask: an image that tells where the loss counts.
         before: the image that this one is an edit of.
         repeats: how often an epoch shows it.
@@ -60,8 +60,8 @@ class Listing(NamedTuple):
     notes: list[str]
 
     def name(self, file: Path) -> str:
-        """A file for a message, on one line."""
-        return file.relative_to(self.folder).as_posix()
+        """A file for a message, control characters escaped, without quotes that would make long lists hard to read."""
+        return quote(file.relative_to(self.folder).as_posix())[1:-1]
 
 
 def list_folder(config: FolderData | KohyaData) -> Listing:
@@ -84,10 +84,10 @@ def list_folder(config: FolderData | KohyaData) -> Listing:
         for place, item in enumerate(listing.items):
             captions = tuple(f"{config.caption_prefix} {caption}".strip() for caption in item.captions)
             listing.items[place] = item._replace(captions=captions)
-    edits = sum(item.before is not None for item in listing.items)
-    if 0 < edits < len(listing.items):
+    edits = [item.before is not None for item in listing.items if item.captions]
+    if any(edits) and not all(edits):
         listing.problems.append(
-            f"{edits} of {len(listing.items)} images have a before_file_name; give it to all or to none"
+            f"{sum(edits)} of {len(edits)} images have a before_file_name; give it to all or to none"
         )
     if not listing.items and not listing.problems:
         listing.problems.append(f"no image that can be used; known kinds: {', '.join(sorted(SUFFIXES))}")
@@ -124,13 +124,16 @@ def _list_images(listing: Listing, files: list[Path], *, caption: str | None, re
     rows = metadata.rows
     companions = {file for row in rows.values() for file in (row.mask, row.before) if file is not None}
     images = {file for file in files if file.suffix.lower() in SUFFIXES}
-    own = {file: caption_file(file) for file in images | rows.keys()}
-    for file in sorted(images - companions - metadata.named | rows.keys()):
+    own = {file: caption_file(file) for file in images | metadata.named}
+    for file in sorted(images - companions | metadata.named):
         row = rows.get(file)
-        captions = _captions(listing, file, None if row is None else row.text, own[file], caption)
-        if captions:
-            mask, before = (None, None) if row is None else (row.mask, row.before)
-            listing.items.append(Item(file, captions, mask, before, repeats))
+        if row is not None:
+            captions = _captions(listing, file, row.text, own[file], caption)
+            listing.items.append(Item(file, captions, row.mask, row.before, repeats))
+        else:
+            # Of an image whose rows all have problems these have been told.
+            captions = () if file in metadata.named else _captions(listing, file, None, own[file], caption)
+            listing.items.append(Item(file, captions, repeats=repeats))
     used = {*own, *companions, *metadata.named, *own.values()}
     _note_others(listing, [file for file in files if file not in used and file.name not in METADATA])
 

@@ -239,7 +239,7 @@ def test_every_problem_is_listed_at_once(bare_folder: Path):
         "[" * 100_000,
     )
     message = problems_of(bare_folder)
-    assert "22 problems" in message
+    assert "23 problems" in message
     for line in range(2, 21):
         assert f"metadata.jsonl line {line}:" in message
     for part in (
