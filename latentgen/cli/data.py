@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -79,7 +78,7 @@ def check_data(
         "buckets": buckets,
         "bucket_step": bucket_step,
     }
-    report = check(_config(kind, fields, caption), progress=sys.stderr.isatty())
+    report = check(_config(kind, fields, caption))
     for line in _lines(report):
         print(line)
     if report.problems:

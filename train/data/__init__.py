@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from latentgen.train.config import EmojiData, FolderData, KohyaData
 from latentgen.train.data.order import Order as Order
+from latentgen.train.data.order import item_at as item_at
 from latentgen.train.data.order import sample_rng as sample_rng
 from latentgen.train.data.plan import BatchPlan as BatchPlan
 from latentgen.train.data.plan import plan_step as plan_step

@@ -40,13 +40,13 @@ class Report(NamedTuple):
     notes: Sequence[str]
 
 
-def check(config: FolderData | KohyaData, *, progress: bool = False) -> Report:
+def check(config: FolderData | KohyaData) -> Report:
     """Look at every file of a training set.
 
     Raises:
         DatasetError: there is no such folder.
     """
-    listing, facts, bad = survey(config, progress=progress)
+    listing, facts, bad = survey(config)
     good = [item for item in listing.items if item.captions and item not in bad]
     sizes = {item: Framing(config).size_for(facts[item.file].size) for item in good}
     images, samples = Counter(sizes.values()), Counter[Size]()

@@ -32,10 +32,8 @@ class ImageFacts(NamedTuple):
     digest: bytes
 
 
-def examine(
-    files: Sequence[Path], *, progress: bool = False
-) -> tuple[Mapping[Path, ImageFacts], Mapping[Path, str]]:
-    """Decode all files, in threads: Pillow's decoders let others run.
+def examine(files: Sequence[Path]) -> tuple[Mapping[Path, ImageFacts], Mapping[Path, str]]:
+    """Decode all files, in threads: Pillow's decoders let others run. A bar shows the progress on a terminal.
 
     Returns:
         The facts of those that can be read, and what is wrong with the others.
@@ -48,8 +46,8 @@ def examine(
             pool.map(_examine, files),
             total=len(files),
             desc="reading the images",
-            disable=not progress,
-            mininterval=0.5,
+            delay=1.0,
+            disable=None,  # only where a terminal shows it
         )
         for file, result in zip(files, results, strict=True):
             if isinstance(result, str):

@@ -34,7 +34,7 @@ class Survey(NamedTuple):
     bad: Mapping[Item, str]
 
 
-def survey(config: FolderData | KohyaData, *, progress: bool = False) -> Survey:
+def survey(config: FolderData | KohyaData) -> Survey:
     """List a folder and decode all of its images once.
 
     Raises:
@@ -42,7 +42,7 @@ def survey(config: FolderData | KohyaData, *, progress: bool = False) -> Survey:
     """
     listing = list_folder(config)
     files = sorted({file for item in listing.items for file in item.files})
-    facts, problems = examine(files, progress=progress)
+    facts, problems = examine(files)
     bad: dict[Item, str] = {}
     for item in listing.items:
         found = [problems[file] for file in item.files if file in problems]
@@ -73,11 +73,11 @@ class ImageFolder:
         DatasetError: listing every image that has no caption or cannot be read, and every row without its image.
     """
 
-    def __init__(self, config: FolderData | KohyaData, *, progress: bool = False) -> None:
+    def __init__(self, config: FolderData | KohyaData) -> None:
         self.image_size = config.image_size
         self._framing = Framing(config)
         self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
-        listing, facts, bad = survey(config, progress=progress)
+        listing, facts, bad = survey(config)
         problems = list(listing.problems)
         if config.on_bad_image == "skip" and bad:
             warnings.warn(f"{len(bad)} images are left out: {'; '.join(bad.values())}", stacklevel=2)

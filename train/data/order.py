@@ -22,6 +22,19 @@ def sample_rng(seed: int, *position: int | str) -> random.Random:
     return random.Random("/".join(map(str, (seed, *position))))
 
 
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    order = list(range(count))
+    sample_rng(seed, "epoch", epoch).shuffle(order)
+    return tuple(order)
+
+
+def item_at(seed: int, position: int, count: int) -> int:
+    """The item at a position of the endless shuffled sequence, in which each epoch shows every item once."""
+    epoch, place = divmod(position, count)
+    return _permutation(seed, epoch, count)[place]
+
+
 class Order:
     """The items of every step.
 
@@ -59,7 +72,11 @@ class Order:
     def items(self, seed: int, step: int, batch_size: int, samples: Sequence[int]) -> tuple[int, ...]:
         """The items of some `samples` (positions within the global batch) of a step."""
         bucket, turn = self._turn(seed, step)
-        return tuple(self._item(seed, bucket, turn * batch_size + sample) for sample in samples)
+        positions = [turn * batch_size + sample for sample in samples]
+        members = self._buckets[bucket]
+        if len(self._buckets) == 1:
+            return tuple(members[item_at(seed, position, len(members))] for position in positions)
+        return tuple(members[self._place(seed, bucket, position)] for position in positions)
 
     def _turn(self, seed: int, step: int) -> tuple[int, int]:
         """Whose turn a step is, and how many this bucket has had before."""
@@ -70,20 +87,18 @@ class Order:
         bucket = int(buckets[place])
         return bucket, number * self._turns[bucket] + int(turns[place])
 
-    def _item(self, seed: int, bucket: int, position: int) -> int:
-        """The item at a position of a bucket's endless sequence."""
-        members, epochs = self._buckets[bucket], self._epochs[bucket]
-        epoch, place = divmod(position, len(members))
+    def _place(self, seed: int, bucket: int, position: int) -> int:
+        """As item_at, in the sequence of one bucket of several: each keeps its own epochs, as the turns change."""
+        epoch, place = divmod(position, len(self._buckets[bucket]))
+        epochs = self._epochs[bucket]
         permutation = epochs.get((seed, epoch))
         if permutation is None:
-            # With one bucket the numbers are those of runs from before there were buckets.
-            own = () if len(self._buckets) == 1 else (bucket,)
-            permutation = list(range(len(members)))
-            sample_rng(seed, "epoch", epoch, *own).shuffle(permutation)
+            permutation = list(range(len(self._buckets[bucket])))
+            sample_rng(seed, "epoch", epoch, bucket).shuffle(permutation)
             for oldest in list(epochs)[: 1 - _KEPT_EPOCHS]:
                 epochs.pop(oldest, None)
             epochs[seed, epoch] = permutation
-        return members[permutation[place]]
+        return permutation[place]
 
 
 @lru_cache(maxsize=2)
