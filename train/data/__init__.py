@@ -11,6 +11,7 @@ from latentgen.train.data.plan import plan_step as plan_step
 from latentgen.train.data.views import CaptionedImages as CaptionedImages
 from latentgen.train.data.views import Captions as Captions
 from latentgen.train.data.views import View as View
+from latentgen.train.data.views import check_sides as check_sides
 from latentgen.train.data.views import to_tensor as to_tensor
 
 

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentgen.errors import ConfigError
+
 
 class Captions(NamedTuple):
     """What one image may be called.
@@ -79,6 +81,21 @@ class CaptionedImages(Protocol):
     def corpus(self) -> list[str]:
         """The captions that a tokenizer for this set is made from."""
         ...
+
+
+def check_sides(data: CaptionedImages, factor: int) -> None:
+    """Refuse views whose sides an autoencoder cannot divide by its `factor`.
+
+    Raises:
+        ConfigError: naming the first such side.
+    """
+    sides = (side for index in range(len(data)) for side in data.bucket(index))
+    wrong = next((side for side in sides if side % factor), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"there are images of {wrong} pixels in height or width, and task.vae needs multiples of {factor}: choose "
+            "one for data.image_size, or for data.bucket_step if there are buckets"
+        )
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

@@ -16,7 +16,7 @@ from latentgen.files import write_json
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines.saving import WEIGHTS_STEM
 from latentgen.train.config import AutoencoderTask
-from latentgen.train.data import BatchPlan, CaptionedImages, Order, sample_rng, to_tensor
+from latentgen.train.data import BatchPlan, CaptionedImages, Order, check_sides, sample_rng, to_tensor
 from latentgen.train.objectives.base import Loss, Objective
 
 _CALIBRATION_IMAGES = 1024
@@ -109,12 +109,7 @@ def _check_fit(config: VAEConfig, data: CaptionedImages) -> None:
             f"task.vae has {config.in_channels} in_channels and {config.out_channels} out_channels; the images "
             "are RGB, so both must be 3"
         )
-    factor = config.spatial_factor
-    if wrong := [side for item in range(len(data)) for side in data.bucket(item) if side % factor]:
-        raise ConfigError(
-            f"the images are {wrong[0]} pixels high or wide; task.vae halves them {len(config.block_out_channels) - 1} "
-            f"times, so data.image_size, or data.bucket_step if there are buckets, must be a multiple of {factor}"
-        )
+    check_sides(data, config.spatial_factor)
 
 
 def _name_here(key: str) -> str:
