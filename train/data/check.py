@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,9 @@ def check(config: FolderData | KohyaData) -> Report:
     Raises:
         DatasetError: there is no such folder.
     """
-    listing, facts, bad = survey(config)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        listing, facts, bad = survey(config)
     good = [item for item in listing.items if item.captions and item not in bad]
     sizes = {item: Framing(config).size_for(facts[item.file].size) for item in good}
     images, samples = Counter(sizes.values()), Counter[Size]()
@@ -55,6 +58,8 @@ def check(config: FolderData | KohyaData) -> Report:
     notes = [
         *listing.notes,
         *_duplicates(listing, facts),
+        # That an image is animated, for instance. A warning of a decompression bomb is no UserWarning: it is a problem.
+        *dict.fromkeys(str(warning.message) for warning in warned if warning.category is UserWarning),
         *_small(listing, facts, sizes),
         *_empty(listing, good),
         *_long(listing, good),

@@ -34,11 +34,11 @@ class Frame(NamedTuple):
         self, image: Image.Image, resampling: Image.Resampling = Image.Resampling.LANCZOS
     ) -> Image.Image:
         """The view of an image, or of a mask of the same size."""
-        scaled = image.resize(self.scaled[::-1], resampling)
+        (height, width), (top, left) = self.scaled, self.corner
+        scaled = image.resize((width, height), resampling)
         if self.mirrored:
             scaled = ImageOps.mirror(scaled)
-        (top, left), (height, width) = self.corner, self.size
-        return scaled.crop((left, top, left + width, top + height))
+        return scaled.crop((left, top, left + self.size[1], top + self.size[0]))
 
 
 class Framing:

@@ -47,6 +47,9 @@ def test_notes(image_folder: Path):
     (image_folder / "LICENSE").touch()
     Image.new("RGB", (40, 20)).save(image_folder / "wide.png")
     (image_folder / "wide.txt").write_text("cat " * 75 + "\n" + "cat " * 76, "utf-8")
+    frames = [Image.new("RGB", (24, 24), colour) for colour in ("red", "blue")]
+    frames[0].save(image_folder / "moving.gif", save_all=True, append_images=frames[1:])
+    (image_folder / "moving.txt").write_text("a change of colour", "utf-8")
     found = report(image_folder, image_size=24, buckets=True, bucket_step=8)
     assert not found.problems
     small = [note for note in found.notes if "smaller" in note]
@@ -58,10 +61,11 @@ def test_notes(image_folder: Path):
         "lonely.txt: there is no image of this name",
         "files that are no images of a known kind and not used: 2 .heic, 1 without a suffix",
         "red.png: the same image as twin.png",
+        f"{str(image_folder / 'moving.gif')!r} is animated; its first frame is used",
         "twin.png: its caption is empty",
         "wide.png: a caption of 76 tokens, of which CLIP's window holds 75; it is read in several windows",
     ]
-    assert found.buckets == {(16, 32): BucketCount(1, 1), (24, 24): BucketCount(7, 7)}
+    assert found.buckets == {(16, 32): BucketCount(1, 1), (24, 24): BucketCount(8, 8)}
 
 
 def test_kohyas_repeats_are_samples(tmp_path: Path, image_folder: Path):
