@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,11 @@ def test_upscaling_learns_from_squares(fields: dict[str, Any], tmp_path: Path):
     load(fields, tmp_path)
     with pytest.raises(ConfigError, match=r"set data\.buckets to false"):
         load(fields, tmp_path, "data.buckets=true")
+
+
+def test_the_sections_of_the_page_on_data_load(fields: dict[str, Any], tmp_path: Path):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    sections = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(sections) == 3
+    for section in sections:
+        load(fields | yaml.safe_load(section), tmp_path)
