@@ -169,7 +169,7 @@ class Trainer:
                 config.seed,
                 step,
                 batch_size=config.batch_size,
-                count=self.objective.item_count,
+                order=self.objective.order,
                 parts=config.gradient_accumulation_steps,
                 rank=self.accelerator.process_index,
                 processes=self.accelerator.num_processes,

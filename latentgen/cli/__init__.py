@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from latentgen import __version__
-from latentgen.cli import checkpoints, drawing
+from latentgen.cli import checkpoints, data, drawing
 from latentgen.cli.text import format_warning, one_line
 from latentgen.errors import LatentgenError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (*drawing.COMMANDS, *checkpoints.COMMANDS):
+for command in (*drawing.COMMANDS, *checkpoints.COMMANDS, *data.COMMANDS):
     app.command()(command)
 
 
@@ -70,6 +70,7 @@ def _latentgen(
     Look at a checkpoint:  latentgen inspect path/to/folder
     Convert a pickle:      latentgen convert model.ckpt
     List the schedulers:   latentgen schedulers
+    Check a training set:  latentgen check-data path/to/pictures
     All options:           latentgen text2img --help
     """
     if context.invoked_subcommand is None:

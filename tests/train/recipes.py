@@ -83,5 +83,5 @@ UPSCALE: dict[str, Any] = {
 
 def plan_for(objective: Objective, step: int = 0, size: int = 8) -> BatchPlan:
     """The whole batch of a step, in one process."""
-    (plan,) = plan_step(3, step, batch_size=size, count=objective.item_count, parts=1, rank=0, processes=1)
+    (plan,) = plan_step(3, step, batch_size=size, order=objective.order, parts=1, rank=0, processes=1)
     return plan

@@ -16,7 +16,7 @@ from torch import Tensor
 from latentgen.errors import ConfigError, DatasetError, WorkerError
 from latentgen.train import batches
 from latentgen.train.batches import prepared_batches
-from latentgen.train.data import BatchPlan, plan_step
+from latentgen.train.data import BatchPlan, Order, plan_step
 from latentgen.train.objectives.base import Objective
 from latentgen.train.trainer import build_objective, train
 from tests.train.recipes import MakeRecipe
@@ -29,6 +29,7 @@ class Counting(Objective):
     """Batches that name the process which made them; `spoilt` is the step at which that fails."""
 
     item_count = 5
+    order = Order([range(5)])
 
     def __init__(self, spoilt: int = -1, *, kill: bool = False) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Counting(Objective):
 
 def plans(steps: int = STEPS, parts: int = 2) -> Iterator[BatchPlan]:
     for step in range(steps):
-        yield from plan_step(3, step, batch_size=4, count=5, parts=parts, rank=0, processes=1)
+        yield from plan_step(3, step, batch_size=4, order=Order([range(5)]), parts=parts, rank=0, processes=1)
 
 
 def is_alive(process: int) -> bool:

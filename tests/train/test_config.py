@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,20 @@ def test_learning_rate_rises_stays_and_falls():
 def test_learning_rate_is_constant_without_warmup_and_end():
     optimizer = Optimizer(learning_rate=0.5, warmup_steps=0)
     assert {optimizer.rate_at(step, 10) for step in range(10)} == {0.5}
+
+
+def test_upscaling_learns_from_squares(fields: dict[str, Any], tmp_path: Path):
+    networks = {"vae": "model", "text_encoder": "model", "unet": {}, "scheduler": {}, "low_res_scheduler": {}}
+    fields["task"] = {"kind": "upscale", **networks}
+    fields["data"] = {"kind": "kohya", "path": "img", "image_size": 512}
+    load(fields, tmp_path)
+    with pytest.raises(ConfigError, match=r"set data\.buckets to false"):
+        load(fields, tmp_path, "data.buckets=true")
+
+
+def test_the_sections_of_the_page_on_data_load(fields: dict[str, Any], tmp_path: Path):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    sections = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(sections) == 3
+    for section in sections:
+        load(fields | yaml.safe_load(section), tmp_path)

@@ -2,7 +2,9 @@
 
 from latentgen.train.config.data import EmojiData as EmojiData
 from latentgen.train.config.data import FolderData as FolderData
+from latentgen.train.config.data import FramedData as FramedData
 from latentgen.train.config.data import HuggingFaceData as HuggingFaceData
+from latentgen.train.config.data import KohyaData as KohyaData
 from latentgen.train.config.data import PackedData as PackedData
 from latentgen.train.config.data import WebDataset as WebDataset
 from latentgen.train.config.optimizer import Optimizer as Optimizer

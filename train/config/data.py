@@ -10,6 +10,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from latentgen.train.config.base import Section
 
+Side = Annotated[int, Field(ge=8, le=16384)]
+Repeats = Annotated[int, Field(ge=1, le=10_000)]
+
 
 class EmojiData(Section):
     """The rendered emoji of Debian's fonts-noto-color-emoji.
@@ -22,15 +25,105 @@ class EmojiData(Section):
     held_out: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
-class FolderData(Section):
-    """A folder of images, with captions in `metadata.jsonl` (`file_name`, `text`) or same-stem `.txt` files.
+class FramedData(Section):
+    """How images of any size become views of the sizes that are trained on, and captions what is told of them.
 
-    Images that cannot be read are an error before training begins, or left out with a warning (`skip`).
+    Images are scaled to cover the view and cropped, to the middle or at random, and mirrored half of the time with
+    `horizontal_flip`. A view is a square of `image_size`; with `buckets` it is as near to the image's own ratio of
+    sides as rectangles of at most `image_size` squared come, whose sides are multiples of `bucket_step` from `min_side`
+    to `max_side` (half and double of `image_size` where they are not given).
+
+    `caption_prefix` is put before every caption. With `caption_shuffle` the parts of a caption between commas are put
+    into another order each time it is drawn, all but the first `keep_tokens`.
+    """
+
+    image_size: Annotated[int, Field(ge=8, le=4096)]
+    buckets: bool = False
+    bucket_step: Annotated[int, Field(ge=1, le=1024)] = 64
+    min_side: Side | None = None
+    max_side: Side | None = None
+    crop: Literal["center", "random"] = "center"
+    horizontal_flip: bool = False
+    caption_prefix: str = ""
+    caption_shuffle: bool = False
+    keep_tokens: Annotated[int, Field(ge=0, le=1000)] = 0
+
+    @property
+    def side_bounds(self) -> tuple[int, int]:
+        """The shortest and the longest side of a bucket."""
+        return (
+            self.image_size // 2 if self.min_side is None else self.min_side,
+            self.image_size * 2 if self.max_side is None else self.max_side,
+        )
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if not self.buckets and (self.min_side, self.max_side) != (None, None):
+            raise ValueError(
+                "min_side and max_side are those of buckets; set buckets to true, or leave them out"
+            )
+        square = self.image_size // self.bucket_step * self.bucket_step
+        shortest, longest = self.side_bounds
+        if self.buckets and not (square > 0 and shortest <= square <= longest):
+            raise ValueError(
+                f"image_size {self.image_size} with bucket_step {self.bucket_step} makes a square of {square}; it must "
+                f"lie within min_side and max_side, {shortest} to {longest}, and above 0"
+            )
+        if self.keep_tokens and not self.caption_shuffle:
+            raise ValueError(
+                "keep_tokens is about shuffled captions; set caption_shuffle to true, or leave it out"
+            )
+        return self
+
+
+class FolderData(FramedData):
+    """A folder of images with their captions, and its sub-folders.
+
+    ```yaml
+    data:
+      kind: imagefolder
+      path: pictures
+      image_size: 512
+      buckets: true            # without: square centre crops
+      horizontal_flip: true
+      caption: a photo of sks dog    # of the images that have none of their own
+    ```
+
+    Captions stand in a `metadata.jsonl` or `metadata.csv` (`file_name`, relative to the file, and `text`), or beside an
+    image in a text file of the same stem, where several lines are several captions that are drawn equally often. Rows
+    of the metadata may name more images: `mask_file_name` (white where the loss counts) and `before_file_name` (what
+    this one is an edit of). Names that begin with a dot are passed over.
+
+    `caption` is that of images that have none, which without it are an error; `repeats` is how often an epoch shows
+    each. Images that cannot be read are an error before training begins, or left out with a warning (`skip`).
     """
 
     kind: Literal["imagefolder"]
     path: Path
-    image_size: Annotated[int, Field(ge=8, le=4096)]
+    caption: str | None = None
+    repeats: Repeats = 1
+    on_bad_image: Literal["error", "skip"] = "error"
+
+
+class KohyaData(FramedData):
+    """A folder laid out as for kohya's trainers: sub-folders named `REPEATS_NAME`, such as `10_sks dog`.
+
+    ```yaml
+    data:
+      kind: kohya
+      path: img                # holds "10_sks dog" and "1_dog"
+      image_size: 512
+      buckets: true
+      caption_shuffle: true
+      keep_tokens: 1
+    ```
+
+    An epoch shows each image of a sub-folder so often; its caption is the name, if no text file (`.txt`, `.caption`)
+    stands beside it. The rest is as in FolderData.
+    """
+
+    kind: Literal["kohya"]
+    path: Path
     on_bad_image: Literal["error", "skip"] = "error"
 
 

@@ -12,7 +12,14 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from latentgen.errors import ConfigError
 from latentgen.train.config.base import Count, Decay, Section
-from latentgen.train.config.data import EmojiData, FolderData, HuggingFaceData, WebDataset
+from latentgen.train.config.data import (
+    EmojiData,
+    FolderData,
+    FramedData,
+    HuggingFaceData,
+    KohyaData,
+    WebDataset,
+)
 from latentgen.train.config.optimizer import Optimizer
 from latentgen.train.config.tasks import AutoencoderTask, PairedTask, TextToImageTask, UpscaleTask
 
@@ -41,7 +48,9 @@ class TrainConfig(Section):
 
     output_dir: Path
     task: Annotated[AutoencoderTask | TextToImageTask | UpscaleTask | PairedTask, Field(discriminator="kind")]
-    data: Annotated[EmojiData | FolderData | WebDataset | HuggingFaceData, Field(discriminator="kind")]
+    data: Annotated[
+        EmojiData | FolderData | KohyaData | WebDataset | HuggingFaceData, Field(discriminator="kind")
+    ]
     init_from: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     mixed_precision: Precision = "no"
@@ -78,6 +87,8 @@ class TrainConfig(Section):
                 raise ValueError(
                     "task.fresh_layers: without init_from every layer begins at random; leave it out"
                 )
+        if isinstance(self.task, UpscaleTask) and isinstance(self.data, FramedData) and self.data.buckets:
+            raise ValueError("task upscale learns from squares; set data.buckets to false")
         return self
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from latentgen.train.config import EmojiData, FolderData, HuggingFaceData, WebDataset
+from latentgen.train.config import EmojiData, FolderData, HuggingFaceData, KohyaData, WebDataset
+from latentgen.train.data.order import Order as Order
+from latentgen.train.data.order import item_at as item_at
+from latentgen.train.data.order import sample_rng as sample_rng
 from latentgen.train.data.plan import BatchPlan as BatchPlan
-from latentgen.train.data.plan import item_at as item_at
 from latentgen.train.data.plan import plan_step as plan_step
-from latentgen.train.data.plan import sample_rng as sample_rng
 from latentgen.train.data.views import CaptionedImages as CaptionedImages
 from latentgen.train.data.views import Captions as Captions
 from latentgen.train.data.views import View as View
+from latentgen.train.data.views import check_sides as check_sides
 from latentgen.train.data.views import to_tensor as to_tensor
 
 
-def open_data(config: EmojiData | FolderData | WebDataset | HuggingFaceData) -> CaptionedImages:
+def open_data(config: EmojiData | FolderData | KohyaData | WebDataset | HuggingFaceData) -> CaptionedImages:
     """The data set that a recipe names.
 
     Raises:

@@ -123,6 +123,10 @@ class EmojiSet:
     def __len__(self) -> int:
         return len(self.glyphs)
 
+    def bucket(self, index: int) -> tuple[int, int]:
+        """The square that all are drawn in."""
+        return self.image_size, self.image_size
+
     def view(self, index: int, rng: random.Random) -> View:
         """A random placement of glyph `index`: nearly as large as the image, half of the grounds white.
 

@@ -2,125 +2,130 @@
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from latentgen.errors import DatasetError, InputError, UnsafePathError
-from latentgen.files import quote, safe_join
+from latentgen.errors import DatasetError
+from latentgen.files import quote
 from latentgen.image_file import read_image
-from latentgen.prompts import check_prompts
-from latentgen.train.config import FolderData
+from latentgen.train.config import FolderData, KohyaData
 from latentgen.train.data import Captions, View
+from latentgen.train.data.examination import ImageFacts, examine
+from latentgen.train.data.framing import Framing, Size, enlargement
+from latentgen.train.data.listing import Item, Listing, list_folder
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-METADATA = "metadata.jsonl"
+
+class Survey(NamedTuple):
+    """What is in a folder, and which of its images can be used.
+
+    Attributes:
+        listing: what is there.
+        facts: of every image that can be read.
+        bad: what is wrong with items whose images cannot be used.
+    """
+
+    listing: Listing
+    facts: Mapping[Path, ImageFacts]
+    bad: Mapping[Item, str]
+
+
+def survey(config: FolderData | KohyaData) -> Survey:
+    """List a folder and decode all of its images once.
+
+    Raises:
+        DatasetError: there is no such folder.
+    """
+    listing = list_folder(config)
+    files = sorted({file for item in listing.items for file in item.files})
+    facts, problems = examine(files)
+    bad: dict[Item, str] = {}
+    for item in listing.items:
+        found = [problems[file] for file in item.files if file in problems]
+        if not found:
+            found = [
+                f"{listing.name(file)} is {pixels(facts[file].size)}, and {listing.name(item.file)} is "
+                f"{pixels(facts[item.file].size)}; both must be of one size"
+                for file in item.files
+                if facts[file].size != facts[item.file].size
+            ]
+        if found:
+            bad[item] = "; ".join(found)
+    return Survey(listing, facts, bad)
+
+
+def pixels(size: Size) -> str:
+    """A size for a message, width first, as programs show it."""
+    return f"{size[1]}x{size[0]}"
 
 
 class ImageFolder:
-    """A folder of images with captions from `metadata.jsonl` (`file_name`, `text`) or same-stem `.txt` files.
+    """A folder of images, as FolderData and KohyaData tell of it.
 
     Every file is decoded once to begin with. Bad images are an error, or left out with a warning if the recipe says
-    so; they are never replaced.
+    so; they are never replaced. An image that an epoch shows several times is as many items.
 
     Raises:
         DatasetError: listing every image that has no caption or cannot be read, and every row without its image.
     """
 
-    def __init__(self, config: FolderData) -> None:
+    def __init__(self, config: FolderData | KohyaData) -> None:
         self.image_size = config.image_size
-        folder = config.path
-        if not folder.is_dir():
-            raise DatasetError(f"{quote(folder)} is not a folder of images; set data.path in the recipe")
-        problems: list[str] = []
-        captions = _read_metadata(folder, problems) if (folder / METADATA).is_file() else {}
-        captions |= _read_texts(folder, captions, problems)
-        bad = {file: problem for file in captions if (problem := _image_problem(file)) is not None}
+        self._framing = Framing(config)
+        self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
+        listing, facts, bad = survey(config)
+        problems = list(listing.problems)
         if config.on_bad_image == "skip" and bad:
             warnings.warn(f"{len(bad)} images are left out: {'; '.join(bad.values())}", stacklevel=2)
         else:
             problems += bad.values()
-        self._items = sorted((file, text) for file, text in captions.items() if file not in bad)
-        if not self._items and not problems:
-            problems.append(f"no image that can be used; known kinds: {', '.join(sorted(SUFFIXES))}")
+        good = [item for item in listing.items if item not in bad]
+        if not good and not problems:
+            problems.append("no image that can be used")
         if problems:
-            raise DatasetError(f"{quote(folder)} has {len(problems)} problems: {'; '.join(problems)}")
+            raise DatasetError(
+                f"{quote(config.path)} has {len(problems)} problems: {'; '.join(problems)}; "
+                "`latentgen check-data` lists them one a line"
+            )
+        self._items = [item for item in good for _ in range(item.repeats)]
+        self._sizes = [self._framing.size_for(facts[item.file].size) for item in self._items]
+        small = sum(
+            enlargement(facts[item.file].size, self._framing.size_for(facts[item.file].size)) > 1
+            for item in good
+        )
+        if small:
+            warnings.warn(
+                f"{small} of {len(good)} images are smaller than their views and are enlarged; "
+                "`latentgen check-data` names them",
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         return len(self._items)
 
+    def bucket(self, index: int) -> Size:
+        """Height and width of the item's views: of all rectangles of the recipe that of the nearest ratio."""
+        return self._sizes[index]
+
     def view(self, index: int, rng: random.Random) -> View:
-        """The image, its shorter side fitted to `image_size`, cropped to the centre square; nothing is random."""
-        file, text = self._items[index]
-        square = (self.image_size, self.image_size)
-        image = ImageOps.fit(read_image(file), square, Image.Resampling.LANCZOS)
-        return View(image, Captions((text,), (1.0,)))
+        """The image scaled to cover its rectangle, and cropped; random where the recipe says so."""
+        item = self._items[index]
+        image = read_image(item.file)
+        original = (image.height, image.width)
+        frame = self._framing.draw(original, rng)
+        mask = before = None
+        if item.mask is not None:
+            # Lanczos would draw rings around the borders of a mask.
+            mask = frame.show(read_image(item.mask).convert("L"), Image.Resampling.BILINEAR)
+        if item.before is not None:
+            before = frame.show(read_image(item.before))
+        captions = Captions(item.captions, (1.0,) * len(item.captions), self._shuffle_after)
+        return View(frame.show(image), captions, original, frame.corner, mask, before)
 
     def corpus(self) -> list[str]:
-        """All captions."""
-        return [text for _, text in self._items]
-
-
-def _read_metadata(folder: Path, problems: list[str]) -> dict[Path, str]:
-    """The captions by image file; what is wrong with a row is added to `problems`."""
-    try:
-        lines = (
-            (folder / METADATA).read_text("utf-8").split("\n")
-        )  # splitlines() would cut captions at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{METADATA} cannot be read: {error}")
-        return {}
-    captions: dict[Path, str] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            file, text = _parse_row(folder, json.loads(line))
-            if file in captions:
-                raise ValueError(f"{quote(file.name)} has a caption already")
-            captions[file] = text
-        except (ValueError, RecursionError, UnsafePathError) as error:
-            problems.append(f"{METADATA} line {number}: {error}")
-    return captions
-
-
-def _parse_row(folder: Path, row: Any) -> tuple[Path, str]:
-    match row:
-        case {"file_name": str(name), "text": str(text)}:
-            file = safe_join(folder, name, "file_name")
-        case _:
-            raise ValueError('must be {"file_name": "...", "text": "..."}')
-    if not file.is_file():
-        raise ValueError(f"{quote(name)} is not there")
-    check_prompts([text])
-    return file, text
-
-
-def _read_texts(folder: Path, known: dict[Path, str], problems: list[str]) -> dict[Path, str]:
-    """The captions of the images that the metadata do not name, from text files of the same stem."""
-    captions: dict[Path, str] = {}
-    for file in sorted(folder.iterdir()):
-        if file in known or file.suffix.lower() not in SUFFIXES:
-            continue
-        text_file = file.with_suffix(".txt")
-        try:
-            text = text_file.read_text("utf-8").strip()
-            check_prompts([text])
-            captions[file] = text
-        except FileNotFoundError:
-            problems.append(f"{file.name}: no caption; write it into {text_file.name} or {METADATA}")
-        except (OSError, UnicodeDecodeError, InputError) as error:
-            problems.append(f"{text_file.name}: {error}")
-    return captions
-
-
-def _image_problem(file: Path) -> str | None:
-    try:
-        read_image(file)
-    except InputError as error:
-        return str(error)
-    return None
+        """All captions of each image."""
+        return [text for item in self._items for text in item.captions]

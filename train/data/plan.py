@@ -1,32 +1,15 @@
-"""Which samples make up which step: the order and all randomness are functions of (seed, step, sample)."""
+"""Which samples a process computes in a step: the order and all randomness are functions of (seed, step, sample)."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-
-def sample_rng(seed: int, *position: int | str) -> random.Random:
-    """The generator of one position of a run, for instance (step, sample): the same wherever and whenever asked."""
-    return random.Random("/".join(map(str, (seed, *position))))
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> tuple[int, ...]:
-    order = list(range(count))
-    sample_rng(seed, "epoch", epoch).shuffle(order)
-    return tuple(order)
-
-
-def item_at(seed: int, position: int, count: int) -> int:
-    """The item at a position of the endless shuffled sequence, in which each epoch shows every item once."""
-    epoch, place = divmod(position, count)
-    return _permutation(seed, epoch, count)[place]
+from latentgen.train.data.order import Order, sample_rng
 
 
 @dataclass(frozen=True)
@@ -58,7 +41,7 @@ class BatchPlan:
 
 
 def plan_step(
-    seed: int, step: int, *, batch_size: int, count: int, parts: int, rank: int, processes: int
+    seed: int, step: int, *, batch_size: int, order: Order, parts: int, rank: int, processes: int
 ) -> list[BatchPlan]:
     """Split the global batch of a step over `processes` and into `parts` accumulated one after the other.
 
@@ -68,6 +51,6 @@ def plan_step(
     plans = []
     for part in range(parts):
         samples = tuple(range(part * processes + rank, batch_size, parts * processes))
-        items = tuple(item_at(seed, step * batch_size + sample, count) for sample in samples)
+        items = order.items(seed, step, batch_size, samples)
         plans.append(BatchPlan(seed, step, batch_size, samples, items))
     return plans

@@ -11,16 +11,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentgen.errors import ConfigError
+
 
 class Captions(NamedTuple):
-    """What one image may be called, and how often each caption is drawn."""
+    """What one image may be called.
+
+    Attributes:
+        texts: the captions.
+        weights: how often each is drawn.
+        shuffle_after: how many of the parts between commas stay at the beginning of a caption while the others change
+            places each time it is drawn, as in kohya's trainers; None to leave captions as they are.
+    """
 
     texts: tuple[str, ...]
     weights: tuple[float, ...]
+    shuffle_after: int | None = None
 
     def draw(self, rng: random.Random) -> str:
-        """One of the captions, drawn by weight."""
-        return rng.choices(self.texts, weights=self.weights)[0]
+        """One of the captions, drawn by weight, its parts shuffled if they are to be."""
+        text = rng.choices(self.texts, weights=self.weights)[0]
+        if self.shuffle_after is None:
+            return text
+        parts = [part.strip() for part in text.split(",")]
+        kept, others = parts[: self.shuffle_after], parts[self.shuffle_after :]
+        rng.shuffle(others)
+        return ", ".join(kept + others)
 
 
 class View(NamedTuple):
@@ -44,11 +60,19 @@ class View(NamedTuple):
 
 
 class CaptionedImages(Protocol):
-    """A set of items, each seen through random views."""
+    """A set of items, each seen through random views.
+
+    Attributes:
+        image_size: the side of the views if they are square, else that of a square of the area that they have at most.
+    """
 
     image_size: int
 
     def __len__(self) -> int: ...
+
+    def bucket(self, index: int) -> tuple[int, int]:
+        """Height and width of the views of item `index`."""
+        ...
 
     def view(self, index: int, rng: random.Random) -> View:
         """Draw a view of item `index`."""
@@ -57,6 +81,21 @@ class CaptionedImages(Protocol):
     def corpus(self) -> list[str]:
         """The captions that a tokenizer for this set is made from."""
         ...
+
+
+def check_sides(data: CaptionedImages, factor: int) -> None:
+    """Refuse views whose sides an autoencoder cannot divide by its `factor`.
+
+    Raises:
+        ConfigError: naming the first such side.
+    """
+    sides = (side for index in range(len(data)) for side in data.bucket(index))
+    wrong = next((side for side in sides if side % factor), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"there are images of {wrong} pixels in height or width, and task.vae needs multiples of {factor}: choose "
+            "one for data.image_size, or for data.bucket_step if there are buckets"
+        )
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

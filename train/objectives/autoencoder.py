@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from latentgen.files import write_json
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines.saving import WEIGHTS_STEM
 from latentgen.train.config import AutoencoderTask
-from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng, to_tensor
+from latentgen.train.data import BatchPlan, CaptionedImages, Order, check_sides, sample_rng, to_tensor
 from latentgen.train.objectives.base import Loss, Objective
 
 _CALIBRATION_IMAGES = 1024
@@ -44,7 +45,7 @@ class AutoencoderObjective(Objective):
         self.task = task
         self.data = data
         self.config = VAEConfig.from_json(task.vae)
-        _check_fit(self.config, data.image_size)
+        _check_fit(self.config, data)
         self.encoder = VAEEncoder(self.config)
         self.decoder = VAEDecoder(self.config)
         if init_from is not None:
@@ -52,13 +53,14 @@ class AutoencoderObjective(Objective):
             load_weights(self, files, dtype=torch.float32, rename=_name_here)
         self.encoder.requires_grad_(task.train_encoder)
         self.item_count = len(data)
-        side = data.image_size // self.config.spatial_factor
-        self.latent_shape = (self.config.latent_channels, side, side)
+        self.order = Order.of(data)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """Images [B, 3, H, W] in -1..1 and the posterior's noise [B, C, h, w]."""
         views = [self.data.view(item, rng) for item, rng in zip(plan.items, plan.rngs("view"), strict=True)]
-        return to_tensor([view.image for view in views]), plan.noise(self.latent_shape, "posterior")
+        images = to_tensor([view.image for view in views])
+        height, width = (side // self.config.spatial_factor for side in images.shape[2:])
+        return images, plan.noise((self.config.latent_channels, height, width), "posterior")
 
     def forward(self, *batch: Tensor) -> Loss:
         """The mean loss; its parts are the pixel and edge errors (mean absolute, on -1..1) and the KL in nats."""
@@ -92,22 +94,22 @@ class AutoencoderObjective(Objective):
         """As many random views as there are items, but not over a thousand, evenly over the set."""
         count = min(_CALIBRATION_IMAGES, len(self.data))
         items = [round(place * len(self.data) / count) for place in range(count)]
-        for start in range(0, count, _CALIBRATION_BATCH):
-            part = items[start : start + _CALIBRATION_BATCH]
-            yield to_tensor([self.data.view(item, sample_rng(0, "calibration", item)).image for item in part])
+        for _, of_one_size in groupby(sorted(items, key=self.data.bucket), key=self.data.bucket):
+            alike = list(of_one_size)
+            for start in range(0, len(alike), _CALIBRATION_BATCH):
+                part = alike[start : start + _CALIBRATION_BATCH]
+                yield to_tensor(
+                    [self.data.view(item, sample_rng(0, "calibration", item)).image for item in part]
+                )
 
 
-def _check_fit(config: VAEConfig, image_size: int) -> None:
+def _check_fit(config: VAEConfig, data: CaptionedImages) -> None:
     if config.in_channels != 3 or config.out_channels != 3:
         raise ConfigError(
             f"task.vae has {config.in_channels} in_channels and {config.out_channels} out_channels; the images "
             "are RGB, so both must be 3"
         )
-    if image_size % config.spatial_factor:
-        raise ConfigError(
-            f"data.image_size is {image_size}; task.vae halves images {len(config.block_out_channels) - 1} times, so "
-            f"it must be a multiple of {config.spatial_factor}"
-        )
+    check_sides(data, config.spatial_factor)
 
 
 def _name_here(key: str) -> str:
@@ -122,8 +124,9 @@ def normalise_latents(encoder: VAEEncoder, decoder: VAEDecoder, batches: Iterato
     The affine map is folded into the 1x1 convolutions on either side of the latents, so that the one scaling factor
     (arXiv:2112.10752, appendix G) serves every channel.
     """
-    latents = torch.cat([encoder(batch).mean for batch in batches])
-    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    # Of images of several sizes each pixel of the latents counts alike: [C, pixels].
+    latents = torch.cat([encoder(batch).mean.transpose(0, 1).flatten(1) for batch in batches], dim=1)
+    mean, std = latents.mean(dim=1), latents.std(dim=1)
     std = torch.where(std > 0, std, 1)  # a channel that nothing varies stays as it is
     mean = mean / encoder.config.scaling_factor  # from the latents' scale to that of the convolutions
     quant_weight, quant_bias = _weight_and_bias(encoder.quant_conv)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from latentgen.train.data import BatchPlan
+from latentgen.train.data import BatchPlan, Order
 
 
 class Loss(NamedTuple):
@@ -25,6 +25,9 @@ class Objective(nn.Module, ABC):
 
     item_count: int
     """How many items one epoch shows."""
+
+    order: Order
+    """In which order they are shown."""
 
     memory_format: torch.memory_format = torch.channels_last
     """How the kernels of the convolutions lie in memory during training."""

@@ -32,7 +32,7 @@ from latentgen.pipelines.loading import (
     usual_guidance_scale,
 )
 from latentgen.train.config import LatentTask
-from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng
+from latentgen.train.data import BatchPlan, CaptionedImages, Order, check_sides, sample_rng
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.objectives.encoding import EncodedViews
 
@@ -70,7 +70,9 @@ class LatentObjective(Objective, Generic[AnyTask]):
         # On a CPU the small convolutions of a latent UNet learn faster so.
         self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
         self.scheduler = Scheduler.from_config(task.scheduler)
-        self.item_count = len(data) * max(1, task.cached_views)
+        views = max(1, task.cached_views)
+        self.item_count = len(data) * views
+        self.order = Order.of(data, views=views)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]."""
@@ -142,7 +144,7 @@ def check_fit(
     vae: VAEConfig | PixelConfig,
     *,
     context_width: int,
-    image_size: int,
+    data: CaptionedImages,
     in_channels: Mapping[int, str],
 ) -> None:
     """Refuse configurations of which one cannot take what another gives.
@@ -151,7 +153,7 @@ def check_fit(
         unet: the UNet's.
         vae: the autoencoder's.
         context_width: the channels of what the text encoder gives.
-        image_size: the side of the images.
+        data: the images.
         in_channels: how many channels the UNet can take, and for what.
 
     Raises:
@@ -170,12 +172,9 @@ def check_fit(
             f"task.unet.cross_attention_dim is {unet.cross_attention_dim}, but hidden_size of task.text_encoder: "
             f"{context_width}"
         )
-    if image_size % vae.spatial_factor:
-        problems.append(
-            f"data.image_size is {image_size}, no multiple of {vae.spatial_factor}, as task.vae needs it"
-        )
     if problems:
         raise ConfigError("the parts of the recipe do not fit each other: " + "; ".join(problems))
+    check_sides(data, vae.spatial_factor)
 
 
 def spread_timesteps(plan: BatchPlan, count: int, shift: float) -> Tensor:

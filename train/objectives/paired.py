@@ -63,7 +63,7 @@ class PairedObjective(LatentObjective[PairedTask]):
             config,
             vae_config,
             context_width=self._text.context_width,
-            image_size=data.image_size,
+            data=data,
             in_channels={2 * vae_config.latent_channels: "the latents and those of an image"},
         )
         origin = None if init_from is None else CheckpointFolder.open(init_from)

@@ -66,7 +66,7 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
             unet_config,
             vae_config,
             context_width=text_config.hidden_size,
-            image_size=data.image_size,
+            data=data,
             in_channels={vae_config.latent_channels: "the latents alone"},
         )
         origin = None if init_from is None else CheckpointFolder.open(init_from)

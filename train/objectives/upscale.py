@@ -68,7 +68,7 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
             config,
             vae_config,
             context_width=self._text.context_width,
-            image_size=data.image_size,
+            data=data,
             in_channels=_in_channels(vae_config, task.enlargement),
         )
         if data.image_size % task.enlargement:

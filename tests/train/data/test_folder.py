@@ -1,22 +1,35 @@
-"""Image folders: every problem in one report, before training begins."""
+"""Folders of images as people have them, and every problem of theirs in one report, before training begins."""
 
 from __future__ import annotations
 
+import csv
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from latentgen.errors import DatasetError
-from latentgen.train.config import FolderData
+from latentgen.train.config import FolderData, KohyaData
 from latentgen.train.data.folder import ImageFolder
 
 
 def open_folder(folder: Path, **fields: Any) -> ImageFolder:
-    return ImageFolder(FolderData(kind="imagefolder", path=folder, image_size=8, **fields))
+    return ImageFolder(FolderData(**{"kind": "imagefolder", "path": folder, "image_size": 8} | fields))
+
+
+def open_kohya(folder: Path, **fields: Any) -> ImageFolder:
+    return ImageFolder(KohyaData(**{"kind": "kohya", "path": folder, "image_size": 8} | fields))
+
+
+def problems_of(folder: Path, **fields: Any) -> str:
+    with pytest.raises(DatasetError) as caught:
+        open_folder(folder, **fields)
+    return str(caught.value)
 
 
 def write_metadata(folder: Path, *rows: Any) -> None:
@@ -24,13 +37,23 @@ def write_metadata(folder: Path, *rows: Any) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
 
+def write_csv(folder: Path, *rows: tuple[str, ...]) -> None:
+    with (folder / "metadata.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def draw(path: Path, width: int = 20, height: int = 10, colour: str = "red") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), colour).save(path)
+    return path
+
+
 @pytest.fixture
 def bare_folder(tmp_path: Path) -> Path:
     """Three pictures without captions: a.png, b.png, and sub/c.png."""
     folder = tmp_path / "pictures"
-    (folder / "sub").mkdir(parents=True)
     for name in ("a.png", "b.png", "sub/c.png"):
-        Image.new("RGB", (20, 10), "red").save(folder / name)
+        draw(folder / name)
     return folder
 
 
@@ -57,12 +80,141 @@ def test_captions_in_metadata(bare_folder: Path):
     assert open_folder(bare_folder).corpus() == ["é 🍕", "two\u2028lines", ""]
 
 
+def test_captions_in_a_table(bare_folder: Path):
+    rows = (("a.png", 'said "é, 🍕"', "1"), ("b.png", "two\nlines", ""), ("sub/c.png", "", "x"))
+    write_csv(bare_folder, ("file_name", "text", "more"), *rows)
+    assert open_folder(bare_folder).corpus() == ['said "é, 🍕"', "two\nlines", ""]
+
+
+def test_metadata_in_sub_folders_name_files_beside_them(bare_folder: Path):
+    write_csv(bare_folder, ("text", "file_name"), ("first", "a.png"), ("second", "./b.png"))
+    write_metadata(bare_folder / "sub", {"file_name": "c.png", "text": "third"})
+    assert open_folder(bare_folder).corpus() == ["first", "second", "third"]
+
+
+def test_the_lines_of_a_text_file_are_captions_drawn_equally_often(bare_folder: Path):
+    (bare_folder / "a.txt").write_text("\ufeffone\r\n\n  two  \nthree\u2028and more\n", "utf-8")
+    (bare_folder / "b.txt").write_text("\n", "utf-8")
+    (bare_folder / "sub" / "c.caption").write_text("kohya's suffix", "utf-8")
+    data = open_folder(bare_folder)
+    captions = data.view(0, random.Random(0)).captions
+    assert captions.texts == ("one", "two", "three\u2028and more")
+    drawn = Counter(captions.draw(random.Random(seed)) for seed in range(3000))
+    assert all(count / 3000 == pytest.approx(1 / 3, abs=0.04) for count in drawn.values())
+    assert data.corpus()[3:] == ["", "kohya's suffix"]
+
+
+def test_one_caption_for_all_that_have_none_and_a_prefix_for_all(bare_folder: Path):
+    (bare_folder / "b.txt").write_text("asleep", "utf-8")
+    write_metadata(bare_folder, {"file_name": "sub/c.png"})
+    data = open_folder(bare_folder, caption="a photo of sks dog", caption_prefix="sks,")
+    assert data.corpus() == ["sks, a photo of sks dog", "sks, asleep", "sks, a photo of sks dog"]
+
+
+def test_repeats(bare_folder: Path):
+    data = open_folder(bare_folder, caption="x", repeats=3)
+    assert len(data) == 9
+    assert len({data.bucket(index) for index in range(9)}) == 1
+
+
+def test_captions_are_shuffled_as_in_kohyas_trainers(bare_folder: Path):
+    fields = {"caption": "sks, dog , on a lawn,sunny, 4k", "caption_shuffle": True}
+    captions = open_folder(bare_folder, keep_tokens=2, **fields).view(0, random.Random(0)).captions
+    drawn = Counter(captions.draw(random.Random(seed)) for seed in range(1200))
+    assert all(text.startswith("sks, dog, ") for text in drawn)
+    assert {frozenset(text.split(", ")) for text in drawn} == {
+        frozenset({"sks", "dog", "on a lawn", "sunny", "4k"})
+    }
+    assert len(drawn) == 6
+    assert all(count / 1200 == pytest.approx(1 / 6, abs=0.05) for count in drawn.values())
+    assert captions.draw(random.Random(7)) == captions.draw(random.Random(7))
+    loose = open_folder(bare_folder, **fields).view(0, random.Random(0)).captions
+    assert len({loose.draw(random.Random(seed)) for seed in range(2000)}) == 120
+
+
+def test_masks_and_edits_follow_the_image(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "after.png")
+    Image.fromarray(pixels).save(tmp_path / "before.png")
+    Image.fromarray(pixels[:, :, 0]).save(tmp_path / "mask.png")
+    row = {"file_name": "after.png", "text": "make it red"}
+    write_metadata(tmp_path, row | {"mask_file_name": "mask.png", "before_file_name": "before.png"})
+    data = open_folder(tmp_path, image_size=24, crop="random", horizontal_flip=True)
+    assert len(data) == 1, "what a row names beside the image is no image to learn"
+    corners = set()
+    for seed in range(8):
+        view = data.view(0, random.Random(seed))
+        assert view.before is not None
+        assert view.mask is not None
+        assert view.mask.mode == "L"
+        assert view.mask.size == view.image.size == (24, 24)
+        np.testing.assert_array_equal(np.asarray(view.before), np.asarray(view.image))
+        red = np.asarray(view.image)[:, :, 0].astype(float)
+        assert np.corrcoef(red.ravel(), np.asarray(view.mask).ravel())[0, 1] > 0.9
+        assert view.original_size == (30, 40)
+        corners.add(view.crop_corner)
+    assert len(corners) > 3
+    # A table that holds null or nothing for images without a mask.
+    draw(tmp_path / "plain.png", 40, 30)
+    write_metadata(tmp_path, row, {"file_name": "plain.png", "text": "x", "mask_file_name": None})
+    (tmp_path / "before.png").unlink()
+    (tmp_path / "mask.png").unlink()
+    assert open_folder(tmp_path).view(1, random.Random(0)).mask is None
+
+
+def test_companions_must_be_of_one_size_and_edits_of_all_images(tmp_path: Path):
+    for name, width in (("a.png", 20), ("b.png", 20), ("mask.png", 30), ("before.png", 20)):
+        draw(tmp_path / name, width)
+    rows = (("a.png", "x", "mask.png", ""), ("b.png", "y", "", "before.png"))
+    write_csv(tmp_path, ("file_name", "text", "mask_file_name", "before_file_name"), *rows)
+    message = problems_of(tmp_path)
+    assert "2 problems" in message
+    assert "mask.png is 30x10, and a.png is 20x10; both must be of one size" in message
+    assert "1 of 2 images have a before_file_name; give it to all or to none" in message
+
+
+def test_buckets_by_ratio(tmp_path: Path):
+    for name, size in (("lying", (300, 150)), ("square", (100, 104)), ("upright", (150, 300))):
+        draw(tmp_path / f"{name}.png", *size)
+    data = open_folder(tmp_path, caption="x", image_size=64, buckets=True, bucket_step=16)
+    assert [data.bucket(index) for index in range(3)] == [(48, 80), (64, 64), (80, 48)]
+    for index in range(3):
+        assert data.view(index, random.Random(0)).image.size == data.bucket(index)[::-1]
+    assert data.image_size == 64
+
+
+def test_small_images_are_told_of(bare_folder: Path):
+    with pytest.warns(UserWarning, match="3 of 3 images are smaller than their views and are enlarged"):
+        open_folder(bare_folder, caption="x", image_size=64)
+
+
+def test_kohyas_folders(tmp_path: Path):
+    draw(tmp_path / "10_sks dog" / "a.png")
+    draw(tmp_path / "10_sks dog" / "deeper" / "b.jpg")
+    draw(tmp_path / "1_a_dog" / "c.webp")
+    (tmp_path / "10_sks dog" / "a.txt").write_text("sks dog asleep", "utf-8")
+    data = open_kohya(tmp_path)
+    assert Counter(data.corpus()) == {"sks dog asleep": 10, "sks dog": 10, "a_dog": 1}
+    draw(tmp_path / "log" / "stray.png")
+    draw(tmp_path / "stray.png")
+    draw(tmp_path / "0_none" / "d.png")
+    with pytest.raises(DatasetError) as caught:
+        open_kohya(tmp_path)
+    message = str(caught.value)
+    assert "3 problems" in message
+    assert "log/stray.png: not in a sub-folder named as in" in message
+    assert "0_none: allowed are 1 to 10,000 repeats" in message
+
+
 def test_every_problem_is_listed_at_once(bare_folder: Path):
     (bare_folder / "cut.png").write_bytes((bare_folder / "a.png").read_bytes()[:50])
     (bare_folder / "cut.txt").write_text("cut", "utf-8")
     (bare_folder / "latin.webp").write_bytes(b"")
     (bare_folder / "latin.txt").write_bytes(b"\xff\xfe")
     Image.new("RGB", (4, 4)).save(bare_folder.parent / "outside.png")
+    (bare_folder / "link.png").symlink_to(bare_folder.parent / "outside.png")
+    (bare_folder / "link.txt").write_text("one's own links are followed", "utf-8")
     write_metadata(
         bare_folder,
         {"file_name": "a.png", "text": "first"},
@@ -76,32 +228,154 @@ def test_every_problem_is_listed_at_once(bare_folder: Path):
         "{not json",
         "[1]",
         '{"file_name": "sub/c.png", "text": "half \\ud83c pair"}',
+        {"file_name": None, "text": "null"},
+        {"file_name": "sub\\c.png", "text": "backslash"},
+        {"file_name": "sub/c.png\0", "text": "NUL"},
+        {"file_name": "C:c.png", "text": "drive"},
+        {"file_name": "link.png", "text": "a link of the metadata's"},
+        {"file_name": "sub/c.png", "text": "x", "mask_file_name": "../outside.png"},
+        {"file_name": "sub/c.png", "text": "x", "before_file_name": "none.png"},
+        {"file_name": "sub/c.png", "text": "x", "mask_file_name": ["a.png"]},
+        "[" * 100_000,
     )
-    with pytest.raises(DatasetError) as caught:
-        open_folder(bare_folder)
-    message = str(caught.value)
-    assert "13 problems" in message
-    for line in range(2, 12):
+    message = problems_of(bare_folder)
+    assert "23 problems" in message
+    for line in range(2, 21):
         assert f"metadata.jsonl line {line}:" in message
     for part in (
-        "has a caption already",
-        "'none.png' is not there",
-        "b.png: no caption",
+        "'a.png' has a row already",
+        "file_name 'none.png' is not there",
+        "text is null; it must be a string",
+        "text is a number; it must be a string",
+        "climbs out of its folder",
+        "is absolute",
+        "file_name is missing",
+        "it must be an object",
+        "half of a surrogate pair",
+        "file_name is null",
+        "backslash",
+        "leads out of the folder through a symlink",
+        "before_file_name 'none.png' is not there",
+        "mask_file_name is a list",
+        "b.png: no caption; write it into b.txt or metadata.jsonl, or set data.caption",
         "latin.txt:",
+        "save it as UTF-8",
         "cut.png",
     ):
         assert part in message
     assert "line 1:" not in message
 
 
-def test_bad_images_can_be_skipped_with_a_warning(image_folder: Path):
-    (image_folder / "red.png").write_bytes(b"<html>")
-    with pytest.raises(DatasetError, match=r"1 problems: .*red\.png"):
-        open_folder(image_folder)
-    with pytest.warns(UserWarning, match=r"1 images are left out: .*red\.png"):
+def test_problems_of_a_table(bare_folder: Path):
+    rows = (
+        ("a.png", "x"),
+        ("a.png", "y"),
+        ("b.png",),
+        ("sub/c.png", "x", "more"),
+        ("", "x"),
+        ("../x.png", "x"),
+    )
+    write_csv(bare_folder, ("file_name", "text"), *rows)
+    message = problems_of(bare_folder)
+    # Of b.png and sub/c.png nothing is known beside their rows, so they have no caption either.
+    assert "7 problems" in message
+    for line, problem in (
+        (3, "'a.png' has a row already"),
+        (4, "it has more or fewer cells than the first line"),
+        (5, "it has more or fewer cells than the first line"),
+        (6, "file_name is missing"),
+        (7, "climbs out of its folder"),
+    ):
+        assert f"metadata.csv line {line}: " in message
+        assert problem in message
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"name,text\na.png,x\n", "names the columns 'name, text'; file_name must be one of them"),
+        (b"file_name,text,text\na.png,x,y\n", "none may stand there twice"),
+        (b"", "names the columns ''"),
+        (b'file_name,text\na.png,"never ended\n', "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_tables_that_cannot_be_read(content: bytes, problem: str, bare_folder: Path):
+    (bare_folder / "metadata.csv").write_bytes(content)
+    message = problems_of(bare_folder, caption="x")
+    assert "1 problems: metadata.csv cannot be read" in message
+    assert problem in message
+
+
+def test_metadata_that_is_not_text(bare_folder: Path):
+    (bare_folder / "metadata.jsonl").write_bytes(b"\xff\xfe")
+    assert "metadata.jsonl cannot be read" in problems_of(bare_folder)
+
+
+def truncated_jpeg(path: Path) -> None:
+    draw(path, 64, 64)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def bomb(path: Path) -> None:
+    Image.new("1", (2**13 + 1, 2**13)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "problem"),
+    [
+        ("cut.jpg", truncated_jpeg, "cannot be read as an image"),
+        ("empty.png", Path.touch, "is empty (0 bytes)"),
+        ("zeros.png", lambda path: path.write_bytes(bytes(999)), "is filled with zero bytes"),
+        ("page.jpg", lambda path: path.write_bytes(b"<!DOCTYPE html><p>404"), "is an HTML or XML page"),
+        ("text.webp", lambda path: path.write_bytes(b"not an image"), "cannot be read as an image"),
+        ("bomb.png", bomb, "8193x8192 pixels, over the limit"),
+    ],
+)
+def test_bad_images_are_an_error_or_skipped_with_a_warning(
+    name: str, spoil: Any, problem: str, image_folder: Path
+):
+    bad = image_folder / name
+    spoil(bad)
+    bad.with_suffix(".txt").write_text("bad", "utf-8")
+    message = problems_of(image_folder)
+    assert "has 1 problems: " in message
+    assert name in message
+    assert problem in message
+    with pytest.warns(UserWarning, match=rf"1 images are left out: .*{name}"):
         data = open_folder(image_folder, on_bad_image="skip")
-    assert len(data) == 5
-    assert "red disc" not in data.corpus()
+    assert len(data) == 6
+    assert "bad" not in data.corpus()
+
+
+def test_an_image_with_a_bad_mask_is_left_out(tmp_path: Path):
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "b.png")
+    (tmp_path / "mask.png").touch()
+    row = {"file_name": "a.png", "text": "x", "mask_file_name": "mask.png"}
+    write_metadata(tmp_path, row, {"file_name": "b.png", "text": "y"})
+    with pytest.warns(UserWarning, match=r"1 images are left out: .*mask\.png"):
+        assert open_folder(tmp_path, on_bad_image="skip").corpus() == ["y"]
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "b.png").touch()
+    with pytest.warns(UserWarning, match="2 images are left out"), pytest.raises(DatasetError):
+        open_folder(tmp_path, on_bad_image="skip")
+
+
+def test_images_of_all_kinds_are_read_upright_as_srgb(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by a quarter
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "rotated.jpg", exif=exif)
+    Image.new("CMYK", (20, 40)).save(tmp_path / "cmyk.tif")
+    Image.new("RGBA", (20, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((40, 20), 65535, np.uint16)).save(tmp_path / "sixteen.png")
+    data = open_folder(tmp_path, caption="x", image_size=16, buckets=True, bucket_step=8)
+    assert {data.bucket(index) for index in range(4)} == {(24, 8)}
+    views = [data.view(index, random.Random(0)) for index in range(4)]
+    assert {view.original_size for view in views} == {(40, 20)}
+    colours = [view.image.getpixel((4, 8)) for view in views]
+    white = (255, 255, 255)
+    assert colours == [white, white, (254, 0, 0), white]  # clear, cmyk, rotated (as JPEG has it), sixteen
 
 
 def test_missing_captions_are_never_skipped(image_folder: Path):
@@ -113,11 +387,16 @@ def test_missing_captions_are_never_skipped(image_folder: Path):
 def test_nothing_to_learn_from(tmp_path: Path):
     with pytest.raises(DatasetError, match="no image that can be used"):
         open_folder(tmp_path)
+    with pytest.raises(DatasetError, match="no image that can be used"):
+        open_kohya(tmp_path)
     with pytest.raises(DatasetError, match="is not a folder of images"):
         open_folder(tmp_path / "none")
 
 
-def test_metadata_that_is_not_text(bare_folder: Path):
-    (bare_folder / "metadata.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DatasetError, match=r"metadata\.jsonl cannot be read"):
-        open_folder(bare_folder)
+def test_links_to_folders_are_followed_once(bare_folder: Path, tmp_path: Path):
+    draw(tmp_path / "elsewhere" / "d.png")
+    (bare_folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (bare_folder / "sub" / "back").symlink_to(bare_folder)
+    draw(bare_folder / ".thumbnails" / "e.png")
+    draw(bare_folder / "._f.png")
+    assert len(open_folder(bare_folder, caption="x")) == 4

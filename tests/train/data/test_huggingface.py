@@ -16,7 +16,7 @@ from PIL import Image
 
 from latentgen.errors import ConfigError, DatasetError, UnsafePathError
 from latentgen.train.config import HuggingFaceData
-from latentgen.train.data import open_data, packed
+from latentgen.train.data import Captions, open_data, packed
 from latentgen.train.data.huggingface import HuggingFaceSet
 from latentgen.train.trainer import train
 from tests.train.recipes import COLOURS, MakeRecipe
@@ -118,8 +118,11 @@ def test_columns_of_other_names_and_several_captions(tmp_path: Path):
         tmp_path / "set"
     )
     data = open_set(tmp_path / "set", image_column="photo", caption_column="titles")
-    assert data.view(1, random.Random(0)).captions == (("green disc", "a disc"), (1.0, 1.0))
-    lacking = r"lacks data\.image_column 'image' and data\.caption_column 'prompt'; its columns are: photo, text, titles"
+    assert data.view(1, random.Random(0)).captions == Captions(("green disc", "a disc"), (1.0, 1.0))
+    lacking = (
+        r"lacks data\.image_column 'image' and data\.caption_column 'prompt'; "
+        "its columns are: photo, text, titles"
+    )
     with pytest.raises(DatasetError, match=lacking):
         open_set(tmp_path / "set", caption_column="prompt")
     with pytest.raises(DatasetError, match="column 'number' holds no images but"):

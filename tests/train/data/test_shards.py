@@ -21,7 +21,7 @@ from webdataset.shardlists import expand_urls
 
 from latentgen.errors import DatasetError
 from latentgen.train.config import WebDataset
-from latentgen.train.data import open_data, packed, shards, tar_index
+from latentgen.train.data import Captions, open_data, packed, shards, tar_index
 from latentgen.train.data.shards import ShardSet, expand_shards, shard_order
 from latentgen.train.trainer import train
 from tests.train.recipes import COLOURS, MakeRecipe
@@ -117,7 +117,7 @@ def test_several_captions(tmp_path: Path):
         tmp_path / "shard.tar",
         [("a.png", picture("red")), ("a.json", json.dumps({"text": ["one", "two"]}).encode())],
     )
-    assert view(open_shards(path), 0).captions == (("one", "two"), (1.0, 1.0))
+    assert view(open_shards(path), 0).captions == Captions(("one", "two"), (1.0, 1.0))
 
 
 BAD_SAMPLES: list[Member] = [

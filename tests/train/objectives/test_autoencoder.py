@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from latentgen.errors import CheckpointMismatchError, ConfigError
@@ -31,7 +33,7 @@ def build(config: TrainConfig) -> AutoencoderObjective:
 
 
 def batch_of(objective: AutoencoderObjective, step: int = 0, size: int = 6) -> tuple[Tensor, ...]:
-    (plan,) = plan_step(3, step, batch_size=size, count=objective.item_count, parts=1, rank=0, processes=1)
+    (plan,) = plan_step(3, step, batch_size=size, order=objective.order, parts=1, rank=0, processes=1)
     return objective.batch(plan)
 
 
@@ -156,7 +158,7 @@ def test_initial_weights_of_another_architecture(autoencoder_recipe: MakeRecipe,
     ("override", "message"),
     [
         ("task.vae.in_channels=4", "both must be 3"),
-        ("data.image_size=17", "must be a multiple of 2"),
+        ("data.image_size=17", "of 17 pixels .* multiples of 2: choose one for data.image_size"),
         ("task.vae.latent_channels=0", "latent_channels"),
         ("task.vae.channels=3", "channels: unknown field"),
     ],
@@ -164,3 +166,30 @@ def test_initial_weights_of_another_architecture(autoencoder_recipe: MakeRecipe,
 def test_configurations_that_do_not_fit(override: str, message: str, autoencoder_recipe: MakeRecipe):
     with pytest.raises(ConfigError, match=message):
         build(autoencoder_recipe(override))
+
+
+def test_images_of_several_sizes(autoencoder_recipe: MakeRecipe, image_folder: Path):
+    for number, size in enumerate([(24, 12), (12, 24), (12, 26)]):
+        Image.effect_noise(size, 90).save(image_folder / f"noise{number}.png")
+    fields = (
+        "data.buckets=true",
+        "data.bucket_step=4",
+        "data.caption=x",
+        "task.vae.block_out_channels=[16, 16]",
+    )
+    objective = build(autoencoder_recipe(*fields))
+    shapes: Counter[tuple[int, ...]] = Counter()
+    for step in range(9):
+        images, noise = batch_of(objective, step, size=2)
+        assert [side // 2 for side in images.shape[2:]] == list(noise.shape[2:])
+        shapes[tuple(images.shape[2:])] += 1
+        assert objective(images, noise).total.isfinite()
+    assert shapes == {(16, 16): 6, (20, 12): 2, (12, 20): 1}
+    batches = list(objective._calibration_batches())
+    assert sum(len(batch) for batch in batches) == 9
+    normalise_latents(objective.encoder, objective.decoder, iter(batches))
+    latents = torch.cat([objective.encoder(b).mean.transpose(0, 1).flatten(1) for b in batches], dim=1)
+    torch.testing.assert_close(latents.mean(dim=1), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents.std(dim=1), torch.ones(4), atol=1e-4, rtol=0)
+    with pytest.raises(ConfigError, match=r"multiples of 2: .* data\.bucket_step if there are buckets"):
+        build(autoencoder_recipe(*fields, "data.bucket_step=5", "data.image_size=15"))

@@ -30,7 +30,7 @@ def assert_batches_follow_their_plans(config: TrainConfig) -> None:
     plan = plan_for(objective)
     for ours, theirs in zip(objective.batch(plan), again.batch(plan), strict=True):
         assert torch.equal(ours, theirs)
-    (_, part) = plan_step(3, 0, batch_size=8, count=objective.item_count, parts=2, rank=0, processes=1)
+    (_, part) = plan_step(3, 0, batch_size=8, order=objective.order, parts=2, rank=0, processes=1)
     for whole, half in zip(objective.batch(plan), objective.batch(part), strict=True):
         assert torch.equal(whole[list(part.samples)], half)
 

@@ -1,0 +1,118 @@
+"""The command that looks at a training set before anything is trained on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from latentgen.cli.text import one_line
+from latentgen.errors import ConfigError, DatasetError
+from latentgen.files import quote
+
+if TYPE_CHECKING:
+    from latentgen.train.config import FolderData, KohyaData
+    from latentgen.train.data.check import Report
+
+
+def check_data(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the images.")],
+    kind: Annotated[
+        Literal["imagefolder", "kohya"],
+        typer.Option(help="How it is laid out, as data.kind says in a recipe."),
+    ] = "imagefolder",
+    image_size: Annotated[
+        int, typer.Option(metavar="PIXELS", help="Side of the square that views are, or area of the buckets.")
+    ] = 512,
+    buckets: Annotated[
+        bool,
+        typer.Option("--buckets", help="Keep to the images' own ratios of sides, in aspect-ratio buckets."),
+    ] = False,
+    bucket_step: Annotated[
+        int, typer.Option(metavar="PIXELS", help="Of which the sides of buckets are multiples.")
+    ] = 64,
+    caption: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="The caption of images that have none, as data.caption of a recipe. "
+            "[default: such images are a problem]",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Say everything that is wrong with a folder of images to train on, and how it would be trained on.
+
+    \b
+    latentgen check-data pictures --image-size 512
+    latentgen check-data pictures --image-size 1024 --buckets
+    latentgen check-data pictures --caption "a photo of sks dog"
+    latentgen check-data img --kind kohya --buckets
+
+    An imagefolder holds images, in sub-folders too, and their captions in one of
+
+    \b
+    cat.txt beside cat.png   one caption; of several lines each is one, drawn equally often
+    metadata.jsonl           {"file_name": "cat.png", "text": "a cat on a sofa"} in each line
+    metadata.csv             with the columns file_name and text
+
+    Rows of the metadata may name a mask_file_name (white where the loss counts) and a before_file_name (what the
+    image is an edit of). A kohya folder holds sub-folders such as "10_sks dog": shown 10 times in an epoch, with the
+    caption "sks dog" where no .txt file stands beside an image.
+
+    Every image is decoded. Problems are what training refuses: images that cannot be read or have no caption, rows
+    without their image, and so on. Notes are what it takes: images smaller than their views, the same image twice,
+    captions beyond the text encoder's window. Exits with 2 if there are problems.
+    """
+    try:
+        from latentgen.train.data.check import check
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"check-data needs the module {error.name}: pip install 'latentgen[train]'"
+        ) from None
+
+    fields: dict[str, Any] = {
+        "path": folder,
+        "image_size": image_size,
+        "buckets": buckets,
+        "bucket_step": bucket_step,
+    }
+    report = check(_config(kind, fields, caption))
+    for line in _lines(report):
+        print(line)
+    if report.problems:
+        raise DatasetError(f"{quote(folder)} cannot be trained on as it is: mend what is listed above")
+
+
+def _config(kind: str, fields: dict[str, Any], caption: str | None) -> FolderData | KohyaData:
+    """The section of a recipe that the options are."""
+    from pydantic import ValidationError
+
+    from latentgen.train.config import FolderData, KohyaData, in_one_line
+
+    try:
+        if kind == "imagefolder":
+            return FolderData(kind="imagefolder", caption=caption, **fields)
+        if caption is not None:
+            raise ConfigError("--caption is for --kind imagefolder: kohya's folders are named after theirs")
+        return KohyaData(kind="kohya", **fields)
+    except ValidationError as error:
+        raise ConfigError(f"the options do not fit: {in_one_line(error)}") from None
+
+
+def _lines(report: Report) -> list[str]:
+    """The report as it is printed: counts, the table of buckets, notes, problems."""
+    samples = sum(count.samples for count in report.buckets.values())
+    lines = [f"images: {report.images}, captions: {report.captions}, samples of an epoch: {samples}"]
+    if report.buckets:
+        lines += ["", f"{'width x height':>16} {'images':>9} {'samples':>9}"]
+    for (height, width), count in report.buckets.items():
+        lines.append(f"{f'{width} x {height}':>16} {count.images:>9} {count.samples:>9}")
+    for title, messages in (("notes", report.notes), ("problems", report.problems)):
+        if messages:
+            lines += ["", f"{title}: {len(messages)}", *(f"  {one_line(message)}" for message in messages)]
+    return lines if report.problems else [*lines, "", "no problems"]
+
+
+COMMANDS = (check_data,)

@@ -1,0 +1,125 @@
+"""`metadata.jsonl` and `metadata.csv`: rows that name an image, its caption and what belongs to it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from latentgen.errors import UnsafePathError
+from latentgen.files import quote, safe_join
+from latentgen.prompts import check_prompts
+
+METADATA = frozenset({"metadata.jsonl", "metadata.csv"})
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+class Row(NamedTuple):
+    """One row.
+
+    Attributes:
+        file: the image, which exists.
+        text: its caption, if the row has one.
+        mask: an image that tells where the loss counts.
+        before: the image that this one is an edit of.
+    """
+
+    file: Path
+    text: str | None
+    mask: Path | None
+    before: Path | None
+
+
+class Metadata(NamedTuple):
+    """What metadata files say.
+
+    Attributes:
+        rows: by image file.
+        named: the images of all rows, of those too that have problems.
+    """
+
+    rows: dict[Path, Row]
+    named: set[Path]
+
+
+def read_metadata(file: Path, name: str, found: Metadata, problems: list[str]) -> None:
+    """Add the rows of a file to `found`, and what is wrong with others to `problems`, under the `name` of the file."""
+    try:
+        text = file.read_text("utf-8-sig")
+        # Read before any row is used, so that a file with a bad end is one problem.
+        lines = list(_csv_rows(text) if file.suffix == ".csv" else _json_rows(text))
+    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        problems.append(f"{name} cannot be read: {error}")
+        return
+    for number, fields in lines:
+        try:
+            row = _parse_row(file.parent, fields, found.named)
+            if row.file in found.rows:
+                raise ValueError(f"{quote(row.file.name)} has a row already; remove one of them")
+            found.rows[row.file] = row
+        except (OSError, ValueError, RecursionError, UnsafePathError) as error:
+            problems.append(f"{name} line {number}: {error}")
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, str]]:
+    # splitlines() would cut captions at U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, Mapping[Any, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    columns = list(reader.fieldnames or ())
+    if "file_name" not in columns or len(set(columns)) < len(columns):
+        raise ValueError(
+            f"its first line names the columns {quote(', '.join(columns))}; file_name must be one of them, and none "
+            "may stand there twice"
+        )
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _parse_row(folder: Path, fields: str | Mapping[Any, Any], named: set[Path]) -> Row:
+    if isinstance(fields, str):
+        fields = json.loads(fields)
+    elif None in fields or None in fields.values():
+        raise ValueError("it has more or fewer cells than the first line; put texts with commas in quotes")
+    else:
+        # A cell cannot be left out; that of a file which is not there is empty.
+        fields = {name: value for name, value in fields.items() if value or not name.endswith("file_name")}
+    if not isinstance(fields, dict):
+        raise ValueError('it must be an object, {"file_name": "...", "text": "..."}')
+    file = _file(folder, fields, "file_name")
+    if file is None:
+        raise ValueError("file_name is missing")
+    named.add(file)
+    text = _string(fields, "text")
+    if text is not None:
+        check_prompts([text])
+    # Tables that hold masks for some of the images have null for the others.
+    optional = {name: value for name, value in fields.items() if value is not None}
+    mask, before = (_file(folder, optional, f"{kind}_file_name") for kind in ("mask", "before"))
+    return Row(file, text, mask, before)
+
+
+def _file(folder: Path, fields: Mapping[str, object], field: str) -> Path | None:
+    name = _string(fields, field)
+    if name is None:
+        return None
+    file = safe_join(folder, name, field)
+    if not file.is_file():
+        raise ValueError(f"{field} {quote(name)} is not there")
+    return file
+
+
+def _string(fields: Mapping[str, object], field: str) -> str | None:
+    """A field that must be a string if it is there."""
+    value = fields.get(field, "")
+    if not isinstance(value, str):
+        kind = "null" if value is None else _KINDS[type(value)]
+        raise ValueError(f"{field} is {kind}; it must be a string")
+    return value if field in fields else None

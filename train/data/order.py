@@ -1,0 +1,114 @@
+"""In which order items are shown: a function of the seed and the step alone, each step with images of one size."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from latentgen.train.data.views import CaptionedImages
+
+_KEPT_EPOCHS = 2  # a batch may end one epoch and begin the next
+
+
+def sample_rng(seed: int, *position: int | str) -> random.Random:
+    """The generator of one position of a run, for instance (step, sample): the same wherever and whenever asked."""
+    return random.Random("/".join(map(str, (seed, *position))))
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    order = list(range(count))
+    sample_rng(seed, "epoch", epoch).shuffle(order)
+    return tuple(order)
+
+
+def item_at(seed: int, position: int, count: int) -> int:
+    """The item at a position of the endless shuffled sequence, in which each epoch shows every item once."""
+    epoch, place = divmod(position, count)
+    return _permutation(seed, epoch, count)[place]
+
+
+class Order:
+    """The items of every step.
+
+    Items are grouped in buckets, whose images have one size and so make one tensor. Each bucket has an endless shuffled
+    sequence of its own, in which every epoch shows every item once; a step takes the next `batch_size` of one bucket.
+    Buckets take turns: a round gives each of them turns in proportion to its items, evenly spread from a random start.
+    So every item is seen equally often in the long run: exactly `batch_size` times in as many steps as there are items.
+
+    No step needs the steps before it: the turns of a round are laid out when one of its steps is asked for, and the
+    epochs of a bucket when one of their items is, which costs time in proportion to their length, once.
+
+    Args:
+        buckets: the items of each, at least one bucket and none empty.
+    """
+
+    def __init__(self, buckets: Sequence[Sequence[int]]) -> None:
+        self._buckets = tuple(buckets)
+        counts = [len(bucket) for bucket in self._buckets]
+        common = math.gcd(*counts)
+        self._turns = tuple(count // common for count in counts)
+        self._epochs: list[dict[tuple[int, int], Sequence[int]]] = [{} for _ in self._buckets]
+
+    @classmethod
+    def of(cls, data: CaptionedImages, *, views: int = 1) -> Order:
+        """The order of a data set of which each item has `views` views, item `i` the numbers from `i * views` on."""
+        sizes = [data.bucket(item) for item in range(len(data))]
+        distinct = sorted(set(sizes))
+        if len(distinct) == 1:
+            return cls([range(len(data) * views)])
+        members: dict[tuple[int, int], list[int]] = {size: [] for size in distinct}
+        for item, size in enumerate(sizes):
+            members[size] += range(item * views, (item + 1) * views)
+        return cls(list(members.values()))
+
+    def items(self, seed: int, step: int, batch_size: int, samples: Sequence[int]) -> tuple[int, ...]:
+        """The items of some `samples` (positions within the global batch) of a step."""
+        bucket, turn = self._turn(seed, step)
+        positions = [turn * batch_size + sample for sample in samples]
+        members = self._buckets[bucket]
+        if len(self._buckets) == 1:
+            return tuple(members[item_at(seed, position, len(members))] for position in positions)
+        return tuple(members[self._place(seed, bucket, position)] for position in positions)
+
+    def _turn(self, seed: int, step: int) -> tuple[int, int]:
+        """Whose turn a step is, and how many this bucket has had before."""
+        if len(self._buckets) == 1:
+            return 0, step
+        number, place = divmod(step, sum(self._turns))
+        buckets, turns = _round(seed, number, self._turns)
+        bucket = int(buckets[place])
+        return bucket, number * self._turns[bucket] + int(turns[place])
+
+    def _place(self, seed: int, bucket: int, position: int) -> int:
+        """As item_at, in the sequence of one bucket of several: each keeps its own epochs, as the turns change."""
+        epoch, place = divmod(position, len(self._buckets[bucket]))
+        epochs = self._epochs[bucket]
+        permutation = epochs.get((seed, epoch))
+        if permutation is None:
+            permutation = list(range(len(self._buckets[bucket])))
+            sample_rng(seed, "epoch", epoch, bucket).shuffle(permutation)
+            for oldest in list(epochs)[: 1 - _KEPT_EPOCHS]:
+                epochs.pop(oldest, None)
+            epochs[seed, epoch] = permutation
+        return permutation[place]
+
+
+@lru_cache(maxsize=2)
+def _round(seed: int, number: int, turns: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The bucket of every step of a round, and the turn of this bucket within the round.
+
+    A bucket of n turns has them at (k + start) / n of the round, k from 0, with a random start in 0..1.
+    """
+    starts = [sample_rng(seed, "round", number, bucket).random() for bucket in range(len(turns))]
+    moments = [(np.arange(count) + start) / count for count, start in zip(turns, starts, strict=True)]
+    order = np.argsort(np.concatenate(moments), kind="stable")
+    buckets = np.repeat(np.arange(len(turns)), turns)[order]
+    return buckets, np.concatenate([np.arange(count) for count in turns])[order]
