@@ -56,20 +56,52 @@ def prepared_batches(
         worker_init_fn=_leave_signals_to_the_parent,
         multiprocessing_context="fork",
     )
-    loaded: Any = iter(loader)
+    loaded: Any = None
     try:
-        yield map(_raise_errors, loaded)
+        loaded = iter(loader)
+        yield _received(loaded)
     except RuntimeError as error:
-        # Raised by the handler of SIGCHLD, so from anywhere in the block.
-        if not str(error).startswith("DataLoader worker"):
+        # Raised by the handler of SIGCHLD, so from anywhere in the block, its very beginning included.
+        if not _tells_of_a_death(error):
             raise
-        raise WorkerError(
-            f"a process that prepares batches died: {error}; the last checkpoint is intact: resume with fewer workers "
-            "if memory ran out (/dev/shm counts)"
-        ) from error
+        raise _death(error) from error
     finally:
         # Not left to the garbage collector: a traceback may hold the iterator until Python waits for its processes.
-        loaded._shutdown_workers()
+        _stop(loaded)
+
+
+def _received(loaded: Iterator[PlannedBatch | LatentgenError]) -> Iterator[PlannedBatch]:
+    """What the workers send; errors among it are raised here."""
+    while True:
+        try:
+            item = next(loaded)
+        except StopIteration:
+            return
+        except (EOFError, ConnectionError) as error:  # it died while it handed over a tensor
+            raise _death(error) from error
+        if isinstance(item, LatentgenError):
+            raise item
+        yield item
+
+
+def _stop(loaded: Any) -> None:
+    try:
+        if loaded is not None:
+            loaded._shutdown_workers()
+    except RuntimeError as error:
+        if not _tells_of_a_death(error):
+            raise
+
+
+def _tells_of_a_death(error: RuntimeError) -> bool:
+    return str(error).startswith("DataLoader worker")
+
+
+def _death(error: Exception) -> WorkerError:
+    return WorkerError(
+        f"a process that prepares batches died ({error or type(error).__name__}); the last checkpoint is intact: "
+        "resume with fewer workers if memory ran out (/dev/shm counts)"
+    )
 
 
 class _Batches(Dataset[PlannedBatch | LatentgenError]):
@@ -83,12 +115,6 @@ class _Batches(Dataset[PlannedBatch | LatentgenError]):
             return index, self._objective.batch(index)
         except LatentgenError as error:
             return error
-
-
-def _raise_errors(item: PlannedBatch | LatentgenError) -> PlannedBatch:
-    if isinstance(item, LatentgenError):
-        raise item
-    return item
 
 
 def _unchanged(item: Any) -> Any:

@@ -124,7 +124,9 @@ def test_errors_are_raised_as_they_are():
 def test_a_worker_that_dies_is_named():
     started = time.monotonic()
     with (
-        pytest.raises(WorkerError, match=r"is killed by signal: Killed.*resume with fewer workers"),
+        pytest.raises(
+            WorkerError, match=r"a process that prepares batches died \(.+\); .*resume with fewer workers"
+        ),
         prepared_batches(Counting(1, kill=True), plans(), workers=1, pin_memory=False) as prepared,
     ):
         list(prepared)
