@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentgen.errors import ConfigError, DatasetError, WorkerError
+from latentgen.errors import ConfigError, DatasetError, LostProcessError
 from latentgen.train import batches
 from latentgen.train.batches import prepared_batches
 from latentgen.train.data import BatchPlan, plan_step
@@ -123,7 +123,7 @@ def test_errors_are_raised_as_they_are():
 def test_a_worker_that_dies_is_named():
     started = time.monotonic()
     with (
-        pytest.raises(WorkerError, match=r"is killed by signal: Killed.*resume with fewer workers"),
+        pytest.raises(LostProcessError, match=r"DataLoader worker .*resume with fewer workers"),
         prepared_batches(Counting(1, kill=True), plans(), workers=1, pin_memory=False) as prepared,
     ):
         list(prepared)
