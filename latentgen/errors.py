@@ -85,5 +85,5 @@ class RunLockedError(LatentgenError):
     """Another process writes into the run folder."""
 
 
-class WorkerError(LatentgenError):
-    """A process that prepares batches died; the last checkpoint of the run is intact."""
+class LostProcessError(LatentgenError):
+    """A training process, or one that prepares its batches, died; the last checkpoint of the run is intact."""

@@ -332,11 +332,14 @@ class Harness:
         ours, theirs = run.folder, run.reference.folder
         if run.log() != run.reference.log():
             raise BrokenRunError(f"the log of {ours.name} is not that of {theirs.name}")
-        names = sorted(file.relative_to(theirs) for file in theirs.rglob("*") if file.is_file())
-        found = sorted(file.relative_to(ours) for file in ours.rglob("*") if file.is_file())
+        names, found = _files(theirs), _files(ours)
         if names != found:
-            raise BrokenRunError(f"{ours.name} differs in {sorted(map(str, set(names) ^ set(found)))}")
-        for name in names:
+            raise BrokenRunError(f"{ours.name} differs in {sorted(map(str, names ^ found))}")
+        if len(list(ours.glob("checkpoint-*"))) != KEPT:
+            raise BrokenRunError(
+                f"{ours.name} holds {sorted(ours.glob('checkpoint-*'))}, and {KEPT} were to be kept"
+            )
+        for name in sorted(names):
             compared = "model" in name.parts or name.name in WEIGHTS
             if compared and (ours / name).read_bytes() != (theirs / name).read_bytes():
                 raise BrokenRunError(f"{name} of {ours.name} is not that of {theirs.name}")
@@ -345,6 +348,13 @@ class Harness:
             if time.monotonic() > deadline:
                 raise BrokenRunError(f"processes of the groups {alive} are left")
             time.sleep(0.1)
+
+
+def _files(folder: Path) -> set[Path]:
+    """All files of a run but those of older checkpoints: one that was stopped has others."""
+    files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    last = f"checkpoint-{STEPS:08d}"
+    return {file for file in files if not file.parts[0].startswith("checkpoint-") or file.parts[0] == last}
 
 
 def _group_is_alive(group: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from latentgen.errors import ConfigError, LatentgenError, WorkerError
+from latentgen.errors import ConfigError, LatentgenError, LostProcessError
 from latentgen.train.data import BatchPlan
 from latentgen.train.objectives.base import Objective
 
@@ -36,7 +36,7 @@ def prepared_batches(
 
     Raises:
         ConfigError: there are to be workers on a system that cannot fork.
-        WorkerError: a worker died.
+        LostProcessError: a worker died.
         LatentgenError: of any kind, from the objective.
     """
     if not workers:
@@ -97,8 +97,8 @@ def _tells_of_a_death(error: RuntimeError) -> bool:
     return str(error).startswith("DataLoader worker")
 
 
-def _death(error: Exception) -> WorkerError:
-    return WorkerError(
+def _death(error: Exception) -> LostProcessError:
+    return LostProcessError(
         f"a process that prepares batches died ({error or type(error).__name__}); the last checkpoint is intact: "
         "resume with fewer workers if memory ran out (/dev/shm counts)"
     )

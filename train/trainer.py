@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentgen.errors import ConfigError, NumericalError, ResumeError
-from latentgen.files import quote
 from latentgen.train.batches import PlannedBatch, prepared_batches
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
 from latentgen.train.config import AutoencoderTask, PairedTask, TrainConfig, UpscaleTask
@@ -24,6 +23,7 @@ from latentgen.train.interrupt import StopSignal
 from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.optimizer import build_optimizer
+from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
 from latentgen.train.run_files import append_row, replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import run_lock, starting_state
 
@@ -44,7 +44,7 @@ def train(config: TrainConfig) -> Path:
         ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe has changed.
         RunLockedError: another process writes into the same folder.
         NumericalError: the loss or the weights are not finite.
-        WorkerError: a process that prepares batches died.
+        LostProcessError: another process of the run, or one that prepares batches, died.
         OutputError: the folder cannot be written.
     """
     accelerator = _accelerator(config)
@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> Path:
         state = starting_state(
             config, processes=accelerator.num_processes, quiet=not accelerator.is_main_process
         )
-        _check_same_start(accelerator, state, output_dir)
+        check_same_start(accelerator, None if state is None else state.step, output_dir)
         torch.manual_seed(config.seed)
         assets = None if state is None else output_dir
         objective = build_objective(config, device=accelerator.device, assets=assets)
@@ -119,7 +119,7 @@ class Trainer:
         Raises:
             NumericalError: the loss or the weights are not finite.
             OutputError: a checkpoint could not be written.
-            WorkerError: a process that prepares batches died.
+            LostProcessError: another process of the run, or one that prepares batches, died.
             SystemExit: 128 + the signal's number, after a checkpoint, if SIGTERM or Ctrl-C came.
         """
         config = self.config
@@ -138,11 +138,11 @@ class Trainer:
             workers=config.workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        with StopSignal() as stop, bar, batches as prepared:
+        with StopSignal() as stop, bar, batches as prepared, lost_processes_told():
             for step in bar:
                 losses = self._update(step, prepared)
                 self.step = step + 1
-                signal = self._agree(stop.number)
+                signal = agree_on_signal(self.accelerator, stop.number)
                 saving = signal or self.step == config.max_steps or self.step % config.checkpoint_every == 0
                 if saving or self.step % config.log_every == 0:
                     self._report(bar, losses)
@@ -208,13 +208,6 @@ class Trainer:
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         for name, average in self.ema.items():
             average.lerp_(self.trainable[name], 1 - decay)
-
-    def _agree(self, signal: int) -> int:
-        """The signal that any process got, or 0: as each waits for the others in every step, all must stop together."""
-        if self.accelerator.num_processes == 1:
-            return signal
-        signals: Any = self.accelerator.gather(torch.tensor([signal], device=self.accelerator.device))
-        return int(signals.max())
 
     def _report(self, bar: tqdm[int], losses: Mapping[str, Tensor]) -> None:
         means: Any = self.accelerator.reduce(dict(losses), "mean")
@@ -299,19 +292,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             f"{accelerator.num_processes} processes"
         )
     return accelerator
-
-
-def _check_same_start(accelerator: Accelerator, state: RunState | None, output_dir: Path) -> None:
-    """Whether all processes read the same checkpoint, or none."""
-    if accelerator.num_processes == 1:
-        return
-    step = torch.tensor([-1 if state is None else state.step], device=accelerator.device)
-    steps: Any = accelerator.gather(step)
-    if len(set(steps.tolist())) > 1:
-        raise ResumeError(
-            f"the processes find different checkpoints in {quote(output_dir)}: output_dir must be one folder that all "
-            "of them share"
-        )
 
 
 def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:

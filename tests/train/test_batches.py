@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentgen.errors import ConfigError, DatasetError, WorkerError
+from latentgen.errors import ConfigError, DatasetError, LostProcessError
 from latentgen.train import batches
 from latentgen.train.batches import prepared_batches
 from latentgen.train.data import BatchPlan, Order, plan_step
@@ -125,7 +125,8 @@ def test_a_worker_that_dies_is_named():
     started = time.monotonic()
     with (
         pytest.raises(
-            WorkerError, match=r"a process that prepares batches died \(.+\); .*resume with fewer workers"
+            LostProcessError,
+            match=r"a process that prepares batches died \(.+\); .*resume with fewer workers",
         ),
         prepared_batches(Counting(1, kill=True), plans(), workers=1, pin_memory=False) as prepared,
     ):

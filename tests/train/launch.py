@@ -1,0 +1,84 @@
+"""Train a recipe in several processes of this machine: `python -m tests.train.launch JOBS.json`.
+
+JOBS.json lists jobs, `{"processes": 2, "arguments": [...]}`, with the arguments of `latentgen.train`; they are run one
+after the other. The processes are forked from one that has imported torch already, without a launcher that would end
+all when one ends. One line of standard output for each job: the process ids, and in the end the exit codes. What each
+process trains on is kept in `order-<rank>.jsonl` of the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+
+from torch import Tensor
+
+from latentgen.train import trainer
+from latentgen.train.__main__ import main as train_command
+from latentgen.train.data import BatchPlan
+from latentgen.train.objectives.base import Loss
+from latentgen.train.trainer import Trainer
+
+for name in ("torch._dynamo", "torch.distributed", "latentgen.train.objectives.paired"):
+    import_module(name)  # or else each process imports them
+
+
+def run(processes: int, arguments: list[str]) -> None:
+    """Fork the processes, tell of them, and wait for all of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [start(rank, processes, port, arguments) for rank in range(processes)]
+    print(json.dumps(children), flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps(codes), flush=True)
+
+
+def start(rank: int, processes: int, port: int, arguments: list[str]) -> int:
+    """Fork one process of a run; its id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.dup2(2, 1)  # standard output is this module's
+        if processes > 1:
+            os.environ |= {
+                "ACCELERATE_USE_CPU": "true",
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+            }
+        note_order()
+        code = train_command(arguments)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def note_order() -> None:
+    """Keep what this process trains on: step, positions in the global batch and items."""
+    original = trainer.Trainer._loss
+
+    def loss(self: Trainer, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
+        with (self.config.output_dir / f"order-{self.accelerator.process_index}.jsonl").open("a") as file:
+            file.write(json.dumps([plan.step, plan.samples, plan.items]) + "\n")
+        return original(self, plan, batch)
+
+    trainer.Trainer._loss = loss
+
+
+if __name__ == "__main__":
+    for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
+        run(job["processes"], job["arguments"])

@@ -1,0 +1,198 @@
+"""Runs in several processes (gloo, on the CPU): the same global batches, losses and weights as in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from latentgen.errors import ResumeError
+from latentgen.train.checkpoint import load_latest
+from latentgen.train.config import TrainConfig
+from latentgen.train.processes import check_same_start
+from latentgen.train.trainer import train
+from tests.train.recipes import MakeRecipe
+from tests.train.runs import log_of, losses_of
+
+ROOT = Path(__file__).parents[2]
+# AdamW of the same rate in all: torch's Muon makes more of the roundings.
+COMMON = ("optimizer.name=adamw", "optimizer.learning_rate=0.001", "checkpoint_every=1000")
+# An AdamW step is as long where the gradient is nothing but roundings, as it is for the biases of attention's keys.
+GRADIENT_FLOOR = 1e-4
+
+
+@contextmanager
+def launched(tmp_path: Path, *jobs: tuple[int, Sequence[str]]) -> Iterator[subprocess.Popen[str]]:
+    """See tests/train/launch.py; each job is its number of processes and its overrides."""
+    described = [
+        {
+            "processes": processes,
+            "arguments": [
+                str(tmp_path / "recipe.yaml"),
+                *(part for override in overrides for part in ("--set", override)),
+            ],
+        }
+        for processes, overrides in jobs
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps(described), "utf-8")
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.train.launch", str(tmp_path / "jobs.json")],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+        with process:
+            yield process
+
+
+def line_of(process: subprocess.Popen[str], tmp_path: Path) -> list[int]:
+    """The next line of the launcher: process ids or exit codes."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, (tmp_path / "stderr").read_text("utf-8")[-3000:]
+    return json.loads(line)
+
+
+def run_all(tmp_path: Path, *jobs: tuple[int, Sequence[str]]) -> str:
+    """Run the jobs, all of which must end well; what they said."""
+    with launched(tmp_path, *jobs) as process:
+        for processes, _ in jobs:
+            line_of(process, tmp_path)
+            codes = line_of(process, tmp_path)
+            assert codes == [0] * processes, (tmp_path / "stderr").read_text("utf-8")[-3000:]
+    return (tmp_path / "stderr").read_text("utf-8")
+
+
+def order_of(folder: Path) -> list[tuple[int, int, int]]:
+    """Step, position in the global batch and item of every sample, whichever process had it."""
+    rows: list[Any] = []
+    for file in folder.glob("order-*.jsonl"):
+        rows += map(json.loads, file.read_text("utf-8").splitlines())
+    return sorted(
+        (step, sample, item)
+        for step, samples, items in rows
+        for sample, item in zip(samples, items, strict=True)
+    )
+
+
+def assert_same_training(ours: Path, theirs: Path) -> None:
+    """Losses and gradients' averages agree to 1e-5, and so do the weights that have a gradient."""
+    assert order_of(ours) == order_of(theirs)
+    one, other = load_latest(ours), load_latest(theirs)
+    assert one.step == other.step
+    assert one.weights.keys() == other.weights.keys()
+    for index, (name, weight) in enumerate(other.weights.items()):
+        average, square = (other.optimizer[f"{index}.{part}"] for part in ("exp_avg", "exp_avg_sq"))
+        torch.testing.assert_close(one.optimizer[f"{index}.exp_avg"], average, rtol=1e-4, atol=1e-5)
+        moved = square.sqrt() > GRADIENT_FLOOR
+        torch.testing.assert_close(one.weights[name][moved], weight[moved], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["paired_recipe"])
+def test_two_processes_train_as_one(recipe: str, request: pytest.FixtureRequest, tmp_path: Path):
+    make: MakeRecipe = request.getfixturevalue(recipe)
+    compare(make, tmp_path, (1, 1), (2, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["autoencoder_recipe", "text_to_image_recipe", "paired_recipe"])
+def test_the_batch_is_the_same_however_it_is_divided(
+    recipe: str, request: pytest.FixtureRequest, tmp_path: Path
+):
+    make: MakeRecipe = request.getfixturevalue(recipe)
+    compare(make, tmp_path, (1, 1), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2))
+
+
+def compare(make: MakeRecipe, tmp_path: Path, *divisions: tuple[int, int]) -> None:
+    """Train in so many processes and accumulated parts each; all are compared with the first."""
+    jobs = []
+    configs: list[TrainConfig] = []
+    for processes, parts in divisions:
+        overrides = (
+            *COMMON,
+            "batch_size=8",
+            f"gradient_accumulation_steps={parts}",
+            f"output_dir={tmp_path / f'{processes}x{parts}'}",
+        )
+        configs.append(make(*overrides))
+        jobs.append((processes, overrides))
+    run_all(tmp_path, *jobs)
+    first, *others = configs
+    assert len(order_of(first.output_dir)) == 4 * 8
+    for config in others:
+        assert losses_of(config) == pytest.approx(losses_of(first), rel=1e-5)
+        assert_same_training(config.output_dir, first.output_dir)
+
+
+def wait_for_steps(config: TrainConfig, process: subprocess.Popen[str]) -> None:
+    log = config.output_dir / "log.jsonl"
+    deadline = time.monotonic() + 300
+    while not (log.is_file() and log.stat().st_size > 0):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_signal_to_one_process_stops_all_with_one_checkpoint(
+    autoencoder_recipe: MakeRecipe, tmp_path: Path
+):
+    overrides = (*COMMON, "max_steps=100000", "workers=1")
+    config = autoencoder_recipe(*overrides)
+    with launched(tmp_path, (2, overrides)) as process:
+        children = line_of(process, tmp_path)
+        wait_for_steps(config, process)
+        os.kill(children[1], signal.SIGTERM)
+        assert line_of(process, tmp_path) == [143, 143]
+    state = load_latest(config.output_dir)
+    assert state.processes == 2
+    assert state.step == log_of(config)[-1]["step"]
+    assert len(list(config.output_dir.glob("checkpoint-*"))) == 1
+    # And on, in a single process, which is told.
+    alone = autoencoder_recipe(*COMMON, f"max_steps={state.step + 2}", "resume=latest")
+    with pytest.warns(
+        UserWarning, match="computed by 2 processes and goes on with 1: it sees the same samples"
+    ):
+        train(alone)
+    assert load_latest(alone.output_dir).step == state.step + 2
+
+
+def test_a_process_does_not_wait_for_one_that_was_killed(autoencoder_recipe: MakeRecipe, tmp_path: Path):
+    overrides = (*COMMON, "max_steps=100000")
+    config = autoencoder_recipe(*overrides)
+    with launched(tmp_path, (2, overrides)) as process:
+        children = line_of(process, tmp_path)
+        wait_for_steps(config, process)
+        os.kill(children[1], signal.SIGKILL)
+        killed = time.monotonic()
+        code, killed_code = line_of(process, tmp_path)
+        assert time.monotonic() - killed < 60
+    assert killed_code == -signal.SIGKILL
+    assert code == 2, (tmp_path / "stderr").read_text("utf-8")[-3000:]
+    assert "latentgen: error: another process of this run ended" in (tmp_path / "stderr").read_text("utf-8")
+
+
+def test_processes_that_do_not_share_the_folder_are_told(autoencoder_recipe: MakeRecipe, tmp_path: Path):
+    """As on two machines of which each has a disk of its own."""
+
+    class Two(Accelerator):
+        num_processes = 2  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+        def gather(self, tensor: Any) -> Any:
+            return torch.cat([tensor, torch.tensor([7])])
+
+    with pytest.raises(ResumeError, match=r"find different checkpoints in .*one folder that all"):
+        check_same_start(Two(cpu=True), None, tmp_path)
