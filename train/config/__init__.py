@@ -2,6 +2,12 @@
 
 from latentgen.train.config.data import EmojiData as EmojiData
 from latentgen.train.config.data import FolderData as FolderData
+from latentgen.train.config.loss import P2 as P2
+from latentgen.train.config.loss import Debiased as Debiased
+from latentgen.train.config.loss import ErrorKind as ErrorKind
+from latentgen.train.config.loss import LatentLoss as LatentLoss
+from latentgen.train.config.loss import MinSNR as MinSNR
+from latentgen.train.config.loss import PyramidNoise as PyramidNoise
 from latentgen.train.config.optimizer import Optimizer as Optimizer
 from latentgen.train.config.run import FREE_FIELDS as FREE_FIELDS
 from latentgen.train.config.run import TrainConfig as TrainConfig

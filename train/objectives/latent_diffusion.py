@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from latentgen.checkpoints.folder import CheckpointFolder
-from latentgen.diffusion.prediction import add_noise, target
-from latentgen.diffusion.schedule import BatchNoiseLevel
+from latentgen.diffusion.prediction import add_noise
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
@@ -36,6 +34,8 @@ from latentgen.pipelines.loading import (
 from latentgen.train.config import LatentTask
 from latentgen.train.data import BatchPlan, CaptionedImages, Captions, View, sample_rng, to_tensor
 from latentgen.train.objectives.base import Loss, Objective
+from latentgen.train.objectives.losses import latent_masks, mean_loss, sample_errors, training_scheduler
+from latentgen.train.objectives.noising import perturbed_noise, training_noise
 
 ENCODING_BATCH = 32
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.
@@ -47,18 +47,31 @@ AnyTask = TypeVar("AnyTask", bound=LatentTask)
 class EncodedViews(NamedTuple):
     """Views of images, encoded once: mean and standard deviation of their latents, and what each may be called.
 
-    The tensors are float16 [views, C, h, w], on the CPU.
+    The tensors are float16 [views, C, h, w], on the CPU; masks [views, 1, h, w] in 0..1, None if no view has one.
     """
 
     means: Tensor
     stds: Tensor
     captions: Sequence[Captions]
+    masks: Tensor | None = None
 
     def latents(self, plan: BatchPlan) -> Tensor:
         """A draw from the posterior of each sample, float32 [B, C, h, w]."""
         items = torch.tensor(plan.items)
         mean, std = self.means[items].float(), self.stds[items].float()
         return mean + std * plan.noise(mean.shape[1:], "posterior")
+
+    def masks_of(self, plan: BatchPlan) -> Tensor:
+        """How much each place of each sample's latents counts, float32 [B, 1, h, w] in 0..1.
+
+        Raises:
+            ConfigError: no view has a mask.
+        """
+        if self.masks is None:
+            raise ConfigError(
+                "task.loss.masked is true, but no image of the training set has a mask; add them, or leave it out"
+            )
+        return self.masks[list(plan.items)].float()
 
     def draw_captions(self, plan: BatchPlan, dropout: float) -> list[str]:
         """A caption for each sample, left empty at the rate of `dropout` (arXiv:2207.12598)."""
@@ -96,25 +109,40 @@ class LatentObjective(Objective, Generic[AnyTask]):
         self.task = task
         # On a CPU the small convolutions of a latent UNet learn faster so.
         self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
-        self.scheduler = Scheduler.from_config(task.scheduler)
+        self.scheduler = training_scheduler(Scheduler.from_config(task.scheduler), task.loss)
         self.item_count = len(data) * task.cached_views
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]."""
+        """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]; then what the loss asks for.
+
+        With `input_perturbation` that is the noise that the UNet sees [B, C, h, w], and with `masked` the masks
+        [B, 1, h, w]; subclasses append what the UNet is shown.
+        """
         latents = self._views.latents(plan)
         count = self.scheduler.schedule.num_train_timesteps
         timesteps = spread_timesteps(plan, count, self.task.timestep_shift)
         tokens = self._text.tokenize(self._views.draw_captions(plan, self.task.caption_dropout))
-        return latents, plan.noise(latents.shape[1:], "noise"), timesteps, tokens
+        loss = self.task.loss
+        noise = training_noise(plan, latents.shape[1:], loss)
+        asked = []
+        if loss.input_perturbation:
+            asked.append(perturbed_noise(plan, noise, loss.input_perturbation))
+        if loss.masked:
+            asked.append(self._views.masks_of(plan))
+        return latents, noise, timesteps, tokens, *asked
 
     def forward(self, *batch: Tensor) -> Loss:
-        """The mean squared error of the prediction; its part is the same at the noisier half of the timesteps."""
+        """The mean error of the prediction; its part is the same at the noisier half of the timesteps."""
         latents, noise, timesteps, tokens, *shown = batch
+        loss = self.task.loss
+        seen_noise = shown.pop(0) if loss.input_perturbation else noise
+        mask = shown.pop(0) if loss.masked else None
         level = self.scheduler.schedule.batch(timesteps)
         with attention_kernels(latents):
             context = self._text.encode_tokens(tokens).context
-            output = self._output(add_noise(latents, noise, level), timesteps, context, *shown)
-        return prediction_loss(output, latents, noise, level, self.scheduler)
+            output = self._output(add_noise(latents, seen_noise, level), timesteps, context, *shown)
+        errors = sample_errors(output, latents, noise, level, self.scheduler, loss, mask)
+        return mean_loss(errors, level, self.scheduler)
 
     def _output(self, sample: Tensor, timesteps: Tensor, context: Tensor, *shown: Tensor) -> Tensor:
         """The UNet's output for noisy latents; `shown` is what a batch holds besides."""
@@ -218,16 +246,24 @@ def encode_views(
 ) -> EncodedViews:
     """Encode `count` views on `device`, a few at a time; the encoder, which must be on the CPU, is put back there."""
     encoder.to(device)
-    means, stds, captions = [], [], []
+    means, stds, captions, masks = [], [], [], []
+    has_masks = False
     for _ in tqdm(range(0, count, ENCODING_BATCH), desc="encoding the images", mininterval=1.0):
         batch = list(islice(views, ENCODING_BATCH))
         posterior = encoder(to_tensor([view.image for view in batch]).to(device))
         means.append(posterior.mean.half().cpu())
         stds.append((0.5 * posterior.logvar).exp().half().cpu())
         captions += [view.captions for view in batch]
+        masks.append(latent_masks([view.mask for view in batch], posterior.mean.shape[-2:]))
+        has_masks |= any(view.mask is not None for view in batch)
     encoder.cpu()
     # The convolutions would hand on the encoder's channels_last.
-    return EncodedViews(torch.cat(means).contiguous(), torch.cat(stds).contiguous(), captions)
+    return EncodedViews(
+        torch.cat(means).contiguous(),
+        torch.cat(stds).contiguous(),
+        captions,
+        torch.cat(masks) if has_masks else None,
+    )
 
 
 def spread_timesteps(plan: BatchPlan, count: int, shift: float) -> Tensor:
@@ -240,16 +276,6 @@ def spread_timesteps(plan: BatchPlan, count: int, shift: float) -> Tensor:
     places = [(start + sample / plan.batch_size) % 1.0 for sample in plan.samples]
     places = [shift * place / (1 + (shift - 1) * place) for place in places]
     return torch.tensor([int(place * count) for place in places])
-
-
-def prediction_loss(
-    output: Tensor, latents: Tensor, noise: Tensor, level: BatchNoiseLevel, scheduler: Scheduler
-) -> Loss:
-    """The mean squared error of the prediction; its part is the same at the noisier half of the timesteps."""
-    wanted = target(latents, noise, level, scheduler.prediction_type)
-    errors = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
-    noisy = 2 * level.timestep >= scheduler.schedule.num_train_timesteps
-    return Loss(errors.mean(), {"noisy half": (errors * noisy).sum() / noisy.sum().clamp(min=1)})
 
 
 def attention_kernels(latents: Tensor) -> AbstractContextManager[Any]:

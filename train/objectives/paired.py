@@ -76,7 +76,10 @@ class PairedObjective(LatentObjective[PairedTask]):
         views = self._pairs(fixed_views(data, task.cached_views, seed), seed)
         encoded = encode_views(self._vae[0], device, views, 2 * self.item_count)
         # Of what is shown the mean is enough.
-        self._views = EncodedViews(encoded.means[::2], encoded.stds[::2].clone(), encoded.captions[::2])
+        masks = None if encoded.masks is None else encoded.masks[::2]
+        self._views = EncodedViews(
+            encoded.means[::2], encoded.stds[::2].clone(), encoded.captions[::2], masks
+        )
         self._shown = encoded.means[1::2]
         self._scaling_factor = vae_config.scaling_factor
 
