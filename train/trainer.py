@@ -79,12 +79,17 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator
         self.objective = objective
+        if config.memory.gradient_checkpointing:
+            objective.checkpoint_gradients()
+        if config.memory.base_dtype != "fp32":
+            objective.store_base(config.memory.base_dtype)
         # Before the optimiser is built, which may hold views of the weights.
         objective.to(accelerator.device)
         objective.to(memory_format=objective.memory_format)
         self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         averaged = self.trainable if config.ema_decay else {}
-        self.ema = {name: p.detach().clone() for name, p in averaged.items()}
+        average_device = "cpu" if config.memory.ema_device == "cpu" else accelerator.device
+        self.ema = {name: p.detach().to(average_device, copy=True) for name, p in averaged.items()}
         self.step = 0
         if config.compile:
             objective.compile_networks()
@@ -166,8 +171,9 @@ class Trainer:
                 self.accelerator.backward(loss.total)
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     losses[name] = losses.get(name, 0) + value.detach() / len(plans)
-                if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.trainable.values(), config.optimizer.max_grad_norm)
+                max_norm = config.optimizer.max_grad_norm
+                if self.accelerator.sync_gradients and max_norm is not None:
+                    self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._update_ema(step)
@@ -184,7 +190,7 @@ class Trainer:
         """Move the average towards the weights, faster at first so that it forgets the initialisation."""
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         for name, average in self.ema.items():
-            average.lerp_(self.trainable[name], 1 - decay)
+            average.lerp_(self.trainable[name].to(average.device), 1 - decay)
 
     def _agree(self, signal: int) -> int:
         """The signal that any process got, or 0: as each waits for the others in every step, all must stop together."""
@@ -268,6 +274,11 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise ConfigError(
             "weights cannot be sharded in training; let `accelerate config` choose neither of them"
+        )
+    if config.optimizer.step_in_backward and accelerator.num_processes > 1:
+        raise ConfigError(
+            f"optimizer.step_in_backward: gradients are used up before {accelerator.num_processes} processes have "
+            "agreed on them; leave it out, or train in one process"
         )
     if config.batch_size % (parts * accelerator.num_processes):
         raise ConfigError(

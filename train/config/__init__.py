@@ -8,6 +8,7 @@ from latentgen.train.config.loss import ErrorKind as ErrorKind
 from latentgen.train.config.loss import LatentLoss as LatentLoss
 from latentgen.train.config.loss import MinSNR as MinSNR
 from latentgen.train.config.loss import PyramidNoise as PyramidNoise
+from latentgen.train.config.memory import Memory as Memory
 from latentgen.train.config.optimizer import Optimizer as Optimizer
 from latentgen.train.config.run import FREE_FIELDS as FREE_FIELDS
 from latentgen.train.config.run import TrainConfig as TrainConfig

@@ -152,6 +152,12 @@ class LatentObjective(Objective, Generic[AnyTask]):
         """Compile the UNet, beside which the text encoder takes no time."""
         self.unet.compile()
 
+    def checkpoint_gradients(self) -> None:
+        """Let the UNet, and the text encoder where it is trained, keep less."""
+        self.unet.gradient_checkpointing = True
+        if any(p.requires_grad for p in self.text_encoder.parameters()):
+            self._text.model.gradient_checkpointing_enable({"use_reentrant": False})
+
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the whole pipeline in the diffusers layout, in float16 if the recipe says so."""
         self.load_state_dict(dict(weights))
