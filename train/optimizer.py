@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,11 @@ from latentgen.train.config import Optimizer
 _TABLE_MODULES = (nn.Embedding,)
 # Matrices of fewer rows or columns (RGB in, latents out) are left to AdamW.
 _SMALLEST_SIDE = 9
+# How bitsandbytes does it: blocks share a scale, and small parameters are kept in float32.
+_BLOCK_8BIT = 256
+_SMALLEST_8BIT = 4096
+# A count of steps is one float32.
+_STEP_BYTES = 4
 
 
 def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
@@ -118,13 +124,7 @@ class MuonAdamW(JoinedOptimizer):
     def __init__(
         self, module: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
     ) -> None:
-        tables = {id(p) for m in module.modules() if isinstance(m, _TABLE_MODULES) for p in m.parameters()}
-        matrices: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
-        for p in module.parameters():
-            if p.requires_grad:
-                multiplied = p.ndim in (2, 4) and id(p) not in tables and min(p.shape[:2]) >= _SMALLEST_SIDE
-                (matrices if multiplied else rest).append(p)
+        matrices, rest = _split_matrices(module)
         self._kernels = [(p, _as_matrix(p)) for p in matrices]
         muon = torch.optim.Muon(
             [{"params": [matrix for _, matrix in self._kernels]}],
@@ -242,6 +242,41 @@ class AdamW8bit(JoinedOptimizer):
         }
         groups = torch.optim.Optimizer.state_dict(self._inner)["param_groups"]
         self._inner.load_state_dict({"state": state, "param_groups": groups})
+
+
+def state_bytes(module: nn.Module, config: Optimizer) -> int:
+    """The size of what the optimiser of a recipe keeps from step to step, for the parameters that are trained."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    # Muon alone counts no steps.
+    matrices = {id(p) for p in _split_matrices(module)[0]} if config.name == "muon" else set()
+    return sum(_kept_bytes(p, config.name, id(p) in matrices) for p in parameters)
+
+
+def _kept_bytes(p: nn.Parameter, name: str, is_matrix: bool) -> int:
+    """What is kept for one parameter, the count of its steps included."""
+    if is_matrix:
+        return p.nbytes
+    if name == "adafactor":
+        # Of matrices and kernels, the sums over rows and columns.
+        sums = p.numel() if p.ndim < 2 else len(p) + p.numel() // len(p)
+        return sums * p.element_size() + _STEP_BYTES
+    if name == "adamw8bit":
+        if p.numel() < _SMALLEST_8BIT:
+            return 8 * p.numel()
+        return 2 * (p.numel() + 4 * math.ceil(p.numel() / _BLOCK_8BIT))
+    return 2 * p.nbytes + _STEP_BYTES
+
+
+def _split_matrices(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters that Muon takes, and the others."""
+    tables = {id(p) for m in module.modules() if isinstance(m, _TABLE_MODULES) for p in m.parameters()}
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for p in module.parameters():
+        if p.requires_grad:
+            multiplied = p.ndim in (2, 4) and id(p) not in tables and min(p.shape[:2]) >= _SMALLEST_SIDE
+            (matrices if multiplied else rest).append(p)
+    return matrices, rest
 
 
 def _as_matrix(kernel: nn.Parameter) -> nn.Parameter:

@@ -19,6 +19,7 @@ from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_opti
 from latentgen.train.config import AutoencoderTask, PairedTask, TrainConfig, UpscaleTask
 from latentgen.train.data import BatchPlan, open_data, plan_step, sample_rng
 from latentgen.train.interrupt import StopSignal
+from latentgen.train.memory import save_memory
 from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.optimizer import build_optimizer
@@ -40,6 +41,7 @@ def train(config: TrainConfig) -> Path:
         CheckpointError: a model that the recipe builds on cannot be used.
         ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe has changed.
         RunLockedError: another process writes into the same folder.
+        MemoryBudgetError: a step does not fit into the device.
         NumericalError: the loss or the weights are not finite.
         OutputError: the folder cannot be written.
     """
@@ -50,6 +52,7 @@ def train(config: TrainConfig) -> Path:
         torch.manual_seed(config.seed)
         assets = None if state is None else output_dir
         objective = build_objective(config, device=accelerator.device, assets=assets)
+        save_memory(config, accelerator, objective)
         trainer = Trainer(config, accelerator, objective)
         if state is not None:
             trainer.restore(state)
@@ -79,10 +82,6 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator
         self.objective = objective
-        if config.memory.gradient_checkpointing:
-            objective.checkpoint_gradients()
-        if config.memory.base_dtype != "fp32":
-            objective.store_base(config.memory.base_dtype)
         # Before the optimiser is built, which may hold views of the weights.
         objective.to(accelerator.device)
         objective.to(memory_format=objective.memory_format)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def compile_networks(self) -> None:
         """Let torch.compile fuse the networks that take the time; the names of their weights stay."""
+
+    def checkpointed_layers(self) -> Iterable[nn.Module]:
+        """The layers of which `checkpoint_gradients` keeps the inputs alone; none nests in another."""
+        return ()
 
     def checkpoint_gradients(self) -> None:
         """Keep the inputs of the networks' layers, and compute the rest once more in the backward pass.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.diffusion.prediction import add_noise
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
+from latentgen.models.attention import Transformer2DModel, recomputing_contexts
+from latentgen.models.layers import ResnetBlock2D
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
 from latentgen.models.text import CLIPText
 from latentgen.models.unet import UNet
@@ -36,6 +38,9 @@ from latentgen.train.data import BatchPlan, CaptionedImages, Captions, View, sam
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.objectives.losses import latent_masks, mean_loss, sample_errors, training_scheduler
 from latentgen.train.objectives.noising import perturbed_noise, training_noise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ENCODING_BATCH = 32
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.
@@ -152,11 +157,23 @@ class LatentObjective(Objective, Generic[AnyTask]):
         """Compile the UNet, beside which the text encoder takes no time."""
         self.unet.compile()
 
+    def checkpointed_layers(self) -> Iterator[nn.Module]:
+        """The resnet blocks and transformers of the UNet, and the layers of the text encoder where it is trained."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        yield from (m for m in self.unet.modules() if isinstance(m, ResnetBlock2D | Transformer2DModel))
+        if self._text_is_trained:
+            yield from (m for m in self.text_encoder.modules() if isinstance(m, GradientCheckpointingLayer))
+
     def checkpoint_gradients(self) -> None:
         """Let the UNet, and the text encoder where it is trained, keep less."""
         self.unet.gradient_checkpointing = True
-        if any(p.requires_grad for p in self.text_encoder.parameters()):
-            self._text.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self._text_is_trained:
+            enable_checkpointing(self._text.model)
+
+    @property
+    def _text_is_trained(self) -> bool:
+        return any(p.requires_grad for p in self.text_encoder.parameters())
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the whole pipeline in the diffusers layout, in float16 if the recipe says so."""
@@ -196,6 +213,15 @@ def finished_text_encoder(folder: Path) -> CLIPText:
     if not isinstance(joined, CLIPText):
         raise ConfigError("task.text_encoder has two text encoders; name the folder of a model with one")
     return joined
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Let a model of transformers compute the inside of its layers once more in the backward pass."""
+    kind = {"use_reentrant": False, "context_fn": recomputing_contexts}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+    else:  # the name in earlier releases
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
 
 
 def check_fit(
