@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 from latentgen.models.config import StorageDtype
 
@@ -82,7 +83,7 @@ class FrozenConv2d(nn.Conv2d):
         nn.Module.__init__(self)
         for name in (*nn.Conv2d.__constants__, "transposed"):
             setattr(self, name, vars(layer)[name])
-        self.register_parameter("bias", layer.bias)
+        self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
         self.stored = StoredWeight(layer.weight, storage)
 
     @property
@@ -144,7 +145,7 @@ class _Convolution(torch.autograd.Function):
         (grad,), layer = grads, ctx.layer
         weight = layer.stored.dense(grad.dtype)
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, *geometry), None
+        return conv2d_input(ctx.shape, weight, grad, *geometry), None
 
 
 def _bias(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Tensor | None:
