@@ -1,29 +1,61 @@
-"""The optimisers: AdamW, and Muon for the weight matrices with AdamW for the rest."""
+"""The optimisers: AdamW, also with a state of eight bits, Adafactor, and Muon with AdamW for what is no matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from latentgen.errors import ConfigError
 from latentgen.train.config import Optimizer
 
 # Embedding tables are looked up, not multiplied: orthogonal updates mean nothing to them.
 _TABLE_MODULES = (nn.Embedding,)
 # Matrices of fewer rows or columns (RGB in, latents out) are left to AdamW.
 _SMALLEST_SIDE = 9
+# How bitsandbytes does it: blocks share a scale, and small parameters are kept in float32.
+_BLOCK_8BIT = 256
+_SMALLEST_8BIT = 4096
+# A count of steps is one float32.
+_STEP_BYTES = 4
 
 
 def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """The optimiser of a recipe over the parameters of `module` that require gradients."""
+    """The optimiser of a recipe over the parameters of `module` that require gradients.
+
+    They must have their final device and memory format.
+
+    Raises:
+        ConfigError: it needs a package that is not there.
+    """
     if config.name == "muon":
         return MuonAdamW(
             module, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if config.step_in_backward:
+        return StepInBackward(parameters, [_build([p], config) for p in parameters], config.learning_rate)
+    return _build(parameters, config)
+
+
+def _build(parameters: list[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
+    if config.name == "adafactor":
+        return MatrixAdafactor(
+            parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+        )
+    if config.name == "adamw8bit":
+        return AdamW8bit(
+            parameters,
+            learning_rate=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
     return torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad],
+        parameters,
         lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
@@ -31,69 +63,233 @@ def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.Optimiz
     )
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class JoinedOptimizer(torch.optim.Optimizer):
+    """Several optimisers as one: each has one group of the parameters, and the first group's learning rate.
+
+    A subclass may let an optimiser work on views of its parameters, one for one.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[list[nn.Parameter]],
+        parts: Sequence[torch.optim.Optimizer],
+        learning_rate: float,
+    ) -> None:
+        super().__init__([{"params": group} for group in groups], {"lr": learning_rate})
+        self._parts = parts
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Apply the gradients; the learning rate is that of the first parameter group."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self._parts:
+            self._step(part)
+        return loss
+
+    def _step(self, part: torch.optim.Optimizer) -> None:
+        for group in part.param_groups:
+            group["lr"] = self.param_groups[0]["lr"]
+        part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all, parameters numbered in the order of the groups."""
+        state: dict[int, Any] = {}
+        for part, offset in self._offsets():
+            state |= {index + offset: values for index, values in part.state_dict()["state"].items()}
+        return {"state": state, "param_groups": super().state_dict()["param_groups"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave; hyperparameters stay as they are."""
+        state: Mapping[int, Any] = state_dict["state"]
+        for part, offset in self._offsets():
+            count = sum(len(group["params"]) for group in part.param_groups)
+            own = {index: state[index + offset] for index in range(count) if index + offset in state}
+            part.load_state_dict({"state": own, "param_groups": part.state_dict()["param_groups"]})
+
+    def _offsets(self) -> list[tuple[torch.optim.Optimizer, int]]:
+        """Each optimiser, and the number of its first parameter."""
+        offsets, offset = [], 0
+        for part, group in zip(self._parts, self.param_groups, strict=True):
+            offsets.append((part, offset))
+            offset += len(group["params"])
+        return offsets
+
+
+class MuonAdamW(JoinedOptimizer):
     """Muon for every weight matrix and convolution kernel inside the networks, AdamW for everything else.
 
-    Muon (torch.optim.Muon) orthogonalises the momentum of each matrix and takes two dimensions only; a convolution
-    kernel [O, I, k, k] takes part as the matrix [O, I * k * k] over the same storage. So the parameters must have their
-    final device and memory format. Updates are scaled to AdamW's root mean square (arXiv:2502.16982, section 2.2),
-    so one learning rate serves both.
+    Muon (torch.optim.Muon) orthogonalises the momentum of each matrix; a convolution kernel takes part as a matrix.
+    Updates are scaled to AdamW's root mean square (arXiv:2502.16982, section 2.2), so one learning rate serves both.
     """
 
     def __init__(
         self, module: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
     ) -> None:
-        tables = {id(p) for m in module.modules() if isinstance(m, _TABLE_MODULES) for p in m.parameters()}
-        matrices: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
-        for p in module.parameters():
-            if p.requires_grad:
-                multiplied = p.ndim in (2, 4) and id(p) not in tables and min(p.shape[:2]) >= _SMALLEST_SIDE
-                (matrices if multiplied else rest).append(p)
-        super().__init__([{"params": matrices}, {"params": rest}], {"lr": learning_rate})
-        self._kernels = [
-            (p, nn.Parameter(_in_storage_order(p.detach(), p).view(len(p), -1))) for p in matrices
-        ]
-        self._muon = torch.optim.Muon(
+        matrices, rest = _split_matrices(module)
+        self._kernels = [(p, _as_matrix(p)) for p in matrices]
+        muon = torch.optim.Muon(
             [{"params": [matrix for _, matrix in self._kernels]}],
             lr=learning_rate,
             weight_decay=weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-        self._adamw = torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             [{"params": rest}], lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
         )
+        super().__init__([matrices, rest], [muon, adamw], learning_rate)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Apply the gradients; the learning rate is that of the first parameter group."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for optimizer in (self._muon, self._adamw):
-            for group in optimizer.param_groups:
-                group["lr"] = self.param_groups[0]["lr"]
-        for kernel, matrix in self._kernels:
-            grad = kernel.grad
-            matrix.grad = None if grad is None else _in_storage_order(grad, kernel).reshape(len(kernel), -1)
-        self._muon.step()
-        self._adamw.step()
+        _hand_over_gradients(self._kernels)
+        super().step()
         return loss
 
+
+class MatrixAdafactor(JoinedOptimizer):
+    """Adafactor (arXiv:1804.04235), to which a convolution kernel is a matrix.
+
+    torch.optim.Adafactor keeps the sums over the last and the last but one dimension: of a kernel [O, I, 3, 3] that is
+    two thirds as much as the kernel itself, of the matrix [O, 9 * I] almost nothing.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], *, learning_rate: float, weight_decay: float) -> None:
+        self._kernels = [(p, _as_matrix(p) if p.ndim == 4 else p) for p in parameters]
+        adafactor = torch.optim.Adafactor(
+            [matrix for _, matrix in self._kernels], lr=learning_rate, weight_decay=weight_decay
+        )
+        super().__init__([parameters], [adafactor], learning_rate)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Apply the gradients; the learning rate is that of the first parameter group."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        _hand_over_gradients(self._kernels)
+        super().step()
+        # The views of the gradients would keep them alive.
+        for kernel, matrix in self._kernels:
+            if matrix is not kernel:
+                matrix.grad = None
+        return loss
+
+
+class StepInBackward(JoinedOptimizer):
+    """Optimisers of one parameter each, which step within the backward pass and drop the gradient (arXiv:2306.09782).
+
+    `step` itself has nothing left to do.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        parts: Sequence[torch.optim.Optimizer],
+        learning_rate: float,
+    ) -> None:
+        super().__init__([[p] for p in parameters], parts, learning_rate)
+        for p, part in zip(parameters, parts, strict=True):
+            p.register_post_accumulate_grad_hook(partial(self._step_and_drop, part))
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Do nothing but call `closure`, whose backward pass takes the step."""
+        return None if closure is None else torch.enable_grad()(closure)()
+
+    def _step_and_drop(self, part: torch.optim.Optimizer, parameter: Tensor) -> None:
+        self._step(part)
+        parameter.grad = None
+
+
+class AdamW8bit(JoinedOptimizer):
+    """AdamW whose moments are eight bits an element (arXiv:2110.02861), by bitsandbytes.
+
+    Its state is that of bitsandbytes without the code books, which are the same for all.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        *,
+        learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> None:
+        try:
+            from bitsandbytes.optim import AdamW8bit as Inner  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ConfigError(
+                f"optimizer.name adamw8bit needs bitsandbytes, which cannot be imported ({error}): pip install "
+                "bitsandbytes, or use adafactor"
+            ) from None
+        self._inner: Any = Inner(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        super().__init__([parameters], [self._inner], learning_rate)
+
     def state_dict(self) -> dict[str, Any]:
-        """The state of both optimisers, parameters numbered matrices first."""
-        offset = len(self._kernels)
-        rest = {index + offset: values for index, values in self._adamw.state_dict()["state"].items()}
-        return {
-            "state": self._muon.state_dict()["state"] | rest,
-            "param_groups": super().state_dict()["param_groups"],
+        """The moments, their scales and the steps done."""
+        # Not the method of bitsandbytes, which hides what is quantised.
+        state_dict = torch.optim.Optimizer.state_dict(self._inner)
+        state = {
+            index: {name: value for name, value in values.items() if name not in ("qmap1", "qmap2")}
+            for index, values in state_dict["state"].items()
         }
+        return {"state": state, "param_groups": torch.optim.Optimizer.state_dict(self)["param_groups"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` gave; hyperparameters stay as they are."""
-        offset = len(self._kernels)
-        state = state_dict["state"]
-        muon = {index: values for index, values in state.items() if index < offset}
-        adamw = {index - offset: values for index, values in state.items() if index >= offset}
-        for optimizer, part in ((self._muon, muon), (self._adamw, adamw)):
-            optimizer.load_state_dict({"state": part, "param_groups": optimizer.state_dict()["param_groups"]})
+        books = {"qmap1": self._inner.name2qmap["dynamic"], "qmap2": self._inner.name2qmap["udynamic"]}
+        state = {
+            index: {**values, "step": int(values["step"]), **(books if "absmax1" in values else {})}
+            for index, values in state_dict["state"].items()
+        }
+        groups = torch.optim.Optimizer.state_dict(self._inner)["param_groups"]
+        self._inner.load_state_dict({"state": state, "param_groups": groups})
+
+
+def state_bytes(module: nn.Module, config: Optimizer) -> int:
+    """The size of what the optimiser of a recipe keeps from step to step, for the parameters that are trained."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    # Muon alone counts no steps.
+    matrices = {id(p) for p in _split_matrices(module)[0]} if config.name == "muon" else set()
+    return sum(_kept_bytes(p, config.name, id(p) in matrices) for p in parameters)
+
+
+def _kept_bytes(p: nn.Parameter, name: str, is_matrix: bool) -> int:
+    """What is kept for one parameter, the count of its steps included."""
+    if is_matrix:
+        return p.nbytes
+    if name == "adafactor":
+        # Of matrices and kernels, the sums over rows and columns.
+        sums = p.numel() if p.ndim < 2 else len(p) + p.numel() // len(p)
+        return sums * p.element_size() + _STEP_BYTES
+    if name == "adamw8bit":
+        if p.numel() < _SMALLEST_8BIT:
+            return 8 * p.numel()
+        return 2 * (p.numel() + 4 * math.ceil(p.numel() / _BLOCK_8BIT))
+    return 2 * p.nbytes + _STEP_BYTES
+
+
+def _split_matrices(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters that Muon takes, and the others."""
+    tables = {id(p) for m in module.modules() if isinstance(m, _TABLE_MODULES) for p in m.parameters()}
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for p in module.parameters():
+        if p.requires_grad:
+            multiplied = p.ndim in (2, 4) and id(p) not in tables and min(p.shape[:2]) >= _SMALLEST_SIDE
+            (matrices if multiplied else rest).append(p)
+    return matrices, rest
+
+
+def _as_matrix(kernel: nn.Parameter) -> nn.Parameter:
+    """A kernel [O, I, k, k] as the matrix [O, I * k * k] over the same storage; a matrix as it is."""
+    return nn.Parameter(_in_storage_order(kernel.detach(), kernel).view(len(kernel), -1))
+
+
+def _hand_over_gradients(kernels: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Give the matrices of kernels the kernels' gradients."""
+    for kernel, matrix in kernels:
+        if matrix is not kernel:
+            grad = kernel.grad
+            matrix.grad = None if grad is None else _in_storage_order(grad, kernel).reshape(len(kernel), -1)
 
 
 def _in_storage_order(tensor: Tensor, kernel: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_opti
 from latentgen.train.config import AutoencoderTask, PairedTask, TrainConfig, UpscaleTask
 from latentgen.train.data import BatchPlan, open_data, plan_step, sample_rng
 from latentgen.train.interrupt import StopSignal
+from latentgen.train.memory import save_memory
 from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.optimizer import build_optimizer
@@ -43,6 +44,7 @@ def train(config: TrainConfig) -> Path:
         CheckpointError: a model that the recipe builds on cannot be used.
         ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe has changed.
         RunLockedError: another process writes into the same folder.
+        MemoryBudgetError: a step does not fit into the device.
         NumericalError: the loss or the weights are not finite.
         LostProcessError: another process of the run, or one that prepares batches, died.
         OutputError: the folder cannot be written.
@@ -57,6 +59,7 @@ def train(config: TrainConfig) -> Path:
         torch.manual_seed(config.seed)
         assets = None if state is None else output_dir
         objective = build_objective(config, device=accelerator.device, assets=assets)
+        save_memory(config, accelerator, objective)
         trainer = Trainer(config, accelerator, objective)
         if state is not None:
             trainer.restore(state)
@@ -91,7 +94,8 @@ class Trainer:
         objective.to(memory_format=objective.memory_format)
         self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         averaged = self.trainable if config.ema_decay else {}
-        self.ema = {name: p.detach().clone() for name, p in averaged.items()}
+        average_device = "cpu" if config.memory.ema_device == "cpu" else accelerator.device
+        self.ema = {name: p.detach().to(average_device, copy=True) for name, p in averaged.items()}
         self.step = 0
         if config.compile:
             objective.compile_networks()
@@ -188,8 +192,9 @@ class Trainer:
                 self.accelerator.backward(loss.total)
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     losses[name] = losses.get(name, 0) + value.detach() / parts
-                if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.trainable.values(), config.optimizer.max_grad_norm)
+                max_norm = config.optimizer.max_grad_norm
+                if self.accelerator.sync_gradients and max_norm is not None:
+                    self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._update_ema(step)
@@ -207,7 +212,7 @@ class Trainer:
         """Move the average towards the weights, faster at first so that it forgets the initialisation."""
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         for name, average in self.ema.items():
-            average.lerp_(self.trainable[name], 1 - decay)
+            average.lerp_(self.trainable[name].to(average.device), 1 - decay)
 
     def _report(self, bar: tqdm[int], losses: Mapping[str, Tensor]) -> None:
         means: Any = self.accelerator.reduce(dict(losses), "mean")
@@ -285,6 +290,11 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise ConfigError(
             "weights cannot be sharded in training; let `accelerate config` choose neither of them"
+        )
+    if config.optimizer.step_in_backward and accelerator.num_processes > 1:
+        raise ConfigError(
+            f"optimizer.step_in_backward: gradients are used up before {accelerator.num_processes} processes have "
+            "agreed on them; leave it out, or train in one process"
         )
     if config.batch_size % (parts * accelerator.num_processes):
         raise ConfigError(

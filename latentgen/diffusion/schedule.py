@@ -151,8 +151,9 @@ class NoiseSchedule:
         alphas_cumprod = np.where(self.alphas_cumprod > 0.0, self.alphas_cumprod, _ZERO_SNR_FLOOR)
         return np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
 
-    @cached_property
+    @property
     def _tables(self) -> tuple[Tensor, Tensor]:
+        # Not kept: made within FakeTensorMode, tensors are good for nothing outside.
         alpha = torch.from_numpy(np.sqrt(self.alphas_cumprod)).float()
         return alpha, torch.from_numpy(np.sqrt(1.0 - self.alphas_cumprod)).float()
 

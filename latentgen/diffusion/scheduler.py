@@ -228,6 +228,11 @@ class Scheduler:
         return sum(level.timestep >= cutoff for level in levels[:-1])
 
     @property
+    def keeps_zero_snr(self) -> bool:
+        """Whether diffusers' class for this solver reads rescale_betas_zero_snr from its file."""
+        return scheduler_config.knows_zero_snr(self.solver)
+
+    @property
     def keeps_any_noise(self) -> bool:
         """Whether a step may keep other noise than its x0 implies (CFG++): those of a single evaluation."""
         return SOLVERS[self.solver].step in (deterministic_step, ddpm_step, euler_ancestral_step)

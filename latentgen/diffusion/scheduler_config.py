@@ -292,6 +292,11 @@ def prediction_type(config: Mapping[str, object]) -> object:
     )
 
 
+def knows_zero_snr(solver: SolverName) -> bool:
+    """Whether the class that stands for a solver can say that its schedule was rescaled."""
+    return set(_ZERO_SNR) <= set(_ENTRIES[solver].keys)
+
+
 def _identify(config: Mapping[str, object]) -> SolverName:
     class_name = config.get("_class_name")
     solvers: list[SolverName] = [

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from latentgen.errors import ConfigError
+
+# What the weights of frozen layers may be stored in; see latentgen.models.frozen.
+StorageDtype = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 
 
 class StageConfig(BaseModel):

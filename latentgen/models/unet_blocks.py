@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latentgen.models.attention import ContextKeyValue, Transformer2DModel
+from latentgen.models.attention import ContextKeyValue, Transformer2DModel, recomputing_contexts
 from latentgen.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from latentgen.models.unet_config import Level, UNetConfig
 
@@ -64,7 +64,7 @@ class UNetPass:
         self, layer: nn.Module, hidden: Tensor, constant: Tensor | tuple[ContextKeyValue, ...]
     ) -> Tensor:
         if self._checkpointing:
-            result = checkpoint(layer, hidden, constant, use_reentrant=False)
+            result = checkpoint(layer, hidden, constant, use_reentrant=False, context_fn=recomputing_contexts)
             assert isinstance(result, Tensor)
             return result
         return layer(hidden, constant)

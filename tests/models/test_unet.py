@@ -224,6 +224,21 @@ def test_checkpointing_stores_less(sd1_fields):
     assert stored[1] < stored[0] / 2
 
 
+def test_checkpointing_computes_once_more_with_the_kernels_of_the_first_time(sd1_fields):
+    unet, _ = build_pair(sd1_fields)
+    inputs = build_inputs(unet.config)
+    gradients = []
+    for checkpointing in (False, True):
+        unet.zero_grad()
+        unet.gradient_checkpointing = checkpointing
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            loss = unet(**inputs).square().mean()
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in unet.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
 def _record_size(sizes: list[int]):
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         sizes.append(tensor.numel())

@@ -73,6 +73,8 @@ def _recipes(tmp_path: Path, image_folder: Path, task: dict[str, Any]) -> MakeRe
         "checkpoint_every": 1,
         "keep_checkpoints": 100,
         "log_every": 1,
+        # It takes a second of each run.
+        "memory": {"planner": False},
     }
     path = tmp_path / "recipe.yaml"
 

@@ -1,13 +1,17 @@
-"""MuonAdamW against torch's Muon and AdamW, in every memory format."""
+"""The optimisers against those of torch and bitsandbytes, in every memory format."""
 
 from __future__ import annotations
 
 import copy
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from latentgen.errors import ConfigError
 from latentgen.train.checkpoint import flatten_optimizer, restore_optimizer
 from latentgen.train.config import Optimizer
 from latentgen.train.optimizer import MuonAdamW, build_optimizer
@@ -166,3 +170,162 @@ def test_a_network_without_matrices():
     before = network.weight.detach().clone()
     train(network, make(network), range(1))
     assert not torch.equal(network.weight, before)
+
+
+def build(network: nn.Module, name: str, **fields: object) -> torch.optim.Optimizer:
+    config = {"name": name, "learning_rate": RATE, "betas": BETAS, "weight_decay": DECAY, **fields}
+    return build_optimizer(network, Optimizer.model_validate(config))
+
+
+def run_backward(network: Network, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        hidden = network.point(network.conv(torch.randn(2, 12, 6, 6, generator=generator)))
+        hidden = network.linear(hidden.mean(dim=(2, 3)) + network.table(torch.tensor([step, 3])))
+        (
+            hidden.square().mean() + network.narrow(torch.randn(2, 16, 3, 3, generator=generator)).mean()
+        ).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_adafactor_is_torchs_on_the_reshaped_kernels(network: Network):
+    copies = {
+        name: nn.Parameter(p.detach().clone().flatten(1) if p.ndim == 4 else p.detach().clone())
+        for name, p in network.named_parameters()
+    }
+    oracle = torch.optim.Adafactor(copies.values(), lr=RATE, weight_decay=DECAY)
+    optimizer = build(network, "adafactor")
+    for step in range(3):
+        for name, grad in gradients(network, step).items():
+            copies[name].grad = grad.flatten(1) if grad.ndim == 4 else grad
+        oracle.step()
+        train(network, optimizer, range(step, step + 1))
+    for name, p in network.named_parameters():
+        assert torch.equal(p.flatten(1) if p.ndim == 4 else p, copies[name]), name
+
+
+def test_adafactor_keeps_almost_nothing_of_kernels():
+    network = nn.Conv2d(64, 64, 3, bias=False)
+    optimizer = build(network, "adafactor")
+    network.weight.grad = torch.randn_like(network.weight)
+    optimizer.step()
+    kept = sum(tensor.numel() for tensor in flatten_optimizer(optimizer).values())
+    assert kept == 1 + 64 + 64 * 9
+    assert kept < network.weight.numel() / 50
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_stepping_in_the_backward_pass_changes_when_and_not_how(
+    name: str, memory_format: torch.memory_format, network: Network
+):
+    network.to(memory_format=memory_format)
+    other = copy.deepcopy(network)
+    run_backward(network, build(network, name), range(3))
+    run_backward(other, build(other, name, step_in_backward=True, max_grad_norm=None), range(3))
+    for key, p in network.named_parameters():
+        assert torch.equal(p, other.get_parameter(key)), key
+
+
+def held_gradients(network: Network, **fields: object) -> int:
+    """The most bytes of gradients at once during a backward pass."""
+    held: list[int] = []
+
+    def look(_: Tensor) -> None:
+        held.append(sum(0 if p.grad is None else p.grad.nbytes for p in network.parameters()))
+
+    # Before the optimiser's own hooks, which drop the gradient.
+    for p in network.parameters():
+        p.register_post_accumulate_grad_hook(look)
+    run_backward(network, build(network, "adafactor", **fields), range(2))
+    return max(held)
+
+
+def test_gradients_are_dropped_one_by_one(network: Network):
+    sizes = [p.nbytes for p in network.parameters()]
+    assert held_gradients(copy.deepcopy(network)) == sum(sizes)
+    assert held_gradients(network, step_in_backward=True, max_grad_norm=None) == max(sizes)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_state_round_trip_of_steps_in_the_backward_pass(
+    name: str, memory_format: torch.memory_format, network: Network
+):
+    fields = {"step_in_backward": True, "max_grad_norm": None}
+    network.to(memory_format=memory_format)
+    # Its hooks stay with the parameters, so it is copied first.
+    resumed = copy.deepcopy(network)
+    optimizer = build(network, name, **fields)
+    run_backward(network, optimizer, range(3))
+    resumed.load_state_dict(network.state_dict())
+    other = build(resumed, name, **fields)
+    state = flatten_optimizer(optimizer)
+    restore_optimizer(
+        other, {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+    )
+    again = flatten_optimizer(other)
+    assert again.keys() == state.keys()
+    run_backward(network, optimizer, range(3, 6))
+    run_backward(resumed, other, range(3, 6))
+    for key, parameter in network.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(key)), key
+
+
+def test_the_learning_rate_reaches_steps_in_the_backward_pass(network: Network):
+    optimizer = build(network, "adafactor", step_in_backward=True, max_grad_norm=None)
+    before = copy.deepcopy(network.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    run_backward(network, optimizer, range(1))
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_eight_bits_need_bitsandbytes(network: Network, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        build(network, "adamw8bit")
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is optional")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_eight_bits_follow_adamw_and_resume(memory_format: torch.memory_format):
+    torch.manual_seed(0)
+    network = Network()
+    network.conv = nn.Conv2d(12, 64, 3)  # bitsandbytes leaves what is under 4096 elements in float32
+    network.point = nn.Conv2d(64, 10, 1)
+    network.to(memory_format=memory_format)
+    exact, resumed = copy.deepcopy(network), copy.deepcopy(network)
+    optimizer, oracle = build(network, "adamw8bit"), build(exact, "adamw")
+    start = network.conv.weight.detach().clone()
+    train(network, optimizer, range(3))
+    train(exact, oracle, range(3))
+    assert (network.conv.weight - exact.conv.weight).norm() < 0.1 * (exact.conv.weight - start).norm()
+    assert torch.equal(network.conv.bias, exact.conv.bias) or torch.allclose(
+        network.conv.bias, exact.conv.bias
+    )
+    state = {key: value.contiguous() for key, value in flatten_optimizer(optimizer).items()}
+    assert {value.dtype for key, value in state.items() if key.startswith("0.state")} == {torch.uint8}
+    resumed.load_state_dict(network.state_dict())
+    other = build(resumed, "adamw8bit")
+    restore_optimizer(other, state)
+    train(network, optimizer, range(3, 6))
+    train(resumed, other, range(3, 6))
+    for key, parameter in network.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(key)), key
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        (
+            {"name": "muon", "step_in_backward": True, "max_grad_norm": None},
+            "for adamw and adafactor; name is muon",
+        ),
+        ({"name": "adafactor", "step_in_backward": True}, "max_grad_norm is 1 and must be null"),
+    ],
+)
+def test_what_cannot_step_in_the_backward_pass(fields: dict[str, object], problem: str):
+    with pytest.raises(ValidationError, match=problem):
+        Optimizer.model_validate(fields)

@@ -7,6 +7,13 @@ from latentgen.train.config.data import HuggingFaceData as HuggingFaceData
 from latentgen.train.config.data import KohyaData as KohyaData
 from latentgen.train.config.data import PackedData as PackedData
 from latentgen.train.config.data import WebDataset as WebDataset
+from latentgen.train.config.loss import P2 as P2
+from latentgen.train.config.loss import Debiased as Debiased
+from latentgen.train.config.loss import ErrorKind as ErrorKind
+from latentgen.train.config.loss import LatentLoss as LatentLoss
+from latentgen.train.config.loss import MinSNR as MinSNR
+from latentgen.train.config.loss import PyramidNoise as PyramidNoise
+from latentgen.train.config.memory import Memory as Memory
 from latentgen.train.config.optimizer import Optimizer as Optimizer
 from latentgen.train.config.run import FIXED_FIELDS as FIXED_FIELDS
 from latentgen.train.config.run import FREE_FIELDS as FREE_FIELDS

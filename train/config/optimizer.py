@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from latentgen.train.config.base import Decay, Positive, Rate, Section
 
@@ -13,16 +13,32 @@ class Optimizer(Section):
     """The optimiser and its learning rate: a linear warm-up, a plateau, and a linear end.
 
     `decay_fraction` is the share of the run, at its end, in which the rate falls to zero. `betas` are AdamW's; muon
-    uses them for what is no weight matrix.
+    uses them for what is no weight matrix. `adamw8bit` is AdamW with a quarter of the state, by bitsandbytes.
+    `adafactor` keeps almost none; its learning rate is a share of each weight's size (1e-3 to 1e-2 is usual).
+
+    `step_in_backward` changes each weight as soon as its gradient is there, which is then dropped: the gradients never
+    lie in memory together. So they cannot be accumulated, nor clipped by their norm: it needs `max_grad_norm: null`.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
     learning_rate: Positive = 1e-4
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: Rate = 0.01
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 100
     decay_fraction: Rate = 0.0
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Positive | None = 1.0
+    step_in_backward: bool = False
+
+    @model_validator(mode="after")
+    def _can_step_in_backward(self) -> Self:
+        if self.step_in_backward and self.name not in ("adamw", "adafactor"):
+            raise ValueError(f"step_in_backward is for adamw and adafactor; name is {self.name}")
+        if self.step_in_backward and self.max_grad_norm is not None:
+            raise ValueError(
+                f"step_in_backward: no gradient waits for the others, so their norm is never known; max_grad_norm is "
+                f"{self.max_grad_norm:g} and must be null"
+            )
+        return self
 
     def rate_at(self, step: int, max_steps: int) -> float:
         """The learning rate of step `step`, the first of which is 0."""

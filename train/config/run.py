@@ -20,6 +20,7 @@ from latentgen.train.config.data import (
     KohyaData,
     WebDataset,
 )
+from latentgen.train.config.memory import Memory
 from latentgen.train.config.optimizer import Optimizer
 from latentgen.train.config.tasks import AutoencoderTask, PairedTask, TextToImageTask, UpscaleTask
 
@@ -59,6 +60,7 @@ class TrainConfig(Section):
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = 1
     max_steps: Count
     optimizer: Optimizer = Optimizer()
+    memory: Memory = Memory()
     ema_decay: Decay = 0.0
     checkpoint_every: Count = 1000
     keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
@@ -73,6 +75,16 @@ class TrainConfig(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps}"
+            )
+        if self.optimizer.step_in_backward and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "optimizer.step_in_backward: each gradient is used up at once, so none can be accumulated; set "
+                f"gradient_accumulation_steps to 1 (it is {self.gradient_accumulation_steps}) and lower batch_size"
+            )
+        if self.optimizer.step_in_backward and self.mixed_precision == "fp16":
+            raise ValueError(
+                "optimizer.step_in_backward: the loss scaling of fp16 must see all gradients before the step; use "
+                "mixed_precision bf16 or no"
             )
         if isinstance(self.task, AutoencoderTask) and not self.task.train_encoder and self.init_from is None:
             raise ValueError(
@@ -104,6 +116,9 @@ FREE_FIELDS = frozenset(
         "resume",
         "allow_changes",
         "task.cache_dir",
+        "memory.gradient_checkpointing",
+        "memory.ema_device",
+        "memory.planner",
     }
 )
 # And those in which it may not even if allow_changes names them: the checkpoint would mean nothing.

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from latentgen.train.config.base import Positive, Rate, Section
+from latentgen.train.config.loss import LatentLoss
 
 Degradation = Literal["colourisation", "uncropping", "jpeg", "inpainting"]
 
@@ -42,6 +43,7 @@ class LatentTask(Section):
     cached_views: Annotated[int, Field(ge=0, le=4096)] = 16
     cache_dir: Path | None = None
     timestep_shift: Positive = 1.0
+    loss: LatentLoss = LatentLoss()
     guidance_scale: Annotated[float, Field(ge=0, le=1e6)] | None = None
     save_half: bool = False
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from latentgen.errors import ConfigError
+from latentgen.models.config import StorageDtype
 from latentgen.train.data import BatchPlan, Order
 
 
@@ -43,6 +45,29 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def compile_networks(self) -> None:
         """Let torch.compile fuse the networks that take the time; the names of their weights stay."""
+
+    def checkpointed_layers(self) -> Iterable[nn.Module]:
+        """The layers of which `checkpoint_gradients` keeps the inputs alone; none nests in another."""
+        return ()
+
+    def checkpoint_gradients(self) -> None:
+        """Keep the inputs of the networks' layers, and compute the rest once more in the backward pass.
+
+        Raises:
+            ConfigError: the networks cannot.
+        """
+        raise ConfigError("memory.gradient_checkpointing: the networks of this task cannot; leave it out")
+
+    def store_base(self, storage: StorageDtype) -> None:
+        """Store what is not trained in fewer bits.
+
+        Raises:
+            ConfigError: it is saved with the model, and must stay as it is.
+        """
+        raise ConfigError(
+            f"memory.base_dtype is {storage}, but this task saves all weights, which must stay as they are; leave it "
+            "out, or train adapters"
+        )
 
     def save_assets(self, folder: Path) -> None:
         """Write what a resumed run must find as it was, besides the weights, into the run's folder."""

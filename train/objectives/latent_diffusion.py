@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latentgen.checkpoints.folder import CheckpointFolder
-from latentgen.diffusion.prediction import add_noise, target
-from latentgen.diffusion.schedule import BatchNoiseLevel
+from latentgen.diffusion.prediction import add_noise
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
+from latentgen.models.attention import Transformer2DModel, recomputing_contexts
+from latentgen.models.layers import ResnetBlock2D
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
 from latentgen.models.text import CLIPText
 from latentgen.models.unet import UNet
@@ -35,6 +35,11 @@ from latentgen.train.config import LatentTask
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, check_sides, sample_rng
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.objectives.encoding import EncodedViews
+from latentgen.train.objectives.losses import mean_loss, sample_errors, training_scheduler
+from latentgen.train.objectives.noising import perturbed_noise, training_noise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.
 SMALL_LATENTS = 32 * 32
@@ -69,27 +74,42 @@ class LatentObjective(Objective, Generic[AnyTask]):
         self.task = task
         # On a CPU the small convolutions of a latent UNet learn faster so.
         self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
-        self.scheduler = Scheduler.from_config(task.scheduler)
+        self.scheduler = training_scheduler(Scheduler.from_config(task.scheduler), task.loss)
         views = max(1, task.cached_views)
         self.item_count = len(data) * views
         self.order = Order.of(data, views=views)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]."""
+        """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]; then what the loss asks for.
+
+        With `input_perturbation` that is the noise that the UNet sees [B, C, h, w], and with `masked` the masks
+        [B, 1, h, w]; subclasses append what the UNet is shown.
+        """
         latents = self._views.latents(plan)
         count = self.scheduler.schedule.num_train_timesteps
         timesteps = spread_timesteps(plan, count, self.task.timestep_shift)
         tokens = self._text.tokenize(self._views.draw_captions(plan, self.task.caption_dropout))
-        return latents, plan.noise(latents.shape[1:], "noise"), timesteps, tokens
+        loss = self.task.loss
+        noise = training_noise(plan, latents.shape[1:], loss)
+        asked = []
+        if loss.input_perturbation:
+            asked.append(perturbed_noise(plan, noise, loss.input_perturbation))
+        if loss.masked:
+            asked.append(self._views.masks_of(plan))
+        return latents, noise, timesteps, tokens, *asked
 
     def forward(self, *batch: Tensor) -> Loss:
-        """The mean squared error of the prediction; its part is the same at the noisier half of the timesteps."""
+        """The mean error of the prediction; its part is the same at the noisier half of the timesteps."""
         latents, noise, timesteps, tokens, *shown = batch
+        loss = self.task.loss
+        seen_noise = shown.pop(0) if loss.input_perturbation else noise
+        mask = shown.pop(0) if loss.masked else None
         level = self.scheduler.schedule.batch(timesteps)
         with attention_kernels(latents):
             context = self._text.encode_tokens(tokens).context
-            output = self._output(add_noise(latents, noise, level), timesteps, context, *shown)
-        return prediction_loss(output, latents, noise, level, self.scheduler)
+            output = self._output(add_noise(latents, seen_noise, level), timesteps, context, *shown)
+        errors = sample_errors(output, latents, noise, level, self.scheduler, loss, mask)
+        return mean_loss(errors, level, self.scheduler)
 
     def _output(self, sample: Tensor, timesteps: Tensor, context: Tensor, *shown: Tensor) -> Tensor:
         """The UNet's output for noisy latents; `shown` is what a batch holds besides."""
@@ -98,6 +118,24 @@ class LatentObjective(Objective, Generic[AnyTask]):
     def compile_networks(self) -> None:
         """Compile the UNet, beside which the text encoder takes no time."""
         self.unet.compile()
+
+    def checkpointed_layers(self) -> Iterator[nn.Module]:
+        """The resnet blocks and transformers of the UNet, and the layers of the text encoder where it is trained."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        yield from (m for m in self.unet.modules() if isinstance(m, ResnetBlock2D | Transformer2DModel))
+        if self._text_is_trained:
+            yield from (m for m in self.text_encoder.modules() if isinstance(m, GradientCheckpointingLayer))
+
+    def checkpoint_gradients(self) -> None:
+        """Let the UNet, and the text encoder where it is trained, keep less."""
+        self.unet.gradient_checkpointing = True
+        if self._text_is_trained:
+            enable_checkpointing(self._text.model)
+
+    @property
+    def _text_is_trained(self) -> bool:
+        return any(p.requires_grad for p in self.text_encoder.parameters())
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the whole pipeline in the diffusers layout, in float16 if the recipe says so."""
@@ -137,6 +175,15 @@ def finished_text_encoder(folder: Path) -> CLIPText:
     if not isinstance(joined, CLIPText):
         raise ConfigError("task.text_encoder has two text encoders; name the folder of a model with one")
     return joined
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Let a model of transformers compute the inside of its layers once more in the backward pass."""
+    kind = {"use_reentrant": False, "context_fn": recomputing_contexts}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+    else:  # the name in earlier releases
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
 
 
 def check_fit(
@@ -187,16 +234,6 @@ def spread_timesteps(plan: BatchPlan, count: int, shift: float) -> Tensor:
     places = [(start + sample / plan.batch_size) % 1.0 for sample in plan.samples]
     places = [shift * place / (1 + (shift - 1) * place) for place in places]
     return torch.tensor([int(place * count) for place in places])
-
-
-def prediction_loss(
-    output: Tensor, latents: Tensor, noise: Tensor, level: BatchNoiseLevel, scheduler: Scheduler
-) -> Loss:
-    """The mean squared error of the prediction; its part is the same at the noisier half of the timesteps."""
-    wanted = target(latents, noise, level, scheduler.prediction_type)
-    errors = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
-    noisy = 2 * level.timestep >= scheduler.schedule.num_train_timesteps
-    return Loss(errors.mean(), {"noisy half": (errors * noisy).sum() / noisy.sum().clamp(min=1)})
 
 
 def attention_kernels(latents: Tensor) -> AbstractContextManager[Any]:

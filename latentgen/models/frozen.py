@@ -1,0 +1,158 @@
+"""Layers whose frozen weights are stored in fewer bits, and computed with in the precision of what comes in.
+
+Where low-rank adapters are trained, the weights of the model stay as they are and need not lie in memory in float32
+(arXiv:2305.14314). Each layer makes its weight dense for the moment in which it computes, in the forward and again in
+the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
+
+from latentgen.models.config import StorageDtype
+
+_PLAIN: dict[StorageDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FP8 = torch.float8_e4m3fn
+_LARGEST: dict[StorageDtype, float] = {"fp8": torch.finfo(_FP8).max, "int8": 127.0}
+
+
+class StoredWeight(nn.Module):
+    """A weight [out, ...] in fewer bits.
+
+    bf16 and fp16 are roundings. fp8 (e4m3) and int8 are scaled by the largest magnitude of each output channel m: the
+    error is at most 2**-4 of the value, or 2**-18 m of small ones, with fp8, and m / 254 with int8.
+    """
+
+    scale: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, storage: StorageDtype) -> None:
+        super().__init__()
+        self.storage: StorageDtype = storage
+        weight = weight.detach()
+        if storage in _PLAIN:
+            self.scale = None
+            bits = weight.to(_PLAIN[storage])
+        else:
+            peaks = weight.float().abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)
+            scale = torch.where(peaks > 0, peaks, 1.0) / _LARGEST[storage]
+            scaled = weight.float() / scale
+            # As bytes, fp8 is moved, copied and broadcast wherever other bytes are.
+            bits = scaled.round().to(torch.int8) if storage == "int8" else scaled.to(_FP8).view(torch.uint8)
+            self.scale = nn.Parameter(scale, requires_grad=False)
+        # Parameters and not buffers, which distributed training sends around at every step.
+        self.bits = nn.Parameter(bits, requires_grad=False)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, ...] in `dtype`, a new tensor."""
+        bits = self.bits.detach()
+        if self.scale is None:
+            return bits.to(dtype)
+        values = bits.view(_FP8) if self.storage == "fp8" else bits
+        return (values.to(torch.float32) * self.scale).to(dtype)
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer over a stored weight, through which gradients pass and to which none come."""
+
+    def __init__(self, layer: nn.Linear, storage: StorageDtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_parameter("bias", layer.bias)
+        self.stored = StoredWeight(layer.weight, storage)
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weight in float32, made anew."""
+        return self.stored.dense(torch.float32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        return cast(Tensor, _LinearProduct.apply(_in_compute_dtype(input), self))
+
+
+class FrozenConv2d(nn.Conv2d):
+    """A convolution over a stored weight, through which gradients pass and to which none come."""
+
+    def __init__(self, layer: nn.Conv2d, storage: StorageDtype) -> None:
+        nn.Module.__init__(self)
+        for name in (*nn.Conv2d.__constants__, "transposed"):
+            setattr(self, name, vars(layer)[name])
+        self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+        self.stored = StoredWeight(layer.weight, storage)
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weight in float32, made anew."""
+        return self.stored.dense(torch.float32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve [B, in, H, W] to [B, out, H', W']."""
+        return cast(Tensor, _Convolution.apply(_in_compute_dtype(input), self))
+
+
+def store_frozen(module: nn.Module, storage: StorageDtype) -> None:
+    """Store the weights of the linear layers and convolutions inside `module` that take no gradients in fewer bits.
+
+    They stay nn.Linear and nn.Conv2d, whose `weight` can be read but which a state_dict no longer holds. Norms,
+    embeddings, biases and all that is trained stay as they are. Call it once the weights are final and adapters have
+    been added: peft builds those of a convolution with the class of the layer beside them.
+    """
+    if storage == "fp32":
+        return
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if not any(p.requires_grad for p in child.parameters(recurse=False)):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, FrozenLinear(child, storage))
+                elif type(child) is nn.Conv2d and child.padding_mode == "zeros":
+                    setattr(parent, name, FrozenConv2d(child, storage))
+
+
+class _LinearProduct(torch.autograd.Function):
+    """Keeps nothing for the backward pass but the layer: autograd by itself would keep the dense weight."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, layer: FrozenLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(input, layer.stored.dense(input.dtype), _bias(layer, input.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.layer.stored.dense(grad.dtype), None
+
+
+class _Convolution(torch.autograd.Function):
+    """As _LinearProduct."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, layer: FrozenConv2d) -> Tensor:
+        ctx.layer, ctx.shape = layer, input.shape
+        weight = layer.stored.dense(input.dtype)
+        bias = _bias(layer, input.dtype)
+        return F.conv2d(input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,), layer = grads, ctx.layer
+        weight = layer.stored.dense(grad.dtype)
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return conv2d_input(ctx.shape, weight, grad, *geometry), None
+
+
+def _bias(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.to(dtype)
+
+
+def _in_compute_dtype(input: Tensor) -> Tensor:
+    """What a layer computes with: the dtype of what comes in, or that of autocast."""
+    device = input.device.type
+    return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input

@@ -1,0 +1,293 @@
+"""The loss of a recipe against the formulas of diffusers' scripts, on the objective that all latent tasks share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from latentgen.diffusion.prediction import add_noise
+from latentgen.diffusion.schedule import NoiseSchedule
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import ConfigError
+from latentgen.train.config import LatentLoss
+from latentgen.train.data import View
+from latentgen.train.data.folder import ImageFolder
+from latentgen.train.objectives.latent_diffusion import LatentObjective
+from latentgen.train.objectives.losses import (
+    elementwise_error,
+    sample_errors,
+    training_scheduler,
+)
+from latentgen.train.trainer import build_objective, train
+from tests.train.recipes import MakeRecipe, plan_for
+
+ZERO_SNR = "task.loss.zero_terminal_snr=true"
+MIN_SNR = "task.loss.weighting={kind: min_snr, gamma: 5}"
+
+
+@pytest.fixture(params=["text_to_image_recipe", "upscale_recipe", "paired_recipe"])
+def recipe(request: pytest.FixtureRequest) -> MakeRecipe:
+    """Each of the latent tasks in turn."""
+    return request.getfixturevalue(request.param)
+
+
+def build(make: MakeRecipe, *overrides: str) -> LatentObjective[Any]:
+    torch.manual_seed(1)
+    objective = build_objective(make(*overrides), device=torch.device("cpu"))
+    assert isinstance(objective, LatentObjective)
+    return objective
+
+
+def gradients(objective: LatentObjective[Any], loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(objective.unet.parameters()), allow_unused=False))
+
+
+def output_of(objective: LatentObjective[Any], batch: tuple[Tensor, ...], noise: Tensor) -> Tensor:
+    latents, _, timesteps, tokens, *shown = batch
+    level = objective.scheduler.schedule.batch(timesteps)
+    context = objective._text.encode_tokens(tokens).context
+    return objective._output(add_noise(latents, noise, level), timesteps, context, *shown)
+
+
+def wanted_by_diffusers(objective: LatentObjective[Any], batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The target of diffusers' scripts and the signal-to-noise ratios."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    scheduler: Any = DDPMScheduler.from_config(objective.scheduler.to_config())
+    latents, noise, timesteps = batch[:3]
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        wanted = noise
+    else:
+        wanted = latents if kind == "sample" else scheduler.get_velocity(latents, noise, timesteps)
+    return wanted, compute_snr(scheduler, timesteps)
+
+
+def test_a_recipe_that_says_nothing_is_the_plain_mean_squared_error(recipe: MakeRecipe):
+    objective = build(recipe)
+    assert objective.task.loss == LatentLoss()
+    assert objective.scheduler == Scheduler.from_config(objective.task.scheduler)
+    plan = plan_for(objective)
+    batch = objective.batch(plan)
+    assert len(batch) == 4 + {"text_to_image": 0, "paired": 1, "upscale": 2}[objective.task.kind]
+    latents, noise, timesteps = batch[:3]
+    assert torch.equal(noise, plan.noise(latents.shape[1:], "noise"))
+    loss = objective(*batch)
+    level = objective.scheduler.schedule.batch(timesteps)
+    wanted = level.alpha * noise - level.sigma * latents
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        plain = (
+            F.mse_loss(output_of(objective, batch, noise), wanted, reduction="none")
+            .mean(dim=(1, 2, 3))
+            .mean()
+        )
+    assert torch.equal(loss.total, plain)
+    for ours, theirs in zip(gradients(objective, loss.total), gradients(objective, plain), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_gives_the_loss_and_gradients_of_diffusers_script(
+    prediction_type: str, text_to_image_recipe: MakeRecipe
+):
+    objective = build(text_to_image_recipe, MIN_SNR, f"task.scheduler.prediction_type={prediction_type}")
+    batch = objective.batch(plan_for(objective))
+    wanted, snr = wanted_by_diffusers(objective, batch)
+    # As train_text_to_image.py has it, and the paper for the sample.
+    weights = torch.stack([snr, 5.0 * torch.ones_like(batch[2])], dim=1).min(dim=1)[0]
+    weights = weights / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
+    loss = F.mse_loss(output_of(objective, batch, batch[1]).float(), wanted.float(), reduction="none")
+    loss = (loss.mean(dim=list(range(1, len(loss.shape)))) * weights).mean()
+    ours = objective(*batch).total
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
+    for mine, theirs in zip(gradients(objective, ours), gradients(objective, loss), strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("weighting", ["{kind: debiased}", "{kind: p2}", "{kind: min_snr}"])
+def test_every_weighting_is_finite_where_the_schedule_ends_without_signal(
+    weighting: str, text_to_image_recipe: MakeRecipe
+):
+    objective = build(text_to_image_recipe, ZERO_SNR, f"task.loss.weighting={weighting}")
+    latents, noise, timesteps, tokens = objective.batch(plan_for(objective))
+    timesteps[0] = 999
+    loss = objective(latents, noise, timesteps, tokens).total
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients(objective, loss))
+
+
+def test_zero_terminal_snr_is_diffusers_rescale_and_is_saved(
+    text_to_image_recipe: MakeRecipe, tmp_path: Path
+):
+    from diffusers import DDPMScheduler
+
+    model = train(text_to_image_recipe(ZERO_SNR, "max_steps=1"))
+    saved = json.loads((model / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    assert saved["rescale_betas_zero_snr"] is True
+    assert saved["timestep_spacing"] == "trailing"
+    assert saved["prediction_type"] == "v_prediction"
+    theirs = DDPMScheduler.from_pretrained(model / "scheduler").alphas_cumprod
+    schedule = build(text_to_image_recipe, ZERO_SNR).scheduler.schedule
+    assert isinstance(schedule, NoiseSchedule)
+    ours = torch.tensor(schedule.alphas_cumprod).float()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    assert ours[-1] == 0
+
+
+def test_a_schedule_that_ends_without_signal_stays(text_to_image_recipe: MakeRecipe):
+    rescaled = ("task.scheduler.rescale_betas_zero_snr=true", "task.scheduler.timestep_spacing=trailing")
+    scheduler = build(text_to_image_recipe, *rescaled).scheduler
+    assert training_scheduler(scheduler, LatentLoss(zero_terminal_snr=True)) == scheduler
+
+
+@pytest.mark.parametrize("override", [ZERO_SNR, "task.scheduler.rescale_betas_zero_snr=true"])
+def test_epsilon_is_refused_without_signal(override: str, text_to_image_recipe: MakeRecipe):
+    with pytest.raises(ConfigError, match=r"prediction_type is epsilon.*use v_prediction"):
+        build(text_to_image_recipe, override, "task.scheduler.prediction_type=epsilon")
+
+
+def test_what_does_not_fit_the_scheduler_is_refused():
+    pndm = Scheduler(prediction_type="v_prediction", solver="pndm")
+    with pytest.raises(ConfigError, match=r"PNDMScheduler.*use DDIMScheduler"):
+        training_scheduler(pndm, LatentLoss(zero_terminal_snr=True))
+    flow = Scheduler.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert training_scheduler(flow, LatentLoss()) is flow
+    with pytest.raises(ConfigError, match="flow matching"):
+        training_scheduler(flow, LatentLoss(zero_terminal_snr=True))
+
+
+def test_a_perturbed_input_is_what_diffusers_script_shows(recipe: MakeRecipe):
+    objective = build(recipe, "task.loss.input_perturbation=0.1")
+    plan = plan_for(objective)
+    latents, noise, timesteps, tokens, seen, *shown = batch = objective.batch(plan)
+    torch.testing.assert_close(seen, noise + 0.1 * plan.noise(noise.shape[1:], "input perturbation"))
+    plain = (latents, noise, timesteps, tokens, *shown)
+    wanted, _ = wanted_by_diffusers(objective, plain)
+    with torch.no_grad():
+        theirs = F.mse_loss(output_of(objective, plain, seen), wanted)
+        assert objective(*batch).total.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def half_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the images of folders masks: of even items the left half, of odd ones none."""
+    original = ImageFolder.view
+
+    def view(self: ImageFolder, index: int, rng: Any) -> View:
+        seen = original(self, index, rng)
+        mask = Image.new("L", seen.image.size, 0)
+        mask.paste(255, (0, 0, mask.width // 2, mask.height))
+        return seen if index % 2 else seen._replace(mask=mask)
+
+    monkeypatch.setattr(ImageFolder, "view", view)
+
+
+def test_the_error_counts_within_the_mask(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    half_masked(monkeypatch)
+    objective = build(recipe, "task.loss.masked=true")
+    plan = plan_for(objective)
+    *plain, mask = objective.batch(plan)[:5]
+    shown = objective.batch(plan)[5:]
+    assert mask.shape == (8, 1, *plain[0].shape[2:])
+    wanted, _ = wanted_by_diffusers(objective, (*plain, *shown))
+    with torch.no_grad():
+        squares = (output_of(objective, (*plain, *shown), plain[1]) - wanted).square()
+        ours = objective(*objective.batch(plan)).total
+    side = squares.shape[3] // 2
+    rows = [
+        row if item // objective.task.cached_views % 2 else row[:, :, :side]
+        for row, item in zip(squares, plan.items, strict=True)
+    ]
+    assert {row.shape[2] for row in rows} == {side, 2 * side}
+    assert ours.item() == pytest.approx(torch.stack([row.mean() for row in rows]).mean().item(), rel=1e-5)
+
+
+def test_masks_are_not_carried_unless_asked_for(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    plain = build(recipe)
+    batch = plain.batch(plan_for(plain))
+    half_masked(monkeypatch)
+    again = build(recipe)
+    for ours, theirs in zip(again.batch(plan_for(again)), batch, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_masks_that_are_not_there_are_missed(text_to_image_recipe: MakeRecipe):
+    objective = build(text_to_image_recipe, "task.loss.masked=true")
+    with pytest.raises(ConfigError, match="no image of the training set has a mask"):
+        objective.batch(plan_for(objective))
+
+
+def test_a_mask_of_nothing_leaves_no_error_and_no_nan():
+    scheduler = Scheduler(prediction_type="v_prediction")
+    output, latents, noise = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    output.requires_grad_()
+    level = scheduler.schedule.batch(torch.tensor([10, 900]))
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[1] = 0.25
+    errors = sample_errors(output, latents, noise, level, scheduler, LatentLoss(), mask)
+    plain = sample_errors(output, latents, noise, level, scheduler, LatentLoss())
+    assert errors[0] == 0
+    torch.testing.assert_close(errors[1], plain[1])
+    errors.sum().backward()
+    assert output.grad is not None
+    assert output.grad.isfinite().all()
+
+
+def test_robust_errors_are_quadratic_near_and_linear_far():
+    near, far = torch.tensor([1e-3, -1e-3]), torch.tensor([1e3, -1e3])
+    zero = torch.zeros(2)
+    for c in (0.1, 1.0):
+        huber, smooth = (elementwise_error(near, zero, kind, c) for kind in ("huber", "smooth_l1"))
+        torch.testing.assert_close(huber, near**2, rtol=1e-3, atol=0)
+        torch.testing.assert_close(smooth, near**2 / c, rtol=1e-3, atol=0)
+        huber, smooth = (elementwise_error(far, zero, kind, c) for kind in ("huber", "smooth_l1"))
+        torch.testing.assert_close(huber, 2 * c * far.abs(), rtol=2e-3, atol=0)
+        torch.testing.assert_close(smooth, 2 * far.abs(), rtol=2e-3, atol=0)
+    assert torch.equal(elementwise_error(far, near, "l2", 0.1), (far - near) ** 2)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "task.loss.kind=l1",
+        "task.loss.weighting={kind: snr}",
+        "task.loss.weighting={kind: min_snr, gamma: 0}",
+        "task.loss.weighting={kind: debiased, gamma: 1}",
+        "task.loss.offset_noise=-0.1",
+        "task.loss.pyramid_noise={iterations: 0}",
+        "task.loss.noise=0.1",
+    ],
+)
+def test_bounds(override: str, text_to_image_recipe: MakeRecipe):
+    assert text_to_image_recipe("task.loss.weighting=none") == text_to_image_recipe()
+    with pytest.raises(ConfigError, match=r"task\.text_to_image\.loss"):
+        text_to_image_recipe(override)
+
+
+def test_a_recipe_with_everything_learns_and_resumes(
+    text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    half_masked(monkeypatch)
+    everything = (
+        MIN_SNR,
+        ZERO_SNR,
+        "task.loss.kind=huber",
+        "task.loss.offset_noise=0.05",
+        "task.loss.pyramid_noise={}",
+        "task.loss.input_perturbation=0.1",
+        "task.loss.masked=true",
+    )
+    train(text_to_image_recipe(*everything, "max_steps=2"))
+    config = text_to_image_recipe(*everything, "max_steps=30", "resume=true")
+    train(config)
+    rows = (config.output_dir / "log.jsonl").read_text("utf-8").splitlines()
+    losses = [json.loads(row)["loss"] for row in rows]
+    assert len(losses) == 30
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])

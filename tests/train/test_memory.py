@@ -1,0 +1,326 @@
+"""What saves memory saves it and changes nothing; the estimate is what is measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from latentgen.errors import ConfigError, MemoryBudgetError
+from latentgen.train import memory
+from latentgen.train.checkpoint import flatten_optimizer, load_latest
+from latentgen.train.config import TrainConfig
+from latentgen.train.memory import available_bytes, estimate_activations, first_batch, plan_memory
+from latentgen.train.objectives.base import Objective
+from latentgen.train.objectives.latent_diffusion import LatentObjective
+from latentgen.train.trainer import Trainer, build_objective, train
+from tests.train.recipes import MakeRecipe, plan_for
+
+CPU = torch.device("cpu")
+IN_BACKWARD = ("optimizer.name=adafactor", "optimizer.step_in_backward=true", "optimizer.max_grad_norm=null")
+CHECKPOINTING = "memory.gradient_checkpointing=true"
+# Large enough that the weights are not all there is, and that they are not nothing.
+MEDIUM = (
+    "task.unet.block_out_channels=[64, 96]",
+    "task.unet.layers_per_block=2",
+    "task.unet.norm_num_groups=16",
+    "batch_size=8",
+)
+
+
+@pytest.fixture(params=["text_to_image_recipe", "upscale_recipe", "paired_recipe"])
+def recipe(request: pytest.FixtureRequest) -> MakeRecipe:
+    """Each of the latent tasks in turn."""
+    return request.getfixturevalue(request.param)
+
+
+def build(config: TrainConfig) -> Objective:
+    torch.manual_seed(1)
+    return build_objective(config, device=CPU)
+
+
+def gradients_and_kept(objective: Objective) -> tuple[dict[str, Tensor], int]:
+    """The gradients of a step by name, and the bytes that autograd kept for it."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    objective.train()
+    objective.zero_grad()
+    for p in objective.parameters():
+        kept[p.untyped_storage().data_ptr()] = p
+    batch = objective.batch(plan_for(objective))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = objective(*batch).total
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    loss.backward()
+    weights = sum(p.nbytes for p in objective.parameters())
+    return {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}, size - weights
+
+
+def test_checkpointed_gradients_are_the_same_and_less_is_kept(recipe: MakeRecipe):
+    objective = build(recipe())
+    assert isinstance(objective, LatentObjective)
+    plain, all_kept = gradients_and_kept(objective)
+    objective.checkpoint_gradients()
+    again, kept = gradients_and_kept(objective)
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(again[name], gradient), name
+    assert kept < 0.5 * all_kept
+    layers = list(objective.checkpointed_layers())
+    assert bool(objective._text_is_trained) == any("CLIP" in type(layer).__name__ for layer in layers)
+
+
+def test_the_autoencoder_cannot(autoencoder_recipe: MakeRecipe):
+    with pytest.raises(ConfigError, match=r"memory\.gradient_checkpointing: .*leave it out"):
+        train(autoencoder_recipe(CHECKPOINTING))
+
+
+def test_weights_that_are_saved_must_stay(recipe: MakeRecipe):
+    with pytest.raises(ConfigError, match=r"memory\.base_dtype is int8"):
+        train(recipe("memory.base_dtype=int8"))
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    for file in ("weights", "ema", "optimizer"):
+        name = f"checkpoint-00000004/{file}.safetensors"
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    assert (ours / "log.jsonl").read_bytes() == (theirs / "log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("override", [CHECKPOINTING, "memory.ema_device=cpu", "memory.planner=true"])
+def test_a_run_that_saves_memory_is_the_same_run(
+    override: str, text_to_image_recipe: MakeRecipe, tmp_path: Path
+):
+    plain = text_to_image_recipe()
+    other = text_to_image_recipe(override, f"output_dir={tmp_path / 'other'}")
+    train(plain)
+    train(other)
+    assert_same_run(other.output_dir, plain.output_dir)
+
+
+def test_the_average_lies_on_the_cpu(text_to_image_recipe: MakeRecipe):
+    config = text_to_image_recipe("memory.ema_device=cpu")
+    trainer = Trainer(config, Accelerator(cpu=True), build(config))
+    assert {average.device for average in trainer.ema.values()} == {CPU}
+    for name, average in trainer.ema.items():
+        assert average.data_ptr() != trainer.trainable[name].data_ptr()
+
+
+@pytest.mark.parametrize("override", [CHECKPOINTING, "mixed_precision=bf16", "ema_decay=0"])
+def test_steps_in_the_backward_pass_resume_as_if_uninterrupted(
+    override: str, text_to_image_recipe: MakeRecipe, tmp_path: Path
+):
+    whole = text_to_image_recipe(*IN_BACKWARD, override)
+    train(whole)
+    for step in (1, 3):
+        resumed = text_to_image_recipe(
+            *IN_BACKWARD, override, "resume=true", f"output_dir={tmp_path / str(step)}"
+        )
+        shutil.copytree(whole.output_dir, resumed.output_dir)
+        for later in range(step + 1, 5):
+            shutil.rmtree(resumed.output_dir / f"checkpoint-{later:08d}")
+        train(resumed)
+        for name in ("weights", "optimizer"):
+            file = f"checkpoint-00000004/{name}.safetensors"
+            assert (resumed.output_dir / file).read_bytes() == (whole.output_dir / file).read_bytes()
+
+
+def test_steps_in_the_backward_pass_learn(text_to_image_recipe: MakeRecipe):
+    config = text_to_image_recipe(
+        *IN_BACKWARD, "optimizer.learning_rate=0.05", "max_steps=25", "batch_size=6", "checkpoint_every=25"
+    )
+    train(config)
+    losses = [
+        json.loads(row)["loss"] for row in (config.output_dir / "log.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+
+def test_what_cannot_go_with_steps_in_the_backward_pass(
+    text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(
+        ConfigError, match=r"none can be accumulated; set gradient_accumulation_steps to 1 \(it is 2\)"
+    ):
+        text_to_image_recipe(*IN_BACKWARD, "gradient_accumulation_steps=2")
+    with pytest.raises(ConfigError, match="fp16 must see all gradients"):
+        text_to_image_recipe(*IN_BACKWARD, "mixed_precision=fp16")
+    with pytest.raises(ConfigError, match="max_grad_norm is 1 and must be null"):
+        text_to_image_recipe(*IN_BACKWARD[:2])
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ConfigError, match="before 2 processes have agreed"):
+        train(text_to_image_recipe(*IN_BACKWARD))
+
+
+def test_without_clipping_gradients_stay(text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: pytest.fail("clipped"))
+    train(text_to_image_recipe("optimizer.max_grad_norm=null", "max_steps=1"))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("kind", ["text_to_image_recipe", "autoencoder_recipe"])
+def test_the_static_part_of_the_plan_is_exact(kind: str, name: str, request: pytest.FixtureRequest):
+    config = request.getfixturevalue(kind)(f"optimizer.name={name}")
+    objective = build(config)
+    plan = plan_memory(config, objective, None, CPU)
+    trainer = Trainer(config, Accelerator(cpu=True), objective)
+    trainer._update(0)
+    state = flatten_optimizer(trainer._optimizer)
+    assert plan.optimizer == sum(tensor.nbytes for tensor in state.values())
+    assert plan.trained + plan.frozen == sum(
+        p.nbytes for p in [*objective.parameters(), *objective.buffers()]
+    )
+    assert plan.gradients == plan.average == sum(average.nbytes for average in trainer.ema.values())
+    trainer._loss(plan_for(objective)).total.backward()
+    assert plan.gradients == sum(p.grad.nbytes for p in objective.parameters() if p.grad is not None)
+
+
+def measured_peak(trainer: Trainer) -> int:
+    """The most memory of the CPU that two steps hold, beside what was there before; by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for step in range(2):
+            trainer._update(step)
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        (CHECKPOINTING,),
+        ("mixed_precision=bf16",),
+        ("mixed_precision=bf16", CHECKPOINTING),
+        ("optimizer.name=adamw", "gradient_accumulation_steps=2"),
+        IN_BACKWARD,
+    ],
+    ids=str,
+)
+def test_the_estimate_is_what_is_measured(overrides: tuple[str, ...], text_to_image_recipe: MakeRecipe):
+    config = text_to_image_recipe(*MEDIUM, *overrides)
+    check_estimate(config)
+
+
+@pytest.mark.parametrize("kind", ["upscale_recipe", "paired_recipe"])
+def test_so_it_is_with_a_finished_text_encoder(kind: str, request: pytest.FixtureRequest):
+    check_estimate(request.getfixturevalue(kind)(*MEDIUM))
+
+
+def test_so_it_is_for_an_autoencoder(autoencoder_recipe: MakeRecipe):
+    check_estimate(autoencoder_recipe("task.vae.block_out_channels=[32, 64]"))
+
+
+def check_estimate(config: TrainConfig) -> None:
+    objective = build(config)
+    accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
+    batch = first_batch(config, accelerator, objective)
+    activations = estimate_activations(objective, batch, CPU, accelerator.autocast())
+    assert activations is not None
+    plan = plan_memory(config, objective, activations, CPU)
+    if config.memory.gradient_checkpointing:
+        objective.checkpoint_gradients()
+    trainer = Trainer(config, accelerator, objective)
+    before = plan.trained + plan.frozen + plan.average
+    assert before + measured_peak(trainer) == pytest.approx(plan.total, rel=0.25)
+
+
+def test_the_activations_are_those_that_autograd_keeps(recipe: MakeRecipe):
+    config = recipe(*MEDIUM)
+    objective = build(config)
+    accelerator = Accelerator(cpu=True)
+    objective.train()
+    batch = objective.batch(plan_for(objective))
+    estimate = estimate_activations(objective, batch, CPU, accelerator.autocast())
+    _, kept = gradients_and_kept(objective)
+    assert estimate is not None
+    assert estimate.kept == pytest.approx(kept, rel=0.02)
+    assert estimate.checkpointed < 0.6 * estimate.kept
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+
+
+def test_estimating_leaves_nothing_behind(text_to_image_recipe: MakeRecipe):
+    objective = build(text_to_image_recipe("task.text_encoder.attention_dropout=0.2"))
+    batch = objective.batch(plan_for(objective))
+    before = {name: p.clone() for name, p in objective.named_parameters()}
+    state = torch.get_rng_state()
+    estimate_activations(objective, batch, CPU, Accelerator(cpu=True).autocast())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert objective(*batch).total.item() > 0
+    for name, p in objective.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.grad is None
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in objective.modules())
+
+
+def test_a_pass_that_asks_for_values_is_not_estimated(
+    text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    original = LatentObjective.forward
+
+    def forward(self: Any, *batch: Tensor) -> Any:
+        assert batch[0].mean().item() < 1e9
+        return original(self, *batch)
+
+    monkeypatch.setattr(LatentObjective, "forward", forward)
+    train(text_to_image_recipe("memory.planner=true", "max_steps=1"))
+    assert "activations not estimated" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_with_what_would_help(
+    text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = text_to_image_recipe(*MEDIUM, "memory.planner=true", "optimizer.name=adamw", "max_steps=1")
+    monkeypatch.setattr(memory, "available_bytes", lambda _: 1000)
+    with pytest.raises(MemoryBudgetError) as refused:
+        train(config)
+    message = str(refused.value)
+    for part in (
+        "needs about",
+        "activations",
+        "memory.gradient_checkpointing=true saves",
+        "optimizer.name=adafactor",
+    ):
+        assert part in message
+    for part in (
+        "memory.ema_device=cpu saves",
+        "gradient_accumulation_steps=2 saves",
+        "memory.planner=false",
+    ):
+        assert part in message
+    assert "memory.base_dtype" not in message
+    assert "memory on cpu, estimated: weights" in capsys.readouterr().err
+    assert not list(config.output_dir.glob("checkpoint-*"))
+    train(text_to_image_recipe(*MEDIUM, "memory.planner=false", "optimizer.name=adamw", "max_steps=1"))
+    assert load_latest(config.output_dir).step == 1
+
+
+def test_the_memory_of_the_host_is_shared_by_its_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    whole = psutil.virtual_memory().available
+    assert available_bytes(CPU) == pytest.approx(whole, rel=0.2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available_bytes(CPU) == pytest.approx(whole / 4, rel=0.2)
+    (tmp_path / "memory.max").write_text("8000000\n")
+    (tmp_path / "memory.current").write_text("6000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000000\ninactive_file 2000000\n")
+    assert available_bytes(CPU) == 1_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(CPU) == pytest.approx(whole / 4, rel=0.2)

@@ -1,0 +1,303 @@
+"""What a step of training needs to hold, estimated before the first, against what the device has."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from latentgen.errors import MemoryBudgetError
+from latentgen.train.config import TrainConfig
+from latentgen.train.data import BatchPlan, plan_step
+from latentgen.train.objectives.base import Objective
+from latentgen.train.optimizer import state_bytes
+
+_CGROUP = Path("/sys/fs/cgroup")
+# What a suggestion must save, as a share of the whole, to be worth a line.
+_WORTH_IT = 0.02
+
+
+class Activations(NamedTuple):
+    """Bytes that the forward pass leaves for the backward pass: all of them, or with gradient checkpointing."""
+
+    kept: int
+    checkpointed: int
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes that one process holds on its device when a step needs most.
+
+    Attributes:
+        frozen: weights that are not trained.
+        trained: those that are.
+        gradients: all at once, or the largest where each is used up at once.
+        optimizer: the optimiser's state.
+        average: the moving average, if it lies there.
+        activations: what the backward pass needs; None if it cannot be told.
+    """
+
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int | None
+
+    @property
+    def total(self) -> int:
+        """All of it, as far as it is known."""
+        return sum(part for part in self if part is not None)
+
+
+def save_memory(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
+    """Do what a recipe says about memory to an objective on the CPU, and see whether a step of it fits.
+
+    Raises:
+        ConfigError: the objective cannot do what the recipe says.
+        MemoryBudgetError: a step does not fit, with the numbers and what would help.
+    """
+    if config.memory.base_dtype != "fp32":
+        objective.store_base(config.memory.base_dtype)
+    if config.memory.planner:
+        device = accelerator.device
+        activations = estimate_activations(
+            objective, first_batch(config, accelerator, objective), device, accelerator.autocast()
+        )
+        plan = plan_memory(config, objective, activations, device, accelerator.num_processes)
+        room = available_bytes(device)
+        # On the CPU the weights are there already.
+        room += plan.frozen + plan.trained if device.type == "cpu" else 0
+        if accelerator.is_main_process:
+            print(_shown(plan, room, device), file=sys.stderr)
+        if plan.total > room:
+            raise MemoryBudgetError(_refusal(plan, room, config, objective, activations))
+    if config.memory.gradient_checkpointing:
+        objective.checkpoint_gradients()
+
+
+def first_batch(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> tuple[Tensor, ...]:
+    """What this process computes at once in the first step of a run, on the CPU."""
+    plans: list[BatchPlan] = plan_step(
+        config.seed,
+        0,
+        batch_size=config.batch_size,
+        count=objective.item_count,
+        parts=config.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    return objective.batch(plans[0])
+
+
+def plan_memory(
+    config: TrainConfig,
+    objective: Objective,
+    activations: Activations | None,
+    device: torch.device,
+    processes: int = 1,
+) -> MemoryPlan:
+    """Put together what a step of a recipe holds on a device.
+
+    Args:
+        config: the recipe.
+        objective: as it will be trained; where it lies now does not matter.
+        activations: from `estimate_activations`.
+        device: that of the training.
+        processes: in all; more than one keep a second copy of the gradients to exchange.
+    """
+    trained = [p.nbytes for p in objective.parameters() if p.requires_grad]
+    frozen = [t.nbytes for t in (*objective.parameters(), *objective.buffers()) if not t.requires_grad]
+    gradients = max(trained, default=0) if config.optimizer.step_in_backward else sum(trained)
+    averages_here = config.ema_decay > 0 and config.memory.ema_device in ("same", device.type)
+    left = None
+    if activations is not None:
+        left = activations.checkpointed if config.memory.gradient_checkpointing else activations.kept
+    return MemoryPlan(
+        frozen=sum(frozen),
+        trained=sum(trained),
+        gradients=gradients * (2 if processes > 1 else 1),
+        optimizer=state_bytes(objective, config.optimizer),
+        average=sum(trained) if averages_here else 0,
+        activations=left,
+    )
+
+
+def estimate_activations(
+    objective: Objective,
+    batch: Iterable[Tensor],
+    device: torch.device,
+    autocast: AbstractContextManager[None],
+) -> Activations | None:
+    """Run the forward pass on tensors without content, and add up what it keeps for the backward pass.
+
+    Nothing is computed and nothing allocated. With gradient checkpointing the inputs of the layers are kept, and the
+    largest layer is computed once more at a time. None if the pass asks for the content of a tensor.
+    """
+    kept = _KeptTensors()
+    handles = [hook for layer in objective.checkpointed_layers() for hook in kept.watch(layer)]
+    objective.train()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            weights = {
+                name: torch.empty_strided(
+                    t.size(), t.stride(), dtype=t.dtype, device=device, requires_grad=t.requires_grad
+                )
+                for name, t in (*objective.named_parameters(), *objective.named_buffers())
+            }
+            inputs = tuple(torch.empty(t.shape, dtype=t.dtype, device=device) for t in batch)
+            kept.leave_out(weights.values())
+            with autocast, torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+                functional_call(objective, weights, inputs)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept.activations()
+
+
+class _KeptTensors:
+    """Collects the memory of the tensors that a forward pass keeps, each once, by the layer that keeps it."""
+
+    def __init__(self) -> None:
+        # By the address of their memory, which is not given away as long as the tensors are held.
+        self._tensors: dict[int, Tensor] = {}
+        self._left_out: dict[int, Tensor] = {}
+        self._kept: set[int] = set()
+        self._outside: set[int] = set()
+        self._layers: list[set[int]] = []
+        self._within = False
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """These are counted elsewhere."""
+        self._left_out |= {_address(tensor): tensor for tensor in tensors}
+
+    def watch(self, layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Tell apart what is kept within a layer, which would be computed once more; its inputs are kept outside."""
+
+        def enter(_: nn.Module, args: object, kwargs: object) -> None:
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    self._note(tensor, self._outside)
+            self._layers.append(set())
+            self._within = True
+
+        def leave(*_: object) -> None:
+            self._within = False
+
+        return [
+            layer.register_forward_pre_hook(enter, with_kwargs=True),
+            layer.register_forward_hook(leave),
+        ]
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd keeps."""
+        self._note(tensor, self._kept)
+        self._note(tensor, self._layers[-1] if self._within else self._outside)
+        return tensor
+
+    def activations(self) -> Activations:
+        """What was kept, and what would be with gradient checkpointing."""
+        largest = max((self._bytes(layer - self._outside) for layer in self._layers), default=0)
+        return Activations(self._bytes(self._kept), self._bytes(self._outside) + largest)
+
+    def _note(self, tensor: Tensor, where: set[int]) -> None:
+        address = _address(tensor)
+        if address not in self._left_out:
+            self._tensors.setdefault(address, tensor)
+            where.add(address)
+
+    def _bytes(self, addresses: Iterable[int]) -> int:
+        return sum(self._tensors[address].untyped_storage().nbytes() for address in addresses)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory of a device that this process may still take; its share of the host's if several run there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = min(psutil.virtual_memory().available, _free_in_container())
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_in_container() -> int:
+    """What the container leaves of its memory; the cache of files that it may drop counts as free."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
+
+
+def _shown(plan: MemoryPlan, room: int, device: torch.device) -> str:
+    activations = "not estimated" if plan.activations is None else _size(plan.activations)
+    return (
+        f"memory on {device}, estimated: weights {_size(plan.trained)} trained and {_size(plan.frozen)} frozen, "
+        f"gradients {_size(plan.gradients)}, optimizer {_size(plan.optimizer)}, average {_size(plan.average)}, "
+        f"activations {activations}; {_size(plan.total)} in all of {_size(room)}"
+    )
+
+
+def _refusal(
+    plan: MemoryPlan, room: int, config: TrainConfig, objective: Objective, activations: Activations | None
+) -> str:
+    savings = _savings(plan, config, objective, activations)
+    helpful = sorted(savings.items(), key=lambda item: -item[1])
+    advice = "; ".join(
+        f"{flag} saves {_size(saved)}" for flag, saved in helpful if saved > _WORTH_IT * plan.total
+    )
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in plan._asdict().items() if size)
+    return (
+        f"a step of this recipe needs about {_size(plan.total)} ({parts}), and there are {_size(room)}: "
+        f"{advice or 'lower batch_size or data.image_size'}. memory.planner=false goes on all the same"
+    )
+
+
+def _savings(
+    plan: MemoryPlan, config: TrainConfig, objective: Objective, activations: Activations | None
+) -> dict[str, int]:
+    """What each change of the recipe would save, by what has to be set."""
+    savings: dict[str, int] = {}
+    optimizer = config.optimizer
+    for name in ("adafactor", "adamw8bit"):
+        other = optimizer.model_copy(update={"name": name})
+        savings[f"optimizer.name={name}"] = plan.optimizer - state_bytes(objective, other)
+    if not optimizer.step_in_backward and config.gradient_accumulation_steps == 1:
+        largest = max((p.nbytes for p in objective.parameters() if p.requires_grad), default=0)
+        savings["optimizer.step_in_backward=true (adamw or adafactor, max_grad_norm=null)"] = (
+            plan.gradients - largest
+        )
+    savings["memory.ema_device=cpu"] = plan.average
+    if type(objective).store_base is not Objective.store_base and config.memory.base_dtype == "fp32":
+        savings["memory.base_dtype=int8"] = plan.frozen * 3 // 4
+    if activations is not None and plan.activations is not None:
+        savings["memory.gradient_checkpointing=true"] = plan.activations - activations.checkpointed
+        parts = 2 * config.gradient_accumulation_steps
+        if config.batch_size % parts == 0 and not optimizer.step_in_backward:
+            savings[f"gradient_accumulation_steps={parts}"] = plan.activations // 2
+    return savings
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
