@@ -13,7 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class RunState:
         ema: their moving average, empty if the recipe asks for none.
         optimizer: from `flatten_optimizer`.
         scaler: the state of float16's loss scaling, empty without it.
+        window: what the row of the log that is under way holds so far; see RunLog.
     """
 
     step: int
@@ -49,6 +50,7 @@ class RunState:
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     scaler: Mapping[str, Any]
+    window: Mapping[str, float] = field(default_factory=dict)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -88,8 +90,9 @@ def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:
     for stem, tensors in (("weights", state.weights), ("ema", state.ema), ("optimizer", state.optimizer)):
         if tensors:
             save_weights(tensors, folder, stem, max_shard_bytes=sys.maxsize)
-    scaler = {"scaler": dict(state.scaler)} if state.scaler else {}
-    write_json(folder / _STATE, {"step": state.step, "config": dict(state.config), **scaler})
+    optional = {"scaler": dict(state.scaler), "window": dict(state.window)}
+    known = {name: value for name, value in optional.items() if value}
+    write_json(folder / _STATE, {"step": state.step, "config": dict(state.config), **known})
     write_json(folder / MANIFEST, {file.name: _sha256(file) for file in sorted(folder.iterdir())})
     if not _is_whole(folder):
         raise OutputError(f"{quote(folder)} does not read back as it was written: check the disk")
@@ -115,6 +118,7 @@ def load_latest(output_dir: Path) -> RunState:
             ema=_load(folder / "ema.safetensors"),
             optimizer=_load(folder / "optimizer.safetensors"),
             scaler=state.get("scaler", {}),
+            window=state.get("window", {}),
         )
     raise ResumeError(
         f"nothing to resume in {quote(output_dir)}: it holds no whole checkpoint; start without resume"

@@ -78,7 +78,7 @@ def starting_state(config: TrainConfig) -> RunState | None:
     changed = [
         f"{field} was {before.get(field)}, is {now.get(field)}"
         for field in sorted(before.keys() | now.keys())
-        if field not in FREE_FIELDS and before.get(field) != now.get(field)
+        if field.partition(".")[0] not in FREE_FIELDS and before.get(field) != now.get(field)
     ]
     if changed:
         raise ResumeError(f"the recipe is not the one that the run began with: {'; '.join(changed)}")

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import math
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
 from latentgen.train.config import AutoencoderTask, PairedTask, TrainConfig, UpscaleTask
-from latentgen.train.data import BatchPlan, open_data, plan_step, sample_rng
+from latentgen.train.data import BatchPlan, CaptionedImages, open_data, plan_step, sample_rng
+from latentgen.train.data.held_out import open_parts
 from latentgen.train.interrupt import StopSignal
+from latentgen.train.model_card import write_card
 from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.optimizer import build_optimizer
-from latentgen.train.run_folder import LOG, run_lock, starting_state, trim_log
-
-_AFTER_NAN = (
-    "lower optimizer.learning_rate, or train with mixed_precision bf16 or no; the last checkpoint is intact"
-)
+from latentgen.train.run_folder import run_lock, starting_state, trim_log
+from latentgen.train.run_log import AFTER_NAN, RunLog, check_trackers
+from latentgen.train.watch import Watch
 
 
 def train(config: TrainConfig) -> Path:
@@ -43,23 +43,32 @@ def train(config: TrainConfig) -> Path:
         NumericalError: the loss or the weights are not finite.
         OutputError: the folder cannot be written.
     """
-    accelerator = _accelerator(config)
+    accelerator = build_accelerator(config)
     output_dir = config.output_dir
     with run_lock(output_dir, enabled=accelerator.is_main_process):
         state = starting_state(config)
         torch.manual_seed(config.seed)
         assets = None if state is None else output_dir
-        objective = build_objective(config, device=accelerator.device, assets=assets)
-        trainer = Trainer(config, accelerator, objective)
+        parts = open_parts(config)
+        objective = build_objective(config, device=accelerator.device, assets=assets, data=parts.training)
+        trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
         if state is not None:
             trainer.restore(state)
         if accelerator.is_main_process:
             trim_log(output_dir, trainer.step)
             if state is None:
                 objective.save_assets(output_dir)
+        trainer.log.open(trainer.step)
         trainer.run()
         if accelerator.is_main_process:
             trainer.save_model(output_dir / "model")
+            write_card(
+                output_dir / "model",
+                config,
+                images=len(parts.training),
+                parameters=trainer.trained_parameters,
+                steps=trainer.step,
+            )
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir / "model"
@@ -73,9 +82,17 @@ class Trainer:
         trainable: its parameters that require gradients, by name.
         ema: their exponential moving average; empty if the recipe asks for none.
         step: optimiser steps done.
+        log: what is told of them.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        objective: Objective,
+        *,
+        held_out: CaptionedImages | None = None,
+    ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.objective = objective
@@ -92,6 +109,8 @@ class Trainer:
         self._model: nn.Module
         self._optimizer: torch.optim.Optimizer
         self._model, self._optimizer = accelerator.prepare(objective, optimizer)
+        self.log = RunLog(config, accelerator)
+        self._watch = Watch(config, accelerator, objective, self.ema, held_out, self.log)
 
     def restore(self, state: RunState) -> None:
         """Go on from a checkpoint.
@@ -104,6 +123,7 @@ class Trainer:
         restore_optimizer(self._optimizer, state.optimizer)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
+        self.log.restore(state.window)
         self.step = state.step
 
     def run(self) -> None:
@@ -122,20 +142,22 @@ class Trainer:
             total=config.max_steps,
             desc=config.task.kind,
             disable=not self.accelerator.is_main_process,
-            mininterval=1.0,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,
         )
         with StopSignal() as stop, bar:
+            self._watch.begin(self.step)
             for step in bar:
-                losses = self._update(step)
+                self.log.add(self._update(step))
                 self.step = step + 1
                 signal = self._agree(stop.number)
-                saving = signal or self.step == config.max_steps or self.step % config.checkpoint_every == 0
-                if saving or self.step % config.log_every == 0:
-                    self._report(bar, losses)
-                if saving:
+                if self.log.is_due(self.step):
+                    self.log.write(self.step, config.optimizer.rate_at(step, config.max_steps))
+                if signal or self.step == config.max_steps or self.step % config.checkpoint_every == 0:
                     self._save_checkpoint()
                 if signal:
                     raise SystemExit(128 + signal)
+                self._watch.after(self.step)
+                bar.set_postfix(self.log.shown, refresh=False)
 
     def save_model(self, folder: Path) -> None:
         """Write the finished model, from the moving average if there is one; nothing can be trained afterwards.
@@ -144,6 +166,27 @@ class Trainer:
             OutputError: a file could not be written.
         """
         self.objective.cpu().save(folder, {**self.objective.state_dict(), **self.ema})
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers are learnt."""
+        return sum(parameter.numel() for parameter in self.trainable.values())
+
+    def try_steps(self, *, count: int, seconds: float) -> list[float]:
+        """Compute one step to warm up, and then at most `count` within about `seconds`; returns the seconds of each.
+
+        The weights follow them, so that this trainer is of no use for a run.
+        """
+        self._model.train()
+        taken: list[float] = []
+        for step in range(count + 1):
+            start = time.monotonic()
+            loss = self._update(step)["loss"]
+            float(loss)  # waits for the device
+            taken.append(time.monotonic() - start)
+            if sum(taken[1:]) > seconds:
+                break
+        return taken[1:]
 
     def _update(self, step: int) -> dict[str, Tensor]:
         """One optimiser step over the global batch; returns this process's mean losses by name, on the device."""
@@ -167,7 +210,10 @@ class Trainer:
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     losses[name] = losses.get(name, 0) + value.detach() / len(plans)
                 if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.trainable.values(), config.optimizer.max_grad_norm)
+                    norm: Any = self.accelerator.clip_grad_norm_(
+                        self.trainable.values(), config.optimizer.max_grad_norm
+                    )
+                    losses["grad_norm"] = norm.detach()
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._update_ema(step)
@@ -193,20 +239,11 @@ class Trainer:
         signals: Any = self.accelerator.gather(torch.tensor([signal], device=self.accelerator.device))
         return int(signals.max())
 
-    def _report(self, bar: tqdm[int], losses: Mapping[str, Tensor]) -> None:
-        means: Any = self.accelerator.reduce(dict(losses), "mean")
-        values = {name: float(mean) for name, mean in means.items()}
-        if not all(map(math.isfinite, values.values())):
-            raise NumericalError(f"the loss is not finite at step {self.step}: {values}; {_AFTER_NAN}")
-        bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-        if self.accelerator.is_main_process:
-            with (self.config.output_dir / LOG).open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": self.step, **values}) + "\n")
-
     def _save_checkpoint(self) -> None:
         for name, parameter in self.trainable.items():
             if not parameter.isfinite().all():
-                raise NumericalError(f"{name} is not finite after step {self.step}; {_AFTER_NAN}")
+                raise NumericalError(f"{name} is not finite after step {self.step}; {AFTER_NAN}")
+        window = self.log.window(self.step)
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = RunState(
@@ -216,20 +253,28 @@ class Trainer:
                 ema=self.ema,
                 optimizer=flatten_optimizer(self._optimizer),
                 scaler={} if scaler is None else scaler.state_dict(),
+                window=window,
             )
             save_checkpoint(self.config.output_dir, state, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
 
-def build_objective(config: TrainConfig, *, device: torch.device, assets: Path | None = None) -> Objective:
+def build_objective(
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    assets: Path | None = None,
+    data: CaptionedImages | None = None,
+) -> Objective:
     """The objective of a recipe, on the CPU, its networks initialised at random or from `init_from`.
 
     Args:
         config: the recipe.
         device: where the data may be prepared.
         assets: where an earlier part of the run has left its assets, if this is to go on with it.
+        data: what to learn from; by default the recipe's whole set.
     """
-    data = open_data(config.data)
+    data = open_data(config.data) if data is None else data
     if isinstance(config.task, AutoencoderTask):
         return AutoencoderObjective(config.task, data, init_from=config.init_from)
     if isinstance(config.task, UpscaleTask):
@@ -249,9 +294,10 @@ def build_objective(config: TrainConfig, *, device: torch.device, assets: Path |
     )
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate's view of this machine, and whether the recipe fits it."""
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate's view of this machine, if the recipe fits it; see `train` for the errors."""
     parts = config.gradient_accumulation_steps
+    check_trackers(config.trackers)
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -260,6 +306,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
                 num_steps=parts, sync_with_dataloader=False
             ),
             step_scheduler_with_optimizer=False,
+            log_with=list(config.trackers),
+            project_config=ProjectConfiguration(logging_dir=str(config.output_dir / "tensorboard")),
         )
     except ValueError as error:
         raise ConfigError(f"mixed_precision {config.mixed_precision} cannot be used here: {error}") from None

@@ -31,3 +31,6 @@ class FolderData(Section):
     path: Path
     image_size: Annotated[int, Field(ge=8, le=4096)]
     on_bad_image: Literal["error", "skip"] = "error"
+
+
+Data = Annotated[EmojiData | FolderData, Field(discriminator="kind")]

@@ -12,12 +12,15 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from latentgen.errors import ConfigError
 from latentgen.train.config.base import Count, Decay, Section
-from latentgen.train.config.data import EmojiData, FolderData
+from latentgen.train.config.data import Data
 from latentgen.train.config.optimizer import Optimizer
 from latentgen.train.config.tasks import AutoencoderTask, PairedTask, TextToImageTask, UpscaleTask
+from latentgen.train.config.validation import Validation
 
 # YAML reads a bare `no` as false.
 Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)]
+
+Tracker = Literal["tensorboard", "wandb"]
 
 
 class TrainConfig(Section):
@@ -26,11 +29,15 @@ class TrainConfig(Section):
     `init_from` is a folder in the diffusers layout whose weights training starts from; `batch_size` counts the samples
     of an optimiser step over all processes and accumulated parts; `ema_decay` 0 keeps no moving average; `compile`
     takes minutes before the first step and makes the others faster (on a CPU it needs a C++ compiler).
+
+    The share `held_out` of the images, the same ones in every run over a set of as many, is kept out of training, for
+    `validation` to look at. `trackers` get what `log.jsonl` gets, and the images of `validation`.
     """
 
     output_dir: Path
     task: Annotated[AutoencoderTask | TextToImageTask | UpscaleTask | PairedTask, Field(discriminator="kind")]
-    data: Annotated[EmojiData | FolderData, Field(discriminator="kind")]
+    data: Data
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     init_from: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     mixed_precision: Precision = "no"
@@ -44,6 +51,8 @@ class TrainConfig(Section):
     keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
     log_every: Count = 50
     resume: bool = False
+    validation: Validation | None = None
+    trackers: tuple[Tracker, ...] = ()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -52,6 +61,8 @@ class TrainConfig(Section):
                 f"batch_size {self.batch_size} is not a multiple of gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps}"
             )
+        if self.validation is not None:
+            self._check_validation(self.validation)
         if isinstance(self.task, AutoencoderTask) and not self.task.train_encoder and self.init_from is None:
             raise ValueError(
                 "task.train_encoder is false, so init_from must name the folder of a trained encoder"
@@ -67,10 +78,36 @@ class TrainConfig(Section):
                 )
         return self
 
+    def _check_validation(self, validation: Validation) -> None:
+        if validation.prompts and not isinstance(self.task, TextToImageTask):
+            raise ValueError(
+                f"validation.prompts: a model of task.kind {self.task.kind} draws nothing from a prompt alone; leave "
+                "them out, and watch the loss on validation.data or held_out"
+            )
+        if validation.data is not None and validation.data.image_size != self.data.image_size:
+            raise ValueError(
+                f"validation.data.image_size is {validation.data.image_size}; it must be that of data, "
+                f"{self.data.image_size}"
+            )
+        if validation.data is not None and self.held_out:
+            raise ValueError(
+                "validation.data and held_out both name the images to measure on; keep one of them"
+            )
+        if not (validation.prompts or validation.data or self.held_out):
+            raise ValueError("validation has nothing to do: give it prompts, or data; or set held_out")
+
+    @property
+    def measures(self) -> bool:
+        """Whether a validation loss is measured."""
+        return self.validation is not None and (self.validation.data is not None or self.held_out > 0)
+
 
 # Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the linear end.
 FREE_FIELDS = frozenset(
-    {"output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every", "resume"}
+    {
+        *("output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every", "resume"),
+        *("validation", "trackers"),
+    }
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentgen.train.config import EmojiData, FolderData
+from latentgen.train.config import Data, EmojiData
 from latentgen.train.data.plan import BatchPlan as BatchPlan
 from latentgen.train.data.plan import item_at as item_at
 from latentgen.train.data.plan import plan_step as plan_step
@@ -13,7 +13,7 @@ from latentgen.train.data.views import View as View
 from latentgen.train.data.views import to_tensor as to_tensor
 
 
-def open_data(config: EmojiData | FolderData) -> CaptionedImages:
+def open_data(config: Data) -> CaptionedImages:
     """The data set that a recipe names.
 
     Raises:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +73,12 @@ class AutoencoderObjective(Objective):
         kl = posterior.kl().mean()
         total = pixels + self.task.edge_weight * edges + self.task.kl_weight * kl
         return Loss(total, {"pixels": pixels, "edges": edges, "kl": kl})
+
+    def over(self, data: CaptionedImages, seed: int) -> Self:
+        """As Objective.over; the views follow from the plan."""
+        other = copy.copy(self)
+        other.data, other.item_count = data, len(data)
+        return other
 
     def compile_networks(self) -> None:
         """Compile both halves."""

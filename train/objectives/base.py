@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from latentgen.train.data import BatchPlan
+from latentgen.errors import ConfigError
+from latentgen.pipelines.base import Pipeline
+from latentgen.train.data import BatchPlan, CaptionedImages
 
 
 class Loss(NamedTuple):
@@ -43,6 +46,36 @@ class Objective(nn.Module, ABC):
 
     def save_assets(self, folder: Path) -> None:
         """Write what a resumed run must find as it was, besides the weights, into the run's folder."""
+
+    def over(self, data: CaptionedImages, seed: int) -> Self:
+        """This objective over other images, one view of each, for `held_out_loss`; the networks are shared.
+
+        Raises:
+            ConfigError: the task has no such loss.
+        """
+        raise ConfigError(
+            "validation: this task measures no loss on held-out images; leave data and held_out out"
+        )
+
+    def held_out_loss(self, plan: BatchPlan, timesteps: int) -> Loss:
+        """The mean loss of a batch of what was given to `over`, a function of the weights and the plan alone.
+
+        Args:
+            plan: the batch.
+            timesteps: how many noise levels a loss that depends on one is measured at; its parts are named after them.
+        """
+        device = next(self.parameters()).device
+        # Not through the instance, whose forward Accelerate may have bound to another object.
+        return type(self).forward(self, *(tensor.to(device) for tensor in self.batch(plan)))
+
+    def preview(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[Pipeline]:
+        """A pipeline that draws with `weights` in the place of the trained ones; training goes on afterwards as if it
+        had never been.
+
+        Raises:
+            ConfigError: the task draws nothing from a prompt alone.
+        """
+        raise ConfigError("validation.prompts: this task draws nothing from a prompt alone; leave them out")
 
     @abstractmethod
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ from latentgen.pipelines.loading import (
 from latentgen.train.config import LatentTask
 from latentgen.train.data import BatchPlan, CaptionedImages, Captions, View, sample_rng, to_tensor
 from latentgen.train.objectives.base import Loss, Objective
+from latentgen.train.objectives.standing_in import standing_in
 
 ENCODING_BATCH = 32
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.
@@ -130,6 +133,45 @@ class LatentObjective(Objective, Generic[AnyTask]):
         dtype = torch.float16 if self.task.save_half else torch.float32
         nn.ModuleList([self.unet, self.text_encoder, *self._vae]).to(dtype)
         self._pipeline().save_pretrained(folder)
+
+    def over(self, data: CaptionedImages, seed: int) -> Self:
+        """As Objective.over; captions are not dropped, and the first of several is drawn by the plan."""
+        other = copy.copy(self)
+        other.task = self.task.model_copy(update={"caption_dropout": 0.0, "cached_views": 1})
+        other.item_count = len(data)
+        other._encode(data, seed, next(self.parameters()).device)
+        return other
+
+    def held_out_loss(self, plan: BatchPlan, timesteps: int) -> Loss:
+        """The plain mean squared error at the middles of `timesteps` equal parts of the schedule, and their mean."""
+        device = next(self.parameters()).device
+        latents, noise, _, tokens, *shown = (tensor.to(device) for tensor in self.batch(plan))
+        context = self._text.encode_tokens(tokens).context
+        parts = {}
+        for timestep in middles(self.scheduler.schedule.num_train_timesteps, timesteps):
+            at = torch.full((len(latents),), timestep, device=device)
+            level = self.scheduler.schedule.batch(at)
+            output = self._output(add_noise(latents, noise, level), at, context, *shown)
+            wanted = target(latents, noise, level, self.scheduler.prediction_type)
+            parts[f"timestep {timestep}"] = F.mse_loss(output.float(), wanted)
+        return Loss(torch.stack(list(parts.values())).mean(), parts)
+
+    @contextmanager
+    def preview(self, weights: Mapping[str, Tensor]) -> Iterator[Pipeline]:
+        """As Objective.preview; for the time of the block the decoder stands on the device, too."""
+        device, backend = next(self.parameters()).device, self.unet.attention_backend
+        _, decoder = self._vae
+        with standing_in(self, weights):
+            try:
+                decoder.to(device)
+                yield replace(self._pipeline(), device=device)
+            finally:
+                decoder.cpu()
+                self.unet.attention_backend = backend
+
+    @abstractmethod
+    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        """Encode `task.cached_views` views of every item, drawn from `seed`, on `device`."""
 
     @abstractmethod
     def _pipeline(self) -> Pipeline:
@@ -250,6 +292,11 @@ def prediction_loss(
     errors = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
     noisy = 2 * level.timestep >= scheduler.schedule.num_train_timesteps
     return Loss(errors.mean(), {"noisy half": (errors * noisy).sum() / noisy.sum().clamp(min=1)})
+
+
+def middles(count: int, parts: int) -> list[int]:
+    """The middles of `parts` equal parts of `count` timesteps; none comes twice."""
+    return sorted({(2 * part + 1) * count // (2 * parts) for part in range(parts)})
 
 
 def attention_kernels(latents: Tensor) -> AbstractContextManager[Any]:

@@ -73,12 +73,15 @@ class PairedObjective(LatentObjective[PairedTask]):
         self._vae = load_vae(vae)
         # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
         self._pipeline()
-        views = self._pairs(fixed_views(data, task.cached_views, seed), seed)
+        self._scaling_factor = vae_config.scaling_factor
+        self._encode(data, seed, device)
+
+    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        views = self._pairs(fixed_views(data, self.task.cached_views, seed), seed)
         encoded = encode_views(self._vae[0], device, views, 2 * self.item_count)
         # Of what is shown the mean is enough.
         self._views = EncodedViews(encoded.means[::2], encoded.stds[::2].clone(), encoded.captions[::2])
         self._shown = encoded.means[1::2]
-        self._scaling_factor = vae_config.scaling_factor
 
     def _pairs(self, views: Iterator[View], seed: int) -> Iterator[View]:
         """Each view, and after it what the UNet is shown of it."""

@@ -81,7 +81,10 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         self._text = _text_encoder(text_config, data, origin, assets)
         self.text_encoder = self._text.model.requires_grad_(task.train_text_encoder)
         self._vae = load_vae(vae)
-        views = fixed_views(data, task.cached_views, seed)
+        self._encode(data, seed, device)
+
+    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        views = fixed_views(data, self.task.cached_views, seed)
         self._views = encode_views(self._vae[0], device, views, self.item_count)
 
     def save_assets(self, folder: Path) -> None:

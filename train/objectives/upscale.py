@@ -82,8 +82,12 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
         self._pipeline()
         self._low_res: list[Tensor] = []
-        side = data.image_size * self._ratio // vae_config.spatial_factor
-        views = self._degraded(fixed_views(data, task.cached_views, seed), side, seed)
+        self._encode(data, seed, device)
+
+    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        self._low_res = []
+        side = data.image_size * self._ratio // self._vae[0].config.spatial_factor
+        views = self._degraded(fixed_views(data, self.task.cached_views, seed), side, seed)
         self._views = encode_views(self._vae[0], device, views, self.item_count)
 
     def _degraded(self, views: Iterator[View], side: int, seed: int) -> Iterator[View]:
