@@ -120,8 +120,10 @@ class RunLog:
     def write_images(self, step: int, rows: Sequence[Sequence[Image.Image]]) -> None:
         """Show the trackers the images of each prompt."""
         for tracker in self._accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             for number, images in enumerate(rows):
-                tracker.log_images({f"samples/{number:02d}": np.stack(list(images))}, step=step)
+                pixels = np.stack([np.asarray(image) for image in images])
+                tracker.log_images({f"samples/{number:02d}": pixels}, step=step, **layout)
 
     def window(self, step: int) -> dict[str, float]:
         """The sums over the steps that no row tells of yet, and their number; every process must call it.

@@ -306,7 +306,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
                 num_steps=parts, sync_with_dataloader=False
             ),
             step_scheduler_with_optimizer=False,
-            log_with=list(config.trackers),
+            log_with=list(config.trackers) or None,
             project_config=ProjectConfiguration(logging_dir=str(config.output_dir / "tensorboard")),
         )
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -110,10 +111,15 @@ def _run(recipe: Path, overrides: list[str], *, rehearse: bool) -> None:
 
 
 def _listing() -> list[str]:
-    """Each recipe with what its first line says."""
+    """Each recipe with the first sentence of its comment."""
     recipes = {path.name.removesuffix(".yaml"): path.read_text("utf-8") for path in _recipes()}
     width = max(map(len, recipes))
-    return [f"{name:{width}}  {text.splitlines()[0].lstrip('# ')}" for name, text in recipes.items()]
+    return [f"{name:{width}}  {_first_sentence(text)}" for name, text in recipes.items()]
+
+
+def _first_sentence(recipe: str) -> str:
+    comment = takewhile(lambda line: line.startswith("#"), recipe.splitlines())
+    return " ".join(line.lstrip("# ") for line in comment).partition(". ")[0].rstrip(".")
 
 
 def _example(name: str) -> str:

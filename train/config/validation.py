@@ -17,8 +17,8 @@ class Validation(Section):
     """Images of fixed prompts, and the loss on images that are not learnt from; neither changes what is learnt.
 
     Every `every` steps each of `prompts` is drawn `images_per_prompt` times, from the seeds `seed`, `seed` + 1 and so
-    on, into `samples/` of the run's folder; `at_start` does this, and what follows, before the first step, too. `height` and `width` are
-    by default the size that the model was made for, `guidance_scale` is its own.
+    on, into `samples/` of the run's folder. `height` and `width` are by default the size that the model was made for,
+    `guidance_scale` is its own. `at_start` does this, and what follows, before the first step, too.
 
     Every `loss_every` steps the loss is measured on the first `loss_images` images of `data`, or of those that the
     recipe's `held_out` keeps back: the plain mean squared error at `timesteps` timesteps, the middles of as many equal
