@@ -88,10 +88,10 @@ class RunLog:
         """
         window = self.window(step)
         steps, norms = window.pop(_STEPS), window.pop(_FINITE_NORMS, 0.0)
-        norm = window.pop(_GRAD_NORM, 0.0) / norms if norms else None
+        norm = window.pop(_GRAD_NORM, 0.0)
         row = {name: total / steps for name, total in window.items()} | {"learning_rate": learning_rate}
-        if norm is not None:
-            row[_GRAD_NORM] = norm
+        if norms:
+            row[_GRAD_NORM] = norm / norms
         speed = self._fresh_steps * self._config.batch_size / max(time.monotonic() - self._since, 1e-9)
         self._sums, self._steps, self._fresh_steps = {}, 0, 0
         self._since = time.monotonic()
@@ -152,9 +152,9 @@ class RunLog:
         if not self._accelerator.is_main_process:
             return
         # JSON knows no infinity, which the validation loss of a run that has gone astray can be.
-        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        told = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with (self._config.output_dir / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": step, **values}) + "\n")
+            log.write(json.dumps({"step": step, **told}) + "\n")
 
 
 def check_trackers(trackers: Sequence[str]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
 
@@ -33,26 +35,37 @@ def latest_sheet(output_dir: Path) -> Path | None:
     return max((output_dir / "samples").glob(f"step-*/{SHEET}"), default=None)
 
 
-def draw_rows(pipeline: Pipeline, validation: Validation) -> list[list[Image.Image]]:
-    """The images of each prompt, which do not depend on the other prompts."""
+def draw_rows(
+    pipeline: Pipeline, validation: Validation, precision: Callable[[], AbstractContextManager[None]]
+) -> list[list[Image.Image]]:
+    """The images of each prompt, which do not depend on the other prompts.
+
+    Args:
+        pipeline: what draws.
+        validation: what, and how.
+        precision: in which the networks are trained. Latents are decoded in that of the decoder's weights: many
+            decoders overflow in float16.
+    """
     draw = TextToImagePipeline.from_pipeline(pipeline)
-    return [
-        cast(
-            "list[Image.Image]",
-            draw(
-                prompt,
-                negative_prompt=validation.negative_prompt,
-                height=validation.height,
-                width=validation.width,
-                num_inference_steps=validation.num_inference_steps,
-                guidance_scale=validation.guidance_scale,
-                num_images_per_prompt=validation.images_per_prompt,
-                seed=validation.seed,
-                progress=False,
-            ).images,
-        )
-        for prompt in validation.prompts
-    ]
+    rows = []
+    for prompt in validation.prompts:
+        with precision():
+            (last,) = deque(
+                draw.stream(
+                    prompt,
+                    negative_prompt=validation.negative_prompt,
+                    height=validation.height,
+                    width=validation.width,
+                    num_inference_steps=validation.num_inference_steps,
+                    guidance_scale=validation.guidance_scale,
+                    num_images_per_prompt=validation.images_per_prompt,
+                    seed=validation.seed,
+                    progress=False,
+                ),
+                maxlen=1,
+            )
+        rows.append(cast("list[Image.Image]", last.images()))
+    return rows
 
 
 def save_rows(

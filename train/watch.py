@@ -97,8 +97,8 @@ class Watch:
 
     def _draw(self, validation: Validation, step: int) -> None:
         folder = samples_folder(self._config.output_dir, step)
-        with self._objective.preview(self._ema) as pipeline, self._accelerator.autocast():
-            rows = draw_rows(pipeline, validation)
+        with self._objective.preview(self._ema) as pipeline:
+            rows = draw_rows(pipeline, validation, self._accelerator.autocast)
             save_rows(folder, rows, validation, pipeline, step)
         self._log.write_images(step, rows)
 
