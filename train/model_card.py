@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from latentgen import __version__
+from latentgen.checkpoints.folder import EMBEDDED_DEFAULT
 from latentgen.files import atomic_write, read_json
 from latentgen.pipelines.loading import GUIDANCE_KEY, READS
 from latentgen.train.config import TrainConfig
@@ -44,10 +45,10 @@ class Kind:
 
 
 def write_card(folder: Path, config: TrainConfig, *, images: int, parameters: int, steps: int) -> None:
-    """Write `README.md` into the folder of a finished model, and beside it the newest sheet of validation images.
+    """Write `README.md` into the folder of a finished model, and beside it the newest sheet of validation prompts.
 
-    The recipe is part of it, its folders by their last names alone. Of the training set only its size is told, and of
-    prompts those of the recipe.
+    The recipe is part of it, its folders by their last names alone. Of the images only their number is told, and of
+    prompts those of the recipe: what a model was trained and measured on may be private.
 
     Args:
         folder: what an objective has saved.
@@ -60,7 +61,8 @@ def write_card(folder: Path, config: TrainConfig, *, images: int, parameters: in
         OutputError: the folder cannot be written.
     """
     kind = _kind(folder, config)
-    sheet = latest_sheet(config.output_dir)
+    validation = config.validation
+    sheet = latest_sheet(config.output_dir) if validation is not None and validation.prompts else None
     if sheet is not None:
         with atomic_write(folder / SHEET) as target, sheet.open("rb") as source:
             shutil.copyfileobj(source, target)
@@ -155,8 +157,9 @@ def _loader(source: str) -> str:
 def _adapter(config: TrainConfig, title: str, tag: str, ours: str, theirs: str) -> Kind:
     """What is loaded on top of the model that it was trained from."""
     prompt, base = _example_prompt(config), config.init_from
-    hub_id = _hub_id(base)
-    source = "" if base is None else f'"{hub_id or f"path/to/{base.name}"}"'
+    source = ""
+    if base is not None and base.resolve() != EMBEDDED_DEFAULT:
+        source = f'"{_hub_id(base) or f"path/to/{base.name}"}"'
     return Kind(
         f"{title} for {_origin(config)}",
         ("text-to-image", tag),
@@ -195,9 +198,11 @@ def _hub_id(origin: Path | None) -> str | None:
 
 def _origin(config: TrainConfig) -> str:
     """What training began with, in words."""
-    if config.init_from is not None:
-        return _hub_id(config.init_from) or config.init_from.name
-    return "the default model of latentgen" if config.task.kind == "finetune" else "random weights"
+    origin = config.init_from
+    is_default = config.task.kind == "finetune" if origin is None else origin.resolve() == EMBEDDED_DEFAULT
+    if is_default:
+        return "the default model of latentgen"
+    return "random weights" if origin is None else _hub_id(origin) or origin.name
 
 
 def _facts(config: TrainConfig, images: int, parameters: int, steps: int) -> str:

@@ -104,6 +104,10 @@ class RunLog:
         told = {f"train/{name}": value for name, value in row.items()}
         self._accelerator.log({**told, "train/samples_per_second": speed}, step=step)
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count this time, in which nothing was trained, towards the speed."""
+        self._since += seconds
+
     def write_validation(self, step: int, total: float, parts: Mapping[str, float]) -> None:
         """Add a row with the validation loss; the trackers are told its parts as well."""
         self.shown["validation"] = f"{total:.4g}"

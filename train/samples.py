@@ -1,28 +1,50 @@
-"""Validation images: fixed prompts, drawn from fixed seeds with the weights of one moment."""
+"""Validation images: drawn from fixed prompts, or made out of held-out images, with the weights of one moment."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from PIL import Image
 
 from latentgen import __version__
 from latentgen.diffusion.names import SAMPLERS
+from latentgen.errors import ConfigError
 from latentgen.files import atomic_folder
 from latentgen.image import save_image
 from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.denoising import PipelineStep
+from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
+from latentgen.pipelines.upscale import UpscalePipeline
 from latentgen.recipe import Recipe
 from latentgen.train.config import Validation
 
 SHEET = "sheet.png"
 _GAP = 4
+# That of training, for the networks. Latents are decoded in that of the decoder's weights: many overflow in float16.
+Precision = Callable[[], AbstractContextManager[None]]
+
+
+class Sample(NamedTuple):
+    """One image, the stem of its file's name, and how it was drawn, if it was."""
+
+    name: str
+    image: Image.Image
+    recipe: Recipe | None = None
+
+
+class Example(NamedTuple):
+    """A held-out image, what the model is shown of it, and its caption."""
+
+    caption: str
+    shown: Image.Image
+    true: Image.Image
 
 
 def samples_folder(output_dir: Path, step: int) -> Path:
@@ -35,22 +57,15 @@ def latest_sheet(output_dir: Path) -> Path | None:
     return max((output_dir / "samples").glob(f"step-*/{SHEET}"), default=None)
 
 
-def draw_rows(
-    pipeline: Pipeline, validation: Validation, precision: Callable[[], AbstractContextManager[None]]
-) -> list[list[Image.Image]]:
-    """The images of each prompt, which do not depend on the other prompts.
-
-    Args:
-        pipeline: what draws.
-        validation: what, and how.
-        precision: in which the networks are trained. Latents are decoded in that of the decoder's weights: many
-            decoders overflow in float16.
-    """
+def draw_prompts(
+    pipeline: Pipeline, validation: Validation, step: int, precision: Precision
+) -> list[list[Sample]]:
+    """A row of images for each prompt, which does not depend on the other prompts."""
     draw = TextToImagePipeline.from_pipeline(pipeline)
     rows = []
-    for prompt in validation.prompts:
+    for number, prompt in enumerate(validation.prompts):
         with precision():
-            (last,) = deque(
+            last = _last(
                 draw.stream(
                     prompt,
                     negative_prompt=validation.negative_prompt,
@@ -61,47 +76,59 @@ def draw_rows(
                     num_images_per_prompt=validation.images_per_prompt,
                     seed=validation.seed,
                     progress=False,
-                ),
-                maxlen=1,
+                )
             )
-        rows.append(cast("list[Image.Image]", last.images()))
+        images = zip(cast("list[Image.Image]", last.images()), last.seeds, strict=True)
+        rows.append(
+            [
+                Sample(
+                    f"prompt-{number:02d}-seed-{seed}",
+                    image,
+                    _recipe(pipeline, validation, step, prompt, image, seed),
+                )
+                for image, seed in images
+            ]
+        )
     return rows
 
 
-def save_rows(
-    folder: Path, rows: Sequence[Sequence[Image.Image]], validation: Validation, pipeline: Pipeline, step: int
-) -> None:
-    """Write each image with its recipe, and a sheet of all, a row for each prompt; what stood there is replaced.
+def remake(
+    pipeline: Pipeline, examples: Sequence[Example], validation: Validation, step: int, precision: Precision
+) -> list[list[Sample]]:
+    """A row for each held-out image: what is shown of it, enlarged to its size, what is made of that, and itself."""
+    rows = []
+    for number, (caption, shown, true) in enumerate(examples):
+        with precision():
+            last = _last(_stream(pipeline, caption, shown, validation))
+        (made,) = cast("list[Image.Image]", last.images())
+        recipe = _recipe(pipeline, validation, step, caption, made, validation.seed)
+        name = f"image-{number:02d}"
+        rows.append(
+            [
+                Sample(f"{name}-shown", shown.resize(true.size, Image.Resampling.NEAREST)),
+                Sample(f"{name}-made", made, recipe),
+                Sample(f"{name}-true", true),
+            ]
+        )
+    return rows
+
+
+def save_rows(folder: Path, rows: Sequence[Sequence[Sample]]) -> None:
+    """Write each image with its recipe, and a sheet of all; what stood there is replaced.
 
     Raises:
         OutputError: the folder cannot be written.
     """
     if folder.is_dir():
         shutil.rmtree(folder)
-    sampler, schedule_type = SAMPLERS[pipeline.scheduler.name]
-    scale = validation.guidance_scale
     with atomic_folder(folder) as target:
-        for number, (prompt, images) in enumerate(zip(validation.prompts, rows, strict=True)):
-            for seed, image in enumerate(images, start=validation.seed):
-                recipe = Recipe(
-                    prompt=prompt,
-                    negative_prompt=validation.negative_prompt,
-                    steps=validation.num_inference_steps,
-                    sampler=sampler,
-                    schedule_type=schedule_type,
-                    guidance_scale=pipeline.default_guidance_scale if scale is None else scale,
-                    seed=seed,
-                    width=image.width,
-                    height=image.height,
-                    version=f"latentgen {__version__}",
-                    other=(("Training step", str(step)),),
-                )
-                save_image(image, target / f"prompt-{number:02d}-seed-{seed}.png", recipe)
-        save_image(sheet(rows), target / SHEET)
+        for sample in (sample for row in rows for sample in row):
+            save_image(sample.image, target / f"{sample.name}.png", sample.recipe)
+        save_image(sheet([[sample.image for sample in row] for row in rows]), target / SHEET)
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """All images on one: a row for each prompt, or, where each has one image, as near to a square as they fill."""
+    """All images on one, row by row; where each row has one image, as near to a square as they fill."""
     if all(len(images) == 1 for images in rows):
         pictures = [images[0] for images in rows]
         columns = math.ceil(math.sqrt(len(pictures)))
@@ -113,3 +140,55 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
         for column, image in enumerate(images):
             paper.paste(image, (column * width, row * height))
     return paper
+
+
+def _stream(
+    pipeline: Pipeline, caption: str, shown: Image.Image, validation: Validation
+) -> Iterator[PipelineStep]:
+    if isinstance(pipeline, UpscalePipeline):
+        return pipeline.stream(
+            caption,
+            image=shown,
+            noise_level=0,
+            negative_prompt=validation.negative_prompt,
+            num_inference_steps=validation.num_inference_steps,
+            guidance_scale=validation.guidance_scale,
+            seed=validation.seed,
+            progress=False,
+        )
+    if not isinstance(pipeline, PairedImagePipeline):
+        raise ConfigError("validation.images: this task makes no image out of another; leave it out")
+    return pipeline.stream(
+        caption,
+        image=shown,
+        negative_prompt=validation.negative_prompt,
+        num_inference_steps=validation.num_inference_steps,
+        guidance_scale=validation.guidance_scale,
+        seed=validation.seed,
+        progress=False,
+    )
+
+
+def _last(steps: Iterator[PipelineStep]) -> PipelineStep:
+    (last,) = deque(steps, maxlen=1)
+    return last
+
+
+def _recipe(
+    pipeline: Pipeline, validation: Validation, step: int, prompt: str, image: Image.Image, seed: int
+) -> Recipe:
+    sampler, schedule_type = SAMPLERS[pipeline.scheduler.name]
+    scale = validation.guidance_scale
+    return Recipe(
+        prompt=prompt,
+        negative_prompt=validation.negative_prompt,
+        steps=validation.num_inference_steps,
+        sampler=sampler,
+        schedule_type=schedule_type,
+        guidance_scale=pipeline.default_guidance_scale if scale is None else scale,
+        seed=seed,
+        width=image.width,
+        height=image.height,
+        version=f"latentgen {__version__}",
+        other=(("Training step", str(step)),),
+    )

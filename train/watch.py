@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TrainConfig, Validation
-from latentgen.train.data import BatchPlan, CaptionedImages
+from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng
 from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.standing_in import standing_in
 from latentgen.train.run_log import RunLog
-from latentgen.train.samples import draw_rows, samples_folder, save_rows
+from latentgen.train.samples import Example, draw_prompts, remake, samples_folder, save_rows
 
 
 class Watch:
@@ -51,10 +52,12 @@ class Watch:
         self._ema = ema
         self._log = log
         self._measured: Objective | None = None
+        self._examples: list[Example] = []
         if config.validation is None or not accelerator.is_main_process:
             return
         if held_out is not None:
             self._measured = objective.over(held_out, config.validation.seed)
+            self._examples = _examples(objective, held_out, config.validation)
         if config.validation.prompts:
             with objective.preview(ema) as pipeline:
                 TextToImagePipeline.from_pipeline(pipeline)
@@ -75,6 +78,7 @@ class Watch:
         validation = self._validation
         if validation is None:
             return
+        start = time.monotonic()
         draws, measures = self._draws(validation, step), self._measures(validation, step)
         if self._accelerator.is_main_process:
             if draws:
@@ -83,10 +87,11 @@ class Watch:
                 self._measure(validation, step)
         if draws or measures:
             self._accelerator.wait_for_everyone()
+            self._log.leave_out(time.monotonic() - start)
 
     def _draws(self, validation: Validation, step: int) -> bool:
         due = self._is_due(step, validation.every) if step else validation.at_start
-        return due and bool(validation.prompts)
+        return due and bool(validation.prompts or self._examples)
 
     def _measures(self, validation: Validation, step: int) -> bool:
         due = self._is_due(step, validation.loss_every) if step else validation.at_start
@@ -98,9 +103,11 @@ class Watch:
     def _draw(self, validation: Validation, step: int) -> None:
         folder = samples_folder(self._config.output_dir, step)
         with self._objective.preview(self._ema) as pipeline:
-            rows = draw_rows(pipeline, validation, self._accelerator.autocast)
-            save_rows(folder, rows, validation, pipeline, step)
-        self._log.write_images(step, rows)
+            precision = self._accelerator.autocast
+            rows = draw_prompts(pipeline, validation, step, precision) if validation.prompts else []
+            rows += remake(pipeline, self._examples, validation, step, precision)
+        save_rows(folder, rows)
+        self._log.write_images(step, [[sample.image for sample in row] for row in rows])
 
     @torch.no_grad()
     def _measure(self, validation: Validation, step: int) -> None:
@@ -120,6 +127,16 @@ class Watch:
         """As many as training computes at once."""
         config = self._config
         return config.batch_size // (config.gradient_accumulation_steps * self._accelerator.num_processes)
+
+
+def _examples(objective: Objective, held_out: CaptionedImages, validation: Validation) -> list[Example]:
+    """The first held-out images, as many as are to be made again."""
+    examples = []
+    for item in range(min(validation.images, len(held_out))):
+        rng = sample_rng(validation.seed, "example", item)
+        view = held_out.view(item, rng)
+        examples.append(Example(view.captions.draw(rng), objective.shown(view, rng), view.image))
+    return examples
 
 
 def _plans(seed: int, count: int, at_once: int) -> Iterator[BatchPlan]:

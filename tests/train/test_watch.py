@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageColor
 
 from latentgen.errors import ConfigError, DatasetError
 from latentgen.pipelines.text_to_image import TextToImagePipeline
@@ -21,7 +21,8 @@ from latentgen.train.data import BatchPlan, open_data, sample_rng, to_tensor
 from latentgen.train.data.held_out import open_parts, split
 from latentgen.train.objectives.latent_diffusion import middles
 from latentgen.train.trainer import Trainer, train
-from tests.train.recipes import MakeRecipe, rows_of, scalars_of
+from tests.train.recipes import COLOURS, MakeRecipe, rows_of, scalars_of
+from tests.train.test_trainer import launch_two
 
 PROMPTS = "validation.prompts=[red disc, a house]"
 IMAGES = (PROMPTS, "validation.num_inference_steps=2", "validation.every=2", "validation.guidance_scale=3")
@@ -108,6 +109,43 @@ def test_the_images_are_those_that_the_finished_model_draws(text_to_image_recipe
         assert sheet.size == (2 * 16 + 4, 2 * 16 + 4)
     earlier = config.output_dir / "samples" / "step-00000002" / "sheet.png"
     assert earlier.read_bytes() != (folder / "sheet.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["upscale_recipe", "paired_recipe"])
+def test_images_are_made_out_of_held_out_ones(name: str, request: pytest.FixtureRequest, tmp_path: Path):
+    from latentgen.pipelines.paired import PairedImagePipeline
+    from latentgen.pipelines.upscale import UpscalePipeline
+
+    recipe: MakeRecipe = request.getfixturevalue(name)
+    plain = recipe("held_out=0.34", "max_steps=2")
+    train(plain)
+    watched = recipe(
+        *("held_out=0.34", "max_steps=2", "validation.images=2", "validation.num_inference_steps=2"),
+        *("validation.seed=4", f"output_dir={tmp_path / 'watched'}"),
+    )
+    model = train(watched)
+    assert_same_training(watched, plain)
+    folder = watched.output_dir / "samples" / "step-00000002"
+    assert len(list(folder.iterdir())) == 2 * 3 + 1
+    assert not (model / "sheet.png").exists()
+    with Image.open(folder / "image-01-made.png") as image:
+        made, caption = np.asarray(image, np.int16), Recipe.from_text(image.info["parameters"]).prompt
+    with Image.open(folder / "image-01-true.png") as image:
+        assert caption.split()[0] in COLOURS
+        colour = ImageColor.getrgb(caption.split()[0])
+        assert image.getpixel((8, 8)) == colour
+    with Image.open(folder / "image-01-shown.png") as image:
+        shown = image.convert("RGB")
+    options = {"num_inference_steps": 2, "seed": 4, "progress": False}
+    if name == "upscale_recipe":
+        small = shown.resize((8, 8), Image.Resampling.NEAREST)
+        upscale = UpscalePipeline.from_pretrained(model, dtype="float32", device="cpu")
+        expected = upscale(caption, image=small, noise_level=0, **options).images[0]
+    else:
+        assert len({*np.asarray(shown)[8, 8].tolist()}) == 1, "grey"
+        paired = PairedImagePipeline.from_pretrained(model, dtype="float32", device="cpu")
+        expected = paired(caption, image=shown, **options).images[0]
+    assert np.abs(np.asarray(expected, np.int16) - made).max() <= 1
 
 
 def diffusers_loss(config: TrainConfig, image: Image.Image, caption: str, sample: int) -> list[float]:
@@ -254,6 +292,31 @@ def test_what_a_stop_left_undone_is_done_when_the_run_goes_on(
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
+def test_of_two_processes_one_looks_and_the_other_waits(text_to_image_recipe: MakeRecipe, tmp_path: Path):
+    common = (
+        "optimizer.name=adamw",
+        "optimizer.learning_rate=0.001",
+        "trackers=[tensorboard]",
+        *IMAGES,
+        *LOSS,
+    )
+    one = text_to_image_recipe(*common)
+    train(one)
+    options = dict(field.split("=", 1) for field in common) | {"output_dir": tmp_path / "two"}
+    with launch_two(tmp_path, options) as process:
+        assert process.wait(timeout=600) == 0
+    two = text_to_image_recipe(*common, f"output_dir={tmp_path / 'two'}")
+    assert validation_losses(two) == pytest.approx(validation_losses(one), rel=1e-4)
+    assert [step for step, _ in scalars_of(two)["validation/loss"]] == [2, 4]
+    for file in (one.output_dir / "samples").rglob("*.png"):
+        with (
+            Image.open(file) as ours,
+            Image.open(two.output_dir / file.relative_to(one.output_dir)) as theirs,
+        ):
+            assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 2
+
+
 def test_the_middles_of_the_schedule():
     assert middles(1000, 4) == [125, 375, 625, 875]
     assert middles(1000, 1) == [500]
@@ -265,6 +328,8 @@ def test_the_middles_of_the_schedule():
     [
         ("autoencoder_recipe", (PROMPTS,), "autoencoder draws nothing from a prompt alone"),
         ("paired_recipe", (PROMPTS,), "paired draws nothing from a prompt alone"),
+        ("text_to_image_recipe", ("validation.images=2", "held_out=0.2"), "makes no image out of another"),
+        ("paired_recipe", ("validation.images=2",), "there are none to show"),
         ("text_to_image_recipe", ("validation={}",), "validation has nothing to do"),
         ("text_to_image_recipe", ('validation.prompts=["a\\0b"]',), "NUL"),
         ("text_to_image_recipe", (PROMPTS, "validation.steps=3"), "validation.steps: Extra inputs"),

@@ -79,11 +79,18 @@ class TrainConfig(Section):
         return self
 
     def _check_validation(self, validation: Validation) -> None:
-        if validation.prompts and not isinstance(self.task, TextToImageTask):
+        shows_images = isinstance(self.task, UpscaleTask | PairedTask)
+        if validation.prompts and (shows_images or isinstance(self.task, AutoencoderTask)):
             raise ValueError(
                 f"validation.prompts: a model of task.kind {self.task.kind} draws nothing from a prompt alone; leave "
-                "them out, and watch the loss on validation.data or held_out"
+                "them out, and give it held_out or validation.data, and validation.images"
             )
+        if validation.images and not shows_images:
+            raise ValueError(
+                f"validation.images: a model of task.kind {self.task.kind} makes no image out of another; leave it out"
+            )
+        if validation.images and not self.measures:
+            raise ValueError("validation.images: there are none to show; set held_out, or validation.data")
         if validation.data is not None and validation.data.image_size != self.data.image_size:
             raise ValueError(
                 f"validation.data.image_size is {validation.data.image_size}; it must be that of data, "

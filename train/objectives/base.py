@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from latentgen.errors import ConfigError
 from latentgen.pipelines.base import Pipeline
-from latentgen.train.data import BatchPlan, CaptionedImages
+from latentgen.train.data import BatchPlan, CaptionedImages, View
 
 
 class Loss(NamedTuple):
@@ -73,9 +75,17 @@ class Objective(nn.Module, ABC):
         had never been.
 
         Raises:
-            ConfigError: the task draws nothing from a prompt alone.
+            ConfigError: the task trains nothing that draws.
         """
-        raise ConfigError("validation.prompts: this task draws nothing from a prompt alone; leave them out")
+        raise ConfigError("validation: this task trains nothing that draws; leave prompts and images out")
+
+    def shown(self, view: View, rng: random.Random) -> Image.Image:
+        """What a model that makes images out of images is shown where it is to make this one.
+
+        Raises:
+            ConfigError: it is shown nothing.
+        """
+        raise ConfigError("validation.images: this task makes no image out of another; leave it out")
 
     @abstractmethod
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from latentgen.checkpoints.folder import CheckpointFolder
@@ -85,10 +87,13 @@ class PairedObjective(LatentObjective[PairedTask]):
 
     def _pairs(self, views: Iterator[View], seed: int) -> Iterator[View]:
         """Each view, and after it what the UNet is shown of it."""
-        degrade = DEGRADATIONS[self.task.degradation]
         for number, view in enumerate(views):
             yield view
-            yield view._replace(image=degrade(view.image, sample_rng(seed, "degradation", number)))
+            yield view._replace(image=self.shown(view, sample_rng(seed, "degradation", number)))
+
+    def shown(self, view: View, rng: random.Random) -> Image.Image:
+        """The degraded image."""
+        return DEGRADATIONS[self.task.degradation](view.image, rng)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """As LatentObjective.batch, and the degraded images in latents without the scaling factor [B, C, h, w]."""

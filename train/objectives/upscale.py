@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from latentgen.checkpoints.folder import CheckpointFolder
@@ -86,14 +88,18 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
 
     def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
         self._low_res = []
-        side = data.image_size * self._ratio // self._vae[0].config.spatial_factor
-        views = self._degraded(fixed_views(data, self.task.cached_views, seed), side, seed)
+        views = self._degraded(fixed_views(data, self.task.cached_views, seed), seed)
         self._views = encode_views(self._vae[0], device, views, self.item_count)
 
-    def _degraded(self, views: Iterator[View], side: int, seed: int) -> Iterator[View]:
+    def shown(self, view: View, rng: random.Random) -> Image.Image:
+        """The image in low resolution, without noise."""
+        side = view.image.width * self._ratio // self._vae[0].config.spatial_factor
+        return lower_resolution(view.image, side, rng)
+
+    def _degraded(self, views: Iterator[View], seed: int) -> Iterator[View]:
         """Pass views on, and keep each in low resolution: uint8 [3, side, side]."""
         for number, view in enumerate(views):
-            low_res = lower_resolution(view.image, side, sample_rng(seed, "degradation", number))
+            low_res = self.shown(view, sample_rng(seed, "degradation", number))
             self._low_res.append(torch.from_numpy(np.array(low_res)).permute(2, 0, 1))
             yield view
 
