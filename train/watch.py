@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from accelerate import Accelerator
@@ -103,9 +104,8 @@ class Watch:
     def _draw(self, validation: Validation, step: int) -> None:
         folder = samples_folder(self._config.output_dir, step)
         with self._objective.preview(self._ema) as pipeline:
-            precision = self._accelerator.autocast
-            rows = draw_prompts(pipeline, validation, step, precision) if validation.prompts else []
-            rows += remake(pipeline, self._examples, validation, step, precision)
+            rows = draw_prompts(pipeline, validation, step, self._precision) if validation.prompts else []
+            rows += remake(pipeline, self._examples, validation, step, self._precision)
         save_rows(folder, rows)
         self._log.write_images(step, [[sample.image for sample in row] for row in rows])
 
@@ -115,13 +115,17 @@ class Watch:
         if objective is None:
             return
         sums: dict[str, float] = {}
-        with standing_in(objective, self._ema), self._accelerator.autocast():
+        with standing_in(objective, self._ema), self._precision():
             for plan in _plans(validation.seed, objective.item_count, self._samples_at_once()):
                 loss = objective.held_out_loss(plan, validation.timesteps)
                 share = len(plan.samples) / objective.item_count
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     sums[name] = sums.get(name, 0.0) + share * float(value)
         self._log.write_validation(step, sums.pop("loss"), sums)
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """That in which the networks are trained."""
+        return self._accelerator.autocast()
 
     def _samples_at_once(self) -> int:
         """As many as training computes at once."""

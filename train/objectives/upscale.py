@@ -82,7 +82,7 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         self.text_encoder = self._text.model
         self._vae = load_vae(vae)
         # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
-        self._pipeline()
+        self._scale = self._pipeline().scale
         self._low_res: list[Tensor] = []
         self._encode(data, seed, device)
 
@@ -93,8 +93,7 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
 
     def shown(self, view: View, rng: random.Random) -> Image.Image:
         """The image in low resolution, without noise."""
-        side = view.image.width * self._ratio // self._vae[0].config.spatial_factor
-        return lower_resolution(view.image, side, rng)
+        return lower_resolution(view.image, view.image.width // self._scale, rng)
 
     def _degraded(self, views: Iterator[View], seed: int) -> Iterator[View]:
         """Pass views on, and keep each in low resolution: uint8 [3, side, side]."""
