@@ -57,27 +57,25 @@ def latest_sheet(output_dir: Path) -> Path | None:
     return max((output_dir / "samples").glob(f"step-*/{SHEET}"), default=None)
 
 
+def check_drawing(pipeline: Pipeline, validation: Validation) -> None:
+    """Find out before training whether the prompts can be drawn.
+
+    Raises:
+        ConfigError: the pipeline is for another use.
+        InputError: a prompt, the size or another argument is wrong.
+    """
+    for prompt in validation.prompts:
+        _drawing(pipeline, validation, prompt)  # checked at once, drawn when it is read
+
+
 def draw_prompts(
     pipeline: Pipeline, validation: Validation, step: int, precision: Precision
 ) -> list[list[Sample]]:
     """A row of images for each prompt, which does not depend on the other prompts."""
-    draw = TextToImagePipeline.from_pipeline(pipeline)
     rows = []
     for number, prompt in enumerate(validation.prompts):
         with precision():
-            last = _last(
-                draw.stream(
-                    prompt,
-                    negative_prompt=validation.negative_prompt,
-                    height=validation.height,
-                    width=validation.width,
-                    num_inference_steps=validation.num_inference_steps,
-                    guidance_scale=validation.guidance_scale,
-                    num_images_per_prompt=validation.images_per_prompt,
-                    seed=validation.seed,
-                    progress=False,
-                )
-            )
+            last = _last(_drawing(pipeline, validation, prompt))
         images = zip(cast("list[Image.Image]", last.images()), last.seeds, strict=True)
         rows.append(
             [
@@ -99,7 +97,7 @@ def remake(
     rows = []
     for number, (caption, shown, true) in enumerate(examples):
         with precision():
-            last = _last(_stream(pipeline, caption, shown, validation))
+            last = _last(_remaking(pipeline, caption, shown, validation))
         (made,) = cast("list[Image.Image]", last.images())
         recipe = _recipe(pipeline, validation, step, caption, made, validation.seed)
         name = f"image-{number:02d}"
@@ -142,7 +140,21 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return paper
 
 
-def _stream(
+def _drawing(pipeline: Pipeline, validation: Validation, prompt: str) -> Iterator[PipelineStep]:
+    return TextToImagePipeline.from_pipeline(pipeline).stream(
+        prompt,
+        negative_prompt=validation.negative_prompt,
+        height=validation.height,
+        width=validation.width,
+        num_inference_steps=validation.num_inference_steps,
+        guidance_scale=validation.guidance_scale,
+        num_images_per_prompt=validation.images_per_prompt,
+        seed=validation.seed,
+        progress=False,
+    )
+
+
+def _remaking(
     pipeline: Pipeline, caption: str, shown: Image.Image, validation: Validation
 ) -> Iterator[PipelineStep]:
     if isinstance(pipeline, UpscalePipeline):

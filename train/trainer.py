@@ -36,6 +36,7 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ConfigError: the recipe does not fit this machine, the data, or its own parts.
+        InputError: a validation prompt cannot be drawn as the recipe says.
         DatasetError: the training set has problems.
         CheckpointError: a model that the recipe builds on cannot be used.
         ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe has changed.

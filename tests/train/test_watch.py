@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image, ImageColor
 
-from latentgen.errors import ConfigError, DatasetError
+from latentgen.errors import ConfigError, DatasetError, InputError, ResumeError
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.recipe import Recipe
 from latentgen.train.checkpoint import load_latest
@@ -290,6 +290,28 @@ def test_what_a_stop_left_undone_is_done_when_the_run_goes_on(
         for run in (resumed, whole)
     ]
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("height=17", "height=17"), ("prompts=[(a cat:1001)]", "weight 1001")]
+)
+def test_prompts_that_cannot_be_drawn_are_told_before_training(
+    override: str, message: str, text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Trainer, "run", lambda _: pytest.fail("trained"))
+    with pytest.raises(InputError, match=message):
+        train(text_to_image_recipe(*IMAGES, f"validation.{override}"))
+
+
+def test_a_run_that_goes_on_may_be_watched_otherwise_but_learns_from_the_same_images(
+    autoencoder_recipe: MakeRecipe,
+):
+    train(autoencoder_recipe("max_steps=1", "held_out=0.34"))
+    resumed = autoencoder_recipe("max_steps=2", "resume=true", *LOSS)
+    train(resumed)
+    assert sorted(validation_losses(resumed)) == [2]
+    with pytest.raises(ResumeError, match=r"held_out was 0\.34, is 0\.2"):
+        train(autoencoder_recipe("max_steps=3", "resume=true", "held_out=0.2"))
 
 
 @pytest.mark.slow
