@@ -115,9 +115,12 @@ class LatentObjective(Objective, Generic[AnyTask]):
         latents, noise, timesteps, tokens, *shown = batch
         level = self.scheduler.schedule.batch(timesteps)
         with attention_kernels(latents):
-            context = self._text.encode_tokens(tokens).context
-            output = self._output(add_noise(latents, noise, level), timesteps, context, *shown)
+            output = self._predict(add_noise(latents, noise, level), timesteps, tokens, *shown)
         return prediction_loss(output, latents, noise, level, self.scheduler)
+
+    def _predict(self, sample: Tensor, timesteps: Tensor, tokens: Tensor, *shown: Tensor) -> Tensor:
+        """The UNet's output for noisy latents and token ids; `shown` is what a batch holds besides."""
+        return self._output(sample, timesteps, self._text.encode_tokens(tokens).context, *shown)
 
     def _output(self, sample: Tensor, timesteps: Tensor, context: Tensor, *shown: Tensor) -> Tensor:
         """The UNet's output for noisy latents; `shown` is what a batch holds besides."""
@@ -146,12 +149,11 @@ class LatentObjective(Objective, Generic[AnyTask]):
         """The plain mean squared error at the middles of `timesteps` equal parts of the schedule, and their mean."""
         device = next(self.parameters()).device
         latents, noise, _, tokens, *shown = (tensor.to(device) for tensor in self.batch(plan))
-        context = self._text.encode_tokens(tokens).context
         parts = {}
         for timestep in middles(self.scheduler.schedule.num_train_timesteps, timesteps):
             at = torch.full((len(latents),), timestep, device=device)
             level = self.scheduler.schedule.batch(at)
-            output = self._output(add_noise(latents, noise, level), at, context, *shown)
+            output = self._predict(add_noise(latents, noise, level), at, tokens, *shown)
             wanted = target(latents, noise, level, self.scheduler.prediction_type)
             parts[f"timestep {timestep}"] = F.mse_loss(output.float(), wanted)
         return Loss(torch.stack(list(parts.values())).mean(), parts)
