@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class RunState:
         optimizer: from `flatten_optimizer`.
         scaler: the state of float16's loss scaling, empty without it.
         processes: how many computed it; None if that is not known.
+        window: what the row of the log that is under way holds so far; see RunLog.
     """
 
     step: int
@@ -52,6 +53,7 @@ class RunState:
     optimizer: Mapping[str, Tensor]
     scaler: Mapping[str, Any]
     processes: int | None = None
+    window: Mapping[str, float] = field(default_factory=dict)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -92,7 +94,11 @@ def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:
         for stem, tensors in (("weights", state.weights), ("ema", state.ema), ("optimizer", state.optimizer)):
             if tensors:
                 save_weights(tensors, written, stem, max_shard_bytes=sys.maxsize)
-        optional = {"scaler": dict(state.scaler) or None, "processes": state.processes}
+        optional = {
+            "scaler": dict(state.scaler) or None,
+            "processes": state.processes,
+            "window": dict(state.window) or None,
+        }
         known = {name: value for name, value in optional.items() if value is not None}
         write_json(written / _STATE, {"step": state.step, "config": dict(state.config), **known})
         write_json(written / MANIFEST, {file.name: _sha256(file) for file in sorted(written.iterdir())})
@@ -121,6 +127,7 @@ def load_latest(output_dir: Path) -> RunState:
             optimizer=_load(folder / "optimizer.safetensors"),
             scaler=state.get("scaler", {}),
             processes=state.get("processes"),
+            window=state.get("window", {}),
         )
     remedy = (
         "delete them or choose another output_dir" if has_checkpoint(output_dir) else "start without resume"

@@ -97,7 +97,7 @@ def first_batch(config: TrainConfig, accelerator: Accelerator, objective: Object
         config.seed,
         0,
         batch_size=config.batch_size,
-        count=objective.item_count,
+        order=objective.order,
         parts=config.gradient_accumulation_steps,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def _changes(state: RunState, config: TrainConfig) -> list[str]:
     changed = {
         field: f"{field} was {before.get(field)}, is {now.get(field)}"
         for field in sorted(before.keys() | now.keys())
-        if field not in FREE_FIELDS and before.get(field) != now.get(field)
+        if not _is_named(field, FREE_FIELDS) and before.get(field) != now.get(field)
     }
     refused = [field for field in changed if not _is_allowed(field, config.allow_changes)]
     if refused:
@@ -118,9 +118,12 @@ def _changes(state: RunState, config: TrainConfig) -> list[str]:
 
 
 def _is_allowed(field: str, allowed: Sequence[str]) -> bool:
-    return field not in FIXED_FIELDS and any(
-        field == name or field.startswith(f"{name}.") for name in allowed
-    )
+    return field not in FIXED_FIELDS and _is_named(field, allowed)
+
+
+def _is_named(field: str, names: Collection[str]) -> bool:
+    """Whether a field, or a section that it is in, is one of `names`."""
+    return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
 def _flatten(config: TrainConfig) -> dict[str, Any]:

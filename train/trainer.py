@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import sys
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,19 +20,19 @@ from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train.batches import PlannedBatch, prepared_batches
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
 from latentgen.train.config import AutoencoderTask, PairedTask, TrainConfig, UpscaleTask
-from latentgen.train.data import BatchPlan, open_data, plan_step, sample_rng
+from latentgen.train.data import BatchPlan, CaptionedImages, open_data, plan_step, sample_rng
+from latentgen.train.data.held_out import open_parts
 from latentgen.train.interrupt import StopSignal
 from latentgen.train.memory import save_memory
+from latentgen.train.model_card import write_card
 from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.optimizer import build_optimizer
 from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
-from latentgen.train.run_files import append_row, replaced_folder, sync_log, trim_log
+from latentgen.train.run_files import replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import run_lock, starting_state
-
-_AFTER_NAN = (
-    "lower optimizer.learning_rate, or train with mixed_precision bf16 or no; the last checkpoint is intact"
-)
+from latentgen.train.run_log import AFTER_NAN, RunLog, check_trackers
+from latentgen.train.watch import Watch
 
 
 def train(config: TrainConfig) -> Path:
@@ -40,6 +42,7 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ConfigError: the recipe does not fit this machine, the data, or its own parts.
+        InputError: a validation prompt cannot be drawn as the recipe says.
         DatasetError: the training set has problems.
         CheckpointError: a model that the recipe builds on cannot be used.
         ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe has changed.
@@ -49,7 +52,7 @@ def train(config: TrainConfig) -> Path:
         LostProcessError: another process of the run, or one that prepares batches, died.
         OutputError: the folder cannot be written.
     """
-    accelerator = _accelerator(config)
+    accelerator = build_accelerator(config)
     output_dir = config.output_dir
     with run_lock(output_dir, enabled=accelerator.is_main_process):
         state = starting_state(
@@ -58,18 +61,20 @@ def train(config: TrainConfig) -> Path:
         check_same_start(accelerator, None if state is None else state.step, output_dir)
         torch.manual_seed(config.seed)
         assets = None if state is None else output_dir
-        objective = build_objective(config, device=accelerator.device, assets=assets)
+        parts = open_parts(config)
+        objective = build_objective(config, device=accelerator.device, assets=assets, data=parts.training)
         save_memory(config, accelerator, objective)
-        trainer = Trainer(config, accelerator, objective)
+        trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
         if state is not None:
             trainer.restore(state)
         if accelerator.is_main_process:
             trim_log(output_dir, trainer.step)
             if state is None:
                 objective.save_assets(output_dir)
+        trainer.log.open(trainer.step)
         trainer.run()
         if accelerator.is_main_process:
-            trainer.save_model(output_dir / "model")
+            trainer.save_model(output_dir / "model", images=len(parts.training))
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir / "model"
@@ -83,9 +88,17 @@ class Trainer:
         trainable: its parameters that require gradients, by name.
         ema: their exponential moving average; empty if the recipe asks for none.
         step: optimiser steps done.
+        log: what is told of them.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        objective: Objective,
+        *,
+        held_out: CaptionedImages | None = None,
+    ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.objective = objective
@@ -103,6 +116,8 @@ class Trainer:
         self._model: nn.Module
         self._optimizer: torch.optim.Optimizer
         self._model, self._optimizer = accelerator.prepare(objective, optimizer)
+        self.log = RunLog(config, accelerator)
+        self._watch = Watch(config, accelerator, objective, self.ema, held_out, self.log)
 
     def restore(self, state: RunState) -> None:
         """Go on from a checkpoint.
@@ -115,6 +130,7 @@ class Trainer:
         restore_optimizer(self._optimizer, state.optimizer)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
+        self.log.restore(state.window)
         self.step = state.step
 
     def run(self) -> None:
@@ -134,29 +150,29 @@ class Trainer:
             total=config.max_steps,
             desc=config.task.kind,
             disable=not self.accelerator.is_main_process,
-            mininterval=1.0,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,
         )
-        batches = prepared_batches(
-            self.objective,
-            self._plans(),
-            workers=config.workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
-        with StopSignal() as stop, bar, batches as prepared, lost_processes_told():
+        with StopSignal() as stop, bar, self._prepared() as prepared, lost_processes_told():
+            self._watch.begin(self.step)
             for step in bar:
-                losses = self._update(step, prepared)
+                self.log.add(self._update(step, prepared))
                 self.step = step + 1
                 signal = agree_on_signal(self.accelerator, stop.number)
-                saving = signal or self.step == config.max_steps or self.step % config.checkpoint_every == 0
-                if saving or self.step % config.log_every == 0:
-                    self._report(bar, losses)
-                if saving:
+                if self.log.is_due(self.step):
+                    self.log.write(self.step, config.optimizer.rate_at(step, config.max_steps))
+                if signal or self.step == config.max_steps or self.step % config.checkpoint_every == 0:
                     self._save_checkpoint()
                 if signal:
                     raise SystemExit(128 + signal)
+                self._watch.after(self.step)
+                bar.set_postfix(self.log.shown, refresh=False)
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path, *, images: int) -> None:
         """Write the finished model, from the moving average if there is one; nothing can be trained afterwards.
+
+        Args:
+            folder: where to; it appears as a whole.
+            images: how many were learnt from, for the card.
 
         Raises:
             OutputError: a file could not be written.
@@ -164,9 +180,20 @@ class Trainer:
         weights = {**self.objective.cpu().state_dict(), **self.ema}
         with replaced_folder(folder) as written:
             self.objective.save(written, weights)
+            write_card(
+                written, self.config, images=images, parameters=self.trained_parameters, steps=self.step
+            )
+
+    def _prepared(self) -> AbstractContextManager[Iterator[PlannedBatch]]:
+        """This process's part of the steps to come, as they are accumulated one after the other."""
+        return prepared_batches(
+            self.objective,
+            self._plans(),
+            workers=self.config.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
 
     def _plans(self) -> Iterator[BatchPlan]:
-        """This process's part of all steps to come, as they are accumulated one after the other."""
         config = self.config
         for step in range(self.step, config.max_steps):
             yield from plan_step(
@@ -178,6 +205,28 @@ class Trainer:
                 rank=self.accelerator.process_index,
                 processes=self.accelerator.num_processes,
             )
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers are learnt."""
+        return sum(parameter.numel() for parameter in self.trainable.values())
+
+    def try_steps(self, *, count: int, seconds: float) -> list[float]:
+        """Compute one step to warm up, and then at most `count` within about `seconds`; returns the seconds of each.
+
+        The weights follow them, so that this trainer is of no use for a run.
+        """
+        self._model.train()
+        taken: list[float] = []
+        with self._prepared() as prepared:
+            for step in range(min(count + 1, self.config.max_steps)):
+                start = time.monotonic()
+                loss = self._update(step, prepared)["loss"]
+                float(loss)  # waits for the device
+                taken.append(time.monotonic() - start)
+                if sum(taken[1:]) > seconds:
+                    break
+        return taken[1:] or taken
 
     def _update(self, step: int, batches: Iterator[PlannedBatch]) -> dict[str, Tensor]:
         """One optimiser step over the global batch; returns this process's mean losses by name, on the device."""
@@ -194,7 +243,8 @@ class Trainer:
                     losses[name] = losses.get(name, 0) + value.detach() / parts
                 max_norm = config.optimizer.max_grad_norm
                 if self.accelerator.sync_gradients and max_norm is not None:
-                    self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
+                    norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
+                    losses["grad_norm"] = norm.detach()
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._update_ema(step)
@@ -214,19 +264,11 @@ class Trainer:
         for name, average in self.ema.items():
             average.lerp_(self.trainable[name].to(average.device), 1 - decay)
 
-    def _report(self, bar: tqdm[int], losses: Mapping[str, Tensor]) -> None:
-        means: Any = self.accelerator.reduce(dict(losses), "mean")
-        values = {name: float(mean) for name, mean in means.items()}
-        if not all(map(math.isfinite, values.values())):
-            raise NumericalError(f"the loss is not finite at step {self.step}: {values}; {_AFTER_NAN}")
-        bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-        if self.accelerator.is_main_process:
-            append_row(self.config.output_dir, {"step": self.step, **values})
-
     def _save_checkpoint(self) -> None:
         for name, parameter in self.trainable.items():
             if not parameter.isfinite().all():
-                raise NumericalError(f"{name} is not finite after step {self.step}; {_AFTER_NAN}")
+                raise NumericalError(f"{name} is not finite after step {self.step}; {AFTER_NAN}")
+        window = self.log.window(self.step)
         if self.accelerator.is_main_process:
             sync_log(self.config.output_dir)
             scaler = self.accelerator.scaler
@@ -238,20 +280,28 @@ class Trainer:
                 optimizer=flatten_optimizer(self._optimizer),
                 scaler={} if scaler is None else scaler.state_dict(),
                 processes=self.accelerator.num_processes,
+                window=window,
             )
             save_checkpoint(self.config.output_dir, state, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
 
-def build_objective(config: TrainConfig, *, device: torch.device, assets: Path | None = None) -> Objective:
+def build_objective(
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    assets: Path | None = None,
+    data: CaptionedImages | None = None,
+) -> Objective:
     """The objective of a recipe, on the CPU, its networks initialised at random or from `init_from`.
 
     Args:
         config: the recipe.
         device: where the data may be prepared.
         assets: where an earlier part of the run has left its assets, if this is to go on with it.
+        data: what to learn from; by default the recipe's whole set.
     """
-    data = open_data(config.data)
+    data = open_data(config.data) if data is None else data
     if isinstance(config.task, AutoencoderTask):
         return AutoencoderObjective(config.task, data, init_from=config.init_from)
     if isinstance(config.task, UpscaleTask):
@@ -271,9 +321,10 @@ def build_objective(config: TrainConfig, *, device: torch.device, assets: Path |
     )
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate's view of this machine, and whether the recipe fits it."""
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate's view of this machine, if the recipe fits it; see `train` for the errors."""
     parts = config.gradient_accumulation_steps
+    check_trackers(config.trackers)
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -282,6 +333,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
                 num_steps=parts, sync_with_dataloader=False
             ),
             step_scheduler_with_optimizer=False,
+            log_with=list(config.trackers) or None,
+            project_config=ProjectConfiguration(logging_dir=str(config.output_dir / "tensorboard")),
         )
     except ValueError as error:
         raise ConfigError(f"mixed_precision {config.mixed_precision} cannot be used here: {error}") from None

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from latentgen import __version__
-from latentgen.cli import checkpoints, data, drawing
+from latentgen.cli import checkpoints, data, drawing, training
 from latentgen.cli.text import format_warning, one_line
 from latentgen.errors import LatentgenError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (*drawing.COMMANDS, *checkpoints.COMMANDS, *data.COMMANDS):
+for command in (*drawing.COMMANDS, *checkpoints.COMMANDS, *data.COMMANDS, *training.COMMANDS):
     app.command()(command)
 
 
@@ -67,6 +67,7 @@ def _latentgen(
     Draw a picture:        latentgen text2img "slice of pizza" -o pizza.png
     Draw one anew:         latentgen img2img pizza.png "birthday cake" -o cake.png
     In stages, larger:     latentgen cascade "tiger face" -o tiger.png
+    Train a recipe:        latentgen train recipe.yaml
     Look at a checkpoint:  latentgen inspect path/to/folder
     Convert a pickle:      latentgen convert model.ckpt
     List the schedulers:   latentgen schedulers

@@ -28,7 +28,6 @@ STEPS = 3
 class Counting(Objective):
     """Batches that name the process which made them; `spoilt` is the step at which that fails."""
 
-    item_count = 5
     order = Order([range(5)])
 
     def __init__(self, spoilt: int = -1, *, kill: bool = False) -> None:

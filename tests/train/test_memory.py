@@ -175,14 +175,15 @@ def test_the_static_part_of_the_plan_is_exact(kind: str, name: str, request: pyt
     objective = build(config)
     plan = plan_memory(config, objective, None, CPU)
     trainer = Trainer(config, Accelerator(cpu=True), objective)
-    trainer._update(0)
+    trainer.try_steps(count=0, seconds=0)
     state = flatten_optimizer(trainer._optimizer)
     assert plan.optimizer == sum(tensor.nbytes for tensor in state.values())
     assert plan.trained + plan.frozen == sum(
         p.nbytes for p in [*objective.parameters(), *objective.buffers()]
     )
     assert plan.gradients == plan.average == sum(average.nbytes for average in trainer.ema.values())
-    trainer._loss(plan_for(objective)).total.backward()
+    first = plan_for(objective)
+    trainer._loss(first, objective.batch(first)).total.backward()
     assert plan.gradients == sum(p.grad.nbytes for p in objective.parameters() if p.grad is not None)
 
 
@@ -191,8 +192,7 @@ def measured_peak(trainer: Trainer) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for step in range(2):
-            trainer._update(step)
+        trainer.try_steps(count=1, seconds=60)
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0

@@ -1,5 +1,6 @@
 """The recipe of a run, in sections: what is learnt, from which images, by which steps."""
 
+from latentgen.train.config.data import Data as Data
 from latentgen.train.config.data import EmojiData as EmojiData
 from latentgen.train.config.data import FolderData as FolderData
 from latentgen.train.config.data import FramedData as FramedData
@@ -26,3 +27,4 @@ from latentgen.train.config.tasks import LatentTask as LatentTask
 from latentgen.train.config.tasks import PairedTask as PairedTask
 from latentgen.train.config.tasks import TextToImageTask as TextToImageTask
 from latentgen.train.config.tasks import UpscaleTask as UpscaleTask
+from latentgen.train.config.validation import Validation as Validation

@@ -212,3 +212,8 @@ class HuggingFaceData(PackedData):
     split: str | None = None
     image_column: str = "image"
     caption_column: str = "text"
+
+
+Data = Annotated[
+    EmojiData | FolderData | KohyaData | WebDataset | HuggingFaceData, Field(discriminator="kind")
+]

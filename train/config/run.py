@@ -12,17 +12,11 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from latentgen.errors import ConfigError
 from latentgen.train.config.base import Count, Decay, Section
-from latentgen.train.config.data import (
-    EmojiData,
-    FolderData,
-    FramedData,
-    HuggingFaceData,
-    KohyaData,
-    WebDataset,
-)
+from latentgen.train.config.data import Data, FramedData
 from latentgen.train.config.memory import Memory
 from latentgen.train.config.optimizer import Optimizer
 from latentgen.train.config.tasks import AutoencoderTask, PairedTask, TextToImageTask, UpscaleTask
+from latentgen.train.config.validation import Validation
 
 # YAML reads a bare `no` as false.
 _NO = BeforeValidator(lambda value: "no" if value is False else value)
@@ -30,6 +24,8 @@ Precision = Annotated[Literal["no", "fp16", "bf16"], _NO]
 Resume = Annotated[
     Literal["no", "latest", "auto"], BeforeValidator(lambda value: "latest" if value is True else value), _NO
 ]
+
+Tracker = Literal["tensorboard", "wandb"]
 
 
 class TrainConfig(Section):
@@ -45,13 +41,15 @@ class TrainConfig(Section):
     the same) or `auto` (go on if there is something to go on from, else begin: for jobs that are started again by
     themselves). `allow_changes` names the fields, or sections, in which the recipe of a resumed run may differ from
     what it began with.
+
+    The share `held_out` of the images, the same ones in every run over a set of as many, is kept out of training, for
+    `validation` to look at. `trackers` get what `log.jsonl` gets, and the images of `validation`.
     """
 
     output_dir: Path
     task: Annotated[AutoencoderTask | TextToImageTask | UpscaleTask | PairedTask, Field(discriminator="kind")]
-    data: Annotated[
-        EmojiData | FolderData | KohyaData | WebDataset | HuggingFaceData, Field(discriminator="kind")
-    ]
+    data: Data
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     init_from: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     mixed_precision: Precision = "no"
@@ -68,6 +66,8 @@ class TrainConfig(Section):
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     resume: Resume = "no"
     allow_changes: tuple[str, ...] = ()
+    validation: Validation | None = None
+    trackers: tuple[Tracker, ...] = ()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -86,6 +86,8 @@ class TrainConfig(Section):
                 "optimizer.step_in_backward: the loss scaling of fp16 must see all gradients before the step; use "
                 "mixed_precision bf16 or no"
             )
+        if self.validation is not None:
+            self._check_validation(self.validation)
         if isinstance(self.task, AutoencoderTask) and not self.task.train_encoder and self.init_from is None:
             raise ValueError(
                 "task.train_encoder is false, so init_from must name the folder of a trained encoder"
@@ -103,6 +105,36 @@ class TrainConfig(Section):
             raise ValueError("task upscale learns from squares; set data.buckets to false")
         return self
 
+    def _check_validation(self, validation: Validation) -> None:
+        shows_images = isinstance(self.task, UpscaleTask | PairedTask)
+        if validation.prompts and (shows_images or isinstance(self.task, AutoencoderTask)):
+            raise ValueError(
+                f"validation.prompts: a model of task.kind {self.task.kind} draws nothing from a prompt alone; leave "
+                "them out, and give it held_out or validation.data, and validation.images"
+            )
+        if validation.images and not shows_images:
+            raise ValueError(
+                f"validation.images: a model of task.kind {self.task.kind} makes no image out of another; leave it out"
+            )
+        if validation.images and not self.measures:
+            raise ValueError("validation.images: there are none to show; set held_out, or validation.data")
+        if validation.data is not None and validation.data.image_size != self.data.image_size:
+            raise ValueError(
+                f"validation.data.image_size is {validation.data.image_size}; it must be that of data, "
+                f"{self.data.image_size}"
+            )
+        if validation.data is not None and self.held_out:
+            raise ValueError(
+                "validation.data and held_out both name the images to measure on; keep one of them"
+            )
+        if not (validation.prompts or validation.data or self.held_out):
+            raise ValueError("validation has nothing to do: give it prompts, or data; or set held_out")
+
+    @property
+    def measures(self) -> bool:
+        """Whether a validation loss is measured."""
+        return self.validation is not None and (self.validation.data is not None or self.held_out > 0)
+
 
 # Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the linear end.
 FREE_FIELDS = frozenset(
@@ -115,6 +147,8 @@ FREE_FIELDS = frozenset(
         "workers",
         "resume",
         "allow_changes",
+        "validation",
+        "trackers",
         "task.cache_dir",
         "memory.gradient_checkpointing",
         "memory.ema_device",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentgen.train.config import EmojiData, FolderData, HuggingFaceData, KohyaData, WebDataset
+from latentgen.train.config import Data, EmojiData, HuggingFaceData, WebDataset
 from latentgen.train.data.order import Order as Order
 from latentgen.train.data.order import item_at as item_at
 from latentgen.train.data.order import sample_rng as sample_rng
@@ -15,7 +15,7 @@ from latentgen.train.data.views import check_sides as check_sides
 from latentgen.train.data.views import to_tensor as to_tensor
 
 
-def open_data(config: EmojiData | FolderData | KohyaData | WebDataset | HuggingFaceData) -> CaptionedImages:
+def open_data(config: Data) -> CaptionedImages:
     """The data set that a recipe names.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,16 @@ class Order:
         for item, size in enumerate(sizes):
             members[size] += range(item * views, (item + 1) * views)
         return cls(list(members.values()))
+
+    def __len__(self) -> int:
+        """How many items one epoch shows."""
+        return sum(map(len, self._buckets))
+
+    def parts(self, size: int) -> Iterator[tuple[int, ...]]:
+        """All items once, as they are numbered, at most `size` at a time and of one bucket."""
+        for bucket in self._buckets:
+            for start in range(0, len(bucket), size):
+                yield tuple(bucket[start : start + size])
 
     def items(self, seed: int, step: int, batch_size: int, samples: Sequence[int]) -> tuple[int, ...]:
         """The items of some `samples` (positions within the global batch) of a step."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,6 @@ class AutoencoderObjective(Objective):
             files = CheckpointFolder.open(init_from).weight_files("vae")
             load_weights(self, files, dtype=torch.float32, rename=_name_here)
         self.encoder.requires_grad_(task.train_encoder)
-        self.item_count = len(data)
         self.order = Order.of(data)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
@@ -73,6 +74,12 @@ class AutoencoderObjective(Objective):
         kl = posterior.kl().mean()
         total = pixels + self.task.edge_weight * edges + self.task.kl_weight * kl
         return Loss(total, {"pixels": pixels, "edges": edges, "kl": kl})
+
+    def over(self, data: CaptionedImages, seed: int) -> Self:
+        """As Objective.over; the views follow from the plan."""
+        other = copy.copy(self)
+        other.data, other.order = data, Order.of(data)
+        return other
 
     def compile_networks(self) -> None:
         """Compile both halves."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from latentgen.errors import ConfigError
 from latentgen.models.config import StorageDtype
-from latentgen.train.data import BatchPlan, Order
+from latentgen.pipelines.base import Pipeline
+from latentgen.train.data import BatchPlan, CaptionedImages, Order, View
 
 
 class Loss(NamedTuple):
@@ -25,11 +29,8 @@ class Loss(NamedTuple):
 class Objective(nn.Module, ABC):
     """A module whose `forward` computes the loss; its trainable parameters are those that require gradients."""
 
-    item_count: int
-    """How many items one epoch shows."""
-
     order: Order
-    """In which order they are shown."""
+    """Which items each step shows; its length is how many one epoch shows."""
 
     memory_format: torch.memory_format = torch.channels_last
     """How the kernels of the convolutions lie in memory during training."""
@@ -71,6 +72,44 @@ class Objective(nn.Module, ABC):
 
     def save_assets(self, folder: Path) -> None:
         """Write what a resumed run must find as it was, besides the weights, into the run's folder."""
+
+    def over(self, data: CaptionedImages, seed: int) -> Self:
+        """This objective over other images, one view of each, for `held_out_loss`; the networks are shared.
+
+        Raises:
+            ConfigError: the task has no such loss.
+        """
+        raise ConfigError(
+            "validation: this task measures no loss on held-out images; leave data and held_out out"
+        )
+
+    def held_out_loss(self, plan: BatchPlan, timesteps: int) -> Loss:
+        """The mean loss of a batch of what was given to `over`, a function of the weights and the plan alone.
+
+        Args:
+            plan: the batch.
+            timesteps: how many noise levels a loss that depends on one is measured at; its parts are named after them.
+        """
+        device = next(self.parameters()).device
+        # Not through the instance, whose forward Accelerate may have bound to another object.
+        return type(self).forward(self, *(tensor.to(device) for tensor in self.batch(plan)))
+
+    def preview(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[Pipeline]:
+        """A pipeline that draws with `weights` in the place of the trained ones; training goes on afterwards as if it
+        had never been.
+
+        Raises:
+            ConfigError: the task trains nothing that draws.
+        """
+        raise ConfigError("validation: this task trains nothing that draws; leave prompts and images out")
+
+    def shown(self, view: View, rng: random.Random) -> Image.Image:
+        """What a model that makes images out of images is shown where it is to make this one.
+
+        Raises:
+            ConfigError: it is shown nothing.
+        """
+        raise ConfigError("validation.images: this task makes no image out of another; leave it out")
 
     @abstractmethod
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:

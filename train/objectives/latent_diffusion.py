@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latentgen.checkpoints.folder import CheckpointFolder
-from latentgen.diffusion.prediction import add_noise
+from latentgen.diffusion.prediction import add_noise, target
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.models.attention import Transformer2DModel, recomputing_contexts
@@ -31,12 +34,13 @@ from latentgen.pipelines.loading import (
     load_text_encoder,
     usual_guidance_scale,
 )
-from latentgen.train.config import LatentTask
+from latentgen.train.config import LatentLoss, LatentTask
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, check_sides, sample_rng
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.objectives.encoding import EncodedViews
 from latentgen.train.objectives.losses import mean_loss, sample_errors, training_scheduler
 from latentgen.train.objectives.noising import perturbed_noise, training_noise
+from latentgen.train.objectives.standing_in import standing_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,9 +79,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
         # On a CPU the small convolutions of a latent UNet learn faster so.
         self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
         self.scheduler = training_scheduler(Scheduler.from_config(task.scheduler), task.loss)
-        views = max(1, task.cached_views)
-        self.item_count = len(data) * views
-        self.order = Order.of(data, views=views)
+        self.order = Order.of(data, views=max(1, task.cached_views))
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]; then what the loss asks for.
@@ -106,10 +108,13 @@ class LatentObjective(Objective, Generic[AnyTask]):
         mask = shown.pop(0) if loss.masked else None
         level = self.scheduler.schedule.batch(timesteps)
         with attention_kernels(latents):
-            context = self._text.encode_tokens(tokens).context
-            output = self._output(add_noise(latents, seen_noise, level), timesteps, context, *shown)
+            output = self._predict(add_noise(latents, seen_noise, level), timesteps, tokens, *shown)
         errors = sample_errors(output, latents, noise, level, self.scheduler, loss, mask)
         return mean_loss(errors, level, self.scheduler)
+
+    def _predict(self, sample: Tensor, timesteps: Tensor, tokens: Tensor, *shown: Tensor) -> Tensor:
+        """The UNet's output for noisy latents and token ids; `shown` is what a batch holds besides."""
+        return self._output(sample, timesteps, self._text.encode_tokens(tokens).context, *shown)
 
     def _output(self, sample: Tensor, timesteps: Tensor, context: Tensor, *shown: Tensor) -> Tensor:
         """The UNet's output for noisy latents; `shown` is what a batch holds besides."""
@@ -143,6 +148,48 @@ class LatentObjective(Objective, Generic[AnyTask]):
         dtype = torch.float16 if self.task.save_half else torch.float32
         nn.ModuleList([self.unet, self.text_encoder, *self._vae]).to(dtype)
         self._pipeline().save_pretrained(folder)
+
+    def over(self, data: CaptionedImages, seed: int) -> Self:
+        """As Objective.over; captions are not dropped, and the first of several is drawn by the plan."""
+        other = copy.copy(self)
+        plain = {"caption_dropout": 0.0, "cached_views": 1, "loss": LatentLoss()}
+        other.task = self.task.model_copy(update=plain)
+        other.order = Order.of(data)
+        other._encode(data, seed, next(self.parameters()).device)
+        return other
+
+    def held_out_loss(self, plan: BatchPlan, timesteps: int) -> Loss:
+        """The plain mean squared error at the middles of `timesteps` equal parts of the schedule, and their mean."""
+        device = next(self.parameters()).device
+        # As in training, where batches are made without it.
+        with torch.autocast(device.type, enabled=False):
+            batch = self.batch(plan)
+        latents, noise, _, tokens, *shown = (tensor.to(device) for tensor in batch)
+        parts = {}
+        for timestep in middles(self.scheduler.schedule.num_train_timesteps, timesteps):
+            at = torch.full((len(latents),), timestep, device=device)
+            level = self.scheduler.schedule.batch(at)
+            output = self._predict(add_noise(latents, noise, level), at, tokens, *shown)
+            wanted = target(latents, noise, level, self.scheduler.prediction_type)
+            parts[f"timestep {timestep}"] = F.mse_loss(output.float(), wanted)
+        return Loss(torch.stack(list(parts.values())).mean(), parts)
+
+    @contextmanager
+    def preview(self, weights: Mapping[str, Tensor]) -> Iterator[Pipeline]:
+        """As Objective.preview; for the time of the block the decoder stands on the device, too."""
+        device, backend = next(self.parameters()).device, self.unet.attention_backend
+        _, decoder = self._vae
+        with standing_in(self, weights):
+            try:
+                decoder.to(device)
+                yield replace(self._pipeline(), device=device)
+            finally:
+                decoder.cpu()
+                self.unet.attention_backend = backend
+
+    @abstractmethod
+    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        """Encode `task.cached_views` views of every item, drawn from `seed`, on `device`."""
 
     @abstractmethod
     def _pipeline(self) -> Pipeline:
@@ -234,6 +281,11 @@ def spread_timesteps(plan: BatchPlan, count: int, shift: float) -> Tensor:
     places = [(start + sample / plan.batch_size) % 1.0 for sample in plan.samples]
     places = [shift * place / (1 + (shift - 1) * place) for place in places]
     return torch.tensor([int(place * count) for place in places])
+
+
+def middles(count: int, parts: int) -> list[int]:
+    """The middles of `parts` equal parts of `count` timesteps; none comes twice."""
+    return sorted({(2 * part + 1) * count // (2 * parts) for part in range(parts)})
 
 
 def attention_kernels(latents: Tensor) -> AbstractContextManager[Any]:

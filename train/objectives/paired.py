@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from latentgen.checkpoints.folder import CheckpointFolder
@@ -72,13 +73,21 @@ class PairedObjective(LatentObjective[PairedTask]):
         self._vae = load_vae(vae)
         # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
         self._pipeline()
-        source = ViewSource(data, task.cached_views, seed, self._degraded)
-        self._views = encode_views(self._vae[0], device, source, shown="latents", cache_dir=task.cache_dir)
         self._scaling_factor = vae_config.scaling_factor
+        self._encode(data, seed, device)
+
+    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        source = ViewSource(data, self.task.cached_views, seed, self._degraded)
+        cache_dir = self.task.cache_dir
+        self._views = encode_views(self._vae[0], device, source, shown="latents", cache_dir=cache_dir)
 
     def _degraded(self, view: View, rng: random.Random) -> View:
         """A view, as an edit of what the UNet is shown of it."""
-        return view._replace(before=DEGRADATIONS[self.task.degradation](view.image, rng))
+        return view._replace(before=self.shown(view, rng))
+
+    def shown(self, view: View, rng: random.Random) -> Image.Image:
+        """The degraded image."""
+        return DEGRADATIONS[self.task.degradation](view.image, rng)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """As LatentObjective.batch, and the degraded images in latents without the scaling factor [B, C, h, w]."""

@@ -76,8 +76,11 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         self._text = _text_encoder(text_config, data, origin, assets)
         self.text_encoder = self._text.model.requires_grad_(task.train_text_encoder)
         self._vae = load_vae(vae)
-        source = ViewSource(data, task.cached_views, seed)
-        self._views = encode_views(self._vae[0], device, source, cache_dir=task.cache_dir)
+        self._encode(data, seed, device)
+
+    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        source = ViewSource(data, self.task.cached_views, seed)
+        self._views = encode_views(self._vae[0], device, source, cache_dir=self.task.cache_dir)
 
     def save_assets(self, folder: Path) -> None:
         """Write the tokenizer: the weights are worth nothing with another one."""

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from latentgen.checkpoints.folder import CheckpointFolder
@@ -83,13 +84,21 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         self.text_encoder = self._text.model
         self._vae = load_vae(vae)
         # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
-        self._side = data.image_size // self._pipeline().scale
-        source = ViewSource(data, task.cached_views, seed, self._with_low_res)
-        self._views = encode_views(self._vae[0], device, source, shown="pixels", cache_dir=task.cache_dir)
+        self._scale = self._pipeline().scale
+        self._encode(data, seed, device)
+
+    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        source = ViewSource(data, self.task.cached_views, seed, self._with_low_res)
+        cache_dir = self.task.cache_dir
+        self._views = encode_views(self._vae[0], device, source, shown="pixels", cache_dir=cache_dir)
 
     def _with_low_res(self, view: View, rng: random.Random) -> View:
         """A view, as what becomes of the same in low resolution."""
-        return view._replace(before=lower_resolution(view.image, self._side, rng))
+        return view._replace(before=self.shown(view, rng))
+
+    def shown(self, view: View, rng: random.Random) -> Image.Image:
+        """The image in low resolution, without noise."""
+        return lower_resolution(view.image, view.image.width // self._scale, rng)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """As LatentObjective.batch, and the noised low-resolution images [B, 3, H, W] and their levels [B]."""

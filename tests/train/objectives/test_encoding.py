@@ -248,7 +248,7 @@ def test_fresh_batches_are_functions_of_their_plans(recipe: MakeRecipe, tmp_path
     config = recipe("task.cached_views=0", f"task.cache_dir={cache}")
     objective = build(config)
     assert isinstance(objective, LatentObjective)
-    assert objective.item_count == 6
+    assert len(objective.order) == 6
     assert_same_batches(objective, build(config))
     assert objective(*objective.batch(plan_for(objective))).total.isfinite()
     assert not cache.exists()

@@ -1,0 +1,139 @@
+"""The command that trains what a recipe describes; `python -m latentgen.train` is the same command."""
+
+from __future__ import annotations
+
+import sys
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentgen.cli.text import printable
+from latentgen.errors import ConfigError, InputError
+from latentgen.files import quote
+
+
+def train(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE", help="A YAML file; unknown keys fail.", show_default=False),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Replace a field of the recipe, with dots for nested ones; the value is YAML. May be repeated.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Read the recipe, open the data, compute a few steps, say what the run would be and how long it "
+            "would take; write nothing.",
+        ),
+    ] = False,
+    list_recipes: Annotated[
+        bool, typer.Option("--list-recipes", help="List the recipes inside the package, and stop.")
+    ] = False,
+    example: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Print one of them, to begin with, and stop.", show_default=False),
+    ] = None,
+) -> None:
+    """Train what RECIPE describes; needs pip install 'latentgen[train]'.
+
+    \b
+    latentgen train --list-recipes
+    latentgen train --example emoji_autoencoder > recipe.yaml
+    latentgen train recipe.yaml --dry-run
+    latentgen train recipe.yaml --set seed=1 --set optimizer.learning_rate=1e-4
+    latentgen train recipe.yaml --set resume=true
+
+    On several devices, or with what `accelerate config` was told:
+
+    \b
+    accelerate launch -m latentgen.train recipe.yaml
+
+    The first Ctrl-C or SIGTERM ends the run after the step at hand, with a checkpoint; --set resume=true goes on from
+    it. Recipes to start from stand in configs/train/ of the repository, too. Prints the folder of the finished model.
+    """
+    if list_recipes or example is not None:
+        print(
+            _example(example) if example is not None else "\n".join(_listing()), end="" if example else "\n"
+        )
+        return
+    if recipe is None:
+        raise InputError(
+            "name a recipe, a YAML file; latentgen train --list-recipes shows those to begin with"
+        )
+    try:
+        _run(recipe, overrides or [], rehearse=dry_run)
+    except ModuleNotFoundError as error:
+        if (error.name or "latentgen").partition(".")[0] == "latentgen":
+            raise
+        raise ConfigError(
+            f"training needs the module {error.name}: pip install 'latentgen[train]'"
+        ) from error
+
+
+def _run(recipe: Path, overrides: list[str], *, rehearse: bool) -> None:
+    from accelerate import PartialState
+
+    from latentgen.train import trainer
+    from latentgen.train.config import load_config
+
+    config = load_config(recipe, overrides)
+    if rehearse:
+        from latentgen.train.dry_run import dry_run
+
+        lines = dry_run(config).lines()
+    else:
+        try:
+            lines = iter([f"the model is in {trainer.train(config)}"])
+        except KeyboardInterrupt:
+            print("latentgen: interrupted; the last checkpoint is intact", file=sys.stderr)
+            raise
+        except SystemExit:
+            if PartialState().is_main_process:
+                print(
+                    "latentgen: stopped, with a checkpoint; --set resume=true goes on from it",
+                    file=sys.stderr,
+                )
+            raise
+    if PartialState().is_main_process:
+        for line in lines:
+            print(printable(line))
+
+
+def _listing() -> list[str]:
+    """Each recipe with the first sentence of its comment."""
+    recipes = {path.name.removesuffix(".yaml"): path.read_text("utf-8") for path in _recipes()}
+    width = max(map(len, recipes))
+    return [f"{name:{width}}  {_first_sentence(text)}" for name, text in recipes.items()]
+
+
+def _first_sentence(recipe: str) -> str:
+    comment = takewhile(lambda line: line.startswith("#"), recipe.splitlines())
+    return " ".join(line.lstrip("# ") for line in comment).partition(". ")[0].rstrip(".")
+
+
+def _example(name: str) -> str:
+    found = {path.name.removesuffix(".yaml"): path for path in _recipes()}
+    if name not in found:
+        raise InputError(f"--example {quote(name)}: there is no such recipe; there are {', '.join(found)}")
+    return found[name].read_text("utf-8")
+
+
+def _recipes() -> list[Traversable]:
+    folder = files("latentgen.configs") / "train"
+    return sorted(
+        (path for path in folder.iterdir() if path.name.endswith(".yaml")), key=lambda path: path.name
+    )
+
+
+COMMANDS = (train,)

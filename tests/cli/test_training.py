@@ -1,0 +1,96 @@
+"""`latentgen train`: one command with `python -m latentgen.train`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from latentgen import cli
+from latentgen.train.config import load_config
+from tests.train.conftest import autoencoder_recipe, image_folder  # noqa: F401
+from tests.train.recipes import MakeRecipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "configs" / "train").glob("*.yaml"))
+
+
+def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["train", "--list-recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == RECIPES
+    assert lines[0].endswith("64x64 emoji to 16x16x4 latents")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_printed_as_it_stands(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert cli.main(["train", "--example", name]) == 0
+    text = capsys.readouterr().out
+    assert text == (ROOT / "configs" / "train" / f"{name}.yaml").read_text("utf-8")
+    (tmp_path / "mine.yaml").write_text(text, "utf-8")
+    assert load_config(tmp_path / "mine.yaml", ["seed=3"]).seed == 3
+
+
+def test_the_recipes_are_in_the_wheel():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["latentgen.configs"]
+    shipped = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
+    assert {path for path in (ROOT / "configs").rglob("*") if path.is_file()} == shipped
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a recipe"),
+        (["nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["--example", "sdxl"], "there is no such recipe; there are emoji_autoencoder"),
+        (["recipe.yaml", "--set", "seed"], "--set takes key=value"),
+        (["recipe.yaml", "--set", "bach_size=3"], "bach_size: Extra inputs"),
+        (["recipe.yaml", "--dry-run", "--set", "data.path=nowhere"], "'nowhere' is not a folder of images"),
+        (["recipe.yaml", "more"], "unexpected extra argument"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    arguments: list[str],
+    message: str,
+    autoencoder_recipe: MakeRecipe,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    autoencoder_recipe()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("latentgen: error: ")
+    assert message in printed.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_then_the_run(
+    autoencoder_recipe: MakeRecipe,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+):
+    config = autoencoder_recipe()
+    recipe = str(tmp_path / "recipe.yaml")
+    assert cli.main(["train", recipe, "--dry-run", "--set", "max_steps=1"]) == 0
+    assert capsys.readouterr().out.startswith("dry run: autoencoder on ")
+    assert not config.output_dir.exists()
+    assert cli.main(["train", recipe, "--set", "max_steps=1"]) == 0
+    assert capsys.readouterr().out == f"the model is in {config.output_dir / 'model'}\n"
+    assert yaml.safe_load((config.output_dir / "model" / "README.md").read_text("utf-8").split("---")[1])
+
+
+def test_help_imports_no_torch():
+    code = "import sys, latentgen.cli as cli; cli.main(['train', '-h']); sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)

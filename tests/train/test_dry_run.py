@@ -1,0 +1,106 @@
+"""A dry run says what a run would be, and leaves everything as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from latentgen.errors import DatasetError, ResumeError
+from latentgen.train.dry_run import Rehearsal, _duration, dry_run
+from latentgen.train.trainer import Trainer, train
+from tests.train.recipes import MakeRecipe
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_it_says_what_the_run_would_be_and_writes_nothing(text_to_image_recipe: MakeRecipe, tmp_path: Path):
+    config = text_to_image_recipe(
+        *("held_out=0.34", "gradient_accumulation_steps=2", "max_steps=50", "trackers=[tensorboard]"),
+        *("validation.prompts=[red disc]", "task.train_text_encoder=true"),
+    )
+    before = files_of(tmp_path)
+    found = dry_run(config)
+    assert files_of(tmp_path) == before
+    assert not config.output_dir.exists()
+    assert (found.images, found.held_out, found.samples, found.processes, found.step) == (4, 2, 8, 1, 0)
+    assert 0 < found.trained == found.parameters
+    assert found.seconds_per_step > 0
+    text = "\n".join(found.lines())
+    assert "4 = 2 samples x 1 processes x 2 accumulated parts" in text
+    assert "50; 2 steps an epoch, 25 epochs" in text
+
+
+def test_frozen_weights_are_not_counted_as_learnt(upscale_recipe: MakeRecipe):
+    found = dry_run(upscale_recipe())
+    assert 0 < found.trained < found.parameters
+
+
+def test_the_figures_are_those_of_the_run_that_follows(
+    autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    config = autoencoder_recipe()
+    dry_run(config)
+    steps: list[int] = []
+    original = Trainer._update
+    monkeypatch.setattr(
+        Trainer, "_update", lambda self, step, batches: (steps.append(step), original(self, step, batches))[1]
+    )
+    train(config)
+    assert steps == [0, 1, 2, 3]
+
+
+def test_of_a_run_that_goes_on_it_tells_the_rest(autoencoder_recipe: MakeRecipe):
+    train(autoencoder_recipe("max_steps=2"))
+    config = autoencoder_recipe("max_steps=6")
+    with pytest.raises(ResumeError, match="holds a run already"):
+        dry_run(config)
+    before = files_of(config.output_dir)
+    found = dry_run(autoencoder_recipe("max_steps=6", "resume=true"))
+    assert found.step == 2
+    assert "6, of which 2 are done" in "\n".join(found.lines())
+    assert files_of(config.output_dir) == before
+
+
+def test_problems_of_the_data_are_told(autoencoder_recipe: MakeRecipe, image_folder: Path):
+    (image_folder / "red.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"red\.png"):
+        dry_run(autoencoder_recipe())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (59.6, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h 0 min"),
+        (90061, "1 d 1 h"),
+    ],
+)
+def test_durations(seconds: float, text: str):
+    assert _duration(seconds) == text
+
+
+def test_the_estimate_counts_the_steps_that_are_left(autoencoder_recipe: MakeRecipe):
+    config = autoencoder_recipe("max_steps=100", "batch_size=4")
+    found = Rehearsal(
+        config=config,
+        step=40,
+        trained=1,
+        parameters=2,
+        images=8,
+        held_out=0,
+        samples=16,
+        processes=2,
+        device="cpu",
+        seconds_per_step=2.0,
+        peak_bytes=3 * 2**30,
+    )
+    text = "\n".join(found.lines())
+    assert "2 min 0 s for 60 steps" in text
+    assert "2 s, 2 samples/s" in text
+    assert "4 steps an epoch, 25 epochs" in text
+    assert "3.0 GiB" in text

@@ -1,0 +1,179 @@
+"""The log: means over the steps of a row, the same however a run is cut up, and what TensorBoard reads of it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from latentgen.errors import ConfigError, NumericalError
+from latentgen.train.checkpoint import load_latest
+from latentgen.train.config import TrainConfig
+from latentgen.train.run_log import RunLog
+from latentgen.train.trainer import Trainer, build_accelerator, train
+from tests.train.recipes import MakeRecipe, events_of, rows_of, scalars_of
+
+
+def make_log(config: TrainConfig) -> RunLog:
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    return RunLog(config, build_accelerator(config))
+
+
+def test_a_row_is_the_mean_over_its_steps(autoencoder_recipe: MakeRecipe, tmp_path: Path):
+    every = autoencoder_recipe("max_steps=6", "checkpoint_every=100")
+    train(every)
+    third = autoencoder_recipe(
+        "max_steps=6", "checkpoint_every=100", "log_every=4", f"output_dir={tmp_path / 'third'}"
+    )
+    train(third)
+    rows = rows_of(every)
+    first, last = rows_of(third)
+    assert (first["step"], last["step"]) == (4, 6)
+    for name in ("loss", "pixels", "edges", "grad_norm"):
+        assert first[name] == pytest.approx(math.fsum(row[name] for row in rows[:4]) / 4, rel=1e-6)
+        assert last[name] == pytest.approx(math.fsum(row[name] for row in rows[4:]) / 2, rel=1e-6)
+    assert [row["learning_rate"] for row in rows] == [every.optimizer.rate_at(step, 6) for step in range(6)]
+
+
+def test_the_gradient_norm_is_that_before_clipping(
+    autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    norms: list[float] = []
+
+    def clip(self: Any, parameters: Any, max_norm: float) -> Tensor:
+        grads = [p.grad for p in parameters]
+        norms.append(math.sqrt(sum(float(grad.square().sum()) for grad in grads)))
+        return torch.nn.utils.clip_grad_norm_(self_parameters(grads), max_norm)
+
+    def self_parameters(grads: list[Tensor]) -> list[Tensor]:
+        holders = [torch.nn.Parameter(torch.empty_like(grad)) for grad in grads]
+        for holder, grad in zip(holders, grads, strict=True):
+            holder.grad = grad
+        return list(holders)
+
+    monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", clip)
+    config = autoencoder_recipe("optimizer.max_grad_norm=0.001")
+    train(config)
+    assert [row["grad_norm"] for row in rows_of(config)] == pytest.approx(norms, rel=1e-5)
+    assert min(norms) > 0.001
+
+
+def test_a_stop_within_a_row_leaves_no_trace(
+    autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    import signal
+
+    common = ("max_steps=8", "checkpoint_every=100", "log_every=3")
+    whole = autoencoder_recipe(*common, f"output_dir={tmp_path / 'whole'}")
+    train(whole)
+    original = Trainer._update
+
+    def stop_at(stop: int) -> None:
+        def update(self: Trainer, step: int, batches: Any) -> dict[str, Tensor]:
+            if step == stop:
+                signal.raise_signal(signal.SIGTERM)
+            return original(self, step, batches)
+
+        monkeypatch.setattr(Trainer, "_update", update)
+
+    config = autoencoder_recipe(*common)
+    for stop, resume in ((0, "false"), (1, "true"), (4, "true")):
+        stop_at(stop)
+        with pytest.raises(SystemExit):
+            train(autoencoder_recipe(*common, f"resume={resume}"))
+        assert load_latest(config.output_dir).step == stop + 1
+    stop_at(-1)
+    train(autoencoder_recipe(*common, "resume=true"))
+    assert [row["step"] for row in rows_of(config)] == [3, 6, 8]
+    assert rows_of(config) == rows_of(whole)
+
+
+def test_a_step_without_a_norm_is_left_out_of_its_mean(autoencoder_recipe: MakeRecipe):
+    config = autoencoder_recipe()
+    log = make_log(config)
+    for norm in (2.0, math.inf, 4.0):
+        log.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(norm)})
+    log.write(3, 0.1)
+    log.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(math.nan)})
+    log.write(4, 0.1)
+    assert rows_of(config) == [
+        {"step": 3, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 3.0},
+        {"step": 4, "loss": 1.0, "learning_rate": 0.1},
+    ]
+
+
+def test_one_loss_that_is_not_finite_is_not_averaged_away(autoencoder_recipe: MakeRecipe):
+    log = make_log(autoencoder_recipe())
+    for loss in (1.0, math.nan, 1.0):
+        log.add({"loss": torch.tensor(loss)})
+    with pytest.raises(NumericalError, match="not finite at step 7 or the 2 before it"):
+        log.write(7, 0.1)
+
+
+def test_tensorboard_reads_the_rows_once_after_a_resume(text_to_image_recipe: MakeRecipe):
+    common = (
+        *("trackers=[tensorboard]", "held_out=0.3", "validation.loss_every=1"),
+        *("validation.prompts=[red disc]", "validation.num_inference_steps=1", "validation.every=2"),
+    )
+    config = text_to_image_recipe(*common)
+    train(config)
+    before = rows_of(config)
+    # As a kill after step 4 leaves it, the newest checkpoint that of step 2.
+    for step in (3, 4):
+        shutil.rmtree(config.output_dir / f"checkpoint-{step:08d}")
+    resumed = text_to_image_recipe(*common, "resume=true")
+    train(resumed)
+    assert rows_of(resumed) == before
+    scalars = scalars_of(resumed)
+    rows = [row for row in before if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for name in ("loss", "noisy half", "learning_rate", "grad_norm"):
+        steps, values = zip(*scalars[f"train/{name}"], strict=True)
+        assert steps == (1, 2, 3, 4)
+        assert values == pytest.approx([row[name] for row in rows], rel=1e-6)
+    steps, values = zip(*scalars["validation/loss"], strict=True)
+    assert steps == (1, 2, 3, 4)
+    assert values == pytest.approx(
+        [row["validation_loss"] for row in before if "validation_loss" in row], rel=1e-6
+    )
+    assert [step for step, _ in scalars["train/samples_per_second"]] == [1, 2, 3, 4]
+    images = events_of(resumed).Images("samples/00")
+    assert [(image.step, image.width, image.height) for image in images] == [(2, 16, 16), (4, 16, 16)]
+
+
+def test_trackers_that_are_not_installed(autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "latentgen.train.run_log.find_spec", lambda name: None if name == "wandb" else find_spec(name)
+    )
+    config = autoencoder_recipe("trackers=[tensorboard, wandb]")
+    with pytest.raises(ConfigError, match="wandb is not installed; run `pip install wandb`"):
+        train(config)
+    assert not config.output_dir.exists()
+
+
+def test_the_bar_counts_on_from_where_the_run_was(
+    autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    train(autoencoder_recipe("max_steps=3"))
+    bars: list[dict[str, Any]] = []
+    original = tqdm.close
+
+    def close(self: Any) -> None:
+        if self.desc == "autoencoder":
+            bars.append({**self.format_dict, "postfix": self.postfix})
+        original(self)
+
+    monkeypatch.setattr(tqdm, "close", close)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(autoencoder_recipe("max_steps=5", "resume=true"))
+    (bar, *_) = bars
+    assert (bar["initial"], bar["n"], bar["total"]) == (3, 5, 5)
+    assert all(name in bar["postfix"] for name in ("loss=", "lr=", "samples/s="))

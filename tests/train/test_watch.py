@@ -1,0 +1,376 @@
+"""Validation: it changes nothing of the training, and says what the finished model would."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageColor
+
+from latentgen.errors import ConfigError, DatasetError, InputError, ResumeError
+from latentgen.pipelines.text_to_image import TextToImagePipeline
+from latentgen.recipe import Recipe
+from latentgen.train.checkpoint import load_latest
+from latentgen.train.config import FolderData, TrainConfig
+from latentgen.train.data import BatchPlan, open_data, sample_rng, to_tensor
+from latentgen.train.data.held_out import open_parts, split
+from latentgen.train.objectives.latent_diffusion import middles
+from latentgen.train.trainer import Trainer, train
+from tests.train.recipes import COLOURS, MakeRecipe, rows_of, scalars_of
+from tests.train.test_trainer import launch_two
+
+PROMPTS = "validation.prompts=[red disc, a house]"
+IMAGES = (PROMPTS, "validation.num_inference_steps=2", "validation.every=2", "validation.guidance_scale=3")
+LOSS = ("held_out=0.34", "validation.loss_every=2", "validation.timesteps=3", "validation.seed=9")
+RECIPES = ("autoencoder_recipe", "text_to_image_recipe", "upscale_recipe", "paired_recipe")
+WEIGHTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+def validation_losses(config: TrainConfig) -> dict[int, float]:
+    return {row["step"]: row["validation_loss"] for row in rows_of(config) if "validation_loss" in row}
+
+
+def assert_same_training(ours: TrainConfig, theirs: TrainConfig) -> None:
+    for name in WEIGHTS:
+        last = f"checkpoint-{ours.max_steps:08d}"
+        if (theirs.output_dir / last / name).is_file():
+            assert (ours.output_dir / last / name).read_bytes() == (
+                theirs.output_dir / last / name
+            ).read_bytes()
+    training = [[row for row in rows_of(run) if "loss" in row] for run in (ours, theirs)]
+    assert training[0] == training[1]
+    models = [
+        {file.name: file for file in (run.output_dir / "model").rglob("*.safetensors")}
+        for run in (ours, theirs)
+    ]
+    for name, file in models[0].items():
+        assert file.read_bytes() == models[1][name].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("ema_decay=0", "optimizer.name=adamw"), ("mixed_precision=bf16",)],
+    ids=["muon", "adamw", "bf16"],
+)
+def test_images_and_losses_change_nothing(
+    overrides: tuple[str, ...], text_to_image_recipe: MakeRecipe, tmp_path: Path
+):
+    # Dropout draws from torch's generator in every step, and must be off while the images are drawn.
+    common = (*overrides, "task.text_encoder.attention_dropout=0.3", "held_out=0.34")
+    plain = text_to_image_recipe(*common)
+    watched = text_to_image_recipe(
+        *common, *IMAGES, *LOSS, "validation.at_start=true", f"output_dir={tmp_path / 'watched'}"
+    )
+    train(plain)
+    train(watched)
+    assert_same_training(watched, plain)
+    samples = sorted(folder.name for folder in (watched.output_dir / "samples").iterdir())
+    assert samples == ["step-00000000", "step-00000002", "step-00000004"]
+    assert sorted(validation_losses(watched)) == [0, 2, 4]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_task_measures_a_loss_that_changes_nothing(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+):
+    recipe: MakeRecipe = request.getfixturevalue(name)
+    plain = recipe("held_out=0.34")
+    watched = recipe(*LOSS, f"output_dir={tmp_path / 'watched'}")
+    train(plain)
+    train(watched)
+    assert_same_training(watched, plain)
+    losses = validation_losses(watched)
+    assert sorted(losses) == [2, 4]
+    assert losses[2] != losses[4]
+
+
+def test_the_images_are_those_that_the_finished_model_draws(text_to_image_recipe: MakeRecipe):
+    config = text_to_image_recipe(*IMAGES, "validation.images_per_prompt=2", "validation.seed=7")
+    model = train(config)
+    folder = config.output_dir / "samples" / "step-00000004"
+    pipeline = TextToImagePipeline.from_pretrained(model, dtype="float32", device="cpu")
+    for number, prompt in enumerate(("red disc", "a house")):
+        result = pipeline(
+            prompt, num_inference_steps=2, guidance_scale=3, num_images_per_prompt=2, seed=7, progress=False
+        )
+        for seed, expected in zip((7, 8), result.images, strict=True):
+            with Image.open(folder / f"prompt-{number:02d}-seed-{seed}.png") as image:
+                difference = np.asarray(image, np.int16) - np.asarray(expected, np.int16)
+                written = Recipe.from_text(image.info["parameters"])
+            assert np.abs(difference).max() <= 1
+            assert (written.prompt, written.seed, written.steps) == (prompt, seed, 2)
+            assert written.other == (("Training step", "4"),)
+    with Image.open(folder / "sheet.png") as sheet:
+        assert sheet.size == (2 * 16 + 4, 2 * 16 + 4)
+    earlier = config.output_dir / "samples" / "step-00000002" / "sheet.png"
+    assert earlier.read_bytes() != (folder / "sheet.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["upscale_recipe", "paired_recipe"])
+def test_images_are_made_out_of_held_out_ones(name: str, request: pytest.FixtureRequest, tmp_path: Path):
+    from latentgen.pipelines.paired import PairedImagePipeline
+    from latentgen.pipelines.upscale import UpscalePipeline
+
+    recipe: MakeRecipe = request.getfixturevalue(name)
+    plain = recipe("held_out=0.34", "max_steps=2")
+    train(plain)
+    watched = recipe(
+        *("held_out=0.34", "max_steps=2", "validation.images=2", "validation.num_inference_steps=2"),
+        *("validation.seed=4", f"output_dir={tmp_path / 'watched'}"),
+    )
+    model = train(watched)
+    assert_same_training(watched, plain)
+    folder = watched.output_dir / "samples" / "step-00000002"
+    assert len(list(folder.iterdir())) == 2 * 3 + 1
+    assert not (model / "sheet.png").exists()
+    with Image.open(folder / "image-01-made.png") as image:
+        made, caption = np.asarray(image, np.int16), Recipe.from_text(image.info["parameters"]).prompt
+    with Image.open(folder / "image-01-true.png") as image:
+        assert caption.split()[0] in COLOURS
+        colour = ImageColor.getrgb(caption.split()[0])
+        assert image.getpixel((8, 8)) == colour
+    with Image.open(folder / "image-01-shown.png") as image:
+        shown = image.convert("RGB")
+    options = {"num_inference_steps": 2, "seed": 4, "progress": False}
+    if name == "upscale_recipe":
+        small = shown.resize((8, 8), Image.Resampling.NEAREST)
+        upscale = UpscalePipeline.from_pretrained(model, dtype="float32", device="cpu")
+        expected = upscale(caption, image=small, noise_level=0, **options).images[0]
+    else:
+        assert len({*np.asarray(shown)[8, 8].tolist()}) == 1, "grey"
+        paired = PairedImagePipeline.from_pretrained(model, dtype="float32", device="cpu")
+        expected = paired(caption, image=shown, **options).images[0]
+    assert np.abs(np.asarray(expected, np.int16) - made).max() <= 1
+
+
+def diffusers_loss(config: TrainConfig, image: Image.Image, caption: str, sample: int) -> list[float]:
+    """The squared error of one image at the timesteps 166, 500 and 833, with the finished model in diffusers."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    assert config.validation is not None
+    pipe = StableDiffusionPipeline.from_pretrained(config.output_dir / "model", safety_checker=None)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    plan = BatchPlan(config.validation.seed, 0, 2, (sample,), (sample,))
+    tokens = pipe.tokenizer(caption, padding="max_length", return_tensors="pt").input_ids
+    losses = []
+    with torch.no_grad():
+        posterior = pipe.vae.encode(to_tensor([image])).latent_dist
+        factor = pipe.vae.config.scaling_factor
+        mean, std = ((tensor * factor).half().float() for tensor in (posterior.mean, posterior.std))
+        latents = mean + std * plan.noise(mean.shape[1:], "posterior")
+        noise = plan.noise(mean.shape[1:], "noise")
+        context = pipe.text_encoder(tokens).last_hidden_state
+        for timestep in (166, 500, 833):
+            at = torch.tensor([timestep])
+            output = pipe.unet(scheduler.add_noise(latents, noise, at), at, context).sample
+            wanted = scheduler.get_velocity(latents, noise, at)
+            losses.append(float((output - wanted).square().mean()))
+    return losses
+
+
+def test_the_validation_loss_is_that_of_diffusers(text_to_image_recipe: MakeRecipe):
+    config = text_to_image_recipe(*LOSS, "trackers=[tensorboard]")
+    train(config)
+    held_out = open_parts(config).held_out
+    assert held_out is not None
+    assert len(held_out) == 2
+    views = [held_out.view(item, sample_rng(9, "cached view", item, 0)) for item in range(2)]
+    losses = [
+        diffusers_loss(config, view.image, view.captions.texts[0], sample)
+        for sample, view in enumerate(views)
+    ]
+    each = np.mean(losses, axis=0)
+    assert validation_losses(config)[4] == pytest.approx(each.mean(), rel=2e-4)
+    told = scalars_of(config)
+    for timestep, expected in zip((166, 500, 833), each, strict=True):
+        assert dict(told[f"validation/timestep {timestep}"])[4] == pytest.approx(expected, rel=2e-4)
+
+
+def test_the_validation_loss_does_not_depend_on_the_batch(text_to_image_recipe: MakeRecipe, tmp_path: Path):
+    losses = []
+    for size in (4, 1):
+        config = text_to_image_recipe(
+            *("held_out=0.5", "validation.seed=3", "validation.at_start=true", "max_steps=1"),
+            *(f"batch_size={size}", f"output_dir={tmp_path / str(size)}"),
+        )
+        train(config)
+        losses.append(validation_losses(config)[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_data_of_its_own(text_to_image_recipe: MakeRecipe, image_folder: Path, tmp_path: Path):
+    folder = tmp_path / "others"
+    folder.mkdir()
+    for name in ("red", "blue", "green"):
+        for suffix in (".png", ".txt"):
+            shutil.copy(image_folder / f"{name}{suffix}", folder)
+    data = {"kind": "imagefolder", "path": str(folder), "image_size": 16}
+    config = text_to_image_recipe(
+        f"validation.data={yaml.safe_dump(data, default_flow_style=True).strip()}", "validation.loss_images=2"
+    )
+    parts = open_parts(config)
+    assert len(parts.training) == 6
+    assert parts.held_out is not None
+    assert len(parts.held_out) == 2
+    train(config)
+    assert sorted(validation_losses(config)) == [4]
+
+
+def test_what_is_held_out_is_never_trained_on(
+    autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    from latentgen.train.data.folder import ImageFolder
+
+    seen: list[int] = []
+    original = ImageFolder.view
+
+    def view(self: ImageFolder, index: int, rng: Any) -> Any:
+        seen.append(index)
+        return original(self, index, rng)
+
+    monkeypatch.setattr(ImageFolder, "view", view)
+    monkeypatch.setattr(Trainer, "save_model", lambda *_, **__: None)
+    monkeypatch.setattr("latentgen.train.trainer.write_card", lambda *_, **__: None)
+    train(autoencoder_recipe("held_out=0.34", "max_steps=6"))
+    trained = set(seen)
+    assert len(trained) == 4
+    seen.clear()
+    held_out = open_parts(autoencoder_recipe("held_out=0.34")).held_out
+    assert held_out is not None
+    for item in range(len(held_out)):
+        held_out.view(item, sample_rng(0))
+    assert set(seen) | trained == set(range(6))
+    assert not set(seen) & trained
+
+
+def test_a_share_of_one_image_is_refused(tmp_path: Path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a", "utf-8")
+    data = open_data(FolderData(kind="imagefolder", path=tmp_path, image_size=16))
+    with pytest.raises(DatasetError, match="at least one must be left"):
+        split(data, 0.1)
+
+
+def test_what_a_stop_left_undone_is_done_when_the_run_goes_on(
+    text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    import signal
+
+    common = (*IMAGES, *LOSS, "checkpoint_every=100", "log_every=3", "trackers=[tensorboard]")
+    whole = text_to_image_recipe(*common, f"output_dir={tmp_path / 'whole'}")
+    train(whole)
+    original = Trainer._update
+
+    def update(self: Trainer, step: int, batches: Any) -> Any:
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, step, batches)
+
+    config = text_to_image_recipe(*common)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", update)
+        with pytest.raises(SystemExit):
+            train(config)
+    assert load_latest(config.output_dir).step == 2
+    assert not (config.output_dir / "samples").exists()
+    resumed = text_to_image_recipe(*common, "resume=true")
+    train(resumed)
+    assert_same_training(resumed, whole)
+    assert rows_of(resumed) == rows_of(whole)
+    for file in sorted((whole.output_dir / "samples").rglob("*.png")):
+        assert file.read_bytes() == (resumed.output_dir / file.relative_to(whole.output_dir)).read_bytes()
+    # All but the speed.
+    told = [
+        {tag: values for tag, values in scalars_of(run).items() if "second" not in tag}
+        for run in (resumed, whole)
+    ]
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("height=17", "height=17"), ("prompts=[(a cat:1001)]", "weight 1001")]
+)
+def test_prompts_that_cannot_be_drawn_are_told_before_training(
+    override: str, message: str, text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Trainer, "run", lambda _: pytest.fail("trained"))
+    with pytest.raises(InputError, match=message):
+        train(text_to_image_recipe(*IMAGES, f"validation.{override}"))
+
+
+def test_a_run_that_goes_on_may_be_watched_otherwise_but_learns_from_the_same_images(
+    autoencoder_recipe: MakeRecipe,
+):
+    train(autoencoder_recipe("max_steps=1", "held_out=0.34"))
+    resumed = autoencoder_recipe("max_steps=2", "resume=true", *LOSS)
+    train(resumed)
+    assert sorted(validation_losses(resumed)) == [2]
+    with pytest.raises(ResumeError, match=r"held_out was 0\.34, is 0\.2"):
+        train(autoencoder_recipe("max_steps=3", "resume=true", "held_out=0.2"))
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_looks_and_the_other_waits(text_to_image_recipe: MakeRecipe, tmp_path: Path):
+    common = (
+        "optimizer.name=adamw",
+        "optimizer.learning_rate=0.001",
+        "trackers=[tensorboard]",
+        *IMAGES,
+        *LOSS,
+    )
+    one = text_to_image_recipe(*common)
+    train(one)
+    options = dict(field.split("=", 1) for field in common) | {"output_dir": tmp_path / "two"}
+    with launch_two(tmp_path, options) as process:
+        assert process.wait(timeout=600) == 0
+    two = text_to_image_recipe(*common, f"output_dir={tmp_path / 'two'}")
+    assert validation_losses(two) == pytest.approx(validation_losses(one), rel=1e-4)
+    assert [step for step, _ in scalars_of(two)["validation/loss"]] == [2, 4]
+    for file in (one.output_dir / "samples").rglob("*.png"):
+        with (
+            Image.open(file) as ours,
+            Image.open(two.output_dir / file.relative_to(one.output_dir)) as theirs,
+        ):
+            assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 2
+
+
+def test_the_middles_of_the_schedule():
+    assert middles(1000, 4) == [125, 375, 625, 875]
+    assert middles(1000, 1) == [500]
+    assert middles(4, 100) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("autoencoder_recipe", (PROMPTS,), "autoencoder draws nothing from a prompt alone"),
+        ("paired_recipe", (PROMPTS,), "paired draws nothing from a prompt alone"),
+        ("text_to_image_recipe", ("validation.images=2", "held_out=0.2"), "makes no image out of another"),
+        ("paired_recipe", ("validation.images=2",), "there are none to show"),
+        ("text_to_image_recipe", ("validation={}",), "validation has nothing to do"),
+        ("text_to_image_recipe", ('validation.prompts=["a\\0b"]',), "NUL"),
+        ("text_to_image_recipe", (PROMPTS, "validation.steps=3"), "validation.steps: Extra inputs"),
+        (
+            "text_to_image_recipe",
+            ("validation.data={kind: emoji, image_size: 64}",),
+            "must be that of data, 16",
+        ),
+        (
+            "text_to_image_recipe",
+            ("held_out=0.1", "validation.data={kind: emoji, image_size: 16}"),
+            "keep one of them",
+        ),
+        ("text_to_image_recipe", ("held_out=0.6",), "held_out"),
+        ("text_to_image_recipe", ("trackers=[aim]",), "'tensorboard' or 'wandb'"),
+    ],
+)
+def test_recipes_that_ask_for_what_there_is_not(
+    recipe: str, overrides: tuple[str, ...], message: str, request: pytest.FixtureRequest
+):
+    with pytest.raises(ConfigError, match=message):
+        request.getfixturevalue(recipe)(*overrides)

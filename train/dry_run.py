@@ -1,0 +1,125 @@
+"""A run that computes a few steps and keeps nothing: what a recipe would do, and how long it would take."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from latentgen.train.config import TrainConfig
+from latentgen.train.data.held_out import open_parts
+from latentgen.train.run_folder import starting_state
+from latentgen.train.trainer import Trainer, build_accelerator, build_objective
+
+_STEPS = 3
+_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a dry run found.
+
+    Attributes:
+        config: the recipe.
+        step: from which step the run would go on; 0 for a new one.
+        trained: how many numbers are learnt.
+        parameters: how many there are in all the networks that training computes.
+        images: how many there are to learn from.
+        held_out: how many there are to measure the validation loss on.
+        samples: how many an epoch shows, views of the images that are kept included.
+        processes: how many compute a step together.
+        device: what each computes on.
+        seconds_per_step: the median over a few steps.
+        peak_bytes: memory of the device that they took; None where it is not counted.
+    """
+
+    config: TrainConfig
+    step: int
+    trained: int
+    parameters: int
+    images: int
+    held_out: int
+    samples: int
+    processes: int
+    device: str
+    seconds_per_step: float
+    peak_bytes: int | None
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        config = self.config
+        parts = config.gradient_accumulation_steps
+        each = config.batch_size // (parts * self.processes)
+        steps = max(0, config.max_steps - self.step)
+        yield f"dry run: {config.task.kind} on {self.device}, mixed_precision {config.mixed_precision}"
+        yield f"learnt:   {self.trained:,} of {self.parameters:,} parameters"
+        views = f", {self.samples:,} samples with their views" if self.samples != self.images else ""
+        held_out = f"; {self.held_out:,} more for the validation loss" if self.held_out else ""
+        yield f"images:   {self.images:,}{views}{held_out}"
+        yield (
+            f"batch:    {config.batch_size:,} = {each:,} samples x {self.processes} processes x {parts} "
+            "accumulated parts"
+        )
+        per_epoch = self.samples / config.batch_size
+        begun = f", of which {self.step:,} are done" if self.step else ""
+        yield (
+            f"steps:    {config.max_steps:,}{begun}; {per_epoch:,.4g} steps an epoch, "
+            f"{config.max_steps / per_epoch:,.4g} epochs"
+        )
+        if self.peak_bytes is not None:
+            yield f"memory:   {self.peak_bytes / 2**30:.1f} GiB on the device at its peak"
+        rate = config.batch_size / self.seconds_per_step
+        yield f"a step:   {self.seconds_per_step:.3g} s, {rate:.3g} samples/s"
+        yield (
+            f"to go:    {_duration(steps * self.seconds_per_step)} for {steps:,} steps, beside checkpoints and "
+            "validation"
+        )
+        yield f"nothing was written; {config.output_dir} is as it was"
+
+
+def dry_run(config: TrainConfig) -> Rehearsal:
+    """Open the data, build the objective, and compute a few steps; nothing is written into the run's folder.
+
+    Raises:
+        LatentgenError: as `latentgen.train.trainer.train`.
+    """
+    accelerator = build_accelerator(config)
+    state = starting_state(config)
+    torch.manual_seed(config.seed)
+    parts = open_parts(config)
+    objective = build_objective(
+        config,
+        device=accelerator.device,
+        assets=None if state is None else config.output_dir,
+        data=parts.training,
+    )
+    trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
+    counts_memory = accelerator.device.type == "cuda"
+    if counts_memory:
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    seconds = trainer.try_steps(count=_STEPS, seconds=_SECONDS)
+    return Rehearsal(
+        config=config,
+        step=0 if state is None else state.step,
+        trained=trainer.trained_parameters,
+        parameters=sum(parameter.numel() for parameter in objective.parameters()),
+        images=len(parts.training),
+        held_out=0 if parts.held_out is None else len(parts.held_out),
+        samples=len(objective.order),
+        processes=accelerator.num_processes,
+        device=str(accelerator.device),
+        seconds_per_step=statistics.median(seconds),
+        peak_bytes=torch.cuda.max_memory_allocated(accelerator.device) if counts_memory else None,
+    )
+
+
+def _duration(seconds: float) -> str:
+    """In the two largest units."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    units = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next((place for place, (count, _) in enumerate(units) if count), len(units) - 1)
+    return " ".join(f"{count} {unit}" for count, unit in units[first : first + 2])
