@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ from latentgen.train.optimizer import build_optimizer
 from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
 from latentgen.train.run_files import append_row, replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import run_lock, starting_state
+from latentgen.train.sharding import check_sharding, gathered, put_together, shell_for, spread_like, whole
 
 _AFTER_NAN = (
     "lower optimizer.learning_rate, or train with mixed_precision bf16 or no; the last checkpoint is intact"
@@ -49,7 +50,7 @@ def train(config: TrainConfig) -> Path:
     """
     accelerator = _accelerator(config)
     output_dir = config.output_dir
-    with run_lock(output_dir, enabled=accelerator.is_main_process):
+    with run_lock(output_dir, enabled=accelerator.is_main_process), lost_processes_told():
         state = starting_state(
             config, processes=accelerator.num_processes, quiet=not accelerator.is_main_process
         )
@@ -65,8 +66,7 @@ def train(config: TrainConfig) -> Path:
             if state is None:
                 objective.save_assets(output_dir)
         trainer.run()
-        if accelerator.is_main_process:
-            trainer.save_model(output_dir / "model")
+        trainer.save_model(output_dir / "model")
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir / "model"
@@ -89,16 +89,17 @@ class Trainer:
         # Before the optimiser is built, which may hold views of the weights.
         objective.to(accelerator.device)
         objective.to(memory_format=objective.memory_format)
-        self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        averaged = self.trainable if config.ema_decay else {}
-        self.ema = {name: p.detach().clone() for name, p in averaged.items()}
         self.step = 0
         if config.compile:
             objective.compile_networks()
         optimizer = build_optimizer(objective, config.optimizer)
         self._model: nn.Module
         self._optimizer: torch.optim.Optimizer
-        self._model, self._optimizer = accelerator.prepare(objective, optimizer)
+        self._model, self._optimizer = accelerator.prepare(shell_for(accelerator, objective), optimizer)
+        # As FSDP has left them: parts of what they were.
+        self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        averaged = self.trainable if config.ema_decay else {}
+        self.ema = {name: p.detach().clone() for name, p in averaged.items()}
 
     def restore(self, state: RunState) -> None:
         """Go on from a checkpoint.
@@ -119,7 +120,7 @@ class Trainer:
         Raises:
             NumericalError: the loss or the weights are not finite.
             OutputError: a checkpoint could not be written.
-            LostProcessError: another process of the run, or one that prepares batches, died.
+            LostProcessError: a process that prepares batches died.
             SystemExit: 128 + the signal's number, after a checkpoint, if SIGTERM or Ctrl-C came.
         """
         config = self.config
@@ -138,7 +139,7 @@ class Trainer:
             workers=config.workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        with StopSignal() as stop, bar, batches as prepared, lost_processes_told():
+        with StopSignal() as stop, bar, batches as prepared:
             for step in bar:
                 losses = self._update(step, prepared)
                 self.step = step + 1
@@ -154,12 +155,18 @@ class Trainer:
     def save_model(self, folder: Path) -> None:
         """Write the finished model, from the moving average if there is one; nothing can be trained afterwards.
 
+        Called in all processes, of which the main one writes.
+
         Raises:
             OutputError: a file could not be written.
         """
-        weights = {**self.objective.cpu().state_dict(), **self.ema}
-        with replaced_folder(folder) as written:
-            self.objective.save(written, weights)
+        is_main = self.accelerator.is_main_process
+        put_together(self.objective, keep=is_main)
+        ema = gathered(self.ema, keep=is_main)
+        if is_main:
+            weights = {**self.objective.cpu().state_dict(), **ema}
+            with replaced_folder(folder) as written:
+                self.objective.save(written, weights)
 
     def _plans(self) -> Iterator[BatchPlan]:
         """This process's part of all steps to come, as they are accumulated one after the other."""
@@ -220,17 +227,21 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         for name, parameter in self.trainable.items():
-            if not parameter.isfinite().all():
+            if not whole(parameter.isfinite().all()):
                 raise NumericalError(f"{name} is not finite after step {self.step}; {_AFTER_NAN}")
-        if self.accelerator.is_main_process:
+        is_main = self.accelerator.is_main_process
+        weights = gathered({name: p.detach() for name, p in self.trainable.items()}, keep=is_main)
+        ema = gathered(self.ema, keep=is_main)
+        optimizer = gathered(flatten_optimizer(self._optimizer), keep=is_main)
+        if is_main:
             sync_log(self.config.output_dir)
             scaler = self.accelerator.scaler
             state = RunState(
                 step=self.step,
                 config=self.config.model_dump(mode="json"),
-                weights={name: p.detach() for name, p in self.trainable.items()},
-                ema=self.ema,
-                optimizer=flatten_optimizer(self._optimizer),
+                weights=weights,
+                ema=ema,
+                optimizer=optimizer,
                 scaler={} if scaler is None else scaler.state_dict(),
                 processes=self.accelerator.num_processes,
             )
@@ -282,10 +293,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(f"mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
     if config.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigError("mixed_precision fp16 needs an accelerator, and there is none here; use bf16 or no")
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise ConfigError(
-            "weights cannot be sharded in training; let `accelerate config` choose neither of them"
-        )
+    check_sharding(accelerator, config)
     if config.batch_size % (parts * accelerator.num_processes):
         raise ConfigError(
             f"batch_size {config.batch_size} is not a multiple of {parts} gradient_accumulation_steps x "
@@ -302,4 +310,4 @@ def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> 
         )
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(sources[name])
+            target.copy_(spread_like(target, sources[name]))
