@@ -198,6 +198,7 @@ def test_a_process_does_not_wait_for_one_that_was_killed(autoencoder_recipe: Mak
     assert "latentgen: error: another process of this run ended" in (tmp_path / "stderr").read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["text_to_image_recipe", "paired_recipe"])
 def test_sharded_weights_are_trained_saved_and_resumed(
     recipe: str, request: pytest.FixtureRequest, tmp_path: Path
