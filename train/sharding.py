@@ -94,7 +94,7 @@ def put_together(module: nn.Module, *, keep: bool) -> None:
     for child in module.modules():
         parts = {n: p for n, p in child.named_parameters(recurse=False) if isinstance(p, DTensor)}
         for name, part in parts.items():
-            full = part.detach().full_tensor()
+            full = whole(part.detach())
             if keep:
                 child.register_parameter(name, nn.Parameter(full.cpu(), part.requires_grad))
         if parts and keep:

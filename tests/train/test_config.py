@@ -10,6 +10,7 @@ import yaml
 
 from latentgen.errors import ConfigError
 from latentgen.train.config import Optimizer, TrainConfig, load_config
+from tests.train.recipes import MakeRecipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
 
@@ -178,3 +179,13 @@ def test_learning_rate_rises_stays_and_falls():
 def test_learning_rate_is_constant_without_warmup_and_end():
     optimizer = Optimizer(learning_rate=0.5, warmup_steps=0)
     assert {optimizer.rate_at(step, 10) for step in range(10)} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("true", "latest"), ("latest", "latest"), ("auto", "auto"), ("no", "no"), ("false", "no")],
+)
+def test_words_for_resuming(given: str, read: str, autoencoder_recipe: MakeRecipe):
+    assert autoencoder_recipe(f"resume={given}").resume == read
+    with pytest.raises(ConfigError, match="resume: Input should be 'no', 'latest' or 'auto'"):
+        autoencoder_recipe("resume=yes please")
