@@ -25,6 +25,7 @@ from latentgen.checkpoints.weights import save_weights
 from latentgen.errors import CheckpointError, OutputError, ResumeError
 from latentgen.files import atomic_folder, quote, read_json, write_json
 from latentgen.train.run_files import discard
+from latentgen.train.sharding import spread_like
 
 MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -76,7 +77,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         parameter = parameters[int(index)]
         if tensor.shape == parameter.shape:
             # Fused kernels walk parameter and state side by side in memory: the state takes the parameter's strides.
-            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            spread = spread_like(parameter, tensor)
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(spread)
         state.setdefault(int(index), {})[field] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

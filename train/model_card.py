@@ -66,6 +66,8 @@ def write_card(folder: Path, config: TrainConfig, *, images: int, parameters: in
     if sheet is not None:
         with atomic_write(folder / SHEET) as target, sheet.open("rb") as source:
             shutil.copyfileobj(source, target)
+    # How the run was carried on changes nothing of what was learnt.
+    recipe = _shown(config.model_dump(exclude={"output_dir", "resume", "allow_changes"}))
     header = yaml.safe_dump(_header(kind, config), sort_keys=False)
     sections = [
         f"---\n{header}---",
@@ -77,7 +79,7 @@ def write_card(folder: Path, config: TrainConfig, *, images: int, parameters: in
         "## Use\n\nRun in the folder of this card; elsewhere name the folder in the place of `.`.",
         f"```python\n{kind.ours}```",
         *([f"With diffusers:\n\n```python\n{kind.theirs}```"] if kind.theirs else []),
-        f"## Recipe\n\n```yaml\n{yaml.safe_dump(_shown(config.model_dump()), sort_keys=False)}```",
+        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```",
     ]
     with atomic_write(folder / CARD) as file:
         file.write(("\n\n".join(sections) + "\n").encode())

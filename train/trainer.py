@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,6 +32,7 @@ from latentgen.train.processes import agree_on_signal, check_same_start, lost_pr
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import run_lock, starting_state
 from latentgen.train.run_log import AFTER_NAN, RunLog, check_trackers
+from latentgen.train.sharding import check_sharding, gathered, put_together, shell_for, spread_like, whole
 from latentgen.train.watch import Watch
 
 
@@ -54,7 +55,7 @@ def train(config: TrainConfig) -> Path:
     """
     accelerator = build_accelerator(config)
     output_dir = config.output_dir
-    with run_lock(output_dir, enabled=accelerator.is_main_process):
+    with run_lock(output_dir, enabled=accelerator.is_main_process), lost_processes_told():
         state = starting_state(
             config, processes=accelerator.num_processes, quiet=not accelerator.is_main_process
         )
@@ -73,8 +74,7 @@ def train(config: TrainConfig) -> Path:
                 objective.save_assets(output_dir)
         trainer.log.open(trainer.step)
         trainer.run()
-        if accelerator.is_main_process:
-            trainer.save_model(output_dir / "model", images=len(parts.training))
+        trainer.save_model(output_dir / "model", images=len(parts.training))
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir / "model"
@@ -105,17 +105,18 @@ class Trainer:
         # Before the optimiser is built, which may hold views of the weights.
         objective.to(accelerator.device)
         objective.to(memory_format=objective.memory_format)
-        self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        averaged = self.trainable if config.ema_decay else {}
-        average_device = "cpu" if config.memory.ema_device == "cpu" else accelerator.device
-        self.ema = {name: p.detach().to(average_device, copy=True) for name, p in averaged.items()}
         self.step = 0
         if config.compile:
             objective.compile_networks()
         optimizer = build_optimizer(objective, config.optimizer)
         self._model: nn.Module
         self._optimizer: torch.optim.Optimizer
-        self._model, self._optimizer = accelerator.prepare(objective, optimizer)
+        self._model, self._optimizer = accelerator.prepare(shell_for(accelerator, objective), optimizer)
+        # As FSDP has left them: parts of what they were.
+        self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        averaged = self.trainable if config.ema_decay else {}
+        average_device = "cpu" if config.memory.ema_device == "cpu" else accelerator.device
+        self.ema = {name: p.detach().to(average_device, copy=True) for name, p in averaged.items()}
         self.log = RunLog(config, accelerator)
         self._watch = Watch(config, accelerator, objective, self.ema, held_out, self.log)
 
@@ -139,7 +140,7 @@ class Trainer:
         Raises:
             NumericalError: the loss or the weights are not finite.
             OutputError: a checkpoint could not be written.
-            LostProcessError: another process of the run, or one that prepares batches, died.
+            LostProcessError: a process that prepares batches died.
             SystemExit: 128 + the signal's number, after a checkpoint, if SIGTERM or Ctrl-C came.
         """
         config = self.config
@@ -152,7 +153,7 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
             mininterval=1.0 if sys.stderr.isatty() else 30.0,
         )
-        with StopSignal() as stop, bar, self._prepared() as prepared, lost_processes_told():
+        with StopSignal() as stop, bar, self._prepared() as prepared:
             self._watch.begin(self.step)
             for step in bar:
                 self.log.add(self._update(step, prepared))
@@ -170,6 +171,8 @@ class Trainer:
     def save_model(self, folder: Path, *, images: int) -> None:
         """Write the finished model, from the moving average if there is one; nothing can be trained afterwards.
 
+        Called in all processes, of which the main one writes.
+
         Args:
             folder: where to; it appears as a whole.
             images: how many were learnt from, for the card.
@@ -177,12 +180,14 @@ class Trainer:
         Raises:
             OutputError: a file could not be written.
         """
-        weights = {**self.objective.cpu().state_dict(), **self.ema}
-        with replaced_folder(folder) as written:
-            self.objective.save(written, weights)
-            write_card(
-                written, self.config, images=images, parameters=self.trained_parameters, steps=self.step
-            )
+        parameters, is_main = self.trained_parameters, self.accelerator.is_main_process
+        put_together(self.objective, keep=is_main)
+        ema = gathered(self.ema, keep=is_main)
+        if is_main:
+            weights = {**self.objective.cpu().state_dict(), **ema}
+            with replaced_folder(folder) as written:
+                self.objective.save(written, weights)
+                write_card(written, self.config, images=images, parameters=parameters, steps=self.step)
 
     def _prepared(self) -> AbstractContextManager[Iterator[PlannedBatch]]:
         """This process's part of the steps to come, as they are accumulated one after the other."""
@@ -266,18 +271,21 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         for name, parameter in self.trainable.items():
-            if not parameter.isfinite().all():
+            if not whole(parameter.isfinite().all()):
                 raise NumericalError(f"{name} is not finite after step {self.step}; {AFTER_NAN}")
-        window = self.log.window(self.step)
-        if self.accelerator.is_main_process:
+        window, is_main = self.log.window(self.step), self.accelerator.is_main_process
+        weights = gathered({name: p.detach() for name, p in self.trainable.items()}, keep=is_main)
+        ema = gathered(self.ema, keep=is_main)
+        optimizer = gathered(flatten_optimizer(self._optimizer), keep=is_main)
+        if is_main:
             sync_log(self.config.output_dir)
             scaler = self.accelerator.scaler
             state = RunState(
                 step=self.step,
                 config=self.config.model_dump(mode="json"),
-                weights={name: p.detach() for name, p in self.trainable.items()},
-                ema=self.ema,
-                optimizer=flatten_optimizer(self._optimizer),
+                weights=weights,
+                ema=ema,
+                optimizer=optimizer,
                 scaler={} if scaler is None else scaler.state_dict(),
                 processes=self.accelerator.num_processes,
                 window=window,
@@ -340,10 +348,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(f"mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
     if config.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigError("mixed_precision fp16 needs an accelerator, and there is none here; use bf16 or no")
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise ConfigError(
-            "weights cannot be sharded in training; let `accelerate config` choose neither of them"
-        )
+    check_sharding(accelerator, config)
     if config.optimizer.step_in_backward and accelerator.num_processes > 1:
         raise ConfigError(
             f"optimizer.step_in_backward: gradients are used up before {accelerator.num_processes} processes have "
@@ -365,4 +370,4 @@ def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> 
         )
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(sources[name])
+            target.copy_(spread_like(target, sources[name]))

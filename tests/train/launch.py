@@ -1,7 +1,8 @@
 """Train a recipe in several processes of this machine: `python -m tests.train.launch JOBS.json`.
 
-JOBS.json lists jobs, `{"processes": 2, "arguments": [...]}`, with the arguments of `latentgen.train`; they are run one
-after the other. The processes are forked from one that has imported torch already, without a launcher that would end
+JOBS.json lists jobs, `{"processes": 2, "arguments": [...], "sharding": {}}`, with the arguments of `latentgen.train`
+and, if the weights are to be sharded, what `accelerate launch` would put into the environment; they are run one after
+the other. The processes are forked from one that has imported torch already, without a launcher that would end
 all when one ends. One line of standard output for each job: the process ids, and in the end the exit codes. What each
 process trains on is kept in `order-<rank>.jsonl` of the run's folder.
 """
@@ -15,7 +16,10 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 
 from latentgen.train import trainer
@@ -28,18 +32,30 @@ for name in ("torch._dynamo", "torch.distributed", "latentgen.train.objectives.p
     import_module(name)  # or else each process imports them
 
 
-def run(processes: int, arguments: list[str]) -> None:
+class ShardingAccelerator(Accelerator):
+    """Accelerate as its configuration with FSDP has it, which it heeds on accelerators alone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        plugin = FullyShardedDataParallelPlugin()  # reads the environment
+        if self.mixed_precision != "no":
+            plugin.set_mixed_precision(self.mixed_precision)
+        self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = plugin
+
+
+def run(processes: int, arguments: list[str], sharding: dict[str, str]) -> None:
     """Fork the processes, tell of them, and wait for all of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [start(rank, processes, port, arguments) for rank in range(processes)]
+    children = [start(rank, processes, port, arguments, sharding) for rank in range(processes)]
     print(json.dumps(children), flush=True)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     print(json.dumps(codes), flush=True)
 
 
-def start(rank: int, processes: int, port: int, arguments: list[str]) -> int:
+def start(rank: int, processes: int, port: int, arguments: list[str], sharding: dict[str, str]) -> int:
     """Fork one process of a run; its id."""
     child = os.fork()
     if child:
@@ -56,6 +72,9 @@ def start(rank: int, processes: int, port: int, arguments: list[str]) -> int:
                 "RANK": str(rank),
                 "WORLD_SIZE": str(processes),
             }
+        if sharding:
+            os.environ |= sharding
+            trainer.Accelerator = ShardingAccelerator
         note_order()
         code = train_command(arguments)
     except SystemExit as end:
@@ -81,4 +100,4 @@ def note_order() -> None:
 
 if __name__ == "__main__":
     for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
-        run(job["processes"], job["arguments"])
+        run(job["processes"], job["arguments"], job["sharding"])

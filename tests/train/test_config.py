@@ -11,6 +11,7 @@ import yaml
 
 from latentgen.errors import ConfigError
 from latentgen.train.config import Optimizer, TrainConfig, load_config
+from tests.train.recipes import MakeRecipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
 
@@ -194,3 +195,13 @@ def test_the_sections_of_the_page_on_data_load(fields: dict[str, Any], tmp_path:
     assert len(sections) == 3
     for section in sections:
         load(fields | yaml.safe_load(section), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("true", "latest"), ("latest", "latest"), ("auto", "auto"), ("no", "no"), ("false", "no")],
+)
+def test_words_for_resuming(given: str, read: str, autoencoder_recipe: MakeRecipe):
+    assert autoencoder_recipe(f"resume={given}").resume == read
+    with pytest.raises(ConfigError, match="resume: Input should be 'no', 'latest' or 'auto'"):
+        autoencoder_recipe("resume=yes please")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,22 @@ from tests.train.runs import log_of, losses_of
 ROOT = Path(__file__).parents[2]
 # AdamW of the same rate in all: torch's Muon makes more of the roundings.
 COMMON = ("optimizer.name=adamw", "optimizer.learning_rate=0.001", "checkpoint_every=1000")
+NOT_SHARDED: Mapping[str, str] = {}
+# As `accelerate launch` sets them from its configuration.
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
 # An AdamW step is as long where the gradient is nothing but roundings, as it is for the biases of attention's keys.
 GRADIENT_FLOOR = 1e-4
 
 
 @contextmanager
-def launched(tmp_path: Path, *jobs: tuple[int, Sequence[str]]) -> Iterator[subprocess.Popen[str]]:
+def launched(
+    tmp_path: Path, *jobs: tuple[int, Sequence[str]], sharding: Mapping[str, str] = NOT_SHARDED
+) -> Iterator[subprocess.Popen[str]]:
     """See tests/train/launch.py; each job is its number of processes and its overrides."""
     described = [
         {
@@ -42,6 +52,7 @@ def launched(tmp_path: Path, *jobs: tuple[int, Sequence[str]]) -> Iterator[subpr
                 str(tmp_path / "recipe.yaml"),
                 *(part for override in overrides for part in ("--set", override)),
             ],
+            "sharding": dict(sharding),
         }
         for processes, overrides in jobs
     ]
@@ -67,9 +78,11 @@ def line_of(process: subprocess.Popen[str], tmp_path: Path) -> list[int]:
     return json.loads(line)
 
 
-def run_all(tmp_path: Path, *jobs: tuple[int, Sequence[str]]) -> str:
+def run_all(
+    tmp_path: Path, *jobs: tuple[int, Sequence[str]], sharding: Mapping[str, str] = NOT_SHARDED
+) -> str:
     """Run the jobs, all of which must end well; what they said."""
-    with launched(tmp_path, *jobs) as process:
+    with launched(tmp_path, *jobs, sharding=sharding) as process:
         for processes, _ in jobs:
             line_of(process, tmp_path)
             codes = line_of(process, tmp_path)
@@ -183,6 +196,27 @@ def test_a_process_does_not_wait_for_one_that_was_killed(autoencoder_recipe: Mak
     assert killed_code == -signal.SIGKILL
     assert code == 2, (tmp_path / "stderr").read_text("utf-8")[-3000:]
     assert "latentgen: error: another process of this run ended" in (tmp_path / "stderr").read_text("utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["text_to_image_recipe", "paired_recipe"])
+def test_sharded_weights_are_trained_saved_and_resumed(
+    recipe: str, request: pytest.FixtureRequest, tmp_path: Path
+):
+    """In two processes, resumed in two, and once more in one that has all weights: as in one from the beginning."""
+    make: MakeRecipe = request.getfixturevalue(recipe)
+    # A rate that does not fall towards an end, which each part of the run would have elsewhere.
+    common = (*COMMON, "batch_size=8", "gradient_accumulation_steps=2", "optimizer.decay_fraction=0")
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    ours, theirs = (make(f"output_dir={folder}") for folder in (spread, alone))
+    run_all(tmp_path, (1, (*common, "max_steps=6", f"output_dir={alone}")))
+    on = (*common, f"output_dir={spread}", "resume=auto")
+    run_all(tmp_path, *((2, (*on, f"max_steps={steps}")) for steps in (2, 4)), sharding=SHARDED)
+    assert load_latest(spread).step == 4
+    said = run_all(tmp_path, (1, (*on, "max_steps=6")))
+    assert "computed by 2 processes and goes on with 1" in said
+    assert losses_of(ours) == pytest.approx(losses_of(theirs), rel=1e-5)
+    assert_same_training(spread, alone)
 
 
 def test_processes_that_do_not_share_the_folder_are_told(autoencoder_recipe: MakeRecipe, tmp_path: Path):

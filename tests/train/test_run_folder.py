@@ -118,3 +118,62 @@ def test_the_log_keeps_what_will_not_be_run_again(tmp_path: Path):
     trim_log(tmp_path, 0)
     assert (tmp_path / LOG).read_text("utf-8") == ""
     trim_log(tmp_path / "new", 0)
+
+
+def test_auto_begins_or_goes_on(autoencoder_recipe: MakeRecipe):
+    assert starting_state(autoencoder_recipe("resume=auto")) is None
+    save_state_of(autoencoder_recipe())
+    state = starting_state(autoencoder_recipe("resume=auto"))
+    assert state is not None
+    assert state.step == 3
+
+
+@pytest.mark.parametrize("resume", ["latest", "auto"])
+def test_a_run_of_which_nothing_is_whole_is_no_new_run(resume: str, autoencoder_recipe: MakeRecipe):
+    config = autoencoder_recipe()
+    save_state_of(config)
+    (config.output_dir / "checkpoint-00000003" / "manifest.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="not whole"),
+        pytest.raises(ResumeError, match="no whole checkpoint; delete them or choose another output_dir"),
+    ):
+        starting_state(autoencoder_recipe(f"resume={resume}"))
+
+
+@pytest.mark.parametrize("allowed", ["optimizer.learning_rate", "optimizer"])
+def test_changes_that_are_allowed_are_told(allowed: str, autoencoder_recipe: MakeRecipe):
+    save_state_of(autoencoder_recipe())
+    changes = ("resume=true", "optimizer.learning_rate=0.1")
+    with pytest.raises(ResumeError, match=r"add --set 'allow_changes=\[optimizer\.learning_rate\]'$"):
+        starting_state(autoencoder_recipe(*changes))
+    with pytest.warns(
+        UserWarning, match=r"from step 3 on .* another: optimizer\.learning_rate was 0\.003, is 0\.1$"
+    ):
+        assert starting_state(autoencoder_recipe(*changes, f"allow_changes=[{allowed}]")) is not None
+    with pytest.raises(ResumeError, match="seed was 5, is 6; to change it"):
+        starting_state(autoencoder_recipe(*changes, "seed=6", f"allow_changes=[{allowed}]"))
+
+
+def test_some_changes_mean_another_run(autoencoder_recipe: MakeRecipe):
+    save_state_of(autoencoder_recipe())
+    with pytest.raises(
+        ResumeError, match=r"optimizer\.name was muon, is adamw; optimizer\.name cannot change within a run"
+    ):
+        starting_state(
+            autoencoder_recipe(
+                "resume=true", "optimizer.name=adamw", "allow_changes=[optimizer.name, optimizer]"
+            )
+        )
+
+
+def test_another_number_of_processes_is_told(
+    autoencoder_recipe: MakeRecipe, recwarn: pytest.WarningsRecorder
+):
+    config = autoencoder_recipe()
+    fields = config.model_dump(mode="json")
+    save_checkpoint(config.output_dir, RunState(3, fields, {}, {}, {}, {}, processes=4), keep=1)
+    starting_state(autoencoder_recipe("resume=true"), processes=4)
+    starting_state(autoencoder_recipe("resume=true"), processes=2, quiet=True)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="computed by 4 processes and goes on with 2"):
+        starting_state(autoencoder_recipe("resume=true"), processes=2)
