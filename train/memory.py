@@ -41,7 +41,9 @@ class Activations(NamedTuple):
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes that one process holds on its device when a step needs most.
+    """Bytes of tensors that one process holds on its device when a step needs most.
+
+    What kernels need as scratch, and what an allocator loses between tensors, come on top.
 
     Attributes:
         frozen: weights that are not trained.
