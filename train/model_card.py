@@ -19,6 +19,11 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.samples import SHEET, latest_sheet
 
 CARD = "README.md"
+# How a run was carried on changes nothing of what was learnt.
+_UNTOLD = (
+    *("output_dir", "resume", "allow_changes", "checkpoint_every", "keep_checkpoints"),
+    *("log_every", "workers", "trackers"),
+)
 _LORA = "pytorch_lora_weights.safetensors"
 _EMBEDDING = "learned_embeds.safetensors"
 _EMBEDDED = "EMBEDDED_DEFAULT"
@@ -66,8 +71,7 @@ def write_card(folder: Path, config: TrainConfig, *, images: int, parameters: in
     if sheet is not None:
         with atomic_write(folder / SHEET) as target, sheet.open("rb") as source:
             shutil.copyfileobj(source, target)
-    # How the run was carried on changes nothing of what was learnt.
-    recipe = _shown(config.model_dump(exclude={"output_dir", "resume", "allow_changes"}))
+    recipe = _shown(config.model_dump(exclude=set(_UNTOLD)))
     header = yaml.safe_dump(_header(kind, config), sort_keys=False)
     sections = [
         f"---\n{header}---",
