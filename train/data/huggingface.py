@@ -67,6 +67,10 @@ class HuggingFaceSet:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def bucket(self, index: int) -> tuple[int, int]:
+        """Height and width of the views of item `index`."""
+        return self.image_size, self.image_size
+
     def view(self, index: int, rng: random.Random) -> View:
         """The middle square of the image, scaled to `image_size`; nothing is random.
 

@@ -79,6 +79,10 @@ class ShardSet:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def bucket(self, index: int) -> tuple[int, int]:
+        """Height and width of the views of item `index`."""
+        return self.image_size, self.image_size
+
     def view(self, index: int, rng: random.Random) -> View:
         """The middle square of the image, scaled to `image_size`; nothing is random.
 

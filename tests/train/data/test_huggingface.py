@@ -119,7 +119,9 @@ def test_columns_of_other_names_and_several_captions(tmp_path: Path):
     )
     data = open_set(tmp_path / "set", image_column="photo", caption_column="titles")
     assert data.view(1, random.Random(0)).captions == (("green disc", "a disc"), (1.0, 1.0))
-    lacking = r"lacks data\.image_column 'image' and data\.caption_column 'prompt'; its columns are: photo, text, titles"
+    lacking = (
+        r"lacks data\.image_column 'image' and data\.caption_column 'prompt'; its columns are: photo, text"
+    )
     with pytest.raises(DatasetError, match=lacking):
         open_set(tmp_path / "set", caption_column="prompt")
     with pytest.raises(DatasetError, match="column 'number' holds no images but"):

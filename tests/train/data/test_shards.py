@@ -7,6 +7,8 @@ import io
 import json
 import os
 import random
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +28,7 @@ from latentgen.train.data.shards import ShardSet, expand_shards, shard_order
 from latentgen.train.trainer import train
 from tests.train.recipes import COLOURS, MakeRecipe
 
+ROOT = Path(__file__).parents[3]
 Member = tuple[str, bytes]
 
 
@@ -307,6 +310,38 @@ def test_a_shard_that_changes_during_the_run(folder: Path):
     os.truncate(folder / "part-001.tar", 700)
     with pytest.raises(DatasetError, match="is cut off: the file has become shorter"):
         view(data, 1)
+
+
+_WORKER = """
+import sys, torch.distributed as dist
+from pathlib import Path
+from latentgen.errors import DatasetError
+from latentgen.train.data import shards
+from tests.train.data.test_shards import open_shards
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+surveyed = []
+survey = shards.survey_shard
+shards.survey_shard = lambda path, *, decode: (surveyed.append(path.name), survey(path, decode=decode))[1]
+data = open_shards(folder / "part-*.tar", index_dir=folder / "index")
+assert surveyed == [["part-000.tar", "part-002.tar"], ["part-001.tar"]][rank], surveyed
+assert len(data.corpus()) == 6
+try:
+    open_shards(folder / "*.tar", index_dir=folder / "index")
+except DatasetError as error:
+    assert "1 problems" in str(error), error
+    assert surveyed[2 - rank:] == ["bad.tar"] * (1 - rank), surveyed
+else:
+    raise AssertionError
+dist.destroy_process_group()
+"""
+
+
+def test_each_process_looks_into_its_share(folder: Path):
+    write_tar(folder / "bad.tar", [("a.png", b"none"), ("a.txt", b"a")])
+    command = [sys.executable, "-c", _WORKER, str(folder)]
+    workers = [subprocess.Popen([*command, str(rank)], cwd=ROOT) for rank in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
 
 
 def test_few_files_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch):
