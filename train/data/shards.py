@@ -142,8 +142,7 @@ def _survey_all(paths: Sequence[Path], config: WebDataset) -> list[ShardSurvey]:
     if index is not None:
         shared = {path: _survey(path, config, index) for path in _bar(own_share(paths))}
         index.flush()
-        # The index holds no shard with problems.
-        found = dict(gather([(path, survey) for path, survey in shared.items() if survey.problems]))
+        found = dict(gather([(path, survey) for path, survey in shared.items() if not _fits_index(survey)]))
         index.refresh()
     left = [path for path in paths if path not in found]
     found |= {path: _survey(path, config, index) for path in _bar(left, disable=index is not None)}
@@ -161,11 +160,16 @@ def _survey(path: Path, config: WebDataset, index: TensorCache | None) -> ShardS
                 samples = Samples(*(entry[name].numpy() for name in Samples._fields))
                 return ShardSurvey(samples, [], json.loads(entry["bad_images"].numpy().tobytes()))
     survey = survey_shard(path, decode=config.check_images)
-    if not survey.problems and len(survey.samples.json):
+    if _fits_index(survey):
         arrays = {name: torch.from_numpy(array) for name, array in survey.samples._asdict().items()}
         bad = torch.from_numpy(np.frombuffer(json.dumps(survey.bad_images).encode(), np.uint8).copy())
         index.put(keys[config.check_images], {**arrays, "bad_images": bad})
     return survey
+
+
+def _fits_index(survey: ShardSurvey) -> bool:
+    """Whether the index keeps what was found: not what the user is about to mend, and no empty arrays."""
+    return not survey.problems and len(survey.samples.json) > 0
 
 
 def _index_keys(path: Path) -> dict[bool, str]:
