@@ -146,6 +146,8 @@ def _survey_all(paths: Sequence[Path], config: WebDataset) -> list[ShardSurvey]:
         index.refresh()
     left = [path for path in paths if path not in found]
     found |= {path: _survey(path, config, index) for path in _bar(left, disable=index is not None)}
+    if index is not None:
+        index.flush()  # on a machine that does not see the folder of the others
     return [found[path] for path in paths]
 
 
