@@ -78,6 +78,7 @@ FREE_FIELDS = frozenset(
         "log_every",
         "resume",
         "task.cache_dir",
+        "data.index_dir",
     }
 )
 

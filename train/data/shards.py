@@ -191,14 +191,15 @@ def _bar(paths: Sequence[Path], *, disable: bool = False) -> Iterable[Path]:
 
 
 def shard_order(
-    seed: int, epoch: int, counts: Sequence[int], *, together: int = SHARDS_TOGETHER
+    seed: int, epoch: int, counts: Sequence[int], *, together: int = SHARDS_TOGETHER, bucket: int = 0
 ) -> NDArray[np.int64]:
     """The order in which an epoch shows the items of shards that hold `counts` of them: each item once.
 
     The shards are shuffled, and then the items of every `together` shards that follow each other, so that no more than
-    these are read from at a time. It is a function of its arguments alone: a run that resumes goes on in it.
+    these are read from at a time. It is a function of its arguments alone: a run that resumes goes on in it. Buckets,
+    for sets whose images have several sizes, have orders of their own.
     """
-    generator = np.random.RandomState(sample_rng(seed, "shards", epoch).getrandbits(32))
+    generator = np.random.RandomState(sample_rng(seed, "shards", epoch, bucket).getrandbits(32))
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
     shards = generator.permutation(len(counts))
     groups = []

@@ -38,6 +38,11 @@ def picture(colour: str, size: tuple[int, int] = (12, 10), kind: str = "PNG") ->
     return file.getvalue()
 
 
+def middle(image: Image.Image) -> Image.Image:
+    """Of 12x10 pixels the middle, 8x8."""
+    return image.resize((10, 8), Image.Resampling.LANCZOS).crop((1, 0, 9, 8))
+
+
 def write_tar(path: Path, members: Iterable[Member], *, form: int = tarfile.PAX_FORMAT) -> Path:
     with tarfile.open(path, "w", format=form) as archive:
         for name, data in members:
@@ -111,8 +116,8 @@ def test_it_reads_what_webdataset_reads(tmp_path: Path, form: int):
     assert len(data) == len(theirs) == 5
     for index, (image, caption) in enumerate(theirs):
         assert view(data, index).captions.texts == (caption,)
-        expected = packed.view_of(Image.open(io.BytesIO(image)).convert("RGB"), (caption,), 8)
-        assert np.array_equal(view(data, index).image, expected.image)
+        expected = middle(Image.open(io.BytesIO(image)).convert("RGB"))
+        assert np.array_equal(view(data, index).image, expected)
 
 
 def test_several_captions(tmp_path: Path):
@@ -395,7 +400,7 @@ def test_an_epoch_shows_every_item_once_and_reads_few_shards_at_a_time():
 
 
 def test_an_order_never_changes():
-    assert shard_order(1, 2, [3, 3, 2], together=2).tolist() == [2, 1, 7, 0, 6, 4, 3, 5]
+    assert shard_order(1, 2, [3, 3, 2], together=2).tolist() == [3, 6, 5, 4, 7, 0, 1, 2]
 
 
 def test_a_run_from_shards_is_one_from_a_folder(
