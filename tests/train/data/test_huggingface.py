@@ -118,7 +118,7 @@ def test_columns_of_other_names_and_several_captions(tmp_path: Path):
         tmp_path / "set"
     )
     data = open_set(tmp_path / "set", image_column="photo", caption_column="titles")
-    assert data.view(1, random.Random(0)).captions == (("green disc", "a disc"), (1.0, 1.0))
+    assert data.view(1, random.Random(0)).captions.texts == ("green disc", "a disc")
     lacking = (
         r"lacks data\.image_column 'image' and data\.caption_column 'prompt'; its columns are: photo, text"
     )

@@ -125,7 +125,7 @@ def test_several_captions(tmp_path: Path):
         tmp_path / "shard.tar",
         [("a.png", picture("red")), ("a.json", json.dumps({"text": ["one", "two"]}).encode())],
     )
-    assert view(open_shards(path), 0).captions == (("one", "two"), (1.0, 1.0))
+    assert view(open_shards(path), 0).captions.texts == ("one", "two")
 
 
 BAD_SAMPLES: list[Member] = [
@@ -389,9 +389,9 @@ def test_an_epoch_shows_every_item_once_and_reads_few_shards_at_a_time():
     counts = [7, 0, 12, 5, 9, 30, 1, 8, 8, 20]
     shard_of = np.repeat(np.arange(10), counts)
     orders = [shard_order(3, epoch, counts, together=2) for epoch in range(3)]
-    for order in orders:
-        assert sorted(order) == list(range(100))
-        spans = {shard: np.flatnonzero(shard_of[order] == shard) for shard in range(10) if counts[shard]}
+    for items in orders:
+        assert sorted(items) == list(range(100))
+        spans = {shard: np.flatnonzero(shard_of[items] == shard) for shard in range(10) if counts[shard]}
         open_at = [sum(span[0] <= place <= span[-1] for span in spans.values()) for place in range(100)]
         assert max(open_at) <= 2
     assert not np.array_equal(orders[0], orders[1])
