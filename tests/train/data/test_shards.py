@@ -423,3 +423,19 @@ def test_a_run_from_shards_is_one_from_a_folder(
     for name in ("weights.safetensors", "optimizer.safetensors"):
         files = [config.output_dir / "checkpoint-00000004" / name for config in (ours, theirs)]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_over_shards_resumes_as_if_it_had_not_stopped(
+    text_to_image_recipe: MakeRecipe, folder: Path, tmp_path: Path
+):
+    fields = f"{{kind: webdataset, shards: '{folder}/part-*.tar', image_size: 16}}"
+    overrides = [f"data={fields}", "optimizer.decay_fraction=0"]
+    cut = f"output_dir={tmp_path / 'cut'}"
+    train(text_to_image_recipe(*overrides, cut, "max_steps=2"))
+    resumed = text_to_image_recipe(*overrides, cut, "resume=true", f"data.index_dir={tmp_path / 'index'}")
+    train(resumed)
+    whole = text_to_image_recipe(*overrides, f"output_dir={tmp_path / 'whole'}")
+    train(whole)
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        files = [config.output_dir / "checkpoint-00000004" / name for config in (resumed, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes()
