@@ -150,9 +150,7 @@ FREE_FIELDS = frozenset(
         "validation",
         "trackers",
         "task.cache_dir",
-        "memory.gradient_checkpointing",
-        "memory.ema_device",
-        "memory.planner",
+        "data.index_dir",
     }
 )
 # And those in which it may not even if allow_changes names them: the checkpoint would mean nothing.

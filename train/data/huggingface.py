@@ -68,7 +68,7 @@ class HuggingFaceSet:
         return len(self._rows)
 
     def bucket(self, index: int) -> tuple[int, int]:
-        """All views are squares."""
+        """Height and width of the views of item `index`."""
         return self.image_size, self.image_size
 
     def view(self, index: int, rng: random.Random) -> View:

@@ -80,7 +80,7 @@ class ShardSet:
         return self._ends[-1]
 
     def bucket(self, index: int) -> tuple[int, int]:
-        """All views are squares."""
+        """Height and width of the views of item `index`."""
         return self.image_size, self.image_size
 
     def view(self, index: int, rng: random.Random) -> View:
@@ -142,11 +142,12 @@ def _survey_all(paths: Sequence[Path], config: WebDataset) -> list[ShardSurvey]:
     if index is not None:
         shared = {path: _survey(path, config, index) for path in _bar(own_share(paths))}
         index.flush()
-        # The index holds no shard with problems.
-        found = dict(gather([(path, survey) for path, survey in shared.items() if survey.problems]))
+        found = dict(gather([(path, survey) for path, survey in shared.items() if not _fits_index(survey)]))
         index.refresh()
     left = [path for path in paths if path not in found]
     found |= {path: _survey(path, config, index) for path in _bar(left, disable=index is not None)}
+    if index is not None:
+        index.flush()  # on a machine that does not see the folder of the others
     return [found[path] for path in paths]
 
 
@@ -161,11 +162,16 @@ def _survey(path: Path, config: WebDataset, index: TensorCache | None) -> ShardS
                 samples = Samples(*(entry[name].numpy() for name in Samples._fields))
                 return ShardSurvey(samples, [], json.loads(entry["bad_images"].numpy().tobytes()))
     survey = survey_shard(path, decode=config.check_images)
-    if not survey.problems and len(survey.samples.json):
+    if _fits_index(survey):
         arrays = {name: torch.from_numpy(array) for name, array in survey.samples._asdict().items()}
         bad = torch.from_numpy(np.frombuffer(json.dumps(survey.bad_images).encode(), np.uint8).copy())
         index.put(keys[config.check_images], {**arrays, "bad_images": bad})
     return survey
+
+
+def _fits_index(survey: ShardSurvey) -> bool:
+    """Whether the index keeps what was found: not what the user is about to mend, and no empty arrays."""
+    return not survey.problems and len(survey.samples.json) > 0
 
 
 def _index_keys(path: Path) -> dict[bool, str]:
@@ -185,14 +191,15 @@ def _bar(paths: Sequence[Path], *, disable: bool = False) -> Iterable[Path]:
 
 
 def shard_order(
-    seed: int, epoch: int, counts: Sequence[int], *, together: int = SHARDS_TOGETHER
+    seed: int, epoch: int, counts: Sequence[int], *, together: int = SHARDS_TOGETHER, bucket: int = 0
 ) -> NDArray[np.int64]:
     """The order in which an epoch shows the items of shards that hold `counts` of them: each item once.
 
     The shards are shuffled, and then the items of every `together` shards that follow each other, so that no more than
-    these are read from at a time. It is a function of its arguments alone: a run that resumes goes on in it.
+    these are read from at a time. It is a function of its arguments alone: a run that resumes goes on in it. Buckets,
+    for sets whose images have several sizes, have orders of their own.
     """
-    generator = np.random.RandomState(sample_rng(seed, "shards", epoch).getrandbits(32))
+    generator = np.random.RandomState(sample_rng(seed, "shards", epoch, bucket).getrandbits(32))
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
     shards = generator.permutation(len(counts))
     groups = []

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,6 +193,7 @@ def _members(path: Path, problems: list[str]) -> Iterator[Extent]:
 
 
 def _headers(path: Path, problems: list[str]) -> Iterator[Extent]:
+    archive: Any  # the stubs know nothing of its members
     with tarfile.open(path, "r:") as archive:
         end = 0
         while (member := archive.next()) is not None:

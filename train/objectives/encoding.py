@@ -61,11 +61,15 @@ class ViewSource:
         """A fixed view: those of one item follow each other."""
         item, number = divmod(index, self.per_item)
         view = self.data.view(item, sample_rng(self.seed, "cached view", item, number))
-        return view if self.change is None else self.change(view, sample_rng(self.seed, "degradation", index))
+        return view if self.change is None else self.change(view, self.change_rng(index))
+
+    def change_rng(self, index: int) -> random.Random:
+        """The generator that a fixed view is changed with."""
+        return sample_rng(self.seed, "degradation", index)
 
     def fresh(self, plan: BatchPlan) -> list[View]:
         """A new view for each sample of a batch."""
-        places = list(zip(plan.items, plan.rngs("view"), plan.rngs("degradation"), strict=True))
+        places = list(zip(plan.items, plan.rngs("view"), self.fresh_change_rngs(plan), strict=True))
 
         def draw(place: tuple[int, random.Random, random.Random]) -> View:
             item, rng, change_rng = place
@@ -73,6 +77,10 @@ class ViewSource:
             return view if self.change is None else self.change(view, change_rng)
 
         return _in_threads(draw, places)
+
+    def fresh_change_rngs(self, plan: BatchPlan) -> list[random.Random]:
+        """The generators that new views are changed with."""
+        return list(plan.rngs("degradation"))
 
 
 class EncodedViews(ABC):
@@ -87,11 +95,12 @@ class EncodedViews(ABC):
         """Mean and standard deviation of the latents of each sample's view: float16 [2, C, h, w] each."""
 
     @abstractmethod
-    def shown(self, plan: BatchPlan) -> Tensor:
-        """What the UNet is shown of each sample's `before`.
+    def shown_rows(self, plan: BatchPlan) -> list[Tensor]:
+        """What is kept of the image `before` of each sample's view: as `posteriors`, or its pixels, uint8 [3, H, W]."""
 
-        That is the mean of its latents, float16 [B, C, h, w], or its pixels, uint8 [B, 3, H, W].
-        """
+    @abstractmethod
+    def change_rngs(self, plan: BatchPlan) -> list[random.Random]:
+        """A generator for each sample as that which the source's `change` was given for its view."""
 
     @property
     @abstractmethod
@@ -102,6 +111,16 @@ class EncodedViews(ABC):
         """A draw from the posterior of each sample, float32 [B, C, h, w]."""
         mean, std = torch.stack(self.posteriors(plan)).float().unbind(1)
         return mean + std * plan.noise(mean.shape[1:], "posterior")
+
+    def shown(self, plan: BatchPlan) -> Tensor:
+        """The mean of the latents of each `before`, float16 [B, C, h, w], or the pixels, uint8 [B, 3, H, W]."""
+        rows = self.shown_rows(plan)
+        return torch.stack([row[0] if row.is_floating_point() else row for row in rows])
+
+    def shown_latents(self, plan: BatchPlan) -> Tensor:
+        """A draw from the posterior of each `before`, float32 [B, C, h, w]."""
+        mean, std = torch.stack(self.shown_rows(plan)).float().unbind(1)
+        return mean + std * plan.noise(mean.shape[1:], "shown posterior")
 
     def draw_captions(self, plan: BatchPlan, dropout: float) -> list[str]:
         """A caption for each sample, left empty at the rate of `dropout` (arXiv:2207.12598)."""
@@ -138,7 +157,10 @@ class EncodedViews(ABC):
 class KeptViews(EncodedViews):
     """Views that were encoded once; a plan's items are their indices."""
 
-    def __init__(self, facts: Sequence[ViewFacts], latents: _Rows, shown: _Rows | None) -> None:
+    def __init__(
+        self, source: ViewSource, facts: Sequence[ViewFacts], latents: _Rows, shown: _Rows | None
+    ) -> None:
+        self._source = source
         self._facts = facts
         self._latents = latents
         self._shown = shown
@@ -154,16 +176,18 @@ class KeptViews(EncodedViews):
     def posteriors(self, plan: BatchPlan) -> list[Tensor]:
         return [self._latents[item] for item in plan.items]
 
-    def shown(self, plan: BatchPlan) -> Tensor:
+    def shown_rows(self, plan: BatchPlan) -> list[Tensor]:
         assert self._shown is not None  # encode_views was told of it
-        rows = [self._shown[item] for item in plan.items]
-        return torch.stack([row[0] if row.is_floating_point() else row for row in rows])
+        return [self._shown[item] for item in plan.items]
+
+    def change_rngs(self, plan: BatchPlan) -> list[random.Random]:
+        return [self._source.change_rng(item) for item in plan.items]
 
 
 class _Batch(NamedTuple):
     facts: list[ViewFacts]
     posteriors: list[Tensor]
-    shown: Tensor | None
+    shown: list[Tensor]
 
 
 class FreshViews(EncodedViews):
@@ -189,21 +213,22 @@ class FreshViews(EncodedViews):
     def posteriors(self, plan: BatchPlan) -> list[Tensor]:
         return self._batch(plan).posteriors
 
-    def shown(self, plan: BatchPlan) -> Tensor:
-        shown = self._batch(plan).shown
-        assert shown is not None  # encode_views was told of it
-        return shown
+    def shown_rows(self, plan: BatchPlan) -> list[Tensor]:
+        return self._batch(plan).shown
+
+    def change_rngs(self, plan: BatchPlan) -> list[random.Random]:
+        return self._source.fresh_change_rngs(plan)
 
     def _encode(self, plan: BatchPlan) -> _Batch:
         refuse_in_worker(self._encoder.device, "with task.cached_views 0 images are encoded")
         views = self._source.fresh(plan)
         facts = [self._encoder.facts(view) for view in views]
         posteriors = self._encoder.encode([view.image for view in views])
-        before = [_before(view) for view in views] if self._shown != "nothing" else []
+        shown: list[Tensor] = []
         if self._shown == "latents":
-            shown = torch.stack([row[0] for row in self._encoder.encode(before)])
-        else:
-            shown = torch.stack([pixels_of(image) for image in before]) if before else None
+            shown = self._encoder.encode([_before(view) for view in views])
+        elif self._shown == "pixels":
+            shown = [pixels_of(_before(view)) for view in views]
         return _Batch(facts, posteriors, shown)
 
 
@@ -264,7 +289,7 @@ def _encode_to_memory(encoder: ViewEncoder, source: ViewSource, shown: Shown) ->
         elif shown == "pixels":
             before[index] = pixels_of(_before(view))
     queue.finish()
-    return KeptViews(facts, latents, None if shown == "nothing" else before)
+    return KeptViews(source, facts, latents, None if shown == "nothing" else before)
 
 
 class _Filed(NamedTuple):
@@ -287,6 +312,7 @@ def _encode_to_disk(encoder: ViewEncoder, source: ViewSource, shown: Shown, cach
     views = [filed[index] for index in range(len(source))]
     shown_keys = [view.shown_key for view in views if view.shown_key is not None]
     return KeptViews(
+        source,
         [view.facts for view in views],
         _CachedRows(cache, [view.key for view in views]),
         _CachedRows(cache, shown_keys) if shown_keys else None,

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from latentgen.checkpoints.folder import CheckpointFolder
-from latentgen.errors import CheckpointCorruptError, ConfigError
+from latentgen.errors import CheckpointCorruptError, ConfigError, DatasetError
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, Captions, View, to_tensor
@@ -241,6 +241,35 @@ def test_fresh_views_are_encoded_once_a_batch(encoder: ImageEncoder, encoded_ima
         views.masks_of(plan(1, 3))
         views.size_conditions(plan(1, 3))
     assert encoded_images == [2]
+
+
+@pytest.mark.parametrize("per_item", [0, 2])
+def test_what_is_shown_is_changed_with_random_numbers_that_can_be_had_again(
+    encoder: ImageEncoder, per_item: int, tmp_path: Path
+):
+    def brightened(view: View, rng: random.Random) -> View:
+        return view._replace(before=view.image.point([rng.randrange(200, 256)] * 768))
+
+    source = ViewSource(Scribbles(), per_item, 0, brightened)
+    batch = plan(0, 4, 4)
+    in_latents = encode_views(encoder, CPU, source, shown="latents", cache_dir=tmp_path)
+    in_pixels = encode_views(encoder, CPU, source, shown="pixels", cache_dir=tmp_path)
+    pixels = in_pixels.shown(batch)
+    assert pixels.dtype == torch.uint8
+    levels = [rng.randrange(200, 256) for rng in in_pixels.change_rngs(batch)]
+    assert [row.unique().tolist() for row in pixels] == [[level] for level in levels]
+    assert (len(set(levels)) == 3) == (per_item == 0)
+    with torch.no_grad():
+        posterior = encoder(pixels.float() / 127.5 - 1)
+    torch.testing.assert_close(in_latents.shown(batch).float(), posterior.mean, atol=1e-3, rtol=1e-3)
+    noise = batch.noise(posterior.mean.shape[1:], "shown posterior")
+    torch.testing.assert_close(in_latents.shown_latents(batch), posterior.sample(noise), atol=2e-3, rtol=1e-3)
+    assert torch.equal(in_latents.latents(batch), in_pixels.latents(batch))
+
+
+def test_a_view_that_shows_nothing(encoder: ImageEncoder):
+    with pytest.raises(DatasetError, match="no image that it is an edit of"):
+        encode_views(encoder, CPU, ViewSource(Scribbles(), 1, 0), shown="latents")
 
 
 def test_fresh_batches_are_functions_of_their_plans(recipe: MakeRecipe, tmp_path: Path):
