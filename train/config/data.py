@@ -127,7 +127,7 @@ class KohyaData(FramedData):
     on_bad_image: Literal["error", "skip"] = "error"
 
 
-class PackedData(Section):
+class PackedData(FramedData):
     """What training sets have in common that lie in a few large files.
 
     With `check_images` every sample is read and decoded once before training begins; without it nothing is read ahead,
@@ -135,15 +135,18 @@ class PackedData(Section):
     left out with a warning (`skip`), which `check_images` has to find.
     """
 
-    image_size: Annotated[int, Field(ge=8, le=4096)]
     on_bad_image: Literal["error", "skip"] = "error"
     check_images: bool = True
 
     @model_validator(mode="after")
-    def _can_skip(self) -> Self:
+    def _checks_enough(self) -> Self:
         if self.on_bad_image == "skip" and not self.check_images:
             raise ValueError(
                 "on_bad_image: skip needs check_images: true, as what is left out must be known before"
+            )
+        if self.buckets and not self.check_images:
+            raise ValueError(
+                "buckets needs check_images: true, as the sizes of all images must be known before"
             )
         return self
 

@@ -14,14 +14,15 @@ from latentgen.files import quote, read_json, safe_join
 from latentgen.image_file import read_image_bytes
 from latentgen.train.config import HuggingFaceData
 from latentgen.train.data import View
+from latentgen.train.data.framing import Size
 from latentgen.train.data.packed import (
     MAX_IMAGE_BYTES,
+    PackedFraming,
     captions_of,
     image_size,
     in_threads,
     leave_out,
     refuse,
-    view_of,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class HuggingFaceSet:
 
     def __init__(self, config: HuggingFaceData) -> None:
         self.image_size = config.image_size
+        self._framing = PackedFraming(config)
+        self._sizes: dict[int, Size] = {}
         self._where = quote(config.path) + (f", split {quote(config.split)}" if config.split else "")
         self._image, self._caption = config.image_column, config.caption_column
         self._table = _with_columns(_open(config), config)
@@ -67,12 +70,12 @@ class HuggingFaceSet:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def bucket(self, index: int) -> tuple[int, int]:
+    def bucket(self, index: int) -> Size:
         """Height and width of the views of item `index`."""
-        return self.image_size, self.image_size
+        return self._framing.bucket(self._sizes.get(self._rows[index], (0, 0)))
 
     def view(self, index: int, rng: random.Random) -> View:
-        """The middle square of the image, scaled to `image_size`; nothing is random.
+        """The image scaled to cover its rectangle, and cropped; random where the recipe says so.
 
         Raises:
             DatasetError: the row cannot be used.
@@ -81,14 +84,14 @@ class HuggingFaceSet:
         fields = self._table[row]
         try:
             image = read_image_bytes(_image_bytes(fields[self._image]), self._image)
-            return view_of(image, captions_of(fields[self._caption]), self.image_size)
+            return self._framing.view(image, captions_of(fields[self._caption]), rng)
         except InputError as error:
             raise DatasetError(f"{self._where}, row {row}: {error}") from error
 
     def corpus(self) -> list[str]:
         """All captions of each row."""
         column = self._table[self._caption]
-        return [text for row in self._rows for text in captions_of(column[row])]
+        return [text for row in self._rows for text in self._framing.texts(captions_of(column[row]))]
 
     def _check(self) -> tuple[list[str], dict[int, str]]:
         """What is wrong with captions, and with the images by row."""
@@ -114,7 +117,7 @@ class HuggingFaceSet:
         except InputError as error:
             problems[0] = str(error)
         try:
-            image_size(_image_bytes(fields[self._image]), self._image)
+            self._sizes[row] = image_size(_image_bytes(fields[self._image]), self._image)
         except InputError as error:
             problems[1] = str(error)
         return problems[0], problems[1]

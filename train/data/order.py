@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from latentgen.train.data.views import CaptionedImages
 
+# How many shards are shuffled together, and so are read from at the same time.
+SHARDS_TOGETHER = 8
 _KEPT_EPOCHS = 2  # a batch may end one epoch and begin the next
 
 
@@ -35,6 +37,32 @@ def item_at(seed: int, position: int, count: int) -> int:
     return _permutation(seed, epoch, count)[place]
 
 
+def shard_order(
+    seed: int, epoch: int, counts: Sequence[int], *, together: int = SHARDS_TOGETHER, bucket: int = 0
+) -> NDArray[np.int64]:
+    """The order in which an epoch shows the items of shards that hold `counts` of them: each item once.
+
+    The shards are shuffled, and then the items of every `together` shards that follow each other, so that no more than
+    these are read from at a time. It is a function of its arguments alone: a run that resumes goes on in it. Buckets,
+    for sets whose images have several sizes, have orders of their own.
+    """
+    generator = np.random.RandomState(sample_rng(seed, "shards", epoch, bucket).getrandbits(32))
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+    shards = generator.permutation(len(counts))
+    groups = []
+    for first in range(0, len(shards), together):
+        group = [starts[shard] + np.arange(counts[shard]) for shard in shards[first : first + together]]
+        groups.append(generator.permutation(np.concatenate(group)))
+    return np.concatenate(groups)
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A data set whose items lie in shards, one after the other: `shard_counts` are how many lie in each."""
+
+    shard_counts: tuple[int, ...]
+
+
 class Order:
     """The items of every step.
 
@@ -48,26 +76,39 @@ class Order:
 
     Args:
         buckets: the items of each, at least one bucket and none empty.
+        shard_counts: for each bucket, how many of its items that follow each other lie in one shard, if there are
+            shards; an epoch then reads from a few at a time.
     """
 
-    def __init__(self, buckets: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, buckets: Sequence[Sequence[int]], shard_counts: Sequence[Sequence[int]] | None = None
+    ) -> None:
         self._buckets = tuple(buckets)
+        self._shard_counts = shard_counts
         counts = [len(bucket) for bucket in self._buckets]
         common = math.gcd(*counts)
         self._turns = tuple(count // common for count in counts)
-        self._epochs: list[dict[tuple[int, int], Sequence[int]]] = [{} for _ in self._buckets]
+        self._epochs: list[dict[tuple[int, int], Sequence[int] | NDArray[np.int64]]] = [
+            {} for _ in self._buckets
+        ]
 
     @classmethod
     def of(cls, data: CaptionedImages, *, views: int = 1) -> Order:
         """The order of a data set of which each item has `views` views, item `i` the numbers from `i * views` on."""
         sizes = [data.bucket(item) for item in range(len(data))]
         distinct = sorted(set(sizes))
+        shards = data.shard_counts if isinstance(data, Sharded) else None
         if len(distinct) == 1:
-            return cls([range(len(data) * views)])
+            counts = None if shards is None else [[count * views for count in shards]]
+            return cls([range(len(data) * views)], counts)
         members: dict[tuple[int, int], list[int]] = {size: [] for size in distinct}
         for item, size in enumerate(sizes):
             members[size] += range(item * views, (item + 1) * views)
-        return cls(list(members.values()))
+        buckets = list(members.values())
+        if shards is None:
+            return cls(buckets)
+        edges = np.concatenate([[0], np.cumsum(shards)]) * views
+        return cls(buckets, [np.diff(np.searchsorted(bucket, edges)).tolist() for bucket in buckets])
 
     def __len__(self) -> int:
         """How many items one epoch shows."""
@@ -84,7 +125,7 @@ class Order:
         bucket, turn = self._turn(seed, step)
         positions = [turn * batch_size + sample for sample in samples]
         members = self._buckets[bucket]
-        if len(self._buckets) == 1:
+        if len(self._buckets) == 1 and self._shard_counts is None:
             return tuple(members[item_at(seed, position, len(members))] for position in positions)
         return tuple(members[self._place(seed, bucket, position)] for position in positions)
 
@@ -98,17 +139,23 @@ class Order:
         return bucket, number * self._turns[bucket] + int(turns[place])
 
     def _place(self, seed: int, bucket: int, position: int) -> int:
-        """As item_at, in the sequence of one bucket of several: each keeps its own epochs, as the turns change."""
+        """As item_at, in the sequence of one bucket; each keeps its own epochs, as the turns change."""
         epoch, place = divmod(position, len(self._buckets[bucket]))
         epochs = self._epochs[bucket]
         permutation = epochs.get((seed, epoch))
         if permutation is None:
-            permutation = list(range(len(self._buckets[bucket])))
-            sample_rng(seed, "epoch", epoch, bucket).shuffle(permutation)
+            permutation = self._shuffled(seed, epoch, bucket)
             for oldest in list(epochs)[: 1 - _KEPT_EPOCHS]:
                 epochs.pop(oldest, None)
             epochs[seed, epoch] = permutation
-        return permutation[place]
+        return int(permutation[place])
+
+    def _shuffled(self, seed: int, epoch: int, bucket: int) -> Sequence[int] | NDArray[np.int64]:
+        if self._shard_counts is not None:
+            return shard_order(seed, epoch, self._shard_counts[bucket], bucket=bucket)
+        permutation = list(range(len(self._buckets[bucket])))
+        sample_rng(seed, "epoch", epoch, bucket).shuffle(permutation)
+        return permutation
 
 
 @lru_cache(maxsize=2)

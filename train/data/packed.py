@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import TypeVar
 
 from PIL import Image
@@ -15,13 +17,16 @@ from latentgen.errors import DatasetError, InputError
 from latentgen.files import quote
 from latentgen.image_file import read_image_bytes
 from latentgen.prompts import check_prompts
+from latentgen.train.config import PackedData
 from latentgen.train.data import Captions, View
+from latentgen.train.data.framing import Framing, Size
 
 # Far over every photograph, and little beside the memory that decoding one takes.
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_CAPTION_BYTES = 2**20
 CAPTION_KEYS = ("text", "caption")
 _LISTED = 50
+_KEPT_SIZES = 2**16
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -70,16 +75,30 @@ def text_captions(data: bytes) -> tuple[str, ...]:
         raise InputError(f"it is not in UTF-8: {error}") from None
 
 
-def view_of(image: Image.Image, captions: Sequence[str], side: int) -> View:
-    """The middle square of an image, its shorter side scaled to `side`."""
-    height, width = (
-        max(side, round(length * side / min(image.size))) for length in (image.height, image.width)
-    )
-    top, left = (height - side) // 2, (width - side) // 2
-    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
-    square = scaled.crop((left, top, left + side, top + side))
-    texts = tuple(captions)
-    return View(square, Captions(texts, (1.0,) * len(texts)), (image.height, image.width), (top, left))
+class PackedFraming:
+    """What a recipe says of the views and the captions of images that lie in large files."""
+
+    def __init__(self, config: PackedData) -> None:
+        self._framing = Framing(config)
+        self._prefix = config.caption_prefix
+        self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
+        self._size_for = lru_cache(_KEPT_SIZES)(self._framing.size_for)
+
+    def bucket(self, original: Size) -> Size:
+        """Height and width of the views of an image of this size; (0, 0) is one of which nothing is known."""
+        return self._framing.sizes[0] if len(self._framing.sizes) == 1 else self._size_for(original)
+
+    def texts(self, captions: Sequence[str]) -> tuple[str, ...]:
+        """The captions as they are trained on, but for the order of their parts."""
+        return tuple(f"{self._prefix} {caption}".strip() if self._prefix else caption for caption in captions)
+
+    def view(self, image: Image.Image, captions: Sequence[str], rng: random.Random) -> View:
+        """The image scaled to cover its rectangle, and cropped; random where the recipe says so."""
+        original = (image.height, image.width)
+        frame = self._framing.draw(original, rng)
+        texts = self.texts(captions)
+        drawn = Captions(texts, (1.0,) * len(texts), self._shuffle_after)
+        return View(frame.show(image), drawn, original, frame.corner)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from latentgen.errors import DatasetError, InputError
@@ -22,8 +21,10 @@ from latentgen.files import quote
 from latentgen.image_file import read_image_bytes
 from latentgen.train.cache import TensorCache, content_key
 from latentgen.train.config import WebDataset
-from latentgen.train.data import View, sample_rng
-from latentgen.train.data.packed import leave_out, refuse, view_of
+from latentgen.train.data import View
+from latentgen.train.data.framing import Size
+from latentgen.train.data.order import SHARDS_TOGETHER
+from latentgen.train.data.packed import PackedFraming, leave_out, refuse
 from latentgen.train.data.tar_index import (
     Extent,
     OpenTar,
@@ -34,8 +35,6 @@ from latentgen.train.data.tar_index import (
 )
 from latentgen.train.sharing import gather, own_share
 
-# How many shards are shuffled together, and so are open at the same time.
-SHARDS_TOGETHER = 8
 _OPEN_FILES = 4 * SHARDS_TOGETHER
 _MAX_SHARDS = 100_000
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -51,7 +50,7 @@ class ShardSet:
 
     Attributes:
         image_size: the side of the views.
-        shard_counts: how many samples each shard has, for :func:`shard_order`; items are numbered shard by shard.
+        shard_counts: how many samples each shard has, which Order keeps together; items are numbered shard by shard.
 
     Raises:
         DatasetError: listing what is wrong with the shards.
@@ -59,6 +58,7 @@ class ShardSet:
 
     def __init__(self, config: WebDataset) -> None:
         self.image_size = config.image_size
+        self._framing = PackedFraming(config)
         self._paths = expand_shards(config.shards)
         self._stamps = {path: _stamp(path) for path in self._paths}
         surveys = _survey_all(self._paths, config)
@@ -79,12 +79,14 @@ class ShardSet:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def bucket(self, index: int) -> tuple[int, int]:
+    def bucket(self, index: int) -> Size:
         """Height and width of the views of item `index`."""
-        return self.image_size, self.image_size
+        shard, place = self._place(index)
+        height, width = map(int, self._samples[shard].sizes[place])
+        return self._framing.bucket((height, width))
 
     def view(self, index: int, rng: random.Random) -> View:
-        """The middle square of the image, scaled to `image_size`; nothing is random.
+        """The image scaled to cover its rectangle, and cropped; random where the recipe says so.
 
         Raises:
             DatasetError: the sample cannot be used.
@@ -94,7 +96,7 @@ class ShardSet:
             picture = read_image_bytes(archive.read(image), f"{archive.path}, {image.name}")
         except InputError as error:
             raise DatasetError(str(error)) from error
-        return view_of(picture, _captions(archive, caption, is_json=is_json), self.image_size)
+        return self._framing.view(picture, _captions(archive, caption, is_json=is_json), rng)
 
     def corpus(self) -> list[str]:
         """All captions, read for this."""
@@ -102,13 +104,17 @@ class ShardSet:
         return [
             text
             for archive, _, caption, is_json in places
-            for text in _captions(archive, caption, is_json=is_json)
+            for text in self._framing.texts(_captions(archive, caption, is_json=is_json))
         ]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard of a sample, and its number in it."""
+        shard = bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard] - self.shard_counts[shard])
 
     def _locate(self, index: int) -> tuple[OpenTar, Extent, Extent, bool]:
         """The shard of a sample, where its image and its caption lie, and whether that is JSON."""
-        shard = bisect_right(self._ends, index)
-        place = index - (self._ends[shard] - self.shard_counts[shard])
+        shard, place = self._place(index)
         samples = self._samples[shard]
         image_begin, image_length, caption_begin, caption_length = map(int, samples.extents[place])
         archive = self._open(self._paths[shard])
@@ -188,25 +194,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _bar(paths: Sequence[Path], *, disable: bool = False) -> Iterable[Path]:
     return tqdm(paths, desc="reading the shards", unit="shard", mininterval=1.0, disable=disable)
-
-
-def shard_order(
-    seed: int, epoch: int, counts: Sequence[int], *, together: int = SHARDS_TOGETHER, bucket: int = 0
-) -> NDArray[np.int64]:
-    """The order in which an epoch shows the items of shards that hold `counts` of them: each item once.
-
-    The shards are shuffled, and then the items of every `together` shards that follow each other, so that no more than
-    these are read from at a time. It is a function of its arguments alone: a run that resumes goes on in it. Buckets,
-    for sets whose images have several sizes, have orders of their own.
-    """
-    generator = np.random.RandomState(sample_rng(seed, "shards", epoch, bucket).getrandbits(32))
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
-    shards = generator.permutation(len(counts))
-    groups = []
-    for first in range(0, len(shards), together):
-        group = [starts[shard] + np.arange(counts[shard]) for shard in shards[first : first + together]]
-        groups.append(generator.permutation(np.concatenate(group)))
-    return np.concatenate(groups)
 
 
 def expand_shards(names: Sequence[str]) -> list[Path]:

@@ -23,8 +23,9 @@ from webdataset.shardlists import expand_urls
 
 from latentgen.errors import DatasetError
 from latentgen.train.config import WebDataset
-from latentgen.train.data import Captions, open_data, packed, shards, tar_index
-from latentgen.train.data.shards import ShardSet, expand_shards, shard_order
+from latentgen.train.data import open_data, order, packed, shards, tar_index
+from latentgen.train.data.order import Order, shard_order
+from latentgen.train.data.shards import ShardSet, expand_shards
 from latentgen.train.trainer import train
 from tests.train.recipes import COLOURS, MakeRecipe
 
@@ -399,30 +400,78 @@ def test_an_epoch_shows_every_item_once_and_reads_few_shards_at_a_time():
     assert not np.array_equal(orders[1], shard_order(4, 1, counts, together=2))
 
 
+def test_views_are_framed_as_those_of_folders(tmp_path: Path):
+    sizes = [(32, 8), (8, 32), (20, 20), (60, 15)]
+    for shard in range(2):
+        members = []
+        for number, size in enumerate(sizes):
+            members += [(f"{number}.png", picture("red", size)), (f"{number}.txt", b"one, two, three")]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    fields = {
+        "buckets": True,
+        "bucket_step": 4,
+        "caption_prefix": "a photo,",
+        "caption_shuffle": True,
+        "keep_tokens": 2,
+    }
+    data = open_shards(tmp_path / "{0..1}.tar", **fields)
+    expected = [(4, 16), (16, 4), (8, 8), (4, 16)] * 2
+    assert [data.bucket(index) for index in range(8)] == expected
+    for index, (height, width) in enumerate(expected):
+        shown = view(data, index)
+        assert shown.image.size == (width, height)
+        assert shown.original_size == sizes[index % 4][::-1]
+    assert data.corpus()[0] == "a photo, one, two, three"
+    drawn = {view(data, 0).captions.draw(random.Random(seed)) for seed in range(20)}
+    assert drawn == {"a photo, one, two, three", "a photo, one, three, two"}
+    with pytest.raises(ValidationError, match="buckets needs check_images"):
+        open_shards(tmp_path / "0.tar", check_images=False, **fields)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_order_of_a_run_reads_few_shards_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, views: int
+):
+    monkeypatch.setattr(order, "SHARDS_TOGETHER", 1)
+    monkeypatch.setattr(order.shard_order, "__kwdefaults__", {"together": 1, "bucket": 0})
+    data = open_shards(folder / "part-*.tar")
+    sequence = Order.of(data, views=views)
+    for epoch in range(3):
+        items = [
+            item
+            for step in range(3)
+            for item in sequence.items(7, 3 * epoch + step, 2 * views, range(2 * views))
+        ]
+        assert sorted(items) == list(range(6 * views))
+        in_shard = [item // (2 * views) for item in items]
+        assert all(
+            len(set(in_shard[start : start + 2 * views])) == 1 for start in range(0, 6 * views, 2 * views)
+        )
+
+
+def test_buckets_of_shards_have_orders_of_their_own():
+    class Set:
+        image_size = 8
+        shard_counts = (3, 0, 4, 5)
+
+        def __len__(self) -> int:
+            return 12
+
+        def bucket(self, index: int) -> tuple[int, int]:
+            return (8, 8) if index % 3 else (4, 16)
+
+    data: Any = Set()
+    steps = [Order.of(data).items(0, step, 2, range(2)) for step in range(24)]
+    assert all(len({data.bucket(item) for item in items}) == 1 for items in steps)
+    assert sorted(item for items in steps for item in items) == sorted(list(range(12)) * 4)
+    squares = [item for items in steps for item in items if item % 3][:8]
+    assert squares == [
+        [1, 2, 4, 5, 7, 8, 10, 11][place] for place in shard_order(0, 0, [2, 0, 2, 4], bucket=1)
+    ]
+
+
 def test_an_order_never_changes():
     assert shard_order(1, 2, [3, 3, 2], together=2).tolist() == [3, 6, 5, 4, 7, 0, 1, 2]
-
-
-def test_a_run_from_shards_is_one_from_a_folder(
-    text_to_image_recipe: MakeRecipe, image_folder: Path, tmp_path: Path
-):
-    names = sorted(COLOURS)
-    for number in range(2):
-        members = []
-        for colour in names[3 * number : 3 * number + 3]:
-            members += [
-                (f"{colour}{end}", (image_folder / f"{colour}{end}").read_bytes()) for end in (".png", ".txt")
-            ]
-        write_tar(tmp_path / f"{number}.tar", members)
-    shards_fields = f"{{kind: webdataset, shards: '{tmp_path}/{{0..1}}.tar', image_size: 16}}"
-    ours = text_to_image_recipe(f"data={shards_fields}", f"output_dir={tmp_path / 'ours'}")
-    theirs = text_to_image_recipe(f"output_dir={tmp_path / 'theirs'}")
-    assert isinstance(open_data(ours.data), ShardSet)
-    for config in (ours, theirs):
-        train(config)
-    for name in ("weights.safetensors", "optimizer.safetensors"):
-        files = [config.output_dir / "checkpoint-00000004" / name for config in (ours, theirs)]
-        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_run_over_shards_resumes_as_if_it_had_not_stopped(
@@ -435,6 +484,7 @@ def test_a_run_over_shards_resumes_as_if_it_had_not_stopped(
     resumed = text_to_image_recipe(*overrides, cut, "resume=true", f"data.index_dir={tmp_path / 'index'}")
     train(resumed)
     whole = text_to_image_recipe(*overrides, f"output_dir={tmp_path / 'whole'}")
+    assert isinstance(open_data(whole.data), ShardSet)
     train(whole)
     for name in ("weights.safetensors", "optimizer.safetensors"):
         files = [config.output_dir / "checkpoint-00000004" / name for config in (resumed, whole)]
