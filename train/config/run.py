@@ -151,6 +151,9 @@ FREE_FIELDS = frozenset(
         "trackers",
         "task.cache_dir",
         "data.index_dir",
+        "memory.gradient_checkpointing",
+        "memory.ema_device",
+        "memory.planner",
     }
 )
 # And those in which it may not even if allow_changes names them: the checkpoint would mean nothing.
