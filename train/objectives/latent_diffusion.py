@@ -33,7 +33,7 @@ from latentgen.pipelines.loading import (
     load_text_encoder,
     usual_guidance_scale,
 )
-from latentgen.train.config import LatentTask
+from latentgen.train.config import DiffusionTask
 from latentgen.train.data import BatchPlan, CaptionedImages, Captions, View, sample_rng, to_tensor
 from latentgen.train.objectives.base import Loss, Objective
 
@@ -41,7 +41,7 @@ ENCODING_BATCH = 32
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.
 SMALL_LATENTS = 32 * 32
 _ON_CPU = Placement(torch.float32, torch.device("cpu"))
-AnyTask = TypeVar("AnyTask", bound=LatentTask)
+AnyTask = TypeVar("AnyTask", bound=DiffusionTask)
 
 
 class EncodedViews(NamedTuple):
@@ -91,12 +91,14 @@ class LatentObjective(Objective, Generic[AnyTask]):
     # In a tuple, so that the finished autoencoder is no part of what is trained.
     _vae: tuple[ImageEncoder, ImageDecoder]
 
-    def __init__(self, task: AnyTask, data: CaptionedImages, device: torch.device) -> None:
+    def __init__(
+        self, task: AnyTask, data: CaptionedImages, device: torch.device, scheduler: Scheduler
+    ) -> None:
         super().__init__()
         self.task = task
         # On a CPU the small convolutions of a latent UNet learn faster so.
         self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
-        self.scheduler = Scheduler.from_config(task.scheduler)
+        self.scheduler = scheduler
         self.item_count = len(data) * task.cached_views
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
@@ -104,17 +106,23 @@ class LatentObjective(Objective, Generic[AnyTask]):
         latents = self._views.latents(plan)
         count = self.scheduler.schedule.num_train_timesteps
         timesteps = spread_timesteps(plan, count, self.task.timestep_shift)
-        tokens = self._text.tokenize(self._views.draw_captions(plan, self.task.caption_dropout))
-        return latents, plan.noise(latents.shape[1:], "noise"), timesteps, tokens
+        return latents, plan.noise(latents.shape[1:], "noise"), timesteps, self._tokens(plan)
+
+    def _tokens(self, plan: BatchPlan) -> Tensor:
+        """Token ids [B, chunks, window] of a caption for each sample."""
+        return self._text.tokenize(self._views.draw_captions(plan, self.task.caption_dropout))
 
     def forward(self, *batch: Tensor) -> Loss:
         """The mean squared error of the prediction; its part is the same at the noisier half of the timesteps."""
         latents, noise, timesteps, tokens, *shown = batch
         level = self.scheduler.schedule.batch(timesteps)
         with attention_kernels(latents):
-            context = self._text.encode_tokens(tokens).context
-            output = self._output(add_noise(latents, noise, level), timesteps, context, *shown)
+            output = self._predict(add_noise(latents, noise, level), timesteps, tokens, *shown)
         return prediction_loss(output, latents, noise, level, self.scheduler)
+
+    def _predict(self, sample: Tensor, timesteps: Tensor, tokens: Tensor, *shown: Tensor) -> Tensor:
+        """The UNet's output for noisy latents and token ids; `shown` is what a batch holds besides."""
+        return self._output(sample, timesteps, self._text.encode_tokens(tokens).context, *shown)
 
     def _output(self, sample: Tensor, timesteps: Tensor, context: Tensor, *shown: Tensor) -> Tensor:
         """The UNet's output for noisy latents; `shown` is what a batch holds besides."""
