@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
-from latentgen.train.config import AutoencoderTask, PairedTask, TrainConfig, UpscaleTask
-from latentgen.train.data import BatchPlan, open_data, plan_step, sample_rng
+from latentgen.train.config import AutoencoderTask, FinetuneTask, PairedTask, TrainConfig, UpscaleTask
+from latentgen.train.data import BatchPlan, CaptionedImages, open_data, plan_step, sample_rng
 from latentgen.train.interrupt import StopSignal
 from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Loss, Objective
@@ -242,11 +242,28 @@ def build_objective(config: TrainConfig, *, device: torch.device, assets: Path |
         from latentgen.train.objectives.paired import PairedObjective
 
         return PairedObjective(config.task, data, seed=config.seed, device=device, init_from=config.init_from)
+    if isinstance(config.task, FinetuneTask):
+        return _finetuning(config, config.task, data, device)
     from latentgen.train.objectives.text_to_image import TextToImageObjective
 
     return TextToImageObjective(
         config.task, data, seed=config.seed, device=device, init_from=config.init_from, assets=assets
     )
+
+
+def _finetuning(
+    config: TrainConfig, task: FinetuneTask, data: CaptionedImages, device: torch.device
+) -> Objective:
+    from latentgen.train.objectives.finetune import FinetuneObjective, Origin
+
+    precisions = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    origin = Origin(
+        config.init_from,
+        config.output_dir / "class_images",
+        precisions[config.mixed_precision] if task.frozen_dtype == "auto" else named[task.frozen_dtype],
+    )
+    return FinetuneObjective(task, data, seed=config.seed, device=device, origin=origin)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

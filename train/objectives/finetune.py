@@ -1,0 +1,235 @@
+"""The objective of fine-tuning: a finished model of any family learns from new images, by any method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentgen.errors import CheckpointMismatchError, DatasetError
+from latentgen.models.unet import AddedConditioning
+from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.devices import dtype_of
+from latentgen.pipelines.inpaint import in_latents
+from latentgen.train.config import FinetuneTask, Prior
+from latentgen.train.data import BatchPlan, CaptionedImages, Captions, View, item_at, sample_rng
+from latentgen.train.methods import build_method
+from latentgen.train.objectives.base import Loss
+from latentgen.train.objectives.class_images import class_images
+from latentgen.train.objectives.latent_diffusion import (
+    EncodedViews,
+    LatentObjective,
+    encode_views,
+    fixed_views,
+)
+from latentgen.train.objectives.masks import random_mask
+from latentgen.train.objectives.origin import Origin, cast_frozen, check_data, load_origin
+
+# What is not shown: to the encoder as near to 0 as 8 bits come.
+_GREY = (127, 127, 127)
+
+
+class FinetuneObjective(LatentObjective[FinetuneTask]):
+    """The error of a finished model's prediction on new images; what of it learns, the method says.
+
+    The checkpoint tells the family. SDXL is told the sizes of each view; a model of inpainting a random mask of each,
+    and the latents of what it leaves; a model that follows instructions the latents of the image before the edit.
+
+    Args:
+        task: what the recipe says.
+        data: the captioned images.
+        seed: the run's seed, which the cached views follow.
+        device: where images are drawn and encoded; the objective itself stays on the CPU.
+        origin: what the run starts from.
+
+    Raises:
+        ConfigError: the recipe does not fit the checkpoint.
+        CheckpointError: the checkpoint cannot be used; the subclass says why.
+        DatasetError: the data lack what the model needs.
+    """
+
+    def __init__(
+        self, task: FinetuneTask, data: CaptionedImages, *, seed: int, device: torch.device, origin: Origin
+    ) -> None:
+        pipeline = load_origin(origin.source, task)
+        super().__init__(task, data, device, pipeline.scheduler)
+        self._device, self._image_size = device, data.image_size
+        check_data(task, data, pipeline)
+        classes = [] if task.prior is None else self._class_views(task.prior, pipeline, seed, origin)
+        self._prior_count = len(classes)
+        self._method = build_method(task.method)
+        self._stages = self._method.put_into(pipeline)
+        self.unet = self._stages.unet
+        self.text_encoder = self._stages.text_encoder.module
+        self._vae = (self._stages.encoder(), self._stages.decoder)
+        self._encode(lambda: chain(fixed_views(data, task.cached_views, seed), classes), seed)
+        cast_frozen(self.unet, origin.frozen_dtype)
+        if not self._method.trains_text:
+            cast_frozen(self.text_encoder, origin.frozen_dtype)
+
+    def _class_views(self, prior: Prior, pipeline: Pipeline, seed: int, origin: Origin) -> list[View]:
+        images = class_images(
+            prior,
+            pipeline,
+            origin.class_images,
+            seed=seed,
+            size=self._image_size,
+            origin=str(origin.source),
+            device=self._device,
+        )
+        return [View(image, Captions((prior.prompt,), (1.0,))) for image in images]
+
+    def _encode(self, views: Callable[[], Iterator[View]], seed: int) -> None:
+        """Encode all views, and what the UNet is shown of them besides."""
+        encoder, device, count = self._vae[0], self._device, self.item_count + self._prior_count
+        time_ids: list[tuple[int, ...]] = []
+        self._views = encode_views(encoder, device, _noting(views(), time_ids), count)
+        self._time_ids = torch.tensor(time_ids, dtype=torch.float32)
+        self._masks: Tensor | None = None
+        self._shown: EncodedViews | None = None
+        if self.inpaints:
+            masks: list[Tensor] = []
+            factor = self._stages.decoder.config.spatial_factor
+            self._shown = encode_views(encoder, device, _unmasked(views(), seed, factor, masks), count)
+            self._masks = torch.cat(masks)
+        elif self.edits:
+            self._shown = encode_views(encoder, device, map(_before, views()), count)
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet is told a mask."""
+        return self.unet.config.in_channels == 2 * self._stages.decoder.config.latent_channels + 1
+
+    @property
+    def edits(self) -> bool:
+        """Whether the UNet is shown the image before an edit."""
+        return self.unet.config.in_channels == 2 * self._stages.decoder.config.latent_channels
+
+    def train(self, mode: bool = True) -> FinetuneObjective:
+        """Switch dropout on or off; text encoders that do not learn go without."""
+        super().train(mode)
+        if not self._method.trains_text:
+            self.text_encoder.eval()
+        return self
+
+    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+        """Latents, noise, timesteps and token ids as LatentObjective.batch; of SDXL's pair [B, 2, chunks, window].
+
+        After them come the sizes [B, 6] that SDXL is told, and the mask and latents [B, 1 + C, h, w] or [B, C, h, w]
+        that a UNet is shown. With prior preservation all of that follows once more, for as many class images.
+        """
+        rows = self._rows(plan)
+        if not self._prior_count:
+            return rows
+        # A plan of its own for the class images, so that they share no random number with the others.
+        seed = sample_rng(plan.seed, "prior").getrandbits(62)
+        positions = (plan.step * plan.batch_size + sample for sample in plan.samples)
+        items = tuple(self.item_count + item_at(seed, position, self._prior_count) for position in positions)
+        return *rows, *self._rows(replace(plan, seed=seed, items=items))
+
+    def _rows(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+        rows = super().batch(plan)
+        items = list(plan.items)
+        if self._stages.is_sdxl:
+            rows = (*rows, self._time_ids[items])
+        if self._shown is None:
+            return rows
+        if self._masks is not None:
+            unmasked = self._shown.latents(
+                replace(plan, seed=sample_rng(plan.seed, "masked").getrandbits(62))
+            )
+            return *rows, torch.cat([self._masks[items], unmasked], dim=1)
+        _, image = self._conditioning(plan)
+        factor = self._stages.decoder.config.scaling_factor
+        return *rows, self._shown.means[items].float() / factor * image
+
+    def _tokens(self, plan: BatchPlan) -> Tensor:
+        """Token ids [B, chunks, window], or of SDXL's pair [B, 2, chunks, window]."""
+        captions = self._views.draw_captions(plan, 0.0 if self.edits else self.task.caption_dropout)
+        if self.edits:
+            text, _ = self._conditioning(plan)
+            captions = [caption if shown else "" for caption, shown in zip(captions, text, strict=True)]
+        tokens = [tower.tokenize(captions) for tower in self._stages.text_encoder.towers]
+        if len(tokens) == 1:
+            return tokens[0]
+        if tokens[0].shape != tokens[1].shape:
+            raise CheckpointMismatchError(
+                "the two tokenizers cut a caption into different numbers of chunks; they belong to different models"
+            )
+        return torch.stack(tokens, dim=1)
+
+    def _conditioning(self, plan: BatchPlan) -> tuple[list[bool], Tensor]:
+        """Whether each sample is shown its instruction, and its image [B, 1, 1, 1] (arXiv:2211.09800, 3.2.1)."""
+        rate = self.task.conditioning_dropout
+        draws = [rng.random() for rng in plan.rngs("conditioning")]
+        image = torch.tensor([not rate <= draw < 3 * rate for draw in draws]).float()
+        return [draw >= 2 * rate for draw in draws], image.view(-1, 1, 1, 1)
+
+    def forward(self, *batch: Tensor) -> Loss:
+        """The loss of the images, and with prior preservation that of the class images times its weight."""
+        prior = self.task.prior
+        if prior is None:
+            return super().forward(*batch)
+        half = len(batch) // 2
+        images, kept = super().forward(*batch[:half]), super().forward(*batch[half:])
+        return Loss(images.total + prior.weight * kept.total, {"images": images.total, "prior": kept.total})
+
+    def _predict(self, sample: Tensor, timesteps: Tensor, tokens: Tensor, *shown: Tensor) -> Tensor:
+        text = self._stages.text_encoder
+        tower_ids = tokens.unbind(1) if len(text.towers) > 1 else (tokens,)
+        with torch.set_grad_enabled(self._method.trains_text and torch.is_grad_enabled()):
+            encoded = [tower.encode_tokens(ids) for tower, ids in zip(text.towers, tower_ids, strict=True)]
+        dtype = dtype_of(self.unet)
+        context = torch.cat([conditioning.context for conditioning in encoded], dim=-1).to(dtype)
+        added = None
+        if self._stages.is_sdxl:
+            pooled = encoded[-1].pooled
+            assert pooled is not None
+            added, shown = AddedConditioning(pooled, shown[0]), shown[1:]
+        return self.unet(torch.cat([sample, *shown], dim=1).to(dtype), timesteps, context, added=added)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write what the method learnt, in float16 if the recipe says so."""
+        self.load_state_dict(dict(weights))
+        self._method.save(self._pipeline(), folder, half=self.task.save_half)
+
+    def _pipeline(self) -> Pipeline:
+        return self._stages
+
+
+def _time_ids(view: View) -> tuple[int, ...]:
+    """What SDXL is told of a view (arXiv:2307.01952, section 2.2): its sizes as height and width, and its crop."""
+    size = (view.image.height, view.image.width)
+    return *(view.original_size or size), *view.crop_corner, *size
+
+
+def _noting(views: Iterator[View], time_ids: list[tuple[int, ...]]) -> Iterator[View]:
+    """The views as they are; what SDXL is told of each is added to `time_ids`."""
+    for view in views:
+        time_ids.append(_time_ids(view))
+        yield view
+
+
+def _unmasked(views: Iterator[View], seed: int, factor: int, masks: list[Tensor]) -> Iterator[View]:
+    """Each view without what a random mask marks; the mask [1, 1, h, w] in latents is added to `masks`."""
+    for number, view in enumerate(views):
+        mask = random_mask(view.image.size, sample_rng(seed, "inpainting mask", number))
+        pixels = torch.from_numpy(np.array(mask))[None, None].float() / 255
+        masks.append(in_latents(pixels, factor))
+        image = view.image.copy()
+        image.paste(_GREY, mask=mask)
+        yield view._replace(image=image)
+
+
+def _before(view: View) -> View:
+    if view.before is None:
+        raise DatasetError(
+            "init_from is a model that edits images, and the training set does not say what they looked like before; "
+            "give each an image `before`"
+        )
+    return view._replace(image=view.before)

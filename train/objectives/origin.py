@@ -1,0 +1,138 @@
+"""What fine-tuning starts from: a finished model of any family, and whether a training set can teach it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint, CheckpointFolder, resolve
+from latentgen.checkpoints.single_file import SingleFile
+from latentgen.diffusion.schedule import FlowSchedule
+from latentgen.errors import ConfigError, DatasetError
+from latentgen.files import quote
+from latentgen.memory import MemoryPolicy
+from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.image_to_image import ImageToImagePipeline
+from latentgen.pipelines.inpaint import InpaintPipeline
+from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
+from latentgen.pipelines.text_to_image import TextToImagePipeline
+from latentgen.train.config import FinetuneTask, TextualInversionMethod
+from latentgen.train.data import CaptionedImages
+
+# The class that a checkpoint says that it is -> the pipeline that draws with it and saves it.
+_PIPELINES: Mapping[object, type[Pipeline]] = {
+    "StableDiffusionPipeline": TextToImagePipeline,
+    "StableDiffusionXLPipeline": TextToImagePipeline,
+    "StableDiffusionImg2ImgPipeline": ImageToImagePipeline,
+    "StableDiffusionXLImg2ImgPipeline": ImageToImagePipeline,
+    "StableDiffusionInpaintPipeline": InpaintPipeline,
+    "StableDiffusionXLInpaintPipeline": InpaintPipeline,
+    "StableDiffusionInstructPix2PixPipeline": InstructPix2PixPipeline,
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run starts from, and what of it lies where.
+
+    Attributes:
+        source: a folder in the diffusers layout, a single file, or None for the embedded default model.
+        class_images: the folder where the class images of prior preservation are kept.
+        frozen_dtype: of the weights that are not trained.
+    """
+
+    source: Path | None
+    class_images: Path
+    frozen_dtype: torch.dtype = torch.float32
+
+
+def load_origin(source: Path | None, task: FinetuneTask) -> Pipeline:
+    """The model that a run starts from: all of it in float32 on the CPU, with weights of its own.
+
+    Raises:
+        ConfigError: it is of a family that is not fine-tuned here.
+        CheckpointError: it cannot be used; the subclass says why.
+    """
+    checkpoint = _open(source, task)
+    name = checkpoint.model_index.get("_class_name")
+    if name not in _PIPELINES:
+        raise ConfigError(
+            f"init_from {quote(checkpoint.path)} is a {quote(name)}, which kind finetune does not train; it takes "
+            f"models whose class is {', '.join(map(str, _PIPELINES))}. Models on pixels go on with kind text_to_image, "
+            "upscalers with kind upscale"
+        )
+    pipeline = _PIPELINES[name].from_checkpoint(
+        checkpoint,
+        dtype="float32",
+        device="cpu",
+        variant=task.variant,
+        memory=MemoryPolicy(pack_weights=False),
+    )
+    if pipeline.is_told_a_score:
+        raise ConfigError(
+            f"init_from {quote(checkpoint.path)} is SDXL's refiner, which is told an aesthetic score that no "
+            "training set here states; fine-tune the base model"
+        )
+    if pipeline.unet.config.time_cond_proj_dim is not None or isinstance(
+        pipeline.scheduler.schedule, FlowSchedule
+    ):
+        raise ConfigError(
+            f"init_from {quote(checkpoint.path)} was distilled, or learnt by flow matching, which the objectives "
+            "here are not for; fine-tune the model that it was made from"
+        )
+    _own(pipeline.unet)
+    _own(pipeline.text_encoder.module)
+    scale = task.guidance_scale
+    return pipeline if scale is None else replace(pipeline, default_guidance_scale=scale)
+
+
+def _open(source: Path | None, task: FinetuneTask) -> Checkpoint:
+    if source is None:
+        return CheckpointFolder.open(EMBEDDED_DEFAULT)
+    if source.is_file():
+        return SingleFile.open(source, prediction_type=task.prediction_type)
+    if task.prediction_type is not None:
+        raise ConfigError(
+            f"task.prediction_type is for single files; {quote(source)} states its own in its scheduler's configuration"
+        )
+    return CheckpointFolder.open(resolve(str(source), variant=task.variant))
+
+
+def check_data(task: FinetuneTask, data: CaptionedImages, pipeline: Pipeline) -> None:
+    """Refuse a training set that cannot teach this model.
+
+    Raises:
+        ConfigError: the size of its images is none that the model can have.
+        DatasetError: no caption has the token that is to be learnt.
+    """
+    factor = pipeline.decoder.config.spatial_factor
+    if data.image_size % factor:
+        nearest = max(factor, round(data.image_size / factor) * factor)
+        raise ConfigError(
+            f"data.image_size is {data.image_size}; the model takes multiples of {factor} pixels, such as {nearest}"
+        )
+    method = task.method
+    if isinstance(method, TextualInversionMethod):
+        without = sum(method.token not in caption for caption in data.corpus())
+        if without:
+            raise DatasetError(
+                f"{without} captions do not have the token {quote(method.token)} that is to be learnt; write it into "
+                f"each, as in {quote(f'a photo of {method.token}')}"
+            )
+
+
+def _own(module: nn.Module) -> None:
+    """Give a module memory of its own; in a file, tensors begin at any byte, and kernels round otherwise there."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the weights that are not trained in `dtype`."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
