@@ -256,13 +256,7 @@ def _finetuning(
 ) -> Objective:
     from latentgen.train.objectives.finetune import FinetuneObjective, Origin
 
-    precisions = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    origin = Origin(
-        config.init_from,
-        config.output_dir / "class_images",
-        precisions[config.mixed_precision] if task.frozen_dtype == "auto" else named[task.frozen_dtype],
-    )
+    origin = Origin(config.init_from, config.output_dir / "class_images")
     return FinetuneObjective(task, data, seed=config.seed, device=device, origin=origin)
 
 

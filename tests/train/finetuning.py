@@ -85,7 +85,6 @@ def objective_of(
     folder: Path | None,
     scratch: Path,
     data: Pictures | None = None,
-    frozen_dtype: torch.dtype = torch.float32,
     **fields: Any,
 ) -> FinetuneObjective:
     """An objective over the model of a folder, or the embedded one; `fields` are the task's besides the method."""
@@ -96,7 +95,7 @@ def objective_of(
         Pictures() if data is None else data,
         seed=3,
         device=torch.device("cpu"),
-        origin=Origin(folder, scratch / "class_images", frozen_dtype),
+        origin=Origin(folder, scratch / "class_images"),
     )
 
 

@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from latentgen.train.config.base import Positive, Rate, Section
 from latentgen.train.config.tasks import DiffusionTask
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
 LayerNames = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], Field(min_length=1)]
 
 
@@ -74,7 +73,6 @@ class FinetuneTask(DiffusionTask):
     instructions; `variant` names one of several sets of its weights, such as fp16, and `prediction_type` what a single
     file of Stable Diffusion 2 does not say. `method` says what is trained, `prior` what else is not to change.
 
-    Weights that are not trained are held in `frozen_dtype`: "auto" is that of the run's mixed precision.
     `conditioning_dropout` is for models that follow instructions, in place of `caption_dropout`: how often the
     instruction alone, the image alone, and both are left out (arXiv:2211.09800, section 3.2.1).
 
@@ -86,7 +84,6 @@ class FinetuneTask(DiffusionTask):
     prior: Prior | None = None
     caption_dropout: Rate = 0.0
     conditioning_dropout: Annotated[float, Field(ge=0, le=1 / 3)] = 0.05
-    frozen_dtype: Literal["auto"] | DTypeName = "auto"
     variant: str | None = None
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,71 +22,91 @@ from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import Prior
-from latentgen.train.data import sample_rng
+from latentgen.train.data import Captions, View, sample_rng
+from latentgen.train.objectives.origin import Origin
 
 # Images that are drawn together, always the same ones: what lies beside an image may change its last bits.
 _GROUP = 4
 
 
-def class_images(
-    prior: Prior, pipeline: Pipeline, folder: Path, *, seed: int, size: int, origin: str, device: torch.device
-) -> list[Image.Image]:
-    """Draw the class images that are not in `folder` yet, and read them all.
-
-    Each has its own seed and is written whole or not at all, so that a run that was stopped meanwhile goes on. The name
-    says what they were drawn from: those of another recipe are left where they are. Several processes share the work.
+class ClassImages:
+    """A training set of what a model draws of a class; `draw` makes it, and nothing can be seen before.
 
     Args:
         prior: what to draw, and how many of it.
-        pipeline: the model that training starts from, on the CPU.
-        folder: where the images are kept.
-        seed: the run's seed.
-        size: the side of the images.
-        origin: names the model.
-        device: where to draw.
-
-    Raises:
-        ConfigError: the model cannot draw from a prompt alone.
-        OutputError: an image could not be written.
+        image_size: the side of the images.
     """
-    if isinstance(pipeline, InstructPix2PixPipeline):
-        raise ConfigError(
-            "prior: a model that edits images draws none from a prompt alone; leave prior out for this model"
-        )
-    stated = f"{prior.prompt}\0{seed}\0{size}\0{origin}"
-    stem = hashlib.sha256(stated.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    files = [folder / f"{stem}-{number:05d}.png" for number in range(prior.images)]
-    seeds = [sample_rng(seed, "class image", number).getrandbits(63) for number in range(prior.images)]
-    groups = [range(first, min(first + _GROUP, len(files))) for first in range(0, len(files), _GROUP)]
-    missing = [group for group in groups if not all(files[number].is_file() for number in group)]
-    state = PartialState()
-    mine = missing[state.process_index :: state.num_processes]
-    if mine:
-        stages = nn.ModuleList([pipeline.unet, pipeline.text_encoder.module, pipeline.decoder])
-        stages.to(device)
-        for group in tqdm(mine, desc="drawing the class images", disable=not state.is_main_process):
-            drawn = _draw(pipeline, prior.prompt, [seeds[number] for number in group], size, device)
-            for number, image in zip(group, drawn, strict=True):
-                save_image(image, files[number])
-        stages.cpu()
-    state.wait_for_everyone()
-    return [read_image(file) for file in files]
+
+    def __init__(self, prior: Prior, image_size: int) -> None:
+        self.image_size = image_size
+        self._prior = prior
+        self._files: list[Path] = []
+
+    def __len__(self) -> int:
+        return self._prior.images
+
+    def view(self, index: int, rng: random.Random) -> View:
+        """Image `index`; nothing is random."""
+        return View(read_image(self._files[index]), Captions((self._prior.prompt,), (1.0,)))
+
+    def corpus(self) -> list[str]:
+        """The one caption."""
+        return [self._prior.prompt]
+
+    def draw(self, pipeline: Pipeline, origin: Origin, *, seed: int, device: torch.device) -> None:
+        """Draw the images that are not there yet.
+
+        Each has its own seed and is written whole or not at all, so that a run that was stopped meanwhile goes on. The
+        names say what they were drawn from: those of another recipe are left where they are. Several processes share
+        the work.
+
+        Args:
+            pipeline: the model that training starts from, on the CPU.
+            origin: names it, and the folder where the images are kept.
+            seed: the run's seed.
+            device: where to draw.
+
+        Raises:
+            ConfigError: the model cannot draw from a prompt alone.
+            OutputError: an image could not be written.
+        """
+        if isinstance(pipeline, InstructPix2PixPipeline):
+            raise ConfigError(
+                "prior: a model that edits images draws none from a prompt alone; leave prior out for this model"
+            )
+        prompt, count = self._prior.prompt, self._prior.images
+        stated = "\0".join((prompt, str(seed), str(self.image_size), str(origin.source)))
+        stem = hashlib.sha256(stated.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        self._files = [origin.class_images / f"{stem}-{number:05d}.png" for number in range(count)]
+        seeds = [sample_rng(seed, "class image", number).getrandbits(63) for number in range(count)]
+        groups = [range(first, min(first + _GROUP, count)) for first in range(0, count, _GROUP)]
+        missing = [group for group in groups if not all(self._files[number].is_file() for number in group)]
+        state = PartialState()
+        mine = missing[state.process_index :: state.num_processes]
+        if mine:
+            stages = nn.ModuleList([pipeline.unet, pipeline.text_encoder.module, pipeline.decoder])
+            stages.to(device)
+            placed = replace(pipeline, device=device)
+            for group in tqdm(mine, desc="drawing the class images", disable=not state.is_main_process):
+                drawn = _draw(placed, prompt, [seeds[number] for number in group], self.image_size)
+                for number, image in zip(group, drawn, strict=True):
+                    save_image(image, self._files[number])
+            stages.cpu()
+        state.wait_for_everyone()
 
 
-def _draw(
-    pipeline: Pipeline, prompt: str, seeds: Sequence[int], size: int, device: torch.device
-) -> list[Image.Image]:
+def _draw(pipeline: Pipeline, prompt: str, seeds: Sequence[int], size: int) -> list[Image.Image]:
     """One image for each seed; a model of inpainting paints the whole of an empty image."""
     prompts = [prompt] * len(seeds)
     if pipeline.unet.config.in_channels == pipeline.decoder.config.latent_channels:
-        drawing = replace(TextToImagePipeline.from_pipeline(pipeline), device=device)
-        drawn = drawing(
+        draw = TextToImagePipeline.from_pipeline(pipeline)
+        drawn = draw(
             prompts, prompt_syntax="plain", height=size, width=size, seed=seeds, progress=False
         ).images
     else:
         empty, whole = Image.new("RGB", (size, size), "grey"), Image.new("L", (size, size), 255)
-        painting = replace(InpaintPipeline.from_pipeline(pipeline), device=device)
-        drawn = painting(
+        paint = InpaintPipeline.from_pipeline(pipeline)
+        drawn = paint(
             prompts, image=empty, mask_image=whole, prompt_syntax="plain", seed=seeds, progress=False
         ).images
     assert isinstance(drawn, list)

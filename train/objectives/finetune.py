@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,12 @@ from torch import Tensor
 from latentgen.errors import CheckpointMismatchError, DatasetError
 from latentgen.models.unet import AddedConditioning
 from latentgen.pipelines.base import Pipeline
-from latentgen.pipelines.devices import dtype_of
 from latentgen.pipelines.inpaint import in_latents
-from latentgen.train.config import FinetuneTask, Prior
-from latentgen.train.data import BatchPlan, CaptionedImages, Captions, View, item_at, sample_rng
+from latentgen.train.config import FinetuneTask
+from latentgen.train.data import BatchPlan, CaptionedImages, View, item_at, sample_rng
 from latentgen.train.methods import build_method
 from latentgen.train.objectives.base import Loss
-from latentgen.train.objectives.class_images import class_images
+from latentgen.train.objectives.class_images import ClassImages
 from latentgen.train.objectives.latent_diffusion import (
     EncodedViews,
     LatentObjective,
@@ -28,7 +27,7 @@ from latentgen.train.objectives.latent_diffusion import (
     fixed_views,
 )
 from latentgen.train.objectives.masks import random_mask
-from latentgen.train.objectives.origin import Origin, cast_frozen, check_data, load_origin
+from latentgen.train.objectives.origin import Origin, check_data, load_origin
 
 # What is not shown: to the encoder as near to 0 as 8 bits come.
 _GREY = (127, 127, 127)
@@ -58,47 +57,45 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
     ) -> None:
         pipeline = load_origin(origin.source, task)
         super().__init__(task, data, device, pipeline.scheduler)
-        self._device, self._image_size = device, data.image_size
         check_data(task, data, pipeline)
-        classes = [] if task.prior is None else self._class_views(task.prior, pipeline, seed, origin)
-        self._prior_count = len(classes)
+        classes = None if task.prior is None else ClassImages(task.prior, data.image_size)
+        if classes is not None:
+            classes.draw(pipeline, origin, seed=seed, device=device)
         self._method = build_method(task.method)
-        self._stages = self._method.put_into(pipeline)
+        self._stages = replace(self._method.put_into(pipeline), scheduler=self.scheduler)
         self.unet = self._stages.unet
         self.text_encoder = self._stages.text_encoder.module
         self._vae = (self._stages.encoder(), self._stages.decoder)
-        self._encode(lambda: chain(fixed_views(data, task.cached_views, seed), classes), seed)
-        cast_frozen(self.unet, origin.frozen_dtype)
-        if not self._method.trains_text:
-            cast_frozen(self.text_encoder, origin.frozen_dtype)
+        self._encode(data, seed, device)
+        # In a tuple, as it shares all networks with this one.
+        self._kept = () if classes is None else (self._over(classes, seed, device),)
 
-    def _class_views(self, prior: Prior, pipeline: Pipeline, seed: int, origin: Origin) -> list[View]:
-        images = class_images(
-            prior,
-            pipeline,
-            origin.class_images,
-            seed=seed,
-            size=self._image_size,
-            origin=str(origin.source),
-            device=self._device,
-        )
-        return [View(image, Captions((prior.prompt,), (1.0,))) for image in images]
+    def _over(self, data: CaptionedImages, seed: int, device: torch.device) -> FinetuneObjective:
+        """This objective over other images, one view of each, without prior preservation; the networks are shared."""
+        other = copy.copy(self)
+        other.task = self.task.model_copy(update={"cached_views": 1, "prior": None})
+        other.item_count, other._kept = len(data), ()
+        other._encode(data, seed, device)
+        return other
 
-    def _encode(self, views: Callable[[], Iterator[View]], seed: int) -> None:
-        """Encode all views, and what the UNet is shown of them besides."""
-        encoder, device, count = self._vae[0], self._device, self.item_count + self._prior_count
+    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        """Encode `task.cached_views` views of every item, and what the UNet is shown of them besides."""
+        encoder, count, views = self._vae[0], self.item_count, self.task.cached_views
         time_ids: list[tuple[int, ...]] = []
-        self._views = encode_views(encoder, device, _noting(views(), time_ids), count)
+        noted = _noting(fixed_views(data, views, seed), time_ids)
+        self._views = encode_views(encoder, device, noted, count)
         self._time_ids = torch.tensor(time_ids, dtype=torch.float32)
         self._masks: Tensor | None = None
         self._shown: EncodedViews | None = None
         if self.inpaints:
             masks: list[Tensor] = []
             factor = self._stages.decoder.config.spatial_factor
-            self._shown = encode_views(encoder, device, _unmasked(views(), seed, factor, masks), count)
+            unmasked = _unmasked(fixed_views(data, views, seed), seed, factor, masks)
+            self._shown = encode_views(encoder, device, unmasked, count)
             self._masks = torch.cat(masks)
         elif self.edits:
-            self._shown = encode_views(encoder, device, map(_before, views()), count)
+            before = map(_before, fixed_views(data, views, seed))
+            self._shown = encode_views(encoder, device, before, count)
 
     @property
     def inpaints(self) -> bool:
@@ -124,13 +121,13 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         that a UNet is shown. With prior preservation all of that follows once more, for as many class images.
         """
         rows = self._rows(plan)
-        if not self._prior_count:
-            return rows
-        # A plan of its own for the class images, so that they share no random number with the others.
-        seed = sample_rng(plan.seed, "prior").getrandbits(62)
-        positions = (plan.step * plan.batch_size + sample for sample in plan.samples)
-        items = tuple(self.item_count + item_at(seed, position, self._prior_count) for position in positions)
-        return *rows, *self._rows(replace(plan, seed=seed, items=items))
+        for kept in self._kept:
+            # A plan of its own for the class images, so that they share no random number with the others.
+            seed = sample_rng(plan.seed, "prior").getrandbits(62)
+            positions = (plan.step * plan.batch_size + sample for sample in plan.samples)
+            items = tuple(item_at(seed, position, kept.item_count) for position in positions)
+            rows = (*rows, *kept.batch(replace(plan, seed=seed, items=items)))
+        return rows
 
     def _rows(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         rows = super().batch(plan)
@@ -175,6 +172,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         prior = self.task.prior
         if prior is None:
             return super().forward(*batch)
+        # Two passes and not one: class images may have another size than the others.
         half = len(batch) // 2
         images, kept = super().forward(*batch[:half]), super().forward(*batch[half:])
         return Loss(images.total + prior.weight * kept.total, {"images": images.total, "prior": kept.total})
@@ -184,14 +182,13 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         tower_ids = tokens.unbind(1) if len(text.towers) > 1 else (tokens,)
         with torch.set_grad_enabled(self._method.trains_text and torch.is_grad_enabled()):
             encoded = [tower.encode_tokens(ids) for tower, ids in zip(text.towers, tower_ids, strict=True)]
-        dtype = dtype_of(self.unet)
-        context = torch.cat([conditioning.context for conditioning in encoded], dim=-1).to(dtype)
+        context = torch.cat([conditioning.context for conditioning in encoded], dim=-1)
         added = None
         if self._stages.is_sdxl:
             pooled = encoded[-1].pooled
             assert pooled is not None
             added, shown = AddedConditioning(pooled, shown[0]), shown[1:]
-        return self.unet(torch.cat([sample, *shown], dim=1).to(dtype), timesteps, context, added=added)
+        return self.unet(torch.cat([sample, *shown], dim=1), timesteps, context, added=added)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write what the method learnt, in float16 if the recipe says so."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint, CheckpointFolder, resolve
@@ -42,12 +41,10 @@ class Origin:
     Attributes:
         source: a folder in the diffusers layout, a single file, or None for the embedded default model.
         class_images: the folder where the class images of prior preservation are kept.
-        frozen_dtype: of the weights that are not trained.
     """
 
     source: Path | None
     class_images: Path
-    frozen_dtype: torch.dtype = torch.float32
 
 
 def load_origin(source: Path | None, task: FinetuneTask) -> Pipeline:
@@ -129,10 +126,3 @@ def _own(module: nn.Module) -> None:
     """Give a module memory of its own; in a file, tensors begin at any byte, and kernels round otherwise there."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.clone()
-
-
-def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the weights that are not trained in `dtype`."""
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
