@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from latentgen.prompts import check_prompts
 from latentgen.train.config.base import Positive, Rate, Section
 from latentgen.train.config.tasks import DiffusionTask
 
@@ -57,13 +58,23 @@ Method = FullMethod | LoRAMethod | TextualInversionMethod
 class Prior(Section):
     """Prior preservation (DreamBooth, arXiv:2208.12242, section 3.2): the rest of a class is not to be forgotten.
 
-    The model that training starts from draws `images` images of `prompt` before the first step. Each step then sees as
-    many of them as of the training set, and their loss counts `weight` times.
+    The model that training starts from draws `images` images of `prompt` before the first step; of several prompts each
+    in turn. Each step then sees as many of them as of the training set, and their loss counts `weight` times.
     """
 
-    prompt: str
+    prompt: str | Annotated[tuple[str, ...], Field(min_length=1)]
     images: Annotated[int, Field(ge=1, le=100_000)] = 100
     weight: Positive = 1.0
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_text(cls, prompt: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        check_prompts((prompt,) if isinstance(prompt, str) else prompt)
+        return prompt
+
+    def prompt_of(self, number: int) -> str:
+        """What image `number` is to show."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[number % len(self.prompt)]
 
 
 class FinetuneTask(DiffusionTask):
@@ -72,6 +83,9 @@ class FinetuneTask(DiffusionTask):
     Networks, schedule and prediction type are those of the checkpoint, which also tells whether it inpaints or follows
     instructions; `variant` names one of several sets of its weights, such as fp16, and `prediction_type` what a single
     file of Stable Diffusion 2 does not say. `method` says what is trained, `prior` what else is not to change.
+
+    `turn_into` makes a model of inpainting, or one that follows instructions, out of one of text to image: its UNet
+    gets the input channels that are due, which count for nothing at first (arXiv:2211.09800, section 3.2).
 
     `conditioning_dropout` is for models that follow instructions, in place of `caption_dropout`: how often the
     instruction alone, the image alone, and both are left out (arXiv:2211.09800, section 3.2.1).
@@ -82,6 +96,7 @@ class FinetuneTask(DiffusionTask):
     kind: Literal["finetune"]
     method: Annotated[Method, Field(discriminator="kind")]
     prior: Prior | None = None
+    turn_into: Literal["inpainting", "instruct"] | None = None
     caption_dropout: Rate = 0.0
     conditioning_dropout: Annotated[float, Field(ge=0, le=1 / 3)] = 0.05
     variant: str | None = None
@@ -92,6 +107,10 @@ class FinetuneTask(DiffusionTask):
         if self.guidance_scale is not None and self.method.kind != "full":
             raise ValueError(
                 f"guidance_scale belongs to a whole model, and method {self.method.kind} saves none; leave it out"
+            )
+        if self.turn_into is not None and self.method.kind != "full":
+            raise ValueError(
+                f"turn_into: the new input channels can only be learnt with method full, not {self.method.kind}"
             )
         if self.prior is not None and self.method.kind == "textual_inversion":
             raise ValueError(

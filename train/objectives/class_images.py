@@ -47,11 +47,11 @@ class ClassImages:
 
     def view(self, index: int, rng: random.Random) -> View:
         """Image `index`; nothing is random."""
-        return View(read_image(self._files[index]), Captions((self._prior.prompt,), (1.0,)))
+        return View(read_image(self._files[index]), Captions((self._prior.prompt_of(index),), (1.0,)))
 
     def corpus(self) -> list[str]:
-        """The one caption."""
-        return [self._prior.prompt]
+        """The caption of each image."""
+        return [self._prior.prompt_of(number) for number in range(len(self))]
 
     def draw(self, pipeline: Pipeline, origin: Origin, *, seed: int, device: torch.device) -> None:
         """Draw the images that are not there yet.
@@ -74,9 +74,9 @@ class ClassImages:
             raise ConfigError(
                 "prior: a model that edits images draws none from a prompt alone; leave prior out for this model"
             )
-        prompt, count = self._prior.prompt, self._prior.images
-        stated = "\0".join((prompt, str(seed), str(self.image_size), str(origin.source)))
-        stem = hashlib.sha256(stated.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        prompts, count = self.corpus(), len(self)
+        stated = "\0".join((*prompts, str(seed), str(self.image_size), str(origin.source)))
+        stem = hashlib.sha256(stated.encode()).hexdigest()[:12]
         self._files = [origin.class_images / f"{stem}-{number:05d}.png" for number in range(count)]
         seeds = [sample_rng(seed, "class image", number).getrandbits(63) for number in range(count)]
         groups = [range(first, min(first + _GROUP, count)) for first in range(0, count, _GROUP)]
@@ -88,16 +88,20 @@ class ClassImages:
             stages.to(device)
             placed = replace(pipeline, device=device)
             for group in tqdm(mine, desc="drawing the class images", disable=not state.is_main_process):
-                drawn = _draw(placed, prompt, [seeds[number] for number in group], self.image_size)
+                drawn = _draw(
+                    placed,
+                    prompts[group.start : group.stop],
+                    seeds[group.start : group.stop],
+                    self.image_size,
+                )
                 for number, image in zip(group, drawn, strict=True):
                     save_image(image, self._files[number])
             stages.cpu()
         state.wait_for_everyone()
 
 
-def _draw(pipeline: Pipeline, prompt: str, seeds: Sequence[int], size: int) -> list[Image.Image]:
-    """One image for each seed; a model of inpainting paints the whole of an empty image."""
-    prompts = [prompt] * len(seeds)
+def _draw(pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], size: int) -> list[Image.Image]:
+    """One image for each prompt; a model of inpainting paints the whole of an empty image."""
     if pipeline.unet.config.in_channels == pipeline.decoder.config.latent_channels:
         draw = TextToImagePipeline.from_pipeline(pipeline)
         drawn = draw(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import nn
 
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint, CheckpointFolder, resolve
@@ -14,6 +16,7 @@ from latentgen.diffusion.schedule import FlowSchedule
 from latentgen.errors import ConfigError, DatasetError
 from latentgen.files import quote
 from latentgen.memory import MemoryPolicy
+from latentgen.models.unet import UNet
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.image_to_image import ImageToImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
@@ -81,10 +84,34 @@ def load_origin(source: Path | None, task: FinetuneTask) -> Pipeline:
             f"init_from {quote(checkpoint.path)} was distilled, or learnt by flow matching, which the objectives "
             "here are not for; fine-tune the model that it was made from"
         )
+    if task.turn_into is not None:
+        pipeline = _turned_into(task.turn_into, pipeline)
     _own(pipeline.unet)
     _own(pipeline.text_encoder.module)
     scale = task.guidance_scale
     return pipeline if scale is None else replace(pipeline, default_guidance_scale=scale)
+
+
+def _turned_into(kind: Literal["inpainting", "instruct"], pipeline: Pipeline) -> Pipeline:
+    """A model of text to image whose UNet takes a mask and an image besides, or an image alone, with weights of 0."""
+    old, latent = pipeline.unet, pipeline.decoder.config.latent_channels
+    target, channels = {
+        "inpainting": (InpaintPipeline, 2 * latent + 1),
+        "instruct": (InstructPix2PixPipeline, 2 * latent),
+    }[kind]
+    if old.config.in_channels != latent or (kind == "instruct" and pipeline.is_sdxl):
+        raise ConfigError(
+            f"task.turn_into is {kind}, for which init_from must be a model of text to image of Stable Diffusion "
+            f"{'1 or 2' if kind == 'instruct' else '1, 2 or XL'}; it is a {pipeline.diffusers_class} whose UNet has "
+            f"{old.config.in_channels} input channels"
+        )
+    wide = UNet(old.config.model_copy(update={"in_channels": channels}))
+    state = old.state_dict()
+    known = state["conv_in.weight"]
+    state["conv_in.weight"] = torch.cat([known, known.new_zeros(len(known), channels - latent, 3, 3)], dim=1)
+    wide.load_state_dict(state)
+    stages = {item.name: getattr(pipeline, item.name) for item in fields(pipeline)}
+    return target(**{**stages, "unet": wide.eval().requires_grad_(False)})
 
 
 def _open(source: Path | None, task: FinetuneTask) -> Checkpoint:

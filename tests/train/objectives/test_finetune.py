@@ -141,6 +141,17 @@ def test_class_images_are_drawn_once_and_gone_on_with(tmp_path: Path):
     assert len(list((tmp_path / "class_images").iterdir())) == 12  # another recipe has others
 
 
+def test_prompts_of_class_images_take_turns(tmp_path: Path):
+    objective = objective_of(FULL, folder_of("sd"), tmp_path, prior=PRIOR | {"prompt": ["dog", "tiger"]})
+    (kept,) = objective._kept
+    assert [captions.texts[0] for captions in kept._views.captions] == ["dog", "tiger"] * 3
+    batch = objective.batch(plan_for(objective))
+    tower = objective._stages.text_encoder.towers[0]
+    assert {tuple(row.flatten().tolist()) for row in batch[7]} == {
+        tuple(row.flatten().tolist()) for row in tower.tokenize(["dog", "tiger"])
+    }
+
+
 def test_an_inpainting_model_draws_class_images(tmp_path: Path):
     objective = objective_of(FULL, folder_of("inpainting"), tmp_path, prior=PRIOR)
     assert len(objective.batch(plan_for(objective))) == 10
@@ -172,6 +183,45 @@ def test_a_single_file_and_its_folder_begin_alike(tmp_path: Path, monkeypatch: p
         assert torch.equal(objective.state_dict()[name], tensor), name
     with pytest.raises(ConfigError, match=r"task\.prediction_type is for single files"):
         objective_of(FULL, folder, tmp_path, prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("inpainting", 5), ("instruct", 4)])
+def test_a_model_of_text_to_image_turns_into_another_kind(kind: str, shown: int, tmp_path: Path):
+    import diffusers
+
+    objective = objective_of(FULL, folder_of("sd"), tmp_path, turn_into=kind)
+    batch = objective.batch(plan_for(objective))
+    assert batch[4].shape == (8, shown, 8, 8)
+    assert batch[4].abs().mean() > 0.01
+    plain = objective_of(FULL, folder_of("sd"), tmp_path)
+    loss = objective(*batch).total
+    assert loss.item() == pytest.approx(
+        plain(*batch[:4]).total.item(), rel=1e-6
+    )  # the rest counts for nothing
+    loss.backward()
+    kernel = objective.unet.conv_in.weight
+    assert kernel.grad is not None
+    assert kernel.grad[:, 4:].abs().amax() > 0
+    objective.save(tmp_path / "model", objective.state_dict())
+    name = {
+        "inpainting": "StableDiffusionInpaintPipeline",
+        "instruct": "StableDiffusionInstructPix2PixPipeline",
+    }[kind]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert type(pipe).__name__ == name
+    assert pipe.unet.config.in_channels == 4 + shown
+    again = objective_of(FULL, tmp_path / "model", tmp_path)
+    assert (again.inpaints, again.edits) == (kind == "inpainting", kind == "instruct")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("inpainting", "instruct"), ("sdxl", "instruct"), ("instruct", "inpainting")]
+)
+def test_what_cannot_turn_into_another_kind(family: str, kind: str, tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=f"turn_into is {kind}, for which init_from must be a model of text to image"
+    ):
+        objective_of(FULL, folder_of(family), tmp_path, turn_into=kind)
 
 
 def edited_index(tmp_path: Path, family: str, **changes: object) -> Path:
@@ -227,6 +277,11 @@ def test_an_instructed_model_draws_no_class_images(tmp_path: Path):
             "textual_inversion changes no weight of the model, so no prior is in danger; leave it out",
         ),
         ({"method": {"kind": "lora"}, "guidance_scale": 3}, "guidance_scale belongs to a whole model"),
+        (
+            {"method": {"kind": "lora"}, "turn_into": "instruct"},
+            "can only be learnt with method full, not lora",
+        ),
+        ({"method": FULL, "prior": PRIOR | {"prompt": "a\0b"}}, "NUL at position 1"),
         ({"method": {"kind": "hypernetwork"}}, "'full', 'lora', 'textual_inversion'"),
         ({"method": {"kind": "lora", "rank": 0}}, "greater than or equal to 1"),
         ({"method": {"kind": "lora", "targets": []}}, "at least 1 item"),
