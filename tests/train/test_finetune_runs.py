@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,22 @@ def test_the_loss_falls(method: str, tmp_path: Path, image_folder: Path):
     train(config)
     losses = losses_of(config)
     assert sum(losses[-10:]) < {"textual_inversion": 0.999}.get(method, 0.95) * sum(losses[:10])
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_class_images_and_train_as_one(tmp_path: Path, image_folder: Path):
+    # Dropout draws for a whole part of a batch, and so depends on how many there are.
+    method = METHODS["lora"] | {"dropout": 0.0}
+    task = {"kind": "finetune", "method": method, "prior": PRIOR, "cached_views": 2}
+    one = recipe(tmp_path, image_folder, "lora", task=task, max_steps=6)
+    train(one)
+    two = recipe(tmp_path, image_folder, "lora", task=task, max_steps=6, output_dir=str(tmp_path / "two"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    subprocess.run([*launch, "-m", "latentgen.train", str(tmp_path / "recipe.yaml")], check=True, timeout=600)
+    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
+    drawn = [files_of(config.output_dir / "class_images") for config in (one, two)]
+    assert len(drawn[0]) == 4
+    assert drawn[0] == drawn[1]
 
 
 def test_a_model_of_its_own_is_where_the_next_run_begins(tmp_path: Path, image_folder: Path):
