@@ -27,7 +27,7 @@ from latentgen.train.objectives.latent_diffusion import (
     fixed_views,
 )
 from latentgen.train.objectives.masks import random_mask
-from latentgen.train.objectives.origin import Origin, check_data, load_origin
+from latentgen.train.objectives.origin import Origin, check_data, load_origin, own_memory
 
 # What is not shown: to the encoder as near to 0 as 8 bits come.
 _GREY = (127, 127, 127)
@@ -65,6 +65,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         self._stages = replace(self._method.put_into(pipeline), scheduler=self.scheduler)
         self.unet = self._stages.unet
         self.text_encoder = self._stages.text_encoder.module
+        own_memory(self)
         self._vae = (self._stages.encoder(), self._stages.decoder)
         self._encode(data, seed, device)
         # In a tuple, as it shares all networks with this one.

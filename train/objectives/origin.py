@@ -51,7 +51,7 @@ class Origin:
 
 
 def load_origin(source: Path | None, task: FinetuneTask) -> Pipeline:
-    """The model that a run starts from: all of it in float32 on the CPU, with weights of its own.
+    """The model that a run starts from, in float32 on the CPU; weights that the file holds so are mapped from it.
 
     Raises:
         ConfigError: it is of a family that is not fine-tuned here.
@@ -86,8 +86,6 @@ def load_origin(source: Path | None, task: FinetuneTask) -> Pipeline:
         )
     if task.turn_into is not None:
         pipeline = _turned_into(task.turn_into, pipeline)
-    _own(pipeline.unet)
-    _own(pipeline.text_encoder.module)
     scale = task.guidance_scale
     return pipeline if scale is None else replace(pipeline, default_guidance_scale=scale)
 
@@ -149,7 +147,8 @@ def check_data(task: FinetuneTask, data: CaptionedImages, pipeline: Pipeline) ->
             )
 
 
-def _own(module: nn.Module) -> None:
-    """Give a module memory of its own; in a file, tensors begin at any byte, and kernels round otherwise there."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.clone()
+def own_memory(module: nn.Module) -> None:
+    """Give what learns memory of its own; in a file, tensors begin at any byte, and kernels round otherwise there."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
