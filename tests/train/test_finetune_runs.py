@@ -147,16 +147,12 @@ def test_a_model_of_its_own_is_where_the_next_run_begins(tmp_path: Path, image_f
     }
 
 
-def test_what_is_wrong_is_said_before_the_folder_holds_a_checkpoint(tmp_path: Path, image_folder: Path):
-    config = recipe(
-        tmp_path,
-        image_folder,
-        "full",
-        task={"kind": "finetune", "method": {"kind": "lora", "targets": ["x"]}},
-    )
+def test_what_is_wrong_is_said_before_anything_is_drawn(tmp_path: Path, image_folder: Path):
+    task = {"kind": "finetune", "method": {"kind": "lora", "targets": ["x"]}, "prior": PRIOR}
+    config = recipe(tmp_path, image_folder, "full", task=task)
     with pytest.raises(ConfigError, match=r"task\.method\.targets: 'x' is no layer"):
         train(config)
-    assert not any(config.output_dir.glob("checkpoint-*"))
+    assert not (config.output_dir / "class_images").exists()
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("finetune_*.yaml")), ids=lambda file: file.stem)

@@ -23,7 +23,6 @@ from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import Prior
 from latentgen.train.data import Captions, View, sample_rng
-from latentgen.train.objectives.origin import Origin
 
 # Images that are drawn together, always the same ones: what lies beside an image may change its last bits.
 _GROUP = 4
@@ -34,12 +33,18 @@ class ClassImages:
 
     Args:
         prior: what to draw, and how many of it.
-        image_size: the side of the images.
+        folder: where the images are kept.
+        model: names what draws them.
+        seed: the run's seed.
     """
 
-    def __init__(self, prior: Prior, image_size: int) -> None:
-        self.image_size = image_size
+    image_size: int
+
+    def __init__(self, prior: Prior, folder: Path, *, model: str, seed: int) -> None:
         self._prior = prior
+        self._folder = folder
+        self._stated = (model, str(seed))
+        self._seeds = [sample_rng(seed, "class image", number).getrandbits(63) for number in range(len(self))]
         self._files: list[Path] = []
 
     def __len__(self) -> int:
@@ -53,7 +58,7 @@ class ClassImages:
         """The caption of each image."""
         return [self._prior.prompt_of(number) for number in range(len(self))]
 
-    def draw(self, pipeline: Pipeline, origin: Origin, *, seed: int, device: torch.device) -> None:
+    def draw(self, pipeline: Pipeline, device: torch.device, *, size: int) -> None:
         """Draw the images that are not there yet.
 
         Each has its own seed and is written whole or not at all, so that a run that was stopped meanwhile goes on. The
@@ -62,9 +67,8 @@ class ClassImages:
 
         Args:
             pipeline: the model that training starts from, on the CPU.
-            origin: names it, and the folder where the images are kept.
-            seed: the run's seed.
             device: where to draw.
+            size: the side of the images.
 
         Raises:
             ConfigError: the model cannot draw from a prompt alone.
@@ -74,11 +78,11 @@ class ClassImages:
             raise ConfigError(
                 "prior: a model that edits images draws none from a prompt alone; leave prior out for this model"
             )
-        prompts, count = self.corpus(), len(self)
-        stated = "\0".join((*prompts, str(seed), str(self.image_size), str(origin.source)))
-        stem = hashlib.sha256(stated.encode()).hexdigest()[:12]
-        self._files = [origin.class_images / f"{stem}-{number:05d}.png" for number in range(count)]
-        seeds = [sample_rng(seed, "class image", number).getrandbits(63) for number in range(count)]
+        self.image_size = size
+        prompts, seeds, count = self.corpus(), self._seeds, len(self)
+        stated = "\0".join((*prompts, *self._stated, str(size)))
+        stem = hashlib.sha256(stated.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        self._files = [self._folder / f"{stem}-{number:05d}.png" for number in range(count)]
         groups = [range(first, min(first + _GROUP, count)) for first in range(0, count, _GROUP)]
         missing = [group for group in groups if not all(self._files[number].is_file() for number in group)]
         state = PartialState()

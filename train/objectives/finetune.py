@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentgen.errors import CheckpointMismatchError, DatasetError
+from latentgen.files import quote
 from latentgen.models.unet import AddedConditioning
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.inpaint import in_latents
@@ -58,18 +59,19 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         pipeline = load_origin(origin.source, task)
         super().__init__(task, data, device, pipeline.scheduler)
         check_data(task, data, pipeline)
-        classes = None if task.prior is None else ClassImages(task.prior, data.image_size)
-        if classes is not None:
-            classes.draw(pipeline, origin, seed=seed, device=device)
         self._method = build_method(task.method)
         self._stages = replace(self._method.put_into(pipeline), scheduler=self.scheduler)
         self.unet = self._stages.unet
         self.text_encoder = self._stages.text_encoder.module
         own_memory(self)
         self._vae = (self._stages.encoder(), self._stages.decoder)
-        self._encode(data, seed, device)
         # In a tuple, as it shares all networks with this one.
-        self._kept = () if classes is None else (self._over(classes, seed, device),)
+        self._kept: tuple[FinetuneObjective, ...] = ()
+        if task.prior is not None:
+            classes = ClassImages(task.prior, origin.class_images, model=origin.named(task), seed=seed)
+            classes.draw(self.eval()._stages, device, size=data.image_size)
+            self._kept = (self._over(classes, seed, device),)
+        self._encode(data, seed, device)
 
     def _over(self, data: CaptionedImages, seed: int, device: torch.device) -> FinetuneObjective:
         """This objective over other images, one view of each, without prior preservation; the networks are shared."""
@@ -227,7 +229,6 @@ def _unmasked(views: Iterator[View], seed: int, factor: int, masks: list[Tensor]
 def _before(view: View) -> View:
     if view.before is None:
         raise DatasetError(
-            "init_from is a model that edits images, and the training set does not say what they looked like before; "
-            "give each an image `before`"
+            f"the image of {quote(view.captions.texts[0])} has none `before`, of which it is an edit"
         )
     return view._replace(image=view.before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from latentgen.pipelines.image_to_image import ImageToImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
-from latentgen.train.config import FinetuneTask, TextualInversionMethod
+from latentgen.train.config import FinetuneTask, LoRAMethod, TextualInversionMethod
 from latentgen.train.data import CaptionedImages
 
 # The class that a checkpoint says that it is -> the pipeline that draws with it and saves it.
@@ -48,6 +49,11 @@ class Origin:
 
     source: Path | None
     class_images: Path
+
+    def named(self, task: FinetuneTask) -> str:
+        """What tells the model that a run starts from, a LoRA to go on from included, from others."""
+        lora = task.method.init_lora if isinstance(task.method, LoRAMethod) else None
+        return f"{self.source}, {lora}"
 
 
 def load_origin(source: Path | None, task: FinetuneTask) -> Pipeline:
@@ -129,13 +135,19 @@ def check_data(task: FinetuneTask, data: CaptionedImages, pipeline: Pipeline) ->
 
     Raises:
         ConfigError: the size of its images is none that the model can have.
-        DatasetError: no caption has the token that is to be learnt.
+        DatasetError: its captions do not have the token that is to be learnt, or it lacks the images before an edit.
     """
     factor = pipeline.decoder.config.spatial_factor
     if data.image_size % factor:
         nearest = max(factor, round(data.image_size / factor) * factor)
         raise ConfigError(
             f"data.image_size is {data.image_size}; the model takes multiples of {factor} pixels, such as {nearest}"
+        )
+    shows_before = pipeline.unet.config.in_channels == 2 * pipeline.decoder.config.latent_channels
+    if shows_before and data.view(0, random.Random(0)).before is None:
+        raise DatasetError(
+            "the model edits images, and the training set does not say what they looked like before; give each an "
+            "image `before`"
         )
     method = task.method
     if isinstance(method, TextualInversionMethod):

@@ -258,9 +258,7 @@ def test_sizes_that_the_latents_cannot_have(tmp_path: Path):
 
 
 def test_an_instructed_model_needs_images_before_the_edit(tmp_path: Path):
-    with pytest.raises(
-        DatasetError, match="does not say what they looked like before; give each an image `before`"
-    ):
+    with pytest.raises(DatasetError, match="does not say what they looked like before; give each an image"):
         objective_of(FULL, folder_of("instruct"), tmp_path, Pictures(edited=False))
 
 
