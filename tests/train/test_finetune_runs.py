@@ -123,7 +123,7 @@ def test_half_precision_trains_and_saves_float32(method: str, tmp_path: Path, im
 def test_two_processes_share_the_class_images_and_train_as_one(tmp_path: Path, image_folder: Path):
     # Dropout draws for a whole part of a batch, and so depends on how many there are.
     method = METHODS["lora"] | {"dropout": 0.0}
-    task = {"kind": "finetune", "method": method, "prior": PRIOR, "cached_views": 2}
+    task = {"kind": "finetune", "method": method, "prior": PRIOR | {"images": 18}, "cached_views": 2}
     one = recipe(tmp_path, image_folder, "lora", task=task, max_steps=6)
     train(one)
     two = recipe(tmp_path, image_folder, "lora", task=task, max_steps=6, output_dir=str(tmp_path / "two"))
@@ -131,7 +131,7 @@ def test_two_processes_share_the_class_images_and_train_as_one(tmp_path: Path, i
     subprocess.run([*launch, "-m", "latentgen.train", str(tmp_path / "recipe.yaml")], check=True, timeout=600)
     assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
     drawn = [files_of(config.output_dir / "class_images") for config in (one, two)]
-    assert len(drawn[0]) == 4
+    assert len(drawn[0]) == 18
     assert drawn[0] == drawn[1]
 
 

@@ -84,14 +84,15 @@ class ClassImages:
         stem = hashlib.sha256(stated.encode("utf-8", "surrogatepass")).hexdigest()[:12]
         self._files = [self._folder / f"{stem}-{number:05d}.png" for number in range(count)]
         groups = [range(first, min(first + _GROUP, count)) for first in range(0, count, _GROUP)]
-        missing = [group for group in groups if not all(self._files[number].is_file() for number in group)]
         state = PartialState()
-        mine = missing[state.process_index :: state.num_processes]
-        if mine:
+        # Shared out before looking what is missing, which changes while others draw.
+        own = groups[state.process_index :: state.num_processes]
+        missing = [group for group in own if not all(self._files[number].is_file() for number in group)]
+        if missing:
             stages = nn.ModuleList([pipeline.unet, pipeline.text_encoder.module, pipeline.decoder])
             stages.to(device)
             placed = replace(pipeline, device=device)
-            for group in tqdm(mine, desc="drawing the class images", disable=not state.is_main_process):
+            for group in tqdm(missing, desc="drawing the class images", disable=not state.is_main_process):
                 drawn = _draw(
                     placed,
                     prompts[group.start : group.stop],
