@@ -133,7 +133,7 @@ class InpaintPipeline(Pipeline):
         canvas = self._canvas(originals, masks, height, width, padding_mask_crop, mask_blur)
         factor = self.decoder.config.spatial_factor
         images, masks = padded(canvas.shown_images(), factor), padded(canvas.shown_masks(), factor)
-        latent_masks = _in_latents(masks, factor)
+        latent_masks = in_latents(masks, factor)
         latent_height, latent_width = latent_masks.shape[2:]
         shape = (len(request), self.decoder.config.latent_channels, latent_height, latent_width)
         begin = partial(self._begin, sampling, images, masks, latent_masks, shape)
@@ -204,7 +204,7 @@ class InpaintPipeline(Pipeline):
         return Beginning(latents, channels=torch.cat([marked, rest], dim=1))
 
 
-def _in_latents(masks: Tensor, factor: int) -> Tensor:
+def in_latents(masks: Tensor, factor: int) -> Tensor:
     """Masks [B, 1, H, W] as [B, 1, h, w] by the pixel at the corner of each latent, as diffusers has them.
 
     A mask that marks none of these pixels counts for all latents that it touches.

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train.batches import PlannedBatch, prepared_batches
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
-from latentgen.train.config import AutoencoderTask, PairedTask, TrainConfig, UpscaleTask
+from latentgen.train.config import AutoencoderTask, FinetuneTask, PairedTask, TrainConfig, UpscaleTask
 from latentgen.train.data import BatchPlan, CaptionedImages, open_data, plan_step, sample_rng
 from latentgen.train.data.held_out import open_parts
 from latentgen.train.interrupt import StopSignal
@@ -322,11 +322,22 @@ def build_objective(
         from latentgen.train.objectives.paired import PairedObjective
 
         return PairedObjective(config.task, data, seed=config.seed, device=device, init_from=config.init_from)
+    if isinstance(config.task, FinetuneTask):
+        return _finetuning(config, config.task, data, device)
     from latentgen.train.objectives.text_to_image import TextToImageObjective
 
     return TextToImageObjective(
         config.task, data, seed=config.seed, device=device, init_from=config.init_from, assets=assets
     )
+
+
+def _finetuning(
+    config: TrainConfig, task: FinetuneTask, data: CaptionedImages, device: torch.device
+) -> Objective:
+    from latentgen.train.objectives.finetune import FinetuneObjective, Origin
+
+    origin = Origin(config.init_from, config.output_dir / "class_images")
+    return FinetuneObjective(task, data, seed=config.seed, device=device, origin=origin)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:

@@ -257,7 +257,7 @@ class CLIPText:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights by the names that files have, whatever those of this version of transformers are."""
-        return {_named(name, _FILE_PREFIX): tensor for name, tensor in self.model.state_dict().items()}
+        return {name_in_files(name): tensor for name, tensor in self.model.state_dict().items()}
 
     def save(self, text_encoder_folder: Path, tokenizer_folder: Path, *, variant: str | None = None) -> None:
         """Write both folders of the diffusers layout, so that transformers of any version reads them.
@@ -354,6 +354,11 @@ def _empty_model(
 def _named(key: str, prefix: str) -> str:
     """The name of a weight with `prefix`, whether or not it has the one of the files."""
     return key if key.startswith(_PROJECTION) else prefix + key.removeprefix(_FILE_PREFIX)
+
+
+def name_in_files(name: str) -> str:
+    """The name that files have for a weight or a layer, whatever it is in this version of transformers."""
+    return _named(name, _FILE_PREFIX)
 
 
 def _transformer(model: nn.Module) -> Any:

@@ -43,12 +43,12 @@ def test_every_recipe_loads_and_builds_its_configurations(path: Path):
     from latentgen.models.text import CLIPTextConfig
     from latentgen.models.unet_config import UNetConfig
     from latentgen.models.vae import VAEConfig
-    from latentgen.train.config import AutoencoderTask, TextToImageTask, UpscaleTask
+    from latentgen.train.config import AutoencoderTask, FinetuneTask, TextToImageTask, UpscaleTask
 
     task = load_config(path).task
     if isinstance(task, AutoencoderTask):
         VAEConfig.from_json(task.vae)
-    else:
+    elif not isinstance(task, FinetuneTask):  # whose configurations are the checkpoint's
         UNetConfig.from_json(task.unet)
         Scheduler.from_config(task.scheduler)
     if isinstance(task, TextToImageTask):

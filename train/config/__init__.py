@@ -8,6 +8,11 @@ from latentgen.train.config.data import HuggingFaceData as HuggingFaceData
 from latentgen.train.config.data import KohyaData as KohyaData
 from latentgen.train.config.data import PackedData as PackedData
 from latentgen.train.config.data import WebDataset as WebDataset
+from latentgen.train.config.finetune import FinetuneTask as FinetuneTask
+from latentgen.train.config.finetune import FullMethod as FullMethod
+from latentgen.train.config.finetune import LoRAMethod as LoRAMethod
+from latentgen.train.config.finetune import Prior as Prior
+from latentgen.train.config.finetune import TextualInversionMethod as TextualInversionMethod
 from latentgen.train.config.loss import P2 as P2
 from latentgen.train.config.loss import Debiased as Debiased
 from latentgen.train.config.loss import ErrorKind as ErrorKind
@@ -23,6 +28,7 @@ from latentgen.train.config.run import in_one_line as in_one_line
 from latentgen.train.config.run import load_config as load_config
 from latentgen.train.config.tasks import AutoencoderTask as AutoencoderTask
 from latentgen.train.config.tasks import Degradation as Degradation
+from latentgen.train.config.tasks import DiffusionTask as DiffusionTask
 from latentgen.train.config.tasks import LatentTask as LatentTask
 from latentgen.train.config.tasks import PairedTask as PairedTask
 from latentgen.train.config.tasks import TextToImageTask as TextToImageTask

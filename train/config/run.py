@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from latentgen.errors import ConfigError
 from latentgen.train.config.base import Count, Decay, Section
 from latentgen.train.config.data import Data, FramedData
+from latentgen.train.config.finetune import FinetuneTask
 from latentgen.train.config.memory import Memory
 from latentgen.train.config.optimizer import Optimizer
 from latentgen.train.config.tasks import AutoencoderTask, PairedTask, TextToImageTask, UpscaleTask
@@ -31,7 +32,8 @@ Tracker = Literal["tensorboard", "wandb"]
 class TrainConfig(Section):
     """One recipe: what is learnt, from what, and how the run goes.
 
-    `init_from` is a folder in the diffusers layout whose weights training starts from; `batch_size` counts the samples
+    `init_from` is a folder in the diffusers layout whose weights training starts from (fine-tuning takes a single
+    file, too, and without it the embedded default model); `batch_size` counts the samples
     of an optimiser step over all processes and accumulated parts; `ema_decay` 0 keeps no moving average; `compile`
     takes minutes before the first step and makes the others faster (on a CPU it needs a C++ compiler).
 
@@ -47,7 +49,10 @@ class TrainConfig(Section):
     """
 
     output_dir: Path
-    task: Annotated[AutoencoderTask | TextToImageTask | UpscaleTask | PairedTask, Field(discriminator="kind")]
+    task: Annotated[
+        AutoencoderTask | TextToImageTask | UpscaleTask | PairedTask | FinetuneTask,
+        Field(discriminator="kind"),
+    ]
     data: Data
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     init_from: Path | None = None

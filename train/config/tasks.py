@@ -27,18 +27,15 @@ class AutoencoderTask(Section):
     train_encoder: bool = True
 
 
-class LatentTask(Section):
-    """What the tasks of diffusion in the latents of a finished autoencoder have in common.
+class DiffusionTask(Section):
+    """What all tasks of diffusion in the latents of a finished autoencoder have in common.
 
-    `unet` and `scheduler` are the contents of the diffusers configurations. `cached_views` random views of every item
-    are encoded once, before training, and kept in memory or, with `cache_dir`, in a folder that all runs may share; 0
-    draws and encodes new ones in every step. A `timestep_shift` above 1 spends more samples on the noisier timesteps;
-    `guidance_scale` is what the finished model is guided with where a call names none; `save_half` writes it in
-    float16.
+    `cached_views` random views of every item are encoded once, before training, and kept in memory or, with
+    `cache_dir`, in a folder that all runs may share; 0 draws and encodes new ones in every step. A `timestep_shift`
+    above 1 spends more samples on the noisier timesteps; `guidance_scale` is what the finished model is guided with
+    where a call names none; `save_half` writes it in float16.
     """
 
-    unet: dict[str, Any]
-    scheduler: dict[str, Any]
     caption_dropout: Rate = 0.1
     cached_views: Annotated[int, Field(ge=0, le=4096)] = 16
     cache_dir: Path | None = None
@@ -46,6 +43,16 @@ class LatentTask(Section):
     loss: LatentLoss = LatentLoss()
     guidance_scale: Annotated[float, Field(ge=0, le=1e6)] | None = None
     save_half: bool = False
+
+
+class LatentTask(DiffusionTask):
+    """A task that states its networks: `unet` and `scheduler` are the contents of the diffusers configurations.
+
+    The other fields are those of DiffusionTask.
+    """
+
+    unet: dict[str, Any]
+    scheduler: dict[str, Any]
 
 
 class TextToImageTask(LatentTask):

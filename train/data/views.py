@@ -93,8 +93,8 @@ def check_sides(data: CaptionedImages, factor: int) -> None:
     wrong = next((side for side in sides if side % factor), None)
     if wrong is not None:
         raise ConfigError(
-            f"there are images of {wrong} pixels in height or width, and task.vae needs multiples of {factor}: choose "
-            "one for data.image_size, or for data.bucket_step if there are buckets"
+            f"there are images of {wrong} pixels in height or width, and the autoencoder takes multiples of {factor}: "
+            "choose one for data.image_size, or for data.bucket_step if there are buckets"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from latentgen.pipelines.loading import (
     load_text_encoder,
     usual_guidance_scale,
 )
-from latentgen.train.config import LatentLoss, LatentTask
+from latentgen.train.config import DiffusionTask, LatentLoss
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, check_sides, sample_rng
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.objectives.encoding import EncodedViews
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.
 SMALL_LATENTS = 32 * 32
 _ON_CPU = Placement(torch.float32, torch.device("cpu"))
-AnyTask = TypeVar("AnyTask", bound=LatentTask)
+AnyTask = TypeVar("AnyTask", bound=DiffusionTask)
 
 
 class LatentObjective(Objective, Generic[AnyTask]):
@@ -73,12 +73,14 @@ class LatentObjective(Objective, Generic[AnyTask]):
     # In a tuple, so that the finished autoencoder is no part of what is trained.
     _vae: tuple[ImageEncoder, ImageDecoder]
 
-    def __init__(self, task: AnyTask, data: CaptionedImages, device: torch.device) -> None:
+    def __init__(
+        self, task: AnyTask, data: CaptionedImages, device: torch.device, scheduler: Scheduler
+    ) -> None:
         super().__init__()
         self.task = task
         # On a CPU the small convolutions of a latent UNet learn faster so.
         self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
-        self.scheduler = training_scheduler(Scheduler.from_config(task.scheduler), task.loss)
+        self.scheduler = training_scheduler(scheduler, task.loss)
         self.order = Order.of(data, views=max(1, task.cached_views))
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
@@ -90,7 +92,6 @@ class LatentObjective(Objective, Generic[AnyTask]):
         latents = self._views.latents(plan)
         count = self.scheduler.schedule.num_train_timesteps
         timesteps = spread_timesteps(plan, count, self.task.timestep_shift)
-        tokens = self._text.tokenize(self._views.draw_captions(plan, self.task.caption_dropout))
         loss = self.task.loss
         noise = training_noise(plan, latents.shape[1:], loss)
         asked = []
@@ -98,7 +99,11 @@ class LatentObjective(Objective, Generic[AnyTask]):
             asked.append(perturbed_noise(plan, noise, loss.input_perturbation))
         if loss.masked:
             asked.append(self._views.masks_of(plan))
-        return latents, noise, timesteps, tokens, *asked
+        return latents, noise, timesteps, self._tokens(plan), *asked
+
+    def _tokens(self, plan: BatchPlan) -> Tensor:
+        """Token ids [B, chunks, window] of a caption for each sample."""
+        return self._text.tokenize(self._views.draw_captions(plan, self.task.caption_dropout))
 
     def forward(self, *batch: Tensor) -> Loss:
         """The mean error of the prediction; its part is the same at the noisier half of the timesteps."""
@@ -136,7 +141,12 @@ class LatentObjective(Objective, Generic[AnyTask]):
         """Let the UNet, and the text encoder where it is trained, keep less."""
         self.unet.gradient_checkpointing = True
         if self._text_is_trained:
-            enable_checkpointing(self._text.model)
+            for tower in self._towers:
+                enable_checkpointing(tower.model)
+
+    @property
+    def _towers(self) -> Sequence[CLIPText]:
+        return (self._text,)
 
     @property
     def _text_is_trained(self) -> bool:

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentgen.checkpoints.folder import CheckpointFolder
+from latentgen.diffusion.scheduler import Scheduler
 from latentgen.models.pixels import RGB
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
@@ -55,7 +56,7 @@ class PairedObjective(LatentObjective[PairedTask]):
         device: torch.device,
         init_from: Path | None = None,
     ) -> None:
-        super().__init__(task, data, device)
+        super().__init__(task, data, device, Scheduler.from_config(task.scheduler))
         config = UNetConfig.from_json(task.unet)
         vae = None if task.vae is None else CheckpointFolder.open(task.vae)
         vae_config = RGB if vae is None else VAEConfig.from_json(vae.config("vae"))

@@ -10,6 +10,7 @@ from torch import nn
 
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.checkpoints.weights import load_weights
+from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, ResumeError
 from latentgen.files import quote
 from latentgen.models.pixels import RGB
@@ -57,7 +58,7 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         init_from: Path | None = None,
         assets: Path | None = None,
     ) -> None:
-        super().__init__(task, data, device)
+        super().__init__(task, data, device, Scheduler.from_config(task.scheduler))
         unet_config = UNetConfig.from_json(task.unet)
         text_config = CLIPTextConfig.from_json(task.text_encoder)
         vae = None if task.vae is None else CheckpointFolder.open(task.vae)

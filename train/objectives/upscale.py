@@ -58,7 +58,7 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         device: torch.device,
         init_from: Path | None = None,
     ) -> None:
-        super().__init__(task, data, device)
+        super().__init__(task, data, device, Scheduler.from_config(task.scheduler))
         self.low_res_scheduler = Scheduler.from_config(task.low_res_scheduler)
         config = UNetConfig.from_json(task.unet)
         vae = None if task.vae is None else CheckpointFolder.open(task.vae)

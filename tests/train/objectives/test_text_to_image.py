@@ -203,7 +203,10 @@ def test_starting_from_a_trained_model(text_to_image_recipe: MakeRecipe, image_f
             "task.unet.cross_attention_dim=32",
             "cross_attention_dim is 32, but hidden_size of task.text_encoder: 16",
         ),
-        ("data.image_size=17", "images of 17 pixels in height or width, and task.vae needs multiples of 2"),
+        (
+            "data.image_size=17",
+            "images of 17 pixels in height or width, and the autoencoder takes multiples of 2",
+        ),
         ("task.text_encoder.pad_token_id=0", "pad_token_id is 0 and must be 1"),
         ("task.text_encoder.vocab_size=100", "vocab_size is 100"),
         ("task.scheduler.beta_start=-1", "beta_start"),

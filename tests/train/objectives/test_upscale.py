@@ -191,7 +191,10 @@ def test_starting_from_a_trained_model(upscale_recipe: MakeRecipe, tmp_path: Pat
             "task.unet.cross_attention_dim=16",
             "cross_attention_dim is 16, but hidden_size of task.text_encoder: 32",
         ),
-        ("data.image_size=17", "images of 17 pixels in height or width, and task.vae needs multiples of 2"),
+        (
+            "data.image_size=17",
+            "images of 17 pixels in height or width, and the autoencoder takes multiples of 2",
+        ),
         (
             "task.unet.class_embed_type=null",
             "UpscalePipeline does not fit this UNet, which wants no noise level",

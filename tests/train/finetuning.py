@@ -1,0 +1,111 @@
+"""Tiny models of every family to fine-tune, and a few pictures to do it with."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latentgen.train.config import FinetuneTask
+from latentgen.train.data import Captions, View
+from latentgen.train.objectives.finetune import FinetuneObjective
+from latentgen.train.objectives.origin import Origin
+from tests.conftest import build_pipeline
+from tests.pipelines.sdxl import build_base
+
+SIZE = 16
+CAPTIONS = ("red cat", "a tiger", "cat on a dog", "red red dog", "tiger cat", "zebra")
+
+
+class Pictures:
+    """Six pictures of noise, cropped from larger ones, each with what it looked like before an edit."""
+
+    image_size = SIZE
+
+    def __init__(self, captions: tuple[str, ...] = CAPTIONS, *, edited: bool = True) -> None:
+        self.captions, self.edited = captions, edited
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def view(self, index: int, rng: random.Random) -> View:
+        corner = (rng.randint(0, 8), index)
+        return View(
+            _noise(index),
+            Captions((self.captions[index],), (1.0,)),
+            original_size=(40 + index, 30),
+            crop_corner=corner,
+            before=_noise(100 + index) if self.edited else None,
+        )
+
+    def bucket(self, index: int) -> tuple[int, int]:
+        return self.image_size, self.image_size
+
+    def corpus(self) -> list[str]:
+        return list(self.captions)
+
+
+def _noise(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+
+
+def build(family: str, prediction_type: str = "epsilon") -> Any:
+    """A pipeline of diffusers with tiny random weights: "sd", "inpainting", "instruct" or "sdxl"."""
+    import diffusers
+
+    if family == "sdxl":
+        pipe: Any = build_base()
+    else:
+        plain = build_pipeline({"sd": 4, "instruct": 8, "inpainting": 9}[family])
+        kinds = {
+            "sd": diffusers.StableDiffusionPipeline,
+            "instruct": diffusers.StableDiffusionInstructPix2PixPipeline,
+            "inpainting": diffusers.StableDiffusionInpaintPipeline,
+        }
+        pipe = kinds[family](**plain.components, requires_safety_checker=False)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction_type)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@cache
+def folder_of(family: str, prediction_type: str = "epsilon") -> Path:
+    """The folder that diffusers writes of such a pipeline, made once; nothing may change it."""
+    folder = Path(mkdtemp(prefix="finetuning-"))
+    build(family, prediction_type).save_pretrained(folder)
+    return folder
+
+
+def objective_of(
+    method: dict[str, Any],
+    folder: Path | None,
+    scratch: Path,
+    data: Pictures | None = None,
+    **fields: Any,
+) -> FinetuneObjective:
+    """An objective over the model of a folder, or the embedded one; `fields` are the task's besides the method."""
+    task = FinetuneTask.model_validate({"kind": "finetune", "method": method, "cached_views": 2} | fields)
+    torch.manual_seed(0)
+    return FinetuneObjective(
+        task,
+        Pictures() if data is None else data,
+        seed=3,
+        device=torch.device("cpu"),
+        origin=Origin(folder, scratch / "class_images"),
+    )
+
+
+def randomise(objective: FinetuneObjective) -> None:
+    """Give what learns values at which no gradient vanishes: a LoRA begins with factors of zeros."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))

@@ -1,0 +1,215 @@
+"""Low-rank adapters (arXiv:2106.09685) beside frozen layers, put in by PEFT, saved for diffusers and for kohya."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from latentgen.adapters.lora_files import LoRALayer, read_lora
+from latentgen.adapters.lora_names import flat, layer_names, original_paths
+from latentgen.checkpoints.weights import first_five
+from latentgen.errors import ConfigError
+from latentgen.files import quote
+from latentgen.models.text import name_in_files
+from latentgen.pipelines.base import Pipeline
+from latentgen.train.config.finetune import LoRAMethod
+from latentgen.train.methods.base import (
+    AnyPipeline,
+    Method,
+    layers_without_gradient,
+    save_learnt,
+    towers_of,
+)
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "lora_kohya.safetensors"
+_ADAPTER = "default"
+# PEFT's factor -> kohya's.
+_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
+
+
+class LoRATraining(Method):
+    """Trains factors beside the layers that the recipe names."""
+
+    def __init__(self, config: LoRAMethod) -> None:
+        self.config = config
+        self.trains_text = config.train_text_encoder
+        self.alpha = float(config.rank) if config.alpha is None else config.alpha
+
+    def put_into(self, pipeline: AnyPipeline) -> AnyPipeline:
+        """See Method."""
+        from peft import inject_adapter_in_model
+
+        networks = self._networks(pipeline)
+        for name, network in networks.items():
+            self._check_targets(name, network)
+        paths = {name: layer_names(network) for name, network in networks.items()}
+        for name, network in networks.items():
+            inject_adapter_in_model(self._peft_config(name), network, adapter_name=_ADAPTER)
+        if self.config.init_lora is not None:
+            self._go_on_from(self.config.init_lora, networks, paths)
+        for module in layers_without_gradient(pipeline.text_encoder.towers):
+            module.requires_grad_(False)
+        return pipeline
+
+    def save(self, pipeline: Pipeline, folder: Path, *, half: bool) -> None:
+        """See Method."""
+        networks = self._networks(pipeline)
+        factors = {name: dict(_factors(network)) for name, network in networks.items()}
+        settings = {
+            f"{name}.{key}": value for name in networks for key, value in self._settings(name).items()
+        }
+        diffusers = {
+            f"{name}.{_path_in_files(name, path)}.{factor}.weight": tensor
+            for name, layers in factors.items()
+            for path, pair in layers.items()
+            for factor, tensor in pair.items()
+        }
+        metadata = {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+        save_learnt(folder / DIFFUSERS_FILE, diffusers, metadata, half=half)
+        metadata = {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(self.config.rank),
+            "ss_network_alpha": str(self.alpha),
+        }
+        save_learnt(folder / KOHYA_FILE, self._kohya(factors, pipeline), metadata, half=half)
+
+    def _kohya(
+        self, factors: Mapping[str, Mapping[str, Mapping[str, Tensor]]], pipeline: Pipeline
+    ) -> dict[str, Tensor]:
+        """The names of kohya's trainer: of SDXL's UNet those of the original layout, of others those of diffusers."""
+        originals = original_paths(pipeline.unet.config) if pipeline.is_sdxl else {}
+        several = len(pipeline.text_encoder.towers) > 1
+        prefixes = {
+            "unet": "lora_unet_",
+            "text_encoder": "lora_te1_" if several else "lora_te_",
+            "text_encoder_2": "lora_te2_",
+        }
+        tensors: dict[str, Tensor] = {}
+        for name, layers in factors.items():
+            for path, pair in layers.items():
+                named = originals.get(path, path) if name == "unet" else _path_in_files(name, path)
+                key = prefixes[name] + named.replace(".", "_")
+                tensors |= {f"{key}.{_FACTORS[factor]}.weight": tensor for factor, tensor in pair.items()}
+                tensors[f"{key}.alpha"] = torch.tensor(self.alpha)
+        return tensors
+
+    def _networks(self, pipeline: Pipeline) -> dict[str, nn.Module]:
+        """The networks that learn, by component."""
+        networks: dict[str, nn.Module] = {"unet": pipeline.unet}
+        if self.trains_text:
+            networks |= {name: tower.model for name, tower in towers_of(pipeline).items()}
+        return networks
+
+    def _targets(self, component: str) -> Sequence[str]:
+        return self.config.targets if component == "unet" else self.config.text_targets
+
+    def _check_targets(self, component: str, network: nn.Module) -> None:
+        field = "targets" if component == "unet" else "text_targets"
+        adaptable = set(layer_names(network).values())
+        for target in self._targets(component):
+            paths = [path for path, _ in network.named_modules() if _ends_with(path, target)]
+            if wrong := [path for path in paths if path not in adaptable]:
+                raise ConfigError(
+                    f"task.method.{field}: {quote(target)} names what is no linear layer or plain convolution of the "
+                    f"{component} ({first_five(wrong)}); choose from {_endings(adaptable)}"
+                )
+            if not paths:
+                raise ConfigError(
+                    f"task.method.{field}: {quote(target)} is no layer of the {component}; choose from "
+                    f"{_endings(adaptable)}"
+                )
+
+    def _peft_config(self, component: str) -> LoraConfig:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType] (a whole number by its annotation alone)
+            lora_dropout=self.config.dropout,
+            init_lora_weights="gaussian",  # as diffusers' scripts have it
+            target_modules=list(self._targets(component)),
+        )
+
+    def _settings(self, component: str) -> dict[str, Any]:
+        """PEFT's settings in JSON, by which diffusers knows alpha."""
+        settings = self._peft_config(component).to_dict()
+        return {
+            key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()
+        } | {"inference_mode": True}
+
+    @torch.no_grad()
+    def _go_on_from(
+        self,
+        source: Path,
+        networks: Mapping[str, nn.Module],
+        paths: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        """Begin with the factors of a file, scaled as this run's alpha needs it."""
+        lora = read_lora(source)
+        where = f"task.method.init_lora {quote(source)}"
+        for component, layers in lora.components.items():
+            places = dict(_factors(networks[component])) if component in networks else {}
+            for name, layer in layers.items():
+                pair = places.get(paths.get(component, {}).get(flat(name), ""))
+                if pair is None:
+                    raise ConfigError(
+                        f"{where} adapts {component} {quote(name)}, which this recipe does not train; add the layer to "
+                        "task.method.targets (of a text encoder: train_text_encoder and text_targets)"
+                    )
+                self._copy(layer, pair, f"{where}, {component} {quote(name)}")
+
+    def _copy(self, layer: LoRALayer, pair: Mapping[str, Tensor], where: str) -> None:
+        down, up = pair["lora_A"], pair["lora_B"]
+        if layer.rank != self.config.rank:
+            raise ConfigError(
+                f"{where} has rank {layer.rank}, the recipe {self.config.rank}; set task.method.rank={layer.rank}"
+            )
+        if layer.down.numel() != down.numel() or layer.up.numel() != up.numel():
+            raise ConfigError(
+                f"{where} maps {layer.down.shape[1]} channels to {layer.up.shape[0]}, the layer {down.shape[1]} to "
+                f"{up.shape[0]}; it was made for another family of models"
+            )
+        down.copy_(layer.down.reshape(down.shape))
+        up.copy_(layer.up.reshape(up.shape) * (layer.scale * self.config.rank / self.alpha))
+
+
+def _factors(network: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Path of each adapted layer -> PEFT's name of a factor -> the factor."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, module in network.named_modules():
+        if isinstance(module, LoraLayer):
+            down, up = module.lora_A[_ADAPTER], module.lora_B[_ADAPTER]
+            assert isinstance(down.weight, Tensor)
+            assert isinstance(up.weight, Tensor)
+            yield path, {"lora_A": down.weight, "lora_B": up.weight}
+
+
+def _ends_with(path: str, target: str) -> bool:
+    """Whether PEFT takes a layer for the target."""
+    return path == target or path.endswith(f".{target}")
+
+
+def _endings(paths: set[str]) -> str:
+    """The shortest names that layers can be called by: what follows the last number, or the whole."""
+    endings: set[str] = set()
+    for path in paths:
+        parts = path.split(".")
+        begin = len(parts) - 1
+        while begin > 0 and parts[begin].isdigit():
+            begin -= 1
+        endings.add(".".join(parts[begin:]))
+    return ", ".join(sorted(endings))
+
+
+def _path_in_files(component: str, path: str) -> str:
+    return path if component == "unet" else name_in_files(path)

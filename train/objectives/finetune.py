@@ -1,0 +1,223 @@
+"""The objective of fine-tuning: a finished model of any family learns from new images, by any method."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentgen.errors import CheckpointMismatchError
+from latentgen.models.config import StorageDtype
+from latentgen.models.frozen import store_frozen
+from latentgen.models.text import CLIPText
+from latentgen.models.unet import AddedConditioning
+from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.inpaint import in_latents
+from latentgen.train.config import FinetuneTask, LatentLoss
+from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, sample_rng
+from latentgen.train.methods import build_method
+from latentgen.train.objectives.base import Loss
+from latentgen.train.objectives.class_images import ClassImages
+from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.latent_diffusion import LatentObjective
+from latentgen.train.objectives.masks import random_mask
+from latentgen.train.objectives.origin import Origin, check_data, load_origin, own_memory
+
+# What is not shown: to the encoder as near to 0 as 8 bits come.
+_GREY = (127, 127, 127)
+
+
+class FinetuneObjective(LatentObjective[FinetuneTask]):
+    """The error of a finished model's prediction on new images; what of it learns, the method says.
+
+    The checkpoint tells the family. SDXL is told the sizes of each view; a model of inpainting a random mask of each,
+    and the latents of what it leaves; a model that follows instructions the latents of the image before the edit.
+
+    Args:
+        task: what the recipe says.
+        data: the captioned images.
+        seed: the run's seed, which the cached views follow.
+        device: where images are drawn and encoded; the objective itself stays on the CPU.
+        origin: what the run starts from.
+
+    Raises:
+        ConfigError: the recipe does not fit the checkpoint.
+        CheckpointError: the checkpoint cannot be used; the subclass says why.
+        DatasetError: the data lack what the model needs.
+    """
+
+    def __init__(
+        self, task: FinetuneTask, data: CaptionedImages, *, seed: int, device: torch.device, origin: Origin
+    ) -> None:
+        pipeline = load_origin(origin.source, task)
+        super().__init__(task, data, device, pipeline.scheduler)
+        check_data(task, data, pipeline)
+        self._method = build_method(task.method)
+        self._stages = replace(self._method.put_into(pipeline), scheduler=self.scheduler)
+        self.unet = self._stages.unet
+        self.text_encoder = self._stages.text_encoder.module
+        own_memory(self)
+        self._vae = (self._stages.encoder(), self._stages.decoder)
+        # In a tuple, as it shares all networks with this one.
+        self._kept: tuple[FinetuneObjective, ...] = ()
+        if task.prior is not None:
+            classes = ClassImages(task.prior, origin.class_images, model=origin.named(task), seed=seed)
+            classes.draw(self.eval()._stages, device, size=data.image_size)
+            self._kept = (self._over(classes, seed, device, {}),)
+        self._encode(data, seed, device)
+
+    def over(self, data: CaptionedImages, seed: int) -> Self:
+        """As LatentObjective.over; nothing else is left out or kept besides either."""
+        plain = {"caption_dropout": 0.0, "conditioning_dropout": 0.0, "loss": LatentLoss()}
+        return self._over(data, seed, next(self.parameters()).device, plain)
+
+    def _over(
+        self, data: CaptionedImages, seed: int, device: torch.device, changes: Mapping[str, Any]
+    ) -> Self:
+        """This objective over other images, one view of each, without prior preservation; the networks are shared."""
+        other = copy.copy(self)
+        other.task = self.task.model_copy(update={"cached_views": 1, "prior": None, **changes})
+        other.order, other._kept = Order.of(data), ()
+        other._encode(data, seed, device)
+        return other
+
+    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        change = _unmasked if self.inpaints else None
+        source = ViewSource(data, self.task.cached_views, seed, change)
+        shown = "latents" if self.inpaints or self.edits else "nothing"
+        self._views = encode_views(self._vae[0], device, source, shown=shown, cache_dir=self.task.cache_dir)
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet is told a mask."""
+        return self.unet.config.in_channels == 2 * self._stages.decoder.config.latent_channels + 1
+
+    @property
+    def edits(self) -> bool:
+        """Whether the UNet is shown the image before an edit."""
+        return self.unet.config.in_channels == 2 * self._stages.decoder.config.latent_channels
+
+    def train(self, mode: bool = True) -> FinetuneObjective:
+        """Switch dropout on or off; text encoders that do not learn go without."""
+        super().train(mode)
+        if not self._method.trains_text:
+            self.text_encoder.eval()
+        return self
+
+    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+        """Latents, noise, timesteps and token ids as LatentObjective.batch; of SDXL's pair [B, 2, chunks, window].
+
+        After them come the sizes [B, 6] that SDXL is told, and the mask and latents [B, 1 + C, h, w] or [B, C, h, w]
+        that a UNet is shown. With prior preservation all of that follows once more, for as many class images.
+        """
+        rows = self._rows(plan)
+        for kept in self._kept:
+            # A plan of its own for the class images, so that they share no random number with the others.
+            seed = sample_rng(plan.seed, "prior").getrandbits(62)
+            items = kept.order.items(seed, plan.step, plan.batch_size, plan.samples)
+            rows = (*rows, *kept.batch(replace(plan, seed=seed, items=items)))
+        return rows
+
+    def _rows(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+        rows = super().batch(plan)
+        if self._stages.is_sdxl:
+            rows = (*rows, self._views.size_conditions(plan))
+        if self.inpaints:
+            return *rows, torch.cat([self._random_masks(plan), self._views.shown_latents(plan)], dim=1)
+        if self.edits:
+            _, image = self._conditioning(plan)
+            factor = self._stages.decoder.config.scaling_factor
+            return *rows, self._views.shown(plan).float() / factor * image
+        return rows
+
+    def _random_masks(self, plan: BatchPlan) -> Tensor:
+        """What is masked of each view [B, 1, h, w], at the resolution of the latents."""
+        factor = self._stages.decoder.config.spatial_factor
+        masks = []
+        for facts, rng in zip(self._views.facts(plan), self._views.change_rngs(plan), strict=True):
+            height, width = facts.size
+            pixels = torch.from_numpy(np.array(random_mask((width, height), rng)))
+            masks.append(in_latents(pixels[None, None].float() / 255, factor))
+        return torch.cat(masks)
+
+    def _tokens(self, plan: BatchPlan) -> Tensor:
+        """Token ids [B, chunks, window], or of SDXL's pair [B, 2, chunks, window]."""
+        captions = self._views.draw_captions(plan, 0.0 if self.edits else self.task.caption_dropout)
+        if self.edits:
+            text, _ = self._conditioning(plan)
+            captions = [caption if shown else "" for caption, shown in zip(captions, text, strict=True)]
+        tokens = [tower.tokenize(captions) for tower in self._stages.text_encoder.towers]
+        if len(tokens) == 1:
+            return tokens[0]
+        if tokens[0].shape != tokens[1].shape:
+            raise CheckpointMismatchError(
+                "the two tokenizers cut a caption into different numbers of chunks; they belong to different models"
+            )
+        return torch.stack(tokens, dim=1)
+
+    def _conditioning(self, plan: BatchPlan) -> tuple[list[bool], Tensor]:
+        """Whether each sample is shown its instruction, and its image [B, 1, 1, 1] (arXiv:2211.09800, 3.2.1)."""
+        rate = self.task.conditioning_dropout
+        draws = [rng.random() for rng in plan.rngs("conditioning")]
+        image = torch.tensor([not rate <= draw < 3 * rate for draw in draws]).float()
+        return [draw >= 2 * rate for draw in draws], image.view(-1, 1, 1, 1)
+
+    def forward(self, *batch: Tensor) -> Loss:
+        """The loss of the images, and with prior preservation that of the class images times its weight."""
+        prior = self.task.prior
+        if prior is None:
+            return super().forward(*batch)
+        # Two passes and not one: class images may have another size than the others.
+        half = len(batch) // 2
+        images, kept = super().forward(*batch[:half]), super().forward(*batch[half:])
+        return Loss(images.total + prior.weight * kept.total, {"images": images.total, "prior": kept.total})
+
+    def _predict(self, sample: Tensor, timesteps: Tensor, tokens: Tensor, *shown: Tensor) -> Tensor:
+        text = self._stages.text_encoder
+        tower_ids = tokens.unbind(1) if len(text.towers) > 1 else (tokens,)
+        with torch.set_grad_enabled(self._method.trains_text and torch.is_grad_enabled()):
+            encoded = [tower.encode_tokens(ids) for tower, ids in zip(text.towers, tower_ids, strict=True)]
+        context = torch.cat([conditioning.context for conditioning in encoded], dim=-1)
+        added = None
+        if self._stages.is_sdxl:
+            pooled = encoded[-1].pooled
+            assert pooled is not None
+            added, shown = AddedConditioning(pooled, shown[0]), shown[1:]
+        return self.unet(torch.cat([sample, *shown], dim=1), timesteps, context, added=added)
+
+    def store_base(self, storage: StorageDtype) -> None:
+        """Store what is not trained of the networks in fewer bits; see store_frozen.
+
+        Raises:
+            ConfigError: the method saves the whole model.
+        """
+        if self.task.method.kind == "full":
+            super().store_base(storage)
+        for network in (self.unet, self.text_encoder):
+            store_frozen(network, storage)
+
+    @property
+    def _towers(self) -> Sequence[CLIPText]:
+        return self._stages.text_encoder.towers
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write what the method learnt, in float16 if the recipe says so."""
+        self.load_state_dict(dict(weights))
+        self._method.save(self._pipeline(), folder, half=self.task.save_half)
+
+    def _pipeline(self) -> Pipeline:
+        return self._stages
+
+
+def _unmasked(view: View, rng: random.Random) -> View:
+    """A view, as an edit of what a random mask leaves of it."""
+    image = view.image.copy()
+    image.paste(_GREY, mask=random_mask(image.size, rng))
+    return view._replace(before=image)
