@@ -161,11 +161,13 @@ def save_weights(
     *,
     variant: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write ``state`` to ``folder/stem[.variant].safetensors``, or to shards with an index when it is larger.
 
     All files reach the disk under temporary names before the first one is renamed; the weights that an
     earlier call left under the same stem and variant are replaced. One tensor at a time is copied to the CPU.
+    ``metadata`` is free text for the header of every file.
 
     Returns:
         The safetensors files written, in order.
@@ -187,7 +189,7 @@ def save_weights(
         if len(shards) > 1:
             _write_index(stack.enter_context(atomic_write(index)), names, shards)
         for name, shard in zip(names, shards, strict=True):
-            _write_tensors(stack.enter_context(atomic_write(folder / name)), state, shard)
+            _write_tensors(stack.enter_context(atomic_write(folder / name)), state, shard, metadata or {})
     _remove_weights(folder, stem, variant, keep={*names, index.name} if len(shards) > 1 else {*names})
     return [folder / name for name in names]
 
@@ -330,11 +332,13 @@ def _write_index(file: BinaryIO, names: Sequence[str], shards: Sequence[Mapping[
     file.write(encode_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
-def _write_tensors(file: BinaryIO, state: Mapping[str, Tensor], shard: Mapping[str, TensorInfo]) -> None:
+def _write_tensors(
+    file: BinaryIO, state: Mapping[str, Tensor], shard: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> None:
     """Header, then tensor by tensor: the peak is one tensor; safetensors' own writer wants all contiguous."""
     # Wider items first, so that every tensor is aligned to its item size.
     widest_first = dict(sorted(shard.items(), key=lambda item: -state[item[0]].element_size()))
-    file.write(encode_header(widest_first, {"format": "pt"}))
+    file.write(encode_header(widest_first, {"format": "pt", **metadata}))
     for name in widest_first:
         tensor = state[name].detach().cpu().contiguous().flatten()
         file.write(tensor.view(torch.uint8).numpy().data)

@@ -82,13 +82,13 @@ def folder_of(family: str, prediction_type: str = "epsilon") -> Path:
 
 def objective_of(
     method: dict[str, Any],
-    folder: Path,
+    folder: Path | None,
     scratch: Path,
     data: Pictures | None = None,
     frozen_dtype: torch.dtype = torch.float32,
     **fields: Any,
 ) -> FinetuneObjective:
-    """An objective over a folder's model; `fields` are those of the task besides the method."""
+    """An objective over the model of a folder, or the embedded one; `fields` are the task's besides the method."""
     task = FinetuneTask.model_validate({"kind": "finetune", "method": method, "cached_views": 2} | fields)
     torch.manual_seed(0)
     return FinetuneObjective(

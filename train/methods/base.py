@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from latentgen.checkpoints.weights import save_weights
 from latentgen.models.text import CLIPText
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.saving import named_towers
@@ -64,9 +67,10 @@ def layers_without_gradient(towers: Sequence[CLIPText]) -> list[nn.Module]:
     return unused
 
 
-def in_half(tensors: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
-    """Tensors for a file, which share no memory: detached, in float32, or in float16 if `half`."""
-    return {
-        name: (tensor.detach().half() if half else tensor.detach().float()).contiguous().clone()
-        for name, tensor in tensors.items()
-    }
+def save_learnt(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, half: bool
+) -> None:
+    """Write what was learnt into a safetensors file, in float32, or in float16 if `half`."""
+    dtype = torch.float16 if half else torch.float32
+    typed = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    save_weights(typed, file.parent, file.stem, max_shard_bytes=sys.maxsize, metadata=metadata)

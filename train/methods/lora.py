@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from latentgen.adapters.lora_files import LoRALayer, read_lora
 from latentgen.adapters.lora_names import flat, layer_names, original_paths
 from latentgen.checkpoints.weights import first_five
 from latentgen.errors import ConfigError
-from latentgen.files import atomic_write, quote
+from latentgen.files import quote
 from latentgen.models.text import name_in_files
 from latentgen.pipelines.base import Pipeline
 from latentgen.train.config.finetune import LoRAMethod
 from latentgen.train.methods.base import (
     AnyPipeline,
     Method,
-    in_half,
     layers_without_gradient,
+    save_learnt,
     towers_of,
 )
 
@@ -74,15 +73,14 @@ class LoRATraining(Method):
             for path, pair in layers.items()
             for factor, tensor in pair.items()
         }
-        metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
-        _write(folder / DIFFUSERS_FILE, in_half(diffusers, half), metadata)
+        metadata = {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+        save_learnt(folder / DIFFUSERS_FILE, diffusers, metadata, half=half)
         metadata = {
-            "format": "pt",
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(self.config.rank),
             "ss_network_alpha": str(self.alpha),
         }
-        _write(folder / KOHYA_FILE, in_half(self._kohya(factors, pipeline), half), metadata)
+        save_learnt(folder / KOHYA_FILE, self._kohya(factors, pipeline), metadata, half=half)
 
     def _kohya(
         self, factors: Mapping[str, Mapping[str, Mapping[str, Tensor]]], pipeline: Pipeline
@@ -215,8 +213,3 @@ def _endings(paths: set[str]) -> str:
 
 def _path_in_files(component: str, path: str) -> str:
     return path if component == "unet" else name_in_files(path)
-
-
-def _write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    with atomic_write(file) as opened:
-        opened.write(save(dict(tensors), dict(metadata)))

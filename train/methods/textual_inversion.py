@@ -7,16 +7,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from latentgen.adapters.textual_inversion import TextualInversion, with_embedding
 from latentgen.errors import AdapterError, ConfigError
-from latentgen.files import atomic_write, quote
+from latentgen.files import quote
 from latentgen.models.text import CLIPText, join_towers
 from latentgen.pipelines.base import Pipeline
 from latentgen.train.config.finetune import TextualInversionMethod
-from latentgen.train.methods.base import AnyPipeline, Method, in_half, towers_of
+from latentgen.train.methods.base import AnyPipeline, Method, save_learnt, towers_of
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
 # As A1111 names the vectors of SDXL's two text encoders.
@@ -56,10 +55,17 @@ class TextualInversionTraining(Method):
     def put_into(self, pipeline: AnyPipeline) -> AnyPipeline:
         """See Method."""
         towers = towers_of(pipeline)
-        count = self.config.num_vectors
+        token, count = self.config.token, self.config.num_vectors
+        if any(
+            len(tower.tokenizer(token, add_special_tokens=False).input_ids) == 1 for tower in towers.values()
+        ):
+            raise ConfigError(
+                f"task.method.token: {quote(token)} is a word that the model knows already; choose one that it does "
+                f"not, such as {quote(f'<{token}>')}"
+            )
         vectors = {name: self._initial_vectors(tower) for name, tower in towers.items()}
         try:
-            extended = with_embedding(towers, TextualInversion(self.config.token, vectors))
+            extended = with_embedding(towers, TextualInversion(token, vectors))
         except AdapterError as error:
             raise ConfigError(f"task.method.token: {error}") from None
         for tower in extended.values():
@@ -98,6 +104,5 @@ class TextualInversionTraining(Method):
             vectors[name] = rows.vectors
         token = self.config.token
         keys = _SDXL_KEYS if len(vectors) > 1 else dict.fromkeys(vectors, token)
-        tensors = in_half({keys[name]: tensor for name, tensor in vectors.items()}, half)
-        with atomic_write(folder / EMBEDDING_FILE) as file:
-            file.write(save(tensors, {"format": "pt", "name": token}))
+        tensors = {keys[name]: tensor for name, tensor in vectors.items()}
+        save_learnt(folder / EMBEDDING_FILE, tensors, {"name": token}, half=half)

@@ -1,0 +1,238 @@
+"""The objective of fine-tuning: what a batch holds, the class images of prior preservation, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentgen.checkpoints.single_file import SingleFile
+from latentgen.errors import ConfigError, DatasetError
+from latentgen.pipelines.text_to_image import TextToImagePipeline
+from latentgen.train.config import FinetuneTask
+from latentgen.train.data import sample_rng, to_tensor
+from latentgen.train.objectives.masks import random_mask
+from tests.checkpoints.single_files import to_original_file
+from tests.pipelines.families import as_in_files
+from tests.train.finetuning import SIZE, Pictures, build, folder_of, objective_of
+from tests.train.recipes import plan_for
+
+FULL = {"kind": "full"}
+PRIOR = {"prompt": "dog", "images": 6, "weight": 1.0}
+
+
+def encode(family: str, images: list[Image.Image]) -> Any:
+    with torch.no_grad():
+        return build(family).vae.encode(to_tensor(images)).latent_dist
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def views_of(items: tuple[int, ...]) -> list[Any]:
+    data = Pictures()
+    return [data.view(i // 2, sample_rng(3, "cached view", i // 2, i % 2)) for i in items]
+
+
+def test_latents_are_draws_from_the_posterior_of_diffusers(tmp_path: Path):
+    objective = objective_of(FULL, folder_of("sd"), tmp_path)
+    plan = plan_for(objective)
+    latents = objective.batch(plan)[0]
+    posterior = encode("sd", [view.image for view in views_of(plan.items)])
+    drawn = (posterior.mean + posterior.std * plan.noise(posterior.mean.shape[1:], "posterior")) * 0.18215
+    assert relative_error(latents, drawn) < 1e-3  # kept in float16
+
+
+def test_an_inpainting_model_is_told_a_mask_and_what_it_leaves(tmp_path: Path):
+    objective = objective_of(FULL, folder_of("inpainting"), tmp_path)
+    assert objective.inpaints
+    plan = plan_for(objective)
+    shown = objective.batch(plan)[4]
+    assert shown.shape == (8, 5, 8, 8)
+    masked, corners = [], []
+    for item, view in zip(plan.items, views_of(plan.items), strict=True):
+        mask = np.asarray(random_mask((SIZE, SIZE), sample_rng(3, "inpainting mask", item)))
+        kept = torch.from_numpy(mask < 128).float()
+        masked.append(to_tensor([view.image]) * kept + (127 / 127.5 - 1) * (1 - kept))  # 8 bits have no 127.5
+        corners.append(torch.from_numpy(mask[::2, ::2] > 127).float())
+    assert torch.equal(shown[:, 0], torch.stack(corners))
+    with torch.no_grad():
+        posterior = build("inpainting").vae.encode(torch.cat(masked)).latent_dist
+    own = replace(plan, seed=sample_rng(plan.seed, "masked").getrandbits(62))
+    noise = own.noise(posterior.mean.shape[1:], "posterior")
+    assert relative_error(shown[:, 1:], (posterior.mean + posterior.std * noise) * 0.18215) < 1e-3
+
+
+def test_an_instructed_model_is_shown_the_mode_without_the_scaling_factor(tmp_path: Path):
+    objective = objective_of(FULL, folder_of("instruct"), tmp_path, conditioning_dropout=0.0)
+    assert objective.edits
+    plan = plan_for(objective)
+    shown = objective.batch(plan)[4]
+    expected = encode("instruct", [view.before for view in views_of(plan.items)]).mode()
+    assert relative_error(shown, expected) < 1e-3
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_masks_mark_something_and_differ(side: int):
+    masks = [np.asarray(random_mask((side, 2 * side), random.Random(seed))) for seed in range(200)]
+    shares = np.array([(mask > 0).mean() for mask in masks])
+    assert all(mask.shape == (2 * side, side) for mask in masks)
+    assert all(set(np.unique(mask)) <= {0, 255} for mask in masks)
+    assert shares.min() > 0
+    assert 0.15 < (shares == 1).mean() < 0.35
+    assert len({mask.tobytes() for mask in masks}) > 130
+
+
+def test_every_batch_is_a_function_of_the_plan(tmp_path: Path):
+    for family in ("sd", "sdxl", "inpainting", "instruct"):
+        prior = {} if family == "instruct" else {"prior": PRIOR}
+        objective = objective_of(FULL, folder_of(family), tmp_path / family, **prior)
+        again = objective_of(FULL, folder_of(family), tmp_path / family, **prior)
+        torch.manual_seed(77)
+        for first, second in zip(
+            objective.batch(plan_for(objective)), again.batch(plan_for(again)), strict=True
+        ):
+            assert torch.equal(first, second)
+        assert not torch.equal(
+            objective.batch(plan_for(objective, 1))[1], objective.batch(plan_for(objective))[1]
+        )
+
+
+def test_class_images_are_those_of_the_starting_model_and_share_no_noise(tmp_path: Path):
+    objective = objective_of(FULL, folder_of("sd"), tmp_path, prior=PRIOR)
+    plan = plan_for(objective)
+    batch = objective.batch(plan)
+    for mine, kept in zip(batch[:3], batch[4:7], strict=True):
+        assert not torch.equal(mine, kept)
+    files = sorted((tmp_path / "class_images").iterdir())
+    assert len(files) == 6
+    pipeline = TextToImagePipeline.from_pretrained(folder_of("sd"), dtype="float32", device="cpu")
+    seeds = [sample_rng(3, "class image", number).getrandbits(63) for number in range(6)]
+    drawn = pipeline(["dog"] * 6, height=SIZE, width=SIZE, seed=seeds, progress=False).images
+    for file, image in zip(files, drawn, strict=True):
+        with Image.open(file) as kept:
+            assert np.abs(np.asarray(kept).astype(int) - np.asarray(image)).max() <= 1
+    posterior = encode("sd", [Image.open(file) for file in files])
+    assert relative_error(objective._views.means[-6:].float(), posterior.mean * 0.18215) < 1e-3
+
+
+def test_class_images_are_drawn_once_and_gone_on_with(tmp_path: Path):
+    first = objective_of(FULL, folder_of("sd"), tmp_path, prior=PRIOR)
+    files = sorted((tmp_path / "class_images").iterdir())
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    files[5].unlink()
+    again = objective_of(FULL, folder_of("sd"), tmp_path, prior=PRIOR)
+    assert {file: file.read_bytes() for file in files} == {file: data for file, (data, _) in before.items()}
+    redrawn = [file for file in files if file.stat().st_mtime_ns != before[file][1]]
+    assert redrawn == files[4:]  # those that were drawn together
+    assert torch.equal(first._views.means, again._views.means)
+    objective_of(FULL, folder_of("sd"), tmp_path, prior=PRIOR | {"prompt": "tiger"})
+    assert len(list((tmp_path / "class_images").iterdir())) == 12  # another recipe has others
+
+
+def test_an_inpainting_model_draws_class_images(tmp_path: Path):
+    objective = objective_of(FULL, folder_of("inpainting"), tmp_path, prior=PRIOR)
+    assert len(objective.batch(plan_for(objective))) == 10
+    assert len(list((tmp_path / "class_images").iterdir())) == 6
+
+
+def test_a_single_file_and_its_folder_begin_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = folder_of("sd")
+    states = {
+        name: as_in_files(name, part.state_dict())
+        for name, part in build("sd").components.items()
+        if hasattr(part, "state_dict")
+    }
+    configs = {name: json.loads((folder / name / "config.json").read_text("utf-8")) for name in states}
+    save_file(to_original_file(states, configs), tmp_path / "model.safetensors")
+    opened = SingleFile.open
+
+    def open_with_config(path: Path, *, prediction_type: Any = None) -> SingleFile:
+        return opened(path, config=folder, prediction_type=prediction_type)  # it has no published shape
+
+    monkeypatch.setattr(SingleFile, "open", open_with_config)
+    stated = objective_of(FULL, tmp_path / "model.safetensors", tmp_path, prediction_type="v_prediction")
+    assert stated.scheduler.prediction_type == "v_prediction"
+    objective, expected = (
+        objective_of(FULL, tmp_path / "model.safetensors", tmp_path),
+        objective_of(FULL, folder, tmp_path),
+    )
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(objective.state_dict()[name], tensor), name
+    with pytest.raises(ConfigError, match=r"task\.prediction_type is for single files"):
+        objective_of(FULL, folder, tmp_path, prediction_type="v_prediction")
+
+
+def edited_index(tmp_path: Path, family: str, **changes: object) -> Path:
+    folder = tmp_path / "edited"
+    shutil.copytree(folder_of(family), folder)
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    (folder / "model_index.json").write_text(json.dumps(index | changes), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionUpscalePipeline", "LatentgenPixelPipeline", "FluxPipeline"])
+def test_other_kinds_of_models_are_refused(name: str, tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=f"is a '{name}', which kind finetune does not train; it takes models whose"
+    ):
+        objective_of(FULL, edited_index(tmp_path, "sd", _class_name=name), tmp_path)
+
+
+def test_the_refiner_is_refused(tmp_path: Path):
+    from tests.pipelines.sdxl import build_refiner
+
+    build_refiner().save_pretrained(tmp_path / "refiner")
+    with pytest.raises(ConfigError, match="is SDXL's refiner, which is told an aesthetic score"):
+        objective_of(FULL, tmp_path / "refiner", tmp_path)
+
+
+def test_sizes_that_the_latents_cannot_have(tmp_path: Path):
+    data = Pictures()
+    data.image_size = 17
+    with pytest.raises(
+        ConfigError, match=r"data\.image_size is 17; the model takes multiples of 2 pixels, such as 16"
+    ):
+        objective_of(FULL, folder_of("sd"), tmp_path, data)
+
+
+def test_an_instructed_model_needs_images_before_the_edit(tmp_path: Path):
+    with pytest.raises(
+        DatasetError, match="does not say what they looked like before; give each an image `before`"
+    ):
+        objective_of(FULL, folder_of("instruct"), tmp_path, Pictures(edited=False))
+
+
+def test_an_instructed_model_draws_no_class_images(tmp_path: Path):
+    with pytest.raises(ConfigError, match="prior: a model that edits images draws none from a prompt alone"):
+        objective_of(FULL, folder_of("instruct"), tmp_path, prior=PRIOR)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"method": {"kind": "textual_inversion", "token": "<x>", "initializer": "cat"}, "prior": PRIOR},
+            "textual_inversion changes no weight of the model, so no prior is in danger; leave it out",
+        ),
+        ({"method": {"kind": "lora"}, "guidance_scale": 3}, "guidance_scale belongs to a whole model"),
+        ({"method": {"kind": "hypernetwork"}}, "'full', 'lora', 'textual_inversion'"),
+        ({"method": {"kind": "lora", "rank": 0}}, "greater than or equal to 1"),
+        ({"method": {"kind": "lora", "targets": []}}, "at least 1 item"),
+        ({"method": FULL, "unet": {}}, "Extra inputs are not permitted"),
+    ],
+)
+def test_recipes_that_do_not_fit_themselves(fields: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        FinetuneTask.model_validate({"kind": "finetune"} | fields)

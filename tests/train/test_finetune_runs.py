@@ -1,0 +1,135 @@
+"""Whole runs of fine-tuning: they learn, and go on as if they had never stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from latentgen.errors import ConfigError
+from latentgen.train.config import TrainConfig, load_config
+from latentgen.train.trainer import train
+from tests.train.finetuning import folder_of
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"kind": "full", "train_text_encoder": True},
+    "lora": {"kind": "lora", "rank": 2, "dropout": 0.3, "train_text_encoder": True},
+    "textual_inversion": {
+        "kind": "textual_inversion",
+        "token": "disc",
+        "initializer": "cat",
+        "num_vectors": 2,
+    },
+}
+PRIOR = {"prompt": "dog", "images": 4}
+RECIPES = Path(__file__).parents[2] / "configs" / "train"
+
+
+def recipe(tmp_path: Path, image_folder: Path, method: str, **fields: Any) -> TrainConfig:
+    task = {"kind": "finetune", "method": METHODS[method], "cached_views": 2}
+    content = {
+        "output_dir": str(tmp_path / "run"),
+        "init_from": str(folder_of("sd")),
+        "task": task if method == "textual_inversion" else task | {"prior": PRIOR},
+        "data": {"kind": "imagefolder", "path": str(image_folder), "image_size": 16},
+        "seed": 5,
+        "batch_size": 4,
+        "max_steps": 4,
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2, "decay_fraction": 0.5},
+        "ema_decay": 0.9,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 100,
+        "log_every": 1,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content | fields), "utf-8")
+    return load_config(path)
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def losses_of(config: TrainConfig) -> list[float]:
+    rows = (config.output_dir / "log.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(row)["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resuming_at_any_step_changes_nothing(method: str, tmp_path: Path, image_folder: Path):
+    whole = recipe(tmp_path, image_folder, method, gradient_accumulation_steps=2)
+    train(whole)
+    expected = files_of(whole.output_dir)
+    class_images = whole.output_dir / "class_images"
+    for step in (1, 3):
+        folder = tmp_path / str(step)
+        shutil.copytree(whole.output_dir, folder)
+        shutil.rmtree(folder / "model")
+        for later in range(step + 1, 5):
+            shutil.rmtree(folder / f"checkpoint-{later:08d}")
+        if class_images.is_dir():
+            (folder / "class_images").rename(tmp_path / "elsewhere")  # drawn anew, they are the same
+            shutil.rmtree(tmp_path / "elsewhere")
+        torch.manual_seed(step)
+        train(
+            recipe(
+                tmp_path,
+                image_folder,
+                method,
+                gradient_accumulation_steps=2,
+                resume=True,
+                output_dir=str(folder),
+            )
+        )
+        found = files_of(folder)
+        assert found.keys() == expected.keys()
+        for name, content in expected.items():
+            if name.name not in ("state.json", "manifest.json"):  # which hold the folder's name
+                assert found[name] == content, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_falls(method: str, tmp_path: Path, image_folder: Path):
+    rate = {"full": 0.002, "lora": 0.02, "textual_inversion": 0.05}[method]
+    optimizer = {"learning_rate": rate, "warmup_steps": 2, "weight_decay": 0.0}
+    config = recipe(
+        tmp_path, image_folder, method, max_steps=60, checkpoint_every=60, batch_size=6, optimizer=optimizer
+    )
+    train(config)
+    losses = losses_of(config)
+    assert sum(losses[-10:]) < {"textual_inversion": 0.999}.get(method, 0.95) * sum(losses[:10])
+
+
+def test_a_model_of_its_own_is_where_the_next_run_begins(tmp_path: Path, image_folder: Path):
+    first = recipe(tmp_path, image_folder, "full", max_steps=1, ema_decay=0.0)
+    model = train(first)
+    again = recipe(
+        tmp_path, image_folder, "lora", max_steps=1, init_from=str(model), output_dir=str(tmp_path / "two")
+    )
+    assert {file.name for file in train(again).iterdir()} == {
+        "pytorch_lora_weights.safetensors",
+        "lora_kohya.safetensors",
+    }
+
+
+def test_what_is_wrong_is_said_before_the_folder_holds_a_checkpoint(tmp_path: Path, image_folder: Path):
+    config = recipe(
+        tmp_path,
+        image_folder,
+        "full",
+        task={"kind": "finetune", "method": {"kind": "lora", "targets": ["x"]}},
+    )
+    with pytest.raises(ConfigError, match=r"task\.method\.targets: 'x' is no layer"):
+        train(config)
+    assert not any(config.output_dir.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("finetune_*.yaml")), ids=lambda file: file.stem)
+def test_the_sample_recipes_are_valid(file: Path):
+    config = load_config(file)
+    assert config.task.kind == "finetune"
