@@ -154,7 +154,7 @@ class UpscalePipeline(Pipeline):
         return True
 
     def _index(self) -> dict[str, object]:
-        level = {"max_noise_level": self.max_noise_level}
+        level: dict[str, object] = {"max_noise_level": self.max_noise_level}
         if self._is_on_pixels:
             return level | {_ENLARGEMENT_KEY: self.enlargement}
         # Unlike the other pipelines of diffusers this one does not know requires_safety_checker.
