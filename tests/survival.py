@@ -40,7 +40,7 @@ from latentgen.train.__main__ import main as train_command
 from latentgen.train.checkpoint import load_latest
 from tests.faults import Fault, Operations, limit_file_size
 from tests.train.recipes import COLOURS, TEXT_TO_IMAGE, VAE
-from tests.train.runs import WEIGHTS
+from tests.train.runs import WEIGHTS, content_of
 
 STEPS, INTERVAL, KEPT = 18, 3, 2
 PATIENCE_S = 60
@@ -341,7 +341,7 @@ class Harness:
             )
         for name in sorted(names):
             compared = "model" in name.parts or name.name in WEIGHTS
-            if compared and (ours / name).read_bytes() != (theirs / name).read_bytes():
+            if compared and content_of(ours / name) != content_of(theirs / name):
                 raise BrokenRunError(f"{name} of {ours.name} is not that of {theirs.name}")
         deadline = time.monotonic() + 30  # workers look for their parent every five seconds
         while alive := [group for group in run.groups if _group_is_alive(group)]:

@@ -31,10 +31,11 @@ def assert_same_model(ours: Path, theirs: Path) -> None:
     names = sorted(file.relative_to(theirs) for file in theirs.rglob("*") if file.is_file())
     assert names == sorted(file.relative_to(ours) for file in ours.rglob("*") if file.is_file())
     for name in names:
-        assert _content(ours / name) == _content(theirs / name), name
+        assert content_of(ours / name) == content_of(theirs / name), name
 
 
-def _content(file: Path) -> bytes:
+def content_of(file: Path) -> bytes:
+    """The bytes of a file of a finished model; of its card all but the title, which names the run's folder."""
     title = f"\n# {file.parents[1].name}\n".encode()
     return file.read_bytes().replace(title, b"", 1) if file.name == "README.md" else file.read_bytes()
 
