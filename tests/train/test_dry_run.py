@@ -34,8 +34,10 @@ def test_it_says_what_the_run_would_be_and_writes_nothing(text_to_image_recipe: 
 
 
 def test_frozen_weights_are_not_counted_as_learnt(upscale_recipe: MakeRecipe):
-    found = dry_run(upscale_recipe())
-    assert 0 < found.trained < found.parameters
+    in_every_step = dry_run(upscale_recipe("task.cached_views=0"))
+    assert 0 < in_every_step.trained < in_every_step.parameters
+    before = dry_run(upscale_recipe())
+    assert before.trained == before.parameters == in_every_step.trained
 
 
 def test_the_figures_are_those_of_the_run_that_follows(
