@@ -74,7 +74,6 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
             classes.draw(self._stages, device, size=data.image_size)
         self._prepare(data, seed, device)
         if classes is not None:
-            self._told.add(classes.corpus())
             self._kept = (self._over(classes, seed, device, {}),)
 
     def over(self, data: CaptionedImages, seed: int) -> Self:
@@ -89,7 +88,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         other = copy.copy(self)
         other.task = self.task.model_copy(update={"cached_views": 1, "prior": None, **changes})
         other.order, other._kept = Order.of(data), ()
-        other._encode(data, seed, device)
+        other._see(data, seed, device)
         return other
 
     def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:

@@ -172,7 +172,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
         plain = {"caption_dropout": 0.0, "cached_views": 1, "loss": LatentLoss()}
         other.task = self.task.model_copy(update=plain)
         other.order = Order.of(data)
-        other._encode(data, seed, next(self.parameters()).device)
+        other._see(data, seed, next(self.parameters()).device)
         return other
 
     def held_out_loss(self, plan: BatchPlan, timesteps: int) -> Loss:
@@ -214,6 +214,12 @@ class LatentObjective(Objective, Generic[AnyTask]):
         else:
             self._told = ToldText(self._text, TextCache(self._text, device=device, cache_dir=cache_dir))
             self._told.add(captions)
+
+    def _see(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        """Encode other images as well, and their captions if those of the training set were."""
+        self._encode(data, seed, device)
+        if self._views.captions is not None:
+            self._told.add(self._views.captions)
 
     @abstractmethod
     def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
