@@ -5,12 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from latentgen.train.config import TrainConfig
+from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.data.held_out import open_parts
 from latentgen.train.run_folder import starting_state
+from latentgen.train.sharing import gather
 from latentgen.train.trainer import Trainer, build_accelerator, build_objective
 
 _STEPS = 3
@@ -89,12 +92,16 @@ def dry_run(config: TrainConfig) -> Rehearsal:
     state = starting_state(config)
     torch.manual_seed(config.seed)
     parts = open_parts(config)
-    objective = build_objective(
-        config,
-        device=accelerator.device,
-        assets=None if state is None else config.output_dir,
-        data=parts.training,
-    )
+    with TemporaryDirectory() as own_scratch:
+        # One folder for all processes, which share the drawing of class images.
+        scratch = Path(gather([own_scratch])[0])
+        objective = build_objective(
+            _rehearsed(config, scratch),
+            device=accelerator.device,
+            assets=None if state is None else config.output_dir,
+            data=parts.training,
+        )
+        accelerator.wait_for_everyone()
     trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
     counts_memory = accelerator.device.type == "cuda"
     if counts_memory:
@@ -113,6 +120,15 @@ def dry_run(config: TrainConfig) -> Rehearsal:
         seconds_per_step=statistics.median(seconds),
         peak_bytes=torch.cuda.max_memory_allocated(accelerator.device) if counts_memory else None,
     )
+
+
+def _rehearsed(config: TrainConfig, scratch: Path) -> TrainConfig:
+    """The recipe with no more class images than a step shows, which are kept in `scratch`."""
+    task = config.task
+    if isinstance(task, FinetuneTask) and task.prior is not None:
+        prior = task.prior.model_copy(update={"images": min(task.prior.images, config.batch_size)})
+        task = task.model_copy(update={"prior": prior})
+    return config.model_copy(update={"output_dir": scratch, "task": task})
 
 
 def _duration(seconds: float) -> str:

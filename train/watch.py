@@ -54,10 +54,13 @@ class Watch:
         self._log = log
         self._measured: Objective | None = None
         self._examples: list[Example] = []
-        if config.validation is None or not accelerator.is_main_process:
+        if config.validation is None:
             return
         if held_out is not None:
             self._measured = objective.over(held_out, config.validation.seed)
+        if not accelerator.is_main_process:
+            return
+        if held_out is not None:
             self._examples = _examples(objective, held_out, config.validation)
         if config.validation.prompts:
             with objective.preview(ema) as pipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,14 +13,20 @@ from latentgen.errors import ConfigError, DatasetError
 from latentgen.files import quote
 
 if TYPE_CHECKING:
-    from latentgen.train.config import FolderData, KohyaData
+    from latentgen.train.config import FolderData, HuggingFaceData, KohyaData, WebDataset
     from latentgen.train.data.check import Report
 
 
 def check_data(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the images.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="The folder of the images; of webdataset also a name such as '{000..127}.tar'.",
+        ),
+    ],
     kind: Annotated[
-        Literal["imagefolder", "kohya"],
+        Literal["imagefolder", "kohya", "webdataset", "huggingface"],
         typer.Option(help="How it is laid out, as data.kind says in a recipe."),
     ] = "imagefolder",
     image_size: Annotated[
@@ -41,14 +48,26 @@ def check_data(
             show_default=False,
         ),
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Of a huggingface set that has several.", show_default=False),
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Of a huggingface set. [default: image]", show_default=False)
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="Of a huggingface set. [default: text]", show_default=False)
+    ] = None,
 ) -> None:
-    """Say everything that is wrong with a folder of images to train on, and how it would be trained on.
+    """Say everything that is wrong with images to train on, and how they would be trained on.
 
     \b
     latentgen check-data pictures --image-size 512
     latentgen check-data pictures --image-size 1024 --buckets
     latentgen check-data pictures --caption "a photo of sks dog"
     latentgen check-data img --kind kohya --buckets
+    latentgen check-data "shards/{000..127}.tar" --kind webdataset
+    latentgen check-data pokemon --kind huggingface --split train
 
     An imagefolder holds images, in sub-folders too, and their captions in one of
 
@@ -59,7 +78,8 @@ def check_data(
 
     Rows of the metadata may name a mask_file_name (white where the loss counts) and a before_file_name (what the
     image is an edit of). A kohya folder holds sub-folders such as "10_sks dog": shown 10 times in an epoch, with the
-    caption "sks dog" where no .txt file stands beside an image.
+    caption "sks dog" where no .txt file stands beside an image. Of webdataset the folder holds .tar files with pairs
+    of an image and a .txt or .json; of huggingface what save_to_disk wrote, or parquet files.
 
     Every image is decoded. Problems are what training refuses: images that cannot be read or have no caption, rows
     without their image, and so on. Notes are what it takes: images smaller than their views, the same image twice,
@@ -72,31 +92,40 @@ def check_data(
             f"check-data needs the module {error.name}: pip install 'latentgen[train]'"
         ) from None
 
-    fields: dict[str, Any] = {
-        "path": folder,
-        "image_size": image_size,
-        "buckets": buckets,
-        "bucket_step": bucket_step,
+    fields: dict[str, Any] = {"image_size": image_size, "buckets": buckets, "bucket_step": bucket_step}
+    own = {
+        "caption": caption,
+        "split": split,
+        "image_column": image_column,
+        "caption_column": caption_column,
     }
-    report = check(_config(kind, fields, caption))
+    fields |= {name: value for name, value in own.items() if value is not None}
+    report = check(_config(kind, folder, fields))
     for line in _lines(report):
         print(line)
     if report.problems:
         raise DatasetError(f"{quote(folder)} cannot be trained on as it is: mend what is listed above")
 
 
-def _config(kind: str, fields: dict[str, Any], caption: str | None) -> FolderData | KohyaData:
+def _config(
+    kind: str, folder: Path, fields: dict[str, Any]
+) -> FolderData | KohyaData | WebDataset | HuggingFaceData:
     """The section of a recipe that the options are."""
     from pydantic import ValidationError
 
-    from latentgen.train.config import FolderData, KohyaData, in_one_line
+    from latentgen.train.config import FolderData, HuggingFaceData, KohyaData, WebDataset, in_one_line
 
+    if kind != "imagefolder" and "caption" in fields:
+        raise ConfigError("--caption is for --kind imagefolder: other kinds have captions of their own")
     try:
-        if kind == "imagefolder":
-            return FolderData(kind="imagefolder", caption=caption, **fields)
-        if caption is not None:
-            raise ConfigError("--caption is for --kind imagefolder: kohya's folders are named after theirs")
-        return KohyaData(kind="kohya", **fields)
+        if kind == "webdataset":
+            name = f"{glob.escape(str(folder))}/*.tar" if folder.is_dir() else str(folder)
+            return WebDataset(kind=kind, shards=(name,), **fields)
+        if kind == "huggingface":
+            return HuggingFaceData(kind=kind, path=folder, **fields)
+        if kind == "kohya":
+            return KohyaData(kind=kind, path=folder, **fields)
+        return FolderData(kind="imagefolder", path=folder, **fields)
     except ValidationError as error:
         raise ConfigError(f"the options do not fit: {in_one_line(error)}") from None
 

@@ -60,8 +60,19 @@ def paired_recipe(tmp_path: Path, image_folder: Path, tiny_checkpoint: Path) -> 
     return _recipes(tmp_path, image_folder, PAIRED | finished)
 
 
-def _recipes(tmp_path: Path, image_folder: Path, task: dict[str, Any]) -> MakeRecipe:
+@pytest.fixture
+def lora_recipe(tmp_path: Path, image_folder: Path, tiny_checkpoint: Path) -> MakeRecipe:
+    """As `autoencoder_recipe`, of a LoRA for the tiny checkpoint's UNet and text encoder."""
+    method = {"kind": "lora", "rank": 2, "dropout": 0.3, "train_text_encoder": True}
+    task = {"kind": "finetune", "method": method, "cached_views": 2}
+    return _recipes(tmp_path, image_folder, task, init_from=tiny_checkpoint)
+
+
+def _recipes(
+    tmp_path: Path, image_folder: Path, task: dict[str, Any], *, init_from: Path | None = None
+) -> MakeRecipe:
     fields = {
+        "init_from": None if init_from is None else str(init_from),
         "output_dir": str(tmp_path / "run"),
         "task": task,
         "data": {"kind": "imagefolder", "path": str(image_folder), "image_size": 16},

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from latentgen.errors import DatasetError, ResumeError
+from latentgen.image import save_image
 from latentgen.train.dry_run import Rehearsal, _duration, dry_run
+from latentgen.train.objectives import class_images
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
+from tests.train.test_finetune_runs import METHODS, PRIOR, recipe
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:
@@ -33,9 +37,32 @@ def test_it_says_what_the_run_would_be_and_writes_nothing(text_to_image_recipe: 
     assert "50; 2 steps an epoch, 25 epochs" in text
 
 
-def test_frozen_weights_are_not_counted_as_learnt(upscale_recipe: MakeRecipe):
-    found = dry_run(upscale_recipe())
+def test_class_images_are_drawn_for_one_step_and_not_kept(
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: list[Path] = []
+
+    def save_seen(image: Image.Image, file: Path) -> None:
+        drawn.append(file)
+        save_image(image, file)
+
+    monkeypatch.setattr(class_images, "save_image", save_seen)
+    task = {"kind": "finetune", "method": METHODS["lora"], "cached_views": 2}
+    config = recipe(tmp_path, image_folder, "lora", task=task | {"prior": PRIOR | {"images": 100}})
+    before = files_of(tmp_path)
+    found = dry_run(config)
     assert 0 < found.trained < found.parameters
+    assert files_of(tmp_path) == before
+    assert not config.output_dir.exists()
+    assert len(drawn) == config.batch_size
+    assert not any(file.exists() for file in drawn)
+
+
+def test_frozen_weights_are_not_counted_as_learnt(upscale_recipe: MakeRecipe):
+    in_every_step = dry_run(upscale_recipe("task.cached_views=0"))
+    assert 0 < in_every_step.trained < in_every_step.parameters
+    before = dry_run(upscale_recipe())
+    assert before.trained == before.parameters == in_every_step.trained
 
 
 def test_the_figures_are_those_of_the_run_that_follows(

@@ -78,7 +78,7 @@ def test_checkpointed_gradients_are_the_same_and_less_is_kept(recipe: MakeRecipe
         assert torch.equal(again[name], gradient), name
     assert kept < 0.5 * all_kept
     layers = list(objective.checkpointed_layers())
-    assert bool(objective._text_is_trained) == any("CLIP" in type(layer).__name__ for layer in layers)
+    assert bool(objective._told.learns) == any("CLIP" in type(layer).__name__ for layer in layers)
 
 
 def test_the_autoencoder_cannot(autoencoder_recipe: MakeRecipe):

@@ -121,6 +121,18 @@ def test_two_processes_train_as_one(recipe: str, request: pytest.FixtureRequest,
     compare(make, tmp_path, (1, 1), (2, 1))
 
 
+def test_two_processes_share_a_cache_and_one_of_them_measures(paired_recipe: MakeRecipe, tmp_path: Path):
+    measured = ("held_out=0.34", "validation.loss_every=2", "max_steps=2", *COMMON)
+    one = (*measured, f"task.cache_dir={tmp_path / 'cache-1'}", f"output_dir={tmp_path / 'one'}")
+    two = (*measured, f"task.cache_dir={tmp_path / 'cache-2'}", f"output_dir={tmp_path / 'two'}")
+    configs = [paired_recipe(*overrides) for overrides in (one, two)]
+    run_all(tmp_path, (1, one), (2, two))
+    expected, losses = map(log_of, configs)
+    assert "validation_loss" in expected[-1]
+    for row, due in zip(losses, expected, strict=True):
+        assert row == pytest.approx(due, rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["autoencoder_recipe", "text_to_image_recipe", "paired_recipe"])
 def test_the_batch_is_the_same_however_it_is_divided(

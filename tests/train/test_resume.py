@@ -31,6 +31,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("optimizer.name=muon", "task.text_encoder.attention_dropout=0.2"),
     ),
     "some weights": ("paired_recipe", ("optimizer.name=adamw",)),
+    "lora": ("lora_recipe", ("optimizer.name=adamw",)),
 }
 PRECISIONS = ("no", "bf16")
 ACCUMULATIONS = (1, 4)
@@ -146,7 +147,12 @@ def _copy_until(step: int, whole: TrainConfig, cut: TrainConfig) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [("all weights", "bf16", 4, 2), ("all weights", "no", 1, 0), ("some weights", "no", 4, 0)],
+    [
+        ("all weights", "bf16", 4, 2),
+        ("all weights", "no", 1, 0),
+        ("some weights", "no", 4, 0),
+        ("lora", "bf16", 4, 2),
+    ],
     ids=str,
 )
 def test_a_resumed_run_is_the_same_run(kind: tuple[str, str, int, int], check: Check):

@@ -31,9 +31,11 @@ class DiffusionTask(Section):
     """What all tasks of diffusion in the latents of a finished autoencoder have in common.
 
     `cached_views` random views of every item are encoded once, before training, and kept in memory or, with
-    `cache_dir`, in a folder that all runs may share; 0 draws and encodes new ones in every step. A `timestep_shift`
-    above 1 spends more samples on the noisier timesteps; `guidance_scale` is what the finished model is guided with
-    where a call names none; `save_half` writes it in float16.
+    `cache_dir`, in a folder that all runs may share; 0 draws and encodes new ones in every step. So are the captions
+    where the text encoder does not learn, unless they are shuffled, or too many for memory without `cache_dir`.
+
+    A `timestep_shift` above 1 spends more samples on the noisier timesteps; `guidance_scale` is what the finished model
+    is guided with where a call names none; `save_half` writes it in float16.
     """
 
     caption_dropout: Rate = 0.1

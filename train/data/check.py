@@ -1,4 +1,4 @@
-"""What `latentgen check-data` reports: all that is wrong with a folder of images, and how it would be trained on."""
+"""What `latentgen check-data` reports: all that is wrong with a training set, and how it would be trained on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latentgen.checkpoints.clip_tokenizer import CLIP_PAD, WINDOW, clip_tokenizer
-from latentgen.train.config import FolderData, KohyaData
+from latentgen.train.config import FolderData, FramedData, HuggingFaceData, KohyaData, WebDataset
+from latentgen.train.data import folder, huggingface, shards
 from latentgen.train.data.examination import ImageFacts
-from latentgen.train.data.folder import pixels, survey
+from latentgen.train.data.folder import pixels
 from latentgen.train.data.framing import Framing, Size, enlargement
-from latentgen.train.data.listing import Item, Listing
+from latentgen.train.data.listing import Listing
 
 
 class BucketCount(NamedTuple):
@@ -24,7 +25,7 @@ class BucketCount(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What is in a folder.
+    """What is in a training set.
 
     Attributes:
         images: how many can be used.
@@ -41,36 +42,65 @@ class Report(NamedTuple):
     notes: Sequence[str]
 
 
-def check(config: FolderData | KohyaData) -> Report:
-    """Look at every file of a training set.
+class _Usable(NamedTuple):
+    """An image that can be trained on: its name, height and width, captions, and how often an epoch shows it."""
+
+    name: str
+    size: Size
+    captions: tuple[str, ...]
+    repeats: int = 1
+
+
+def check(config: FolderData | KohyaData | WebDataset | HuggingFaceData) -> Report:
+    """Look at every image of a training set.
 
     Raises:
-        DatasetError: there is no such folder.
+        ConfigError: a library is missing.
+        DatasetError: there is no such set.
     """
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        listing, facts, bad = survey(config)
-    good = [item for item in listing.items if item.captions and item not in bad]
-    sizes = {item: Framing(config).size_for(facts[item.file].size) for item in good}
-    images, samples = Counter(sizes.values()), Counter[Size]()
-    for item, size in sizes.items():
-        samples[size] += item.repeats
-    notes = [
-        *listing.notes,
-        *_duplicates(listing, facts),
-        # That an image is animated, for instance. A warning of a decompression bomb is no UserWarning: it is a problem.
-        *dict.fromkeys(str(warning.message) for warning in warned if warning.category is UserWarning),
-        *_small(listing, facts, sizes),
-        *_empty(listing, good),
-        *_long(listing, good),
+        if isinstance(config, WebDataset):
+            packed = shards.survey(config)
+        elif isinstance(config, HuggingFaceData):
+            packed = huggingface.survey(config)
+        else:
+            return _of_folder(config, warned)
+    good = [_Usable(*sample) for sample in packed.samples]
+    return _report(config, good, packed.problems, _told(warned))
+
+
+def _of_folder(config: FolderData | KohyaData, warned: Sequence[warnings.WarningMessage]) -> Report:
+    listing, facts, bad = folder.survey(config)
+    good = [
+        _Usable(listing.name(item.file), facts[item.file].size, item.captions, item.repeats)
+        for item in listing.items
+        if item.captions and item not in bad
     ]
+    notes = [*listing.notes, *_duplicates(listing, facts), *_told(warned)]
+    return _report(config, good, [*listing.problems, *bad.values()], notes)
+
+
+def _report(
+    config: FramedData, good: Sequence[_Usable], problems: Sequence[str], notes: Sequence[str]
+) -> Report:
+    framing = Framing(config)
+    sizes = [framing.size_for(image.size) for image in good]
+    images, samples = Counter(sizes), Counter[Size]()
+    for image, size in zip(good, sizes, strict=True):
+        samples[size] += image.repeats
     return Report(
         images=len(good),
-        captions=sum(len(item.captions) for item in good),
+        captions=sum(len(image.captions) for image in good),
         buckets={size: BucketCount(images[size], samples[size]) for size in sorted(images)},
-        problems=[*listing.problems, *bad.values()],
-        notes=notes,
+        problems=problems,
+        notes=[*notes, *_small(good, sizes), *_empty(good), *_long(good)],
     )
+
+
+def _told(warned: Sequence[warnings.WarningMessage]) -> list[str]:
+    """That an image is animated, for instance. A warning of a decompression bomb is no UserWarning: it is a problem."""
+    return list(dict.fromkeys(str(warning.message) for warning in warned if warning.category is UserWarning))
 
 
 def _duplicates(listing: Listing, facts: Mapping[Path, ImageFacts]) -> Iterator[str]:
@@ -84,35 +114,34 @@ def _duplicates(listing: Listing, facts: Mapping[Path, ImageFacts]) -> Iterator[
             yield f"{names[0]}: the same image as {', '.join(names[1:])}"
 
 
-def _small(listing: Listing, facts: Mapping[Path, ImageFacts], sizes: Mapping[Item, Size]) -> Iterator[str]:
-    for item, size in sizes.items():
-        original = facts[item.file].size
-        scale = enlargement(original, size)
+def _small(images: Sequence[_Usable], sizes: Sequence[Size]) -> Iterator[str]:
+    for image, size in zip(images, sizes, strict=True):
+        scale = enlargement(image.size, size)
         if scale > 1:
             yield (
-                f"{listing.name(item.file)}: {pixels(original)} is smaller than its view of {pixels(size)}; it would "
-                f"be enlarged to {scale:.2f} times its size"
+                f"{image.name}: {pixels(image.size)} is smaller than its view of {pixels(size)}; it would be enlarged "
+                f"to {scale:.2f} times its size"
             )
 
 
-def _empty(listing: Listing, items: Sequence[Item]) -> Iterator[str]:
-    for item in items:
-        if "" in item.captions:
-            yield f"{listing.name(item.file)}: its caption is empty"
+def _empty(images: Sequence[_Usable]) -> Iterator[str]:
+    for image in images:
+        if "" in image.captions:
+            yield f"{image.name}: its caption is empty"
 
 
-def _long(listing: Listing, items: Sequence[Item]) -> Iterator[str]:
+def _long(images: Sequence[_Usable]) -> Iterator[str]:
     """Captions beyond CLIP's window, with whose tokenizer the tokens are counted."""
-    owners = [item for item in items for _ in item.captions]
-    texts = [text for item in items for text in item.captions]
+    owners = [image for image in images for _ in image.captions]
+    texts = [text for image in images for text in image.captions]
     if not texts:
         return
     tokenizer = clip_tokenizer(pad_token=CLIP_PAD)
     room = WINDOW - 2  # for the tokens that begin and end a text
     rows = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-    for item, row in zip(owners, rows, strict=True):
+    for image, row in zip(owners, rows, strict=True):
         if len(row) > room:
             yield (
-                f"{listing.name(item.file)}: a caption of {len(row)} tokens, of which CLIP's window holds {room}; it "
-                "is read in several windows"
+                f"{image.name}: a caption of {len(row)} tokens, of which CLIP's window holds {room}; it is read in "
+                "several windows"
             )

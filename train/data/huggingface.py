@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -18,6 +19,8 @@ from latentgen.train.data.framing import Size
 from latentgen.train.data.packed import (
     MAX_IMAGE_BYTES,
     PackedFraming,
+    PackedSample,
+    PackedSurvey,
     captions_of,
     image_size,
     in_threads,
@@ -57,7 +60,7 @@ class HuggingFaceSet:
         self._table = _with_columns(_open(config), config)
         self._rows: range | list[int] = range(len(self._table))
         if config.check_images:
-            captions, images = self._check()
+            captions, images = self._check(config)
             if config.on_bad_image == "skip":
                 leave_out(list(images.values()))
                 self._rows = [row for row in self._rows if row not in images]
@@ -93,34 +96,64 @@ class HuggingFaceSet:
         column = self._table[self._caption]
         return [text for row in self._rows for text in self._framing.texts(captions_of(column[row]))]
 
-    def _check(self) -> tuple[list[str], dict[int, str]]:
+    def _check(self, config: HuggingFaceData) -> tuple[list[str], dict[int, str]]:
         """What is wrong with captions, and with the images by row."""
         captions: list[str] = []
         images: dict[int, str] = {}
-        starts = range(0, len(self._table), _CHECKED_AT_ONCE)
-        for start in tqdm(starts, desc="reading the data set", mininterval=1.0):
-            rows = range(start, min(start + _CHECKED_AT_ONCE, len(self._table)))
-            for row, (caption_problem, image_problem) in zip(
-                rows, in_threads(self._check_row, rows), strict=True
-            ):
-                if caption_problem:
-                    captions.append(f"row {row}: {caption_problem}")
-                if image_problem:
-                    images[row] = f"row {row}: {image_problem}"
+        for row, found in enumerate(_read_rows(self._table, config)):
+            if found.caption_problem:
+                captions.append(f"row {row}: {found.caption_problem}")
+            if found.image_problem:
+                images[row] = f"row {row}: {found.image_problem}"
+            if found.size is not None:
+                self._sizes[row] = found.size
         return captions, images
 
-    def _check_row(self, row: int) -> tuple[str | None, str | None]:
-        fields = self._table[row]
-        problems: list[str | None] = [None, None]
+
+def survey(config: HuggingFaceData) -> PackedSurvey:
+    """Read every row of a data set.
+
+    Raises:
+        ConfigError: the `datasets` library is not installed.
+        DatasetError: there is no such data set, split or column.
+    """
+    samples: list[PackedSample] = []
+    problems: list[str] = []
+    for row, found in enumerate(_read_rows(_with_columns(_open(config), config), config)):
+        wrong = [problem for problem in (found.caption_problem, found.image_problem) if problem]
+        problems += [f"row {row}: {problem}" for problem in wrong]
+        if found.size is not None and not wrong:
+            samples.append(PackedSample(f"row {row}", found.size, found.captions))
+    if not samples and not problems:
+        problems.append("no row")
+    return PackedSurvey(samples, problems)
+
+
+class _Row(NamedTuple):
+    captions: tuple[str, ...] = ()
+    size: Size | None = None
+    caption_problem: str | None = None
+    image_problem: str | None = None
+
+
+def _read_rows(table: datasets.Dataset, config: HuggingFaceData) -> Iterator[_Row]:
+    """What is in each row, whose image is decoded."""
+
+    def read(row: int) -> _Row:
+        fields, found = table[row], _Row()
         try:
-            captions_of(fields[self._caption])
+            found = found._replace(captions=captions_of(fields[config.caption_column]))
         except InputError as error:
-            problems[0] = str(error)
+            found = found._replace(caption_problem=str(error))
         try:
-            self._sizes[row] = image_size(_image_bytes(fields[self._image]), self._image)
+            image = _image_bytes(fields[config.image_column])
+            return found._replace(size=image_size(image, config.image_column))
         except InputError as error:
-            problems[1] = str(error)
-        return problems[0], problems[1]
+            return found._replace(image_problem=str(error))
+
+    starts = range(0, len(table), _CHECKED_AT_ONCE)
+    for start in tqdm(starts, desc="reading the data set", mininterval=1.0):
+        yield from in_threads(read, range(start, min(start + _CHECKED_AT_ONCE, len(table))))
 
 
 def _image_bytes(value: Any) -> bytes:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
@@ -29,6 +29,27 @@ _LISTED = 50
 _KEPT_SIZES = 2**16
 S = TypeVar("S")
 T = TypeVar("T")
+
+
+class PackedSample(NamedTuple):
+    """A sample that can be used.
+
+    Attributes:
+        name: what to call it.
+        size: height and width of its image.
+        captions: of its image.
+    """
+
+    name: str
+    size: Size
+    captions: tuple[str, ...]
+
+
+class PackedSurvey(NamedTuple):
+    """All samples of a set that can be used, and what is wrong with the rest."""
+
+    samples: list[PackedSample]
+    problems: list[str]
 
 
 def captions_of(value: object) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from latentgen.train.config import WebDataset
 from latentgen.train.data import View
 from latentgen.train.data.framing import Size
 from latentgen.train.data.order import SHARDS_TOGETHER
-from latentgen.train.data.packed import PackedFraming, leave_out, refuse
+from latentgen.train.data.packed import PackedFraming, PackedSample, PackedSurvey, leave_out, refuse
 from latentgen.train.data.tar_index import (
     Extent,
     OpenTar,
@@ -39,6 +39,7 @@ _OPEN_FILES = 4 * SHARDS_TOGETHER
 _MAX_SHARDS = 100_000
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _WILDCARD = re.compile(r"[*?[]")
+_NO_SAMPLE = "no sample: an image (.jpg, .jpeg, .png or .webp) with a .txt or a .json"
 
 
 class ShardSet:
@@ -71,7 +72,7 @@ class ShardSet:
         self._samples = [survey.samples for survey in surveys]
         self.shard_counts = tuple(len(samples.json) for samples in self._samples)
         if not any(self.shard_counts) and not problems:
-            problems.append("no sample: an image (.jpg, .jpeg, .png or .webp) with a .txt or a .json")
+            problems.append(_NO_SAMPLE)
         refuse(f"data.shards ({len(self._paths):,} files)", problems)
         self._ends = list(accumulate(self.shard_counts))
         self._open = lru_cache(_OPEN_FILES)(self._open_unchanged)
@@ -132,6 +133,33 @@ class ShardSet:
         raise DatasetError(
             f"{quote(path)} was changed while the run used it; resume the run with what it began with"
         )
+
+
+def survey(config: WebDataset) -> PackedSurvey:
+    """Read every sample of the shards.
+
+    Raises:
+        DatasetError: a shard is not there.
+    """
+    paths = expand_shards(config.shards)
+    samples: list[PackedSample] = []
+    problems: list[str] = []
+    for path, found in zip(paths, _survey_all(paths, config), strict=True):
+        problems += [*found.problems, *found.bad_images]
+        archive = OpenTar(path) if len(found.samples.json) else None
+        for extents, is_json, size in zip(*found.samples, strict=True):
+            assert archive is not None  # there are samples
+            image_begin, _, begin, length = map(int, extents)
+            captions = _captions(
+                archive, Extent(f"caption at byte {begin:,}", begin, length), is_json=bool(is_json)
+            )
+            height, width = map(int, size)
+            samples.append(
+                PackedSample(f"{path.name}, image at byte {image_begin:,}", (height, width), captions)
+            )
+    if not samples and not problems:
+        problems.append(_NO_SAMPLE)
+    return PackedSurvey(samples, problems)
 
 
 def _captions(archive: OpenTar, caption: Extent, *, is_json: bool) -> tuple[str, ...]:

@@ -87,7 +87,11 @@ def survey_shard(path: Path, *, decode: bool) -> ShardSurvey:
         results = in_threads(lambda sample: _read_sample(archive, sample), samples)
         problems += [result.caption_problem for result in results if result.caption_problem]
         bad = [result.image_problem for result in results if result.image_problem]
-        kept = [place for place, result in enumerate(results) if result.size is not None]
+        kept = [
+            place
+            for place, result in enumerate(results)
+            if result.size is not None and result.caption_problem is None
+        ]
         samples = [samples[place] for place in kept]
         sizes = [results[place].size or (0, 0) for place in kept]
     extents = [(*sample.image[1:], *sample.caption[1:]) for sample in samples]

@@ -76,6 +76,8 @@ class Objective(nn.Module, ABC):
     def over(self, data: CaptionedImages, seed: int) -> Self:
         """This objective over other images, one view of each, for `held_out_loss`; the networks are shared.
 
+        Called in all processes of a run, which share the encoding where there is a cache on disk.
+
         Raises:
             ConfigError: the task has no such loss.
         """

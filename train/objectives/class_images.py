@@ -23,6 +23,7 @@ from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import Prior
 from latentgen.train.data import Captions, View, sample_rng
+from latentgen.train.objectives.lent import lent
 
 # Images that are drawn together, always the same ones: what lies beside an image may change its last bits.
 _GROUP = 4
@@ -96,18 +97,14 @@ class ClassImages:
         missing = [group for group in own if not all(self._files[number].is_file() for number in group)]
         if missing:
             stages = nn.ModuleList([pipeline.unet, pipeline.text_encoder.module, pipeline.decoder])
-            stages.to(device)
             placed = replace(pipeline, device=device)
-            for group in tqdm(missing, desc="drawing the class images", disable=not state.is_main_process):
-                drawn = _draw(
-                    placed,
-                    prompts[group.start : group.stop],
-                    seeds[group.start : group.stop],
-                    self.image_size,
-                )
-                for number, image in zip(group, drawn, strict=True):
-                    save_image(image, self._files[number])
-            stages.cpu()
+            bar = tqdm(missing, desc="drawing the class images", disable=not state.is_main_process)
+            with lent(stages, device), bar:
+                for group in bar:
+                    part = slice(group.start, group.stop)
+                    drawn = _draw(placed, prompts[part], seeds[part], self.image_size)
+                    for number, image in zip(group, drawn, strict=True):
+                        save_image(image, self._files[number])
         state.wait_for_everyone()
 
 

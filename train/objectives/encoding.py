@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +23,7 @@ from latentgen.files import quote
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.cache import TensorCache, content_key, weights_digest
 from latentgen.train.data import BatchPlan, CaptionedImages, View, sample_rng
+from latentgen.train.objectives.lent import lent
 from latentgen.train.objectives.view_encoder import EncodingQueue, ViewEncoder, ViewFacts, pixels_of
 from latentgen.train.sharing import gather, own_share, refuse_in_worker
 
@@ -107,6 +108,11 @@ class EncodedViews(ABC):
     def has_masks(self) -> bool:
         """Whether any view has a mask; true if that cannot be known."""
 
+    @property
+    @abstractmethod
+    def captions(self) -> Set[str] | None:
+        """All that `draw_captions` can give; None if that cannot be known, or a caption comes in many orders."""
+
     def latents(self, plan: BatchPlan) -> Tensor:
         """A draw from the posterior of each sample, float32 [B, C, h, w]."""
         mean, std = torch.stack(self.posteriors(plan)).float().unbind(1)
@@ -170,6 +176,13 @@ class KeptViews(EncodedViews):
     def has_masks(self) -> bool:
         return self._has_masks
 
+    @property
+    def captions(self) -> Set[str] | None:
+        drawn = {view.captions for view in self._facts}
+        if any(captions.shuffle_after is not None for captions in drawn):
+            return None
+        return {"", *(text for captions in drawn for text in captions.texts)}
+
     def facts(self, plan: BatchPlan) -> list[ViewFacts]:
         return [self._facts[item] for item in plan.items]
 
@@ -206,6 +219,10 @@ class FreshViews(EncodedViews):
     @property
     def has_masks(self) -> bool:
         return True
+
+    @property
+    def captions(self) -> Set[str] | None:
+        return None
 
     def facts(self, plan: BatchPlan) -> list[ViewFacts]:
         return self._batch(plan).facts
@@ -247,7 +264,7 @@ def encode_views(
     The results are equal bit for bit, on devices of one kind.
 
     Args:
-        encoder: on the CPU, to which it comes back unless it is needed in every step.
+        encoder: on the CPU, where its weights stay unless they are needed in every step.
         device: where it encodes.
         source: the views.
         shown: what to keep of the image `before` of each view, which then all have.
@@ -256,15 +273,14 @@ def encode_views(
     Raises:
         OutputError: the cache cannot be written.
     """
-    engine = ViewEncoder(encoder.to(device), device)
+    engine = ViewEncoder(encoder, device)
     if not source.per_item:
+        encoder.to(device)
         return FreshViews(source, engine, shown)
-    if cache_dir is None:
-        kept = _encode_to_memory(engine, source, shown)
-    else:
-        kept = _encode_to_disk(engine, source, shown, _latents_cache(encoder, device, cache_dir))
-    encoder.cpu()
-    return kept
+    with lent(encoder, device):
+        if cache_dir is None:
+            return _encode_to_memory(engine, source, shown)
+        return _encode_to_disk(engine, source, shown, _latents_cache(encoder, device, cache_dir))
 
 
 def _latents_cache(encoder: ImageEncoder, device: torch.device, cache_dir: Path) -> TensorCache:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from latentgen.errors import CheckpointMismatchError
 from latentgen.models.config import StorageDtype
 from latentgen.models.frozen import store_frozen
-from latentgen.models.text import CLIPText
+from latentgen.models.text import Conditioning
 from latentgen.models.unet import AddedConditioning
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.inpaint import in_latents
@@ -62,16 +61,20 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         self._method = build_method(task.method)
         self._stages = replace(self._method.put_into(pipeline), scheduler=self.scheduler)
         self.unet = self._stages.unet
-        self.text_encoder = self._stages.text_encoder.module
-        own_memory(self)
+        self._text = self._stages.text_encoder
+        own_memory(nn.ModuleList([self.unet, self._text.module]))
         self._vae = (self._stages.encoder(), self._stages.decoder)
         # In a tuple, as it shares all networks with this one.
         self._kept: tuple[FinetuneObjective, ...] = ()
+        classes = None
         if task.prior is not None:
             classes = ClassImages(task.prior, origin.class_images, model=origin.named(task), seed=seed)
-            classes.draw(self.eval()._stages, device, size=data.image_size)
+            self.unet.eval()
+            self._text.module.eval()
+            classes.draw(self._stages, device, size=data.image_size)
+        self._prepare(data, seed, device)
+        if classes is not None:
             self._kept = (self._over(classes, seed, device, {}),)
-        self._encode(data, seed, device)
 
     def over(self, data: CaptionedImages, seed: int) -> Self:
         """As LatentObjective.over; nothing else is left out or kept besides either."""
@@ -85,7 +88,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         other = copy.copy(self)
         other.task = self.task.model_copy(update={"cached_views": 1, "prior": None, **changes})
         other.order, other._kept = Order.of(data), ()
-        other._encode(data, seed, device)
+        other._see(data, seed, device)
         return other
 
     def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
@@ -104,17 +107,10 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         """Whether the UNet is shown the image before an edit."""
         return self.unet.config.in_channels == 2 * self._stages.decoder.config.latent_channels
 
-    def train(self, mode: bool = True) -> FinetuneObjective:
-        """Switch dropout on or off; text encoders that do not learn go without."""
-        super().train(mode)
-        if not self._method.trains_text:
-            self.text_encoder.eval()
-        return self
-
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        """Latents, noise, timesteps and token ids as LatentObjective.batch; of SDXL's pair [B, 2, chunks, window].
+        """As LatentObjective.batch.
 
-        After them come the sizes [B, 6] that SDXL is told, and the mask and latents [B, 1 + C, h, w] or [B, C, h, w]
+        After that come the sizes [B, 6] that SDXL is told, and the mask and latents [B, 1 + C, h, w] or [B, C, h, w]
         that a UNet is shown. With prior preservation all of that follows once more, for as many class images.
         """
         rows = self._rows(plan)
@@ -147,20 +143,11 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
             masks.append(in_latents(pixels[None, None].float() / 255, factor))
         return torch.cat(masks)
 
-    def _tokens(self, plan: BatchPlan) -> Tensor:
-        """Token ids [B, chunks, window], or of SDXL's pair [B, 2, chunks, window]."""
-        captions = self._views.draw_captions(plan, 0.0 if self.edits else self.task.caption_dropout)
-        if self.edits:
-            text, _ = self._conditioning(plan)
-            captions = [caption if shown else "" for caption, shown in zip(captions, text, strict=True)]
-        tokens = [tower.tokenize(captions) for tower in self._stages.text_encoder.towers]
-        if len(tokens) == 1:
-            return tokens[0]
-        if tokens[0].shape != tokens[1].shape:
-            raise CheckpointMismatchError(
-                "the two tokenizers cut a caption into different numbers of chunks; they belong to different models"
-            )
-        return torch.stack(tokens, dim=1)
+    def _captions(self, plan: BatchPlan) -> list[str]:
+        if not self.edits:
+            return super()._captions(plan)
+        captions, (text, _) = self._views.draw_captions(plan, 0.0), self._conditioning(plan)
+        return [caption if shown else "" for caption, shown in zip(captions, text, strict=True)]
 
     def _conditioning(self, plan: BatchPlan) -> tuple[list[bool], Tensor]:
         """Whether each sample is shown its instruction, and its image [B, 1, 1, 1] (arXiv:2211.09800, 3.2.1)."""
@@ -179,18 +166,12 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         images, kept = super().forward(*batch[:half]), super().forward(*batch[half:])
         return Loss(images.total + prior.weight * kept.total, {"images": images.total, "prior": kept.total})
 
-    def _predict(self, sample: Tensor, timesteps: Tensor, tokens: Tensor, *shown: Tensor) -> Tensor:
-        text = self._stages.text_encoder
-        tower_ids = tokens.unbind(1) if len(text.towers) > 1 else (tokens,)
-        with torch.set_grad_enabled(self._method.trains_text and torch.is_grad_enabled()):
-            encoded = [tower.encode_tokens(ids) for tower, ids in zip(text.towers, tower_ids, strict=True)]
-        context = torch.cat([conditioning.context for conditioning in encoded], dim=-1)
+    def _predict(self, sample: Tensor, timesteps: Tensor, text: Conditioning, *shown: Tensor) -> Tensor:
         added = None
         if self._stages.is_sdxl:
-            pooled = encoded[-1].pooled
-            assert pooled is not None
-            added, shown = AddedConditioning(pooled, shown[0]), shown[1:]
-        return self.unet(torch.cat([sample, *shown], dim=1), timesteps, context, added=added)
+            assert text.pooled is not None
+            added, shown = AddedConditioning(text.pooled, shown[0]), shown[1:]
+        return self.unet(torch.cat([sample, *shown], dim=1), timesteps, text.context, added=added)
 
     def store_base(self, storage: StorageDtype) -> None:
         """Store what is not trained of the networks in fewer bits; see store_frozen.
@@ -200,12 +181,8 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         """
         if self.task.method.kind == "full":
             super().store_base(storage)
-        for network in (self.unet, self.text_encoder):
+        for network in self.children():
             store_frozen(network, storage)
-
-    @property
-    def _towers(self) -> Sequence[CLIPText]:
-        return self._stages.text_encoder.towers
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write what the method learnt, in float16 if the recipe says so."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from latentgen.errors import ConfigError
 from latentgen.models.attention import Transformer2DModel, recomputing_contexts
 from latentgen.models.layers import ResnetBlock2D
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
-from latentgen.models.text import CLIPText
+from latentgen.models.text import CLIPText, Conditioning, TextEncoder
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
@@ -38,15 +38,20 @@ from latentgen.train.config import DiffusionTask, LatentLoss
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, check_sides, sample_rng
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.objectives.encoding import EncodedViews
+from latentgen.train.objectives.lent import lent
 from latentgen.train.objectives.losses import mean_loss, sample_errors, training_scheduler
 from latentgen.train.objectives.noising import perturbed_noise, training_noise
 from latentgen.train.objectives.standing_in import standing_in
+from latentgen.train.objectives.text_cache import TextCache
+from latentgen.train.objectives.told_text import ToldText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.
 SMALL_LATENTS = 32 * 32
+# What the conditioning of all captions may take in memory.
+CAPTION_BYTES = 4 * 2**30
 _ON_CPU = Placement(torch.float32, torch.device("cpu"))
 AnyTask = TypeVar("AnyTask", bound=DiffusionTask)
 
@@ -59,16 +64,22 @@ class LatentObjective(Objective, Generic[AnyTask]):
     Captions are drawn anew each time, and left out at the rate of `caption_dropout`, which teaches the unconditional
     prediction of classifier-free guidance (arXiv:2207.12598).
 
+    A text encoder that does not learn encodes each distinct caption once, as the images are encoded, and is no part of
+    this module then: it stays on the CPU, for validation images and for the finished model. It is a part, and encodes
+    in every step, if it learns, or if the captions cannot be told beforehand: `cached_views` is 0, they are shuffled,
+    or they are too many for memory and there is no `cache_dir`.
+
     Attributes:
         task: what the recipe says.
         scheduler: its noise schedule and prediction type.
         unet: what is trained.
-        text_encoder: is trained as well, or stays as it is.
+        text_encoder: is trained as well, or encodes in every step; else it is no part of this module.
     """
 
     unet: UNet
     text_encoder: nn.Module
-    _text: CLIPText
+    _text: TextEncoder
+    _told: ToldText
     _views: EncodedViews
     # In a tuple, so that the finished autoencoder is no part of what is trained.
     _vae: tuple[ImageEncoder, ImageDecoder]
@@ -84,7 +95,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
         self.order = Order.of(data, views=max(1, task.cached_views))
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        """Latents and noise [B, C, h, w], timesteps [B] and token ids [B, chunks, window]; then what the loss asks for.
+        """Latents and noise [B, C, h, w], timesteps [B], what ToldText gives, and what the loss asks for.
 
         With `input_perturbation` that is the noise that the UNet sees [B, C, h, w], and with `masked` the masks
         [B, 1, h, w]; subclasses append what the UNet is shown.
@@ -99,31 +110,35 @@ class LatentObjective(Objective, Generic[AnyTask]):
             asked.append(perturbed_noise(plan, noise, loss.input_perturbation))
         if loss.masked:
             asked.append(self._views.masks_of(plan))
-        return latents, noise, timesteps, self._tokens(plan), *asked
+        return latents, noise, timesteps, *self._told.rows(self._captions(plan)), *asked
 
-    def _tokens(self, plan: BatchPlan) -> Tensor:
-        """Token ids [B, chunks, window] of a caption for each sample."""
-        return self._text.tokenize(self._views.draw_captions(plan, self.task.caption_dropout))
+    def _captions(self, plan: BatchPlan) -> list[str]:
+        """A caption for each sample."""
+        return self._views.draw_captions(plan, self.task.caption_dropout)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch dropout on or off; text encoders that do not learn go without."""
+        super().train(mode)
+        if not self._told.learns:
+            self._text.module.eval()
+        return self
 
     def forward(self, *batch: Tensor) -> Loss:
         """The mean error of the prediction; its part is the same at the noisier half of the timesteps."""
-        latents, noise, timesteps, tokens, *shown = batch
+        latents, noise, timesteps, *shown = batch
         loss = self.task.loss
-        seen_noise = shown.pop(0) if loss.input_perturbation else noise
-        mask = shown.pop(0) if loss.masked else None
         level = self.scheduler.schedule.batch(timesteps)
         with attention_kernels(latents):
-            output = self._predict(add_noise(latents, seen_noise, level), timesteps, tokens, *shown)
+            text = self._told.take(shown)
+            seen_noise = shown.pop(0) if loss.input_perturbation else noise
+            mask = shown.pop(0) if loss.masked else None
+            output = self._predict(add_noise(latents, seen_noise, level), timesteps, text, *shown)
         errors = sample_errors(output, latents, noise, level, self.scheduler, loss, mask)
         return mean_loss(errors, level, self.scheduler)
 
-    def _predict(self, sample: Tensor, timesteps: Tensor, tokens: Tensor, *shown: Tensor) -> Tensor:
-        """The UNet's output for noisy latents and token ids; `shown` is what a batch holds besides."""
-        return self._output(sample, timesteps, self._text.encode_tokens(tokens).context, *shown)
-
-    def _output(self, sample: Tensor, timesteps: Tensor, context: Tensor, *shown: Tensor) -> Tensor:
+    def _predict(self, sample: Tensor, timesteps: Tensor, text: Conditioning, *shown: Tensor) -> Tensor:
         """The UNet's output for noisy latents; `shown` is what a batch holds besides."""
-        return self.unet(torch.cat([sample, *shown], dim=1), timesteps, context)
+        return self.unet(torch.cat([sample, *shown], dim=1), timesteps, text.context)
 
     def compile_networks(self) -> None:
         """Compile the UNet, beside which the text encoder takes no time."""
@@ -134,29 +149,21 @@ class LatentObjective(Objective, Generic[AnyTask]):
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         yield from (m for m in self.unet.modules() if isinstance(m, ResnetBlock2D | Transformer2DModel))
-        if self._text_is_trained:
+        if self._told.learns:
             yield from (m for m in self.text_encoder.modules() if isinstance(m, GradientCheckpointingLayer))
 
     def checkpoint_gradients(self) -> None:
         """Let the UNet, and the text encoder where it is trained, keep less."""
         self.unet.gradient_checkpointing = True
-        if self._text_is_trained:
-            for tower in self._towers:
+        if self._told.learns:
+            for tower in self._text.towers:
                 enable_checkpointing(tower.model)
-
-    @property
-    def _towers(self) -> Sequence[CLIPText]:
-        return (self._text,)
-
-    @property
-    def _text_is_trained(self) -> bool:
-        return any(p.requires_grad for p in self.text_encoder.parameters())
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the whole pipeline in the diffusers layout, in float16 if the recipe says so."""
         self.load_state_dict(dict(weights))
         dtype = torch.float16 if self.task.save_half else torch.float32
-        nn.ModuleList([self.unet, self.text_encoder, *self._vae]).to(dtype)
+        nn.ModuleList([self.unet, self._text.module, *self._vae]).to(dtype)
         self._pipeline().save_pretrained(folder)
 
     def over(self, data: CaptionedImages, seed: int) -> Self:
@@ -165,7 +172,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
         plain = {"caption_dropout": 0.0, "cached_views": 1, "loss": LatentLoss()}
         other.task = self.task.model_copy(update=plain)
         other.order = Order.of(data)
-        other._encode(data, seed, next(self.parameters()).device)
+        other._see(data, seed, next(self.parameters()).device)
         return other
 
     def held_out_loss(self, plan: BatchPlan, timesteps: int) -> Loss:
@@ -174,28 +181,45 @@ class LatentObjective(Objective, Generic[AnyTask]):
         # As in training, where batches are made without it.
         with torch.autocast(device.type, enabled=False):
             batch = self.batch(plan)
-        latents, noise, _, tokens, *shown = (tensor.to(device) for tensor in batch)
+        latents, noise, _, *shown = (tensor.to(device) for tensor in batch)
+        text = self._told.take(shown)
         parts = {}
         for timestep in middles(self.scheduler.schedule.num_train_timesteps, timesteps):
             at = torch.full((len(latents),), timestep, device=device)
             level = self.scheduler.schedule.batch(at)
-            output = self._predict(add_noise(latents, noise, level), at, tokens, *shown)
+            output = self._predict(add_noise(latents, noise, level), at, text, *shown)
             wanted = target(latents, noise, level, self.scheduler.prediction_type)
             parts[f"timestep {timestep}"] = F.mse_loss(output.float(), wanted)
         return Loss(torch.stack(list(parts.values())).mean(), parts)
 
     @contextmanager
     def preview(self, weights: Mapping[str, Tensor]) -> Iterator[Pipeline]:
-        """As Objective.preview; for the time of the block the decoder stands on the device, too."""
+        """As Objective.preview; for the time of the block decoder and text encoder stand on the device, too."""
         device, backend = next(self.parameters()).device, self.unet.attention_backend
         _, decoder = self._vae
-        with standing_in(self, weights):
+        with standing_in(self, weights), lent(nn.ModuleList([decoder, self._text.module]), device):
             try:
-                decoder.to(device)
                 yield replace(self._pipeline(), device=device)
             finally:
-                decoder.cpu()
                 self.unet.attention_backend = backend
+
+    def _prepare(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        """Encode the images, and their captions where that can be done once."""
+        self._encode(data, seed, device)
+        self._told = ToldText(self._text)
+        captions, cache_dir = self._views.captions, self.task.cache_dir
+        needed = 0 if captions is None else len(captions) * self._text.window * self._text.context_width * 4
+        if self._told.learns or captions is None or (cache_dir is None and needed > CAPTION_BYTES):
+            self.text_encoder = self._text.module
+        else:
+            self._told = ToldText(self._text, TextCache(self._text, device=device, cache_dir=cache_dir))
+            self._told.add(captions)
+
+    def _see(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+        """Encode other images as well, and their captions if those of the training set were."""
+        self._encode(data, seed, device)
+        if self._views.captions is not None:
+            self._told.add(self._views.captions)
 
     @abstractmethod
     def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:

@@ -70,12 +70,11 @@ class PairedObjective(LatentObjective[PairedTask]):
         )
         origin = None if init_from is None else CheckpointFolder.open(init_from)
         self.unet = UNet(config) if origin is None else _load_unet(config, origin)
-        self.text_encoder = self._text.model
         self._vae = load_vae(vae)
         # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
         self._pipeline()
         self._scaling_factor = vae_config.scaling_factor
-        self._encode(data, seed, device)
+        self._prepare(data, seed, device)
 
     def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
         source = ViewSource(data, self.task.cached_views, seed, self._degraded)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from latentgen.models.text import Conditioning, TextEncoder
 from latentgen.train.cache import TensorCache, content_key, weights_digest
+from latentgen.train.objectives.lent import lent
 from latentgen.train.sharing import gather, own_share, refuse_in_worker
 
 TEXT_BATCH = 32
@@ -29,7 +30,7 @@ class TextCache:
     bit for bit, on devices of one kind. With it memory holds nothing but the keys.
 
     Args:
-        text: the encoder, on the CPU, to which it comes back after each use. Its weights may not change afterwards.
+        text: the encoder, on the CPU, where its weights stay; it may not change afterwards.
         device: where it encodes.
         cache_dir: the folder of the cache; None keeps everything in memory.
         dtype: what is kept; the encoder works in that of its weights. SDXL's conditioning of one caption is 640 KB in
@@ -118,15 +119,15 @@ class TextCache:
         if not by_windows:
             return
         refuse_in_worker(self._device, "a new caption is encoded")
-        self._text.module.eval().to(self._device)
+        self._text.module.eval()
         total = sum(map(len, by_windows.values()))
-        with tqdm(total=total, desc="encoding the captions", mininterval=1.0) as bar:
+        bar = tqdm(total=total, desc="encoding the captions", mininterval=1.0)
+        with lent(self._text.module, self._device), bar:
             for _, alike in sorted(by_windows.items()):
                 for start in range(0, len(alike), TEXT_BATCH):
                     part = alike[start : start + TEXT_BATCH]
                     self._encode([caption for _, caption in part], [key for key, _ in part])
                     bar.update(len(part))
-        self._text.module.cpu()
         self._entries.flush()
 
     @torch.no_grad()

@@ -75,9 +75,9 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         if origin is not None:
             _load_unet(self.unet, origin, task.fresh_layers)
         self._text = _text_encoder(text_config, data, origin, assets)
-        self.text_encoder = self._text.model.requires_grad_(task.train_text_encoder)
+        self._text.module.requires_grad_(task.train_text_encoder)
         self._vae = load_vae(vae)
-        self._encode(data, seed, device)
+        self._prepare(data, seed, device)
 
     def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
         source = ViewSource(data, self.task.cached_views, seed)
@@ -85,7 +85,7 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
 
     def save_assets(self, folder: Path) -> None:
         """Write the tokenizer: the weights are worth nothing with another one."""
-        save_tokenizer(self._text.tokenizer, folder / _TOKENIZER)
+        save_tokenizer(self._text.towers[0].tokenizer, folder / _TOKENIZER)
 
     def _pipeline(self) -> TextToImagePipeline:
         encoder, decoder = self._vae

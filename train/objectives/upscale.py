@@ -15,6 +15,7 @@ from latentgen.diffusion.prediction import add_noise
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.models.pixels import RGB, PixelConfig
+from latentgen.models.text import Conditioning
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
@@ -81,11 +82,10 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
             load_weights(
                 self.unet, CheckpointFolder.open(init_from).weight_files("unet"), dtype=torch.float32
             )
-        self.text_encoder = self._text.model
         self._vae = load_vae(vae)
         # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
         self._scale = self._pipeline().scale
-        self._encode(data, seed, device)
+        self._prepare(data, seed, device)
 
     def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
         source = ViewSource(data, self.task.cached_views, seed, self._with_low_res)
@@ -111,10 +111,10 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         shown = add_noise(shown, noise, self.low_res_scheduler.schedule.batch(levels))
         return *super().batch(plan), shown, levels
 
-    def _output(self, sample: Tensor, timesteps: Tensor, context: Tensor, *shown: Tensor) -> Tensor:
+    def _predict(self, sample: Tensor, timesteps: Tensor, text: Conditioning, *shown: Tensor) -> Tensor:
         image, levels = shown
         channels = as_channels(image, self._ratio, self.task.enlargement)
-        return self.unet(torch.cat([sample, channels], dim=1), timesteps, context, class_labels=levels)
+        return self.unet(torch.cat([sample, channels], dim=1), timesteps, text.context, class_labels=levels)
 
     def _pipeline(self) -> UpscalePipeline:
         encoder, decoder = self._vae

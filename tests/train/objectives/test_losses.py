@@ -50,10 +50,10 @@ def gradients(objective: LatentObjective[Any], loss: Tensor) -> list[Tensor]:
 
 
 def output_of(objective: LatentObjective[Any], batch: tuple[Tensor, ...], noise: Tensor) -> Tensor:
-    latents, _, timesteps, tokens, *shown = batch
+    latents, _, timesteps, *shown = batch
     level = objective.scheduler.schedule.batch(timesteps)
-    context = objective._text.encode_tokens(tokens).context
-    return objective._output(add_noise(latents, noise, level), timesteps, context, *shown)
+    text = objective._told.take(shown)
+    return objective._predict(add_noise(latents, noise, level), timesteps, text, *shown)
 
 
 def wanted_by_diffusers(objective: LatentObjective[Any], batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,9 @@ def test_the_loss_is_that_of_diffusers(
     overrides = (f"task.scheduler.prediction_type={prediction_type}", f"task.unet.in_channels={channels}")
     objective = build(upscale_recipe(*overrides, *(ON_PIXELS if channels == 6 else ())))
     objective.save(tmp_path, objective.state_dict())
-    latents, noise, timesteps, tokens, shown, levels = batch = objective.batch(plan_for(objective))
+    plan = plan_for(objective)
+    latents, noise, timesteps, _, shown, levels = batch = objective.batch(plan)
+    tokens = objective._text.towers[0].tokenize(objective._captions(plan))
     with torch.no_grad():
         loss = objective(*batch)
         context = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")(tokens[:, 0]).last_hidden_state

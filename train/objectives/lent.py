@@ -1,0 +1,36 @@
+"""Networks that work on another device for a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside the block `module` stands on `device`; afterwards it has the very tensors that it had.
+
+    A copy back, as `module.cpu()` makes it, would take memory where the tensors were mapped from a file.
+    """
+    parameters = [
+        (part, name, parameter, parameter.data)
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+    ]
+    buffers = [
+        (part, name, buffer)
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+    ]
+    try:
+        module.to(device)
+        yield
+    finally:
+        for part, name, parameter, own in parameters:
+            parameter.data = own
+            setattr(part, name, parameter)  # to some devices a module moves by taking new ones
+        for part, name, own in buffers:
+            setattr(part, name, own)
