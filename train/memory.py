@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterable
@@ -91,6 +92,16 @@ def save_memory(config: TrainConfig, accelerator: Accelerator, objective: Object
             raise MemoryBudgetError(_refusal(plan, room, config, objective, activations))
     if config.memory.gradient_checkpointing:
         objective.checkpoint_gradients()
+
+
+def give_back_freed() -> None:
+    """Let the C library return to the system what it keeps of memory that was freed.
+
+    Loading frees weights in their first precision and layout, in pieces between those that stay.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "malloc_trim"):  # of glibc
+        library.malloc_trim(0)
 
 
 def first_batch(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> tuple[Tensor, ...]:

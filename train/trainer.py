@@ -23,7 +23,7 @@ from latentgen.train.config import AutoencoderTask, FinetuneTask, PairedTask, Tr
 from latentgen.train.data import BatchPlan, CaptionedImages, open_data, plan_step, sample_rng
 from latentgen.train.data.held_out import open_parts
 from latentgen.train.interrupt import StopSignal
-from latentgen.train.memory import save_memory
+from latentgen.train.memory import give_back_freed, save_memory
 from latentgen.train.model_card import write_card
 from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Loss, Objective
@@ -144,6 +144,7 @@ class Trainer:
             SystemExit: 128 + the signal's number, after a checkpoint, if SIGTERM or Ctrl-C came.
         """
         config = self.config
+        give_back_freed()
         self._model.train()
         bar = tqdm(
             range(self.step, config.max_steps),

@@ -105,7 +105,8 @@ def store_frozen(module: nn.Module, storage: StorageDtype) -> None:
     """
     if storage == "fp32":
         return
-    for parent in list(module.modules()):
+    # The layers themselves are not listed, so that each is freed as soon as another has taken its place.
+    for parent in [parent for parent in module.modules() if any(True for _ in parent.children())]:
         for name, child in list(parent.named_children()):
             if not any(p.requires_grad for p in child.parameters(recurse=False)):
                 if type(child) is nn.Linear:

@@ -13,9 +13,10 @@ from torch import Tensor
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.data import Captions, View, to_tensor
 
-# How many images are encoded at once: an autoencoder needs some GB for each megapixel.
+# How many images are encoded at once: an autoencoder needs some GB for each megapixel, and one image of 512 pixels
+# keeps a device busy.
 ENCODING_BATCH = 32
-ENCODING_PIXELS = 2**20
+ENCODING_PIXELS = 2**18
 
 
 class ViewFacts(NamedTuple):
