@@ -123,6 +123,8 @@ def main() -> None:
         )
         writer.start()
         writer.join()
+        if writer.exitcode:
+            sys.exit("the checkpoint could not be written")
         write_images(scratch / "images", options.resolution)
         for method in options.methods:
             runs: dict[str, list[Measures]] = {PEER: [], OURS: []}

@@ -13,8 +13,7 @@ from torch import Tensor
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.data import Captions, View, to_tensor
 
-# How many images are encoded at once: an autoencoder needs some GB for each megapixel, and one image of 512 pixels
-# keeps a device busy.
+# How many images are encoded at once: an autoencoder needs some GB for each megapixel, beside a model that is loaded.
 ENCODING_BATCH = 32
 ENCODING_PIXELS = 2**18
 
