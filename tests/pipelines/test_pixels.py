@@ -90,8 +90,13 @@ def edit(path: Path, **fields: object) -> None:
 
 
 @torch.no_grad()
-def loop_by_hand(folder: Path, start: Tensor, scale: float) -> np.ndarray:
-    """Classifier-free guidance over the stages of diffusers and transformers, without any pipeline."""
+def loop_by_hand(
+    folder: Path, start: Tensor, scale: float, shown: Tensor | None = None, level: int | None = None
+) -> np.ndarray:
+    """Classifier-free guidance over the stages of diffusers and transformers, without any pipeline.
+
+    An upscaler is `shown` the enlarged image beside the noisy one, and told its noise level.
+    """
     from transformers import CLIPTextModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -101,8 +106,11 @@ def loop_by_hand(folder: Path, start: Tensor, scale: float) -> np.ndarray:
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(5)
     x = start * scheduler.init_noise_sigma
+    labels = None if level is None else torch.tensor([level] * 2)
     for timestep in scheduler.timesteps:
-        without, with_prompt = unet(torch.cat([x, x]), timestep, context).sample.chunk(2)
+        sample = x if shown is None else torch.cat([x, shown], dim=1)
+        output = unet(torch.cat([sample, sample]), timestep, context, class_labels=labels).sample
+        without, with_prompt = output.chunk(2)
         x = scheduler.step(without + scale * (with_prompt - without), timestep, x).prev_sample
     return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
@@ -262,31 +270,15 @@ def upscaler(pixels: TextToImagePipeline, **fields: Any) -> UpscalePipeline:
     return UpscalePipeline(unet, PixelDecoder(), pixels.text_encoder, pixels.scheduler, **options)
 
 
-@torch.no_grad()
 def upscaled_by_hand(folder: Path, image: np.ndarray, level: int) -> np.ndarray:
-    """Three times as large in five steps, over the stages of diffusers and transformers, without any pipeline."""
-    from transformers import CLIPTextModel, CLIPTokenizer
-
+    """Three times as large, guided by 3, over the stages of diffusers and transformers, without any pipeline."""
     noise = torch.Generator().manual_seed(7)
     shown = torch.from_numpy(image).permute(2, 0, 1)[None] * 2 - 1
     low_res = DDPMScheduler.from_pretrained(folder / "low_res_scheduler")
     drawn = torch.randn(shown.shape, generator=noise)
     shown = low_res.add_noise(shown, drawn, torch.tensor([level]))
     shown = torch.nn.functional.interpolate(shown, scale_factor=3, mode="bicubic")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    tokens = tokenizer(["", "a cat"], padding="max_length", max_length=77, return_tensors="pt").input_ids
-    context = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()(tokens).last_hidden_state
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
-    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    scheduler.set_timesteps(5)
-    x = torch.randn(shown.shape, generator=noise) * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        sample, labels = torch.cat([x, shown], dim=1), torch.tensor([level] * 2)
-        without, with_prompt = unet(
-            torch.cat([sample, sample]), timestep, context, class_labels=labels
-        ).sample.chunk(2)
-        x = scheduler.step(without + 3 * (with_prompt - without), timestep, x).prev_sample
-    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return loop_by_hand(folder, torch.randn(shown.shape, generator=noise), 3, shown, level)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)])
