@@ -23,10 +23,10 @@ from latentgen.train.data.packed import (
     PackedSurvey,
     captions_of,
     image_size,
-    in_threads,
     leave_out,
     refuse,
 )
+from latentgen.train.data.threads import in_threads
 
 if TYPE_CHECKING:
     import datasets

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -27,8 +25,6 @@ MAX_CAPTION_BYTES = 2**20
 CAPTION_KEYS = ("text", "caption")
 _LISTED = 50
 _KEPT_SIZES = 2**16
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 class PackedSample(NamedTuple):
@@ -130,15 +126,6 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     """
     image = read_image_bytes(data, name)
     return image.height, image.width
-
-
-def in_threads(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
-    """`function` of each item, several at a time: Pillow and files let others run meanwhile."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        return list(pool.map(function, items))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for thousands of images
 
 
 def leave_out(bad: Sequence[str]) -> None:

@@ -20,10 +20,10 @@ from latentgen.train.data.packed import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
     image_size,
-    in_threads,
     json_captions,
     text_captions,
 )
+from latentgen.train.data.threads import in_threads
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 CAPTION_SUFFIXES = ("txt", "json")

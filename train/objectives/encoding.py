@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,12 +21,11 @@ from latentgen.files import quote
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.cache import TensorCache, content_key, weights_digest
 from latentgen.train.data import BatchPlan, CaptionedImages, View, sample_rng
+from latentgen.train.data.threads import THREADS, in_threads
 from latentgen.train.objectives.lent import lent
 from latentgen.train.objectives.view_encoder import EncodingQueue, ViewEncoder, ViewFacts, pixels_of
 from latentgen.train.sharing import gather, own_share, refuse_in_worker
 
-# Pillow lets go of Python's lock where it decodes and resamples.
-DRAWING_THREADS = min(8, os.cpu_count() or 1)
 _DRAWN_AHEAD = 64
 _ENTRY = "latents"
 S = TypeVar("S")
@@ -399,11 +396,9 @@ def _drawn(source: ViewSource, indices: Sequence[int]) -> Iterator[tuple[int, Vi
 
 def _in_threads(draw: Callable[[S], T], places: Sequence[S]) -> list[T]:
     """`draw` of each place, several at a time; one after the other in a process that is one of many already."""
-    if DRAWING_THREADS == 1 or len(places) == 1 or get_worker_info() is not None:
+    if THREADS == 1 or len(places) == 1 or get_worker_info() is not None:
         return [draw(place) for place in places]
-    # Made for each call: the threads of a lasting pool would not be there after a fork.
-    with ThreadPoolExecutor(DRAWING_THREADS) as pool:
-        return list(pool.map(draw, places))
+    return in_threads(draw, places)
 
 
 def _before(view: View) -> Image.Image:
