@@ -26,10 +26,11 @@ def prepared_batches(
     """Each plan with its batch, on the CPU; the workers end with the block, however it ends.
 
     A batch is a function of its plan, so the workers change nothing but the time. They are forked: each sees the
-    objective as it is now without copying it, networks included, and touches no accelerator.
+    objective as it is now without copying it, networks included, and touches no accelerator. What the objective leaves
+    to the process that trains is done when a batch is asked for.
 
     Args:
-        objective: whose `batch` is called.
+        objective: whose `batch` is called, or in workers `draw` and after it, here, `finish`.
         plans: read a few ahead of the batches.
         workers: how many processes; 0 prepares each batch when it is asked for.
         pin_memory: whether to put the batches where an accelerator reads them fastest; for workers alone.
@@ -59,7 +60,7 @@ def prepared_batches(
     loaded: Any = None
     try:
         loaded = iter(loader)
-        yield _received(loaded)
+        yield _received(objective, loaded)
     except RuntimeError as error:
         # Raised by the handler of SIGCHLD, so from anywhere in the block, its very beginning included.
         if not _tells_of_a_death(error):
@@ -70,8 +71,10 @@ def prepared_batches(
         _stop(loaded)
 
 
-def _received(loaded: Iterator[PlannedBatch | LatentgenError]) -> Iterator[PlannedBatch]:
-    """What the workers send; errors among it are raised here."""
+def _received(
+    objective: Objective, loaded: Iterator[tuple[BatchPlan, Any] | LatentgenError]
+) -> Iterator[PlannedBatch]:
+    """The batches out of what the workers send; errors among it are raised here."""
     while True:
         try:
             item = next(loaded)
@@ -81,7 +84,8 @@ def _received(loaded: Iterator[PlannedBatch | LatentgenError]) -> Iterator[Plann
             raise _death(error) from error
         if isinstance(item, LatentgenError):
             raise item
-        yield item
+        plan, drawn = item
+        yield plan, objective.finish(plan, drawn)
 
 
 def _stop(loaded: Any) -> None:
@@ -104,15 +108,18 @@ def _death(error: Exception) -> LostProcessError:
     )
 
 
-class _Batches(Dataset[PlannedBatch | LatentgenError]):
-    """Batches by their plans. An error that the library raises on purpose is handed over to be raised as it is."""
+class _Batches(Dataset[tuple[BatchPlan, Any] | LatentgenError]):
+    """What is drawn of batches, by their plans.
+
+    An error that the library raises on purpose is handed over, to be raised as it is.
+    """
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
 
-    def __getitem__(self, index: Any) -> PlannedBatch | LatentgenError:
+    def __getitem__(self, index: Any) -> tuple[BatchPlan, Any] | LatentgenError:
         try:
-            return index, self._objective.batch(index)
+            return index, self._objective.draw(index)
         except LatentgenError as error:
             return error
 

@@ -6,23 +6,27 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from latentgen.errors import ConfigError, DatasetError, LostProcessError
+from latentgen.errors import ConfigError, DatasetError, InputError, LostProcessError
 from latentgen.train import batches
 from latentgen.train.batches import prepared_batches
-from latentgen.train.data import BatchPlan, Order, plan_step
+from latentgen.train.data import BatchPlan, Order, View, plan_step
 from latentgen.train.objectives.base import Objective
+from latentgen.train.objectives.encoding import ViewSource
+from latentgen.train.objectives.view_encoder import ViewEncoder
 from latentgen.train.trainer import build_objective, train
 from tests.train.recipes import MakeRecipe
 from tests.train.runs import assert_same_checkpoint, log_of
 
 STEPS = 3
+FRESH = ("task.cached_views=0",)
 
 
 class Counting(Objective):
@@ -62,10 +66,20 @@ def is_alive(process: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("fixture", ["autoencoder_recipe", "text_to_image_recipe"])
-def test_workers_make_the_same_tensors(fixture: str, request: pytest.FixtureRequest):
+@pytest.mark.parametrize(
+    ("fixture", "overrides"),
+    [
+        ("autoencoder_recipe", ()),
+        ("text_to_image_recipe", ()),
+        ("text_to_image_recipe", FRESH),
+        ("paired_recipe", FRESH),
+    ],
+)
+def test_workers_make_the_same_tensors(
+    fixture: str, overrides: tuple[str, ...], request: pytest.FixtureRequest
+):
     recipe: MakeRecipe = request.getfixturevalue(fixture)
-    objective = build_objective(recipe(), device=torch.device("cpu"))
+    objective = build_objective(recipe(*overrides), device=torch.device("cpu"))
     with prepared_batches(objective, plans(), workers=0, pin_memory=False) as prepared:
         here = list(prepared)
     with prepared_batches(objective, plans(), workers=2, pin_memory=False) as prepared:
@@ -77,6 +91,34 @@ def test_workers_make_the_same_tensors(fixture: str, request: pytest.FixtureRequ
             assert one.dtype == other.dtype
             assert one.stride() == other.stride()
             assert torch.equal(one, other)
+
+
+def test_workers_draw_new_views_and_leave_the_autoencoder_to_the_parent(
+    text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    # Where they can neither use an accelerator nor round as the parent does with all its threads.
+    encoded = []
+    encode = ViewEncoder.encode
+
+    def encode_seen(self: ViewEncoder, images: Sequence[Image.Image]) -> list[Tensor]:
+        encoded.append(os.getpid())
+        return encode(self, images)
+
+    def fresh_seen(self: ViewSource, plan: BatchPlan) -> list[View]:
+        raise InputError(f"drawn by {os.getpid()}")
+
+    objective = build_objective(text_to_image_recipe(*FRESH), device=torch.device("cpu"))
+    monkeypatch.setattr(ViewEncoder, "encode", encode_seen)
+    with prepared_batches(objective, plans(), workers=2, pin_memory=False) as prepared:
+        count = len(list(prepared))
+    assert encoded == [os.getpid()] * count
+    monkeypatch.setattr(ViewSource, "fresh", fresh_seen)
+    with (
+        pytest.raises(InputError, match="drawn by") as caught,
+        prepared_batches(objective, plans(), workers=1, pin_memory=False) as prepared,
+    ):
+        list(prepared)
+    assert not str(caught.value).endswith(f" {os.getpid()}")
 
 
 def test_a_run_with_workers_is_the_same_run(autoencoder_recipe: MakeRecipe, tmp_path: Path):

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -38,6 +38,15 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """Everything random or read from the data, as tensors: a function of the plan alone."""
+
+    def draw(self, plan: BatchPlan) -> Any:
+        """What a process that prepares batches does of `batch`: all of it, or what comes before the networks, which
+        belong to the process that trains."""
+        return self.batch(plan)
+
+    def finish(self, plan: BatchPlan, drawn: Any) -> tuple[Tensor, ...]:
+        """The rest of `batch`, from what `draw` gave."""
+        return drawn
 
     @abstractmethod
     def forward(self, *batch: Tensor) -> Loss:

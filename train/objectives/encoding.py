@@ -24,7 +24,7 @@ from latentgen.train.data import BatchPlan, CaptionedImages, View, sample_rng
 from latentgen.train.data.threads import THREADS, in_threads
 from latentgen.train.objectives.lent import lent
 from latentgen.train.objectives.view_encoder import EncodingQueue, ViewEncoder, ViewFacts, pixels_of
-from latentgen.train.sharing import gather, own_share, refuse_in_worker
+from latentgen.train.sharing import gather, own_share
 
 _DRAWN_AHEAD = 64
 _ENTRY = "latents"
@@ -203,13 +203,15 @@ class _Batch(NamedTuple):
 class FreshViews(EncodedViews):
     """Views that are drawn and encoded when a batch asks for them: nothing is kept, on disk or in memory.
 
-    The encoder stays on its device.
+    The encoder stays on its device. Processes that prepare batches draw alone: they may not use an accelerator, and on
+    a CPU they have one thread, with which an encoder rounds differently.
     """
 
     def __init__(self, source: ViewSource, encoder: ViewEncoder, shown: Shown) -> None:
         self._source = source
         self._encoder = encoder
         self._shown: Shown = shown
+        self._drawn: tuple[BatchPlan, list[View]] | None = None
         # A batch asks several times.
         self._batch = lru_cache(maxsize=2)(self._encode)
 
@@ -233,9 +235,16 @@ class FreshViews(EncodedViews):
     def change_rngs(self, plan: BatchPlan) -> list[random.Random]:
         return self._source.fresh_change_rngs(plan)
 
+    def draw(self, plan: BatchPlan) -> list[View]:
+        """The views of a batch."""
+        return self._source.fresh(plan)
+
+    def keep(self, plan: BatchPlan, views: list[View]) -> None:
+        """What `draw` gave for the batch that is asked for next."""
+        self._drawn = (plan, views)
+
     def _encode(self, plan: BatchPlan) -> _Batch:
-        refuse_in_worker(self._encoder.device, "with task.cached_views 0 images are encoded")
-        views = self._source.fresh(plan)
+        views = self._drawn[1] if self._drawn and self._drawn[0] == plan else self.draw(plan)
         facts = [self._encoder.facts(view) for view in views]
         posteriors = self._encoder.encode([view.image for view in views])
         shown: list[Tensor] = []

@@ -37,7 +37,7 @@ from latentgen.pipelines.loading import (
 from latentgen.train.config import DiffusionTask, LatentLoss
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, check_sides, sample_rng
 from latentgen.train.objectives.base import Loss, Objective
-from latentgen.train.objectives.encoding import EncodedViews
+from latentgen.train.objectives.encoding import EncodedViews, FreshViews
 from latentgen.train.objectives.lent import lent
 from latentgen.train.objectives.losses import mean_loss, sample_errors, training_scheduler
 from latentgen.train.objectives.noising import perturbed_noise, training_noise
@@ -111,6 +111,17 @@ class LatentObjective(Objective, Generic[AnyTask]):
         if loss.masked:
             asked.append(self._views.masks_of(plan))
         return latents, noise, timesteps, *self._told.rows(self._captions(plan)), *asked
+
+    def draw(self, plan: BatchPlan) -> Any:
+        """As Objective.draw; the autoencoder encodes where the UNet learns."""
+        return self._views.draw(plan) if isinstance(self._views, FreshViews) else super().draw(plan)
+
+    def finish(self, plan: BatchPlan, drawn: Any) -> tuple[Tensor, ...]:
+        """As Objective.finish."""
+        if not isinstance(self._views, FreshViews):
+            return super().finish(plan, drawn)
+        self._views.keep(plan, drawn)
+        return self.batch(plan)
 
     def _captions(self, plan: BatchPlan) -> list[str]:
         """A caption for each sample."""
