@@ -75,13 +75,15 @@ _IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker
 class Placement(NamedTuple):
     """How stages are loaded: in which dtype, onto which device, which variant of the files, whether to work faster.
 
-    `pack` lets convolutions on a CPU keep a second copy of their weights; see MemoryPolicy.
+    `pack` lets convolutions on a CPU keep a second copy of their weights; see MemoryPolicy. `as_in_file` leaves kernels in
+    the layout of the file, mapped from it where the dtype allows: for networks that work seldom.
     """
 
     dtype: torch.dtype
     device: torch.device
     variant: str | None = None
     pack: bool = False
+    as_in_file: bool = False
 
 
 @contextmanager
@@ -264,4 +266,4 @@ def _kernel_layout(placement: Placement) -> torch.memory_format:
     of float16 on a CPU take no longer for it: both stay mapped from the file.
     """
     stays_mapped = placement.pack and (can_pack(placement.dtype) or placement.dtype == torch.float16)
-    return torch.preserve_format if stays_mapped else torch.channels_last
+    return torch.preserve_format if stays_mapped or placement.as_in_file else torch.channels_last

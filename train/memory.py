@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -21,9 +20,11 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentgen.errors import MemoryBudgetError
+from latentgen.models.checkpointing import Checkpointing, keeps
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, plan_step
 from latentgen.train.objectives.base import Objective
@@ -35,10 +36,18 @@ _WORTH_IT = 0.02
 
 
 class Activations(NamedTuple):
-    """Bytes that the forward pass leaves for the backward pass: all of them, or with gradient checkpointing."""
+    """Bytes that the forward pass leaves for the backward pass: all of them, or with gradient checkpointing.
+
+    Of the latter, both what lies between the layers and the most that one of them then computes once more.
+    """
 
     kept: int
+    selective: int
     checkpointed: int
+
+    def left(self, how: Checkpointing) -> int:
+        """What is left by that kind of checkpointing."""
+        return self.selective if how == "selective" else self.checkpointed if how else self.kept
 
 
 class MemoryPlan(NamedTuple):
@@ -91,17 +100,7 @@ def save_memory(config: TrainConfig, accelerator: Accelerator, objective: Object
         if plan.total > room:
             raise MemoryBudgetError(_refusal(plan, room, config, objective, activations))
     if config.memory.gradient_checkpointing:
-        objective.checkpoint_gradients()
-
-
-def give_back_freed() -> None:
-    """Let the C library return to the system what it keeps of memory that was freed.
-
-    Loading frees weights in their first precision and layout, in pieces between those that stay.
-    """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(library, "malloc_trim"):  # of glibc
-        library.malloc_trim(0)
+        objective.checkpoint_gradients(config.memory.gradient_checkpointing)
 
 
 def first_batch(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> tuple[Tensor, ...]:
@@ -138,16 +137,13 @@ def plan_memory(
     frozen = [t.nbytes for t in (*objective.parameters(), *objective.buffers()) if not t.requires_grad]
     gradients = max(trained, default=0) if config.optimizer.step_in_backward else sum(trained)
     averages_here = config.ema_decay > 0 and config.memory.ema_device in ("same", device.type)
-    left = None
-    if activations is not None:
-        left = activations.checkpointed if config.memory.gradient_checkpointing else activations.kept
     return MemoryPlan(
         frozen=sum(frozen),
         trained=sum(trained),
         gradients=gradients * (2 if processes > 1 else 1),
         optimizer=state_bytes(objective, config.optimizer),
         average=sum(trained) if averages_here else 0,
-        activations=left,
+        activations=None if activations is None else activations.left(config.memory.gradient_checkpointing),
     )
 
 
@@ -175,7 +171,11 @@ def estimate_activations(
             }
             inputs = tuple(torch.empty(t.shape, dtype=t.dtype, device=device) for t in batch)
             kept.leave_out(weights.values())
-            with autocast, torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+            with (
+                autocast,
+                torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
+                _Operators(kept.computed),
+            ):
                 functional_call(objective, weights, inputs)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
         return None
@@ -195,6 +195,7 @@ class _KeptTensors:
         self._kept: set[int] = set()
         self._outside: set[int] = set()
         self._layers: list[set[int]] = []
+        self._products: set[int] = set()
         self._within = False
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
@@ -225,10 +226,23 @@ class _KeptTensors:
         self._note(tensor, self._layers[-1] if self._within else self._outside)
         return tensor
 
+    def computed(self, operator: object, arguments: Sequence[Any], result: object) -> None:
+        """Count what "selective" checkpointing keeps of a layer."""
+        if self._within and keeps(operator, *arguments):
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self._note(tensor, self._products)
+
     def activations(self) -> Activations:
         """What was kept, and what would be with gradient checkpointing."""
-        largest = max((self._bytes(layer - self._outside) for layer in self._layers), default=0)
-        return Activations(self._bytes(self._kept), self._bytes(self._outside) + largest)
+        return Activations(
+            self._bytes(self._kept),
+            selective=self._left(self._outside | self._products),
+            checkpointed=self._left(self._outside),
+        )
+
+    def _left(self, kept: set[int]) -> int:
+        return self._bytes(kept) + max((self._bytes(layer - kept) for layer in self._layers), default=0)
 
     def _note(self, tensor: Tensor, where: set[int]) -> None:
         address = _address(tensor)
@@ -238,6 +252,21 @@ class _KeptTensors:
 
     def _bytes(self, addresses: Iterable[int]) -> int:
         return sum(self._tensors[address].untyped_storage().nbytes() for address in addresses)
+
+
+class _Operators(TorchDispatchMode):
+    """Tells of each operator, its arguments and its result."""
+
+    def __init__(self, tell: Callable[[object, Sequence[Any], object], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        self._tell(func, args, result)
+        return result
 
 
 def _address(tensor: Tensor) -> int:
@@ -305,7 +334,8 @@ def _savings(
     if type(objective).store_base is not Objective.store_base and config.memory.base_dtype == "fp32":
         savings["memory.base_dtype=int8"] = plan.frozen * 3 // 4
     if activations is not None and plan.activations is not None:
-        savings["memory.gradient_checkpointing=true"] = plan.activations - activations.checkpointed
+        for flag, how in (("selective", "selective"), ("true", True)):
+            savings[f"memory.gradient_checkpointing={flag}"] = plan.activations - activations.left(how)
         parts = 2 * config.gradient_accumulation_steps
         if config.batch_size % parts == 0 and not optimizer.step_in_backward:
             savings[f"gradient_accumulation_steps={parts}"] = plan.activations // 2

@@ -23,12 +23,13 @@ from latentgen.train.config import AutoencoderTask, FinetuneTask, PairedTask, Tr
 from latentgen.train.data import BatchPlan, CaptionedImages, open_data, plan_step, sample_rng
 from latentgen.train.data.held_out import open_parts
 from latentgen.train.interrupt import StopSignal
-from latentgen.train.memory import give_back_freed, save_memory
+from latentgen.train.memory import save_memory
 from latentgen.train.model_card import write_card
 from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.optimizer import build_optimizer
 from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
+from latentgen.train.resident import give_back_freed, keep_tensors_apart
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import run_lock, starting_state
 from latentgen.train.run_log import AFTER_NAN, RunLog, check_trackers
@@ -53,6 +54,7 @@ def train(config: TrainConfig) -> Path:
         LostProcessError: another process of the run, or one that prepares batches, died.
         OutputError: the folder cannot be written.
     """
+    keep_tensors_apart()
     accelerator = build_accelerator(config)
     output_dir = config.output_dir
     with run_lock(output_dir, enabled=accelerator.is_main_process), lost_processes_told():

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latentgen.errors import InputError
 
@@ -102,21 +100,6 @@ def _xformers_problem(device: torch.device) -> str | None:
     except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
         return str(error).partition("\n")[0] or type(error).__name__
     return None
-
-
-def recomputing_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """For torch.utils.checkpoint: what is computed once more may use the kernels that are allowed now, and no others.
-
-    Without it, a forward pass within sdpa_kernel would be computed once more with other kernels, outside of it.
-    """
-    flags = {
-        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
-        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
-        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
-    }
-    allowed = [kernel for kernel, is_allowed in flags.items() if is_allowed]
-    return nullcontext(), nullcontext() if len(allowed) == len(flags) else sdpa_kernel(allowed)
 
 
 KeyValue = tuple[Tensor, Tensor]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from latentgen.errors import InputError
 from latentgen.models.attention import AttentionStage, ContextKeyValue, Transformer2DModel
+from latentgen.models.checkpointing import Checkpointing
 from latentgen.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
 from latentgen.models.unet_blocks import (
     DownBlock2D,
@@ -62,13 +63,14 @@ class UNet(AttentionStage):
     """A conditional UNet of any family that :class:`UNetConfig` describes.
 
     Attributes:
-        gradient_checkpointing: recompute activations in the backward pass, for less memory in training.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory in training: all of a
+            layer's, or with "selective" those that cost little.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: Checkpointing = False
         levels = config.levels
         first = config.block_out_channels[0]
         self.time_embedding = TimestepEmbedding(

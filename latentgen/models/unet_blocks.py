@@ -7,9 +7,9 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from latentgen.models.attention import ContextKeyValue, Transformer2DModel, recomputing_contexts
+from latentgen.models.attention import ContextKeyValue, Transformer2DModel
+from latentgen.models.checkpointing import Checkpointing, run_checkpointed
 from latentgen.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from latentgen.models.unet_config import Level, UNetConfig
 
@@ -23,7 +23,7 @@ class UNetPass:
     Args:
         times: the projected time embedding of every resnet block, in the order of the pass.
         contexts: the keys and values of every transformer, in the order of the pass.
-        checkpointing: recompute the inside of each layer in the backward pass instead of storing it.
+        checkpointing: what of the inside of each layer is computed once more in the backward pass.
     """
 
     def __init__(
@@ -31,12 +31,12 @@ class UNetPass:
         times: Iterable[Tensor],
         contexts: Iterable[tuple[ContextKeyValue, ...]],
         *,
-        checkpointing: bool,
+        checkpointing: Checkpointing,
     ) -> None:
         self._skips: list[Tensor] = []
         self._times = iter(times)
         self._contexts = iter(contexts)
-        self._checkpointing = checkpointing and torch.is_grad_enabled()
+        self._checkpointing = torch.is_grad_enabled() and checkpointing
 
     def resnet(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Run the next resnet block."""
@@ -63,11 +63,7 @@ class UNetPass:
     def _run(
         self, layer: nn.Module, hidden: Tensor, constant: Tensor | tuple[ContextKeyValue, ...]
     ) -> Tensor:
-        if self._checkpointing:
-            result = checkpoint(layer, hidden, constant, use_reentrant=False, context_fn=recomputing_contexts)
-            assert isinstance(result, Tensor)
-            return result
-        return layer(hidden, constant)
+        return run_checkpointed(layer, hidden, constant, how=self._checkpointing)
 
 
 def repeat_rows(tensor: Tensor, rows: int) -> Tensor:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentgen.errors import ConfigError
+from latentgen.models.checkpointing import Checkpointing
 from latentgen.models.config import StorageDtype
 from latentgen.pipelines.base import Pipeline
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View
@@ -60,8 +61,8 @@ class Objective(nn.Module, ABC):
         """The layers of which `checkpoint_gradients` keeps the inputs alone; none nests in another."""
         return ()
 
-    def checkpoint_gradients(self) -> None:
-        """Keep the inputs of the networks' layers, and compute the rest once more in the backward pass.
+    def checkpoint_gradients(self, how: Checkpointing) -> None:
+        """Keep the inputs of the networks' layers, and compute the rest once more in the backward pass, or some of it.
 
         Raises:
             ConfigError: the networks cannot.

@@ -19,7 +19,8 @@ from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.diffusion.prediction import add_noise, target
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
-from latentgen.models.attention import Transformer2DModel, recomputing_contexts
+from latentgen.models.attention import Transformer2DModel
+from latentgen.models.checkpointing import Checkpointing, recomputing_contexts
 from latentgen.models.layers import ResnetBlock2D
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
 from latentgen.models.text import CLIPText, Conditioning, TextEncoder
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 SMALL_LATENTS = 32 * 32
 # What the conditioning of all captions may take in memory.
 CAPTION_BYTES = 4 * 2**30
-_ON_CPU = Placement(torch.float32, torch.device("cpu"))
+IDLE = Placement(torch.float32, torch.device("cpu"), as_in_file=True)
 AnyTask = TypeVar("AnyTask", bound=DiffusionTask)
 
 
@@ -163,12 +164,12 @@ class LatentObjective(Objective, Generic[AnyTask]):
         if self._told.learns:
             yield from (m for m in self.text_encoder.modules() if isinstance(m, GradientCheckpointingLayer))
 
-    def checkpoint_gradients(self) -> None:
+    def checkpoint_gradients(self, how: Checkpointing) -> None:
         """Let the UNet, and the text encoder where it is trained, keep less."""
-        self.unet.gradient_checkpointing = True
+        self.unet.gradient_checkpointing = how
         if self._told.learns:
             for tower in self._text.towers:
-                enable_checkpointing(tower.model)
+                enable_checkpointing(tower.model, how)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the whole pipeline in the diffusers layout, in float16 if the recipe says so."""
@@ -254,7 +255,7 @@ def load_vae(folder: CheckpointFolder | None) -> tuple[ImageEncoder, ImageDecode
     """A finished autoencoder, or that of pixels for None, in float32 on the CPU."""
     if folder is None:
         return PixelEncoder(), PixelDecoder()
-    return load_encoder(folder, _ON_CPU), load_decoder(folder, _ON_CPU)
+    return load_encoder(folder, IDLE), load_decoder(folder, IDLE)
 
 
 def finished_text_encoder(folder: Path) -> CLIPText:
@@ -263,15 +264,15 @@ def finished_text_encoder(folder: Path) -> CLIPText:
     Raises:
         ConfigError: it is SDXL's pair, which no model that is trained here is told.
     """
-    joined = load_text_encoder(CheckpointFolder.open(folder), _ON_CPU)
+    joined = load_text_encoder(CheckpointFolder.open(folder), IDLE)
     if not isinstance(joined, CLIPText):
         raise ConfigError("task.text_encoder has two text encoders; name the folder of a model with one")
     return joined
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Let a model of transformers compute the inside of its layers once more in the backward pass."""
-    kind = {"use_reentrant": False, "context_fn": recomputing_contexts}
+def enable_checkpointing(model: PreTrainedModel, how: Checkpointing) -> None:
+    """Let a model of transformers compute the inside of its layers once more in the backward pass, or some of it."""
+    kind = {"use_reentrant": False, "context_fn": recomputing_contexts(how)}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
     else:  # the name in earlier releases

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from latentgen.train.resident import page_out
+
 
 @contextmanager
 def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside the block `module` stands on `device`; afterwards it has the very tensors that it had.
 
-    A copy back, as `module.cpu()` makes it, would take memory where the tensors were mapped from a file.
+    A copy back, as `module.cpu()` makes it, would take memory where the tensors were mapped from a file. Those that were
+    are held in memory again when they are used again.
     """
     parameters = [
         (part, name, parameter, parameter.data)
@@ -34,3 +37,4 @@ def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
             setattr(part, name, parameter)  # to some devices a module moves by taking new ones
         for part, name, own in buffers:
             setattr(part, name, own)
+        page_out(module)

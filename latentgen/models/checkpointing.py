@@ -1,0 +1,92 @@
+"""What a layer computes once more in the backward pass, in place of keeping it (arXiv:1604.06174).
+
+All of it, or with "selective" what costs little for the memory that it takes (arXiv:2205.05198, section 5): attentions are
+kept, and those convolutions and matrix products of which each element is a sum of many. Both are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+Checkpointing = bool | Literal["selective"]
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+# Of Stable Diffusion's UNet, the 3x3 convolutions, and of the transformers what is made of wide features.
+_MANY = 1024
+_aten = torch.ops.aten
+# Where the right factor of a product stands among its arguments.
+_PRODUCTS = {_aten.mm.default: 1, _aten.bmm.default: 1, _aten.addmm.default: 2}
+_ATTENTIONS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def run_checkpointed(layer: nn.Module, *inputs: Any, how: Checkpointing) -> Any:
+    """What a layer makes of its inputs; what it keeps for the backward pass is `how`'s."""
+    if not how:
+        return layer(*inputs)
+    return checkpoint(layer, *inputs, use_reentrant=False, context_fn=recomputing_contexts(how))
+
+
+def recomputing_contexts(how: Checkpointing) -> Callable[[], Contexts]:
+    """`context_fn` of torch.utils.checkpoint: contexts of the first computation and of the second."""
+    return _selective if how == "selective" else _full
+
+
+def keeps(operator: object, *arguments: Any) -> bool:
+    """Whether the result of an operator of a layer is kept with "selective" checkpointing."""
+    if operator is _aten.convolution.default:
+        return arguments[1][0].numel() > _MANY
+    place = _PRODUCTS.get(operator)
+    return operator in _ATTENTIONS if place is None else arguments[place].shape[-2] > _MANY
+
+
+def _full() -> Contexts:
+    return nullcontext(), _same_kernels()
+
+
+def _selective() -> Contexts:
+    first, second = create_selective_checkpoint_contexts(_policy)
+    return first, _both(_same_kernels(), second)
+
+
+def _policy(
+    context: SelectiveCheckpointContext, operator: object, *arguments: Any, **options: Any
+) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keeps(operator, *arguments) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _same_kernels() -> AbstractContextManager[Any]:
+    """What is computed once more may use the attention kernels that are allowed now, and no others.
+
+    Without it, a forward pass within sdpa_kernel would be computed once more with other kernels, outside of it.
+    """
+    flags = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+    }
+    allowed = [kernel for kernel, is_allowed in flags.items() if is_allowed]
+    return nullcontext() if len(allowed) == len(flags) else sdpa_kernel(allowed)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
