@@ -20,10 +20,11 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, Captions, View, to_tensor
 from latentgen.train.objectives import view_encoder
 from latentgen.train.objectives.base import Objective
+from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.encoding import EncodedViews, ViewSource, encode_views
 from latentgen.train.objectives.latent_diffusion import LatentObjective, load_vae
 from latentgen.train.objectives.view_encoder import ViewEncoder, batch_limit
-from latentgen.train.trainer import build_objective, train
+from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe, plan_for
 
 CPU = torch.device("cpu")

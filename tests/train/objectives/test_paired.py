@@ -19,9 +19,9 @@ from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.train.config import Degradation, TrainConfig
 from latentgen.train.data import open_data, sample_rng, to_tensor
+from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.degradation import DEGRADATIONS
 from latentgen.train.objectives.paired import PairedObjective
-from latentgen.train.trainer import build_objective
 from tests.train.recipes import MakeRecipe, plan_for
 
 
