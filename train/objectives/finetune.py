@@ -24,10 +24,11 @@ from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, sample
 from latentgen.train.methods import build_method
 from latentgen.train.objectives.base import Loss
 from latentgen.train.objectives.class_images import ClassImages
-from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.encoding import encode_views
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.masks import random_mask
 from latentgen.train.objectives.origin import Origin, check_data, load_origin, own_memory
+from latentgen.train.objectives.view_source import ViewSource
 
 # What is not shown: to the encoder as near to 0 as 8 bits come.
 _GREY = (127, 127, 127)

@@ -37,7 +37,7 @@ from latentgen.pipelines.loading import (
 from latentgen.train.config import DiffusionTask, LatentLoss
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, check_sides, sample_rng
 from latentgen.train.objectives.base import Loss, Objective
-from latentgen.train.objectives.encoding import EncodedViews, FreshViews
+from latentgen.train.objectives.encoded_views import EncodedViews, FreshViews
 from latentgen.train.objectives.lent import lent
 from latentgen.train.objectives.losses import mean_loss, sample_errors, training_scheduler
 from latentgen.train.objectives.noising import perturbed_noise, training_noise

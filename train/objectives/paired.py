@@ -19,13 +19,14 @@ from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.train.config import PairedTask
 from latentgen.train.data import BatchPlan, CaptionedImages, View
 from latentgen.train.objectives.degradation import DEGRADATIONS
-from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.encoding import encode_views
 from latentgen.train.objectives.latent_diffusion import (
     LatentObjective,
     check_fit,
     finished_text_encoder,
     load_vae,
 )
+from latentgen.train.objectives.view_source import ViewSource
 
 
 class PairedObjective(LatentObjective[PairedTask]):

@@ -21,9 +21,10 @@ from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TextToImageTask
 from latentgen.train.data import CaptionedImages
-from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.encoding import encode_views
 from latentgen.train.objectives.latent_diffusion import LatentObjective, check_fit, load_vae
 from latentgen.train.objectives.tokenizer import train_tokenizer
+from latentgen.train.objectives.view_source import ViewSource
 
 _TOKENIZER = "tokenizer"
 

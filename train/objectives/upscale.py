@@ -23,13 +23,14 @@ from latentgen.pipelines.upscale import UpscalePipeline, as_channels, low_res_ra
 from latentgen.train.config import UpscaleTask
 from latentgen.train.data import BatchPlan, CaptionedImages, View
 from latentgen.train.objectives.degradation import lower_resolution
-from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.encoding import encode_views
 from latentgen.train.objectives.latent_diffusion import (
     LatentObjective,
     check_fit,
     finished_text_encoder,
     load_vae,
 )
+from latentgen.train.objectives.view_source import ViewSource
 
 
 class UpscaleObjective(LatentObjective[UpscaleTask]):

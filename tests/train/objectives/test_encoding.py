@@ -21,9 +21,11 @@ from latentgen.train.data import BatchPlan, Captions, View, to_tensor
 from latentgen.train.objectives import view_encoder
 from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.build import build_objective
-from latentgen.train.objectives.encoding import EncodedViews, ViewSource, encode_views
+from latentgen.train.objectives.encoded_views import EncodedViews
+from latentgen.train.objectives.encoding import encode_views
 from latentgen.train.objectives.latent_diffusion import LatentObjective, load_vae
 from latentgen.train.objectives.view_encoder import ViewEncoder, batch_limit
+from latentgen.train.objectives.view_source import ViewSource
 from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe, plan_for
 
@@ -343,7 +345,8 @@ import sys, torch, torch.distributed as dist
 from pathlib import Path
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.train.objectives import view_encoder
-from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.encoding import encode_views
+from latentgen.train.objectives.view_source import ViewSource
 from latentgen.train.objectives.latent_diffusion import load_vae
 from tests.train.objectives.test_encoding import CPU, Scribbles, assert_same_views
 folder, rank, cache = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
