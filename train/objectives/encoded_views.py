@@ -103,7 +103,14 @@ class Rows(Protocol):
 
 
 class KeptViews(EncodedViews):
-    """Views that were encoded once; a plan's items are their indices."""
+    """Views that were encoded once; a plan's items are their indices in the source.
+
+    Args:
+        source: the views.
+        facts: what is known of the distinct ones.
+        latents: of each of them, as `posteriors`.
+        shown: of each of them, as `shown_rows`, if that is kept.
+    """
 
     def __init__(
         self, source: ViewSource, facts: Sequence[ViewFacts], latents: Rows, shown: Rows | None
@@ -126,17 +133,20 @@ class KeptViews(EncodedViews):
         return {"", *(text for captions in drawn for text in captions.texts)}
 
     def facts(self, plan: BatchPlan) -> list[ViewFacts]:
-        return [self._facts[item] for item in plan.items]
+        return [self._facts[place] for place in self._places(plan)]
 
     def posteriors(self, plan: BatchPlan) -> list[Tensor]:
-        return [self._latents[item] for item in plan.items]
+        return [self._latents[place] for place in self._places(plan)]
 
     def shown_rows(self, plan: BatchPlan) -> list[Tensor]:
         assert self._shown is not None  # encode_views was told of it
-        return [self._shown[item] for item in plan.items]
+        return [self._shown[place] for place in self._places(plan)]
 
     def change_rngs(self, plan: BatchPlan) -> list[random.Random]:
         return [self._source.change_rng(item) for item in plan.items]
+
+    def _places(self, plan: BatchPlan) -> list[int]:
+        return [self._source.place(item) for item in plan.items]
 
 
 class _Batch(NamedTuple):

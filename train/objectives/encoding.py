@@ -41,6 +41,7 @@ def encode_views(
 ) -> EncodedViews:
     """Encode fixed views now, or nothing yet if the source has new ones in every step.
 
+    Views that are the same by what the source says of them are encoded once.
     Without `cache_dir` every process encodes all of them and holds them in memory. With it each encodes its share and
     all read from the disk, memory-mapped; what any run with this autoencoder has encoded before is not encoded again.
     The results are equal bit for bit, on devices of one kind.
@@ -78,14 +79,13 @@ def _encode_to_memory(encoder: ViewEncoder, source: ViewSource, shown: Shown) ->
     latents: dict[int, Tensor] = {}
     before: dict[int, Tensor] = {}
     queue = EncodingQueue(encoder)
-    indices = range(len(source))
-    for index, view in _with_bar(source, indices):
+    for place, (_, view) in enumerate(_with_bar(source, source.distinct)):
         facts.append(encoder.facts(view))
-        queue.add(view.image, lambda row, index=index: latents.__setitem__(index, row))
+        queue.add(view.image, lambda row, place=place: latents.__setitem__(place, row))
         if shown == "latents":
-            queue.add(image_before(view), lambda row, index=index: before.__setitem__(index, row))
+            queue.add(image_before(view), lambda row, place=place: before.__setitem__(place, row))
         elif shown == "pixels":
-            before[index] = pixels_of(image_before(view))
+            before[place] = pixels_of(image_before(view))
     queue.finish()
     return KeptViews(source, facts, latents, None if shown == "nothing" else before)
 
@@ -102,12 +102,12 @@ class _Filed(NamedTuple):
 
 
 def _encode_to_disk(encoder: ViewEncoder, source: ViewSource, shown: Shown, cache: TensorCache) -> KeptViews:
-    filed = dict(gather(_file_views(encoder, source, shown, cache, own_share(range(len(source))))))
+    filed = dict(gather(_file_views(encoder, source, shown, cache, own_share(source.distinct))))
     cache.refresh()
     # Other machines may not see this folder.
     missing = [index for index, view in filed.items() if not view.is_in(cache)]
     filed.update(_file_views(encoder, source, shown, cache, missing))
-    views = [filed[index] for index in range(len(source))]
+    views = [filed[index] for index in source.distinct]
     shown_keys = [view.shown_key for view in views if view.shown_key is not None]
     return KeptViews(
         source,

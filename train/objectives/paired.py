@@ -16,7 +16,7 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.train.config import PairedTask
 from latentgen.train.data import BatchPlan, CaptionedImages, View
-from latentgen.train.objectives.degradation import DEGRADATIONS
+from latentgen.train.objectives.degradation import DEGRADATIONS, NOT_RANDOM
 from latentgen.train.objectives.encoded_views import Shown
 from latentgen.train.objectives.latent_diffusion import (
     LatentObjective,
@@ -76,7 +76,8 @@ class PairedObjective(LatentObjective[PairedTask]):
         self._prepare(data, seed, device)
 
     def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
-        return ViewSource(data, self.task.cached_views, seed, self._with_shown)
+        random_change = self.task.degradation not in NOT_RANDOM
+        return ViewSource(data, self.task.cached_views, seed, self._with_shown, random_change)
 
     @property
     def _shown_as(self) -> Shown:

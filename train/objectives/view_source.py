@@ -28,12 +28,14 @@ class ViewSource:
         per_item: how many fixed views of every item; 0 for new ones in every step.
         seed: the run's seed.
         change: what is done to every view, with random numbers of its own.
+        random_change: whether it uses them.
     """
 
     data: CaptionedImages
     per_item: int
     seed: int
     change: Change | None = None
+    random_change: bool = True
 
     def __len__(self) -> int:
         return len(self.data) * max(1, self.per_item)
@@ -43,6 +45,21 @@ class ViewSource:
         item, number = divmod(index, self.per_item)
         view = self.data.view(item, sample_rng(self.seed, "cached view", item, number))
         return view if self.change is None else self.change(view, self.change_rng(index))
+
+    @property
+    def distinct(self) -> range:
+        """The fixed views that differ from the one before: of every item the first alone if nothing is random."""
+        return range(0, len(self), self._alike)
+
+    def place(self, index: int) -> int:
+        """Which of `distinct` a fixed view is the same as."""
+        return index // self._alike
+
+    @property
+    def _alike(self) -> int:
+        """How many fixed views that follow each other are the same."""
+        varies = self.data.views_vary or (self.change is not None and self.random_change)
+        return 1 if varies else self.per_item
 
     def drawn(self, indices: Sequence[int]) -> Iterator[tuple[int, View]]:
         """Each of `indices` with its fixed view; they are drawn a few at a time."""
