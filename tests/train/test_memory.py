@@ -68,6 +68,7 @@ def gradients_and_kept(objective: Objective) -> tuple[dict[str, Tensor], int]:
     return {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}, size - weights
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # by the name that transformers has for it
 def test_checkpointed_gradients_are_the_same_and_less_is_kept(recipe: MakeRecipe):
     objective = build(recipe())
     assert isinstance(objective, LatentObjective)
