@@ -10,11 +10,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from latentgen.train.accelerator import build_accelerator
 from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.data.held_out import open_parts
+from latentgen.train.objectives.build import build_objective
 from latentgen.train.run_folder import starting_state
 from latentgen.train.sharing import gather
-from latentgen.train.trainer import Trainer, build_accelerator, build_objective
+from latentgen.train.trainer import Trainer
 
 _STEPS = 3
 _SECONDS = 20.0

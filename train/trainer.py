@@ -12,28 +12,28 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentgen.errors import ConfigError, NumericalError, ResumeError
+from latentgen.errors import NumericalError, ResumeError
+from latentgen.train.accelerator import build_accelerator
 from latentgen.train.batches import PlannedBatch, prepared_batches
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
-from latentgen.train.config import AutoencoderTask, FinetuneTask, PairedTask, TrainConfig, UpscaleTask
-from latentgen.train.data import BatchPlan, CaptionedImages, open_data, plan_step, sample_rng
+from latentgen.train.config import TrainConfig
+from latentgen.train.data import BatchPlan, CaptionedImages, plan_step, sample_rng
 from latentgen.train.data.held_out import open_parts
 from latentgen.train.interrupt import StopSignal
 from latentgen.train.memory import save_memory
 from latentgen.train.model_card import write_card
-from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Loss, Objective
+from latentgen.train.objectives.build import build_objective
 from latentgen.train.optimizer import build_optimizer
 from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
 from latentgen.train.resident import give_back_freed, keep_tensors_apart
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import run_lock, starting_state
-from latentgen.train.run_log import AFTER_NAN, RunLog, check_trackers
-from latentgen.train.sharding import check_sharding, gathered, put_together, shell_for, spread_like, whole
+from latentgen.train.run_log import AFTER_NAN, RunLog
+from latentgen.train.sharding import gathered, put_together, shell_for, spread_like, whole
 from latentgen.train.watch import Watch
 
 
@@ -295,85 +295,6 @@ class Trainer:
             )
             save_checkpoint(self.config.output_dir, state, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
-
-
-def build_objective(
-    config: TrainConfig,
-    *,
-    device: torch.device,
-    assets: Path | None = None,
-    data: CaptionedImages | None = None,
-) -> Objective:
-    """The objective of a recipe, on the CPU, its networks initialised at random or from `init_from`.
-
-    Args:
-        config: the recipe.
-        device: where the data may be prepared.
-        assets: where an earlier part of the run has left its assets, if this is to go on with it.
-        data: what to learn from; by default the recipe's whole set.
-    """
-    data = open_data(config.data) if data is None else data
-    if isinstance(config.task, AutoencoderTask):
-        return AutoencoderObjective(config.task, data, init_from=config.init_from)
-    if isinstance(config.task, UpscaleTask):
-        from latentgen.train.objectives.upscale import UpscaleObjective
-
-        return UpscaleObjective(
-            config.task, data, seed=config.seed, device=device, init_from=config.init_from
-        )
-    if isinstance(config.task, PairedTask):
-        from latentgen.train.objectives.paired import PairedObjective
-
-        return PairedObjective(config.task, data, seed=config.seed, device=device, init_from=config.init_from)
-    if isinstance(config.task, FinetuneTask):
-        return _finetuning(config, config.task, data, device)
-    from latentgen.train.objectives.text_to_image import TextToImageObjective
-
-    return TextToImageObjective(
-        config.task, data, seed=config.seed, device=device, init_from=config.init_from, assets=assets
-    )
-
-
-def _finetuning(
-    config: TrainConfig, task: FinetuneTask, data: CaptionedImages, device: torch.device
-) -> Objective:
-    from latentgen.train.objectives.finetune import FinetuneObjective, Origin
-
-    origin = Origin(config.init_from, config.output_dir / "class_images")
-    return FinetuneObjective(task, data, seed=config.seed, device=device, origin=origin)
-
-
-def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate's view of this machine, if the recipe fits it; see `train` for the errors."""
-    parts = config.gradient_accumulation_steps
-    check_trackers(config.trackers)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            # As a plugin: the plain number would give way to a variable of the environment.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=parts, sync_with_dataloader=False
-            ),
-            step_scheduler_with_optimizer=False,
-            log_with=list(config.trackers) or None,
-            project_config=ProjectConfiguration(logging_dir=str(config.output_dir / "tensorboard")),
-        )
-    except ValueError as error:
-        raise ConfigError(f"mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
-    if config.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise ConfigError("mixed_precision fp16 needs an accelerator, and there is none here; use bf16 or no")
-    check_sharding(accelerator, config)
-    if config.optimizer.step_in_backward and accelerator.num_processes > 1:
-        raise ConfigError(
-            f"optimizer.step_in_backward: gradients are used up before {accelerator.num_processes} processes have "
-            "agreed on them; leave it out, or train in one process"
-        )
-    if config.batch_size % (parts * accelerator.num_processes):
-        raise ConfigError(
-            f"batch_size {config.batch_size} is not a multiple of {parts} gradient_accumulation_steps x "
-            f"{accelerator.num_processes} processes"
-        )
-    return accelerator
 
 
 def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:

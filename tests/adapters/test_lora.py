@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -138,6 +139,8 @@ def _file(oracle: Oracle, adapter: str, form: str) -> Path:
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     from peft import LoraConfig, get_peft_model
 
+    # It asks transformers' models for what has another name by now.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     folder = tmp_path_factory.mktemp("adapters")
     outputs = {}
     for name, (rank, alpha, seed) in ADAPTERS.items():

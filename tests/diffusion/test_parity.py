@@ -23,6 +23,9 @@ from tests.diffusion.references import (
     scheduler_class,
 )
 
+# Warned of in numpy's own name, so not to be told in general from what we hand to it.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must:DeprecationWarning:numpy")
+
 SPACINGS = ("linspace", "leading", "trailing")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 NUM_STEPS = (5, 10, 50)

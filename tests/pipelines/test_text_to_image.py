@@ -69,7 +69,11 @@ def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max())
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning:diffusers")
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning",
+    "ignore::DeprecationWarning:diffusers",
+    "ignore:__array_wrap__ must:DeprecationWarning:numpy",  # in numpy's name, of tensors that diffusers hands to it
+)
 class TestAgainstDiffusers:
     @pytest.mark.parametrize("name", SCHEDULERS)
     def test_every_solver_gives_the_same_image(

@@ -27,6 +27,7 @@ class Pictures:
     """Six pictures of noise, cropped from larger ones, each with what it looked like before an edit."""
 
     image_size = SIZE
+    views_vary = True
 
     def __init__(self, captions: tuple[str, ...] = CAPTIONS, *, edited: bool = True) -> None:
         self.captions, self.edited = captions, edited

@@ -19,9 +19,10 @@ from latentgen.train import batches
 from latentgen.train.batches import prepared_batches
 from latentgen.train.data import BatchPlan, Order, View, plan_step
 from latentgen.train.objectives.base import Objective
-from latentgen.train.objectives.encoding import ViewSource
+from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.view_encoder import ViewEncoder
-from latentgen.train.trainer import build_objective, train
+from latentgen.train.objectives.view_source import ViewSource
+from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe
 from tests.train.runs import assert_same_checkpoint, log_of
 

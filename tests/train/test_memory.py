@@ -19,8 +19,9 @@ from latentgen.train.checkpoint import flatten_optimizer, load_latest
 from latentgen.train.config import TrainConfig
 from latentgen.train.memory import available_bytes, estimate_activations, first_batch, plan_memory
 from latentgen.train.objectives.base import Objective
+from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.latent_diffusion import LatentObjective
-from latentgen.train.trainer import Trainer, build_objective, train
+from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe, plan_for
 
 CPU = torch.device("cpu")
@@ -67,6 +68,7 @@ def gradients_and_kept(objective: Objective) -> tuple[dict[str, Tensor], int]:
     return {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}, size - weights
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # by the name that transformers has for it
 def test_checkpointed_gradients_are_the_same_and_less_is_kept(recipe: MakeRecipe):
     objective = build(recipe())
     assert isinstance(objective, LatentObjective)

@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentgen.errors import ConfigError, NumericalError
+from latentgen.train.accelerator import build_accelerator
 from latentgen.train.checkpoint import load_latest
 from latentgen.train.config import TrainConfig
 from latentgen.train.run_log import RunLog
-from latentgen.train.trainer import Trainer, build_accelerator, train
+from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe, events_of, rows_of, scalars_of
 
 

@@ -32,7 +32,8 @@ class DiffusionTask(Section):
 
     `cached_views` random views of every item are encoded once, before training, and kept in memory or, with
     `cache_dir`, in a folder that all runs may share; 0 draws and encodes new ones in every step. So are the captions
-    where the text encoder does not learn, unless they are shuffled, or too many for memory without `cache_dir`.
+    where the text encoder does not learn, unless they are shuffled, or too many for memory without `cache_dir`. Where
+    neither crops nor mirroring nor the task is random, the views of an item are the same, and one is encoded.
 
     A `timestep_shift` above 1 spends more samples on the noisier timesteps; `guidance_scale` is what the finished model
     is guided with where a call names none; `save_half` writes it in float16.

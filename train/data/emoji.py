@@ -89,6 +89,8 @@ class EmojiSet:
         DatasetError: a file is not there, with the package that brings it; or no glyph would be left.
     """
 
+    views_vary = True
+
     def __init__(
         self,
         *,

@@ -76,6 +76,7 @@ class ImageFolder:
     def __init__(self, config: FolderData | KohyaData) -> None:
         self.image_size = config.image_size
         self._framing = Framing(config)
+        self.views_vary = self._framing.varies
         self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
         listing, facts, bad = survey(config)
         problems = list(listing.problems)

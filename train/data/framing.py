@@ -46,6 +46,7 @@ class Framing:
 
     Attributes:
         sizes: those that views can have.
+        varies: whether two views of an image can differ.
     """
 
     def __init__(self, config: FramedData) -> None:
@@ -57,6 +58,7 @@ class Framing:
             if config.buckets
             else (square,)
         )
+        self.varies = config.crop == "random" or config.horizontal_flip
 
     def size_for(self, original: Size) -> Size:
         """The size of the views of an image of this size."""

@@ -23,6 +23,7 @@ class Part:
 
     def __init__(self, whole: CaptionedImages, items: Sequence[int]) -> None:
         self.image_size = whole.image_size
+        self.views_vary = whole.views_vary
         self._whole = whole
         self._items = tuple(items)
 

@@ -45,6 +45,7 @@ class HuggingFaceSet:
 
     Attributes:
         image_size: the side of the views.
+        views_vary: whether two views of a row can differ.
 
     Raises:
         ConfigError: the `datasets` library is not installed.
@@ -54,6 +55,7 @@ class HuggingFaceSet:
     def __init__(self, config: HuggingFaceData) -> None:
         self.image_size = config.image_size
         self._framing = PackedFraming(config)
+        self.views_vary = self._framing.varies
         self._sizes: dict[int, Size] = {}
         self._where = quote(config.path) + (f", split {quote(config.split)}" if config.split else "")
         self._image, self._caption = config.image_column, config.caption_column

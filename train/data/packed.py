@@ -93,10 +93,15 @@ def text_captions(data: bytes) -> tuple[str, ...]:
 
 
 class PackedFraming:
-    """What a recipe says of the views and the captions of images that lie in large files."""
+    """What a recipe says of the views and the captions of images that lie in large files.
+
+    Attributes:
+        varies: whether two views of an image can differ.
+    """
 
     def __init__(self, config: PackedData) -> None:
         self._framing = Framing(config)
+        self.varies = self._framing.varies
         self._prefix = config.caption_prefix
         self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
         self._size_for = lru_cache(_KEPT_SIZES)(self._framing.size_for)

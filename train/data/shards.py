@@ -51,6 +51,7 @@ class ShardSet:
 
     Attributes:
         image_size: the side of the views.
+        views_vary: whether two views of a sample can differ.
         shard_counts: how many samples each shard has, which Order keeps together; items are numbered shard by shard.
 
     Raises:
@@ -60,6 +61,7 @@ class ShardSet:
     def __init__(self, config: WebDataset) -> None:
         self.image_size = config.image_size
         self._framing = PackedFraming(config)
+        self.views_vary = self._framing.varies
         self._paths = expand_shards(config.shards)
         self._stamps = {path: _stamp(path) for path in self._paths}
         surveys = _survey_all(self._paths, config)

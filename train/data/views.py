@@ -68,6 +68,11 @@ class CaptionedImages(Protocol):
 
     image_size: int
 
+    @property
+    def views_vary(self) -> bool:
+        """Whether two views of an item can differ."""
+        ...
+
     def __len__(self) -> int: ...
 
     def bucket(self, index: int) -> tuple[int, int]:

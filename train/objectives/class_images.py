@@ -40,6 +40,7 @@ class ClassImages:
     """
 
     image_size: int
+    views_vary = False
 
     def __init__(self, prior: Prior, folder: Path, *, model: str, seed: int) -> None:
         self._prior = prior

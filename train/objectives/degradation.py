@@ -86,3 +86,5 @@ DEGRADATIONS: Mapping[Degradation, Callable[[Image.Image, random.Random], Image.
     "jpeg": compressed,
     "inpainting": with_holes,
 }
+# Those that draw no random number: what they make of an image is always the same.
+NOT_RANDOM: frozenset[Degradation] = frozenset({"colourisation"})

@@ -24,10 +24,11 @@ from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, sample
 from latentgen.train.methods import build_method
 from latentgen.train.objectives.base import Loss
 from latentgen.train.objectives.class_images import ClassImages
-from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.encoded_views import Shown
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.masks import random_mask
 from latentgen.train.objectives.origin import Origin, check_data, load_origin, own_memory
+from latentgen.train.objectives.view_source import ViewSource
 
 # What is not shown: to the encoder as near to 0 as 8 bits come.
 _GREY = (127, 127, 127)
@@ -91,11 +92,12 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         other._see(data, seed, device)
         return other
 
-    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
-        change = _unmasked if self.inpaints else None
-        source = ViewSource(data, self.task.cached_views, seed, change)
-        shown = "latents" if self.inpaints or self.edits else "nothing"
-        self._views = encode_views(self._vae[0], device, source, shown=shown, cache_dir=self.task.cache_dir)
+    def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
+        return ViewSource(data, self.task.cached_views, seed, _unmasked if self.inpaints else None)
+
+    @property
+    def _shown_as(self) -> Shown:
+        return "latents" if self.inpaints or self.edits else "nothing"
 
     @property
     def inpaints(self) -> bool:

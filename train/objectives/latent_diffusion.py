@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +23,14 @@ from latentgen.errors import ConfigError
 from latentgen.models.attention import Transformer2DModel
 from latentgen.models.checkpointing import Checkpointing, recomputing_contexts
 from latentgen.models.layers import ResnetBlock2D
-from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
+from latentgen.models.pixels import (
+    RGB,
+    ImageDecoder,
+    ImageEncoder,
+    PixelConfig,
+    PixelDecoder,
+    PixelEncoder,
+)
 from latentgen.models.text import CLIPText, Conditioning, TextEncoder
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
@@ -36,15 +44,17 @@ from latentgen.pipelines.loading import (
     usual_guidance_scale,
 )
 from latentgen.train.config import DiffusionTask, LatentLoss
-from latentgen.train.data import BatchPlan, CaptionedImages, Order, check_sides, sample_rng
+from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, check_sides, sample_rng
 from latentgen.train.objectives.base import Loss, Objective
-from latentgen.train.objectives.encoding import EncodedViews, FreshViews
+from latentgen.train.objectives.encoded_views import EncodedViews, FreshViews, Shown
+from latentgen.train.objectives.encoding import encode_views
 from latentgen.train.objectives.lent import lent
 from latentgen.train.objectives.losses import mean_loss, sample_errors, training_scheduler
 from latentgen.train.objectives.noising import perturbed_noise, training_noise
 from latentgen.train.objectives.standing_in import standing_in
 from latentgen.train.objectives.text_cache import TextCache
 from latentgen.train.objectives.told_text import ToldText
+from latentgen.train.objectives.view_source import ViewSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -233,9 +243,23 @@ class LatentObjective(Objective, Generic[AnyTask]):
         if self._views.captions is not None:
             self._told.add(self._views.captions)
 
-    @abstractmethod
     def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
-        """Encode `task.cached_views` views of every item, drawn from `seed`, on `device`."""
+        """Encode the views of every item, drawn from `seed`, on `device`."""
+        source, cache_dir = self._source(data, seed), self.task.cache_dir
+        self._views = encode_views(self._vae[0], device, source, shown=self._shown_as, cache_dir=cache_dir)
+
+    def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
+        """The views to encode: `task.cached_views` of every item, as they are."""
+        return ViewSource(data, self.task.cached_views, seed)
+
+    @property
+    def _shown_as(self) -> Shown:
+        """What is kept of the image `before` of each view."""
+        return "nothing"
+
+    def _with_shown(self, view: View, rng: random.Random) -> View:
+        """A view, as an edit of what the UNet is shown of it."""
+        return view._replace(before=self.shown(view, rng))
 
     @abstractmethod
     def _pipeline(self) -> Pipeline:
@@ -249,6 +273,14 @@ class LatentObjective(Objective, Generic[AnyTask]):
         """What the finished model is guided with where a call names no scale."""
         scale = self.task.guidance_scale
         return usual_guidance_scale(diffusers_class) if scale is None else scale
+
+
+def open_vae(path: Path | None) -> tuple[CheckpointFolder | None, VAEConfig | PixelConfig]:
+    """The folder of a finished autoencoder, None for pixels, and its configuration."""
+    if path is None:
+        return None, RGB
+    folder = CheckpointFolder.open(path)
+    return folder, VAEConfig.from_json(folder.config("vae"))
 
 
 def load_vae(folder: CheckpointFolder | None) -> tuple[ImageEncoder, ImageDecoder]:

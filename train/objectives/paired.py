@@ -11,21 +11,21 @@ from torch import Tensor
 
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.models.pixels import RGB
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.train.config import PairedTask
 from latentgen.train.data import BatchPlan, CaptionedImages, View
-from latentgen.train.objectives.degradation import DEGRADATIONS
-from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.degradation import DEGRADATIONS, NOT_RANDOM
+from latentgen.train.objectives.encoded_views import Shown
 from latentgen.train.objectives.latent_diffusion import (
     LatentObjective,
     check_fit,
     finished_text_encoder,
     load_vae,
+    open_vae,
 )
+from latentgen.train.objectives.view_source import ViewSource
 
 
 class PairedObjective(LatentObjective[PairedTask]):
@@ -58,8 +58,7 @@ class PairedObjective(LatentObjective[PairedTask]):
     ) -> None:
         super().__init__(task, data, device, Scheduler.from_config(task.scheduler))
         config = UNetConfig.from_json(task.unet)
-        vae = None if task.vae is None else CheckpointFolder.open(task.vae)
-        vae_config = RGB if vae is None else VAEConfig.from_json(vae.config("vae"))
+        vae, vae_config = open_vae(task.vae)
         self._text = finished_text_encoder(task.text_encoder)
         check_fit(
             config,
@@ -76,14 +75,13 @@ class PairedObjective(LatentObjective[PairedTask]):
         self._scaling_factor = vae_config.scaling_factor
         self._prepare(data, seed, device)
 
-    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
-        source = ViewSource(data, self.task.cached_views, seed, self._degraded)
-        cache_dir = self.task.cache_dir
-        self._views = encode_views(self._vae[0], device, source, shown="latents", cache_dir=cache_dir)
+    def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
+        random_change = self.task.degradation not in NOT_RANDOM
+        return ViewSource(data, self.task.cached_views, seed, self._with_shown, random_change)
 
-    def _degraded(self, view: View, rng: random.Random) -> View:
-        """A view, as an edit of what the UNet is shown of it."""
-        return view._replace(before=self.shown(view, rng))
+    @property
+    def _shown_as(self) -> Shown:
+        return "latents"
 
     def shown(self, view: View, rng: random.Random) -> Image.Image:
         """The degraded image."""

@@ -13,16 +13,13 @@ from latentgen.checkpoints.weights import load_weights
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, ResumeError
 from latentgen.files import quote
-from latentgen.models.pixels import RGB
 from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer, save_tokenizer
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TextToImageTask
 from latentgen.train.data import CaptionedImages
-from latentgen.train.objectives.encoding import ViewSource, encode_views
-from latentgen.train.objectives.latent_diffusion import LatentObjective, check_fit, load_vae
+from latentgen.train.objectives.latent_diffusion import LatentObjective, check_fit, load_vae, open_vae
 from latentgen.train.objectives.tokenizer import train_tokenizer
 
 _TOKENIZER = "tokenizer"
@@ -61,8 +58,7 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         super().__init__(task, data, device, Scheduler.from_config(task.scheduler))
         unet_config = UNetConfig.from_json(task.unet)
         text_config = CLIPTextConfig.from_json(task.text_encoder)
-        vae = None if task.vae is None else CheckpointFolder.open(task.vae)
-        vae_config = RGB if vae is None else VAEConfig.from_json(vae.config("vae"))
+        vae, vae_config = open_vae(task.vae)
         check_fit(
             unet_config,
             vae_config,
@@ -78,10 +74,6 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         self._text.module.requires_grad_(task.train_text_encoder)
         self._vae = load_vae(vae)
         self._prepare(data, seed, device)
-
-    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
-        source = ViewSource(data, self.task.cached_views, seed)
-        self._views = encode_views(self._vae[0], device, source, cache_dir=self.task.cache_dir)
 
     def save_assets(self, folder: Path) -> None:
         """Write the tokenizer: the weights are worth nothing with another one."""

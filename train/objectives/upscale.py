@@ -14,7 +14,7 @@ from latentgen.checkpoints.weights import load_weights
 from latentgen.diffusion.prediction import add_noise
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
-from latentgen.models.pixels import RGB, PixelConfig
+from latentgen.models.pixels import PixelConfig
 from latentgen.models.text import Conditioning
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
@@ -23,13 +23,15 @@ from latentgen.pipelines.upscale import UpscalePipeline, as_channels, low_res_ra
 from latentgen.train.config import UpscaleTask
 from latentgen.train.data import BatchPlan, CaptionedImages, View
 from latentgen.train.objectives.degradation import lower_resolution
-from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.encoded_views import Shown
 from latentgen.train.objectives.latent_diffusion import (
     LatentObjective,
     check_fit,
     finished_text_encoder,
     load_vae,
+    open_vae,
 )
+from latentgen.train.objectives.view_source import ViewSource
 
 
 class UpscaleObjective(LatentObjective[UpscaleTask]):
@@ -62,8 +64,7 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         super().__init__(task, data, device, Scheduler.from_config(task.scheduler))
         self.low_res_scheduler = Scheduler.from_config(task.low_res_scheduler)
         config = UNetConfig.from_json(task.unet)
-        vae = None if task.vae is None else CheckpointFolder.open(task.vae)
-        vae_config = RGB if vae is None else VAEConfig.from_json(vae.config("vae"))
+        vae, vae_config = open_vae(task.vae)
         self._text = finished_text_encoder(task.text_encoder)
         self._ratio = low_res_ratio(config, vae_config)
         check_fit(
@@ -87,14 +88,12 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         self._scale = self._pipeline().scale
         self._prepare(data, seed, device)
 
-    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
-        source = ViewSource(data, self.task.cached_views, seed, self._with_low_res)
-        cache_dir = self.task.cache_dir
-        self._views = encode_views(self._vae[0], device, source, shown="pixels", cache_dir=cache_dir)
+    def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
+        return ViewSource(data, self.task.cached_views, seed, self._with_shown)
 
-    def _with_low_res(self, view: View, rng: random.Random) -> View:
-        """A view, as what becomes of the same in low resolution."""
-        return view._replace(before=self.shown(view, rng))
+    @property
+    def _shown_as(self) -> Shown:
+        return "pixels"
 
     def shown(self, view: View, rng: random.Random) -> Image.Image:
         """The image in low resolution, without noise."""

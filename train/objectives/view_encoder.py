@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentgen.errors import DatasetError
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.data import Captions, View, to_tensor
 
@@ -109,3 +110,14 @@ def batch_limit(size: tuple[int, int]) -> int:
 def pixels_of(image: Image.Image) -> Tensor:
     """An RGB image as uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def image_before(view: View) -> Image.Image:
+    """The image that a view is an edit of.
+
+    Raises:
+        DatasetError: it is none.
+    """
+    if view.before is None:
+        raise DatasetError("an image has no image that it is an edit of, which this task shows to the UNet")
+    return view.before

@@ -45,6 +45,14 @@ def test_buckets_are_among_those_of_sdxl():
     assert Framing(FramedData(image_size=1024, buckets=True)).sizes == ours
 
 
+@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_whether_views_differ_is_known_beforehand(crop: str, flip: bool):
+    frames = framing(crop=crop, horizontal_flip=flip)
+    drawn = {frames.draw((100, 200), random.Random(seed)) for seed in range(50)}
+    assert (len(drawn) > 1) == frames.varies
+
+
 @given(st.integers(64, 1024), st.sampled_from([8, 16, 32, 64]), st.integers(1, 64), st.integers(1, 3))
 def test_sides_and_areas_keep_their_bounds(image_size: int, step: int, shortest: int, double: int):
     longest = image_size * double

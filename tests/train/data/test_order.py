@@ -19,6 +19,7 @@ class Pictures:
     """A data set of which nothing but the buckets matters: one letter for the size of each item."""
 
     image_size = 64
+    views_vary = False
 
     def __init__(self, letters: str) -> None:
         self._sizes = [SIZES[letter] for letter in letters]

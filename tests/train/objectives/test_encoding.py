@@ -18,12 +18,16 @@ from latentgen.errors import CheckpointCorruptError, ConfigError, DatasetError
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, Captions, View, to_tensor
+from latentgen.train.data.held_out import open_parts
 from latentgen.train.objectives import view_encoder
 from latentgen.train.objectives.base import Objective
-from latentgen.train.objectives.encoding import EncodedViews, ViewSource, encode_views
+from latentgen.train.objectives.build import build_objective
+from latentgen.train.objectives.encoded_views import EncodedViews, Shown
+from latentgen.train.objectives.encoding import encode_views
 from latentgen.train.objectives.latent_diffusion import LatentObjective, load_vae
 from latentgen.train.objectives.view_encoder import ViewEncoder, batch_limit
-from latentgen.train.trainer import build_objective, train
+from latentgen.train.objectives.view_source import ViewSource
+from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe, plan_for
 
 CPU = torch.device("cpu")
@@ -34,6 +38,7 @@ class Scribbles:
     """Six random pictures: the even ones 16 wide and 16 high, the odd ones 24 wide and 8 high, the last two masked."""
 
     image_size = 16
+    views_vary = True
 
     def __len__(self) -> int:
         return 6
@@ -128,6 +133,84 @@ def test_tasks_share_what_they_encode_alike(
     assert len(encoded_images) == 6  # both views of an item are the same centre crop
     build(paired_recipe(cache))
     assert len(encoded_images) == 10  # black and white have no colour to lose
+
+
+class Stills(Scribbles):
+    """As Scribbles, but one view is like another."""
+
+    views_vary = False
+
+    def view(self, index: int, rng: random.Random) -> View:
+        return super().view(index, random.Random(index))
+
+
+class StillsUnawares(Stills):
+    """The same, which does not say so."""
+
+    views_vary = True
+
+
+def halved(view: View, _: random.Random) -> View:
+    return view._replace(before=view.image.point([level // 2 for level in range(256)] * 3))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("shown", ["nothing", "latents", "pixels"])
+def test_views_that_are_the_same_are_encoded_once(
+    encoder: ImageEncoder, shown: Shown, cached: bool, tmp_path: Path, encoded_images: list[int]
+):
+    cache_dir = tmp_path if cached else None
+    change = None if shown == "nothing" else halved
+    sources = [ViewSource(data, 80, 0, change, False) for data in (StillsUnawares(), Stills())]
+    every = encode_views(encoder, CPU, sources[0], shown=shown)
+    assert sum(encoded_images) >= 6 * 80
+    encoded_images.clear()
+    once = encode_views(encoder, CPU, sources[1], shown=shown, cache_dir=cache_dir)
+    # Of three images of each of two sizes, filled up to a batch.
+    assert sum(encoded_images) == 2 * 32
+    assert_same_views(once, every, 6 * 80)
+    if shown != "nothing":
+        assert all(torch.equal(once.shown(plan(i)), every.shown(plan(i))) for i in range(6 * 80))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "each"),
+    [
+        ((), 1),
+        (("data.crop=random",), 16),
+        (("data.horizontal_flip=true",), 16),
+        (("held_out=0.34",), 1),
+        (("held_out=0.34", "data.crop=random"), 16),
+    ],
+)
+def test_random_views_are_all_encoded(
+    text_to_image_recipe: MakeRecipe,
+    overrides: tuple[str, ...],
+    each: int,
+    encoded_images: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(view_encoder, "ENCODING_BATCH", 1)
+    config = text_to_image_recipe("task.cached_views=16", *overrides)
+    data = open_parts(config).training
+    objective = build_objective(config, device=CPU, data=data)
+    assert len(encoded_images) == len(data) * each
+    # Which samples a step shows does not depend on it.
+    assert len(objective.order) == len(data) * 16
+    assert objective.batch(plan_for(objective))[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("degradation", "each"), [("colourisation", 2), ("jpeg", 32)])
+def test_what_a_random_task_shows_is_all_encoded(
+    paired_recipe: MakeRecipe,
+    degradation: str,
+    each: int,
+    encoded_images: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(view_encoder, "ENCODING_BATCH", 1)
+    build(paired_recipe("task.cached_views=16", f"task.degradation={degradation}"))
+    assert len(encoded_images) == 6 * each
 
 
 def test_another_autoencoder_has_other_latents(encoder: ImageEncoder, tmp_path: Path):
@@ -342,7 +425,8 @@ import sys, torch, torch.distributed as dist
 from pathlib import Path
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.train.objectives import view_encoder
-from latentgen.train.objectives.encoding import ViewSource, encode_views
+from latentgen.train.objectives.encoding import encode_views
+from latentgen.train.objectives.view_source import ViewSource
 from latentgen.train.objectives.latent_diffusion import load_vae
 from tests.train.objectives.test_encoding import CPU, Scribbles, assert_same_views
 folder, rank, cache = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])

@@ -19,13 +19,14 @@ from latentgen.errors import ConfigError
 from latentgen.train.config import LatentLoss
 from latentgen.train.data import View
 from latentgen.train.data.folder import ImageFolder
+from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.losses import (
     elementwise_error,
     sample_errors,
     training_scheduler,
 )
-from latentgen.train.trainer import build_objective, train
+from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe, plan_for
 
 ZERO_SNR = "task.loss.zero_terminal_snr=true"

@@ -10,7 +10,6 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -19,9 +18,10 @@ from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.train.config import Degradation, TrainConfig
 from latentgen.train.data import open_data, sample_rng, to_tensor
+from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.degradation import DEGRADATIONS
 from latentgen.train.objectives.paired import PairedObjective
-from latentgen.train.trainer import build_objective
+from tests.train.diffusers_loss import assert_the_loss_is_that_of_diffusers
 from tests.train.recipes import MakeRecipe, plan_for
 
 
@@ -37,33 +37,12 @@ def build(config: TrainConfig) -> PairedObjective:
 def test_the_loss_is_that_of_diffusers(
     prediction_type: str, space: str, paired_recipe: MakeRecipe, tmp_path: Path
 ):
-    from diffusers import DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
     overrides = ("task.vae=null", "task.unet.in_channels=6", "task.unet.out_channels=3")
     on_pixels = overrides if space == "pixels" else ()
     objective = build(paired_recipe(f"task.scheduler.prediction_type={prediction_type}", *on_pixels))
-    objective.save(tmp_path, objective.state_dict())
+    assert_the_loss_is_that_of_diffusers(objective, tmp_path, prediction_type)
     kind = json.loads((tmp_path / "model_index.json").read_text("utf-8"))["_class_name"]
     assert (kind == "LatentgenPixelPairedPipeline") == (space == "pixels")
-    plan = plan_for(objective)
-    latents, noise, timesteps, _, shown = batch = objective.batch(plan)
-    tokens = objective._text.towers[0].tokenize(objective._captions(plan))
-    with torch.no_grad():
-        loss = objective(*batch)
-        context = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")(tokens[:, 0]).last_hidden_state
-        scheduler = DDPMScheduler.from_pretrained(tmp_path / "scheduler")
-        sample = torch.cat([scheduler.add_noise(latents, noise, timesteps), shown], dim=1)
-        output = UNet2DConditionModel.from_pretrained(tmp_path / "unet")(sample, timesteps, context).sample
-    targets = {
-        "epsilon": noise,
-        "v_prediction": scheduler.get_velocity(latents, noise, timesteps),
-        "sample": latents,
-    }
-    assert scheduler.config["prediction_type"] == prediction_type
-    errors = F.mse_loss(output, targets[prediction_type], reduction="none").mean(dim=(1, 2, 3))
-    assert loss.total.item() == pytest.approx(errors.mean().item(), rel=1e-5)
-    assert loss.parts["noisy half"].item() == pytest.approx(errors[timesteps >= 500].mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("degradation", get_args(Degradation))

@@ -16,7 +16,8 @@ from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.train.checkpoint import load_latest
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import open_data
-from latentgen.train.trainer import build_objective, train
+from latentgen.train.objectives.build import build_objective
+from latentgen.train.trainer import train
 from tests.train.objectives.test_text_to_image import build, plan_for
 from tests.train.recipes import MakeRecipe
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from latentgen.errors import ConfigError, ResumeError
 from latentgen.train.config import TextToImageTask, TrainConfig
 from latentgen.train.data import open_data
 from latentgen.train.objectives.text_to_image import TextToImageObjective
+from tests.train.diffusers_loss import assert_the_loss_is_that_of_diffusers
 from tests.train.recipes import COLOURS, MakeRecipe, plan_for
 
 
@@ -33,27 +33,8 @@ def build(config: TrainConfig, assets: Path | None = None) -> TextToImageObjecti
 def test_the_loss_is_that_of_diffusers(
     prediction_type: str, text_to_image_recipe: MakeRecipe, tmp_path: Path
 ):
-    from diffusers import DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
     objective = build(text_to_image_recipe(f"task.scheduler.prediction_type={prediction_type}"))
-    objective.save(tmp_path, objective.state_dict())
-    latents, noise, timesteps, tokens = batch = objective.batch(plan_for(objective))
-    with torch.no_grad():
-        loss = objective(*batch)
-        context = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")(tokens[:, 0]).last_hidden_state
-        scheduler = DDPMScheduler.from_pretrained(tmp_path / "scheduler")
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        output = UNet2DConditionModel.from_pretrained(tmp_path / "unet")(noisy, timesteps, context).sample
-    targets = {
-        "epsilon": noise,
-        "v_prediction": scheduler.get_velocity(latents, noise, timesteps),
-        "sample": latents,
-    }
-    assert scheduler.config["prediction_type"] == prediction_type
-    errors = F.mse_loss(output, targets[prediction_type], reduction="none").mean(dim=(1, 2, 3))
-    assert loss.total.item() == pytest.approx(errors.mean().item(), rel=1e-5)
-    assert loss.parts["noisy half"].item() == pytest.approx(errors[timesteps >= 500].mean().item(), rel=1e-5)
+    assert_the_loss_is_that_of_diffusers(objective, tmp_path, prediction_type)
 
 
 def test_gradients_reach_the_unet_and_the_text_encoder_alone(text_to_image_recipe: MakeRecipe):

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from latentgen.models.text import CLIPText, Conditioning
 from latentgen.train.config import TrainConfig
 from latentgen.train.objectives import latent_diffusion
+from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.lent import lent
-from latentgen.train.trainer import build_objective, train
+from latentgen.train.trainer import train
 from tests.train.finetuning import CAPTIONS, Pictures, folder_of, objective_of
 from tests.train.recipes import COLOURS, MakeRecipe, plan_for
 from tests.train.runs import assert_same_checkpoint, forget_accelerate, losses_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from latentgen.train.config import TrainConfig, UpscaleTask
 from latentgen.train.data import open_data
 from latentgen.train.objectives.degradation import lower_resolution
 from latentgen.train.objectives.upscale import UpscaleObjective
+from tests.train.diffusers_loss import assert_the_loss_is_that_of_diffusers
 from tests.train.recipes import MakeRecipe, plan_for
 
 ON_PIXELS = (
@@ -51,37 +53,16 @@ def space_to_depth(image: torch.Tensor) -> torch.Tensor:
 def test_the_loss_is_that_of_diffusers(
     prediction_type: str, channels: int, upscale_recipe: MakeRecipe, tmp_path: Path
 ):
-    from diffusers import DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
     overrides = (f"task.scheduler.prediction_type={prediction_type}", f"task.unet.in_channels={channels}")
     objective = build(upscale_recipe(*overrides, *(ON_PIXELS if channels == 6 else ())))
-    objective.save(tmp_path, objective.state_dict())
-    plan = plan_for(objective)
-    latents, noise, timesteps, _, shown, levels = batch = objective.batch(plan)
-    tokens = objective._text.towers[0].tokenize(objective._captions(plan))
-    with torch.no_grad():
-        loss = objective(*batch)
-        context = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")(tokens[:, 0]).last_hidden_state
-        scheduler = DDPMScheduler.from_pretrained(tmp_path / "scheduler")
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        seen = {
-            6: F.interpolate(shown, size=(16, 16), mode="bicubic"),
-            7: shown,
-            16: space_to_depth(shown),
-        }
-        sample = torch.cat([noisy, seen[channels]], dim=1)
-        unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
-        output = unet(sample, timesteps, context, class_labels=levels).sample
-    targets = {
-        "epsilon": noise,
-        "v_prediction": scheduler.get_velocity(latents, noise, timesteps),
-        "sample": latents,
+    as_channels: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
+        6: lambda shown: F.interpolate(shown, size=(16, 16), mode="bicubic"),
+        7: lambda shown: shown,
+        16: space_to_depth,
     }
-    assert scheduler.config["prediction_type"] == prediction_type
-    errors = F.mse_loss(output, targets[prediction_type], reduction="none").mean(dim=(1, 2, 3))
-    assert loss.total.item() == pytest.approx(errors.mean().item(), rel=1e-5)
-    assert loss.parts["noisy half"].item() == pytest.approx(errors[timesteps >= 500].mean().item(), rel=1e-5)
+    assert_the_loss_is_that_of_diffusers(
+        objective, tmp_path, prediction_type, as_channels=as_channels[channels]
+    )
 
 
 def test_what_is_shown_is_the_image_noised_by_diffusers(upscale_recipe: MakeRecipe):
