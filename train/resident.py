@@ -12,7 +12,7 @@ from torch import nn
 _M_MMAP_THRESHOLD = -3
 _MADV_PAGEOUT = 21
 # A tensor of this size or more gets pages of its own, which are free once it is.
-_OWN_PAGES = 2**21
+_OWN_PAGES = 2**20
 
 
 def keep_tensors_apart() -> None:

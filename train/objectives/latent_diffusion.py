@@ -37,7 +37,6 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.loading import (
-    Placement,
     load_decoder,
     load_encoder,
     load_text_encoder,
@@ -48,12 +47,13 @@ from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, check_
 from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.objectives.encoded_views import EncodedViews, FreshViews, Shown
 from latentgen.train.objectives.encoding import encode_views
-from latentgen.train.objectives.lent import lent
+from latentgen.train.objectives.lent import IDLE, lent
 from latentgen.train.objectives.losses import mean_loss, sample_errors, training_scheduler
 from latentgen.train.objectives.noising import perturbed_noise, training_noise
 from latentgen.train.objectives.standing_in import standing_in
 from latentgen.train.objectives.text_cache import TextCache
 from latentgen.train.objectives.told_text import ToldText
+from latentgen.train.resident import page_out
 from latentgen.train.objectives.view_source import ViewSource
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ if TYPE_CHECKING:
 SMALL_LATENTS = 32 * 32
 # What the conditioning of all captions may take in memory.
 CAPTION_BYTES = 4 * 2**30
-IDLE = Placement(torch.float32, torch.device("cpu"), as_in_file=True)
 AnyTask = TypeVar("AnyTask", bound=DiffusionTask)
 
 
@@ -228,6 +227,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
     def _prepare(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
         """Encode the images, and their captions where that can be done once."""
         self._encode(data, seed, device)
+        page_out(nn.ModuleList(self._vae))
         self._told = ToldText(self._text)
         captions, cache_dir = self._views.captions, self.task.cache_dir
         needed = 0 if captions is None else len(captions) * self._text.window * self._text.context_width * 4

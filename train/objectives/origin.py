@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +23,11 @@ from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.image_to_image import ImageToImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
+from latentgen.pipelines.loading import load_decoder, load_encoder
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import FinetuneTask, LoRAMethod, TextualInversionMethod
 from latentgen.train.data import CaptionedImages, check_sides
+from latentgen.train.objectives.lent import IDLE
 
 # The class that a checkpoint says that it is -> the pipeline that draws with it and saves it.
 _PIPELINES: Mapping[object, type[Pipeline]] = {
@@ -77,6 +80,12 @@ def load_origin(source: Path | None, task: FinetuneTask) -> Pipeline:
         device="cpu",
         variant=task.variant,
         memory=MemoryPolicy(pack_weights=False),
+    )
+    idle = IDLE._replace(variant=task.variant)
+    pipeline = replace(
+        pipeline,
+        decoder=load_decoder(checkpoint, idle),
+        load_encoder=cache(partial(load_encoder, checkpoint, idle)),
     )
     if pipeline.is_told_a_score:
         raise ConfigError(
