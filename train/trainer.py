@@ -32,8 +32,9 @@ from latentgen.train.processes import agree_on_signal, check_same_start, lost_pr
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import run_lock, starting_state
 from latentgen.train.run_log import AFTER_NAN, RunLog, check_trackers
-from latentgen.train.sharding import check_sharding, gathered, put_together, shell_for, spread_like, whole
+from latentgen.train.sharding import check_sharding, gathered, prepared, put_together, spread_like, whole
 from latentgen.train.watch import Watch
+from latentgen.train.zero import check_installed
 
 
 def train(config: TrainConfig) -> Path:
@@ -111,7 +112,7 @@ class Trainer:
         optimizer = build_optimizer(objective, config.optimizer)
         self._model: nn.Module
         self._optimizer: torch.optim.Optimizer
-        self._model, self._optimizer = accelerator.prepare(shell_for(accelerator, objective), optimizer)
+        self._model, self._optimizer = prepared(accelerator, config, objective, optimizer)
         # As FSDP has left them: parts of what they were.
         self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         averaged = self.trainable if config.ema_decay else {}
@@ -250,7 +251,8 @@ class Trainer:
                 max_norm = config.optimizer.max_grad_norm
                 if self.accelerator.sync_gradients and max_norm is not None:
                     norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
-                    losses["grad_norm"] = norm.detach()
+                    # A number from DeepSpeed, which has clipped by then.
+                    losses["grad_norm"] = torch.as_tensor(norm, device=self.accelerator.device).detach()
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._update_ema(step)
@@ -345,6 +347,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate's view of this machine, if the recipe fits it; see `train` for the errors."""
     parts = config.gradient_accumulation_steps
     check_trackers(config.trackers)
+    check_installed()
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -358,9 +361,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
+    check_sharding(accelerator, config)
     if config.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigError("mixed_precision fp16 needs an accelerator, and there is none here; use bf16 or no")
-    check_sharding(accelerator, config)
     if config.optimizer.step_in_backward and accelerator.num_processes > 1:
         raise ConfigError(
             f"optimizer.step_in_backward: gradients are used up before {accelerator.num_processes} processes have "

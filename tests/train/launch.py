@@ -18,8 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 
 from latentgen.train import trainer
@@ -42,6 +42,20 @@ class ShardingAccelerator(Accelerator):
             plugin.set_mixed_precision(self.mixed_precision)
         self.state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = plugin
+
+
+class DeepSpeedAccelerator(Accelerator):
+    """Accelerate as its configuration with DeepSpeed has it, which it heeds on accelerators alone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        plugin = DeepSpeedPlugin()  # reads the environment
+        plugin.set_mixed_precision(options["mixed_precision"])
+        plugin.select(_from_accelerator_state=True)
+        # The state takes it from there each time that somebody asks for the state.
+        PartialState().distributed_type = self.state.distributed_type = DistributedType.DEEPSPEED
+        self.state.deepspeed_plugins = plugin
+        self.native_amp = False
 
 
 def run(processes: int, arguments: list[str], sharding: dict[str, str]) -> None:
@@ -74,7 +88,8 @@ def start(rank: int, processes: int, port: int, arguments: list[str], sharding: 
             }
         if sharding:
             os.environ |= sharding
-            trainer.Accelerator = ShardingAccelerator
+            with_deepspeed = "ACCELERATE_USE_DEEPSPEED" in sharding
+            trainer.Accelerator = DeepSpeedAccelerator if with_deepspeed else ShardingAccelerator
         note_order()
         code = train_command(arguments)
     except SystemExit as end:
