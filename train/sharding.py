@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -78,7 +79,7 @@ def prepared(
     return accelerator.prepare(shell_for(accelerator, module), optimizer)
 
 
-def precision(accelerator: Accelerator, config: TrainConfig) -> AbstractContextManager[None]:
+def precision(accelerator: Accelerator, config: TrainConfig) -> AbstractContextManager[Any]:
     """That in which the networks of a recipe are computed, which Accelerate leaves to DeepSpeed if there is one."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED and config.mixed_precision == "bf16":
         return torch.autocast(accelerator.device.type, torch.bfloat16)

@@ -10,24 +10,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available
 from torch import Tensor, distributed, nn
 
 from latentgen.errors import ConfigError, NumericalError
 from latentgen.train.config import TrainConfig
 from latentgen.train.run_log import AFTER_NAN
 
-INSTALL = "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
-# Half of it again where communication overlaps. DeepSpeed's own default is ten times as much: a buffer of 2 GB.
+# In numbers: 200 MB, twice that with overlap_comm. DeepSpeed's own default is ten times as much.
 _BUCKET = 50_000_000
+_OFFLOADS = ("offload_optimizer", "offload_param")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # What a DeepSpeed configuration may say beside what the recipe decides.
-_SECTIONS = {"zero_optimization", "bf16", "fp16", "communication_data_type", "steps_per_print", "wall_clock_breakdown"}
+_SECTIONS = {
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "communication_data_type",
+    "steps_per_print",
+    "wall_clock_breakdown",
+}
 _ZERO = {
     "stage",
     "allgather_bucket_size",
@@ -49,10 +55,10 @@ def check_installed() -> None:
         ConfigError: it is not.
     """
     asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if asked and find_spec("deepspeed") is None:
+    if asked and not is_deepspeed_available():
         raise ConfigError(
-            f"Accelerate's configuration asks for DeepSpeed, which is not installed: {INSTALL}, or let `accelerate "
-            "config` choose FSDP with fsdp_version 2"
+            "Accelerate's configuration asks for DeepSpeed, which is not installed: run `DS_BUILD_OPS=0 pip install "
+            "--no-build-isolation deepspeed`, or let `accelerate config` choose FSDP with fsdp_version 2"
         )
 
 
@@ -63,7 +69,9 @@ def check_zero(accelerator: Accelerator, config: TrainConfig) -> None:
         ConfigError: the recipe does not go with it, or the DeepSpeed configuration with the recipe.
     """
     if distributed.is_initialized() and distributed.get_world_size() != accelerator.num_processes:
-        raise ConfigError("Accelerate uses DeepSpeed on accelerators alone, and there is none here; launch with --cpu")
+        raise ConfigError(
+            "Accelerate uses DeepSpeed on accelerators alone, and there is none here; launch with --cpu"
+        )
     plugin = _plugin(accelerator)
     stage = plugin.get_value("zero_optimization.stage")
     if stage not in (1, 2):
@@ -85,15 +93,14 @@ def check_zero(accelerator: Accelerator, config: TrainConfig) -> None:
     _check_configuration(plugin, accelerator, config)
 
 
-_OFFLOADS = ("offload_optimizer", "offload_param")
-
-
 def _check_configuration(plugin: DeepSpeedPlugin, accelerator: Accelerator, config: TrainConfig) -> None:
     decided = _decided(config, accelerator.num_processes)
     found: dict[str, Any] = plugin.deepspeed_config
     zero = {f"zero_optimization.{name}" for name in found["zero_optimization"].keys() - _ZERO}
     for name in sorted((found.keys() - _SECTIONS - decided.keys()) | zero):
-        raise ConfigError(f"the DeepSpeed configuration has {name}, which is the recipe's or not supported; remove it")
+        raise ConfigError(
+            f"the DeepSpeed configuration has {name}, which is the recipe's or not supported; remove it"
+        )
     for name, value in decided.items():
         # Accelerate says one accumulated part where nothing is said.
         unsaid = (None, "auto", 1) if name == "gradient_accumulation_steps" else (None, "auto")
@@ -130,7 +137,7 @@ def prepared_for_zero(
     config: TrainConfig,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    precision: Callable[[], AbstractContextManager[None]],
+    precision: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """What to call in the place of a module that is trained, and of its AdamW.
 
@@ -163,7 +170,7 @@ class _Learner(nn.Module):
         self,
         inner: nn.Module,
         parameters: list[nn.Parameter],
-        precision: Callable[[], AbstractContextManager[None]],
+        precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         super().__init__()
         self.trained = nn.ParameterList(parameters)
@@ -216,7 +223,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
         """Do nothing: DeepSpeed drops gradients when it has used them."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments, whole and on the CPU, and the steps done; all processes must call, and get it if they keep it."""
+        """The moments, whole and on the CPU, and the steps done; all processes must call, of which some keep it."""
         state: dict[int, dict[str, Tensor]] = {}
         for name in _MOMENTS if self._state else ():
             with self._in_place_of_weights(self._state[name]):
@@ -239,7 +246,9 @@ class PartitionedAdamW(torch.optim.Optimizer):
                 with self._in_place_of_weights(moment):
                     for index, values in state.items():
                         _spread(self._parameters[index], values[name])
-            self._inner.state[self._part] = {"step": max(steps).clone(), **moments}
+            groups = self._inner.state_dict()["param_groups"]
+            own = {0: {"step": max(steps), **moments}}
+            self._inner.load_state_dict({"state": own, "param_groups": groups})
         for p in self._parameters:
             _spread(p, p.detach())
 
@@ -249,9 +258,10 @@ class PartitionedAdamW(torch.optim.Optimizer):
 
     @contextmanager
     def _in_place_of_weights(self, moment: Tensor) -> Iterator[None]:
-        """Inside the block a moment, which has their layout, lies where DeepSpeed has this process's part of the weights.
+        """Inside the block a moment, which has their layout, lies in the place of this process's part of the weights.
 
-        DeepSpeed gathers and spreads moments themselves as well, but not before its first step.
+        DeepSpeed gathers and spreads moments themselves as well (`safe_get_full_optimizer_state`), but only after its
+        first step; weights at any time.
         """
         weights = self._part.detach().clone()
         with torch.no_grad():
@@ -277,7 +287,8 @@ class PartitionedAdamW(torch.optim.Optimizer):
 def _gathered(parameter: nn.Parameter) -> Tensor:
     from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
 
-    return safe_get_full_fp32_param(parameter)
+    whole: Any = safe_get_full_fp32_param(parameter)
+    return whole
 
 
 def _spread(parameter: nn.Parameter, whole: Tensor) -> None:

@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import traceback
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,17 @@ def note_order() -> None:
     trainer.Trainer._loss = loss
 
 
+def import_deepspeed() -> None:
+    """For all processes, and without what it would compile for inference."""
+    with redirect_stdout(sys.stderr):  # where it goes on to write
+        for name in ("deepspeed", "transformers.integrations.deepspeed"):
+            import_module(name)
+    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 if __name__ == "__main__":
-    for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
+    jobs = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    if any("ACCELERATE_USE_DEEPSPEED" in job["sharding"] for job in jobs):
+        import_deepspeed()
+    for job in jobs:
         run(job["processes"], job["arguments"], job["sharding"])
