@@ -251,8 +251,10 @@ class Trainer:
                 max_norm = config.optimizer.max_grad_norm
                 if self.accelerator.sync_gradients and max_norm is not None:
                     norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
-                    # A number from DeepSpeed, which has clipped by then.
-                    losses["grad_norm"] = torch.as_tensor(norm, device=self.accelerator.device).detach()
+                    # A number from DeepSpeed, which has clipped by then; in parts from FSDP.
+                    losses["grad_norm"] = whole(
+                        torch.as_tensor(norm, device=self.accelerator.device)
+                    ).detach()
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._update_ema(step)

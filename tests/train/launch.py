@@ -87,11 +87,12 @@ def start(rank: int, processes: int, port: int, arguments: list[str], sharding: 
                 "RANK": str(rank),
                 "WORLD_SIZE": str(processes),
             }
+        kind = Accelerator
         if sharding:
             os.environ |= sharding
             with_deepspeed = "ACCELERATE_USE_DEEPSPEED" in sharding
-            trainer.Accelerator = DeepSpeedAccelerator if with_deepspeed else ShardingAccelerator
-        note_order()
+            kind = trainer.Accelerator = DeepSpeedAccelerator if with_deepspeed else ShardingAccelerator
+        note_order(kind)
         code = train_command(arguments)
     except SystemExit as end:
         code = int(end.code or 0)
@@ -102,11 +103,14 @@ def start(rank: int, processes: int, port: int, arguments: list[str], sharding: 
         os._exit(code)
 
 
-def note_order() -> None:
-    """Keep what this process trains on: step, positions in the global batch and items."""
+def note_order(kind: type[Accelerator]) -> None:
+    """Keep what this process trains on, with this accelerator: step, positions in the global batch and items."""
     original = trainer.Trainer._loss
 
     def loss(self: Trainer, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
+        assert isinstance(
+            self.accelerator, kind
+        )  # or else the weights would not be sharded, and nobody saw it
         with (self.config.output_dir / f"order-{self.accelerator.process_index}.jsonl").open("a") as file:
             file.write(json.dumps([plan.step, plan.samples, plan.items]) + "\n")
         return original(self, plan, batch)
