@@ -9,12 +9,14 @@ from latentgen.errors import ConfigError
 from latentgen.train.config import TrainConfig
 from latentgen.train.run_log import check_trackers
 from latentgen.train.sharding import check_sharding
+from latentgen.train.zero import check_installed
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate's view of this machine, if the recipe fits it; see `latentgen.train.trainer.train` for the errors."""
     parts = config.gradient_accumulation_steps
     check_trackers(config.trackers)
+    check_installed()
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -28,9 +30,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
+    check_sharding(accelerator, config)
     if config.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigError("mixed_precision fp16 needs an accelerator, and there is none here; use bf16 or no")
-    check_sharding(accelerator, config)
     if config.optimizer.step_in_backward and accelerator.num_processes > 1:
         raise ConfigError(
             f"optimizer.step_in_backward: gradients are used up before {accelerator.num_processes} processes have "

@@ -29,6 +29,7 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, plan_step
 from latentgen.train.objectives.base import Objective
 from latentgen.train.optimizer import state_bytes
+from latentgen.train.sharding import precision
 
 _CGROUP = Path("/sys/fs/cgroup")
 # What a suggestion must save, as a share of the whole, to be worth a line.
@@ -89,7 +90,7 @@ def save_memory(config: TrainConfig, accelerator: Accelerator, objective: Object
     if config.memory.planner:
         device = accelerator.device
         activations = estimate_activations(
-            objective, first_batch(config, accelerator, objective), device, accelerator.autocast()
+            objective, first_batch(config, accelerator, objective), device, precision(accelerator, config)
         )
         plan = plan_memory(config, objective, activations, device, accelerator.num_processes)
         room = available_bytes(device)

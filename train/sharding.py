@@ -1,12 +1,17 @@
 """Weights that are spread over the processes of a run (FSDP2), made whole for checkpoints and spread again.
 
 Tensors that are not spread pass through, so callers need not know. All processes must call, with the same tensors.
+DeepSpeed, which leaves the weights whole, is asked for here, too; see `latentgen.train.zero`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -14,18 +19,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from latentgen.errors import ConfigError
 from latentgen.train.config import AutoencoderTask, TrainConfig
+from latentgen.train.zero import check_zero, prepared_for_zero
 
 
 def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse what cannot be trained with sharded weights.
+    """Refuse what cannot be trained with sharded weights, or with DeepSpeed.
 
     Raises:
         ConfigError: Accelerate's configuration asks for another kind of sharding, or the recipe does not go with it.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ConfigError(
-            "DeepSpeed is not supported; let `accelerate config` choose FSDP with fsdp_version 2"
-        )
+        check_zero(accelerator, config)
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if not accelerator.is_fsdp2:
@@ -63,6 +67,23 @@ class Shell(nn.Module):
 def shell_for(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """The module to prepare for training: itself, or a shell around it if it will be sharded."""
     return Shell(module) if accelerator.distributed_type == DistributedType.FSDP else module
+
+
+def prepared(
+    accelerator: Accelerator, config: TrainConfig, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """What to call in the place of a module that is trained, and of its optimiser."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        computed_in = partial(precision, accelerator, config)
+        return prepared_for_zero(accelerator, config, module, optimizer, computed_in)
+    return accelerator.prepare(shell_for(accelerator, module), optimizer)
+
+
+def precision(accelerator: Accelerator, config: TrainConfig) -> AbstractContextManager[Any]:
+    """That in which the networks of a recipe are computed, which Accelerate leaves to DeepSpeed if there is one."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and config.mixed_precision == "bf16":
+        return torch.autocast(accelerator.device.type, torch.bfloat16)
+    return accelerator.autocast()
 
 
 def whole(tensor: Tensor) -> Tensor:

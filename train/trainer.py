@@ -33,7 +33,7 @@ from latentgen.train.resident import give_back_freed, keep_tensors_apart
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import run_lock, starting_state
 from latentgen.train.run_log import AFTER_NAN, RunLog
-from latentgen.train.sharding import gathered, put_together, shell_for, spread_like, whole
+from latentgen.train.sharding import gathered, prepared, put_together, spread_like, whole
 from latentgen.train.watch import Watch
 
 
@@ -113,7 +113,7 @@ class Trainer:
         optimizer = build_optimizer(objective, config.optimizer)
         self._model: nn.Module
         self._optimizer: torch.optim.Optimizer
-        self._model, self._optimizer = accelerator.prepare(shell_for(accelerator, objective), optimizer)
+        self._model, self._optimizer = prepared(accelerator, config, objective, optimizer)
         # As FSDP has left them: parts of what they were.
         self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         averaged = self.trainable if config.ema_decay else {}
@@ -252,7 +252,10 @@ class Trainer:
                 max_norm = config.optimizer.max_grad_norm
                 if self.accelerator.sync_gradients and max_norm is not None:
                     norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
-                    losses["grad_norm"] = norm.detach()
+                    # A number from DeepSpeed, which has clipped by then; in parts from FSDP.
+                    losses["grad_norm"] = whole(
+                        torch.as_tensor(norm, device=self.accelerator.device)
+                    ).detach()
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._update_ema(step)

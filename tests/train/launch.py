@@ -14,15 +14,16 @@ import os
 import socket
 import sys
 import traceback
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 
-from latentgen.train import trainer
+from latentgen.train import accelerator, trainer
 from latentgen.train.__main__ import main as train_command
 from latentgen.train.data import BatchPlan
 from latentgen.train.objectives.base import Loss
@@ -42,6 +43,20 @@ class ShardingAccelerator(Accelerator):
             plugin.set_mixed_precision(self.mixed_precision)
         self.state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = plugin
+
+
+class DeepSpeedAccelerator(Accelerator):
+    """Accelerate as its configuration with DeepSpeed has it, which it heeds on accelerators alone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        plugin = DeepSpeedPlugin()  # reads the environment
+        plugin.set_mixed_precision(options["mixed_precision"])
+        plugin.select(_from_accelerator_state=True)
+        # The state takes it from there each time that somebody asks for the state.
+        PartialState().distributed_type = self.state.distributed_type = DistributedType.DEEPSPEED
+        self.state.deepspeed_plugins = plugin
+        self.native_amp = False
 
 
 def run(processes: int, arguments: list[str], sharding: dict[str, str]) -> None:
@@ -72,10 +87,12 @@ def start(rank: int, processes: int, port: int, arguments: list[str], sharding: 
                 "RANK": str(rank),
                 "WORLD_SIZE": str(processes),
             }
+        kind = Accelerator
         if sharding:
             os.environ |= sharding
-            trainer.Accelerator = ShardingAccelerator
-        note_order()
+            with_deepspeed = "ACCELERATE_USE_DEEPSPEED" in sharding
+            kind = accelerator.Accelerator = DeepSpeedAccelerator if with_deepspeed else ShardingAccelerator
+        note_order(kind)
         code = train_command(arguments)
     except SystemExit as end:
         code = int(end.code or 0)
@@ -86,11 +103,14 @@ def start(rank: int, processes: int, port: int, arguments: list[str], sharding: 
         os._exit(code)
 
 
-def note_order() -> None:
-    """Keep what this process trains on: step, positions in the global batch and items."""
+def note_order(kind: type[Accelerator]) -> None:
+    """Keep what this process trains on, with this accelerator: step, positions in the global batch and items."""
     original = trainer.Trainer._loss
 
     def loss(self: Trainer, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
+        assert isinstance(
+            self.accelerator, kind
+        )  # or else the weights would not be sharded, and nobody saw it
         with (self.config.output_dir / f"order-{self.accelerator.process_index}.jsonl").open("a") as file:
             file.write(json.dumps([plan.step, plan.samples, plan.items]) + "\n")
         return original(self, plan, batch)
@@ -98,6 +118,17 @@ def note_order() -> None:
     trainer.Trainer._loss = loss
 
 
+def import_deepspeed() -> None:
+    """For all processes, and without what it would compile for inference."""
+    with redirect_stdout(sys.stderr):  # where it goes on to write
+        for name in ("deepspeed", "transformers.integrations.deepspeed"):
+            import_module(name)
+    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 if __name__ == "__main__":
-    for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
+    jobs = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    if any("ACCELERATE_USE_DEEPSPEED" in job["sharding"] for job in jobs):
+        import_deepspeed()
+    for job in jobs:
         run(job["processes"], job["arguments"], job["sharding"])

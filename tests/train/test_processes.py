@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -40,21 +40,27 @@ SHARDED = {
 GRADIENT_FLOOR = 1e-4
 
 
+class Job(NamedTuple):
+    """A run: in how many processes, what its recipe is told, and what `accelerate launch` would tell of sharding."""
+
+    processes: int
+    overrides: Sequence[str]
+    sharding: Mapping[str, str] = NOT_SHARDED
+
+
 @contextmanager
-def launched(
-    tmp_path: Path, *jobs: tuple[int, Sequence[str]], sharding: Mapping[str, str] = NOT_SHARDED
-) -> Iterator[subprocess.Popen[str]]:
-    """See tests/train/launch.py; each job is its number of processes and its overrides."""
+def launched(tmp_path: Path, *jobs: Job) -> Iterator[subprocess.Popen[str]]:
+    """See tests/train/launch.py."""
     described = [
         {
-            "processes": processes,
+            "processes": job.processes,
             "arguments": [
                 str(tmp_path / "recipe.yaml"),
-                *(part for override in overrides for part in ("--set", override)),
+                *(part for override in job.overrides for part in ("--set", override)),
             ],
-            "sharding": dict(sharding),
+            "sharding": dict(job.sharding),
         }
-        for processes, overrides in jobs
+        for job in jobs
     ]
     (tmp_path / "jobs.json").write_text(json.dumps(described), "utf-8")
     with (tmp_path / "stderr").open("w") as stderr:
@@ -78,15 +84,13 @@ def line_of(process: subprocess.Popen[str], tmp_path: Path) -> list[int]:
     return json.loads(line)
 
 
-def run_all(
-    tmp_path: Path, *jobs: tuple[int, Sequence[str]], sharding: Mapping[str, str] = NOT_SHARDED
-) -> str:
+def run_all(tmp_path: Path, *jobs: Job) -> str:
     """Run the jobs, all of which must end well; what they said."""
-    with launched(tmp_path, *jobs, sharding=sharding) as process:
-        for processes, _ in jobs:
+    with launched(tmp_path, *jobs) as process:
+        for job in jobs:
             line_of(process, tmp_path)
             codes = line_of(process, tmp_path)
-            assert codes == [0] * processes, (tmp_path / "stderr").read_text("utf-8")[-3000:]
+            assert codes == [0] * job.processes, (tmp_path / "stderr").read_text("utf-8")[-3000:]
     return (tmp_path / "stderr").read_text("utf-8")
 
 
@@ -126,7 +130,7 @@ def test_two_processes_share_a_cache_and_one_of_them_measures(paired_recipe: Mak
     one = (*measured, f"task.cache_dir={tmp_path / 'cache-1'}", f"output_dir={tmp_path / 'one'}")
     two = (*measured, f"task.cache_dir={tmp_path / 'cache-2'}", f"output_dir={tmp_path / 'two'}")
     configs = [paired_recipe(*overrides) for overrides in (one, two)]
-    run_all(tmp_path, (1, one), (2, two))
+    run_all(tmp_path, Job(1, one), Job(2, two))
     expected, losses = map(log_of, configs)
     assert "validation_loss" in expected[-1]
     for row, due in zip(losses, expected, strict=True):
@@ -154,7 +158,7 @@ def compare(make: MakeRecipe, tmp_path: Path, *divisions: tuple[int, int]) -> No
             f"output_dir={tmp_path / f'{processes}x{parts}'}",
         )
         configs.append(make(*overrides))
-        jobs.append((processes, overrides))
+        jobs.append(Job(processes, overrides))
     run_all(tmp_path, *jobs)
     first, *others = configs
     assert len(order_of(first.output_dir)) == 4 * 8
@@ -177,7 +181,7 @@ def test_a_signal_to_one_process_stops_all_with_one_checkpoint(
 ):
     overrides = (*COMMON, "max_steps=100000", "workers=1")
     config = autoencoder_recipe(*overrides)
-    with launched(tmp_path, (2, overrides)) as process:
+    with launched(tmp_path, Job(2, overrides)) as process:
         children = line_of(process, tmp_path)
         wait_for_steps(config, process)
         os.kill(children[1], signal.SIGTERM)
@@ -198,7 +202,7 @@ def test_a_signal_to_one_process_stops_all_with_one_checkpoint(
 def test_a_process_does_not_wait_for_one_that_was_killed(autoencoder_recipe: MakeRecipe, tmp_path: Path):
     overrides = (*COMMON, "max_steps=100000")
     config = autoencoder_recipe(*overrides)
-    with launched(tmp_path, (2, overrides)) as process:
+    with launched(tmp_path, Job(2, overrides)) as process:
         children = line_of(process, tmp_path)
         wait_for_steps(config, process)
         os.kill(children[1], signal.SIGKILL)
@@ -221,11 +225,11 @@ def test_sharded_weights_are_trained_saved_and_resumed(
     common = (*COMMON, "batch_size=8", "gradient_accumulation_steps=2", "optimizer.decay_fraction=0")
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     ours, theirs = (make(f"output_dir={folder}") for folder in (spread, alone))
-    run_all(tmp_path, (1, (*common, "max_steps=6", f"output_dir={alone}")))
+    run_all(tmp_path, Job(1, (*common, "max_steps=6", f"output_dir={alone}")))
     on = (*common, f"output_dir={spread}", "resume=auto")
-    run_all(tmp_path, *((2, (*on, f"max_steps={steps}")) for steps in (2, 4)), sharding=SHARDED)
+    run_all(tmp_path, *(Job(2, (*on, f"max_steps={steps}"), SHARDED) for steps in (2, 4)))
     assert load_latest(spread).step == 4
-    said = run_all(tmp_path, (1, (*on, "max_steps=6")))
+    said = run_all(tmp_path, Job(1, (*on, "max_steps=6")))
     assert "computed by 2 processes and goes on with 1" in said
     assert losses_of(ours) == pytest.approx(losses_of(theirs), rel=1e-5)
     assert_same_training(spread, alone)
