@@ -75,8 +75,8 @@ _IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker
 class Placement(NamedTuple):
     """How stages are loaded: in which dtype, onto which device, which variant of the files, whether to work faster.
 
-    `pack` lets convolutions on a CPU keep a second copy of their weights; see MemoryPolicy. `as_in_file` leaves kernels in
-    the layout of the file, mapped from it where the dtype allows: for networks that work seldom.
+    `pack` lets convolutions on a CPU keep a second copy of their weights; see MemoryPolicy. `as_in_file` leaves kernels
+    in the layout of the file, mapped from it where the dtype allows: for networks that work seldom.
     """
 
     dtype: torch.dtype

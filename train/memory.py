@@ -335,8 +335,8 @@ def _savings(
     if type(objective).store_base is not Objective.store_base and config.memory.base_dtype == "fp32":
         savings["memory.base_dtype=int8"] = plan.frozen * 3 // 4
     if activations is not None and plan.activations is not None:
-        for flag, how in (("selective", "selective"), ("true", True)):
-            savings[f"memory.gradient_checkpointing={flag}"] = plan.activations - activations.left(how)
+        savings["memory.gradient_checkpointing=selective"] = plan.activations - activations.selective
+        savings["memory.gradient_checkpointing=true"] = plan.activations - activations.checkpointed
         parts = 2 * config.gradient_accumulation_steps
         if config.batch_size % parts == 0 and not optimizer.step_in_backward:
             savings[f"gradient_accumulation_steps={parts}"] = plan.activations // 2

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from typing import Any
 
 from torch import nn
 
+_LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 # From malloc.h of glibc and from Linux' mman.h.
 _M_MMAP_THRESHOLD = -3
 _MADV_PAGEOUT = 21
@@ -21,8 +23,8 @@ def keep_tensors_apart() -> None:
     By default it packs tensors of up to 32 MiB together as soon as one of that size was freed, and keeps what lies
     between those that stay: half a GB in the training of Stable Diffusion's UNet.
     """
-    if hasattr(_c_library(), "mallopt"):
-        _c_library().mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+    if hasattr(_LIBRARY, "mallopt"):
+        _LIBRARY.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
 
 
 def give_back_freed() -> None:
@@ -30,8 +32,8 @@ def give_back_freed() -> None:
 
     Loading frees weights in their first precision and layout, in pieces between those that stay.
     """
-    if hasattr(_c_library(), "malloc_trim"):
-        _c_library().malloc_trim(0)
+    if hasattr(_LIBRARY, "malloc_trim"):
+        _LIBRARY.malloc_trim(0)
 
 
 def page_out(module: nn.Module) -> None:
@@ -39,7 +41,7 @@ def page_out(module: nn.Module) -> None:
 
     Those that were mapped from a file are read from it again, others from the swap space, and stay where there is none.
     """
-    if not hasattr(_c_library(), "madvise"):
+    if not hasattr(_LIBRARY, "madvise"):
         return
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu":
@@ -47,8 +49,4 @@ def page_out(module: nn.Module) -> None:
             first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             size = storage.data_ptr() + storage.nbytes() - first
             if size > 0:
-                _c_library().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_PAGEOUT)
-
-
-def _c_library() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
+                _LIBRARY.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_PAGEOUT)

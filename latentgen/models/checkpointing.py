@@ -1,12 +1,12 @@
 """What a layer computes once more in the backward pass, in place of keeping it (arXiv:1604.06174).
 
-All of it, or with "selective" what costs little for the memory that it takes (arXiv:2205.05198, section 5): attentions are
-kept, and those convolutions and matrix products of which each element is a sum of many. Both are exact.
+All of it, or with "selective" what costs little for the memory that it takes (arXiv:2205.05198, section 5): those
+convolutions, matrix products and attentions are kept of which each element is a sum of many. Both are exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -23,11 +23,12 @@ from torch.utils.checkpoint import (
 Checkpointing = bool | Literal["selective"]
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
-# Of Stable Diffusion's UNet, the 3x3 convolutions, and of the transformers what is made of wide features.
+# Of Stable Diffusion's UNet at 64x64 latents, this keeps the 3x3 convolutions, what is made of wide features, and
+# attention over the pixels of its two upper levels.
 _MANY = 1024
 _aten = torch.ops.aten
 # Where the right factor of a product stands among its arguments.
-_PRODUCTS = {_aten.mm.default: 1, _aten.bmm.default: 1, _aten.addmm.default: 2}
+_PRODUCTS: Mapping[object, int] = {_aten.mm.default: 1, _aten.bmm.default: 1, _aten.addmm.default: 2}
 _ATTENTIONS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
@@ -52,8 +53,10 @@ def keeps(operator: object, *arguments: Any) -> bool:
     """Whether the result of an operator of a layer is kept with "selective" checkpointing."""
     if operator is _aten.convolution.default:
         return arguments[1][0].numel() > _MANY
+    if operator in _ATTENTIONS:
+        return 2 * arguments[1].shape[-2] > _MANY  # a sum over the keys, of scores of about as many
     place = _PRODUCTS.get(operator)
-    return operator in _ATTENTIONS if place is None else arguments[place].shape[-2] > _MANY
+    return place is not None and arguments[place].shape[-2] > _MANY
 
 
 def _full() -> Contexts:

@@ -36,7 +36,7 @@ class UNetPass:
         self._skips: list[Tensor] = []
         self._times = iter(times)
         self._contexts = iter(contexts)
-        self._checkpointing = torch.is_grad_enabled() and checkpointing
+        self._checkpointing: Checkpointing = checkpointing if torch.is_grad_enabled() else False
 
     def resnet(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Run the next resnet block."""

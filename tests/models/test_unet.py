@@ -203,7 +203,7 @@ def test_gradients_equal_diffusers_with_and_without_checkpointing(sd1_fields):
     inputs = build_inputs(unet.config)
     run_oracle(oracle, inputs).square().mean().backward()
     expected = {name: parameter.grad for name, parameter in oracle.named_parameters()}
-    for checkpointing in (False, True):
+    for checkpointing in (False, "selective", True):
         unet.zero_grad()
         unet.gradient_checkpointing = checkpointing
         unet(**inputs).square().mean().backward()
@@ -215,7 +215,7 @@ def test_checkpointing_stores_less(sd1_fields):
     unet, _ = build_pair(sd1_fields)
     inputs = build_inputs(unet.config)
     stored = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, "selective", True):
         sizes: list[int] = []
         unet.gradient_checkpointing = checkpointing
         with torch.autograd.graph.saved_tensors_hooks(_record_size(sizes), lambda tensor: tensor):
@@ -228,15 +228,15 @@ def test_checkpointing_computes_once_more_with_the_kernels_of_the_first_time(sd1
     unet, _ = build_pair(sd1_fields)
     inputs = build_inputs(unet.config)
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, "selective", True):
         unet.zero_grad()
         unet.gradient_checkpointing = checkpointing
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             loss = unet(**inputs).square().mean()
         loss.backward()
         gradients.append([parameter.grad.clone() for parameter in unet.parameters()])
-    for plain, again in zip(*gradients, strict=True):
-        assert torch.equal(plain, again)
+    for plain, *again in zip(*gradients, strict=True):
+        assert all(torch.equal(plain, other) for other in again)
 
 
 def _record_size(sizes: list[int]):

@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latentgen.errors import ConfigError, MemoryBudgetError
+from latentgen.models import checkpointing
+from latentgen.models.checkpointing import Checkpointing
 from latentgen.train import memory
 from latentgen.train.checkpoint import flatten_optimizer, load_latest
 from latentgen.train.config import TrainConfig
@@ -27,6 +29,7 @@ from tests.train.recipes import MakeRecipe, plan_for
 CPU = torch.device("cpu")
 IN_BACKWARD = ("optimizer.name=adafactor", "optimizer.step_in_backward=true", "optimizer.max_grad_norm=null")
 CHECKPOINTING = "memory.gradient_checkpointing=true"
+SELECTIVE = "memory.gradient_checkpointing=selective"
 # Large enough that the weights are not all there is, and that they are not nothing.
 MEDIUM = (
     "task.unet.block_out_channels=[64, 96]",
@@ -69,11 +72,12 @@ def gradients_and_kept(objective: Objective) -> tuple[dict[str, Tensor], int]:
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")  # by the name that transformers has for it
-def test_checkpointed_gradients_are_the_same_and_less_is_kept(recipe: MakeRecipe):
+@pytest.mark.parametrize("how", ["selective", True])
+def test_checkpointed_gradients_are_the_same_and_less_is_kept(how: Checkpointing, recipe: MakeRecipe):
     objective = build(recipe())
     assert isinstance(objective, LatentObjective)
     plain, all_kept = gradients_and_kept(objective)
-    objective.checkpoint_gradients()
+    objective.checkpoint_gradients(how)
     again, kept = gradients_and_kept(objective)
     assert plain.keys() == again.keys()
     for name, gradient in plain.items():
@@ -100,7 +104,9 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert (ours / "log.jsonl").read_bytes() == (theirs / "log.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("override", [CHECKPOINTING, "memory.ema_device=cpu", "memory.planner=true"])
+@pytest.mark.parametrize(
+    "override", [CHECKPOINTING, SELECTIVE, "memory.ema_device=cpu", "memory.planner=true"]
+)
 def test_a_run_that_saves_memory_is_the_same_run(
     override: str, text_to_image_recipe: MakeRecipe, tmp_path: Path
 ):
@@ -211,12 +217,17 @@ def measured_peak(trainer: Trainer) -> int:
         (CHECKPOINTING,),
         ("mixed_precision=bf16",),
         ("mixed_precision=bf16", CHECKPOINTING),
+        (SELECTIVE,),
+        ("mixed_precision=bf16", SELECTIVE),
         ("optimizer.name=adamw", "gradient_accumulation_steps=2"),
         IN_BACKWARD,
     ],
     ids=str,
 )
-def test_the_estimate_is_what_is_measured(overrides: tuple[str, ...], text_to_image_recipe: MakeRecipe):
+def test_the_estimate_is_what_is_measured(
+    overrides: tuple[str, ...], text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checkpointing, "_MANY", 100)  # so that some products are
     config = text_to_image_recipe(*MEDIUM, *overrides)
     check_estimate(config)
 
@@ -238,7 +249,7 @@ def check_estimate(config: TrainConfig) -> None:
     assert activations is not None
     plan = plan_memory(config, objective, activations, CPU)
     if config.memory.gradient_checkpointing:
-        objective.checkpoint_gradients()
+        objective.checkpoint_gradients(config.memory.gradient_checkpointing)
     trainer = Trainer(config, accelerator, objective)
     before = plan.trained + plan.frozen + plan.average
     assert before + measured_peak(trainer) == pytest.approx(plan.total, rel=0.25)
@@ -255,6 +266,7 @@ def test_the_activations_are_those_that_autograd_keeps(recipe: MakeRecipe):
     assert estimate is not None
     assert estimate.kept == pytest.approx(kept, rel=0.02)
     assert estimate.checkpointed < 0.6 * estimate.kept
+    assert estimate.checkpointed <= estimate.selective < 0.8 * estimate.kept
     assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
 
 

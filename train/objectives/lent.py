@@ -19,8 +19,8 @@ IDLE = Placement(torch.float32, torch.device("cpu"), as_in_file=True)
 def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside the block `module` stands on `device`; afterwards it has the very tensors that it had.
 
-    A copy back, as `module.cpu()` makes it, would take memory where the tensors were mapped from a file. Those that were
-    are held in memory again when they are used again.
+    A copy back, as `module.cpu()` makes it, would take memory where the tensors were mapped from a file. Those that
+    were are held in memory again when they are used again.
     """
     parameters = [
         (part, name, parameter, parameter.data)
