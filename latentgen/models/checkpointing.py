@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,8 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 # Of Stable Diffusion's UNet at 64x64 latents, this keeps the 3x3 convolutions, what is made of wide features, and
 # attention over the pixels of its two upper levels.
 _MANY = 1024
+# The attribute of a layer that names its last convolution.
+LAST = "conv2"
 _aten = torch.ops.aten
 # Where the right factor of a product stands among its arguments.
 _PRODUCTS: Mapping[object, int] = {_aten.mm.default: 1, _aten.bmm.default: 1, _aten.addmm.default: 2}
@@ -41,12 +44,18 @@ def run_checkpointed(layer: nn.Module, *inputs: Any, how: Checkpointing) -> Any:
     """What a layer makes of its inputs; what it keeps for the backward pass is `how`'s."""
     if not how:
         return layer(*inputs)
-    return checkpoint(layer, *inputs, use_reentrant=False, context_fn=recomputing_contexts(how))
+    contexts = recomputing_contexts(how, last=getattr(layer, LAST, None))
+    return checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def recomputing_contexts(how: Checkpointing) -> Callable[[], Contexts]:
-    """`context_fn` of torch.utils.checkpoint: contexts of the first computation and of the second."""
-    return _selective if how == "selective" else _full
+def recomputing_contexts(how: Checkpointing, *, last: nn.Conv2d | None = None) -> Callable[[], Contexts]:
+    """`context_fn` of torch.utils.checkpoint: contexts of the first computation and of the second.
+
+    Args:
+        how: what the layer computes once more.
+        last: its convolution of which nothing else in it needs the result.
+    """
+    return partial(_selective, last) if how == "selective" else _full
 
 
 def keeps(operator: object, *arguments: Any) -> bool:
@@ -63,15 +72,17 @@ def _full() -> Contexts:
     return nullcontext(), _same_kernels()
 
 
-def _selective() -> Contexts:
-    first, second = create_selective_checkpoint_contexts(_policy)
+def _selective(last: nn.Conv2d | None) -> Contexts:
+    def policy(
+        context: SelectiveCheckpointContext, operator: object, *arguments: Any, **options: Any
+    ) -> CheckpointPolicy:
+        # The second computation ends where all that is needed is there: it never comes to the last convolution.
+        is_last = last is not None and len(arguments) > 1 and arguments[1] is last.weight
+        kept = keeps(operator, *arguments) and not is_last
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    first, second = create_selective_checkpoint_contexts(policy)
     return first, _both(_same_kernels(), second)
-
-
-def _policy(
-    context: SelectiveCheckpointContext, operator: object, *arguments: Any, **options: Any
-) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if keeps(operator, *arguments) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _same_kernels() -> AbstractContextManager[Any]:
