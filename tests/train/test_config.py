@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from diffusers.optimization import get_scheduler
 
 from latentgen.errors import ConfigError
 from latentgen.train.config import Optimizer, TrainConfig, load_config
@@ -178,6 +180,30 @@ def test_learning_rate_rises_stays_and_falls():
 def test_learning_rate_is_constant_without_warmup_and_end():
     optimizer = Optimizer(learning_rate=0.5, warmup_steps=0)
     assert {optimizer.rate_at(step, 10) for step in range(10)} == {0.5}
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 7, 20, 30])
+@pytest.mark.parametrize("schedule", ["constant_with_warmup", "linear", "cosine"])
+def test_schedules_are_those_of_diffusers(schedule: str, warmup_steps: int):
+    optimizer = Optimizer.model_validate(
+        {"learning_rate": 0.3, "schedule": schedule, "warmup_steps": warmup_steps}
+    )
+    oracle = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = get_scheduler(schedule, oracle, num_warmup_steps=warmup_steps, num_training_steps=20)
+    for step in range(20):
+        assert abs(optimizer.rate_at(step, 20) - oracle.param_groups[0]["lr"]) <= 1e-12
+        oracle.step()
+        scheduler.step()
+
+
+def test_the_end_of_the_rate_belongs_to_one_schedule(fields: dict[str, Any], tmp_path: Path):
+    end = ("optimizer.decay_fraction=0.5", "optimizer.schedule=cosine")
+    with pytest.raises(
+        ConfigError, match="decay_fraction belongs to schedule warmup_stable_decay, and schedule"
+    ):
+        load(fields, tmp_path, *end)
+    load(fields, tmp_path, end[0])
+    load(fields, tmp_path, end[1])
 
 
 def test_upscaling_learns_from_squares(fields: dict[str, Any], tmp_path: Path):

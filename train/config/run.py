@@ -141,7 +141,8 @@ class TrainConfig(Section):
         return self.validation is not None and (self.validation.data is not None or self.held_out > 0)
 
 
-# Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the linear end.
+# Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the end of the
+# learning rate's schedule.
 FREE_FIELDS = frozenset(
     {
         "output_dir",
