@@ -206,6 +206,27 @@ def test_the_end_of_the_rate_belongs_to_one_schedule(fields: dict[str, Any], tmp
     load(fields, tmp_path, end[1])
 
 
+@pytest.mark.parametrize(
+    ("method", "learns"),
+    [
+        ({"kind": "full", "train_text_encoder": True}, True),
+        ({"kind": "lora", "train_text_encoder": True}, True),
+        ({"kind": "lora"}, False),
+        ({"kind": "textual_inversion", "token": "x", "initializer": "y"}, False),
+    ],
+)
+def test_a_rate_for_text_encoders_needs_one_that_learns(
+    method: dict[str, Any], learns: bool, fields: dict[str, Any], tmp_path: Path
+):
+    fields["task"] = {"kind": "finetune", "method": method}
+    rate = "optimizer.text_encoder_learning_rate=5.0e-6"
+    if learns:
+        assert load(fields, tmp_path, rate).optimizer.text_encoder_learning_rate == 5e-6
+        return
+    with pytest.raises(ConfigError, match=r"optimizer\.text_encoder_learning_rate: no text encoder learns"):
+        load(fields, tmp_path, rate)
+
+
 def test_upscaling_learns_from_squares(fields: dict[str, Any], tmp_path: Path):
     networks = {"vae": "model", "text_encoder": "model", "unet": {}, "scheduler": {}, "low_res_scheduler": {}}
     fields["task"] = {"kind": "upscale", **networks}

@@ -17,6 +17,8 @@ class Optimizer(Section):
     `decay_fraction` of the run, at its end; its first step has 1 / `warmup_steps` of the rate. `constant_with_warmup`,
     `linear` and `cosine` are diffusers' to the step: there the first step of a warm-up has a rate of zero.
 
+    Text encoders that learn have the same rate, or `text_encoder_learning_rate`, with the same schedule.
+
     `betas` are AdamW's; muon uses them for what is no weight matrix. `adamw8bit` is AdamW with a quarter of the state,
     by bitsandbytes. `adafactor` keeps almost none; its learning rate is a share of each weight's size (1e-3 to 1e-2 is
     usual).
@@ -27,6 +29,7 @@ class Optimizer(Section):
 
     name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
     learning_rate: Positive = 1e-4
+    text_encoder_learning_rate: Annotated[float, Field(ge=0, le=1e6)] | None = None
     schedule: Literal["warmup_stable_decay", "constant_with_warmup", "linear", "cosine"] = (
         "warmup_stable_decay"
     )
