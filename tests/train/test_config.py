@@ -227,6 +227,14 @@ def test_a_rate_for_text_encoders_needs_one_that_learns(
         load(fields, tmp_path, rate)
 
 
+def test_class_images_of_ones_own_have_one_prompt(fields: dict[str, Any], tmp_path: Path):
+    prior = {"prompt": ["dog", "cat"], "path": "dogs"}
+    fields["task"] = {"kind": "finetune", "method": {"kind": "lora"}, "prior": prior}
+    with pytest.raises(ConfigError, match=r"task\.finetune\.prior: .*must be one; found 2"):
+        load(fields, tmp_path)
+    assert load(fields, tmp_path, "task.prior.prompt=dog").task.kind == "finetune"
+
+
 def test_upscaling_learns_from_squares(fields: dict[str, Any], tmp_path: Path):
     networks = {"vae": "model", "text_encoder": "model", "unet": {}, "scheduler": {}, "low_res_scheduler": {}}
     fields["task"] = {"kind": "upscale", **networks}
