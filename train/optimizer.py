@@ -48,11 +48,11 @@ def build_optimizer(
     Raises:
         ConfigError: it needs a package that is not there.
     """
-    of_text, text_rate = {id(p) for p in text_parameters}, config.text_encoder_learning_rate
+    text_rate = config.text_encoder_learning_rate
+    own_rates = {} if text_rate is None else {id(p): text_rate for p in text_parameters}
 
     def rate_of(parameter: nn.Parameter) -> float:
-        own = text_rate is not None and id(parameter) in of_text
-        return text_rate if own else config.learning_rate
+        return own_rates.get(id(parameter), config.learning_rate)
 
     def grouped(parameters: Iterable[nn.Parameter]) -> list[Group]:
         """Neighbours of one rate together."""
