@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from itertools import groupby, islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,94 +25,111 @@ _SMALLEST_8BIT = 4096
 _STEP_BYTES = 4
 
 
-def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
+class Group(NamedTuple):
+    """Parameters that share a learning rate: its highest, before the schedule."""
+
+    parameters: list[nn.Parameter]
+    learning_rate: float
+
+
+def build_optimizer(
+    module: nn.Module, config: Optimizer, text_parameters: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """The optimiser of a recipe over the parameters of `module` that require gradients.
 
-    They must have their final device and memory format.
+    They must have their final device and memory format. Their order does not depend on the learning rates, so that
+    a state fits whatever these are; each group of `param_groups` has its own.
+
+    Args:
+        module: what learns.
+        config: the section of the recipe.
+        text_parameters: those that `text_encoder_learning_rate` is for.
 
     Raises:
         ConfigError: it needs a package that is not there.
     """
+    text_rate = config.text_encoder_learning_rate
+    own_rates = {} if text_rate is None else {id(p): text_rate for p in text_parameters}
+
+    def rate_of(parameter: nn.Parameter) -> float:
+        return own_rates.get(id(parameter), config.learning_rate)
+
+    def grouped(parameters: Iterable[nn.Parameter]) -> list[Group]:
+        """Neighbours of one rate together."""
+        return [Group(list(group), rate) for rate, group in groupby(parameters, key=rate_of)]
+
     if config.name == "muon":
+        matrices, rest = _split_matrices(module)
         return MuonAdamW(
-            module, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            grouped(matrices), grouped(rest), betas=config.betas, weight_decay=config.weight_decay
         )
     parameters = [p for p in module.parameters() if p.requires_grad]
     if config.step_in_backward:
-        return StepInBackward(parameters, [_build([p], config) for p in parameters], config.learning_rate)
-    return _build(parameters, config)
+        alone = [Group([p], rate_of(p)) for p in parameters]
+        return StepInBackward(alone, [_build([group], config) for group in alone])
+    return _build(grouped(parameters), config)
 
 
-def _build(parameters: list[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
+def _build(groups: Sequence[Group], config: Optimizer) -> torch.optim.Optimizer:
     if config.name == "adafactor":
-        return MatrixAdafactor(
-            parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay
-        )
+        return MatrixAdafactor(groups, weight_decay=config.weight_decay)
     if config.name == "adamw8bit":
-        return AdamW8bit(
-            parameters,
-            learning_rate=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-        )
+        return AdamW8bit(groups, betas=config.betas, weight_decay=config.weight_decay)
     return torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
+        _as_torch_has_them(groups), betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
 
 
+def _as_torch_has_them(groups: Iterable[Group]) -> list[dict[str, Any]]:
+    return [{"params": group.parameters, "lr": group.learning_rate} for group in groups]
+
+
 class JoinedOptimizer(torch.optim.Optimizer):
-    """Several optimisers as one: each has one group of the parameters, and the first group's learning rate.
+    """Several optimisers as one: its groups are theirs, one after the other, with learning rates that they take over.
 
     A subclass may let an optimiser work on views of its parameters, one for one.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[list[nn.Parameter]],
-        parts: Sequence[torch.optim.Optimizer],
-        learning_rate: float,
-    ) -> None:
-        super().__init__([{"params": group} for group in groups], {"lr": learning_rate})
+    def __init__(self, groups: Sequence[Group], parts: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__(_as_torch_has_them(groups), {})
         self._parts = parts
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Apply the gradients; the learning rate is that of the first parameter group."""
+        """Apply the gradients at the learning rate of each group."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for part in self._parts:
-            self._step(part)
+        for part, groups, _ in self._places():
+            _step(part, groups)
         return loss
-
-    def _step(self, part: torch.optim.Optimizer) -> None:
-        for group in part.param_groups:
-            group["lr"] = self.param_groups[0]["lr"]
-        part.step()
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all, parameters numbered in the order of the groups."""
         state: dict[int, Any] = {}
-        for part, offset in self._offsets():
+        for part, _, offset in self._places():
             state |= {index + offset: values for index, values in part.state_dict()["state"].items()}
         return {"state": state, "param_groups": super().state_dict()["param_groups"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` gave; hyperparameters stay as they are."""
         state: Mapping[int, Any] = state_dict["state"]
-        for part, offset in self._offsets():
-            count = sum(len(group["params"]) for group in part.param_groups)
+        for part, groups, offset in self._places():
+            count = sum(len(group["params"]) for group in groups)
             own = {index: state[index + offset] for index in range(count) if index + offset in state}
             part.load_state_dict({"state": own, "param_groups": part.state_dict()["param_groups"]})
 
-    def _offsets(self) -> list[tuple[torch.optim.Optimizer, int]]:
-        """Each optimiser, and the number of its first parameter."""
-        offsets, offset = [], 0
-        for part, group in zip(self._parts, self.param_groups, strict=True):
-            offsets.append((part, offset))
-            offset += len(group["params"])
-        return offsets
+    def _places(self) -> Iterator[tuple[torch.optim.Optimizer, list[dict[str, Any]], int]]:
+        """Each optimiser, its groups as they are here, and the number of its first parameter."""
+        rest, offset = iter(self.param_groups), 0
+        for part in self._parts:
+            groups = list(islice(rest, len(part.param_groups)))
+            yield part, groups, offset
+            offset += sum(len(group["params"]) for group in groups)
+
+
+def _step(part: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Let an optimiser step at the learning rates of `groups`."""
+    for own, group in zip(part.param_groups, groups, strict=True):
+        own["lr"] = group["lr"]
+    part.step()
 
 
 class MuonAdamW(JoinedOptimizer):
@@ -122,23 +140,29 @@ class MuonAdamW(JoinedOptimizer):
     """
 
     def __init__(
-        self, module: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
+        self,
+        matrices: Sequence[Group],
+        rest: Sequence[Group],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
     ) -> None:
-        matrices, rest = _split_matrices(module)
-        self._kernels = [(p, _as_matrix(p)) for p in matrices]
-        muon = torch.optim.Muon(
-            [{"params": [matrix for _, matrix in self._kernels]}],
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        adamw = torch.optim.AdamW(
-            [{"params": rest}], lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
-        )
-        super().__init__([matrices, rest], [muon, adamw], learning_rate)
+        viewed, self._kernels = _with_matrices(matrices)
+        parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            muon = torch.optim.Muon(
+                _as_torch_has_them(viewed), weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            parts.append(muon)
+        if rest:
+            adamw = torch.optim.AdamW(
+                _as_torch_has_them(rest), betas=betas, weight_decay=weight_decay, fused=True
+            )
+            parts.append(adamw)
+        super().__init__([*matrices, *rest], parts)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Apply the gradients; the learning rate is that of the first parameter group."""
+        """Apply the gradients at the learning rate of each group."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         _hand_over_gradients(self._kernels)
         super().step()
@@ -152,15 +176,13 @@ class MatrixAdafactor(JoinedOptimizer):
     two thirds as much as the kernel itself, of the matrix [O, 9 * I] almost nothing.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], *, learning_rate: float, weight_decay: float) -> None:
-        self._kernels = [(p, _as_matrix(p) if p.ndim == 4 else p) for p in parameters]
-        adafactor = torch.optim.Adafactor(
-            [matrix for _, matrix in self._kernels], lr=learning_rate, weight_decay=weight_decay
-        )
-        super().__init__([parameters], [adafactor], learning_rate)
+    def __init__(self, groups: Sequence[Group], *, weight_decay: float) -> None:
+        viewed, self._kernels = _with_matrices(groups)
+        adafactor = torch.optim.Adafactor(_as_torch_has_them(viewed), weight_decay=weight_decay)
+        super().__init__(groups, [adafactor])
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Apply the gradients; the learning rate is that of the first parameter group."""
+        """Apply the gradients at the learning rate of each group."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         _hand_over_gradients(self._kernels)
         super().step()
@@ -177,23 +199,22 @@ class StepInBackward(JoinedOptimizer):
     `step` itself has nothing left to do.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        parts: Sequence[torch.optim.Optimizer],
-        learning_rate: float,
-    ) -> None:
-        super().__init__([[p] for p in parameters], parts, learning_rate)
-        for p, part in zip(parameters, parts, strict=True):
-            p.register_post_accumulate_grad_hook(partial(self._step_and_drop, part))
+    def __init__(self, groups: Sequence[Group], parts: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__(groups, parts)
+        for part, own, _ in self._places():
+            (parameter,) = own[0]["params"]
+            parameter.register_post_accumulate_grad_hook(partial(_step_and_drop, part, own))
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Do nothing but call `closure`, whose backward pass takes the step."""
         return None if closure is None else torch.enable_grad()(closure)()
 
-    def _step_and_drop(self, part: torch.optim.Optimizer, parameter: Tensor) -> None:
-        self._step(part)
-        parameter.grad = None
+
+def _step_and_drop(
+    part: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]], parameter: Tensor
+) -> None:
+    _step(part, groups)
+    parameter.grad = None
 
 
 class AdamW8bit(JoinedOptimizer):
@@ -205,14 +226,7 @@ class AdamW8bit(JoinedOptimizer):
         ConfigError: bitsandbytes is not installed.
     """
 
-    def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        *,
-        learning_rate: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-    ) -> None:
+    def __init__(self, groups: Sequence[Group], *, betas: tuple[float, float], weight_decay: float) -> None:
         try:
             from bitsandbytes.optim import AdamW8bit as Inner  # pyright: ignore[reportMissingImports]
         except ImportError as error:
@@ -220,8 +234,8 @@ class AdamW8bit(JoinedOptimizer):
                 f"optimizer.name adamw8bit needs bitsandbytes, which cannot be imported ({error}): pip install "
                 "bitsandbytes, or use adafactor"
             ) from None
-        self._inner: Any = Inner(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
-        super().__init__([parameters], [self._inner], learning_rate)
+        self._inner: Any = Inner(_as_torch_has_them(groups), betas=betas, weight_decay=weight_decay)
+        super().__init__(groups, [self._inner])
 
     def state_dict(self) -> dict[str, Any]:
         """The moments, their scales and the steps done."""
@@ -282,6 +296,22 @@ def _split_matrices(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 def _as_matrix(kernel: nn.Parameter) -> nn.Parameter:
     """A kernel [O, I, k, k] as the matrix [O, I * k * k] over the same storage; a matrix as it is."""
     return nn.Parameter(_in_storage_order(kernel.detach(), kernel).view(len(kernel), -1))
+
+
+def _with_matrices(
+    groups: Sequence[Group],
+) -> tuple[list[Group], list[tuple[nn.Parameter, nn.Parameter]]]:
+    """The same groups with a matrix in the place of every kernel, and all parameters beside what stands for them."""
+    viewed = [
+        group._replace(parameters=[_as_matrix(p) if p.ndim == 4 else p for p in group.parameters])
+        for group in groups
+    ]
+    pairs = [
+        pair
+        for group, own in zip(groups, viewed, strict=True)
+        for pair in zip(group.parameters, own.parameters, strict=True)
+    ]
+    return viewed, pairs
 
 
 def _hand_over_gradients(kernels: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:

@@ -110,10 +110,11 @@ class Trainer:
         self.step = 0
         if config.compile:
             objective.compile_networks()
-        optimizer = build_optimizer(objective, config.optimizer)
+        optimizer = build_optimizer(objective, config.optimizer, objective.text_parameters())
         self._model: nn.Module
         self._optimizer: torch.optim.Optimizer
         self._model, self._optimizer = prepared(accelerator, config, objective, optimizer)
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
         # As FSDP has left them: parts of what they were.
         self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         averaged = self.trainable if config.ema_decay else {}
@@ -239,8 +240,9 @@ class Trainer:
     def _update(self, step: int, batches: Iterator[PlannedBatch]) -> dict[str, Tensor]:
         """One optimiser step over the global batch; returns this process's mean losses by name, on the device."""
         config = self.config
-        for group in self._optimizer.param_groups:
-            group["lr"] = config.optimizer.rate_at(step, config.max_steps)
+        factor = config.optimizer.factor_at(step, config.max_steps)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
         losses: dict[str, Tensor] = {}
         parts = config.gradient_accumulation_steps
         for plan, batch in islice(batches, parts):

@@ -83,6 +83,7 @@ def check_zero(accelerator: Accelerator, config: TrainConfig) -> None:
     refused = {
         f"optimizer.name {config.optimizer.name} (adamw does)": config.optimizer.name != "adamw",
         "optimizer.step_in_backward": config.optimizer.step_in_backward,
+        "optimizer.text_encoder_learning_rate": config.optimizer.text_encoder_learning_rate is not None,
         "compile": config.compile,
         "mixed_precision fp16 (bf16 does)": config.mixed_precision == "fp16",
         **{f"{name}_device {device}": device not in (None, "none") for name, device in offloads.items()},

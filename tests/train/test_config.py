@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from diffusers.optimization import get_scheduler
 
 from latentgen.errors import ConfigError
 from latentgen.train.config import Optimizer, TrainConfig, load_config
@@ -178,6 +180,59 @@ def test_learning_rate_rises_stays_and_falls():
 def test_learning_rate_is_constant_without_warmup_and_end():
     optimizer = Optimizer(learning_rate=0.5, warmup_steps=0)
     assert {optimizer.rate_at(step, 10) for step in range(10)} == {0.5}
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 7, 20, 30])
+@pytest.mark.parametrize("schedule", ["constant_with_warmup", "linear", "cosine"])
+def test_schedules_are_those_of_diffusers(schedule: str, warmup_steps: int):
+    optimizer = Optimizer.model_validate(
+        {"learning_rate": 0.3, "schedule": schedule, "warmup_steps": warmup_steps}
+    )
+    oracle = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = get_scheduler(schedule, oracle, num_warmup_steps=warmup_steps, num_training_steps=20)
+    for step in range(20):
+        assert abs(optimizer.rate_at(step, 20) - oracle.param_groups[0]["lr"]) <= 1e-12
+        oracle.step()
+        scheduler.step()
+
+
+def test_the_end_of_the_rate_belongs_to_one_schedule(fields: dict[str, Any], tmp_path: Path):
+    end = ("optimizer.decay_fraction=0.5", "optimizer.schedule=cosine")
+    with pytest.raises(
+        ConfigError, match="decay_fraction belongs to schedule warmup_stable_decay, and schedule"
+    ):
+        load(fields, tmp_path, *end)
+    load(fields, tmp_path, end[0])
+    load(fields, tmp_path, end[1])
+
+
+@pytest.mark.parametrize(
+    ("method", "learns"),
+    [
+        ({"kind": "full", "train_text_encoder": True}, True),
+        ({"kind": "lora", "train_text_encoder": True}, True),
+        ({"kind": "lora"}, False),
+        ({"kind": "textual_inversion", "token": "x", "initializer": "y"}, False),
+    ],
+)
+def test_a_rate_for_text_encoders_needs_one_that_learns(
+    method: dict[str, Any], learns: bool, fields: dict[str, Any], tmp_path: Path
+):
+    fields["task"] = {"kind": "finetune", "method": method}
+    rate = "optimizer.text_encoder_learning_rate=5.0e-6"
+    if learns:
+        assert load(fields, tmp_path, rate).optimizer.text_encoder_learning_rate == 5e-6
+        return
+    with pytest.raises(ConfigError, match=r"optimizer\.text_encoder_learning_rate: no text encoder learns"):
+        load(fields, tmp_path, rate)
+
+
+def test_class_images_of_ones_own_have_one_prompt(fields: dict[str, Any], tmp_path: Path):
+    prior = {"prompt": ["dog", "cat"], "path": "dogs"}
+    fields["task"] = {"kind": "finetune", "method": {"kind": "lora"}, "prior": prior}
+    with pytest.raises(ConfigError, match=r"task\.finetune\.prior: .*must be one; found 2"):
+        load(fields, tmp_path)
+    assert load(fields, tmp_path, "task.prior.prompt=dog").task.kind == "finetune"
 
 
 def test_upscaling_learns_from_squares(fields: dict[str, Any], tmp_path: Path):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from latentgen.errors import ConfigError
 from latentgen.train.checkpoint import flatten_optimizer, restore_optimizer
 from latentgen.train.config import Optimizer
-from latentgen.train.optimizer import MuonAdamW, build_optimizer
+from latentgen.train.optimizer import build_optimizer
 
 RATE, DECAY, BETAS = 0.01, 0.1, (0.9, 0.99)
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is optional")
 
 
 class Network(nn.Module):
@@ -37,8 +38,8 @@ def network() -> Network:
     return Network()
 
 
-def make(network: nn.Module) -> MuonAdamW:
-    return MuonAdamW(network, learning_rate=RATE, betas=BETAS, weight_decay=DECAY)
+def make(network: nn.Module) -> torch.optim.Optimizer:
+    return build(network, "muon")
 
 
 def gradients(network: nn.Module, step: int) -> dict[str, Tensor]:
@@ -135,12 +136,15 @@ def test_state_round_trip(name: str, memory_format: torch.memory_format, network
         assert torch.equal(parameter, resumed.get_parameter(key)), key
 
 
-def test_the_learning_rate_is_that_of_the_first_group(network: Network):
+def test_every_group_has_its_learning_rate(network: Network):
     optimizer = make(network)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    optimizer.param_groups[0]["lr"] = 0.0
+    matrices, rest = optimizer.param_groups
+    rest["lr"] = 0.0
     train(network, optimizer, range(1))
-    assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
+    changed = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"conv.weight", "point.weight", "linear.weight"}
+    assert len(matrices["params"]) == len(changed)
 
 
 def test_frozen_and_unused_parameters_stay(network: Network):
@@ -173,8 +177,12 @@ def test_a_network_without_matrices():
 
 
 def build(network: nn.Module, name: str, **fields: object) -> torch.optim.Optimizer:
+    """The "text encoder" of a Network is in its middle: `point` and `linear`."""
     config = {"name": name, "learning_rate": RATE, "betas": BETAS, "weight_decay": DECAY, **fields}
-    return build_optimizer(network, Optimizer.model_validate(config))
+    text = (network.point, network.linear) if isinstance(network, Network) else ()
+    return build_optimizer(
+        network, Optimizer.model_validate(config), [p for part in text for p in part.parameters()]
+    )
 
 
 def run_backward(network: Network, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -282,13 +290,94 @@ def test_the_learning_rate_reaches_steps_in_the_backward_pass(network: Network):
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+IN_BACKWARD = {"step_in_backward": True, "max_grad_norm": None}
+KINDS = [
+    ("adamw", {}),
+    ("adafactor", {}),
+    ("muon", {}),
+    ("adamw", IN_BACKWARD),
+    ("adafactor", IN_BACKWARD),
+    pytest.param("adamw8bit", {}, marks=needs_bitsandbytes),
+]
+
+
+def is_text(name: str) -> bool:
+    return name.startswith(("point", "linear"))
+
+
+@pytest.mark.parametrize(("name", "fields"), KINDS)
+def test_a_text_encoder_of_rate_zero_stays_and_the_rest_learns_as_ever(
+    name: str, fields: dict[str, object], network: Network
+):
+    start, other = copy.deepcopy(network.state_dict()), copy.deepcopy(network)
+    run = run_backward if fields else train  # in one backward pass the gradients are the same, too
+    run(network, build(network, name, text_encoder_learning_rate=0, **fields), range(1 if fields else 3))
+    run(other, build(other, name, **fields), range(1 if fields else 3))
+    for key, p in network.named_parameters():
+        assert torch.equal(p, start[key] if is_text(key) else other.get_parameter(key)), key
+        assert not torch.equal(other.get_parameter(key), start[key]), key
+
+
+def test_two_rates_are_two_groups_of_torchs_adamw(network: Network):
+    copies = {name: nn.Parameter(p.detach().clone()) for name, p in network.named_parameters()}
+    groups = [
+        {"params": [p for name, p in copies.items() if is_text(name) == text], "lr": rate}
+        for text, rate in ((False, RATE), (True, RATE / 4))
+    ]
+    oracle = torch.optim.AdamW(groups, betas=BETAS, weight_decay=DECAY, fused=True)
+    optimizer = build(network, "adamw", text_encoder_learning_rate=RATE / 4)
+    for step in range(3):
+        for key, grad in gradients(network, step).items():
+            copies[key].grad = grad
+        oracle.step()
+        train(network, optimizer, range(step, step + 1))
+    for key, p in network.named_parameters():
+        assert torch.equal(p, copies[key]), key
+
+
+def test_updates_are_in_proportion_to_the_rates(network: Network):
+    start, other = copy.deepcopy(network.state_dict()), copy.deepcopy(network)
+    train(network, build(network, "adamw", text_encoder_learning_rate=RATE / 4), range(1))
+    train(other, build(other, "adamw"), range(1))
+    for key, p in network.named_parameters():
+        share = 4 if is_text(key) else 1
+        torch.testing.assert_close(
+            share * (p - start[key]), other.get_parameter(key) - start[key], atol=1e-6, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("name", "fields"), KINDS)
+def test_a_state_does_not_depend_on_the_rates(name: str, fields: dict[str, object], network: Network):
+    """That of a run with one rate, as all were before there were two, is gone on with."""
+    resumed = copy.deepcopy(network)
+    run = run_backward if fields else train
+    optimizer = build(network, name, **fields)
+    run(network, optimizer, range(2))
+    state = {
+        key: value.clone(memory_format=torch.contiguous_format)
+        for key, value in flatten_optimizer(optimizer).items()
+    }
+    resumed.load_state_dict(network.state_dict())
+    other = build(resumed, name, text_encoder_learning_rate=RATE / 2, **fields)
+    restore_optimizer(other, state)
+    again = flatten_optimizer(other)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], value) for key, value in state.items())
+    for group in other.param_groups:
+        group["lr"] = RATE
+    run(network, optimizer, range(2, 4))
+    run(resumed, other, range(2, 4))
+    for key, p in network.named_parameters():
+        assert torch.equal(p, resumed.get_parameter(key)), key
+
+
 def test_eight_bits_need_bitsandbytes(network: Network, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
         build(network, "adamw8bit")
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is optional")
+@needs_bitsandbytes
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_eight_bits_follow_adamw_and_resume(memory_format: torch.memory_format):
     torch.manual_seed(0)

@@ -28,10 +28,14 @@ from tests.train.runs import assert_same_checkpoint, assert_same_model, forget_a
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "all weights": (
         "text_to_image_recipe",
-        ("optimizer.name=muon", "task.text_encoder.attention_dropout=0.2"),
+        (
+            "optimizer.name=muon",
+            "optimizer.text_encoder_learning_rate=0.001",
+            "task.text_encoder.attention_dropout=0.2",
+        ),
     ),
     "some weights": ("paired_recipe", ("optimizer.name=adamw",)),
-    "lora": ("lora_recipe", ("optimizer.name=adamw",)),
+    "lora": ("lora_recipe", ("optimizer.name=adamw", "optimizer.text_encoder_learning_rate=0.001")),
 }
 PRECISIONS = ("no", "bf16")
 ACCUMULATIONS = (1, 4)

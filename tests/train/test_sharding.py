@@ -101,6 +101,11 @@ def test_deepspeed_goes_with_adamw(stage: int, text_to_image_recipe: MakeRecipe)
             "optimizer.step_in_backward does not go with DeepSpeed",
         ),
         (
+            {},
+            ["optimizer.text_encoder_learning_rate=0.001"],
+            "optimizer.text_encoder_learning_rate does not go with DeepSpeed",
+        ),
+        (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             [],
             "offload_optimizer_device cpu does not go with DeepSpeed",

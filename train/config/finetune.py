@@ -60,9 +60,13 @@ class Prior(Section):
 
     The model that training starts from draws `images` images of `prompt` before the first step; of several prompts each
     in turn. Each step then sees as many of them as of the training set, and their loss counts `weight` times.
+
+    `path` is a folder of the user's own images of the class, and its sub-folders: all of them are used, and the model
+    draws what they are fewer than `images`. They may have captions as in FolderData; `prompt` is that of the others.
     """
 
     prompt: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    path: Path | None = None
     images: Annotated[int, Field(ge=1, le=100_000)] = 100
     weight: Positive = 1.0
 
@@ -71,6 +75,15 @@ class Prior(Section):
     def _is_text(cls, prompt: str | tuple[str, ...]) -> str | tuple[str, ...]:
         check_prompts((prompt,) if isinstance(prompt, str) else prompt)
         return prompt
+
+    @model_validator(mode="after")
+    def _has_one_caption(self) -> Self:
+        if self.path is not None and not isinstance(self.prompt, str):
+            raise ValueError(
+                f"prompt: with path it is the caption of all images that have none of their own, and must be one; "
+                f"found {len(self.prompt)}. Write them into text files beside the images, or leave path out"
+            )
+        return self
 
     def prompt_of(self, number: int) -> str:
         """What image `number` is to show."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,11 +11,17 @@ from latentgen.train.config.base import Decay, Positive, Rate, Section
 
 
 class Optimizer(Section):
-    """The optimiser and its learning rate: a linear warm-up, a plateau, and a linear end.
+    """The optimiser and its learning rate, which rises over `warmup_steps` and then goes as `schedule` says.
 
-    `decay_fraction` is the share of the run, at its end, in which the rate falls to zero. `betas` are AdamW's; muon
-    uses them for what is no weight matrix. `adamw8bit` is AdamW with a quarter of the state, by bitsandbytes.
-    `adafactor` keeps almost none; its learning rate is a share of each weight's size (1e-3 to 1e-2 is usual).
+    `warmup_stable_decay` (arXiv:2404.06395, section 4) stays, and falls linearly to zero over the share
+    `decay_fraction` of the run, at its end; its first step has 1 / `warmup_steps` of the rate. `constant_with_warmup`,
+    `linear` and `cosine` are diffusers' to the step: there the first step of a warm-up has a rate of zero.
+
+    Text encoders that learn have the same rate, or `text_encoder_learning_rate`, with the same schedule.
+
+    `betas` are AdamW's; muon uses them for what is no weight matrix. `adamw8bit` is AdamW with a quarter of the state,
+    by bitsandbytes. `adafactor` keeps almost none; its learning rate is a share of each weight's size (1e-3 to 1e-2 is
+    usual).
 
     `step_in_backward` changes each weight as soon as its gradient is there, which is then dropped: the gradients never
     lie in memory together. So they cannot be accumulated, nor clipped by their norm: it needs `max_grad_norm: null`.
@@ -22,6 +29,10 @@ class Optimizer(Section):
 
     name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
     learning_rate: Positive = 1e-4
+    text_encoder_learning_rate: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    schedule: Literal["warmup_stable_decay", "constant_with_warmup", "linear", "cosine"] = (
+        "warmup_stable_decay"
+    )
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: Rate = 0.01
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 100
@@ -40,9 +51,29 @@ class Optimizer(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _can_decay(self) -> Self:
+        if self.decay_fraction and self.schedule != "warmup_stable_decay":
+            raise ValueError(
+                f"decay_fraction belongs to schedule warmup_stable_decay, and schedule is {self.schedule}; leave one "
+                "of them out"
+            )
+        return self
+
     def rate_at(self, step: int, max_steps: int) -> float:
         """The learning rate of step `step`, the first of which is 0."""
-        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        left = (max_steps - step) / max_steps
-        decay = min(1.0, left / self.decay_fraction) if self.decay_fraction else 1.0
-        return self.learning_rate * min(warmup, decay)
+        return self.learning_rate * self.factor_at(step, max_steps)
+
+    def factor_at(self, step: int, max_steps: int) -> float:
+        """The share, in 0..1, of its learning rate that step `step` has, the first of which is 0."""
+        if self.schedule == "warmup_stable_decay":
+            warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+            left = (max_steps - step) / max_steps
+            decay = min(1.0, left / self.decay_fraction) if self.decay_fraction else 1.0
+            return min(warmup, decay)
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        if self.schedule == "constant_with_warmup":
+            return 1.0
+        progress = (step - self.warmup_steps) / (max_steps - self.warmup_steps)
+        return 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from latentgen.errors import ConfigError
 from latentgen.train.config.base import Count, Decay, Section
 from latentgen.train.config.data import Data, FramedData
-from latentgen.train.config.finetune import FinetuneTask
+from latentgen.train.config.finetune import FinetuneTask, FullMethod, LoRAMethod
 from latentgen.train.config.memory import Memory
 from latentgen.train.config.optimizer import Optimizer
 from latentgen.train.config.tasks import AutoencoderTask, PairedTask, TextToImageTask, UpscaleTask
@@ -91,6 +91,11 @@ class TrainConfig(Section):
                 "optimizer.step_in_backward: the loss scaling of fp16 must see all gradients before the step; use "
                 "mixed_precision bf16 or no"
             )
+        if self.optimizer.text_encoder_learning_rate is not None and not self._text_encoder_learns:
+            raise ValueError(
+                "optimizer.text_encoder_learning_rate: no text encoder learns beside a UNet here; set "
+                "train_text_encoder to true where the task has it, or leave the rate out"
+            )
         if self.validation is not None:
             self._check_validation(self.validation)
         if isinstance(self.task, AutoencoderTask) and not self.task.train_encoder and self.init_from is None:
@@ -136,12 +141,18 @@ class TrainConfig(Section):
             raise ValueError("validation has nothing to do: give it prompts, or data; or set held_out")
 
     @property
+    def _text_encoder_learns(self) -> bool:
+        part = self.task.method if isinstance(self.task, FinetuneTask) else self.task
+        return isinstance(part, FullMethod | LoRAMethod | TextToImageTask) and part.train_text_encoder
+
+    @property
     def measures(self) -> bool:
         """Whether a validation loss is measured."""
         return self.validation is not None and (self.validation.data is not None or self.held_out > 0)
 
 
-# Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the linear end.
+# Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the end of the
+# learning rate's schedule.
 FREE_FIELDS = frozenset(
     {
         "output_dir",

@@ -69,6 +69,10 @@ class Objective(nn.Module, ABC):
         """
         raise ConfigError("memory.gradient_checkpointing: the networks of this task cannot; leave it out")
 
+    def text_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters of text encoders, which may have a learning rate of their own."""
+        return ()
+
     def store_base(self, storage: StorageDtype) -> None:
         """Store what is not trained in fewer bits.
 

@@ -1,4 +1,5 @@
-"""The images of prior preservation (arXiv:2208.12242, section 3.2): drawn by the model that training starts from."""
+"""The images of prior preservation (arXiv:2208.12242, section 3.2): drawn by the model that training starts from, or
+the user's own."""
 
 from __future__ import annotations
 
@@ -14,15 +15,16 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from latentgen.errors import ConfigError
+from latentgen.errors import ConfigError, DatasetError
+from latentgen.files import quote
 from latentgen.image import save_image
 from latentgen.image_file import read_image
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
-from latentgen.train.config import Prior
-from latentgen.train.data import Captions, View, sample_rng
+from latentgen.train.config import FolderData, Prior
+from latentgen.train.data import CaptionedImages, Captions, View, open_data, sample_rng
 from latentgen.train.objectives.lent import lent
 
 # Images that are drawn together, always the same ones: what lies beside an image may change its last bits.
@@ -30,43 +32,59 @@ _GROUP = 4
 
 
 class ClassImages:
-    """A training set of what a model draws of a class; `draw` makes it, and nothing can be seen before.
+    """A training set of a class: the user's own images, if there are any, and then what a model draws of it.
+
+    `draw` makes the latter, which cannot be seen before.
 
     Args:
-        prior: what to draw, and how many of it.
-        folder: where the images are kept.
+        prior: what to draw, and how many there are to be; there are more if there are more of the user's own.
+        folder: where the images that are drawn are kept.
         model: names what draws them.
         seed: the run's seed.
+        image_size: the side of the images, which are squares.
+
+    Raises:
+        ConfigError: what is drawn would lie among the user's own images.
+        DatasetError: these cannot be used, for the reasons that a training set cannot.
     """
 
-    image_size: int
     views_vary = False
 
-    def __init__(self, prior: Prior, folder: Path, *, model: str, seed: int) -> None:
+    def __init__(self, prior: Prior, folder: Path, *, model: str, seed: int, image_size: int) -> None:
+        self.image_size = image_size
         self._prior = prior
         self._folder = folder
+        self._own = None if prior.path is None else _own_images(prior.path, prior, folder, image_size)
+        self._own_count = 0 if self._own is None else len(self._own)
         self._stated = (model, str(seed))
-        self._seeds = [sample_rng(seed, "class image", number).getrandbits(63) for number in range(len(self))]
+        self._seeds = [
+            sample_rng(seed, "class image", number).getrandbits(63) for number in range(prior.images)
+        ]
         self._files: list[Path] = []
 
     def __len__(self) -> int:
-        return self._prior.images
+        return max(self._own_count, self._prior.images)
 
     def view(self, index: int, rng: random.Random) -> View:
-        """Image `index`; nothing is random, and where the loss counts within masks, it counts everywhere here."""
-        image = read_image(self._files[index])
-        everywhere = Image.new("L", image.size, 255)
-        return View(image, Captions((self._prior.prompt_of(index),), (1.0,)), mask=everywhere)
+        """Image `index`; nothing is random. Where the loss counts within masks, without one it counts everywhere."""
+        if self._own is not None and index < self._own_count:
+            view = self._own.view(index, rng)
+        else:
+            prompt = self._prior.prompt_of(index)
+            view = View(read_image(self._files[index]), Captions((prompt,), (1.0,)))
+        mask = Image.new("L", view.image.size, 255) if view.mask is None else view.mask
+        return view._replace(mask=mask)
 
     def bucket(self, index: int) -> tuple[int, int]:
         """All are squares."""
         return self.image_size, self.image_size
 
     def corpus(self) -> list[str]:
-        """The caption of each image."""
-        return [self._prior.prompt_of(number) for number in range(len(self))]
+        """All captions of each image."""
+        own = [] if self._own is None else self._own.corpus()
+        return own + [self._prior.prompt_of(number) for number in range(self._own_count, len(self))]
 
-    def draw(self, pipeline: Pipeline, device: torch.device, *, size: int) -> None:
+    def draw(self, pipeline: Pipeline, device: torch.device) -> None:
         """Draw the images that are not there yet.
 
         Each has its own seed and is written whole or not at all, so that a run that was stopped meanwhile goes on. The
@@ -76,7 +94,6 @@ class ClassImages:
         Args:
             pipeline: the model that training starts from, on the CPU.
             device: where to draw.
-            size: the side of the images.
 
         Raises:
             ConfigError: the model cannot draw from a prompt alone.
@@ -86,12 +103,13 @@ class ClassImages:
             raise ConfigError(
                 "prior: a model that edits images draws none from a prompt alone; leave prior out for this model"
             )
-        self.image_size = size
-        prompts, seeds, count = self.corpus(), self._seeds, len(self)
-        stated = "\0".join((*prompts, *self._stated, str(size)))
+        seeds, count = self._seeds, self._prior.images
+        prompts = [self._prior.prompt_of(number) for number in range(count)]
+        stated = "\0".join((*prompts, *self._stated, str(self.image_size)))
         stem = hashlib.sha256(stated.encode("utf-8", "surrogatepass")).hexdigest()[:12]
         self._files = [self._folder / f"{stem}-{number:05d}.png" for number in range(count)]
-        groups = [range(first, min(first + _GROUP, count)) for first in range(0, count, _GROUP)]
+        starts = range(self._own_count, count, _GROUP)
+        groups = [range(first, min(first + _GROUP, count)) for first in starts]
         state = PartialState()
         # Shared out before looking what is missing, which changes while others draw.
         own = groups[state.process_index :: state.num_processes]
@@ -107,6 +125,24 @@ class ClassImages:
                     for number, image in zip(group, drawn, strict=True):
                         save_image(image, self._files[number])
         state.wait_for_everyone()
+
+
+def _own_images(path: Path, prior: Prior, folder: Path, image_size: int) -> CaptionedImages:
+    """The user's own images: the middle of each, as large as what is drawn."""
+    if folder.resolve().is_relative_to(path.resolve()):
+        raise ConfigError(
+            f"task.prior.path {quote(path)} holds the folder in which this run keeps the class images that it draws; "
+            "put your own into another, or choose another output_dir"
+        )
+    if not path.is_dir():
+        raise DatasetError(
+            f"task.prior.path {quote(path)} is not a folder of images; name one, or leave it out"
+        )
+    data = FolderData(kind="imagefolder", path=path, image_size=image_size, caption=prior.prompt_of(0))
+    try:
+        return open_data(data)
+    except DatasetError as error:
+        raise DatasetError(f"task.prior.path: {error}") from None
 
 
 def _draw(pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], size: int) -> list[Image.Image]:

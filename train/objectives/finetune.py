@@ -69,10 +69,16 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         self._kept: tuple[FinetuneObjective, ...] = ()
         classes = None
         if task.prior is not None:
-            classes = ClassImages(task.prior, origin.class_images, model=origin.named(task), seed=seed)
+            classes = ClassImages(
+                task.prior,
+                origin.class_images,
+                model=origin.named(task),
+                seed=seed,
+                image_size=data.image_size,
+            )
             self.unet.eval()
             self._text.module.eval()
-            classes.draw(self._stages, device, size=data.image_size)
+            classes.draw(self._stages, device)
         self._prepare(data, seed, device)
         if classes is not None:
             self._kept = (self._over(classes, seed, device, {}),)

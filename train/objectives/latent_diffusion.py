@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +179,10 @@ class LatentObjective(Objective, Generic[AnyTask]):
         if self._told.learns:
             for tower in self._text.towers:
                 enable_checkpointing(tower.model, how)
+
+    def text_parameters(self) -> Iterable[nn.Parameter]:
+        """As Objective.text_parameters."""
+        return self._text.module.parameters()
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the whole pipeline in the diffusers layout, in float16 if the recipe says so."""

@@ -18,8 +18,9 @@ from torch import Tensor
 from latentgen.checkpoints.single_file import SingleFile
 from latentgen.errors import ConfigError, DatasetError
 from latentgen.pipelines.text_to_image import TextToImagePipeline
-from latentgen.train.config import FinetuneTask
+from latentgen.train.config import FinetuneTask, Prior
 from latentgen.train.data import BatchPlan, sample_rng, to_tensor
+from latentgen.train.objectives.class_images import ClassImages
 from latentgen.train.objectives.finetune import FinetuneObjective
 from latentgen.train.objectives.masks import random_mask
 from tests.checkpoints.single_files import to_original_file
@@ -162,6 +163,76 @@ def test_prompts_of_class_images_take_turns(tmp_path: Path):
     nearest = (batch[7][:, None] - contexts).abs().amax(dim=(2, 3)).min(dim=1)
     assert nearest.values.max() < 1e-5
     assert set(nearest.indices.tolist()) == {0, 1}
+
+
+@pytest.fixture
+def dogs(tmp_path: Path) -> Path:
+    """Three images of other sizes than the training set's, one in a sub-folder, one with a caption of its own."""
+    folder = tmp_path / "dogs"
+    (folder / "1_dog").mkdir(parents=True)
+    for number, (name, size) in enumerate(
+        {"a.png": (24, 16), "b.png": (16, 40), "1_dog/c.png": (32, 32)}.items()
+    ):
+        pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR).save(folder / name)
+    (folder / "b.txt").write_text("red dog", "utf-8")
+    return folder
+
+
+def test_class_images_of_ones_own_are_used_and_the_missing_ones_drawn(dogs: Path, tmp_path: Path):
+    before = {file: file.read_bytes() for file in dogs.rglob("*.*")}
+    objective = objective_of(FULL, folder_of("sd"), tmp_path, prior=PRIOR | {"path": str(dogs)})
+    assert {file: file.read_bytes() for file in dogs.rglob("*.*")} == before
+    drawn = sorted((tmp_path / "class_images").iterdir())
+    assert [file.name.rpartition("-")[2] for file in drawn] == ["00003.png", "00004.png", "00005.png"]
+    (kept,) = objective._kept
+    captions = [facts.captions.texts[0] for facts in kept._views.facts(all_of(kept))]
+    assert captions == ["dog", "dog", "red dog", "dog", "dog", "dog"]
+    # Scaled to cover a square, and its middle: in the order of their names.
+    own = []
+    for name, size in (("1_dog/c.png", (16, 16)), ("a.png", (24, 16)), ("b.png", (16, 40))):
+        image = Image.open(dogs / name).resize(size, Image.Resampling.LANCZOS)
+        left, top = (size[0] - SIZE) // 2, (size[1] - SIZE) // 2
+        own.append(image.crop((left, top, left + SIZE, top + SIZE)))
+    posterior = encode("sd", [*own, *(Image.open(file) for file in drawn)])
+    assert relative_error(class_latents(objective), posterior.mean * 0.18215) < 1e-3
+    # The drawn ones are those of a run that draws all, up to the rounding beside others.
+    everything = objective_of(FULL, folder_of("sd"), tmp_path / "all", prior=PRIOR)
+    assert relative_error(class_latents(objective)[3:], class_latents(everything)[3:]) < 1e-3
+
+
+def test_more_class_images_than_asked_for_are_all_used_and_none_drawn(dogs: Path, tmp_path: Path):
+    prior = PRIOR | {"path": str(dogs), "images": 2}
+    objective = objective_of(FULL, folder_of("sd"), tmp_path, prior=prior)
+    assert len(objective._kept[0].order) == 3
+    assert not (tmp_path / "class_images").exists()
+    assert len(objective.batch(plan_for(objective))) == 8
+
+
+def test_class_images_count_everywhere_where_the_loss_is_masked(dogs: Path, tmp_path: Path):
+    prior = Prior.model_validate(PRIOR | {"path": str(dogs)})
+    classes = ClassImages(prior, tmp_path / "drawn", model="x", seed=0, image_size=SIZE)
+    mask = classes.view(0, random.Random(0)).mask
+    assert mask is not None
+    assert mask.size == (SIZE, SIZE)
+    assert mask.getextrema() == (255, 255)
+
+
+def test_class_images_that_cannot_be_used_are_reported_as_those_of_a_data_set(dogs: Path, tmp_path: Path):
+    def build_with(path: Path, scratch: Path = tmp_path) -> None:
+        objective_of(FULL, folder_of("sd"), scratch, prior=PRIOR | {"path": str(path)})
+
+    (dogs / "broken.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"task\.prior\.path: .*dogs.* has 1 problems: .*broken\.png"):
+        build_with(dogs)
+    with pytest.raises(DatasetError, match=r"task\.prior\.path .*nowhere.* is not a folder of images"):
+        build_with(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match=r"task\.prior\.path: .*no image that can be used"):
+        build_with(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="holds the folder in which this run keeps the class images"):
+        build_with(dogs, dogs / "run")
+    assert not (tmp_path / "class_images").exists()
 
 
 def test_an_inpainting_model_draws_class_images(tmp_path: Path):
