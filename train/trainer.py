@@ -190,7 +190,14 @@ class Trainer:
             weights = {**self.objective.cpu().state_dict(), **ema}
             with replaced_folder(folder) as written:
                 self.objective.save(written, weights)
-                write_card(written, self.config, images=images, parameters=parameters, steps=self.step)
+                write_card(
+                    written,
+                    self.config,
+                    adapts=self.objective.adapts,
+                    images=images,
+                    parameters=parameters,
+                    steps=self.step,
+                )
 
     def _prepared(self) -> AbstractContextManager[Iterator[PlannedBatch]]:
         """This process's part of the steps to come, as they are accumulated one after the other."""

@@ -123,6 +123,11 @@ class Objective(nn.Module, ABC):
         """
         raise ConfigError("validation.images: this task makes no image out of another; leave it out")
 
+    @property
+    def adapts(self) -> Pipeline | None:
+        """The pipeline whose model is taught something that `save` writes without it; None for a whole model."""
+        return None
+
     @abstractmethod
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the finished model in the diffusers layout, with `weights` for the whole state of this module.

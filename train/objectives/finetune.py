@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from latentgen.files import write_json
 from latentgen.models.config import StorageDtype
 from latentgen.models.frozen import store_frozen
 from latentgen.models.text import Conditioning
@@ -186,10 +187,21 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         for network in self.children():
             store_frozen(network, storage)
 
+    @property
+    def adapts(self) -> Pipeline | None:
+        """As Objective.adapts: all methods but one leave the model as it is."""
+        return None if self.task.method.kind == "full" else self._stages
+
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write what the method learnt, in float16 if the recipe says so."""
+        """Write what the method learnt, in float16 if the recipe says so.
+
+        Beside what is put on a model whose schedule training has rescaled lies the scheduler to sample it with.
+        """
         self.load_state_dict(dict(weights))
         self._method.save(self._pipeline(), folder, half=self.task.save_half)
+        if self.adapts is not None and self.task.loss.zero_terminal_snr:
+            config = self.scheduler.to_config()
+            write_json(folder / "scheduler" / "scheduler_config.json", config)
 
     def _pipeline(self) -> Pipeline:
         return self._stages

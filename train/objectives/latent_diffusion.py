@@ -53,8 +53,8 @@ from latentgen.train.objectives.noising import perturbed_noise, training_noise
 from latentgen.train.objectives.standing_in import standing_in
 from latentgen.train.objectives.text_cache import TextCache
 from latentgen.train.objectives.told_text import ToldText
-from latentgen.train.resident import page_out
 from latentgen.train.objectives.view_source import ViewSource
+from latentgen.train.resident import page_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
