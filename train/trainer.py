@@ -25,7 +25,7 @@ from latentgen.train.data.held_out import open_parts
 from latentgen.train.interrupt import StopSignal
 from latentgen.train.memory import save_memory
 from latentgen.train.model_card import write_card
-from latentgen.train.objectives.base import Loss, Objective
+from latentgen.train.objectives.base import Loss, Objective, Subset
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.optimizer import build_optimizer
 from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
@@ -159,7 +159,7 @@ class Trainer:
         with StopSignal() as stop, bar, self._prepared() as prepared:
             self._watch.begin(self.step)
             for step in bar:
-                self.log.add(self._update(step, prepared))
+                self.log.add(*self._update(step, prepared))
                 self.step = step + 1
                 signal = agree_on_signal(self.accelerator, stop.number)
                 if self.log.is_due(self.step):
@@ -236,19 +236,25 @@ class Trainer:
         with self._prepared() as prepared:
             for step in range(min(count + 1, self.config.max_steps)):
                 start = time.monotonic()
-                loss = self._update(step, prepared)["loss"]
-                float(loss)  # waits for the device
+                losses, _ = self._update(step, prepared)
+                float(losses["loss"])  # waits for the device
                 taken.append(time.monotonic() - start)
                 if sum(taken[1:]) > seconds:
                     break
         return taken[1:] or taken
 
-    def _update(self, step: int, batches: Iterator[PlannedBatch]) -> dict[str, Tensor]:
-        """One optimiser step over the global batch; returns this process's mean losses by name, on the device."""
+    def _update(
+        self, step: int, batches: Iterator[PlannedBatch]
+    ) -> tuple[dict[str, Tensor], dict[str, Subset]]:
+        """One optimiser step over the global batch; returns this process's mean losses by name, on the device.
+
+        And what only some samples tell, of which a part of the batch may have none: as sums, with their number.
+        """
         config = self.config
         for group in self._optimizer.param_groups:
             group["lr"] = config.optimizer.rate_at(step, config.max_steps)
         losses: dict[str, Tensor] = {}
+        subsets: dict[str, Subset] = {}
         parts = config.gradient_accumulation_steps
         for plan, batch in islice(batches, parts):
             with self.accelerator.accumulate(self._model):
@@ -256,6 +262,9 @@ class Trainer:
                 self.accelerator.backward(loss.total)
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     losses[name] = losses.get(name, 0) + value.detach() / parts
+                for name, (total, count) in loss.subsets.items():
+                    before = subsets.get(name, Subset(torch.zeros_like(total), torch.zeros_like(count)))
+                    subsets[name] = Subset(before.total + total.detach(), before.count + count)
                 max_norm = config.optimizer.max_grad_norm
                 if self.accelerator.sync_gradients and max_norm is not None:
                     norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
@@ -266,7 +275,7 @@ class Trainer:
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._update_ema(step)
-        return losses
+        return losses, subsets
 
     def _loss(self, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
         # Not awaited where the batch is pinned.

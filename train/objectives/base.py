@@ -20,11 +20,19 @@ from latentgen.pipelines.base import Pipeline
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View
 
 
+class Subset(NamedTuple):
+    """The sum of something over those samples of a batch that it is told of, and their number, which may be 0."""
+
+    total: Tensor
+    count: Tensor
+
+
 class Loss(NamedTuple):
-    """The scalar to minimise, and what to show of it."""
+    """The scalar to minimise, and what to show of it: other means over the batch, and over subsets of its samples."""
 
     total: Tensor
     parts: Mapping[str, Tensor]
+    subsets: Mapping[str, Subset] = {}
 
 
 class Objective(nn.Module, ABC):

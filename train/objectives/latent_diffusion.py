@@ -145,7 +145,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
         return self
 
     def forward(self, *batch: Tensor) -> Loss:
-        """The mean error of the prediction; its part is the same at the noisier half of the timesteps."""
+        """The mean error of the prediction; its subset is the samples at the noisier half of the timesteps."""
         latents, noise, timesteps, *shown = batch
         loss = self.task.loss
         level = self.scheduler.schedule.batch(timesteps)
