@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,10 +14,11 @@ import torch
 from latentgen.train.accelerator import build_accelerator
 from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.data.held_out import open_parts
+from latentgen.train.memory import save_memory
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.run_folder import starting_state
 from latentgen.train.sharing import gather
-from latentgen.train.trainer import Trainer
+from latentgen.train.trainer import Trainer, check_objective
 
 _STEPS = 3
 _SECONDS = 20.0
@@ -102,8 +104,10 @@ def dry_run(config: TrainConfig) -> Rehearsal:
             device=accelerator.device,
             assets=None if state is None else config.output_dir,
             data=parts.training,
+            check=partial(check_objective, config, accelerator),
         )
         accelerator.wait_for_everyone()
+    save_memory(config, accelerator, objective)
     trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
     counts_memory = accelerator.device.type == "cuda"
     if counts_memory:

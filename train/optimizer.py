@@ -42,6 +42,28 @@ def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.Optimiz
     return _build(parameters, config)
 
 
+def check_optimizer(config: Optimizer) -> None:
+    """Refuse an optimiser that cannot be built here.
+
+    Raises:
+        ConfigError: it needs a package that is not there.
+    """
+    if config.name == "adamw8bit":
+        _bitsandbytes()
+
+
+def _bitsandbytes() -> Any:
+    """The AdamW of bitsandbytes with a state of eight bits."""
+    try:
+        from bitsandbytes.optim import AdamW8bit as Inner  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer.name adamw8bit needs bitsandbytes, which cannot be imported ({error}): pip install "
+            "bitsandbytes, or use adafactor"
+        ) from None
+    return Inner
+
+
 def _build(parameters: list[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
     if config.name == "adafactor":
         return MatrixAdafactor(
@@ -213,14 +235,9 @@ class AdamW8bit(JoinedOptimizer):
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        try:
-            from bitsandbytes.optim import AdamW8bit as Inner  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ConfigError(
-                f"optimizer.name adamw8bit needs bitsandbytes, which cannot be imported ({error}): pip install "
-                "bitsandbytes, or use adafactor"
-            ) from None
-        self._inner: Any = Inner(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        self._inner: Any = _bitsandbytes()(
+            parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay
+        )
         super().__init__([parameters], [self._inner], learning_rate)
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, CaptionedImages, plan_step, sample_rng
 from latentgen.train.data.held_out import open_parts
 from latentgen.train.interrupt import StopSignal
-from latentgen.train.memory import save_memory
+from latentgen.train.memory import check_memory, save_memory
 from latentgen.train.model_card import write_card
 from latentgen.train.objectives.base import Loss, Objective, Subset
 from latentgen.train.objectives.build import build_objective
@@ -33,6 +34,7 @@ from latentgen.train.resident import give_back_freed, keep_tensors_apart
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import run_lock, starting_state
 from latentgen.train.run_log import AFTER_NAN, RunLog
+from latentgen.train.samples import check_drawing
 from latentgen.train.sharding import gathered, prepared, put_together, spread_like, whole
 from latentgen.train.watch import Watch
 
@@ -65,7 +67,13 @@ def train(config: TrainConfig) -> Path:
         torch.manual_seed(config.seed)
         assets = None if state is None else output_dir
         parts = open_parts(config)
-        objective = build_objective(config, device=accelerator.device, assets=assets, data=parts.training)
+        objective = build_objective(
+            config,
+            device=accelerator.device,
+            assets=assets,
+            data=parts.training,
+            check=partial(check_objective, config, accelerator),
+        )
         save_memory(config, accelerator, objective)
         trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
         if state is not None:
@@ -80,6 +88,20 @@ def train(config: TrainConfig) -> Path:
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir / "model"
+
+
+def check_objective(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
+    """Refuse what a recipe asks of an objective, before images are drawn or encoded.
+
+    Raises:
+        ConfigError: the objective cannot do what the recipe says.
+        InputError: a validation prompt cannot be drawn as the recipe says.
+        MemoryBudgetError: a step does not fit into the device.
+    """
+    if config.validation is not None and config.validation.prompts:
+        with objective.preview({}) as pipeline:
+            check_drawing(pipeline, config.validation)
+    check_memory(config, accelerator, objective)
 
 
 class Trainer:

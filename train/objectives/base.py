@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -81,6 +81,14 @@ class Objective(nn.Module, ABC):
         """Store what is not trained in fewer bits.
 
         Raises:
+            ConfigError: as `check_base_storage`.
+        """
+        self.check_base_storage(storage)
+
+    def check_base_storage(self, storage: StorageDtype) -> None:
+        """Refuse to store what is not trained in fewer bits, where that cannot be.
+
+        Raises:
             ConfigError: it is saved with the model, and must stay as it is.
         """
         raise ConfigError(
@@ -142,3 +150,14 @@ class Objective(nn.Module, ABC):
 
         Training is over: the objective, which must be on the CPU, may change itself.
         """
+
+
+Check = Callable[[Objective], None]
+"""Refuses an objective, by raising an error, before it does what takes long: drawing and encoding images.
+
+Its networks are those that will be trained, on the CPU; a batch has its shapes, and no true latents.
+"""
+
+
+def unchecked(_: Objective) -> None:
+    """Refuse nothing."""

@@ -23,7 +23,7 @@ from latentgen.pipelines.inpaint import in_latents
 from latentgen.train.config import FinetuneTask, LatentLoss
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, sample_rng
 from latentgen.train.methods import build_method
-from latentgen.train.objectives.base import Loss
+from latentgen.train.objectives.base import Check, Loss, unchecked
 from latentgen.train.objectives.class_images import ClassImages
 from latentgen.train.objectives.encoded_views import Shown
 from latentgen.train.objectives.latent_diffusion import LatentObjective
@@ -47,6 +47,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         seed: the run's seed, which the cached views follow.
         device: where images are drawn and encoded; the objective itself stays on the CPU.
         origin: what the run starts from.
+        check: looks at this objective before anything is drawn or encoded.
 
     Raises:
         ConfigError: the recipe does not fit the checkpoint.
@@ -55,7 +56,14 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
     """
 
     def __init__(
-        self, task: FinetuneTask, data: CaptionedImages, *, seed: int, device: torch.device, origin: Origin
+        self,
+        task: FinetuneTask,
+        data: CaptionedImages,
+        *,
+        seed: int,
+        device: torch.device,
+        origin: Origin,
+        check: Check = unchecked,
     ) -> None:
         pipeline = load_origin(origin.source, task)
         super().__init__(task, data, device, pipeline.scheduler)
@@ -68,6 +76,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         self._vae = (self._stages.encoder(), self._stages.decoder)
         # In a tuple, as it shares all networks with this one.
         self._kept: tuple[FinetuneObjective, ...] = ()
+        self._look_ahead(data, seed, device, check)
         classes = None
         if task.prior is not None:
             classes = ClassImages(task.prior, origin.class_images, model=origin.named(task), seed=seed)
@@ -117,6 +126,8 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         that a UNet is shown. With prior preservation all of that follows once more, for as many class images.
         """
         rows = self._rows(plan)
+        if self.task.prior is not None and not self._kept:
+            return *rows, *rows  # looking ahead: class images will be of the same shape
         for kept in self._kept:
             # A plan of its own for the class images, so that they share no random number with the others.
             seed = sample_rng(plan.seed, "prior").getrandbits(62)
@@ -182,10 +193,14 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         Raises:
             ConfigError: the method saves the whole model.
         """
-        if self.task.method.kind == "full":
-            super().store_base(storage)
+        super().store_base(storage)
         for network in self.children():
             store_frozen(network, storage)
+
+    def check_base_storage(self, storage: StorageDtype) -> None:
+        """As Objective.check_base_storage."""
+        if self.task.method.kind == "full":
+            super().check_base_storage(storage)
 
     @property
     def adapts(self) -> Pipeline | None:
