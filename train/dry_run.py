@@ -75,6 +75,8 @@ class Rehearsal:
             f"steps:    {config.max_steps:,}{begun}; {per_epoch:,.4g} steps an epoch, "
             f"{config.max_steps / per_epoch:,.4g} epochs"
         )
+        if (unreached := config.optimizer.unreached(config.max_steps)) is not None:
+            yield f"warning:  {unreached}"
         if self.peak_bytes is not None:
             yield f"memory:   {self.peak_bytes / 2**30:.1f} GiB on the device at its peak"
         rate = config.batch_size / self.seconds_per_step

@@ -82,6 +82,8 @@ def train(config: TrainConfig) -> Path:
             trim_log(output_dir, trainer.step)
             if state is None:
                 objective.save_assets(output_dir)
+            if (unreached := config.optimizer.unreached(config.max_steps)) is not None:
+                print(f"warning: {unreached}", file=sys.stderr)
         trainer.log.open(trainer.step)
         trainer.run()
         trainer.save_model(output_dir / "model", images=len(parts.training))
