@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentgen.errors import NumericalError, ResumeError
+from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train.accelerator import build_accelerator
 from latentgen.train.batches import PlannedBatch, prepared_batches
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
@@ -100,9 +100,19 @@ def check_objective(config: TrainConfig, accelerator: Accelerator, objective: Ob
         InputError: a validation prompt cannot be drawn as the recipe says.
         MemoryBudgetError: a step does not fit into the device.
     """
-    if config.validation is not None and config.validation.prompts:
+    validation = config.validation
+    if validation is not None and validation.images and not objective.remakes:
+        raise ConfigError(
+            "validation.images: this model makes no image out of another; leave it out, and give it validation.prompts"
+        )
+    if validation is not None and validation.prompts:
+        if objective.remakes:
+            raise ConfigError(
+                "validation.prompts: this model draws nothing from a prompt alone; leave them out, give it held_out or "
+                "validation.data, and validation.images"
+            )
         with objective.preview({}) as pipeline:
-            check_drawing(pipeline, config.validation)
+            check_drawing(pipeline, validation)
     check_memory(config, accelerator, objective)
 
 

@@ -139,7 +139,7 @@ def _examples(objective: Objective, held_out: CaptionedImages, validation: Valid
     for item in range(min(validation.images, len(held_out))):
         rng = sample_rng(validation.seed, "example", item)
         view = held_out.view(item, rng)
-        examples.append(Example(view.captions.draw(rng), objective.shown(view, rng), view.image))
+        examples.append(objective.example(view, rng))
     return examples
 
 

@@ -47,8 +47,8 @@ class Optimizer(Section):
         most = self.learning_rate * max_steps / self.warmup_steps
         return (
             f"optimizer.warmup_steps is {self.warmup_steps:,} and max_steps {max_steps:,}: the learning rate rises to "
-            f"{most:.3g} at most, in the last step, of {self.learning_rate:.3g}; lower optimizer.warmup_steps for a run "
-            "as short as this"
+            f"{most:.3g} at most, in the last step, of {self.learning_rate:.3g}; lower optimizer.warmup_steps for a "
+            "run as short as this"
         )
 
     def rate_at(self, step: int, max_steps: int) -> float:

@@ -18,6 +18,7 @@ from latentgen.models.checkpointing import Checkpointing
 from latentgen.models.config import StorageDtype
 from latentgen.pipelines.base import Pipeline
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View
+from latentgen.train.samples import Example
 
 
 class Subset(NamedTuple):
@@ -130,6 +131,19 @@ class Objective(nn.Module, ABC):
             ConfigError: the task trains nothing that draws.
         """
         raise ConfigError("validation: this task trains nothing that draws; leave prompts and images out")
+
+    @property
+    def remakes(self) -> bool:
+        """Whether the model makes images out of images, which `example` then shows it, and draws none from a prompt."""
+        return False
+
+    def example(self, view: View, rng: random.Random) -> Example:
+        """What a model that makes images out of images is shown, and told, where it is to make this one.
+
+        Raises:
+            ConfigError: it is shown nothing.
+        """
+        return Example(view.captions.draw(rng), self.shown(view, rng), view.image)
 
     def shown(self, view: View, rng: random.Random) -> Image.Image:
         """What a model that makes images out of images is shown where it is to make this one.

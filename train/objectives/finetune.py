@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from latentgen.files import write_json
@@ -29,7 +30,9 @@ from latentgen.train.objectives.encoded_views import Shown
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.masks import random_mask
 from latentgen.train.objectives.origin import Origin, check_data, load_origin, own_memory
+from latentgen.train.objectives.view_encoder import image_before
 from latentgen.train.objectives.view_source import ViewSource
+from latentgen.train.samples import Example
 
 # What is not shown: to the encoder as near to 0 as 8 bits come.
 _GREY = (127, 127, 127)
@@ -118,6 +121,22 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
     def edits(self) -> bool:
         """Whether the UNet is shown the image before an edit."""
         return self.unet.config.in_channels == 2 * self._stages.decoder.config.latent_channels
+
+    @property
+    def remakes(self) -> bool:
+        """As Objective.remakes: what the UNet is shown says it."""
+        return self.inpaints or self.edits
+
+    def example(self, view: View, rng: random.Random) -> Example:
+        """As Objective.example; a model of inpainting is told a random mask, and shown what that leaves."""
+        if not self.inpaints:
+            return super().example(view, rng)
+        caption, mask = view.captions.draw(rng), random_mask(view.image.size, rng)
+        return Example(caption, _covered(view.image, mask), view.image, mask)
+
+    def shown(self, view: View, rng: random.Random) -> Image.Image:
+        """The image before the edit."""
+        return image_before(view) if self.edits else super().shown(view, rng)
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """As LatentObjective.batch.
@@ -224,6 +243,11 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
 
 def _unmasked(view: View, rng: random.Random) -> View:
     """A view, as an edit of what a random mask leaves of it."""
-    image = view.image.copy()
-    image.paste(_GREY, mask=random_mask(image.size, rng))
-    return view._replace(before=image)
+    return view._replace(before=_covered(view.image, random_mask(view.image.size, rng)))
+
+
+def _covered(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """What a mask leaves of an image."""
+    covered = image.copy()
+    covered.paste(_GREY, mask=mask)
+    return covered

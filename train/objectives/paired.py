@@ -87,6 +87,10 @@ class PairedObjective(LatentObjective[PairedTask]):
     def _shown_as(self) -> Shown:
         return "latents"
 
+    @property
+    def remakes(self) -> bool:
+        return True
+
     def shown(self, view: View, rng: random.Random) -> Image.Image:
         """The degraded image."""
         return DEGRADATIONS[self.task.degradation](view.image, rng)

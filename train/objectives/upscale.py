@@ -99,6 +99,10 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
     def _shown_as(self) -> Shown:
         return "pixels"
 
+    @property
+    def remakes(self) -> bool:
+        return True
+
     def shown(self, view: View, rng: random.Random) -> Image.Image:
         """The image in low resolution, without noise."""
         return lower_resolution(view.image, view.image.width // self._scale, rng)
