@@ -106,7 +106,7 @@ def dry_run(config: TrainConfig) -> Rehearsal:
             device=accelerator.device,
             assets=None if state is None else config.output_dir,
             data=parts.training,
-            check=partial(check_objective, config, accelerator),
+            check=partial(check_objective, config, accelerator, parts.held_out),
         )
         accelerator.wait_for_everyone()
     save_memory(config, accelerator, objective)

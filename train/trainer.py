@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> Path:
             device=accelerator.device,
             assets=assets,
             data=parts.training,
-            check=partial(check_objective, config, accelerator),
+            check=partial(check_objective, config, accelerator, parts.held_out),
         )
         save_memory(config, accelerator, objective)
         trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
@@ -92,15 +92,21 @@ def train(config: TrainConfig) -> Path:
     return output_dir / "model"
 
 
-def check_objective(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
+def check_objective(
+    config: TrainConfig, accelerator: Accelerator, held_out: CaptionedImages | None, objective: Objective
+) -> None:
     """Refuse what a recipe asks of an objective, before images are drawn or encoded.
 
     Raises:
         ConfigError: the objective cannot do what the recipe says.
+        DatasetError: the images to measure on lack what the model is shown.
         InputError: a validation prompt cannot be drawn as the recipe says.
         MemoryBudgetError: a step does not fit into the device.
     """
     validation = config.validation
+    if validation is not None and held_out is not None and objective.remakes:
+        rng = sample_rng(validation.seed, "example", 0)
+        objective.example(held_out.view(0, rng), rng)
     if validation is not None and validation.images and not objective.remakes:
         raise ConfigError(
             "validation.images: this model makes no image out of another; leave it out, and give it validation.prompts"

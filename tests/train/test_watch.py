@@ -201,6 +201,31 @@ def test_finetuned_models_remake_held_out_images(family: str, tmp_path: Path, im
     assert np.abs(np.asarray(expected, np.int16) - np.asarray(images["made"], np.int16)).max() <= 1
 
 
+def test_held_out_images_without_one_before_the_edit_are_told_before_anything_is_encoded(
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    edits = tmp_path / "edits"
+    edits.mkdir()
+    for name in ("a.png", "before.png"):
+        Image.new("RGB", (16, 16), "red").save(edits / name)
+    row = {"file_name": "a.png", "before_file_name": "before.png", "text": "red disc"}
+    (edits / "metadata.jsonl").write_text(json.dumps(row), "utf-8")
+    monkeypatch.setattr("latentgen.train.objectives.latent_diffusion.encode_views", None)
+    config = finetuning(
+        tmp_path,
+        edits,
+        "full",
+        task={"kind": "finetune", "method": {"kind": "full"}},
+        init_from=str(folder_of("instruct")),
+        validation={
+            "images": 1,
+            "data": {"kind": "imagefolder", "path": str(image_folder), "image_size": 16},
+        },
+    )
+    with pytest.raises(DatasetError, match="no image that it is an edit of"):
+        train(config)
+
+
 @pytest.mark.parametrize(
     ("family", "validation", "message"),
     [
