@@ -273,10 +273,10 @@ class Use:
 
     def theirs(self, adapt: str = "") -> str:
         """With diffusers; `adapt` are lines that follow the loading."""
-        names = sorted({self.diffusers_class, *([self.scheduler] if self.has_scheduler else [])})
+        names = [self.diffusers_class, *([self.scheduler] if self.has_scheduler else [])]
         imports = [
             "import torch",
-            f"from diffusers import {', '.join(names)}",
+            f"from diffusers import {', '.join(sorted(names))}",
             *(["from diffusers.utils import load_image"] if self._images else []),
             *([] if self.source.place else [f"from latentgen.checkpoints.folder import {_EMBEDDED}"]),
             *(["from safetensors.torch import load_file"] if "load_file(" in adapt else []),
