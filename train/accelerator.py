@@ -7,6 +7,7 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from latentgen.errors import ConfigError
 from latentgen.train.config import TrainConfig
+from latentgen.train.optimizer import check_optimizer
 from latentgen.train.run_log import check_trackers
 from latentgen.train.sharding import check_sharding
 from latentgen.train.zero import check_installed
@@ -17,6 +18,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     parts = config.gradient_accumulation_steps
     check_trackers(config.trackers)
     check_installed()
+    check_optimizer(config.optimizer)
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,10 +14,11 @@ import torch
 from latentgen.train.accelerator import build_accelerator
 from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.data.held_out import open_parts
+from latentgen.train.memory import save_memory
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.run_folder import starting_state
 from latentgen.train.sharing import gather
-from latentgen.train.trainer import Trainer
+from latentgen.train.trainer import Trainer, check_objective
 
 _STEPS = 3
 _SECONDS = 20.0
@@ -73,6 +75,8 @@ class Rehearsal:
             f"steps:    {config.max_steps:,}{begun}; {per_epoch:,.4g} steps an epoch, "
             f"{config.max_steps / per_epoch:,.4g} epochs"
         )
+        if (unreached := config.optimizer.unreached(config.max_steps)) is not None:
+            yield f"warning:  {unreached}"
         if self.peak_bytes is not None:
             yield f"memory:   {self.peak_bytes / 2**30:.1f} GiB on the device at its peak"
         rate = config.batch_size / self.seconds_per_step
@@ -102,8 +106,10 @@ def dry_run(config: TrainConfig) -> Rehearsal:
             device=accelerator.device,
             assets=None if state is None else config.output_dir,
             data=parts.training,
+            check=partial(check_objective, config, accelerator, parts.held_out),
         )
         accelerator.wait_for_everyone()
+    save_memory(config, accelerator, objective)
     trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
     counts_memory = accelerator.device.type == "cuda"
     if counts_memory:

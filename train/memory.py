@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ from latentgen.train.sharding import precision
 _CGROUP = Path("/sys/fs/cgroup")
 # What a suggestion must save, as a share of the whole, to be worth a line.
 _WORTH_IT = 0.02
+# Samples whose shape stands for that of all: captions of one batch may need different numbers of windows.
+_FEW = 8
 
 
 class Activations(NamedTuple):
@@ -78,8 +81,23 @@ class MemoryPlan(NamedTuple):
         return sum(part for part in self if part is not None)
 
 
+def check_memory(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
+    """Refuse what a recipe says about memory, as early as it can be told of an objective on the CPU.
+
+    Whether a step fits is told now, or by `save_memory` of a base that is stored in fewer bits.
+
+    Raises:
+        ConfigError: the objective cannot do what the recipe says.
+        MemoryBudgetError: a step does not fit, with the numbers and what would help.
+    """
+    if config.memory.base_dtype != "fp32":
+        objective.check_base_storage(config.memory.base_dtype)
+    elif config.memory.planner:
+        _refuse_too_much(config, accelerator, objective)
+
+
 def save_memory(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
-    """Do what a recipe says about memory to an objective on the CPU, and see whether a step of it fits.
+    """Do what a recipe says about memory to an objective on the CPU, which `check_memory` has let through.
 
     Raises:
         ConfigError: the objective cannot do what the recipe says.
@@ -87,25 +105,32 @@ def save_memory(config: TrainConfig, accelerator: Accelerator, objective: Object
     """
     if config.memory.base_dtype != "fp32":
         objective.store_base(config.memory.base_dtype)
-    if config.memory.planner:
-        device = accelerator.device
-        activations = estimate_activations(
-            objective, first_batch(config, accelerator, objective), device, precision(accelerator, config)
-        )
-        plan = plan_memory(config, objective, activations, device, accelerator.num_processes)
-        room = available_bytes(device)
-        # On the CPU the weights are there already.
-        room += plan.frozen + plan.trained if device.type == "cpu" else 0
-        if accelerator.is_main_process:
-            print(_shown(plan, room, device), file=sys.stderr)
-        if plan.total > room:
-            raise MemoryBudgetError(_refusal(plan, room, config, objective, activations))
+        if config.memory.planner:
+            _refuse_too_much(config, accelerator, objective)
     if config.memory.gradient_checkpointing:
         objective.checkpoint_gradients(config.memory.gradient_checkpointing)
 
 
-def first_batch(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> tuple[Tensor, ...]:
-    """What this process computes at once in the first step of a run, on the CPU."""
+def _refuse_too_much(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
+    device = accelerator.device
+    activations = estimate_activations(
+        objective, batch_shapes(config, accelerator, objective), device, precision(accelerator, config)
+    )
+    plan = plan_memory(config, objective, activations, device, accelerator.num_processes)
+    room = available_bytes(device)
+    # On the CPU the weights are there already.
+    room += plan.frozen + plan.trained if device.type == "cpu" else 0
+    if accelerator.is_main_process:
+        print(_shown(plan, room, device), file=sys.stderr)
+    if plan.total > room:
+        raise MemoryBudgetError(_refusal(plan, room, config, objective, activations))
+
+
+def batch_shapes(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> tuple[Tensor, ...]:
+    """What this process computes at once in the first step of a run, without content: tensors on the meta device.
+
+    The batch may be what does not fit, so that a few of its samples alone are made.
+    """
     plans: list[BatchPlan] = plan_step(
         config.seed,
         0,
@@ -115,7 +140,10 @@ def first_batch(config: TrainConfig, accelerator: Accelerator, objective: Object
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
     )
-    return objective.batch(plans[0])
+    plan = plans[0]
+    few = replace(plan, samples=plan.samples[:_FEW], items=plan.items[:_FEW])
+    batch, count = objective.batch(few), len(plan.samples)
+    return tuple(torch.empty((count, *t.shape[1:]), dtype=t.dtype, device="meta") for t in batch)
 
 
 def plan_memory(

@@ -7,15 +7,26 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from latentgen import __version__
-from latentgen.checkpoints.folder import EMBEDDED_DEFAULT
+from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, TOKENIZERS
 from latentgen.files import atomic_write, read_json
-from latentgen.pipelines.loading import GUIDANCE_KEY, READS
-from latentgen.train.config import TrainConfig
+from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.loading import (
+    GUIDANCE_KEY,
+    PIXEL_CLASS,
+    PIXEL_CLASSES,
+    PIXEL_PAIRED_CLASS,
+    PIXEL_UPSCALE_CLASS,
+    usual_guidance_scale,
+)
+from latentgen.train.config import FinetuneTask, TrainConfig
+from latentgen.train.config.finetune import TextualInversionMethod
+from latentgen.train.methods.lora import DIFFUSERS_FILE
+from latentgen.train.methods.textual_inversion import EMBEDDING_FILE, SDXL_KEYS
 from latentgen.train.samples import SHEET, latest_sheet
 
 CARD = "README.md"
@@ -24,9 +35,31 @@ _UNTOLD = (
     *("output_dir", "resume", "allow_changes", "checkpoint_every", "keep_checkpoints"),
     *("log_every", "workers", "trackers"),
 )
-_LORA = "pytorch_lora_weights.safetensors"
-_EMBEDDING = "learned_embeds.safetensors"
 _EMBEDDED = "EMBEDDED_DEFAULT"
+# What a checkpoint says that it is -> the pipeline here that draws with it.
+_OURS = {
+    "StableDiffusionPipeline": "TextToImagePipeline",
+    "StableDiffusionXLPipeline": "TextToImagePipeline",
+    "StableDiffusionImg2ImgPipeline": "ImageToImagePipeline",
+    "StableDiffusionXLImg2ImgPipeline": "ImageToImagePipeline",
+    "StableDiffusionInpaintPipeline": "InpaintPipeline",
+    "StableDiffusionXLInpaintPipeline": "InpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline": "InstructPix2PixPipeline",
+    "StableDiffusionUpscalePipeline": "UpscalePipeline",
+    PIXEL_CLASS: "TextToImagePipeline",
+    PIXEL_PAIRED_CLASS: "PairedImagePipeline",
+    PIXEL_UPSCALE_CLASS: "UpscalePipeline",
+}
+# Those whose models, if they are in latents, diffusers draws with in the same way.
+_THEIRS = ("TextToImagePipeline", "ImageToImagePipeline", "InpaintPipeline", "InstructPix2PixPipeline")
+# Those that are shown images: argument -> example.
+_SHOWN: Mapping[str, Mapping[str, str]] = {
+    "ImageToImagePipeline": {"image": "image.png"},
+    "InpaintPipeline": {"image": "image.png", "mask_image": "mask.png"},
+    "InstructPix2PixPipeline": {"image": "image.png"},
+    "PairedImagePipeline": {"image": "image.png"},
+    "UpscalePipeline": {"image": "small.png"},
+}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -49,7 +82,9 @@ class Kind:
     has_task: bool = True
 
 
-def write_card(folder: Path, config: TrainConfig, *, images: int, parameters: int, steps: int) -> None:
+def write_card(
+    folder: Path, config: TrainConfig, *, adapts: Pipeline | None, images: int, parameters: int, steps: int
+) -> None:
     """Write `README.md` into the folder of a finished model, and beside it the newest sheet of validation prompts.
 
     The recipe is part of it, its folders by their last names alone. Of the images only their number is told, and of
@@ -58,6 +93,7 @@ def write_card(folder: Path, config: TrainConfig, *, images: int, parameters: in
     Args:
         folder: what an objective has saved.
         config: the recipe.
+        adapts: the pipeline whose model was taught something that is saved without it; None for a whole model.
         images: how many it learnt from.
         parameters: how many numbers were learnt.
         steps: optimiser steps done.
@@ -65,7 +101,7 @@ def write_card(folder: Path, config: TrainConfig, *, images: int, parameters: in
     Raises:
         OutputError: the folder cannot be written.
     """
-    kind = _kind(folder, config)
+    kind = _kind(folder, config, adapts)
     validation = config.validation
     sheet = latest_sheet(config.output_dir) if validation is not None and validation.prompts else None
     if sheet is not None:
@@ -89,24 +125,9 @@ def write_card(folder: Path, config: TrainConfig, *, images: int, parameters: in
         file.write(("\n\n".join(sections) + "\n").encode())
 
 
-def _kind(folder: Path, config: TrainConfig) -> Kind:
-    prompt = _example_prompt(config)
-    if (folder / _LORA).is_file():
-        return _adapter(
-            config,
-            "A LoRA",
-            "lora",
-            f'.with_lora("{_LORA}")',
-            f'pipe.load_lora_weights(".", weight_name="{_LORA}")',
-        )
-    if (folder / _EMBEDDING).is_file():
-        return _adapter(
-            config,
-            "An embedding (textual inversion)",
-            "textual_inversion",
-            f'.with_embedding("{_EMBEDDING}")',
-            f'pipe.load_textual_inversion("{_EMBEDDING}")',
-        )
+def _kind(folder: Path, config: TrainConfig, adapts: Pipeline | None) -> Kind:
+    if adapts is not None:
+        return _adapter(folder, config, adapts)
     index = read_json(folder / "model_index.json")
     name = str(index["_class_name"])
     if name == "AutoencoderKL":
@@ -119,64 +140,181 @@ def _kind(folder: Path, config: TrainConfig) -> Kind:
             'from diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained(".", subfolder="vae")\n',
             has_task=False,
         )
-    if name == "StableDiffusionUpscalePipeline":
-        call = f'pipeline({prompt!r}, image="small.png", seed=0)'
-        return Kind("An upscaler", ("image-to-image",), _ours("UpscalePipeline", call))
-    if name not in READS["TextToImagePipeline"]:
-        ours = "InpaintPipeline" if "Inpaint" in name else "InstructPix2PixPipeline"
-        if config.task.kind == "paired":
-            ours = "PairedImagePipeline"
-        mask = ', mask_image="mask.png"' if ours == "InpaintPipeline" else ""
-        call = f'pipeline({prompt!r}, image="image.png"{mask}, seed=0)'
-        return Kind("A model of image to image", ("image-to-image",), _ours(ours, call))
+    ours = "PairedImagePipeline" if config.task.kind == "paired" else _OURS[name]
+    use = Use(ours, name, _example_prompt(config), index.get(GUIDANCE_KEY))
     return Kind(
-        "A model of text to image",
-        ("text-to-image",),
-        _ours("TextToImagePipeline", f"pipeline({prompt!r}, seed=0)"),
-        _theirs('"."', prompt, index.get(GUIDANCE_KEY)) if name == "StableDiffusionPipeline" else "",
+        "An upscaler" if ours == "UpscalePipeline" else f"A model of {use.task.replace('-', ' ')}",
+        (use.task,),
+        use.ours(),
+        use.theirs() if ours in _THEIRS and name not in PIXEL_CLASSES else "",
     )
 
 
-def _ours(pipeline: str, call: str, source: str = '"."', adapted: str = "") -> str:
-    return (
-        f"from latentgen import {pipeline}\n\npipeline = {pipeline}.{_loader(source)}({source}){adapted}\n"
-        f'{call}.images[0].save("result.png")\n'
-    )
-
-
-def _theirs(source: str, prompt: str, guidance_scale: object = None, adapt: str = "") -> str:
-    imports = "import torch\nfrom diffusers import StableDiffusionPipeline\n"
-    if source == _EMBEDDED:
-        imports += f"from latentgen.checkpoints.folder import {_EMBEDDED}\n"
-    scale = "" if guidance_scale is None else f"guidance_scale={guidance_scale}, "
-    return (
-        f"{imports}\npipe = StableDiffusionPipeline.{_loader(source)}({source})\n{adapt}"
-        "generator = torch.Generator().manual_seed(0)\n"
-        f'pipe({prompt!r}, {scale}generator=generator).images[0].save("result.png")\n'
-    )
-
-
-def _loader(source: str) -> str:
-    return "from_single_file" if source.endswith(('.safetensors"', '.ckpt"')) else "from_pretrained"
-
-
-def _adapter(config: TrainConfig, title: str, tag: str, ours: str, theirs: str) -> Kind:
+def _adapter(folder: Path, config: TrainConfig, adapts: Pipeline) -> Kind:
     """What is loaded on top of the model that it was trained from."""
-    prompt, base = _example_prompt(config), config.init_from
-    source = ""
-    if base is not None and base.resolve() != EMBEDDED_DEFAULT:
-        source = f'"{_hub_id(base) or f"path/to/{base.name}"}"'
-    return Kind(
-        f"{title} for {_origin(config)}",
-        ("text-to-image", tag),
-        _ours("TextToImagePipeline", f"pipeline({prompt!r}, seed=0)", source, ours),
-        _theirs(source or _EMBEDDED, prompt, adapt=f"{theirs}\n"),
+    name, scale = adapts.diffusers_class, adapts.default_guidance_scale
+    method = config.task.method if isinstance(config.task, FinetuneTask) else None
+    use = Use(
+        type(adapts).__name__,
+        name,
+        _example_prompt(config),
+        None if scale == usual_guidance_scale(name) else scale,
+        source=_Source.of(config),
+        has_scheduler=(folder / "scheduler").is_dir(),
+        scheduler=str(adapts.scheduler.to_config()["_class_name"]),
     )
+    if isinstance(method, TextualInversionMethod):
+        title, tag = "An embedding (textual inversion)", "textual_inversion"
+        ours, theirs = f'.with_embedding("{EMBEDDING_FILE}")', _load_embedding(adapts, method.token)
+    else:
+        title, tag = "A LoRA", "lora"
+        ours = f'.with_lora("{DIFFUSERS_FILE}")'
+        theirs = f'pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")\n'
+    return Kind(f"{title} for {_origin(config)}", (use.task, tag), use.ours(ours), use.theirs(theirs))
+
+
+def _load_embedding(adapts: Pipeline, token: str) -> str:
+    """What diffusers does to use the vectors of a token; of SDXL each text encoder is given its own."""
+    if not adapts.is_sdxl:
+        return f'pipe.load_textual_inversion("{EMBEDDING_FILE}")\n'
+    loads = "".join(
+        f'pipe.load_textual_inversion(vectors["{key}"], token={token!r}, text_encoder=pipe.{encoder}, '
+        f"tokenizer=pipe.{TOKENIZERS[encoder]})\n"
+        for encoder, key in SDXL_KEYS.items()
+    )
+    return f'vectors = load_file("{EMBEDDING_FILE}")\n{loads}'
+
+
+class _Source(NamedTuple):
+    """What `from_pretrained`, or `from_single_file`, is given: code.
+
+    Attributes:
+        place: the first argument; "" for the embedded default model.
+        variant: of the weights.
+        prediction_type: what a single file does not say.
+    """
+
+    place: str = '"."'
+    variant: str | None = None
+    prediction_type: str | None = None
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> _Source:
+        """What training began with."""
+        base, task = config.init_from, config.task
+        if base is None or base.resolve() == EMBEDDED_DEFAULT:
+            return cls("")
+        place = f'"{_hub_id(base) or f"path/to/{base.name}"}"'
+        return (
+            cls(place, task.variant, task.prediction_type) if isinstance(task, FinetuneTask) else cls(place)
+        )
+
+    @property
+    def loader(self) -> str:
+        """The method that reads it."""
+        is_file = self.place.endswith(('.safetensors"', '.ckpt"'))
+        return "from_single_file" if is_file else "from_pretrained"
+
+    def arguments(self, **others: str | None) -> str:
+        """All arguments, with those that one library alone takes."""
+        named = {"variant": self.variant, **others}
+        return ", ".join(
+            [*filter(None, [self.place]), *(f'{key}="{value}"' for key, value in named.items() if value)]
+        )
+
+
+_OWN_FOLDER = _Source()
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a model makes an image: code for both libraries.
+
+    Attributes:
+        pipeline: the class of this library.
+        diffusers_class: that of diffusers.
+        prompt: an example.
+        guidance_scale: that of the model, if it is not the usual one of diffusers.
+        source: what is loaded.
+        has_scheduler: whether the folder of the card says how an adapted model is sampled.
+        scheduler: the class of that scheduler.
+    """
+
+    pipeline: str
+    diffusers_class: str
+    prompt: str
+    guidance_scale: object = None
+    source: _Source = _OWN_FOLDER
+    has_scheduler: bool = False
+    scheduler: str = ""
+
+    @property
+    def task(self) -> str:
+        """That of the Hub."""
+        return "image-to-image" if self._images else "text-to-image"
+
+    def ours(self, adapted: str = "") -> str:
+        """With this library; `adapted` are calls that follow the loading."""
+        imports, names, call = "", self.pipeline, [repr(self.prompt), *self._shown("{}")]
+        if self.has_scheduler:
+            imports, names = "import json\nfrom pathlib import Path\n\n", f"{self.pipeline}, Scheduler"
+            call.append("scheduler=scheduler")
+        read = (
+            'scheduler = Scheduler.from_config(json.loads(Path("scheduler/scheduler_config.json").read_text()))\n'
+            if self.has_scheduler
+            else ""
+        )
+        arguments = self.source.arguments(prediction_type=self.source.prediction_type)
+        return (
+            f"{imports}from latentgen import {names}\n\n"
+            f"pipeline = {self.pipeline}.{self.source.loader}({arguments}){adapted}\n{read}"
+            f'pipeline({", ".join([*call, "seed=0"])}).images[0].save("result.png")\n'
+        )
+
+    def theirs(self, adapt: str = "") -> str:
+        """With diffusers; `adapt` are lines that follow the loading."""
+        names = [self.diffusers_class, *([self.scheduler] if self.has_scheduler else [])]
+        imports = [
+            "import torch",
+            f"from diffusers import {', '.join(sorted(names))}",
+            *(["from diffusers.utils import load_image"] if self._images else []),
+            *([] if self.source.place else [f"from latentgen.checkpoints.folder import {_EMBEDDED}"]),
+            *(["from safetensors.torch import load_file"] if "load_file(" in adapt else []),
+        ]
+        if self.has_scheduler:
+            adapt += f'pipe.scheduler = {self.scheduler}.from_pretrained(".", subfolder="scheduler")\n'
+        elif self.source.prediction_type is not None:
+            adapt += (
+                "pipe.scheduler = type(pipe.scheduler).from_config(\n"
+                f'    pipe.scheduler.config, prediction_type="{self.source.prediction_type}"\n)\n'
+            )
+        scale = [] if self.guidance_scale is None else [f"guidance_scale={self.guidance_scale}"]
+        call = [repr(self.prompt), *self._shown("load_image({})"), *scale, "generator=generator"]
+        return (
+            "\n".join(imports)
+            + f"\n\npipe = {self.diffusers_class}.{self.source.loader}({self.source.arguments() or _EMBEDDED})\n"
+            + f"{adapt}generator = torch.Generator().manual_seed(0)\n"
+            + f'pipe({", ".join(call)}).images[0].save("result.png")\n'
+        )
+
+    @property
+    def _images(self) -> Mapping[str, str]:
+        return _SHOWN.get(self.pipeline, {})
+
+    def _shown(self, form: str) -> list[str]:
+        """The arguments that are images, their files in this form."""
+        quoted = {name: f'"{file}"' for name, file in self._images.items()}
+        return [f"{name}={form.format(file)}" for name, file in quoted.items()]
 
 
 def _example_prompt(config: TrainConfig) -> str:
-    validation = config.validation
-    return validation.prompts[0] if validation is not None and validation.prompts else "a picture"
+    """A prompt of the recipe; that of a new token holds it."""
+    task, validation = config.task, config.validation
+    prompts = validation.prompts if validation is not None else ()
+    if isinstance(task, FinetuneTask) and isinstance(task.method, TextualInversionMethod):
+        token = task.method.token
+        return next((prompt for prompt in prompts if token in prompt), f"a picture of {token}")
+    return prompts[0] if prompts else "a picture"
 
 
 def _header(kind: Kind, config: TrainConfig) -> dict[str, Any]:

@@ -70,6 +70,28 @@ def build_optimizer(
     return _build(grouped(parameters), config)
 
 
+def check_optimizer(config: Optimizer) -> None:
+    """Refuse an optimiser that cannot be built here.
+
+    Raises:
+        ConfigError: it needs a package that is not there.
+    """
+    if config.name == "adamw8bit":
+        _bitsandbytes()
+
+
+def _bitsandbytes() -> Any:
+    """The AdamW of bitsandbytes with a state of eight bits."""
+    try:
+        from bitsandbytes.optim import AdamW8bit as Inner  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer.name adamw8bit needs bitsandbytes, which cannot be imported ({error}): pip install "
+            "bitsandbytes, or use adafactor"
+        ) from None
+    return Inner
+
+
 def _build(groups: Sequence[Group], config: Optimizer) -> torch.optim.Optimizer:
     if config.name == "adafactor":
         return MatrixAdafactor(groups, weight_decay=config.weight_decay)
@@ -227,14 +249,8 @@ class AdamW8bit(JoinedOptimizer):
     """
 
     def __init__(self, groups: Sequence[Group], *, betas: tuple[float, float], weight_decay: float) -> None:
-        try:
-            from bitsandbytes.optim import AdamW8bit as Inner  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ConfigError(
-                f"optimizer.name adamw8bit needs bitsandbytes, which cannot be imported ({error}): pip install "
-                "bitsandbytes, or use adafactor"
-            ) from None
-        self._inner: Any = Inner(_as_torch_has_them(groups), betas=betas, weight_decay=weight_decay)
+        inner = _bitsandbytes()
+        self._inner: Any = inner(_as_torch_has_them(groups), betas=betas, weight_decay=weight_decay)
         super().__init__(groups, [self._inner])
 
     def state_dict(self) -> dict[str, Any]:

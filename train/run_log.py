@@ -17,6 +17,7 @@ from torch import Tensor
 
 from latentgen.errors import ConfigError, NumericalError
 from latentgen.train.config import TrainConfig
+from latentgen.train.objectives.base import Subset
 from latentgen.train.run_files import LOG, append_row
 
 AFTER_NAN = (
@@ -26,12 +27,15 @@ _GRAD_NORM = "grad_norm"
 _STEPS = "steps"
 # In float16 gradients overflow now and then, without harm: such steps have no norm.
 _FINITE_NORMS = "finite norms"
+# After the name of what is told of a subset of the samples alone: how many they are.
+_COUNT = ": samples"
 
 
 class RunLog:
     """The log of one run.
 
-    A row holds the means over all steps since the row before, over all processes: one batch says little. It holds no
+    A row holds the means over all steps since the row before, over all processes: one batch says little. What is told
+    of a subset of the samples is a mean over those of all these steps, and left out if there was none. A row holds no
     time, so that the log is a function of the recipe; the bar and the trackers are told the samples per second as well.
 
     Attributes:
@@ -63,9 +67,11 @@ class RunLog:
             },
         )
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Take what one step gave, without waiting for the device."""
+    def add(self, values: Mapping[str, Tensor], subsets: Mapping[str, Subset] | None = None) -> None:
+        """Take what one step gave, as means and of subsets of the samples, without waiting for the device."""
         values = dict(values)
+        for name, (total, count) in (subsets or {}).items():
+            values |= {name: total, name + _COUNT: count}
         if _GRAD_NORM in values:
             norm = values[_GRAD_NORM]
             values[_GRAD_NORM] = torch.where(norm.isfinite(), norm, 0)
@@ -89,7 +95,11 @@ class RunLog:
         window = self.window(step)
         steps, norms = window.pop(_STEPS), window.pop(_FINITE_NORMS, 0.0)
         norm = window.pop(_GRAD_NORM, 0.0)
-        row = {name: total / steps for name, total in window.items()} | {"learning_rate": learning_rate}
+        counts = {
+            name: window.pop(name + _COUNT, steps) for name in list(window) if not name.endswith(_COUNT)
+        }
+        row = {name: total / counts[name] for name, total in window.items() if counts[name]}
+        row["learning_rate"] = learning_rate
         if norms:
             row[_GRAD_NORM] = norm / norms
         speed = self._fresh_steps * self._config.batch_size / max(time.monotonic() - self._since, 1e-9)

@@ -7,6 +7,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -19,6 +20,8 @@ from latentgen.files import atomic_folder
 from latentgen.image import save_image
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.denoising import PipelineStep
+from latentgen.pipelines.inpaint import InpaintPipeline
+from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
@@ -40,11 +43,12 @@ class Sample(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A held-out image, what the model is shown of it, and its caption."""
+    """A held-out image, what the model is shown of it, its caption, and where a model of inpainting is to paint."""
 
     caption: str
     shown: Image.Image
     true: Image.Image
+    mask: Image.Image | None = None
 
 
 def samples_folder(output_dir: Path, step: int) -> Path:
@@ -95,9 +99,10 @@ def remake(
 ) -> list[list[Sample]]:
     """A row for each held-out image: what is shown of it, enlarged to its size, what is made of that, and itself."""
     rows = []
-    for number, (caption, shown, true) in enumerate(examples):
+    for number, example in enumerate(examples):
+        caption, shown, true, _ = example
         with precision():
-            last = _last(_remaking(pipeline, caption, shown, validation))
+            last = _last(_remaking(pipeline, example, validation))
         (made,) = cast("list[Image.Image]", last.images())
         recipe = _recipe(pipeline, validation, step, caption, made, validation.seed)
         name = f"image-{number:02d}"
@@ -154,25 +159,17 @@ def _drawing(pipeline: Pipeline, validation: Validation, prompt: str) -> Iterato
     )
 
 
-def _remaking(
-    pipeline: Pipeline, caption: str, shown: Image.Image, validation: Validation
-) -> Iterator[PipelineStep]:
+def _remaking(pipeline: Pipeline, example: Example, validation: Validation) -> Iterator[PipelineStep]:
     if isinstance(pipeline, UpscalePipeline):
-        return pipeline.stream(
-            caption,
-            image=shown,
-            noise_level=0,
-            negative_prompt=validation.negative_prompt,
-            num_inference_steps=validation.num_inference_steps,
-            guidance_scale=validation.guidance_scale,
-            seed=validation.seed,
-            progress=False,
-        )
-    if not isinstance(pipeline, PairedImagePipeline):
+        stream = partial(pipeline.stream, image=example.shown, noise_level=0)
+    elif isinstance(pipeline, InpaintPipeline) and example.mask is not None:
+        stream = partial(pipeline.stream, image=example.shown, mask_image=example.mask)
+    elif isinstance(pipeline, InstructPix2PixPipeline | PairedImagePipeline):
+        stream = partial(pipeline.stream, image=example.shown)
+    else:
         raise ConfigError("validation.images: this task makes no image out of another; leave it out")
-    return pipeline.stream(
-        caption,
-        image=shown,
+    return stream(
+        example.caption,
         negative_prompt=validation.negative_prompt,
         num_inference_steps=validation.num_inference_steps,
         guidance_scale=validation.guidance_scale,

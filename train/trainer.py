@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentgen.errors import NumericalError, ResumeError
+from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train.accelerator import build_accelerator
 from latentgen.train.batches import PlannedBatch, prepared_batches
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
@@ -23,9 +24,9 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, CaptionedImages, plan_step, sample_rng
 from latentgen.train.data.held_out import open_parts
 from latentgen.train.interrupt import StopSignal
-from latentgen.train.memory import save_memory
+from latentgen.train.memory import check_memory, save_memory
 from latentgen.train.model_card import write_card
-from latentgen.train.objectives.base import Loss, Objective
+from latentgen.train.objectives.base import Loss, Objective, Subset
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.optimizer import build_optimizer
 from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
@@ -33,6 +34,7 @@ from latentgen.train.resident import give_back_freed, keep_tensors_apart
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import run_lock, starting_state
 from latentgen.train.run_log import AFTER_NAN, RunLog
+from latentgen.train.samples import check_drawing
 from latentgen.train.sharding import gathered, prepared, put_together, spread_like, whole
 from latentgen.train.watch import Watch
 
@@ -65,7 +67,13 @@ def train(config: TrainConfig) -> Path:
         torch.manual_seed(config.seed)
         assets = None if state is None else output_dir
         parts = open_parts(config)
-        objective = build_objective(config, device=accelerator.device, assets=assets, data=parts.training)
+        objective = build_objective(
+            config,
+            device=accelerator.device,
+            assets=assets,
+            data=parts.training,
+            check=partial(check_objective, config, accelerator, parts.held_out),
+        )
         save_memory(config, accelerator, objective)
         trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
         if state is not None:
@@ -74,12 +82,44 @@ def train(config: TrainConfig) -> Path:
             trim_log(output_dir, trainer.step)
             if state is None:
                 objective.save_assets(output_dir)
+            if (unreached := config.optimizer.unreached(config.max_steps)) is not None:
+                print(f"warning: {unreached}", file=sys.stderr)
         trainer.log.open(trainer.step)
         trainer.run()
         trainer.save_model(output_dir / "model", images=len(parts.training))
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir / "model"
+
+
+def check_objective(
+    config: TrainConfig, accelerator: Accelerator, held_out: CaptionedImages | None, objective: Objective
+) -> None:
+    """Refuse what a recipe asks of an objective, before images are drawn or encoded.
+
+    Raises:
+        ConfigError: the objective cannot do what the recipe says.
+        DatasetError: the images to measure on lack what the model is shown.
+        InputError: a validation prompt cannot be drawn as the recipe says.
+        MemoryBudgetError: a step does not fit into the device.
+    """
+    validation = config.validation
+    if validation is not None and held_out is not None and objective.remakes:
+        rng = sample_rng(validation.seed, "example", 0)
+        objective.example(held_out.view(0, rng), rng)
+    if validation is not None and validation.images and not objective.remakes:
+        raise ConfigError(
+            "validation.images: this model makes no image out of another; leave it out, and give it validation.prompts"
+        )
+    if validation is not None and validation.prompts:
+        if objective.remakes:
+            raise ConfigError(
+                "validation.prompts: this model draws nothing from a prompt alone; leave them out, give it held_out or "
+                "validation.data, and validation.images"
+            )
+        with objective.preview({}) as pipeline:
+            check_drawing(pipeline, validation)
+    check_memory(config, accelerator, objective)
 
 
 class Trainer:
@@ -160,7 +200,7 @@ class Trainer:
         with StopSignal() as stop, bar, self._prepared() as prepared:
             self._watch.begin(self.step)
             for step in bar:
-                self.log.add(self._update(step, prepared))
+                self.log.add(*self._update(step, prepared))
                 self.step = step + 1
                 signal = agree_on_signal(self.accelerator, stop.number)
                 if self.log.is_due(self.step):
@@ -191,7 +231,14 @@ class Trainer:
             weights = {**self.objective.cpu().state_dict(), **ema}
             with replaced_folder(folder) as written:
                 self.objective.save(written, weights)
-                write_card(written, self.config, images=images, parameters=parameters, steps=self.step)
+                write_card(
+                    written,
+                    self.config,
+                    adapts=self.objective.adapts,
+                    images=images,
+                    parameters=parameters,
+                    steps=self.step,
+                )
 
     def _prepared(self) -> AbstractContextManager[Iterator[PlannedBatch]]:
         """This process's part of the steps to come, as they are accumulated one after the other."""
@@ -230,20 +277,26 @@ class Trainer:
         with self._prepared() as prepared:
             for step in range(min(count + 1, self.config.max_steps)):
                 start = time.monotonic()
-                loss = self._update(step, prepared)["loss"]
-                float(loss)  # waits for the device
+                losses, _ = self._update(step, prepared)
+                float(losses["loss"])  # waits for the device
                 taken.append(time.monotonic() - start)
                 if sum(taken[1:]) > seconds:
                     break
         return taken[1:] or taken
 
-    def _update(self, step: int, batches: Iterator[PlannedBatch]) -> dict[str, Tensor]:
-        """One optimiser step over the global batch; returns this process's mean losses by name, on the device."""
+    def _update(
+        self, step: int, batches: Iterator[PlannedBatch]
+    ) -> tuple[dict[str, Tensor], dict[str, Subset]]:
+        """One optimiser step over the global batch; returns this process's mean losses by name, on the device.
+
+        And what only some samples tell, of which a part of the batch may have none: as sums, with their number.
+        """
         config = self.config
         factor = config.optimizer.factor_at(step, config.max_steps)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         losses: dict[str, Tensor] = {}
+        subsets: dict[str, Subset] = {}
         parts = config.gradient_accumulation_steps
         for plan, batch in islice(batches, parts):
             with self.accelerator.accumulate(self._model):
@@ -251,6 +304,9 @@ class Trainer:
                 self.accelerator.backward(loss.total)
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     losses[name] = losses.get(name, 0) + value.detach() / parts
+                for name, (total, count) in loss.subsets.items():
+                    before = subsets.get(name, Subset(torch.zeros_like(total), torch.zeros_like(count)))
+                    subsets[name] = Subset(before.total + total.detach(), before.count + count)
                 max_norm = config.optimizer.max_grad_norm
                 if self.accelerator.sync_gradients and max_norm is not None:
                     norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
@@ -261,7 +317,7 @@ class Trainer:
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._update_ema(step)
-        return losses
+        return losses, subsets
 
     def _loss(self, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
         # Not awaited where the batch is pinned.

@@ -15,7 +15,7 @@ from latentgen.train.data import BatchPlan, CaptionedImages, Order, sample_rng
 from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.standing_in import standing_in
 from latentgen.train.run_log import RunLog
-from latentgen.train.samples import Example, check_drawing, draw_prompts, remake, samples_folder, save_rows
+from latentgen.train.samples import Example, draw_prompts, remake, samples_folder, save_rows
 from latentgen.train.sharding import precision
 
 
@@ -35,7 +35,6 @@ class Watch:
 
     Raises:
         ConfigError: the task cannot do what the recipe asks for.
-        InputError: a prompt cannot be drawn as the recipe says.
     """
 
     def __init__(
@@ -63,9 +62,6 @@ class Watch:
             return
         if held_out is not None:
             self._examples = _examples(objective, held_out, config.validation)
-        if config.validation.prompts:
-            with objective.preview(ema) as pipeline:
-                check_drawing(pipeline, config.validation)
 
     def begin(self, step: int) -> None:
         """Do what is due before the first step, or what a run that was stopped after `step` had left to do."""
@@ -143,7 +139,7 @@ def _examples(objective: Objective, held_out: CaptionedImages, validation: Valid
     for item in range(min(validation.images, len(held_out))):
         rng = sample_rng(validation.seed, "example", item)
         view = held_out.view(item, rng)
-        examples.append(Example(view.captions.draw(rng), objective.shown(view, rng), view.image))
+        examples.append(objective.example(view, rng))
     return examples
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -14,6 +15,9 @@ import typer
 from latentgen.cli.text import printable
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
+
+# Where the recipes of fine-tuning have their images, from the root of the repository.
+_OWN_IMAGES = "configs/train/crests"
 
 
 def train(
@@ -42,7 +46,11 @@ def train(
     ] = False,
     example: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Print one of them, to begin with, and stop.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="Print one of them, to begin with, and stop; those of fine-tuning learn images inside the package.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Train what RECIPE describes; needs pip install 'latentgen[train]'.
@@ -126,13 +134,25 @@ def _example(name: str) -> str:
     found = {path.name.removesuffix(".yaml"): path for path in _recipes()}
     if name not in found:
         raise InputError(f"--example {quote(name)}: there is no such recipe; there are {', '.join(found)}")
-    return found[name].read_text("utf-8")
+    return _with_own_images(found[name].read_text("utf-8"), _recipe_folder())
+
+
+def _with_own_images(recipe: str, folder: Traversable) -> str:
+    """A recipe whose images are those beside the recipes: as it stands where the path leads there, else with theirs."""
+    if not isinstance(folder, Path) or Path(_OWN_IMAGES).resolve() == (folder / "crests").resolve():
+        return recipe
+    # In quotes: a path may hold what means something to YAML.
+    return recipe.replace(f"path: {_OWN_IMAGES},", f"path: {json.dumps(str(folder / 'crests'))},")
+
+
+def _recipe_folder() -> Traversable:
+    return files("latentgen.configs") / "train"
 
 
 def _recipes() -> list[Traversable]:
-    folder = files("latentgen.configs") / "train"
     return sorted(
-        (path for path in folder.iterdir() if path.name.endswith(".yaml")), key=lambda path: path.name
+        (path for path in _recipe_folder().iterdir() if path.name.endswith(".yaml")),
+        key=lambda path: path.name,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from latentgen import cli
+from latentgen.cli.training import _with_own_images
 from latentgen.train.config import load_config
 from tests.train.conftest import autoencoder_recipe, image_folder  # noqa: F401
 from tests.train.recipes import MakeRecipe
@@ -35,13 +36,34 @@ def test_every_recipe_is_printed_as_it_stands(name: str, capsys: pytest.CaptureF
     assert load_config(tmp_path / "mine.yaml", ["seed=3"]).seed == 3
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("finetune")])
+def test_the_recipes_of_finetuning_find_their_images_from_anywhere(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--example", name]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out, "utf-8")
+    found, due = load_config("mine.yaml"), load_config(ROOT / "configs" / "train" / f"{name}.yaml")
+    assert found.data.kind == due.data.kind == "imagefolder"
+    assert found.data.path.is_dir()
+    assert found.data.path.samefile(ROOT / due.data.path)
+    data = due.data.model_copy(update={"path": found.data.path})
+    assert found == due.model_copy(update={"data": data})
+
+
+def test_a_path_of_any_name_is_written_so_that_it_is_read_again(tmp_path: Path):
+    folder = tmp_path / "a: {b}, 'c' #\u00e9"
+    text = _with_own_images("data: {path: configs/train/crests, image_size: 64}\n", folder)
+    assert yaml.safe_load(text)["data"]["path"] == str(folder / "crests")
+
+
 def test_the_recipes_are_in_the_wheel():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["latentgen.configs"]
     shipped = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
-    assert {path for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".json")} == shipped
+    assert {path for path in (ROOT / "configs").rglob("*") if path.is_file()} == shipped
 
 
 @pytest.mark.parametrize(

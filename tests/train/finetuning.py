@@ -14,6 +14,7 @@ from PIL import Image
 
 from latentgen.train.config import FinetuneTask
 from latentgen.train.data import Captions, View
+from latentgen.train.objectives.base import Check, unchecked
 from latentgen.train.objectives.finetune import FinetuneObjective
 from latentgen.train.objectives.origin import Origin
 from tests.conftest import build_pipeline
@@ -89,6 +90,8 @@ def objective_of(
     folder: Path | None,
     scratch: Path,
     data: Pictures | None = None,
+    *,
+    check: Check = unchecked,
     **fields: Any,
 ) -> FinetuneObjective:
     """An objective over the model of a folder, or the embedded one; `fields` are the task's besides the method."""
@@ -100,6 +103,7 @@ def objective_of(
         seed=3,
         device=torch.device("cpu"),
         origin=Origin(folder, scratch / "class_images"),
+        check=check,
     )
 
 

@@ -37,6 +37,18 @@ def test_it_says_what_the_run_would_be_and_writes_nothing(text_to_image_recipe: 
     assert "50; 2 steps an epoch, 25 epochs" in text
 
 
+@pytest.mark.parametrize(("warmup", "told"), [(100, True), (4, True), (3, False), (0, False)])
+def test_a_warm_up_that_outlasts_the_run_is_told(
+    warmup: int, told: bool, autoencoder_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+):
+    config = autoencoder_recipe(f"optimizer.warmup_steps={warmup}")
+    message = f"optimizer.warmup_steps is {warmup} and max_steps 4: the learning rate rises to"
+    assert any(message in line for line in dry_run(config).lines()) == told
+    capsys.readouterr()
+    train(config)
+    assert (message in capsys.readouterr().err) == told
+
+
 def test_class_images_are_drawn_for_one_step_and_not_kept(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):

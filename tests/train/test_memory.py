@@ -19,7 +19,7 @@ from latentgen.models.checkpointing import Checkpointing
 from latentgen.train import memory
 from latentgen.train.checkpoint import flatten_optimizer, load_latest
 from latentgen.train.config import TrainConfig
-from latentgen.train.memory import available_bytes, estimate_activations, first_batch, plan_memory
+from latentgen.train.memory import available_bytes, batch_shapes, estimate_activations, plan_memory
 from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.latent_diffusion import LatentObjective
@@ -244,7 +244,7 @@ def test_so_it_is_for_an_autoencoder(autoencoder_recipe: MakeRecipe):
 def check_estimate(config: TrainConfig) -> None:
     objective = build(config)
     accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
-    batch = first_batch(config, accelerator, objective)
+    batch = batch_shapes(config, accelerator, objective)
     activations = estimate_activations(objective, batch, CPU, accelerator.autocast())
     assert activations is not None
     plan = plan_memory(config, objective, activations, CPU)

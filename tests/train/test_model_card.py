@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TrainConfig
 from latentgen.train.model_card import write_card
 from latentgen.train.trainer import train
+from tests.train.finetuning import SIZE, Pictures, folder_of, objective_of, randomise
 from tests.train.recipes import COLOURS, MakeRecipe
 
 ROOT = Path(__file__).parents[2]
@@ -129,14 +132,96 @@ def _shapes(file: Path) -> list[tuple[int, ...]]:
         return [tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()]  # noqa: SIM118
 
 
-def adapted(
-    tmp_path: Path, recipe: TrainConfig, file: str, init_from: Path | None
-) -> tuple[dict[str, Any], str]:
-    folder = tmp_path / "adapter"
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "rank": 2, "train_text_encoder": True},
+    "textual_inversion": {"kind": "textual_inversion", "token": "<disc>", "initializer": "cat"},
+    "full": {"kind": "full"},
+}
+TASKS = {
+    "sd": ("TextToImagePipeline", "text-to-image"),
+    "sdxl": ("TextToImagePipeline", "text-to-image"),
+    "inpainting": ("InpaintPipeline", "image-to-image"),
+    "instruct": ("InstructPix2PixPipeline", "image-to-image"),
+}
+
+
+def finetuned(tmp_path: Path, base: Path, method: str, **loss: Any) -> Path:
+    """A model that was taught something at random, with its card."""
+    task = {"kind": "finetune", "method": METHODS[method], "loss": loss}
+    captions = ("red <disc>", "a <disc>")
+    objective = objective_of(METHODS[method], base, tmp_path, Pictures(captions), loss=loss)
+    randomise(objective)
+    fields = {
+        "output_dir": str(tmp_path),
+        "init_from": str(base),
+        "task": task,
+        "data": {"kind": "imagefolder", "path": str(tmp_path), "image_size": SIZE},
+        "batch_size": 2,
+        "max_steps": 1,
+    }
+    folder = tmp_path / "model"
     folder.mkdir()
-    (folder / file).write_bytes(b"")
-    write_card(folder, recipe.model_copy(update={"init_from": init_from}), images=20, parameters=8, steps=3)
-    return card_of(folder)
+    objective.save(folder, objective.state_dict())
+    config = TrainConfig.model_validate(fields)
+    write_card(folder, config, adapts=objective.adapts, images=2, parameters=8, steps=1)
+    return folder
+
+
+def drawn_by(code: str, folder: Path, base: Path) -> np.ndarray:
+    """What the code of a card draws, run in this process: imports take more time than all the rest."""
+    code = code.replace("path/to/", f"{base.parent}/")
+    for file in ("image.png", "mask.png"):
+        pixels = np.random.default_rng(len(file)).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert("RGB" if file == "image.png" else "1").save(folder / file)
+    # As many steps for both; their defaults differ.
+    ours = code.replace("seed=0", "seed=0, num_inference_steps=2")
+    exec(ours.replace("generator=generator", "num_inference_steps=2, generator=generator"), {})
+    with Image.open(folder / "result.png") as image:
+        drawn = np.asarray(image.convert("RGB"), np.int16)
+    (folder / "result.png").unlink()
+    return drawn
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", TASKS)
+def test_the_code_of_every_finetuned_model_runs_and_both_libraries_agree(
+    family: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = folder_of(family)
+    folder = finetuned(tmp_path, base, method)
+    monkeypatch.chdir(folder)
+    header, text = card_of(folder)
+    pipeline, task = TASKS[family]
+    tags = [] if method == "full" else [method]
+    assert header["pipeline_tag"] == task
+    assert header["tags"] == [task, *tags, "latentgen"]
+    ours, theirs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert f"import {pipeline}\n" in ours
+    assert ("<disc>" in ours) == ("<disc>" in theirs) == (method == "textual_inversion")
+    first, second = (drawn_by(code, folder, base) for code in (ours, theirs))
+    # Diffusers puts an image back together with what surrounds the mask only if it is asked to.
+    if family == "inpainting":
+        painted = np.asarray(Image.open(folder / "mask.png"))
+        first, second = first[painted], second[painted]
+    assert np.abs(first - second).max() <= 1
+
+
+@pytest.mark.parametrize("method", ["lora", "textual_inversion"])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_what_was_learnt_on_a_rescaled_schedule_is_sampled_on_it(
+    family: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = folder_of(family, "v_prediction")
+    folder = finetuned(tmp_path, base, method, zero_terminal_snr=True)
+    saved = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    assert saved["rescale_betas_zero_snr"] is True
+    assert (saved["timestep_spacing"], saved["prediction_type"]) == ("trailing", "v_prediction")
+    monkeypatch.chdir(folder)
+    ours, theirs = re.findall(r"```python\n(.*?)```", card_of(folder)[1], re.DOTALL)
+    first, second = (drawn_by(code, folder, base) for code in (ours, theirs))
+    assert np.abs(first - second).max() <= 1
+    otherwise = drawn_by(ours.replace("scheduler=scheduler, ", ""), folder, base)
+    assert np.abs(first - otherwise).max() > 1
 
 
 @pytest.mark.parametrize(
@@ -156,7 +241,10 @@ def test_the_base_of_a_lora_is_named_if_it_is_known(
     origin: Path | None, base_model: str | None, source: str, autoencoder_recipe: MakeRecipe, tmp_path: Path
 ):
     file = "pytorch_lora_weights.safetensors"
-    header, text = adapted(tmp_path, autoencoder_recipe(), file, origin)
+    recipe = autoencoder_recipe().model_copy(update={"init_from": origin})
+    adapts = TextToImagePipeline.from_pretrained()
+    write_card(tmp_path, recipe, adapts=adapts, images=20, parameters=8, steps=3)
+    header, text = card_of(tmp_path)
     assert header.get("base_model") == base_model
     assert header["tags"] == ["text-to-image", "lora", "latentgen"]
     assert f'TextToImagePipeline.from_pretrained({source}).with_lora("{file}")' in text

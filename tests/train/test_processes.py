@@ -164,6 +164,8 @@ def compare(make: MakeRecipe, tmp_path: Path, *divisions: tuple[int, int]) -> No
     assert len(order_of(first.output_dir)) == 4 * 8
     for config in others:
         assert losses_of(config) == pytest.approx(losses_of(first), rel=1e-5)
+        noisy = [[row.get("noisy half", 0.0) for row in log_of(run)] for run in (config, first)]
+        assert noisy[0] == pytest.approx(noisy[1], rel=1e-4)
         assert_same_training(config.output_dir, first.output_dir)
 
 

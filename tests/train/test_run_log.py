@@ -18,6 +18,7 @@ from latentgen.errors import ConfigError, NumericalError
 from latentgen.train.accelerator import build_accelerator
 from latentgen.train.checkpoint import load_latest
 from latentgen.train.config import TrainConfig
+from latentgen.train.objectives.base import Subset
 from latentgen.train.run_log import RunLog
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe, events_of, rows_of, scalars_of
@@ -107,6 +108,52 @@ def test_a_step_without_a_norm_is_left_out_of_its_mean(autoencoder_recipe: MakeR
     log.write(4, 0.1)
     assert rows_of(config) == [
         {"step": 3, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 3.0},
+        {"step": 4, "loss": 1.0, "learning_rate": 0.1},
+    ]
+
+
+def test_the_loss_of_the_noisy_half_does_not_depend_on_the_parts_of_a_batch(
+    text_to_image_recipe: MakeRecipe, tmp_path: Path
+):
+    rows = []
+    for parts in (1, 2, 4):
+        config = text_to_image_recipe(
+            f"gradient_accumulation_steps={parts}", f"output_dir={tmp_path / str(parts)}", "max_steps=2"
+        )
+        train(config)
+        rows.append([row["noisy half"] for row in rows_of(config)])
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4)
+    assert rows[2] == pytest.approx(rows[0], rel=1e-4)
+
+
+def test_steps_without_a_noisy_sample_are_left_out_of_the_mean_of_the_noisy_half(
+    text_to_image_recipe: MakeRecipe, tmp_path: Path
+):
+    common = ("batch_size=1", "max_steps=8", "checkpoint_every=100")
+    every = text_to_image_recipe(*common)
+    train(every)
+    once = text_to_image_recipe(*common, "log_every=8", f"output_dir={tmp_path / 'once'}")
+    train(once)
+    rows = rows_of(every)
+    noisy = [row["noisy half"] for row in rows if "noisy half" in row]
+    assert 0 < len(noisy) < 8
+    assert all(row["noisy half"] == row["loss"] for row in rows if "noisy half" in row)
+    (row,) = rows_of(once)
+    assert row["noisy half"] == pytest.approx(math.fsum(noisy) / len(noisy), rel=1e-6)
+
+
+def test_a_subset_counts_as_many_times_as_it_has_samples(autoencoder_recipe: MakeRecipe):
+    config = autoencoder_recipe()
+    log = make_log(config)
+    for total, count in ((6.0, 2.0), (0.0, 0.0), (1.0, 1.0)):
+        log.add({"loss": torch.tensor(1.0)}, {"few": Subset(torch.tensor(total), torch.tensor(count))})
+    resumed = make_log(config)
+    resumed.restore(log.window(3))
+    resumed.write(3, 0.1)
+    resumed.add({"loss": torch.tensor(1.0)}, {"few": Subset(torch.tensor(0.0), torch.tensor(0.0))})
+    resumed.write(4, 0.1)
+    assert rows_of(config) == [
+        {"step": 3, "loss": 1.0, "few": pytest.approx(7 / 3), "learning_rate": 0.1},
         {"step": 4, "loss": 1.0, "learning_rate": 0.1},
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import yaml
 from PIL import Image, ImageColor
 
 from latentgen.errors import ConfigError, DatasetError, InputError, ResumeError
+from latentgen.pipelines.inpaint import InpaintPipeline
+from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.recipe import Recipe
 from latentgen.train.checkpoint import load_latest
@@ -20,8 +23,11 @@ from latentgen.train.config import FolderData, TrainConfig
 from latentgen.train.data import BatchPlan, open_data, sample_rng, to_tensor
 from latentgen.train.data.held_out import open_parts, split
 from latentgen.train.objectives.latent_diffusion import middles
+from latentgen.train.objectives.masks import random_mask
 from latentgen.train.trainer import Trainer, train
+from tests.train.finetuning import folder_of
 from tests.train.recipes import COLOURS, MakeRecipe, rows_of, scalars_of
+from tests.train.test_finetune_runs import recipe as finetuning
 from tests.train.test_trainer import launch_two
 
 PROMPTS = "validation.prompts=[red disc, a house]"
@@ -146,6 +152,101 @@ def test_images_are_made_out_of_held_out_ones(name: str, request: pytest.Fixture
         paired = PairedImagePipeline.from_pretrained(model, dtype="float32", device="cpu")
         expected = paired(caption, image=shown, **options).images[0]
     assert np.abs(np.asarray(expected, np.int16) - made).max() <= 1
+
+
+@pytest.mark.parametrize("family", ["inpainting", "instruct"])
+def test_finetuned_models_remake_held_out_images(family: str, tmp_path: Path, image_folder: Path):
+    rows = []
+    for colour in COLOURS:
+        Image.new("RGB", (16, 16), colour).save(image_folder / f"before-{colour}.png")
+        names = {"file_name": f"{colour}.png", "before_file_name": f"before-{colour}.png"}
+        rows.append({**names, "text": f"{colour} disc"})
+        (image_folder / f"{colour}.txt").unlink()
+    (image_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    validation = {"images": 2, "num_inference_steps": 2, "seed": 4}
+    task = {"kind": "finetune", "method": {"kind": "full"}, "cached_views": 2}
+    common: dict[str, Any] = {
+        "task": task,
+        "init_from": str(folder_of(family)),
+        "held_out": 0.34,
+        "max_steps": 1,
+    }
+    plain = finetuning(tmp_path, image_folder, "full", output_dir=str(tmp_path / "plain"), **common)
+    train(plain)
+    config = finetuning(tmp_path, image_folder, "full", validation=validation, **common)
+    model = train(config)
+    assert_same_training(config, plain)
+    held_out = open_parts(config).held_out
+    assert held_out is not None
+    rng = sample_rng(4, "example", 1)
+    view = held_out.view(1, rng)
+    caption = view.captions.draw(rng)
+    images = {}
+    for kind in ("shown", "made", "true"):
+        with Image.open(config.output_dir / "samples" / "step-00000001" / f"image-01-{kind}.png") as image:
+            images[kind] = image.convert("RGB")
+    assert images["true"] == view.image
+    options: dict[str, Any] = {"num_inference_steps": 2, "seed": 4, "progress": False}
+    if family == "inpainting":
+        mask = random_mask((16, 16), rng)
+        inpaint = InpaintPipeline.from_pretrained(model, dtype="float32", device="cpu")
+        expected = inpaint(caption, image=view.image, mask_image=mask, **options).images[0]
+        kept = np.asarray(mask) == 0
+        assert (np.asarray(images["made"])[kept] == np.asarray(view.image)[kept]).all()
+        assert (np.asarray(images["shown"])[~kept] == 127).all()
+    else:
+        assert images["shown"] == view.before
+        edit = InstructPix2PixPipeline.from_pretrained(model, dtype="float32", device="cpu")
+        expected = edit(caption, image=images["shown"], **options).images[0]
+    assert np.abs(np.asarray(expected, np.int16) - np.asarray(images["made"], np.int16)).max() <= 1
+
+
+def test_held_out_images_without_one_before_the_edit_are_told_before_anything_is_encoded(
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    edits = tmp_path / "edits"
+    edits.mkdir()
+    for name in ("a.png", "before.png"):
+        Image.new("RGB", (16, 16), "red").save(edits / name)
+    row = {"file_name": "a.png", "before_file_name": "before.png", "text": "red disc"}
+    (edits / "metadata.jsonl").write_text(json.dumps(row), "utf-8")
+    monkeypatch.setattr("latentgen.train.objectives.latent_diffusion.encode_views", None)
+    config = finetuning(
+        tmp_path,
+        edits,
+        "full",
+        task={"kind": "finetune", "method": {"kind": "full"}},
+        init_from=str(folder_of("instruct")),
+        validation={
+            "images": 1,
+            "data": {"kind": "imagefolder", "path": str(image_folder), "image_size": 16},
+        },
+    )
+    with pytest.raises(DatasetError, match="no image that it is an edit of"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "validation", "message"),
+    [
+        ("inpainting", {"prompts": ["x"]}, r"validation\.prompts: .* give it held_out or validation\.data"),
+        ("sd", {"images": 1}, r"validation\.images: .* give it validation\.prompts"),
+    ],
+)
+def test_what_a_finished_model_cannot_show_is_told_before_anything_is_drawn(
+    family: str, validation: dict[str, Any], message: str, tmp_path: Path, image_folder: Path
+):
+    config = finetuning(
+        tmp_path,
+        image_folder,
+        "lora",
+        init_from=str(folder_of(family)),
+        held_out=0.34,
+        validation=validation,
+    )
+    with pytest.raises(ConfigError, match=message):
+        train(config)
+    assert not (config.output_dir / "class_images").exists()
 
 
 def diffusers_loss(config: TrainConfig, image: Image.Image, caption: str, sample: int) -> list[float]:

@@ -60,6 +60,17 @@ class Optimizer(Section):
             )
         return self
 
+    def unreached(self, max_steps: int) -> str | None:
+        """What to tell of a warm-up that ends no sooner than a run of so many steps, so that the rate stays below."""
+        if self.warmup_steps < max_steps or self.warmup_steps <= 1:
+            return None
+        most = self.rate_at(max_steps - 1, max_steps)
+        return (
+            f"optimizer.warmup_steps is {self.warmup_steps:,} and max_steps {max_steps:,}: the learning rate rises to "
+            f"{most:.3g} at most, in the last step, of {self.learning_rate:.3g}; lower optimizer.warmup_steps for a "
+            "run as short as this"
+        )
+
     def rate_at(self, step: int, max_steps: int) -> float:
         """The learning rate of step `step`, the first of which is 0."""
         return self.learning_rate * self.factor_at(step, max_steps)

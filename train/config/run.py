@@ -122,7 +122,8 @@ class TrainConfig(Section):
                 f"validation.prompts: a model of task.kind {self.task.kind} draws nothing from a prompt alone; leave "
                 "them out, and give it held_out or validation.data, and validation.images"
             )
-        if validation.images and not shows_images:
+        # Of a finished model the checkpoint says what it makes images of; see Objective.remakes.
+        if validation.images and not (shows_images or isinstance(self.task, FinetuneTask)):
             raise ValueError(
                 f"validation.images: a model of task.kind {self.task.kind} makes no image out of another; leave it out"
             )

@@ -20,8 +20,9 @@ class Validation(Section):
     on, into `samples/` of the run's folder. `height` and `width` are by default the size that the model was made for,
     `guidance_scale` is its own. `at_start` does this, and what follows, before the first step, too.
 
-    For tasks that make images out of images, as many `images` of those that the loss is measured on are made again: a
-    row shows what the model is shown, what it makes of it, and the truth.
+    For models that make images out of images, as many `images` of those that the loss is measured on are made again: a
+    row shows what the model is shown, what it makes of it, and the truth. A model of inpainting is shown a random mask
+    of each, one that follows instructions the image before the edit, with the caption as the instruction.
 
     Every `loss_every` steps the loss is measured on the first `loss_images` images of `data`, or of those that the
     recipe's `held_out` keeps back: the plain mean squared error at `timesteps` timesteps, the middles of as many equal

@@ -19,7 +19,7 @@ from latentgen.train.methods.base import AnyPipeline, Method, save_learnt, tower
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
 # As A1111 names the vectors of SDXL's two text encoders.
-_SDXL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+SDXL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
 class LearntRows(nn.Module):
@@ -103,6 +103,6 @@ class TextualInversionTraining(Method):
             assert isinstance(rows, LearntRows)
             vectors[name] = rows.vectors
         token = self.config.token
-        keys = _SDXL_KEYS if len(vectors) > 1 else dict.fromkeys(vectors, token)
+        keys = SDXL_KEYS if len(vectors) > 1 else dict.fromkeys(vectors, token)
         tensors = {keys[name]: tensor for name, tensor in vectors.items()}
         save_learnt(folder / EMBEDDING_FILE, tensors, {"name": token}, half=half)

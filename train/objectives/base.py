@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,13 +18,22 @@ from latentgen.models.checkpointing import Checkpointing
 from latentgen.models.config import StorageDtype
 from latentgen.pipelines.base import Pipeline
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View
+from latentgen.train.samples import Example
+
+
+class Subset(NamedTuple):
+    """The sum of something over those samples of a batch that it is told of, and their number, which may be 0."""
+
+    total: Tensor
+    count: Tensor
 
 
 class Loss(NamedTuple):
-    """The scalar to minimise, and what to show of it."""
+    """The scalar to minimise, and what to show of it: other means over the batch, and over subsets of its samples."""
 
     total: Tensor
     parts: Mapping[str, Tensor]
+    subsets: Mapping[str, Subset] = {}
 
 
 class Objective(nn.Module, ABC):
@@ -77,6 +86,14 @@ class Objective(nn.Module, ABC):
         """Store what is not trained in fewer bits.
 
         Raises:
+            ConfigError: as `check_base_storage`.
+        """
+        self.check_base_storage(storage)
+
+    def check_base_storage(self, storage: StorageDtype) -> None:
+        """Refuse to store what is not trained in fewer bits, where that cannot be.
+
+        Raises:
             ConfigError: it is saved with the model, and must stay as it is.
         """
         raise ConfigError(
@@ -119,6 +136,19 @@ class Objective(nn.Module, ABC):
         """
         raise ConfigError("validation: this task trains nothing that draws; leave prompts and images out")
 
+    @property
+    def remakes(self) -> bool:
+        """Whether the model makes images out of images, which `example` then shows it, and draws none from a prompt."""
+        return False
+
+    def example(self, view: View, rng: random.Random) -> Example:
+        """What a model that makes images out of images is shown, and told, where it is to make this one.
+
+        Raises:
+            ConfigError: it is shown nothing.
+        """
+        return Example(view.captions.draw(rng), self.shown(view, rng), view.image)
+
     def shown(self, view: View, rng: random.Random) -> Image.Image:
         """What a model that makes images out of images is shown where it is to make this one.
 
@@ -127,9 +157,25 @@ class Objective(nn.Module, ABC):
         """
         raise ConfigError("validation.images: this task makes no image out of another; leave it out")
 
+    @property
+    def adapts(self) -> Pipeline | None:
+        """The pipeline whose model is taught something that `save` writes without it; None for a whole model."""
+        return None
+
     @abstractmethod
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the finished model in the diffusers layout, with `weights` for the whole state of this module.
 
         Training is over: the objective, which must be on the CPU, may change itself.
         """
+
+
+Check = Callable[[Objective], None]
+"""Refuses an objective, by raising an error, before it does what takes long: drawing and encoding images.
+
+Its networks are those that will be trained, on the CPU; a batch has its shapes, and no true latents.
+"""
+
+
+def unchecked(_: Objective) -> None:
+    """Refuse nothing."""

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from latentgen.errors import ConfigError
-from latentgen.train.data import BatchPlan, View
+from latentgen.models.pixels import ImageEncoder
+from latentgen.train.data import BatchPlan, CaptionedImages, View
 from latentgen.train.objectives.view_encoder import ViewEncoder, ViewFacts, image_before, pixels_of
 from latentgen.train.objectives.view_source import ViewSource
 
+NO_MASKS = "task.loss.masked is true, but no image of the training set has a mask; add them, or leave it out"
 # What becomes of the image `before` of each view: not used, kept in latents, or kept as it is.
 Shown = Literal["nothing", "latents", "pixels"]
 
@@ -79,9 +81,7 @@ class EncodedViews(ABC):
             ConfigError: no view has a mask.
         """
         if not self.has_masks:
-            raise ConfigError(
-                "task.loss.masked is true, but no image of the training set has a mask; add them, or leave it out"
-            )
+            raise ConfigError(NO_MASKS)
         masks = [facts.mask for facts in self.facts(plan)]
         shape = self.posteriors(plan)[0].shape[-2:]
         everywhere = torch.full((1, *shape), 255, dtype=torch.uint8)
@@ -208,3 +208,53 @@ class FreshViews(EncodedViews):
         elif self._shown == "pixels":
             shown = [pixels_of(image_before(view)) for view in views]
         return _Batch(facts, posteriors, shown)
+
+
+class SketchedViews(EncodedViews):
+    """Views that are drawn and not encoded: their latents are zeros, for those who ask for the shape of a batch."""
+
+    def __init__(self, source: ViewSource, encoder: ImageEncoder, shown: Shown) -> None:
+        self._source = source
+        self._encoder = ViewEncoder(encoder, torch.device("cpu"))
+        self._config = encoder.config
+        self._shown: Shown = shown
+        self._draw = lru_cache(maxsize=2)(self._drawn)
+
+    @property
+    def has_masks(self) -> bool:
+        return True
+
+    @property
+    def captions(self) -> Set[str] | None:
+        """As KeptViews.captions or FreshViews.captions will be, by what the first view tells of all."""
+        if not self._source.per_item or self._source.fixed(0).captions.shuffle_after is not None:
+            return None
+        return {"", *self._source.data.corpus()}
+
+    def facts(self, plan: BatchPlan) -> list[ViewFacts]:
+        return [self._encoder.facts(view) for view in self._draw(plan)]
+
+    def posteriors(self, plan: BatchPlan) -> list[Tensor]:
+        channels, factor = self._config.latent_channels, self._config.spatial_factor
+        sizes = [(view.image.height // factor, view.image.width // factor) for view in self._draw(plan)]
+        return [torch.zeros(2, channels, *size, dtype=torch.float16) for size in sizes]
+
+    def shown_rows(self, plan: BatchPlan) -> list[Tensor]:
+        if self._shown == "latents":
+            return self.posteriors(plan)
+        return [pixels_of(image_before(view)) for view in self._draw(plan)]
+
+    def change_rngs(self, plan: BatchPlan) -> list[random.Random]:
+        if not self._source.per_item:
+            return self._source.fresh_change_rngs(plan)
+        return [self._source.change_rng(item) for item in plan.items]
+
+    def _drawn(self, plan: BatchPlan) -> list[View]:
+        if not self._source.per_item:
+            return self._source.fresh(plan)
+        return [self._source.fixed(item) for item in plan.items]
+
+
+def has_masks(data: CaptionedImages) -> bool:
+    """Whether any image has a mask; they are read up to the first that does."""
+    return any(data.view(item, random.Random(0)).mask is not None for item in range(len(data)))

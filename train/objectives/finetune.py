@@ -11,8 +11,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from latentgen.files import write_json
 from latentgen.models.config import StorageDtype
 from latentgen.models.frozen import store_frozen
 from latentgen.models.text import Conditioning
@@ -22,13 +24,15 @@ from latentgen.pipelines.inpaint import in_latents
 from latentgen.train.config import FinetuneTask, LatentLoss
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, sample_rng
 from latentgen.train.methods import build_method
-from latentgen.train.objectives.base import Loss
+from latentgen.train.objectives.base import Check, Loss, unchecked
 from latentgen.train.objectives.class_images import ClassImages
 from latentgen.train.objectives.encoded_views import Shown
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.masks import random_mask
 from latentgen.train.objectives.origin import Origin, check_data, load_origin, own_memory
+from latentgen.train.objectives.view_encoder import image_before
 from latentgen.train.objectives.view_source import ViewSource
+from latentgen.train.samples import Example
 
 # What is not shown: to the encoder as near to 0 as 8 bits come.
 _GREY = (127, 127, 127)
@@ -46,6 +50,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         seed: the run's seed, which the cached views follow.
         device: where images are drawn and encoded; the objective itself stays on the CPU.
         origin: what the run starts from.
+        check: looks at this objective before anything is drawn or encoded.
 
     Raises:
         ConfigError: the recipe does not fit the checkpoint.
@@ -54,7 +59,14 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
     """
 
     def __init__(
-        self, task: FinetuneTask, data: CaptionedImages, *, seed: int, device: torch.device, origin: Origin
+        self,
+        task: FinetuneTask,
+        data: CaptionedImages,
+        *,
+        seed: int,
+        device: torch.device,
+        origin: Origin,
+        check: Check = unchecked,
     ) -> None:
         pipeline = load_origin(origin.source, task)
         super().__init__(task, data, device, pipeline.scheduler)
@@ -67,6 +79,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         self._vae = (self._stages.encoder(), self._stages.decoder)
         # In a tuple, as it shares all networks with this one.
         self._kept: tuple[FinetuneObjective, ...] = ()
+        self._look_ahead(data, seed, device, check)
         classes = None
         if task.prior is not None:
             classes = ClassImages(
@@ -115,6 +128,22 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         """Whether the UNet is shown the image before an edit."""
         return self.unet.config.in_channels == 2 * self._stages.decoder.config.latent_channels
 
+    @property
+    def remakes(self) -> bool:
+        """As Objective.remakes: what the UNet is shown says it."""
+        return self.inpaints or self.edits
+
+    def example(self, view: View, rng: random.Random) -> Example:
+        """As Objective.example; a model of inpainting is told a random mask, and shown what that leaves."""
+        if not self.inpaints:
+            return super().example(view, rng)
+        caption, mask = view.captions.draw(rng), random_mask(view.image.size, rng)
+        return Example(caption, _covered(view.image, mask), view.image, mask)
+
+    def shown(self, view: View, rng: random.Random) -> Image.Image:
+        """The image before the edit."""
+        return image_before(view) if self.edits else super().shown(view, rng)
+
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """As LatentObjective.batch.
 
@@ -122,6 +151,8 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         that a UNet is shown. With prior preservation all of that follows once more, for as many class images.
         """
         rows = self._rows(plan)
+        if self.task.prior is not None and not self._kept:
+            return *rows, *rows  # looking ahead: class images will be of the same shape
         for kept in self._kept:
             # A plan of its own for the class images, so that they share no random number with the others.
             seed = sample_rng(plan.seed, "prior").getrandbits(62)
@@ -187,15 +218,30 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         Raises:
             ConfigError: the method saves the whole model.
         """
-        if self.task.method.kind == "full":
-            super().store_base(storage)
+        super().store_base(storage)
         for network in self.children():
             store_frozen(network, storage)
 
+    def check_base_storage(self, storage: StorageDtype) -> None:
+        """As Objective.check_base_storage."""
+        if self.task.method.kind == "full":
+            super().check_base_storage(storage)
+
+    @property
+    def adapts(self) -> Pipeline | None:
+        """As Objective.adapts: all methods but one leave the model as it is."""
+        return None if self.task.method.kind == "full" else self._stages
+
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write what the method learnt, in float16 if the recipe says so."""
+        """Write what the method learnt, in float16 if the recipe says so.
+
+        Beside what is put on a model whose schedule training has rescaled lies the scheduler to sample it with.
+        """
         self.load_state_dict(dict(weights))
         self._method.save(self._pipeline(), folder, half=self.task.save_half)
+        if self.adapts is not None and self.task.loss.zero_terminal_snr:
+            config = self.scheduler.to_config()
+            write_json(folder / "scheduler" / "scheduler_config.json", config)
 
     def _pipeline(self) -> Pipeline:
         return self._stages
@@ -203,6 +249,11 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
 
 def _unmasked(view: View, rng: random.Random) -> View:
     """A view, as an edit of what a random mask leaves of it."""
-    image = view.image.copy()
-    image.paste(_GREY, mask=random_mask(image.size, rng))
-    return view._replace(before=image)
+    return view._replace(before=_covered(view.image, random_mask(view.image.size, rng)))
+
+
+def _covered(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """What a mask leaves of an image."""
+    covered = image.copy()
+    covered.paste(_GREY, mask=mask)
+    return covered

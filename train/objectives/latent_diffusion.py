@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import random
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,15 @@ from latentgen.pipelines.loading import (
 )
 from latentgen.train.config import DiffusionTask, LatentLoss
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, check_sides, sample_rng
-from latentgen.train.objectives.base import Loss, Objective
-from latentgen.train.objectives.encoded_views import EncodedViews, FreshViews, Shown
+from latentgen.train.objectives.base import Check, Loss, Objective, unchecked
+from latentgen.train.objectives.encoded_views import (
+    NO_MASKS,
+    EncodedViews,
+    FreshViews,
+    Shown,
+    SketchedViews,
+    has_masks,
+)
 from latentgen.train.objectives.encoding import encode_views
 from latentgen.train.objectives.lent import IDLE, lent
 from latentgen.train.objectives.losses import mean_loss, sample_errors, training_scheduler
@@ -145,7 +152,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
         return self
 
     def forward(self, *batch: Tensor) -> Loss:
-        """The mean error of the prediction; its part is the same at the noisier half of the timesteps."""
+        """The mean error of the prediction; its subset is the samples at the noisier half of the timesteps."""
         latents, noise, timesteps, *shown = batch
         loss = self.task.loss
         level = self.scheduler.schedule.batch(timesteps)
@@ -232,14 +239,40 @@ class LatentObjective(Objective, Generic[AnyTask]):
         """Encode the images, and their captions where that can be done once."""
         self._encode(data, seed, device)
         page_out(nn.ModuleList(self._vae))
-        self._told = ToldText(self._text)
-        captions, cache_dir = self._views.captions, self.task.cache_dir
-        needed = 0 if captions is None else len(captions) * self._text.window * self._text.context_width * 4
-        if self._told.learns or captions is None or (cache_dir is None and needed > CAPTION_BYTES):
-            self.text_encoder = self._text.module
-        else:
-            self._told = ToldText(self._text, TextCache(self._text, device=device, cache_dir=cache_dir))
+        captions = self._views.captions
+        if self._encodes_once(captions):
+            cache = TextCache(self._text, device=device, cache_dir=self.task.cache_dir)
+            self._told = ToldText(self._text, cache)
             self._told.add(captions)
+
+    def _look_ahead(self, data: CaptionedImages, seed: int, device: torch.device, check: Check) -> None:
+        """Find out what is wrong with a recipe before `_prepare`, which may take hours.
+
+        Raises:
+            ConfigError: the loss asks for masks, and no image has one.
+        """
+        source = self._source(data, seed)
+        if self.task.loss.masked and source.per_item and not has_masks(data):
+            raise ConfigError(NO_MASKS)
+        if check is unchecked:
+            return
+        views = SketchedViews(source, self._vae[0], self._shown_as)
+        self._views = views
+        if self._encodes_once(views.captions):
+            # Not into the folder of the cache, to which all processes must come with the same captions.
+            self._told = ToldText(self._text, TextCache(self._text, device=device))
+        check(self)
+
+    def _encodes_once(self, captions: Set[str] | None) -> TypeGuard[Set[str]]:
+        """Whether these captions are encoded before the first step; else the text encoder joins the networks."""
+        self._told = ToldText(self._text)
+        self._modules.pop("text_encoder", None)
+        needed = 0 if captions is None else len(captions) * self._text.window * self._text.context_width * 4
+        too_many = self.task.cache_dir is None and needed > CAPTION_BYTES
+        if self._told.learns or captions is None or too_many:
+            self.text_encoder = self._text.module
+            return False
+        return True
 
     def _see(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
         """Encode other images as well, and their captions if those of the training set were."""

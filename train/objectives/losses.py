@@ -19,7 +19,7 @@ from latentgen.diffusion.weighting import (
 )
 from latentgen.errors import ConfigError
 from latentgen.train.config import P2, ErrorKind, LatentLoss, MinSNR
-from latentgen.train.objectives.base import Loss
+from latentgen.train.objectives.base import Loss, Subset
 
 
 def training_scheduler(scheduler: Scheduler, loss: LatentLoss) -> Scheduler:
@@ -118,6 +118,7 @@ def elementwise_error(output: Tensor, wanted: Tensor, kind: ErrorKind, c: float)
 
 
 def mean_loss(errors: Tensor, level: BatchNoiseLevel, scheduler: Scheduler) -> Loss:
-    """The mean of the samples' errors [B]; its part is the same at the noisier half of the timesteps."""
+    """The mean of the samples' errors [B]; its subset is the samples at the noisier half of the timesteps."""
     noisy = 2 * level.timestep >= scheduler.schedule.num_train_timesteps
-    return Loss(errors.mean(), {"noisy half": (errors * noisy).sum() / noisy.sum().clamp(min=1)})
+    subset = Subset((errors * noisy).sum(), noisy.sum(dtype=errors.dtype))
+    return Loss(errors.mean(), {}, {"noisy half": subset})

@@ -16,6 +16,7 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.train.config import PairedTask
 from latentgen.train.data import BatchPlan, CaptionedImages, View
+from latentgen.train.objectives.base import Check, unchecked
 from latentgen.train.objectives.degradation import DEGRADATIONS, NOT_RANDOM
 from latentgen.train.objectives.encoded_views import Shown
 from latentgen.train.objectives.latent_diffusion import (
@@ -41,6 +42,7 @@ class PairedObjective(LatentObjective[PairedTask]):
         device: where the images are encoded; the objective itself stays on the CPU.
         init_from: a folder in the diffusers layout whose UNet to begin with, instead of random weights. One that is
             shown nothing yet, of half the input channels, is given the others.
+        check: looks at this objective before anything is encoded.
 
     Raises:
         ConfigError: a configuration is wrong, or they do not fit each other.
@@ -55,6 +57,7 @@ class PairedObjective(LatentObjective[PairedTask]):
         seed: int,
         device: torch.device,
         init_from: Path | None = None,
+        check: Check = unchecked,
     ) -> None:
         super().__init__(task, data, device, Scheduler.from_config(task.scheduler))
         config = UNetConfig.from_json(task.unet)
@@ -73,6 +76,7 @@ class PairedObjective(LatentObjective[PairedTask]):
         # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
         self._pipeline()
         self._scaling_factor = vae_config.scaling_factor
+        self._look_ahead(data, seed, device, check)
         self._prepare(data, seed, device)
 
     def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
@@ -82,6 +86,10 @@ class PairedObjective(LatentObjective[PairedTask]):
     @property
     def _shown_as(self) -> Shown:
         return "latents"
+
+    @property
+    def remakes(self) -> bool:
+        return True
 
     def shown(self, view: View, rng: random.Random) -> Image.Image:
         """The degraded image."""

@@ -19,6 +19,7 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TextToImageTask
 from latentgen.train.data import CaptionedImages
+from latentgen.train.objectives.base import Check, unchecked
 from latentgen.train.objectives.latent_diffusion import LatentObjective, check_fit, load_vae, open_vae
 from latentgen.train.objectives.tokenizer import train_tokenizer
 
@@ -38,6 +39,7 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         init_from: a folder in the diffusers layout whose UNet, text encoder and tokenizer to begin with, instead of
             random weights and a tokenizer made from the captions.
         assets: the folder that `save_assets` wrote to, if the run is resumed.
+        check: looks at this objective before anything is encoded.
 
     Raises:
         ConfigError: a configuration is wrong, or they do not fit each other.
@@ -54,6 +56,7 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         device: torch.device,
         init_from: Path | None = None,
         assets: Path | None = None,
+        check: Check = unchecked,
     ) -> None:
         super().__init__(task, data, device, Scheduler.from_config(task.scheduler))
         unet_config = UNetConfig.from_json(task.unet)
@@ -73,6 +76,7 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         self._text = _text_encoder(text_config, data, origin, assets)
         self._text.module.requires_grad_(task.train_text_encoder)
         self._vae = load_vae(vae)
+        self._look_ahead(data, seed, device, check)
         self._prepare(data, seed, device)
 
     def save_assets(self, folder: Path) -> None:

@@ -22,6 +22,7 @@ from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.upscale import UpscalePipeline, as_channels, low_res_ratio
 from latentgen.train.config import UpscaleTask
 from latentgen.train.data import BatchPlan, CaptionedImages, View
+from latentgen.train.objectives.base import Check, unchecked
 from latentgen.train.objectives.degradation import lower_resolution
 from latentgen.train.objectives.encoded_views import Shown
 from latentgen.train.objectives.latent_diffusion import (
@@ -46,6 +47,7 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         seed: the run's seed, which the cached views follow.
         device: where the images are encoded; the objective itself stays on the CPU.
         init_from: a folder in the diffusers layout whose UNet to begin with, instead of random weights.
+        check: looks at this objective before anything is encoded.
 
     Raises:
         ConfigError: a configuration is wrong, or they do not fit each other.
@@ -60,6 +62,7 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         seed: int,
         device: torch.device,
         init_from: Path | None = None,
+        check: Check = unchecked,
     ) -> None:
         super().__init__(task, data, device, Scheduler.from_config(task.scheduler))
         self.low_res_scheduler = Scheduler.from_config(task.low_res_scheduler)
@@ -86,6 +89,7 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         self._vae = load_vae(vae)
         # What the weights would be saved in is put together first, so that a recipe of no use fails at once.
         self._scale = self._pipeline().scale
+        self._look_ahead(data, seed, device, check)
         self._prepare(data, seed, device)
 
     def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
@@ -94,6 +98,10 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
     @property
     def _shown_as(self) -> Shown:
         return "pixels"
+
+    @property
+    def remakes(self) -> bool:
+        return True
 
     def shown(self, view: View, rng: random.Random) -> Image.Image:
         """The image in low resolution, without noise."""

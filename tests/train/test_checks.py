@@ -1,0 +1,129 @@
+"""What is wrong with a recipe is told before images are drawn or encoded, which may take hours."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from latentgen.errors import ConfigError, InputError, MemoryBudgetError
+from latentgen.train import memory
+from latentgen.train.data import BatchPlan
+from latentgen.train.memory import batch_shapes, estimate_activations
+from latentgen.train.objectives.base import Objective
+from latentgen.train.objectives.build import build_objective
+from latentgen.train.trainer import train
+from tests.train.finetuning import Pictures, folder_of, objective_of
+from tests.train.recipes import MakeRecipe, plan_for
+
+CPU = torch.device("cpu")
+PRIOR = "task.prior={prompt: dog, images: 4}"
+
+
+@pytest.fixture
+def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing and encoding images fails."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("latentgen.train.objectives.latent_diffusion.encode_views", fail)
+    monkeypatch.setattr("latentgen.train.objectives.class_images.ClassImages.draw", fail)
+
+
+@pytest.mark.usefixtures("nothing_slow")
+@pytest.mark.parametrize("recipe", ["text_to_image_recipe", "lora_recipe"])
+def test_prompts_that_cannot_be_drawn(recipe: str, request: pytest.FixtureRequest):
+    config = request.getfixturevalue(recipe)("validation={prompts: [x], height: 17}")
+    with pytest.raises(InputError, match="height=17"):
+        train(config)
+
+
+@pytest.mark.usefixtures("nothing_slow")
+def test_a_base_that_is_saved_cannot_be_stored_in_fewer_bits(lora_recipe: MakeRecipe):
+    config = lora_recipe("task.method={kind: full}", PRIOR, "memory.base_dtype=int8")
+    with pytest.raises(ConfigError, match=r"memory\.base_dtype is int8"):
+        train(config)
+
+
+@pytest.mark.usefixtures("nothing_slow")
+def test_an_optimizer_that_is_not_installed(lora_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        train(lora_recipe("optimizer.name=adamw8bit"))
+
+
+@pytest.mark.usefixtures("nothing_slow")
+def test_masks_that_no_image_has(lora_recipe: MakeRecipe):
+    with pytest.raises(ConfigError, match="no image of the training set has a mask"):
+        train(lora_recipe("task.loss.masked=true", PRIOR))
+
+
+@pytest.mark.usefixtures("nothing_slow")
+@pytest.mark.parametrize(
+    ("recipe", "field"),
+    [
+        ("text_to_image_recipe", "task.cached_views=2"),
+        ("upscale_recipe", "task.cached_views=2"),
+        ("paired_recipe", "task.cached_views=0"),
+        ("lora_recipe", PRIOR),
+    ],
+)
+def test_a_step_that_does_not_fit(
+    recipe: str, field: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "available_bytes", lambda _: -(10**12))
+    config = request.getfixturevalue(recipe)("memory.planner=true", field)
+    with pytest.raises(MemoryBudgetError, match="activations"):
+        train(config)
+
+
+@pytest.mark.parametrize("views", [0, 2])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "inpainting", "instruct"])
+def test_the_batch_that_is_looked_at_before_has_the_shapes_of_the_true_one(
+    family: str, views: int, tmp_path: Path
+):
+    def shapes(objective: Objective) -> list[Any]:
+        batch = objective.batch(plan_for(objective))
+        frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
+        estimate = estimate_activations(objective, batch, CPU, Accelerator(cpu=True).autocast())
+        return [*((t.shape, t.dtype) for t in batch), frozen, estimate]
+
+    seen: list[Any] = []
+    prior = None if family == "instruct" else {"prompt": "dog", "images": 4}
+    objective = objective_of(
+        {"kind": "lora", "rank": 2},
+        folder_of(family),
+        tmp_path,
+        Pictures(),
+        check=lambda looked_at: seen.extend(shapes(looked_at)),
+        cached_views=views,
+        prior=prior,
+    )
+    assert seen == shapes(objective)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_batch_whose_memory_is_estimated_is_not_made(
+    parts: int, lora_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    config = lora_recipe("batch_size=64", f"gradient_accumulation_steps={parts}")
+    objective, accelerator = build_objective(config, device=CPU), Accelerator(cpu=True)
+    whole = objective.batch(plan_for(objective, size=64 // parts))
+    made: list[int] = []
+    original = type(objective).batch
+
+    def batch(self: Any, plan: BatchPlan) -> tuple[Tensor, ...]:
+        made.append(len(plan.samples))
+        return original(self, plan)
+
+    monkeypatch.setattr(type(objective), "batch", batch)
+    shapes = batch_shapes(config, accelerator, objective)
+    assert [(t.shape, t.dtype) for t in shapes] == [(t.shape, t.dtype) for t in whole]
+    assert max(made) <= 8
+    assert {t.device.type for t in shapes} == {"meta"}
