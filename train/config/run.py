@@ -44,8 +44,8 @@ class TrainConfig(Section):
     themselves). `allow_changes` names the fields, or sections, in which the recipe of a resumed run may differ from
     what it began with.
 
-    The share `held_out` of the images, the same ones in every run over a set of as many, is kept out of training, for
-    `validation` to look at. `trackers` get what `log.jsonl` gets, and the images of `validation`.
+    The share `held_out` of the images, the same ones in every run over a set of as many and each with all of its
+    repeats, is kept out of training, for `validation` to look at. `trackers` get what `log.jsonl` gets, and the images of `validation`.
     """
 
     output_dir: Path

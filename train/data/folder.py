@@ -69,6 +69,9 @@ class ImageFolder:
     Every file is decoded once to begin with. Bad images are an error, or left out with a warning if the recipe says
     so; they are never replaced. An image that an epoch shows several times is as many items.
 
+    Attributes:
+        images: a number for the image of each item; files of the same bytes are one image.
+
     Raises:
         DatasetError: listing every image that has no caption or cannot be read, and every row without its image.
     """
@@ -93,6 +96,8 @@ class ImageFolder:
                 "`latentgen check-data` lists them one a line"
             )
         self._items = [item for item in good for _ in range(item.repeats)]
+        numbers: dict[bytes, int] = {}
+        self.images = [numbers.setdefault(facts[item.file].digest, len(numbers)) for item in self._items]
         self._sizes = [self._framing.size_for(facts[item.file].size) for item in self._items]
         small = sum(
             enlargement(facts[item.file].size, self._framing.size_for(facts[item.file].size)) > 1

@@ -225,3 +225,11 @@ def test_a_run_from_a_data_set_is_one_from_a_folder(
     for name in ("weights.safetensors", "optimizer.safetensors"):
         files = [config.output_dir / "checkpoint-00000004" / name for config in (ours, theirs)]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_rows_that_show_the_same_image_are_known(tmp_path: Path):
+    colours = ("red", "blue", "red", "green", "blue")
+    rows = {"image": [encoded(colour) for colour in colours], "text": list("abcde")}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path)
+    assert open_set(tmp_path).images == [0, 1, 0, 2, 1]
+    assert open_set(tmp_path, check_images=False).images == [0, 1, 2, 3, 4]
