@@ -45,7 +45,8 @@ class TrainConfig(Section):
     what it began with.
 
     The share `held_out` of the images, the same ones in every run over a set of as many and each with all of its
-    repeats, is kept out of training, for `validation` to look at. `trackers` get what `log.jsonl` gets, and the images of `validation`.
+    repeats, is kept out of training, for `validation` to look at. `trackers` get what `log.jsonl` gets, and the images
+    of `validation`.
     """
 
     output_dir: Path

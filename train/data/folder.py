@@ -82,6 +82,8 @@ class ImageFolder:
         self.views_vary = self._framing.varies
         self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
         listing, facts, bad = survey(config)
+        for columns in listing.unread:
+            warnings.warn(columns, stacklevel=2)
         problems = list(listing.problems)
         if config.on_bad_image == "skip" and bad:
             warnings.warn(f"{len(bad)} images are left out: {'; '.join(bad.values())}", stacklevel=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 
 from latentgen.errors import DatasetError
 from latentgen.train.config import FolderData, KohyaData
+from latentgen.train.data.check import check
 from latentgen.train.data.folder import ImageFolder
 
 
@@ -84,6 +86,39 @@ def test_captions_in_a_table(bare_folder: Path):
     rows = (("a.png", 'said "é, 🍕"', "1"), ("b.png", "two\nlines", ""), ("sub/c.png", "", "x"))
     write_csv(bare_folder, ("file_name", "text", "more"), *rows)
     assert open_folder(bare_folder).corpus() == ['said "é, 🍕"', "two\nlines", ""]
+
+
+def test_captions_may_be_called_captions(bare_folder: Path):
+    write_csv(bare_folder, ("file_name", "caption"), ("a.png", "first"), ("b.png", "second"))
+    both = {"file_name": "c.png", "caption": "not this", "text": "third"}
+    write_metadata(bare_folder / "sub", both)
+    with pytest.warns(
+        UserWarning, match=r"sub/metadata\.jsonl: nothing is done with the column caption;"
+    ) as told:
+        assert open_folder(bare_folder, caption="x").corpus() == ["first", "second", "third"]
+    assert len(told) == 1
+
+
+def test_columns_that_are_not_known_are_told(bare_folder: Path):
+    """Captions under another name must not give way to the caption of all without a word."""
+    rows = [{"file_name": name, "prompt": "lost", "source": "x"} for name in ("a.png", "b.png", "sub/c.png")]
+    write_metadata(bare_folder, *rows)
+    message = "metadata.jsonl: nothing is done with the columns prompt; source; captions are read from text or caption"
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        assert open_folder(bare_folder, caption="x").corpus() == ["x"] * 3
+    config = FolderData(kind="imagefolder", path=bare_folder, image_size=8, caption="x")
+    assert message in check(config).notes
+    told = problems_of(bare_folder)
+    assert (
+        "a.png: no caption; its row has the columns prompt; source: name the one that holds the caption text"
+        in told
+    )
+    rows[0] |= {str(number): "x" for number in range(10)}
+    write_metadata(bare_folder, *rows)
+    with pytest.warns(
+        UserWarning, match=r"the columns prompt; source; 0; 1; 2; \.\.\.; captions are read from"
+    ):
+        open_folder(bare_folder, caption="x")
 
 
 def test_metadata_in_sub_folders_name_files_beside_them(bare_folder: Path):
