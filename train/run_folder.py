@@ -90,6 +90,30 @@ def starting_state(config: TrainConfig, *, processes: int = 1, quiet: bool = Fal
     return state
 
 
+def check_same_data(state: RunState, digest: str, config: TrainConfig, *, quiet: bool = False) -> None:
+    """Refuse to go on with another training set, or warn of it if `allow_changes` names `data`, or fields of it.
+
+    Args:
+        state: what the run goes on from; of old checkpoints the training set is not known.
+        digest: of the training set as it is now.
+        config: the recipe.
+        quiet: whether to leave the warning to another process.
+
+    Raises:
+        ResumeError: it was changed.
+    """
+    if state.data_digest in (None, digest):
+        return
+    changed = "the images or captions of data are not those that the run began with"
+    if not any(name.partition(".")[0] == "data" for name in config.allow_changes):
+        allowed = ", ".join([*config.allow_changes, "data"])
+        raise ResumeError(
+            f"{changed}: put them back, or to go on with them as they are add --set 'allow_changes=[{allowed}]'"
+        )
+    if not quiet:
+        warnings.warn(f"from step {state.step} on {changed}", stacklevel=2)
+
+
 def _changes(state: RunState, config: TrainConfig) -> list[str]:
     """Where a recipe differs from that of a checkpoint, as far as `allow_changes` lets it."""
     try:

@@ -31,7 +31,7 @@ from latentgen.train.optimizer import build_optimizer
 from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
 from latentgen.train.resident import give_back_freed, keep_tensors_apart
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
-from latentgen.train.run_folder import run_lock, starting_state
+from latentgen.train.run_folder import check_same_data, run_lock, starting_state
 from latentgen.train.run_log import AFTER_NAN, RunLog
 from latentgen.train.sharding import gathered, prepared, put_together, spread_like, whole
 from latentgen.train.watch import Watch
@@ -47,7 +47,8 @@ def train(config: TrainConfig) -> Path:
         InputError: a validation prompt cannot be drawn as the recipe says.
         DatasetError: the training set has problems.
         CheckpointError: a model that the recipe builds on cannot be used.
-        ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe has changed.
+        ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe or the training set
+            have changed.
         RunLockedError: another process writes into the same folder.
         MemoryBudgetError: a step does not fit into the device.
         NumericalError: the loss or the weights are not finite.
@@ -65,9 +66,11 @@ def train(config: TrainConfig) -> Path:
         torch.manual_seed(config.seed)
         assets = None if state is None else output_dir
         parts = open_parts(config)
+        if state is not None:
+            check_same_data(state, parts.digest, config, quiet=not accelerator.is_main_process)
         objective = build_objective(config, device=accelerator.device, assets=assets, data=parts.training)
         save_memory(config, accelerator, objective)
-        trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
+        trainer = Trainer(config, accelerator, objective, held_out=parts.held_out, data_digest=parts.digest)
         if state is not None:
             trainer.restore(state)
         if accelerator.is_main_process:
@@ -100,7 +103,9 @@ class Trainer:
         objective: Objective,
         *,
         held_out: CaptionedImages | None = None,
+        data_digest: str | None = None,
     ) -> None:
+        self._data_digest = data_digest
         self.config = config
         self.accelerator = accelerator
         self.objective = objective
@@ -295,6 +300,7 @@ class Trainer:
                 scaler={} if scaler is None else scaler.state_dict(),
                 processes=self.accelerator.num_processes,
                 window=window,
+                data_digest=self._data_digest,
             )
             save_checkpoint(self.config.output_dir, state, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()

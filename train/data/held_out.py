@@ -15,10 +15,11 @@ from latentgen.train.data.order import Sharded
 
 
 class Parts(NamedTuple):
-    """The images to learn from, and those to measure on, if there are any."""
+    """The images to learn from, and those to measure on, if there are any; `digest` is that of the recipe's `data`."""
 
     training: CaptionedImages
     held_out: CaptionedImages | None
+    digest: str
 
 
 @runtime_checkable
@@ -80,15 +81,16 @@ def open_parts(config: TrainConfig) -> Parts:
     Raises:
         DatasetError: listing all that is wrong with a set.
     """
-    data, held_out, validation = open_data(config.data), None, config.validation
+    whole, held_out, validation = open_data(config.data), None, config.validation
+    data: CaptionedImages = whole
     if config.held_out:
-        data, held_out = split(data, config.held_out)
+        data, held_out = split(whole, config.held_out)
     elif validation is not None and validation.data is not None:
         held_out = open_data(validation.data)
         held_out = Part(held_out, [items[0] for items in _images(held_out)])
     if validation is not None and held_out is not None:
         held_out = Part(held_out, range(min(validation.loss_images, len(held_out))))
-    return Parts(data, held_out)
+    return Parts(data, held_out, whole.digest)
 
 
 def split(data: CaptionedImages, share: float) -> tuple[CaptionedImages, CaptionedImages]:

@@ -15,7 +15,7 @@ from latentgen.errors import ConfigError, DatasetError, InputError, LatentgenErr
 from latentgen.files import quote, read_json, safe_join
 from latentgen.image_file import read_image_bytes
 from latentgen.train.config import HuggingFaceData
-from latentgen.train.data import View
+from latentgen.train.data import View, digest_of
 from latentgen.train.data.framing import Size
 from latentgen.train.data.packed import (
     MAX_IMAGE_BYTES,
@@ -48,6 +48,7 @@ class HuggingFaceSet:
         image_size: the side of the views.
         views_vary: whether two views of a row can differ.
         images: a number for the image of each row; with `check_images` those of the same bytes are one image.
+        digest: of the number of rows, with `check_images` of their images and captions.
 
     Raises:
         ConfigError: the `datasets` library is not installed.
@@ -60,6 +61,7 @@ class HuggingFaceSet:
         self.views_vary = self._framing.varies
         self._sizes: dict[int, Size] = {}
         self._digests: dict[int, bytes] = {}
+        self._contents: list[str] = []
         self._where = quote(config.path) + (f", split {quote(config.split)}" if config.split else "")
         self._image, self._caption = config.image_column, config.caption_column
         self._table = _with_columns(_open(config), config)
@@ -74,6 +76,7 @@ class HuggingFaceSet:
             refuse(self._where, captions)
         if not self._rows:
             raise DatasetError(f"{self._where} has no row that can be used")
+        self.digest = digest_of((len(self._table), *self._contents))
         numbers: dict[bytes | int, int] = {}
         self.images = [numbers.setdefault(self._digests.get(row, row), len(numbers)) for row in self._rows]
 
@@ -108,6 +111,7 @@ class HuggingFaceSet:
         captions: list[str] = []
         images: dict[int, str] = {}
         for row, found in enumerate(_read_rows(self._table, config)):
+            self._contents.append(digest_of(found))
             if found.caption_problem:
                 captions.append(f"row {row}: {found.caption_problem}")
             if found.image_problem:
