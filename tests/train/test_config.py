@@ -154,7 +154,7 @@ def test_bare_no_is_a_precision(fields: dict[str, Any], tmp_path: Path):
     assert load(fields, tmp_path, "mixed_precision=no").mixed_precision == "no"
 
 
-@pytest.mark.parametrize("content", [b"", b"- a list", b"a: [", b"\xff\xfe\x00", b"text"])
+@pytest.mark.parametrize("content", [b"", b"- a list", b"a: [", b"\xff\xfe\x00", b"text", b"? [a]\n: 1"])
 def test_files_that_are_no_recipe(content: bytes, tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
@@ -205,3 +205,25 @@ def test_words_for_resuming(given: str, read: str, autoencoder_recipe: MakeRecip
     assert autoencoder_recipe(f"resume={given}").resume == read
     with pytest.raises(ConfigError, match="resume: Input should be 'no', 'latest' or 'auto'"):
         autoencoder_recipe("resume=yes please")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 1\ntask:\n  kind: finetune\n  method: {kind: full}\n  kind: paired\n", "utf-8")
+    with pytest.raises(
+        ConfigError, match=r"recipe\.yaml cannot be read: line 5: kind stands in line 3 already"
+    ):
+        load_config(path)
+    path.write_text("seed: 1\n", "utf-8")
+    with pytest.raises(ConfigError, match="--set 'data=.*: line 1: kind stands in line 1 already"):
+        load_config(path, ["data={kind: emoji, kind: kohya}"])
+
+
+def test_what_is_merged_may_be_replaced(fields: dict[str, Any], tmp_path: Path):
+    text = yaml.safe_dump(fields | {"optimizer": {}})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        text.replace("optimizer: {}", "optimizer: {<<: {learning_rate: 1, name: muon}, learning_rate: 2}")
+    )
+    config = load_config(path)
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("muon", 2.0)

@@ -177,7 +177,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         ConfigError: the file cannot be read, or a field is unknown, missing, of a wrong type or out of bounds.
     """
     try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        fields = _read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
@@ -190,6 +190,28 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         return TrainConfig.model_validate(fields)
     except ValidationError as error:
         raise ConfigError(f"the recipe {path} cannot be used: {in_one_line(error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key may stand twice, where other loaders take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"line {line}: {key.value} stands in line {lines[key.value]} already; keep one of them"
+                )
+            lines[key.value] = line
+        return node
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def in_one_line(error: ValidationError) -> str:
@@ -210,6 +232,6 @@ def _assign(fields: dict[str, Any], override: str) -> None:
         if not isinstance(fields, dict):
             raise ConfigError(f"--set {override!r}: {parent} is not a section of the recipe")
     try:
-        fields[last] = yaml.safe_load(value)
+        fields[last] = _read_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
