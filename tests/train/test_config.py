@@ -11,6 +11,7 @@ import yaml
 
 from latentgen.errors import ConfigError
 from latentgen.train.config import Optimizer, TrainConfig, load_config
+from latentgen.train.config.base import has_field
 from tests.train.recipes import MakeRecipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
@@ -227,3 +228,50 @@ def test_what_is_merged_may_be_replaced(fields: dict[str, Any], tmp_path: Path):
     )
     config = load_config(path)
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("muon", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mended", "message"),
+    [
+        (
+            ("held_out=0.1",),
+            "validation.loss_every=2",
+            "held_out keeps images back, and nothing looks at them",
+        ),
+        (("task.loss.huber_c=0.2",), "task.loss.kind=huber", "huber_c is for kind huber and smooth_l1"),
+        (("memory.ema_device=cpu", "ema_decay=0"), "ema_decay=0.9", "there is no moving average to keep"),
+        (
+            ("allow_changes=[seed, sede]",),
+            "allow_changes=[seed]",
+            "allow_changes: 'sede' is no field of a recipe",
+        ),
+        (
+            ("allow_changes=[task.unet.a, data.sed]",),
+            "allow_changes=[data]",
+            "allow_changes: 'data.sed' is no field",
+        ),
+    ],
+)
+def test_what_would_do_nothing_is_refused(
+    overrides: tuple[str, ...], mended: str, message: str, text_to_image_recipe: MakeRecipe
+):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        text_to_image_recipe(*overrides)
+    config = text_to_image_recipe(*overrides, mended)
+    # Checkpoints hold every field, also those that were not set.
+    assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_the_fields_that_changes_may_be_allowed_of():
+    names = (
+        "data",
+        "data.shards",
+        "task.method.rank",
+        "task.unet.sample_size",
+        "task.prior.weight",
+        "validation.data",
+    )
+    assert all(has_field(TrainConfig, name) for name in names)
+    assert not any(
+        has_field(TrainConfig, name) for name in ("", "data.", "seed.x", "task.method.unet.x", "Data")
+    )

@@ -11,7 +11,8 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from latentgen.errors import ConfigError
-from latentgen.train.config.base import Count, Decay, Section
+from latentgen.files import quote
+from latentgen.train.config.base import Count, Decay, Section, has_field
 from latentgen.train.config.data import Data, FramedData
 from latentgen.train.config.finetune import FinetuneTask
 from latentgen.train.config.memory import Memory
@@ -45,8 +46,8 @@ class TrainConfig(Section):
     what it began with.
 
     The share `held_out` of the images, the same ones in every run over a set of as many and each with all of its
-    repeats, is kept out of training, for `validation` to look at. `trackers` get what `log.jsonl` gets, and the images
-    of `validation`.
+    repeats, is kept out of training, for `validation`, which it needs, to look at. `trackers` get what `log.jsonl`
+    gets, and the images of `validation`.
     """
 
     output_dir: Path
@@ -94,6 +95,20 @@ class TrainConfig(Section):
             )
         if self.validation is not None:
             self._check_validation(self.validation)
+        elif self.held_out:
+            raise ValueError(
+                "held_out keeps images back, and nothing looks at them: add a section validation, as in "
+                "`validation: {loss_every: 500}`, or leave held_out out"
+            )
+        if self.memory.ema_device == "cpu" and not self.ema_decay:
+            raise ValueError(
+                "memory.ema_device: there is no moving average to keep, as ema_decay is 0; leave it out, or set that"
+            )
+        if unknown := [name for name in self.allow_changes if not has_field(TrainConfig, name)]:
+            raise ValueError(
+                f"allow_changes: {', '.join(map(quote, unknown))} is no field of a recipe; nested ones have dots, "
+                "as in optimizer.learning_rate"
+            )
         if isinstance(self.task, AutoencoderTask) and not self.task.train_encoder and self.init_from is None:
             raise ValueError(
                 "task.train_encoder is false, so init_from must name the folder of a trained encoder"
@@ -163,7 +178,23 @@ FREE_FIELDS = frozenset(
     }
 )
 # And those in which it may not even if allow_changes names them: the checkpoint would mean nothing.
-FIXED_FIELDS = frozenset({"task.kind", "optimizer.name"})
+FIXED_FIELDS = frozenset(
+    {
+        "task.kind",
+        "task.method.kind",
+        "task.method.rank",
+        "task.method.targets",
+        "task.method.text_targets",
+        "task.method.train_text_encoder",
+        "task.method.num_vectors",
+        "task.turn_into",
+        "task.train_encoder",
+        "task.train_text_encoder",
+        "optimizer.name",
+    }
+)
+# These may change, but not from 0 or to 0, where there is nothing of their kind.
+SWITCHING_FIELDS = frozenset({"ema_decay"})
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
