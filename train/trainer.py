@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latentgen.checkpoints.weights import first_five
 from latentgen.errors import NumericalError, ResumeError
 from latentgen.train.accelerator import build_accelerator
 from latentgen.train.batches import PlannedBatch, prepared_batches
@@ -136,7 +137,7 @@ class Trainer:
         _copy_into(self.trainable, state.weights)
         _copy_into(self.ema, state.ema)
         restore_optimizer(self._optimizer, state.optimizer)
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and state.scaler:  # there was none before fp16
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
         self.log.restore(state.window)
         self.step = state.step
@@ -307,10 +308,20 @@ class Trainer:
 
 
 def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    if {name: t.shape for name, t in targets.items()} != {name: t.shape for name, t in sources.items()}:
-        differing = sorted(targets.keys() ^ sources.keys()) or "shapes differ"
+    differing = {
+        "missing": sorted(targets.keys() - sources.keys()),
+        "extra": sorted(sources.keys() - targets.keys()),
+        "of other shapes": sorted(
+            name for name in targets.keys() & sources.keys() if targets[name].shape != sources[name].shape
+        ),
+    }
+    if any(differing.values()):
+        told = ", ".join(
+            f"{len(names)} {kind} ({first_five(names)})" for kind, names in differing.items() if names
+        )
         raise ResumeError(
-            f"the checkpoint was made by other code, its parameters are not those of this run: {differing}"
+            f"the parameters in the checkpoint are not those that this run learns: {told}; take back what was changed "
+            "of the networks, or begin a new run in another output_dir"
         )
     with torch.no_grad():
         for name, target in targets.items():
