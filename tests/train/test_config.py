@@ -275,3 +275,23 @@ def test_the_fields_that_changes_may_be_allowed_of():
     assert not any(
         has_field(TrainConfig, name) for name in ("", "data.", "seed.x", "task.method.unet.x", "Data")
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "task.loss.weighting=min_snr",
+            "task.finetune.loss.weighting: it must be a section with a kind, as in {kind: min_snr}",
+        ),
+        ("task.method.targets=to_q", "task.finetune.method.lora.targets: it must be a list, as in [to_q]"),
+        ("optimizer=adamw", "optimizer: it must be a section, with its fields below it; found 'adamw'"),
+        ("batch_size=3", "cannot be used: batch_size 3 is not a multiple of gradient_accumulation_steps 2"),
+        ("task.guidance_scale=3", "cannot be used: task.finetune: guidance_scale belongs to a whole model"),
+        ("task.method=3", "task.finetune.method: it must be a section with a kind, as in {kind: ...}"),
+    ],
+)
+def test_messages_say_how_it_is_written(override: str, message: str, lora_recipe: MakeRecipe):
+    with pytest.raises(ConfigError) as caught:
+        lora_recipe("gradient_accumulation_steps=2", override)
+    assert message in str(caught.value)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from latentgen.errors import ConfigError
 from latentgen.files import quote
@@ -247,10 +248,27 @@ def _read_yaml(text: str) -> Any:
 
 def in_one_line(error: ValidationError) -> str:
     """Every problem of a recipe, with the field that it is about."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in detail['loc']) or 'recipe'}: {detail['msg']}"
-        for detail in error.errors(include_url=False)
-    )
+    problems = []
+    for detail in error.errors(include_url=False):
+        field, message = ".".join(map(str, detail["loc"])), _message(detail)
+        problems.append(f"{field}: {message}" if field else message)
+    return "; ".join(problems)
+
+
+def _message(detail: ErrorDetails) -> str:
+    """What is wrong with a field; where a section or a list was due, how it is written."""
+    kind, found = detail["type"], detail["input"]
+    if kind == "value_error":  # one of ours, without pydantic's "Value error, "
+        return str(detail.get("ctx", {}).get("error", detail["msg"]))
+    if kind == "model_attributes_type":
+        return (
+            f"it must be a section with a kind, as in {{kind: {found if isinstance(found, str) else '...'}}}"
+        )
+    if kind == "model_type":
+        return f"it must be a section, with its fields below it; found {quote(found)}"
+    if kind in ("tuple_type", "list_type"):
+        return f"it must be a list, as in [{found if isinstance(found, str) else '...'}]"
+    return detail["msg"]
 
 
 def _assign(fields: dict[str, Any], override: str) -> None:

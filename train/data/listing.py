@@ -14,7 +14,7 @@ from latentgen.errors import DatasetError, InputError
 from latentgen.files import quote
 from latentgen.prompts import check_prompts
 from latentgen.train.config import FolderData, KohyaData
-from latentgen.train.data.captions import CAPTION_SUFFIXES, caption_file, read_captions
+from latentgen.train.data.captions import CAPTION_SUFFIXES, CaptionFiles, read_captions
 from latentgen.train.data.metadata import CAPTION_COLUMNS, METADATA, Metadata, Row, read_metadata
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
@@ -132,7 +132,8 @@ def _list_images(listing: Listing, files: list[Path], *, caption: str | None, re
     rows = metadata.rows
     companions = {file for row in rows.values() for file in (row.mask, row.before) if file is not None}
     images = {file for file in files if file.suffix.lower() in SUFFIXES}
-    own = {file: caption_file(file) for file in images | metadata.named}
+    captions_beside = CaptionFiles(file for file in files if file.suffix.lower() in CAPTION_SUFFIXES)
+    own = {file: captions_beside.of(file) for file in images | metadata.named}
     for file in sorted(images - companions | metadata.named):
         row = rows.get(file)
         if row is not None:
@@ -186,7 +187,7 @@ def _note_others(listing: Listing, files: list[Path]) -> None:
     """Note the files that nothing was done with."""
     others: Counter[str] = Counter()
     for file in files:
-        if file.suffix in CAPTION_SUFFIXES:
+        if file.suffix.lower() in CAPTION_SUFFIXES:
             listing.notes.append(f"{listing.name(file)}: there is no image of this name")
         else:
             others[file.suffix.lower() or "without a suffix"] += 1

@@ -139,6 +139,24 @@ def test_the_lines_of_a_text_file_are_captions_drawn_equally_often(bare_folder: 
     assert data.corpus()[3:] == ["", "kohya's suffix"]
 
 
+def test_the_case_of_suffixes_does_not_matter(bare_folder: Path):
+    (bare_folder / "a.png").rename(bare_folder / "a.PNG")
+    (bare_folder / "a.TXT").write_text("first", "utf-8")
+    (bare_folder / "b.Caption").write_text("second", "utf-8")
+    (bare_folder / "sub" / "c.TXT").write_text("not this", "utf-8")
+    (bare_folder / "sub" / "c.txt").write_text("third", "utf-8")
+    (bare_folder / "lonely.TXT").write_text("", "utf-8")
+    assert open_folder(bare_folder).corpus() == ["first", "second", "third"]
+    notes = check(FolderData(kind="imagefolder", path=bare_folder, image_size=8)).notes
+    assert "lonely.TXT: there is no image of this name" in notes
+
+
+def test_files_outside_of_the_folder_are_refused_in_the_words_of_a_data_set(bare_folder: Path):
+    write_metadata(bare_folder, {"file_name": "../x.png", "text": "x"})
+    told = problems_of(bare_folder, caption="x")
+    assert "the path '../x.png' climbs out of its folder; allowed are paths inside it" in told
+
+
 def test_one_caption_for_all_that_have_none_and_a_prefix_for_all(bare_folder: Path):
     (bare_folder / "b.txt").write_text("asleep", "utf-8")
     write_metadata(bare_folder, {"file_name": "sub/c.png"})
