@@ -216,7 +216,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
     ):
         load_config(path)
     path.write_text("seed: 1\n", "utf-8")
-    with pytest.raises(ConfigError, match="--set 'data=.*: line 1: kind stands in line 1 already"):
+    with pytest.raises(ConfigError, match=r"--set 'data=.*: line 1: kind stands in line 1 already"):
         load_config(path, ["data={kind: emoji, kind: kohya}"])
 
 
