@@ -227,7 +227,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 class _Loader(yaml.SafeLoader):
     """YAML in which no key may stand twice, where other loaders take the last."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:

@@ -79,7 +79,7 @@ class ShardSet:
             problems.append(_NO_SAMPLE)
         refuse(f"data.shards ({len(self._paths):,} files)", problems)
         self.digest = digest_of(
-            (self._stamps[path][0], hashlib.sha256(samples.extents).digest())
+            (self._stamps[path][0], hashlib.sha256(samples.extents.tobytes()).digest())
             for path, samples in zip(self._paths, self._samples, strict=True)
         )
         self._ends = list(accumulate(self.shard_counts))
