@@ -202,9 +202,9 @@ def _path_problem(relative: object) -> str | None:
     if len(data) > _MAX_PATH_BYTES:
         return f"is {len(data):,} bytes long; allowed are {_MAX_PATH_BYTES}"
     if relative.startswith("/") or _DRIVE_LETTER.match(relative):
-        return "is absolute; allowed are paths inside the checkpoint's folder"
+        return "is absolute; allowed are paths inside its folder"
     if ".." in relative.split("/"):
-        return "climbs out of its folder; allowed are paths inside the checkpoint's folder"
+        return "climbs out of its folder; allowed are paths inside it"
     return None
 
 

@@ -55,6 +55,10 @@ def _read(source: Path | io.BytesIO, name: str, background: tuple[int, int, int]
             return _upright(image, background)
     except InputError:
         raise
+    except Image.DecompressionBombError as error:  # far over the limit; it does not tell the size
+        raise InputError(
+            f"{name} has more pixels than the limit of {MAX_PIXELS:,}; make it smaller"
+        ) from error
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more, whatever parsing ran into.
     except Exception as error:
         # Pillow names the file, which in memory has no name that says anything.

@@ -122,6 +122,15 @@ def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch, picture: Image.Imag
         read_image(tmp_path / "image.png")
 
 
+def test_what_pillow_does_not_open_is_told_our_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Image.new("RGB", (6, 4)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)
+    with pytest.raises(
+        InputError, match=r"large\.png' has more pixels than the limit of 67,108,864; make it smaller"
+    ):
+        read_image(tmp_path / "large.png")
+
+
 def test_unknown_range_is_refused(tmp_path: Path):
     Image.new("F", (4, 4)).save(tmp_path / "image.tif")
     with pytest.raises(InputError, match="no known range"):

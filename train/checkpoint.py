@@ -45,6 +45,7 @@ class RunState:
         scaler: the state of float16's loss scaling, empty without it.
         processes: how many computed it; None if that is not known.
         window: what the row of the log that is under way holds so far; see RunLog.
+        data_digest: the digest of the training set; None if that is not known.
     """
 
     step: int
@@ -55,6 +56,7 @@ class RunState:
     scaler: Mapping[str, Any]
     processes: int | None = None
     window: Mapping[str, float] = field(default_factory=dict)
+    data_digest: str | None = None
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -100,6 +102,7 @@ def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:
             "scaler": dict(state.scaler) or None,
             "processes": state.processes,
             "window": dict(state.window) or None,
+            "data_digest": state.data_digest,
         }
         known = {name: value for name, value in optional.items() if value is not None}
         write_json(written / _STATE, {"step": state.step, "config": dict(state.config), **known})
@@ -130,6 +133,7 @@ def load_latest(output_dir: Path) -> RunState:
             scaler=state.get("scaler", {}),
             processes=state.get("processes"),
             window=state.get("window", {}),
+            data_digest=state.get("data_digest"),
         )
     remedy = (
         "delete them or choose another output_dir" if has_checkpoint(output_dir) else "start without resume"

@@ -16,7 +16,7 @@ from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.data.held_out import open_parts
 from latentgen.train.memory import save_memory
 from latentgen.train.objectives.build import build_objective
-from latentgen.train.run_folder import starting_state
+from latentgen.train.run_folder import check_same_data, starting_state
 from latentgen.train.sharing import gather
 from latentgen.train.trainer import Trainer, check_objective
 
@@ -98,6 +98,8 @@ def dry_run(config: TrainConfig) -> Rehearsal:
     state = starting_state(config)
     torch.manual_seed(config.seed)
     parts = open_parts(config)
+    if state is not None:
+        check_same_data(state, parts.digest, config, quiet=not accelerator.is_main_process)
     with TemporaryDirectory() as own_scratch:
         # One folder for all processes, which share the drawing of class images.
         scratch = Path(gather([own_scratch])[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from latentgen.errors import OutputError, ResumeError, RunLockedError
 from latentgen.files import quote, sync_folder
 from latentgen.train.checkpoint import RunState, has_checkpoint, load_latest
-from latentgen.train.config import FIXED_FIELDS, FREE_FIELDS, TrainConfig, in_one_line
+from latentgen.train.config import FIXED_FIELDS, FREE_FIELDS, SWITCHING_FIELDS, TrainConfig, in_one_line
 from latentgen.train.run_files import delete_unfinished
 
 _LOCK = ".lock"
@@ -67,7 +67,8 @@ def starting_state(config: TrainConfig, *, processes: int = 1, quiet: bool = Fal
         quiet: whether to leave these warnings to another process.
 
     Raises:
-        ResumeError: a run is there and resume is off; none is there and resume is on; or the recipe has changed.
+        ResumeError: a run is there and resume is off; none is there and resume is on; the recipe has changed; or the
+            run has done more steps than it asks for.
     """
     folder = config.output_dir
     if config.resume != "latest" and not has_checkpoint(folder):
@@ -78,7 +79,16 @@ def starting_state(config: TrainConfig, *, processes: int = 1, quiet: bool = Fal
         )
     state = load_latest(folder)
     changed = _changes(state, config)
+    if state.step > config.max_steps:
+        raise ResumeError(
+            f"the run in {quote(folder)} has done {state.step} steps, and max_steps is {config.max_steps}: set it to "
+            "more, or choose another output_dir"
+        )
     notes = [f"from step {state.step} on the recipe is another: {'; '.join(changed)}"] if changed else []
+    if state.step == config.max_steps:
+        notes.append(
+            f"all {state.step} steps of the run are done, and its model is written once more; to go on, raise max_steps"
+        )
     if state.processes not in (None, processes):
         notes.append(
             f"the run was computed by {state.processes} processes and goes on with {processes}: it sees the same "
@@ -88,6 +98,30 @@ def starting_state(config: TrainConfig, *, processes: int = 1, quiet: bool = Fal
         for note in notes:
             warnings.warn(note, stacklevel=2)
     return state
+
+
+def check_same_data(state: RunState, digest: str, config: TrainConfig, *, quiet: bool = False) -> None:
+    """Refuse to go on with another training set, or warn of it if `allow_changes` names `data`, or fields of it.
+
+    Args:
+        state: what the run goes on from; of old checkpoints the training set is not known.
+        digest: of the training set as it is now.
+        config: the recipe.
+        quiet: whether to leave the warning to another process.
+
+    Raises:
+        ResumeError: it was changed.
+    """
+    if state.data_digest in (None, digest):
+        return
+    changed = "the images or captions of data are not those that the run began with"
+    if not any(name.partition(".")[0] == "data" for name in config.allow_changes):
+        allowed = ", ".join([*config.allow_changes, "data"])
+        raise ResumeError(
+            f"{changed}: put them back, or to go on with them as they are add --set 'allow_changes=[{allowed}]'"
+        )
+    if not quiet:
+        warnings.warn(f"from step {state.step} on {changed}", stacklevel=2)
 
 
 def _changes(state: RunState, config: TrainConfig) -> list[str]:
@@ -104,21 +138,22 @@ def _changes(state: RunState, config: TrainConfig) -> list[str]:
         for field in sorted(before.keys() | now.keys())
         if not _is_named(field, FREE_FIELDS) and before.get(field) != now.get(field)
     }
-    refused = [field for field in changed if not _is_allowed(field, config.allow_changes)]
+    fixed = [
+        field
+        for field in changed
+        if field in FIXED_FIELDS
+        or (field in SWITCHING_FIELDS and bool(before.get(field)) is not bool(now.get(field)))
+    ]
+    refused = [field for field in changed if field in fixed or not _is_named(field, config.allow_changes)]
     if refused:
-        fixed = FIXED_FIELDS.intersection(refused)
         remedy = (
-            f"{', '.join(sorted(fixed))} cannot change within a run"
+            f"{', '.join(fixed)} cannot change within a run: begin a new one in another output_dir"
             if fixed
             else f"to change it all the same add --set 'allow_changes=[{', '.join(refused)}]'"
         )
         differences = "; ".join(changed[field] for field in refused)
         raise ResumeError(f"the recipe is not the one that the run began with: {differences}; {remedy}")
     return list(changed.values())
-
-
-def _is_allowed(field: str, allowed: Sequence[str]) -> bool:
-    return field not in FIXED_FIELDS and _is_named(field, allowed)
 
 
 def _is_named(field: str, names: Collection[str]) -> bool:

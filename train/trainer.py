@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latentgen.checkpoints.weights import first_five
 from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train.accelerator import build_accelerator
 from latentgen.train.batches import PlannedBatch, prepared_batches
@@ -32,7 +33,7 @@ from latentgen.train.optimizer import build_optimizer
 from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
 from latentgen.train.resident import give_back_freed, keep_tensors_apart
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
-from latentgen.train.run_folder import run_lock, starting_state
+from latentgen.train.run_folder import check_same_data, run_lock, starting_state
 from latentgen.train.run_log import AFTER_NAN, RunLog
 from latentgen.train.samples import check_drawing
 from latentgen.train.sharding import gathered, prepared, put_together, spread_like, whole
@@ -49,7 +50,8 @@ def train(config: TrainConfig) -> Path:
         InputError: a validation prompt cannot be drawn as the recipe says.
         DatasetError: the training set has problems.
         CheckpointError: a model that the recipe builds on cannot be used.
-        ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe has changed.
+        ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe or the training set
+            have changed.
         RunLockedError: another process writes into the same folder.
         MemoryBudgetError: a step does not fit into the device.
         NumericalError: the loss or the weights are not finite.
@@ -67,6 +69,8 @@ def train(config: TrainConfig) -> Path:
         torch.manual_seed(config.seed)
         assets = None if state is None else output_dir
         parts = open_parts(config)
+        if state is not None:
+            check_same_data(state, parts.digest, config, quiet=not accelerator.is_main_process)
         objective = build_objective(
             config,
             device=accelerator.device,
@@ -75,7 +79,7 @@ def train(config: TrainConfig) -> Path:
             check=partial(check_objective, config, accelerator, parts.held_out),
         )
         save_memory(config, accelerator, objective)
-        trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
+        trainer = Trainer(config, accelerator, objective, held_out=parts.held_out, data_digest=parts.digest)
         if state is not None:
             trainer.restore(state)
         if accelerator.is_main_process:
@@ -140,7 +144,9 @@ class Trainer:
         objective: Objective,
         *,
         held_out: CaptionedImages | None = None,
+        data_digest: str | None = None,
     ) -> None:
+        self._data_digest = data_digest
         self.config = config
         self.accelerator = accelerator
         self.objective = objective
@@ -172,7 +178,7 @@ class Trainer:
         _copy_into(self.trainable, state.weights)
         _copy_into(self.ema, state.ema)
         restore_optimizer(self._optimizer, state.optimizer)
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and state.scaler:  # there was none before fp16
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
         self.log.restore(state.window)
         self.step = state.step
@@ -353,16 +359,27 @@ class Trainer:
                 scaler={} if scaler is None else scaler.state_dict(),
                 processes=self.accelerator.num_processes,
                 window=window,
+                data_digest=self._data_digest,
             )
             save_checkpoint(self.config.output_dir, state, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
 
 def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    if {name: t.shape for name, t in targets.items()} != {name: t.shape for name, t in sources.items()}:
-        differing = sorted(targets.keys() ^ sources.keys()) or "shapes differ"
+    differing = {
+        "missing": sorted(targets.keys() - sources.keys()),
+        "extra": sorted(sources.keys() - targets.keys()),
+        "of other shapes": sorted(
+            name for name in targets.keys() & sources.keys() if targets[name].shape != sources[name].shape
+        ),
+    }
+    if any(differing.values()):
+        told = ", ".join(
+            f"{len(names)} {kind} ({first_five(names)})" for kind, names in differing.items() if names
+        )
         raise ResumeError(
-            f"the checkpoint was made by other code, its parameters are not those of this run: {differing}"
+            f"the parameters in the checkpoint are not those that this run learns: {told}; take back what was changed "
+            "of the networks, or begin a new run in another output_dir"
         )
     with torch.no_grad():
         for name, target in targets.items():

@@ -39,6 +39,22 @@ def check_data(
     bucket_step: Annotated[
         int, typer.Option(metavar="PIXELS", help="Of which the sides of buckets are multiples.")
     ] = 64,
+    min_side: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="The shortest side of a bucket. [default: half of --image-size]",
+            show_default=False,
+        ),
+    ] = None,
+    max_side: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="The longest side of a bucket. [default: twice --image-size]",
+            show_default=False,
+        ),
+    ] = None,
     caption: Annotated[
         str | None,
         typer.Option(
@@ -63,7 +79,7 @@ def check_data(
 
     \b
     latentgen check-data pictures --image-size 512
-    latentgen check-data pictures --image-size 1024 --buckets
+    latentgen check-data pictures --image-size 1024 --buckets --max-side 1536
     latentgen check-data pictures --caption "a photo of sks dog"
     latentgen check-data img --kind kohya --buckets
     latentgen check-data "shards/{000..127}.tar" --kind webdataset
@@ -74,7 +90,7 @@ def check_data(
     \b
     cat.txt beside cat.png   one caption; of several lines each is one, drawn equally often
     metadata.jsonl           {"file_name": "cat.png", "text": "a cat on a sofa"} in each line
-    metadata.csv             with the columns file_name and text
+    metadata.csv             with the columns file_name and text, or caption
 
     Rows of the metadata may name a mask_file_name (white where the loss counts) and a before_file_name (what the
     image is an edit of). A kohya folder holds sub-folders such as "10_sks dog": shown 10 times in an epoch, with the
@@ -94,6 +110,8 @@ def check_data(
 
     fields: dict[str, Any] = {"image_size": image_size, "buckets": buckets, "bucket_step": bucket_step}
     own = {
+        "min_side": min_side,
+        "max_side": max_side,
         "caption": caption,
         "split": split,
         "image_column": image_column,

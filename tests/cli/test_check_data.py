@@ -43,6 +43,16 @@ def test_a_folder_in_order(pictures: Path, capsys: pytest.CaptureFixture[str]):
     ]
 
 
+def test_the_bounds_of_buckets(pictures: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--image-size", "16", "--buckets", "--bucket-step", "8"]
+    assert cli.main(["check-data", str(pictures), *options, "--min-side", "16"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][3] == ["16", "x", "16", "3", "3"]
+    assert cli.main(["check-data", str(pictures), *options, "--max-side", "8"]) == 2
+    assert "must lie within min_side and max_side, 8 to 8" in capsys.readouterr().err
+    assert cli.main(["check-data", str(pictures), "--max-side", "600"]) == 2
+    assert "min_side and max_side are those of buckets" in capsys.readouterr().err
+
+
 def test_all_problems_are_listed_one_a_line(pictures: Path, capsys: pytest.CaptureFixture[str]):
     (pictures / "a.png").write_bytes(b"<html>404</html>")
     (pictures / "b.txt").unlink()

@@ -82,6 +82,11 @@ UPSCALE: dict[str, Any] = {
 }
 
 
+def unwatched(config: TrainConfig) -> TrainConfig:
+    """A recipe without its validation, whose held-out images are kept back all the same."""
+    return config.model_copy(update={"validation": None})
+
+
 def plan_for(objective: Objective, step: int = 0, size: int = 8) -> BatchPlan:
     """The whole batch of a step, in one process."""
     (plan,) = plan_step(3, step, batch_size=size, order=objective.order, parts=1, rank=0, processes=1)

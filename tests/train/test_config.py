@@ -13,6 +13,7 @@ from diffusers.optimization import get_scheduler
 
 from latentgen.errors import ConfigError
 from latentgen.train.config import Optimizer, TrainConfig, load_config
+from latentgen.train.config.base import has_field
 from tests.train.recipes import MakeRecipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
@@ -156,7 +157,7 @@ def test_bare_no_is_a_precision(fields: dict[str, Any], tmp_path: Path):
     assert load(fields, tmp_path, "mixed_precision=no").mixed_precision == "no"
 
 
-@pytest.mark.parametrize("content", [b"", b"- a list", b"a: [", b"\xff\xfe\x00", b"text"])
+@pytest.mark.parametrize("content", [b"", b"- a list", b"a: [", b"\xff\xfe\x00", b"text", b"? [a]\n: 1"])
 def test_files_that_are_no_recipe(content: bytes, tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
@@ -260,3 +261,92 @@ def test_words_for_resuming(given: str, read: str, autoencoder_recipe: MakeRecip
     assert autoencoder_recipe(f"resume={given}").resume == read
     with pytest.raises(ConfigError, match="resume: Input should be 'no', 'latest' or 'auto'"):
         autoencoder_recipe("resume=yes please")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 1\ntask:\n  kind: finetune\n  method: {kind: full}\n  kind: paired\n", "utf-8")
+    with pytest.raises(
+        ConfigError, match=r"recipe\.yaml cannot be read: line 5: kind stands in line 3 already"
+    ):
+        load_config(path)
+    path.write_text("seed: 1\n", "utf-8")
+    with pytest.raises(ConfigError, match=r"--set 'data=.*: line 1: kind stands in line 1 already"):
+        load_config(path, ["data={kind: emoji, kind: kohya}"])
+
+
+def test_what_is_merged_may_be_replaced(fields: dict[str, Any], tmp_path: Path):
+    text = yaml.safe_dump(fields | {"optimizer": {}})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        text.replace("optimizer: {}", "optimizer: {<<: {learning_rate: 1, name: muon}, learning_rate: 2}")
+    )
+    config = load_config(path)
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("muon", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mended", "message"),
+    [
+        (
+            ("held_out=0.1",),
+            "validation.loss_every=2",
+            "held_out keeps images back, and nothing looks at them",
+        ),
+        (("task.loss.huber_c=0.2",), "task.loss.kind=huber", "huber_c is for kind huber and smooth_l1"),
+        (("memory.ema_device=cpu", "ema_decay=0"), "ema_decay=0.9", "there is no moving average to keep"),
+        (
+            ("allow_changes=[seed, sede]",),
+            "allow_changes=[seed]",
+            "allow_changes: 'sede' is no field of a recipe",
+        ),
+        (
+            ("allow_changes=[task.unet.a, data.sed]",),
+            "allow_changes=[data]",
+            "allow_changes: 'data.sed' is no field",
+        ),
+    ],
+)
+def test_what_would_do_nothing_is_refused(
+    overrides: tuple[str, ...], mended: str, message: str, text_to_image_recipe: MakeRecipe
+):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        text_to_image_recipe(*overrides)
+    config = text_to_image_recipe(*overrides, mended)
+    # Checkpoints hold every field, also those that were not set.
+    assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_the_fields_that_changes_may_be_allowed_of():
+    names = (
+        "data",
+        "data.shards",
+        "task.method.rank",
+        "task.unet.sample_size",
+        "task.prior.weight",
+        "validation.data",
+    )
+    assert all(has_field(TrainConfig, name) for name in names)
+    assert not any(
+        has_field(TrainConfig, name) for name in ("", "data.", "seed.x", "task.method.unet.x", "Data")
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "task.loss.weighting=min_snr",
+            "task.finetune.loss.weighting: it must be a section with a kind, as in {kind: min_snr}",
+        ),
+        ("task.method.targets=to_q", "task.finetune.method.lora.targets: it must be a list, as in [to_q]"),
+        ("optimizer=adamw", "optimizer: it must be a section, with its fields below it; found 'adamw'"),
+        ("batch_size=3", "cannot be used: batch_size 3 is not a multiple of gradient_accumulation_steps 2"),
+        ("task.guidance_scale=3", "cannot be used: task.finetune: guidance_scale belongs to a whole model"),
+        ("task.method=3", "task.finetune.method: it must be a section with a kind, as in {kind: ...}"),
+    ],
+)
+def test_messages_say_how_it_is_written(override: str, message: str, lora_recipe: MakeRecipe):
+    with pytest.raises(ConfigError) as caught:
+        lora_recipe("gradient_accumulation_steps=2", override)
+    assert message in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,43 @@ def test_some_changes_mean_another_run(autoencoder_recipe: MakeRecipe):
                 "resume=true", "optimizer.name=adamw", "allow_changes=[optimizer.name, optimizer]"
             )
         )
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "task.method.rank=4",
+        "task.method.targets=[to_q]",
+        "task.method.train_text_encoder=false",
+        "ema_decay=0",
+    ],
+)
+def test_what_is_learnt_cannot_change_within_a_run(override: str, lora_recipe: MakeRecipe):
+    """No allow_changes is advised that would not help."""
+    field = override.partition("=")[0]
+    save_state_of(lora_recipe())
+    for allowed in ("allow_changes=[]", f"allow_changes=[{field}]"):
+        with pytest.raises(
+            ResumeError, match=f"; {re.escape(field)} cannot change within a run: begin a new one"
+        ):
+            starting_state(lora_recipe("resume=true", override, allowed))
+
+
+def test_the_decay_of_an_average_may_change(lora_recipe: MakeRecipe):
+    save_state_of(lora_recipe())
+    with pytest.warns(UserWarning, match=r"ema_decay was 0\.9, is 0\.99"):
+        starting_state(lora_recipe("resume=true", "ema_decay=0.99", "allow_changes=[ema_decay]"))
+
+
+@pytest.mark.parametrize("resume", ["latest", "auto"])
+def test_a_run_that_has_done_more_than_it_is_asked_for(resume: str, autoencoder_recipe: MakeRecipe):
+    save_state_of(autoencoder_recipe())
+    with pytest.raises(
+        ResumeError, match="has done 3 steps, and max_steps is 2: set it to more, or choose another"
+    ):
+        starting_state(autoencoder_recipe(f"resume={resume}", "max_steps=2"))
+    with pytest.warns(UserWarning, match="all 3 steps of the run are done, .* to go on, raise max_steps"):
+        assert starting_state(autoencoder_recipe(f"resume={resume}", "max_steps=3")) is not None
 
 
 def test_another_number_of_processes_is_told(

@@ -24,6 +24,7 @@ from latentgen.train.checkpoint import RunState, load_latest
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan
 from latentgen.train.objectives.base import Loss
+from latentgen.train.objectives.build import build_objective
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
 from tests.train.runs import assert_same_checkpoint, forget_accelerate, log_of, losses_of
@@ -387,3 +388,14 @@ def test_two_processes_stop_at_the_same_step(autoencoder_recipe: MakeRecipe, tmp
         process.terminate()  # which the launcher hands on to both, at different moments of their steps
         assert process.wait(timeout=300) != 0
     assert load_latest(config.output_dir).step == log_of(config)[-1]["step"]
+
+
+def test_a_checkpoint_of_other_parameters_is_told_in_few_words(lora_recipe: MakeRecipe):
+    config = lora_recipe("max_steps=1")
+    train(config)
+    forget_accelerate()
+    other = lora_recipe("task.method.targets=[to_q]")
+    trainer = Trainer(other, Accelerator(cpu=True), build_objective(other, device=torch.device("cpu")))
+    names = r"\d+ extra \(unet[^;]+; ([^;]+; ){4}\.\.\.\); take back"
+    with pytest.raises(ResumeError, match=f"are not those that this run learns: {names}"):
+        trainer.restore(load_latest(config.output_dir))

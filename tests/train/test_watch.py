@@ -26,7 +26,7 @@ from latentgen.train.objectives.latent_diffusion import middles
 from latentgen.train.objectives.masks import random_mask
 from latentgen.train.trainer import Trainer, train
 from tests.train.finetuning import folder_of
-from tests.train.recipes import COLOURS, MakeRecipe, rows_of, scalars_of
+from tests.train.recipes import COLOURS, MakeRecipe, rows_of, scalars_of, unwatched
 from tests.train.test_finetune_runs import recipe as finetuning
 from tests.train.test_trainer import launch_two
 
@@ -68,7 +68,7 @@ def test_images_and_losses_change_nothing(
 ):
     # Dropout draws from torch's generator in every step, and must be off while the images are drawn.
     common = (*overrides, "task.text_encoder.attention_dropout=0.3", "held_out=0.34")
-    plain = text_to_image_recipe(*common)
+    plain = unwatched(text_to_image_recipe(*common, *LOSS))
     watched = text_to_image_recipe(
         *common, *IMAGES, *LOSS, "validation.at_start=true", f"output_dir={tmp_path / 'watched'}"
     )
@@ -85,7 +85,7 @@ def test_every_task_measures_a_loss_that_changes_nothing(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ):
     recipe: MakeRecipe = request.getfixturevalue(name)
-    plain = recipe("held_out=0.34")
+    plain = unwatched(recipe(*LOSS))
     watched = recipe(*LOSS, f"output_dir={tmp_path / 'watched'}")
     train(plain)
     train(watched)
@@ -123,7 +123,7 @@ def test_images_are_made_out_of_held_out_ones(name: str, request: pytest.Fixture
     from latentgen.pipelines.upscale import UpscalePipeline
 
     recipe: MakeRecipe = request.getfixturevalue(name)
-    plain = recipe("held_out=0.34", "max_steps=2")
+    plain = unwatched(recipe(*LOSS, "max_steps=2"))
     train(plain)
     watched = recipe(
         *("held_out=0.34", "max_steps=2", "validation.images=2", "validation.num_inference_steps=2"),
@@ -337,11 +337,11 @@ def test_what_is_held_out_is_never_trained_on(
     monkeypatch.setattr(ImageFolder, "view", view)
     monkeypatch.setattr(Trainer, "save_model", lambda *_, **__: None)
     monkeypatch.setattr("latentgen.train.trainer.write_card", lambda *_, **__: None)
-    train(autoencoder_recipe("held_out=0.34", "max_steps=6"))
+    train(unwatched(autoencoder_recipe(*LOSS, "max_steps=6")))
     trained = set(seen)
     assert len(trained) == 4
     seen.clear()
-    held_out = open_parts(autoencoder_recipe("held_out=0.34")).held_out
+    held_out = open_parts(autoencoder_recipe(*LOSS)).held_out
     assert held_out is not None
     for item in range(len(held_out)):
         held_out.view(item, sample_rng(0))
@@ -407,12 +407,12 @@ def test_prompts_that_cannot_be_drawn_are_told_before_training(
 def test_a_run_that_goes_on_may_be_watched_otherwise_but_learns_from_the_same_images(
     autoencoder_recipe: MakeRecipe,
 ):
-    train(autoencoder_recipe("max_steps=1", "held_out=0.34"))
+    train(autoencoder_recipe("max_steps=1", "held_out=0.34", "validation.every=7"))
     resumed = autoencoder_recipe("max_steps=2", "resume=true", *LOSS)
     train(resumed)
-    assert sorted(validation_losses(resumed)) == [2]
+    assert sorted(validation_losses(resumed)) == [1, 2]
     with pytest.raises(ResumeError, match=r"held_out was 0\.34, is 0\.2"):
-        train(autoencoder_recipe("max_steps=3", "resume=true", "held_out=0.2"))
+        train(autoencoder_recipe("max_steps=3", "resume=true", *LOSS, "held_out=0.2"))
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from latentgen.train.config.memory import Memory as Memory
 from latentgen.train.config.optimizer import Optimizer as Optimizer
 from latentgen.train.config.run import FIXED_FIELDS as FIXED_FIELDS
 from latentgen.train.config.run import FREE_FIELDS as FREE_FIELDS
+from latentgen.train.config.run import SWITCHING_FIELDS as SWITCHING_FIELDS
 from latentgen.train.config.run import TrainConfig as TrainConfig
 from latentgen.train.config.run import in_one_line as in_one_line
 from latentgen.train.config.run import load_config as load_config

@@ -89,10 +89,11 @@ class FolderData(FramedData):
       caption: a photo of sks dog    # of the images that have none of their own
     ```
 
-    Captions stand in a `metadata.jsonl` or `metadata.csv` (`file_name`, relative to the file, and `text`), or beside an
-    image in a text file of the same stem, where several lines are several captions that are drawn equally often. Rows
-    of the metadata may name more images: `mask_file_name` (white where the loss counts) and `before_file_name` (what
-    this one is an edit of). Names that begin with a dot are passed over.
+    Captions stand in a `metadata.jsonl` or `metadata.csv` (`file_name`, relative to the file, and `text` or `caption`),
+    or beside an image in a text file of the same stem, where several lines are several captions that are drawn equally
+    often. Rows of the metadata may name more images: `mask_file_name` (white where the loss counts) and
+    `before_file_name` (what this one is an edit of); other columns are told of and not read. Names that begin with a
+    dot are passed over.
 
     `caption` is that of images that have none, which without it are an error; `repeats` is how often an epoch shows
     each. Images that cannot be read are an error before training begins, or left out with a warning (`skip`).

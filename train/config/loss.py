@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from latentgen.train.config.base import Positive, Rate, Section
 
@@ -66,3 +66,9 @@ class LatentLoss(Section):
     pyramid_noise: PyramidNoise | None = None
     input_perturbation: Rate = 0.0
     masked: bool = False
+
+    @model_validator(mode="after")
+    def _uses_huber_c(self) -> Self:
+        if self.kind == "l2" and self.huber_c != LatentLoss.model_fields["huber_c"].default:
+            raise ValueError("huber_c is for kind huber and smooth_l1; the kind is l2: leave it out")
+        return self

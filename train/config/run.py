@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from latentgen.errors import ConfigError
-from latentgen.train.config.base import Count, Decay, Section
+from latentgen.files import quote
+from latentgen.train.config.base import Count, Decay, Section, has_field
 from latentgen.train.config.data import Data, FramedData
 from latentgen.train.config.finetune import FinetuneTask, FullMethod, LoRAMethod
 from latentgen.train.config.memory import Memory
@@ -44,8 +46,9 @@ class TrainConfig(Section):
     themselves). `allow_changes` names the fields, or sections, in which the recipe of a resumed run may differ from
     what it began with.
 
-    The share `held_out` of the images, the same ones in every run over a set of as many, is kept out of training, for
-    `validation` to look at. `trackers` get what `log.jsonl` gets, and the images of `validation`.
+    The share `held_out` of the images, the same ones in every run over a set of as many and each with all of its
+    repeats, is kept out of training, for `validation`, which it needs, to look at. `trackers` get what `log.jsonl`
+    gets, and the images of `validation`.
     """
 
     output_dir: Path
@@ -98,6 +101,20 @@ class TrainConfig(Section):
             )
         if self.validation is not None:
             self._check_validation(self.validation)
+        elif self.held_out:
+            raise ValueError(
+                "held_out keeps images back, and nothing looks at them: add a section validation, as in "
+                "`validation: {loss_every: 500}`, or leave held_out out"
+            )
+        if self.memory.ema_device == "cpu" and not self.ema_decay:
+            raise ValueError(
+                "memory.ema_device: there is no moving average to keep, as ema_decay is 0; leave it out, or set that"
+            )
+        if unknown := [name for name in self.allow_changes if not has_field(TrainConfig, name)]:
+            raise ValueError(
+                f"allow_changes: {', '.join(map(quote, unknown))} is no field of a recipe; nested ones have dots, "
+                "as in optimizer.learning_rate"
+            )
         if isinstance(self.task, AutoencoderTask) and not self.task.train_encoder and self.init_from is None:
             raise ValueError(
                 "task.train_encoder is false, so init_from must name the folder of a trained encoder"
@@ -174,7 +191,23 @@ FREE_FIELDS = frozenset(
     }
 )
 # And those in which it may not even if allow_changes names them: the checkpoint would mean nothing.
-FIXED_FIELDS = frozenset({"task.kind", "optimizer.name"})
+FIXED_FIELDS = frozenset(
+    {
+        "task.kind",
+        "task.method.kind",
+        "task.method.rank",
+        "task.method.targets",
+        "task.method.text_targets",
+        "task.method.train_text_encoder",
+        "task.method.num_vectors",
+        "task.turn_into",
+        "task.train_encoder",
+        "task.train_text_encoder",
+        "optimizer.name",
+    }
+)
+# These may change, but not from 0 or to 0, where there is nothing of their kind.
+SWITCHING_FIELDS = frozenset({"ema_decay"})
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
@@ -188,7 +221,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         ConfigError: the file cannot be read, or a field is unknown, missing, of a wrong type or out of bounds.
     """
     try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        fields = _read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
@@ -203,12 +236,51 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ConfigError(f"the recipe {path} cannot be used: {in_one_line(error)}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key may stand twice, where other loaders take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"line {line}: {key.value} stands in line {lines[key.value]} already; keep one of them"
+                )
+            lines[key.value] = line
+        return node
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def in_one_line(error: ValidationError) -> str:
     """Every problem of a recipe, with the field that it is about."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in detail['loc']) or 'recipe'}: {detail['msg']}"
-        for detail in error.errors(include_url=False)
-    )
+    problems = []
+    for detail in error.errors(include_url=False):
+        field, message = ".".join(map(str, detail["loc"])), _message(detail)
+        problems.append(f"{field}: {message}" if field else message)
+    return "; ".join(problems)
+
+
+def _message(detail: ErrorDetails) -> str:
+    """What is wrong with a field; where a section or a list was due, how it is written."""
+    kind, found = detail["type"], detail["input"]
+    if kind == "value_error":  # one of ours, without pydantic's "Value error, "
+        return str(detail.get("ctx", {}).get("error", detail["msg"]))
+    if kind == "model_attributes_type":
+        return (
+            f"it must be a section with a kind, as in {{kind: {found if isinstance(found, str) else '...'}}}"
+        )
+    if kind == "model_type":
+        return f"it must be a section, with its fields below it; found {quote(found)}"
+    if kind in ("tuple_type", "list_type"):
+        return f"it must be a list, as in [{found if isinstance(found, str) else '...'}]"
+    return detail["msg"]
 
 
 def _assign(fields: dict[str, Any], override: str) -> None:
@@ -221,6 +293,6 @@ def _assign(fields: dict[str, Any], override: str) -> None:
         if not isinstance(fields, dict):
             raise ConfigError(f"--set {override!r}: {parent} is not a section of the recipe")
     try:
-        fields[last] = yaml.safe_load(value)
+        fields[last] = _read_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None

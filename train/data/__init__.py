@@ -10,12 +10,14 @@ from latentgen.train.data.plan import BatchPlan as BatchPlan
 from latentgen.train.data.plan import plan_step as plan_step
 from latentgen.train.data.views import CaptionedImages as CaptionedImages
 from latentgen.train.data.views import Captions as Captions
+from latentgen.train.data.views import TrainingSet as TrainingSet
 from latentgen.train.data.views import View as View
 from latentgen.train.data.views import check_sides as check_sides
+from latentgen.train.data.views import digest_of as digest_of
 from latentgen.train.data.views import to_tensor as to_tensor
 
 
-def open_data(config: Data) -> CaptionedImages:
+def open_data(config: Data) -> TrainingSet:
     """The data set that a recipe names.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from latentgen.prompts import check_prompts
@@ -9,10 +10,21 @@ from latentgen.prompts import check_prompts
 CAPTION_SUFFIXES = (".txt", ".caption")
 
 
-def caption_file(image: Path) -> Path | None:
-    """The file beside an image that holds its captions, if there is one."""
-    files = (image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
-    return next((file for file in files if file.is_file()), None)
+class CaptionFiles:
+    """Which of some files hold the captions of the images beside them; their suffixes count in any case.
+
+    Args:
+        files: paths, sorted: of two that differ in the case of their suffix the last, which is in lower case, counts.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = {(file.with_suffix(""), file.suffix.lower()): file for file in files}
+
+    def of(self, image: Path) -> Path | None:
+        """The file with the captions of an image, if there is one."""
+        stem = image.with_suffix("")
+        found = (self._files.get((stem, suffix)) for suffix in CAPTION_SUFFIXES)
+        return next((file for file in found if file is not None), None)
 
 
 def read_captions(file: Path) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ def _of_folder(config: FolderData | KohyaData, warned: Sequence[warnings.Warning
         for item in listing.items
         if item.captions and item not in bad
     ]
-    notes = [*listing.notes, *_duplicates(listing, facts), *_told(warned)]
+    notes = [*listing.notes, *listing.unread, *_duplicates(listing, facts), *_told(warned)]
     return _report(config, good, [*listing.problems, *bad.values()], notes)
 
 

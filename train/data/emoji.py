@@ -7,6 +7,7 @@ short name or one of its CLDR keywords, and the ground's colour unless it is whi
 
 from __future__ import annotations
 
+import hashlib
 import random
 import unicodedata
 import xml.etree.ElementTree as ElementTree
@@ -19,7 +20,7 @@ from typing import Literal, TypeVar
 from PIL import Image, ImageDraw, ImageFont
 
 from latentgen.errors import DatasetError
-from latentgen.train.data import Captions, View
+from latentgen.train.data import Captions, View, digest_of
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ANNOTATIONS = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
@@ -90,6 +91,7 @@ class EmojiSet:
     """
 
     views_vary = True
+    digest: str
 
     def __init__(
         self,
@@ -109,6 +111,7 @@ class EmojiSet:
         drawn = [(glyph, bitmap) for glyph, bitmap in drawn if bitmap.getbbox() is not None]
         drawn = _part(drawn, held_out, part)
         self.glyphs = tuple(glyph for glyph, _ in drawn)
+        self.digest = digest_of((hashlib.sha256(font.read_bytes()).digest(), *self.glyphs))
         self._bitmaps = [bitmap for _, bitmap in drawn]
 
     def render(self, index: int, placement: GlyphPlacement) -> Image.Image:

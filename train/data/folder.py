@@ -14,7 +14,7 @@ from latentgen.errors import DatasetError
 from latentgen.files import quote
 from latentgen.image_file import read_image
 from latentgen.train.config import FolderData, KohyaData
-from latentgen.train.data import Captions, View
+from latentgen.train.data import Captions, View, digest_of
 from latentgen.train.data.examination import ImageFacts, examine
 from latentgen.train.data.framing import Framing, Size, enlargement
 from latentgen.train.data.listing import Item, Listing, list_folder
@@ -58,6 +58,12 @@ def survey(config: FolderData | KohyaData) -> Survey:
     return Survey(listing, facts, bad)
 
 
+def _told(item: Item, listing: Listing, facts: Mapping[Path, ImageFacts]) -> tuple[object, ...]:
+    """All that training makes use of in an item."""
+    mask, before = (None if file is None else facts[file].digest for file in (item.mask, item.before))
+    return (listing.name(item.file), facts[item.file].digest, mask, before, item.captions, item.repeats)
+
+
 def pixels(size: Size) -> str:
     """A size for a message, width first, as programs show it."""
     return f"{size[1]}x{size[0]}"
@@ -69,6 +75,10 @@ class ImageFolder:
     Every file is decoded once to begin with. Bad images are an error, or left out with a warning if the recipe says
     so; they are never replaced. An image that an epoch shows several times is as many items.
 
+    Attributes:
+        images: a number for the image of each item; files of the same bytes are one image.
+        digest: of all image files, their names, their captions and their repeats.
+
     Raises:
         DatasetError: listing every image that has no caption or cannot be read, and every row without its image.
     """
@@ -79,6 +89,8 @@ class ImageFolder:
         self.views_vary = self._framing.varies
         self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
         listing, facts, bad = survey(config)
+        for columns in listing.unread:
+            warnings.warn(columns, stacklevel=2)
         problems = list(listing.problems)
         if config.on_bad_image == "skip" and bad:
             warnings.warn(f"{len(bad)} images are left out: {'; '.join(bad.values())}", stacklevel=2)
@@ -93,6 +105,9 @@ class ImageFolder:
                 "`latentgen check-data` lists them one a line"
             )
         self._items = [item for item in good for _ in range(item.repeats)]
+        self.digest = digest_of(_told(item, listing, facts) for item in good)
+        numbers: dict[bytes, int] = {}
+        self.images = [numbers.setdefault(facts[item.file].digest, len(numbers)) for item in self._items]
         self._sizes = [self._framing.size_for(facts[item.file].size) for item in self._items]
         small = sum(
             enlargement(facts[item.file].size, self._framing.size_for(facts[item.file].size)) > 1

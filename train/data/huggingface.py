@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from latentgen.errors import ConfigError, DatasetError, InputError, LatentgenErr
 from latentgen.files import quote, read_json, safe_join
 from latentgen.image_file import read_image_bytes
 from latentgen.train.config import HuggingFaceData
-from latentgen.train.data import View
+from latentgen.train.data import View, digest_of
 from latentgen.train.data.framing import Size
 from latentgen.train.data.packed import (
     MAX_IMAGE_BYTES,
@@ -46,6 +47,8 @@ class HuggingFaceSet:
     Attributes:
         image_size: the side of the views.
         views_vary: whether two views of a row can differ.
+        images: a number for the image of each row; with `check_images` those of the same bytes are one image.
+        digest: of the number of rows, with `check_images` of their images and captions.
 
     Raises:
         ConfigError: the `datasets` library is not installed.
@@ -57,6 +60,8 @@ class HuggingFaceSet:
         self._framing = PackedFraming(config)
         self.views_vary = self._framing.varies
         self._sizes: dict[int, Size] = {}
+        self._digests: dict[int, bytes] = {}
+        self._contents: list[str] = []
         self._where = quote(config.path) + (f", split {quote(config.split)}" if config.split else "")
         self._image, self._caption = config.image_column, config.caption_column
         self._table = _with_columns(_open(config), config)
@@ -71,6 +76,9 @@ class HuggingFaceSet:
             refuse(self._where, captions)
         if not self._rows:
             raise DatasetError(f"{self._where} has no row that can be used")
+        self.digest = digest_of((len(self._table), *self._contents))
+        numbers: dict[bytes | int, int] = {}
+        self.images = [numbers.setdefault(self._digests.get(row, row), len(numbers)) for row in self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -103,12 +111,13 @@ class HuggingFaceSet:
         captions: list[str] = []
         images: dict[int, str] = {}
         for row, found in enumerate(_read_rows(self._table, config)):
+            self._contents.append(digest_of(found))
             if found.caption_problem:
                 captions.append(f"row {row}: {found.caption_problem}")
             if found.image_problem:
                 images[row] = f"row {row}: {found.image_problem}"
             if found.size is not None:
-                self._sizes[row] = found.size
+                self._sizes[row], self._digests[row] = found.size, found.digest
         return captions, images
 
 
@@ -134,6 +143,7 @@ def survey(config: HuggingFaceData) -> PackedSurvey:
 class _Row(NamedTuple):
     captions: tuple[str, ...] = ()
     size: Size | None = None
+    digest: bytes = b""
     caption_problem: str | None = None
     image_problem: str | None = None
 
@@ -149,7 +159,8 @@ def _read_rows(table: datasets.Dataset, config: HuggingFaceData) -> Iterator[_Ro
             found = found._replace(caption_problem=str(error))
         try:
             image = _image_bytes(fields[config.image_column])
-            return found._replace(size=image_size(image, config.image_column))
+            size = image_size(image, config.image_column)
+            return found._replace(size=size, digest=hashlib.sha256(image).digest())
         except InputError as error:
             return found._replace(image_problem=str(error))
 

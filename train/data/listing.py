@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from latentgen.checkpoints.weights import first_five
 from latentgen.errors import DatasetError, InputError
 from latentgen.files import quote
 from latentgen.prompts import check_prompts
 from latentgen.train.config import FolderData, KohyaData
-from latentgen.train.data.captions import CAPTION_SUFFIXES, caption_file, read_captions
-from latentgen.train.data.metadata import METADATA, Metadata, read_metadata
+from latentgen.train.data.captions import CAPTION_SUFFIXES, CaptionFiles, read_captions
+from latentgen.train.data.metadata import CAPTION_COLUMNS, METADATA, Metadata, Row, read_metadata
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 _KOHYA_FOLDER = re.compile(r"([0-9]{1,9})_(.*\S)", re.DOTALL)
@@ -52,12 +53,14 @@ class Listing(NamedTuple):
         items: in the order of their names.
         problems: what keeps it from being trained on.
         notes: what may not be as it was meant.
+        unread: columns of metadata that nothing is done with.
     """
 
     folder: Path
     items: list[Item]
     problems: list[str]
     notes: list[str]
+    unread: list[str]
 
     def name(self, file: Path) -> str:
         """A file for a message, control characters escaped, without quotes that would make long lists hard to read."""
@@ -70,7 +73,7 @@ def list_folder(config: FolderData | KohyaData) -> Listing:
     Raises:
         DatasetError: there is no such folder, or it cannot be read.
     """
-    listing = Listing(config.path, [], [], [])
+    listing = Listing(config.path, [], [], [], [])
     if not config.path.is_dir():
         raise DatasetError(f"{quote(config.path)} is not a folder of images; set data.path in the recipe")
     try:
@@ -120,15 +123,21 @@ def _list_images(listing: Listing, files: list[Path], *, caption: str | None, re
     metadata = Metadata({}, set())
     for file in files:
         if file.name in METADATA:
-            read_metadata(file, listing.name(file), metadata, listing.problems)
+            name = listing.name(file)
+            if unread := read_metadata(file, name, metadata, listing.problems):
+                listing.unread.append(
+                    f"{name}: nothing is done with {_columns(unread)}; captions are read from "
+                    f"{' or '.join(CAPTION_COLUMNS)}"
+                )
     rows = metadata.rows
     companions = {file for row in rows.values() for file in (row.mask, row.before) if file is not None}
     images = {file for file in files if file.suffix.lower() in SUFFIXES}
-    own = {file: caption_file(file) for file in images | metadata.named}
+    captions_beside = CaptionFiles(file for file in files if file.suffix.lower() in CAPTION_SUFFIXES)
+    own = {file: captions_beside.of(file) for file in images | metadata.named}
     for file in sorted(images - companions | metadata.named):
         row = rows.get(file)
         if row is not None:
-            captions = _captions(listing, file, row.text, own[file], caption)
+            captions = _captions(listing, file, row, own[file], caption)
             listing.items.append(Item(file, captions, row.mask, row.before, repeats))
         else:
             # Of an image whose rows all have problems these have been told.
@@ -139,11 +148,11 @@ def _list_images(listing: Listing, files: list[Path], *, caption: str | None, re
 
 
 def _captions(
-    listing: Listing, file: Path, text: str | None, beside: Path | None, default: str | None
+    listing: Listing, file: Path, row: Row | None, beside: Path | None, default: str | None
 ) -> tuple[str, ...]:
     """The captions of an image: those of its row, of the file beside it, or of the whole folder; none is a problem."""
-    if text is not None:
-        return (text,)
+    if row is not None and row.text is not None:
+        return (row.text,)
     if beside is not None:
         try:
             return read_captions(beside)
@@ -159,18 +168,26 @@ def _captions(
         except InputError as error:
             listing.problems.append(f"{listing.name(file)}: its caption {quote(default)}: {error}")
         return ()
-    listing.problems.append(
-        f"{listing.name(file)}: no caption; write it into {file.with_suffix('.txt').name} or metadata.jsonl, or set "
-        "data.caption"
-    )
+    if row is not None and row.unread:
+        remedy = (
+            f"its row has {_columns(row.unread)}: name the one that holds the caption {CAPTION_COLUMNS[0]}"
+        )
+    else:
+        remedy = f"write it into {file.with_suffix('.txt').name} or metadata.jsonl, or set data.caption"
+    listing.problems.append(f"{listing.name(file)}: no caption; {remedy}")
     return ()
+
+
+def _columns(names: Sequence[str]) -> str:
+    """Columns for a message."""
+    return f"the column{'s' * (len(names) > 1)} {first_five(names)}"
 
 
 def _note_others(listing: Listing, files: list[Path]) -> None:
     """Note the files that nothing was done with."""
     others: Counter[str] = Counter()
     for file in files:
-        if file.suffix in CAPTION_SUFFIXES:
+        if file.suffix.lower() in CAPTION_SUFFIXES:
             listing.notes.append(f"{listing.name(file)}: there is no image of this name")
         else:
             others[file.suffix.lower() or "without a suffix"] += 1

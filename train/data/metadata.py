@@ -14,6 +14,8 @@ from latentgen.files import quote, safe_join
 from latentgen.prompts import check_prompts
 
 METADATA = frozenset({"metadata.jsonl", "metadata.csv"})
+CAPTION_COLUMNS = ("text", "caption")
+_FILE_COLUMNS = ("file_name", "mask_file_name", "before_file_name")
 _KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -22,15 +24,17 @@ class Row(NamedTuple):
 
     Attributes:
         file: the image, which exists.
-        text: its caption, if the row has one.
+        text: its caption, under the first of `CAPTION_COLUMNS` that the row has.
         mask: an image that tells where the loss counts.
         before: the image that this one is an edit of.
+        unread: its columns that nothing is done with.
     """
 
     file: Path
     text: str | None
     mask: Path | None
     before: Path | None
+    unread: tuple[str, ...]
 
 
 class Metadata(NamedTuple):
@@ -45,23 +49,30 @@ class Metadata(NamedTuple):
     named: set[Path]
 
 
-def read_metadata(file: Path, name: str, found: Metadata, problems: list[str]) -> None:
-    """Add the rows of a file to `found`, and what is wrong with others to `problems`, under the `name` of the file."""
+def read_metadata(file: Path, name: str, found: Metadata, problems: list[str]) -> list[str]:
+    """Add the rows of a file to `found`, and what is wrong with others to `problems`, under the `name` of the file.
+
+    Returns:
+        The columns of these rows that nothing is done with.
+    """
+    unread: dict[str, None] = {}
     try:
         text = file.read_text("utf-8-sig")
         # Read before any row is used, so that a file with a bad end is one problem.
         lines = list(_csv_rows(text) if file.suffix == ".csv" else _json_rows(text))
     except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
         problems.append(f"{name} cannot be read: {error}")
-        return
+        return []
     for number, fields in lines:
         try:
             row = _parse_row(file.parent, fields, found.named)
             if row.file in found.rows:
                 raise ValueError(f"{quote(row.file.name)} has a row already; remove one of them")
             found.rows[row.file] = row
+            unread |= dict.fromkeys(row.unread)
         except (OSError, ValueError, RecursionError, UnsafePathError) as error:
             problems.append(f"{name} line {number}: {error}")
+    return list(unread)
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, str]]:
@@ -97,13 +108,15 @@ def _parse_row(folder: Path, fields: str | Mapping[Any, Any], named: set[Path]) 
     if file is None:
         raise ValueError("file_name is missing")
     named.add(file)
-    text = _string(fields, "text")
+    column = next((name for name in CAPTION_COLUMNS if name in fields), None)
+    text = None if column is None else _string(fields, column)
     if text is not None:
         check_prompts([text])
     # Tables that hold masks for some of the images have null for the others.
     optional = {name: value for name, value in fields.items() if value is not None}
     mask, before = (_file(folder, optional, f"{kind}_file_name") for kind in ("mask", "before"))
-    return Row(file, text, mask, before)
+    unread = tuple(name for name in fields if name != column and name not in _FILE_COLUMNS)
+    return Row(file, text, mask, before, unread)
 
 
 def _file(folder: Path, fields: Mapping[str, object], field: str) -> Path | None:

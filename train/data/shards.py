@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import random
 import re
@@ -21,7 +22,7 @@ from latentgen.files import quote
 from latentgen.image_file import read_image_bytes
 from latentgen.train.cache import TensorCache, content_key
 from latentgen.train.config import WebDataset
-from latentgen.train.data import View
+from latentgen.train.data import View, digest_of
 from latentgen.train.data.framing import Size
 from latentgen.train.data.order import SHARDS_TOGETHER
 from latentgen.train.data.packed import PackedFraming, PackedSample, PackedSurvey, leave_out, refuse
@@ -53,6 +54,7 @@ class ShardSet:
         image_size: the side of the views.
         views_vary: whether two views of a sample can differ.
         shard_counts: how many samples each shard has, which Order keeps together; items are numbered shard by shard.
+        digest: of the sizes of the shards, and of where in them the samples lie.
 
     Raises:
         DatasetError: listing what is wrong with the shards.
@@ -76,6 +78,10 @@ class ShardSet:
         if not any(self.shard_counts) and not problems:
             problems.append(_NO_SAMPLE)
         refuse(f"data.shards ({len(self._paths):,} files)", problems)
+        self.digest = digest_of(
+            (self._stamps[path][0], hashlib.sha256(samples.extents.tobytes()).digest())
+            for path, samples in zip(self._paths, self._samples, strict=True)
+        )
         self._ends = list(accumulate(self.shard_counts))
         self._open = lru_cache(_OPEN_FILES)(self._open_unchanged)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -86,6 +87,24 @@ class CaptionedImages(Protocol):
     def corpus(self) -> list[str]:
         """The captions that a tokenizer for this set is made from."""
         ...
+
+
+class TrainingSet(CaptionedImages, Protocol):
+    """A set that was opened from a recipe.
+
+    Attributes:
+        digest: changes with what is in it, as far as opening it has looked.
+    """
+
+    digest: str
+
+
+def digest_of(parts: Iterable[object]) -> str:
+    """A digest of what `repr` shows of some numbers, texts, bytes, and tuples of them, in their order."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(repr(part).encode("utf-8", "surrogatepass") + b"\0")
+    return total.hexdigest()
 
 
 def check_sides(data: CaptionedImages, factor: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from latentgen.errors import ConfigError
 from latentgen.files import write_json
 from latentgen.models.config import StorageDtype
 from latentgen.models.frozen import store_frozen
@@ -74,6 +75,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         self._method = build_method(task.method)
         self._stages = replace(self._method.put_into(pipeline), scheduler=self.scheduler)
         self.unet = self._stages.unet
+        self._check_dropout()
         self._text = self._stages.text_encoder
         own_memory(nn.ModuleList([self.unet, self._text.module]))
         self._vae = (self._stages.encoder(), self._stages.decoder)
@@ -95,6 +97,20 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         self._prepare(data, seed, device)
         if classes is not None:
             self._kept = (self._over(classes, seed, device, {}),)
+
+    def _check_dropout(self) -> None:
+        """Refuse the rate of the other kind of model, which would do nothing."""
+        task, usual = self.task, FinetuneTask.model_fields["conditioning_dropout"].default
+        if self.edits and task.caption_dropout:
+            raise ConfigError(
+                "task.caption_dropout: a model that follows instructions leaves them out with conditioning_dropout; "
+                "set that instead"
+            )
+        if not self.edits and task.conditioning_dropout != usual:
+            raise ConfigError(
+                "task.conditioning_dropout is for models that follow instructions, and this is none; set "
+                "caption_dropout instead"
+            )
 
     def over(self, data: CaptionedImages, seed: int) -> Self:
         """As LatentObjective.over; nothing else is left out or kept besides either."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 
 from latentgen.errors import DatasetError
 from latentgen.train.config import FolderData, KohyaData
+from latentgen.train.data.check import check
 from latentgen.train.data.folder import ImageFolder
 
 
@@ -86,6 +88,39 @@ def test_captions_in_a_table(bare_folder: Path):
     assert open_folder(bare_folder).corpus() == ['said "é, 🍕"', "two\nlines", ""]
 
 
+def test_captions_may_be_called_captions(bare_folder: Path):
+    write_csv(bare_folder, ("file_name", "caption"), ("a.png", "first"), ("b.png", "second"))
+    both = {"file_name": "c.png", "caption": "not this", "text": "third"}
+    write_metadata(bare_folder / "sub", both)
+    with pytest.warns(
+        UserWarning, match=r"sub/metadata\.jsonl: nothing is done with the column caption;"
+    ) as told:
+        assert open_folder(bare_folder, caption="x").corpus() == ["first", "second", "third"]
+    assert len(told) == 1
+
+
+def test_columns_that_are_not_known_are_told(bare_folder: Path):
+    """Captions under another name must not give way to the caption of all without a word."""
+    rows = [{"file_name": name, "prompt": "lost", "source": "x"} for name in ("a.png", "b.png", "sub/c.png")]
+    write_metadata(bare_folder, *rows)
+    message = "metadata.jsonl: nothing is done with the columns prompt; source; captions are read from text or caption"
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        assert open_folder(bare_folder, caption="x").corpus() == ["x"] * 3
+    config = FolderData(kind="imagefolder", path=bare_folder, image_size=8, caption="x")
+    assert message in check(config).notes
+    told = problems_of(bare_folder)
+    assert (
+        "a.png: no caption; its row has the columns prompt; source: name the one that holds the caption text"
+        in told
+    )
+    rows[0] |= {str(number): "x" for number in range(10)}
+    write_metadata(bare_folder, *rows)
+    with pytest.warns(
+        UserWarning, match=r"the columns prompt; source; 0; 1; 2; \.\.\.; captions are read from"
+    ):
+        open_folder(bare_folder, caption="x")
+
+
 def test_metadata_in_sub_folders_name_files_beside_them(bare_folder: Path):
     write_csv(bare_folder, ("text", "file_name"), ("first", "a.png"), ("second", "./b.png"))
     write_metadata(bare_folder / "sub", {"file_name": "c.png", "text": "third"})
@@ -102,6 +137,24 @@ def test_the_lines_of_a_text_file_are_captions_drawn_equally_often(bare_folder: 
     drawn = Counter(captions.draw(random.Random(seed)) for seed in range(3000))
     assert all(count / 3000 == pytest.approx(1 / 3, abs=0.04) for count in drawn.values())
     assert data.corpus()[3:] == ["", "kohya's suffix"]
+
+
+def test_the_case_of_suffixes_does_not_matter(bare_folder: Path):
+    (bare_folder / "a.png").rename(bare_folder / "a.PNG")
+    (bare_folder / "a.TXT").write_text("first", "utf-8")
+    (bare_folder / "b.Caption").write_text("second", "utf-8")
+    (bare_folder / "sub" / "c.TXT").write_text("not this", "utf-8")
+    (bare_folder / "sub" / "c.txt").write_text("third", "utf-8")
+    (bare_folder / "lonely.TXT").write_text("", "utf-8")
+    assert open_folder(bare_folder).corpus() == ["first", "second", "third"]
+    notes = check(FolderData(kind="imagefolder", path=bare_folder, image_size=8)).notes
+    assert "lonely.TXT: there is no image of this name" in notes
+
+
+def test_files_outside_of_the_folder_are_refused_in_the_words_of_a_data_set(bare_folder: Path):
+    write_metadata(bare_folder, {"file_name": "../x.png", "text": "x"})
+    told = problems_of(bare_folder, caption="x")
+    assert "the path '../x.png' climbs out of its folder; allowed are paths inside it" in told
 
 
 def test_one_caption_for_all_that_have_none_and_a_prefix_for_all(bare_folder: Path):

@@ -225,3 +225,27 @@ def test_a_run_from_a_data_set_is_one_from_a_folder(
     for name in ("weights.safetensors", "optimizer.safetensors"):
         files = [config.output_dir / "checkpoint-00000004" / name for config in (ours, theirs)]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_rows_that_show_the_same_image_are_known(tmp_path: Path):
+    colours = ("red", "blue", "red", "green", "blue")
+    rows = {"image": [encoded(colour) for colour in colours], "text": list("abcde")}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path)
+    assert open_set(tmp_path).images == [0, 1, 0, 2, 1]
+    assert open_set(tmp_path, check_images=False).images == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("change", ["text", "image", "rows"])
+def test_the_digest_changes_with_what_is_in_the_rows(change: str, tmp_path: Path):
+    table().save_to_disk(tmp_path / "a")
+    table().save_to_disk(tmp_path / "same")
+    images, texts = [encoded(c) for c in COLOURS], [f"{c} disc" for c in COLOURS]
+    if change == "text":
+        texts[2] += "s"
+    elif change == "image":
+        images[2] = images[3]
+    else:
+        images, texts = images[:5], texts[:5]
+    table(image=images, text=texts).save_to_disk(tmp_path / "b")
+    first, same, other = (open_set(tmp_path / name).digest for name in ("a", "same", "b"))
+    assert first == same != other

@@ -19,7 +19,7 @@ values = st.recursive(
     ),
     max_leaves=4,
 )
-columns = ("file_name", "text", "mask_file_name", "before_file_name")
+columns = ("file_name", "text", "caption", "prompt", "mask_file_name", "before_file_name")
 rows = st.fixed_dictionaries({}, optional=dict.fromkeys(columns, values)) | values
 tables = st.lists(st.lists(names | st.text(max_size=8), max_size=5).map(",".join), max_size=3)
 CONTENTS = st.one_of(

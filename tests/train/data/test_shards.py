@@ -489,3 +489,14 @@ def test_a_run_over_shards_resumes_as_if_it_had_not_stopped(
     for name in ("weights.safetensors", "optimizer.safetensors"):
         files = [config.output_dir / "checkpoint-00000004" / name for config in (resumed, whole)]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_digest_changes_with_what_is_in_the_shards(folder: Path):
+    first = open_shards(folder / "part-*.tar").digest
+    index = {"index_dir": folder / "index"}
+    assert open_shards(folder / "part-*.tar", **index).digest == first
+    assert open_shards(folder / "part-*.tar", **index).digest == first, "what the index tells is the same"
+    assert open_shards(folder / "part-00[01].tar").digest != first
+    two = COLOURS[:2]
+    write_tar(folder / "part-000.tar", [m for c in two for m in sample(c, c, f"a {c} disc")])
+    assert open_shards(folder / "part-*.tar").digest != first

@@ -31,6 +31,7 @@ from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe, plan_for
 
 CPU = torch.device("cpu")
+HELD_OUT = ("held_out=0.34", "validation.loss_every=2")
 ROOT = Path(__file__).parents[3]
 
 
@@ -179,8 +180,8 @@ def test_views_that_are_the_same_are_encoded_once(
         ((), 1),
         (("data.crop=random",), 16),
         (("data.horizontal_flip=true",), 16),
-        (("held_out=0.34",), 1),
-        (("held_out=0.34", "data.crop=random"), 16),
+        (HELD_OUT, 1),
+        ((*HELD_OUT, "data.crop=random"), 16),
     ],
 )
 def test_random_views_are_all_encoded(

@@ -372,3 +372,15 @@ def test_an_instructed_model_draws_no_class_images(tmp_path: Path):
 def test_recipes_that_do_not_fit_themselves(fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         FinetuneTask.model_validate({"kind": "finetune"} | fields)
+
+
+def test_the_rate_of_the_other_kind_of_model_is_refused(tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r"task\.caption_dropout: .* conditioning_dropout; set that instead"
+    ):
+        objective_of(FULL, folder_of("instruct"), tmp_path, caption_dropout=0.1)
+    with pytest.raises(
+        ConfigError, match=r"task\.conditioning_dropout is for models that .* set caption_dropout"
+    ):
+        objective_of(FULL, folder_of("sd"), tmp_path, conditioning_dropout=0.1)
+    objective_of(FULL, folder_of("sd"), tmp_path, caption_dropout=0.1)
