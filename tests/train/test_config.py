@@ -296,6 +296,11 @@ def test_what_is_merged_may_be_replaced(fields: dict[str, Any], tmp_path: Path):
         (("task.loss.huber_c=0.2",), "task.loss.kind=huber", "huber_c is for kind huber and smooth_l1"),
         (("memory.ema_device=cpu", "ema_decay=0"), "ema_decay=0.9", "there is no moving average to keep"),
         (
+            ("compile=true", "memory.gradient_checkpointing=selective"),
+            "memory.gradient_checkpointing=true",
+            "compile sees by itself what is cheaper",
+        ),
+        (
             ("allow_changes=[seed, sede]",),
             "allow_changes=[seed]",
             "allow_changes: 'sede' is no field of a recipe",

@@ -110,6 +110,11 @@ class TrainConfig(Section):
             raise ValueError(
                 "memory.ema_device: there is no moving average to keep, as ema_decay is 0; leave it out, or set that"
             )
+        if self.compile and self.memory.gradient_checkpointing == "selective":
+            raise ValueError(
+                "memory.gradient_checkpointing selective: compile sees by itself what is cheaper to compute once more; "
+                "leave one of them out"
+            )
         if unknown := [name for name in self.allow_changes if not has_field(TrainConfig, name)]:
             raise ValueError(
                 f"allow_changes: {', '.join(map(quote, unknown))} is no field of a recipe; nested ones have dots, "
