@@ -171,9 +171,9 @@ def test_finetuned_models_remake_held_out_images(family: str, tmp_path: Path, im
         "held_out": 0.34,
         "max_steps": 1,
     }
-    plain = finetuning(tmp_path, image_folder, "full", output_dir=str(tmp_path / "plain"), **common)
-    train(plain)
     config = finetuning(tmp_path, image_folder, "full", validation=validation, **common)
+    plain = unwatched(config.model_copy(update={"output_dir": tmp_path / "plain"}))
+    train(plain)
     model = train(config)
     assert_same_training(config, plain)
     held_out = open_parts(config).held_out
