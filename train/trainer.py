@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentgen.checkpoints.weights import first_five
-from latentgen.errors import ConfigError, NumericalError, ResumeError
+from latentgen.errors import NumericalError, ResumeError
 from latentgen.train.accelerator import build_accelerator
 from latentgen.train.batches import PlannedBatch, prepared_batches
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
+from latentgen.train.checks import check_objective
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, CaptionedImages, plan_step, sample_rng
 from latentgen.train.data.held_out import open_parts
 from latentgen.train.interrupt import StopSignal
-from latentgen.train.memory import check_memory, save_memory
+from latentgen.train.memory import save_memory
 from latentgen.train.model_card import write_card
 from latentgen.train.objectives.base import Loss, Objective, Subset
 from latentgen.train.objectives.build import build_objective
@@ -35,7 +36,6 @@ from latentgen.train.resident import give_back_freed, keep_tensors_apart
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import check_same_data, run_lock, starting_state
 from latentgen.train.run_log import AFTER_NAN, RunLog
-from latentgen.train.samples import check_drawing
 from latentgen.train.sharding import gathered, prepared, put_together, spread_like, whole
 from latentgen.train.watch import Watch
 
@@ -94,36 +94,6 @@ def train(config: TrainConfig) -> Path:
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir / "model"
-
-
-def check_objective(
-    config: TrainConfig, accelerator: Accelerator, held_out: CaptionedImages | None, objective: Objective
-) -> None:
-    """Refuse what a recipe asks of an objective, before images are drawn or encoded.
-
-    Raises:
-        ConfigError: the objective cannot do what the recipe says.
-        DatasetError: the images to measure on lack what the model is shown.
-        InputError: a validation prompt cannot be drawn as the recipe says.
-        MemoryBudgetError: a step does not fit into the device.
-    """
-    validation = config.validation
-    if validation is not None and held_out is not None and objective.remakes:
-        rng = sample_rng(validation.seed, "example", 0)
-        objective.example(held_out.view(0, rng), rng)
-    if validation is not None and validation.images and not objective.remakes:
-        raise ConfigError(
-            "validation.images: this model makes no image out of another; leave it out, and give it validation.prompts"
-        )
-    if validation is not None and validation.prompts:
-        if objective.remakes:
-            raise ConfigError(
-                "validation.prompts: this model draws nothing from a prompt alone; leave them out, give it held_out or "
-                "validation.data, and validation.images"
-            )
-        with objective.preview({}) as pipeline:
-            check_drawing(pipeline, validation)
-    check_memory(config, accelerator, objective)
 
 
 class Trainer:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.diffusion.prediction import add_noise, target
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
@@ -24,26 +23,17 @@ from latentgen.models.attention import Transformer2DModel
 from latentgen.models.checkpointing import Checkpointing, recomputing_contexts
 from latentgen.models.layers import ResnetBlock2D
 from latentgen.models.pixels import (
-    RGB,
     ImageDecoder,
     ImageEncoder,
-    PixelConfig,
-    PixelDecoder,
-    PixelEncoder,
 )
-from latentgen.models.text import CLIPText, Conditioning, TextEncoder
+from latentgen.models.text import Conditioning, TextEncoder
 from latentgen.models.unet import UNet
-from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.loading import (
-    load_decoder,
-    load_encoder,
-    load_text_encoder,
     usual_guidance_scale,
 )
 from latentgen.train.config import DiffusionTask, LatentLoss
-from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, check_sides, sample_rng
+from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, sample_rng
 from latentgen.train.objectives.base import Check, Loss, Objective, unchecked
 from latentgen.train.objectives.encoded_views import (
     NO_MASKS,
@@ -54,7 +44,7 @@ from latentgen.train.objectives.encoded_views import (
     has_masks,
 )
 from latentgen.train.objectives.encoding import encode_views
-from latentgen.train.objectives.lent import IDLE, lent
+from latentgen.train.objectives.lent import lent
 from latentgen.train.objectives.losses import mean_loss, sample_errors, training_scheduler
 from latentgen.train.objectives.noising import perturbed_noise, training_noise
 from latentgen.train.objectives.standing_in import standing_in
@@ -312,33 +302,6 @@ class LatentObjective(Objective, Generic[AnyTask]):
         return usual_guidance_scale(diffusers_class) if scale is None else scale
 
 
-def open_vae(path: Path | None) -> tuple[CheckpointFolder | None, VAEConfig | PixelConfig]:
-    """The folder of a finished autoencoder, None for pixels, and its configuration."""
-    if path is None:
-        return None, RGB
-    folder = CheckpointFolder.open(path)
-    return folder, VAEConfig.from_json(folder.config("vae"))
-
-
-def load_vae(folder: CheckpointFolder | None) -> tuple[ImageEncoder, ImageDecoder]:
-    """A finished autoencoder, or that of pixels for None, in float32 on the CPU."""
-    if folder is None:
-        return PixelEncoder(), PixelDecoder()
-    return load_encoder(folder, IDLE), load_decoder(folder, IDLE)
-
-
-def finished_text_encoder(folder: Path) -> CLIPText:
-    """A text encoder whose weights are not trained, in float32 on the CPU.
-
-    Raises:
-        ConfigError: it is SDXL's pair, which no model that is trained here is told.
-    """
-    joined = load_text_encoder(CheckpointFolder.open(folder), IDLE)
-    if not isinstance(joined, CLIPText):
-        raise ConfigError("task.text_encoder has two text encoders; name the folder of a model with one")
-    return joined
-
-
 def enable_checkpointing(model: PreTrainedModel, how: Checkpointing) -> None:
     """Let a model of transformers compute the inside of its layers once more in the backward pass, or some of it."""
     kind = {"use_reentrant": False, "context_fn": recomputing_contexts(how)}
@@ -346,44 +309,6 @@ def enable_checkpointing(model: PreTrainedModel, how: Checkpointing) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
     else:  # the name in earlier releases
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
-
-
-def check_fit(
-    unet: UNetConfig,
-    vae: VAEConfig | PixelConfig,
-    *,
-    context_width: int,
-    data: CaptionedImages,
-    in_channels: Mapping[int, str],
-) -> None:
-    """Refuse configurations of which one cannot take what another gives.
-
-    Args:
-        unet: the UNet's.
-        vae: the autoencoder's.
-        context_width: the channels of what the text encoder gives.
-        data: the images.
-        in_channels: how many channels the UNet can take, and for what.
-
-    Raises:
-        ConfigError: listing all that does not fit.
-    """
-    problems = []
-    if unet.in_channels not in in_channels:
-        allowed = ", ".join(f"{channels} for {what}" for channels, what in in_channels.items())
-        problems.append(f"task.unet.in_channels is {unet.in_channels}; with task.vae it can be {allowed}")
-    if unet.out_channels != vae.latent_channels:
-        problems.append(
-            f"task.unet.out_channels is {unet.out_channels}, but channels of the latents: {vae.latent_channels}"
-        )
-    if unet.cross_attention_dim != context_width:
-        problems.append(
-            f"task.unet.cross_attention_dim is {unet.cross_attention_dim}, but hidden_size of task.text_encoder: "
-            f"{context_width}"
-        )
-    if problems:
-        raise ConfigError("the parts of the recipe do not fit each other: " + "; ".join(problems))
-    check_sides(data, vae.spatial_factor)
 
 
 def spread_timesteps(plan: BatchPlan, count: int, shift: float) -> Tensor:

@@ -20,7 +20,8 @@ from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TextToImageTask
 from latentgen.train.data import CaptionedImages
 from latentgen.train.objectives.base import Check, unchecked
-from latentgen.train.objectives.latent_diffusion import LatentObjective, check_fit, load_vae, open_vae
+from latentgen.train.objectives.finished import check_fit, load_vae, open_vae
+from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.tokenizer import train_tokenizer
 
 _TOKENIZER = "tokenizer"

@@ -25,13 +25,8 @@ from latentgen.train.data import BatchPlan, CaptionedImages, View
 from latentgen.train.objectives.base import Check, unchecked
 from latentgen.train.objectives.degradation import lower_resolution
 from latentgen.train.objectives.encoded_views import Shown
-from latentgen.train.objectives.latent_diffusion import (
-    LatentObjective,
-    check_fit,
-    finished_text_encoder,
-    load_vae,
-    open_vae,
-)
+from latentgen.train.objectives.finished import check_fit, finished_text_encoder, load_vae, open_vae
+from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.view_source import ViewSource
 
 

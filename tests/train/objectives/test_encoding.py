@@ -24,7 +24,8 @@ from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.encoded_views import EncodedViews, Shown
 from latentgen.train.objectives.encoding import encode_views
-from latentgen.train.objectives.latent_diffusion import LatentObjective, load_vae
+from latentgen.train.objectives.finished import load_vae
+from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.view_encoder import ViewEncoder, batch_limit
 from latentgen.train.objectives.view_source import ViewSource
 from latentgen.train.trainer import train
@@ -428,7 +429,7 @@ from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.train.objectives import view_encoder
 from latentgen.train.objectives.encoding import encode_views
 from latentgen.train.objectives.view_source import ViewSource
-from latentgen.train.objectives.latent_diffusion import load_vae
+from latentgen.train.objectives.finished import load_vae
 from tests.train.objectives.test_encoding import CPU, Scribbles, assert_same_views
 folder, rank, cache = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{cache.parent / 'meeting'}", rank=rank, world_size=2)
