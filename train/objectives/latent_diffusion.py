@@ -22,16 +22,11 @@ from latentgen.errors import ConfigError
 from latentgen.models.attention import Transformer2DModel
 from latentgen.models.checkpointing import Checkpointing, recomputing_contexts
 from latentgen.models.layers import ResnetBlock2D
-from latentgen.models.pixels import (
-    ImageDecoder,
-    ImageEncoder,
-)
+from latentgen.models.pixels import ImageDecoder, ImageEncoder
 from latentgen.models.text import Conditioning, TextEncoder
 from latentgen.models.unet import UNet
 from latentgen.pipelines.base import Pipeline
-from latentgen.pipelines.loading import (
-    usual_guidance_scale,
-)
+from latentgen.pipelines.loading import usual_guidance_scale
 from latentgen.train.config import DiffusionTask, LatentLoss
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, sample_rng
 from latentgen.train.objectives.base import Check, Loss, Objective, unchecked
