@@ -35,10 +35,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     check_sharding(accelerator, config)
     if config.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigError("mixed_precision fp16 needs an accelerator, and there is none here; use bf16 or no")
-    if config.optimizer.step_in_backward and accelerator.num_processes > 1:
+    if (taking := config.takes_gradients) is not None and accelerator.num_processes > 1:
         raise ConfigError(
-            f"optimizer.step_in_backward: gradients are used up before {accelerator.num_processes} processes have "
-            "agreed on them; leave it out, or train in one process"
+            f"{taking}: gradients are taken before {accelerator.num_processes} processes have agreed on them; leave it "
+            "out, or train in one process"
         )
     if config.batch_size % (parts * accelerator.num_processes):
         raise ConfigError(

@@ -62,7 +62,7 @@ class MemoryPlan(NamedTuple):
     Attributes:
         frozen: weights that are not trained.
         trained: those that are.
-        gradients: all at once, or the largest where each is used up at once.
+        gradients: all at once, or the largest where each is taken at once.
         optimizer: the optimiser's state.
         average: the moving average, if it lies there.
         activations: what the backward pass needs; None if it cannot be told.
@@ -164,7 +164,7 @@ def plan_memory(
     """
     trained = [p.nbytes for p in objective.parameters() if p.requires_grad]
     frozen = [t.nbytes for t in (*objective.parameters(), *objective.buffers()) if not t.requires_grad]
-    gradients = max(trained, default=0) if config.optimizer.step_in_backward else sum(trained)
+    gradients = sum(trained) if config.takes_gradients is None else max(trained, default=0)
     averages_here = config.ema_decay > 0 and config.memory.ema_device in ("same", device.type)
     return MemoryPlan(
         frozen=sum(frozen),
@@ -354,11 +354,12 @@ def _savings(
     for name in ("adafactor", "adamw8bit"):
         other = optimizer.model_copy(update={"name": name})
         savings[f"optimizer.name={name}"] = plan.optimizer - state_bytes(objective, other)
-    if not optimizer.step_in_backward and config.gradient_accumulation_steps == 1:
+    if config.takes_gradients is None:
         largest = max((p.nbytes for p in objective.parameters() if p.requires_grad), default=0)
-        savings["optimizer.step_in_backward=true (adamw or adafactor, max_grad_norm=null)"] = (
-            plan.gradients - largest
-        )
+        saved = plan.gradients - largest
+        savings["memory.offload_gradients=true (adamw or adafactor)"] = saved
+        if config.gradient_accumulation_steps == 1:
+            savings["optimizer.step_in_backward=true (adamw or adafactor, max_grad_norm=null)"] = saved
     savings["memory.ema_device=cpu"] = plan.average
     if type(objective).store_base is not Objective.store_base and config.memory.base_dtype == "fp32":
         savings["memory.base_dtype=int8"] = plan.frozen * 3 // 4

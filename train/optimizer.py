@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import groupby, islice
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from latentgen.errors import ConfigError
 from latentgen.train.config import Optimizer
+from latentgen.train.joined_optimizer import Group, JoinedOptimizer, as_torch_has_them
+from latentgen.train.offload import store_for
+from latentgen.train.one_by_one import OffloadedGradients, StepInBackward
 
 # Embedding tables are looked up, not multiplied: orthogonal updates mean nothing to them.
 _TABLE_MODULES = (nn.Embedding,)
@@ -25,15 +28,12 @@ _SMALLEST_8BIT = 4096
 _STEP_BYTES = 4
 
 
-class Group(NamedTuple):
-    """Parameters that share a learning rate: its highest, before the schedule."""
-
-    parameters: list[nn.Parameter]
-    learning_rate: float
-
-
 def build_optimizer(
-    module: nn.Module, config: Optimizer, text_parameters: Iterable[nn.Parameter] = ()
+    module: nn.Module,
+    config: Optimizer,
+    text_parameters: Iterable[nn.Parameter] = (),
+    *,
+    offload: Path | None = None,
 ) -> torch.optim.Optimizer:
     """The optimiser of a recipe over the parameters of `module` that require gradients.
 
@@ -44,9 +44,11 @@ def build_optimizer(
         module: what learns.
         config: the section of the recipe.
         text_parameters: those that `text_encoder_learning_rate` is for.
+        offload: the folder of gradients that leave their device; None if they stay.
 
     Raises:
         ConfigError: it needs a package that is not there.
+        OutputError: the gradients cannot be kept in that folder.
     """
     text_rate = config.text_encoder_learning_rate
     own_rates = {} if text_rate is None else {id(p): text_rate for p in text_parameters}
@@ -64,9 +66,12 @@ def build_optimizer(
             grouped(matrices), grouped(rest), betas=config.betas, weight_decay=config.weight_decay
         )
     parameters = [p for p in module.parameters() if p.requires_grad]
-    if config.step_in_backward:
+    if config.step_in_backward or offload is not None:
         alone = [Group([p], rate_of(p)) for p in parameters]
-        return StepInBackward(alone, [_build([group], config) for group in alone])
+        parts = [_build([group], config) for group in alone]
+        if offload is None:
+            return StepInBackward(alone, parts)
+        return OffloadedGradients(alone, parts, store_for(parameters, offload))
     return _build(grouped(parameters), config)
 
 
@@ -98,60 +103,8 @@ def _build(groups: Sequence[Group], config: Optimizer) -> torch.optim.Optimizer:
     if config.name == "adamw8bit":
         return AdamW8bit(groups, betas=config.betas, weight_decay=config.weight_decay)
     return torch.optim.AdamW(
-        _as_torch_has_them(groups), betas=config.betas, weight_decay=config.weight_decay, fused=True
+        as_torch_has_them(groups), betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
-
-
-def _as_torch_has_them(groups: Iterable[Group]) -> list[dict[str, Any]]:
-    return [{"params": group.parameters, "lr": group.learning_rate} for group in groups]
-
-
-class JoinedOptimizer(torch.optim.Optimizer):
-    """Several optimisers as one: its groups are theirs, one after the other, with learning rates that they take over.
-
-    A subclass may let an optimiser work on views of its parameters, one for one.
-    """
-
-    def __init__(self, groups: Sequence[Group], parts: Sequence[torch.optim.Optimizer]) -> None:
-        super().__init__(_as_torch_has_them(groups), {})
-        self._parts = parts
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Apply the gradients at the learning rate of each group."""
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for part, groups, _ in self._places():
-            _step(part, groups)
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states of all, parameters numbered in the order of the groups."""
-        state: dict[int, Any] = {}
-        for part, _, offset in self._places():
-            state |= {index + offset: values for index, values in part.state_dict()["state"].items()}
-        return {"state": state, "param_groups": super().state_dict()["param_groups"]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave; hyperparameters stay as they are."""
-        state: Mapping[int, Any] = state_dict["state"]
-        for part, groups, offset in self._places():
-            count = sum(len(group["params"]) for group in groups)
-            own = {index: state[index + offset] for index in range(count) if index + offset in state}
-            part.load_state_dict({"state": own, "param_groups": part.state_dict()["param_groups"]})
-
-    def _places(self) -> Iterator[tuple[torch.optim.Optimizer, list[dict[str, Any]], int]]:
-        """Each optimiser, its groups as they are here, and the number of its first parameter."""
-        rest, offset = iter(self.param_groups), 0
-        for part in self._parts:
-            groups = list(islice(rest, len(part.param_groups)))
-            yield part, groups, offset
-            offset += sum(len(group["params"]) for group in groups)
-
-
-def _step(part: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Let an optimiser step at the learning rates of `groups`."""
-    for own, group in zip(part.param_groups, groups, strict=True):
-        own["lr"] = group["lr"]
-    part.step()
 
 
 class MuonAdamW(JoinedOptimizer):
@@ -173,12 +126,12 @@ class MuonAdamW(JoinedOptimizer):
         parts: list[torch.optim.Optimizer] = []
         if matrices:
             muon = torch.optim.Muon(
-                _as_torch_has_them(viewed), weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+                as_torch_has_them(viewed), weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
             )
             parts.append(muon)
         if rest:
             adamw = torch.optim.AdamW(
-                _as_torch_has_them(rest), betas=betas, weight_decay=weight_decay, fused=True
+                as_torch_has_them(rest), betas=betas, weight_decay=weight_decay, fused=True
             )
             parts.append(adamw)
         super().__init__([*matrices, *rest], parts)
@@ -200,7 +153,7 @@ class MatrixAdafactor(JoinedOptimizer):
 
     def __init__(self, groups: Sequence[Group], *, weight_decay: float) -> None:
         viewed, self._kernels = _with_matrices(groups)
-        adafactor = torch.optim.Adafactor(_as_torch_has_them(viewed), weight_decay=weight_decay)
+        adafactor = torch.optim.Adafactor(as_torch_has_them(viewed), weight_decay=weight_decay)
         super().__init__(groups, [adafactor])
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -215,30 +168,6 @@ class MatrixAdafactor(JoinedOptimizer):
         return loss
 
 
-class StepInBackward(JoinedOptimizer):
-    """Optimisers of one parameter each, which step within the backward pass and drop the gradient (arXiv:2306.09782).
-
-    `step` itself has nothing left to do.
-    """
-
-    def __init__(self, groups: Sequence[Group], parts: Sequence[torch.optim.Optimizer]) -> None:
-        super().__init__(groups, parts)
-        for part, own, _ in self._places():
-            (parameter,) = own[0]["params"]
-            parameter.register_post_accumulate_grad_hook(partial(_step_and_drop, part, own))
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Do nothing but call `closure`, whose backward pass takes the step."""
-        return None if closure is None else torch.enable_grad()(closure)()
-
-
-def _step_and_drop(
-    part: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]], parameter: Tensor
-) -> None:
-    _step(part, groups)
-    parameter.grad = None
-
-
 class AdamW8bit(JoinedOptimizer):
     """AdamW whose moments are eight bits an element (arXiv:2110.02861), by bitsandbytes.
 
@@ -250,7 +179,7 @@ class AdamW8bit(JoinedOptimizer):
 
     def __init__(self, groups: Sequence[Group], *, betas: tuple[float, float], weight_decay: float) -> None:
         inner = _bitsandbytes()
-        self._inner: Any = inner(_as_torch_has_them(groups), betas=betas, weight_decay=weight_decay)
+        self._inner: Any = inner(as_torch_has_them(groups), betas=betas, weight_decay=weight_decay)
         super().__init__(groups, [self._inner])
 
     def state_dict(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         f"optimizer.name {config.optimizer.name} (adamw does)": config.optimizer.name != "adamw",
         f"task.kind {config.task.kind}": isinstance(config.task, AutoencoderTask),
         "compile": config.compile,
+        str(config.takes_gradients): config.takes_gradients is not None,
         "memory.ema_device cpu": config.memory.ema_device == "cpu",
         "validation": config.validation is not None,
         "mixed_precision fp16 (bf16 does)": config.mixed_precision == "fp16",

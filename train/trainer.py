@@ -30,6 +30,7 @@ from latentgen.train.memory import save_memory
 from latentgen.train.model_card import write_card
 from latentgen.train.objectives.base import Loss, Objective, Subset
 from latentgen.train.objectives.build import build_objective
+from latentgen.train.one_by_one import OffloadedGradients
 from latentgen.train.optimizer import build_optimizer
 from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
 from latentgen.train.resident import give_back_freed, keep_tensors_apart
@@ -126,7 +127,13 @@ class Trainer:
         self.step = 0
         if config.compile:
             objective.compile_networks()
-        optimizer = build_optimizer(objective, config.optimizer, objective.text_parameters())
+        optimizer = build_optimizer(
+            objective,
+            config.optimizer,
+            objective.text_parameters(),
+            offload=config.output_dir if config.memory.offload_gradients else None,
+        )
+        self._offloaded = optimizer if isinstance(optimizer, OffloadedGradients) else None
         self._model: nn.Module
         self._optimizer: torch.optim.Optimizer
         self._model, self._optimizer = prepared(accelerator, config, objective, optimizer)
@@ -285,15 +292,19 @@ class Trainer:
                     subsets[name] = Subset(before.total + total.detach(), before.count + count)
                 max_norm = config.optimizer.max_grad_norm
                 if self.accelerator.sync_gradients and max_norm is not None:
-                    norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
-                    # A number from DeepSpeed, which has clipped by then; in parts from FSDP.
-                    losses["grad_norm"] = whole(
-                        torch.as_tensor(norm, device=self.accelerator.device)
-                    ).detach()
+                    losses["grad_norm"] = self._clip_gradients(max_norm)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._update_ema(step)
         return losses, subsets
+
+    def _clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale the gradients to this norm if theirs, which is returned, is higher."""
+        if self._offloaded is not None:
+            return self._offloaded.clip_grad_norm(max_norm)
+        norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
+        # A number from DeepSpeed, which has clipped by then; in parts from FSDP.
+        return whole(torch.as_tensor(norm, device=self.accelerator.device)).detach()
 
     def _loss(self, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
         # Not awaited where the batch is pinned.

@@ -8,28 +8,15 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from latentgen.errors import ConfigError
 from latentgen.train.checkpoint import flatten_optimizer, restore_optimizer
 from latentgen.train.config import Optimizer
 from latentgen.train.optimizer import build_optimizer
+from tests.train.optimized import BETAS, DECAY, RATE, Network, build, gradients, run_backward
 
-RATE, DECAY, BETAS = 0.01, 0.1, (0.9, 0.99)
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is optional")
-
-
-class Network(nn.Module):
-    """One of each: kernels 3x3 and 1x1, a matrix, a table, a matrix too narrow for Muon, and biases."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(12, 16, 3)
-        self.point = nn.Conv2d(16, 10, 1)
-        self.linear = nn.Linear(10, 24)
-        self.table = nn.Embedding(20, 10)
-        self.narrow = nn.Conv2d(16, 3, 3)
 
 
 @pytest.fixture
@@ -40,11 +27,6 @@ def network() -> Network:
 
 def make(network: nn.Module) -> torch.optim.Optimizer:
     return build(network, "muon")
-
-
-def gradients(network: nn.Module, step: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return {name: torch.randn(p.shape, generator=generator) for name, p in network.named_parameters()}
 
 
 def train(
@@ -176,27 +158,6 @@ def test_a_network_without_matrices():
     assert not torch.equal(network.weight, before)
 
 
-def build(network: nn.Module, name: str, **fields: object) -> torch.optim.Optimizer:
-    """The "text encoder" of a Network is in its middle: `point` and `linear`."""
-    config = {"name": name, "learning_rate": RATE, "betas": BETAS, "weight_decay": DECAY, **fields}
-    text = (network.point, network.linear) if isinstance(network, Network) else ()
-    return build_optimizer(
-        network, Optimizer.model_validate(config), [p for part in text for p in part.parameters()]
-    )
-
-
-def run_backward(network: Network, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        hidden = network.point(network.conv(torch.randn(2, 12, 6, 6, generator=generator)))
-        hidden = network.linear(hidden.mean(dim=(2, 3)) + network.table(torch.tensor([step, 3])))
-        (
-            hidden.square().mean() + network.narrow(torch.randn(2, 16, 3, 3, generator=generator)).mean()
-        ).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def test_adafactor_is_torchs_on_the_reshaped_kernels(network: Network):
     copies = {
         name: nn.Parameter(p.detach().clone().flatten(1) if p.ndim == 4 else p.detach().clone())
@@ -221,73 +182,6 @@ def test_adafactor_keeps_almost_nothing_of_kernels():
     kept = sum(tensor.numel() for tensor in flatten_optimizer(optimizer).values())
     assert kept == 1 + 64 + 64 * 9
     assert kept < network.weight.numel() / 50
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_stepping_in_the_backward_pass_changes_when_and_not_how(
-    name: str, memory_format: torch.memory_format, network: Network
-):
-    network.to(memory_format=memory_format)
-    other = copy.deepcopy(network)
-    run_backward(network, build(network, name), range(3))
-    run_backward(other, build(other, name, step_in_backward=True, max_grad_norm=None), range(3))
-    for key, p in network.named_parameters():
-        assert torch.equal(p, other.get_parameter(key)), key
-
-
-def held_gradients(network: Network, **fields: object) -> int:
-    """The most bytes of gradients at once during a backward pass."""
-    held: list[int] = []
-
-    def look(_: Tensor) -> None:
-        held.append(sum(0 if p.grad is None else p.grad.nbytes for p in network.parameters()))
-
-    # Before the optimiser's own hooks, which drop the gradient.
-    for p in network.parameters():
-        p.register_post_accumulate_grad_hook(look)
-    run_backward(network, build(network, "adafactor", **fields), range(2))
-    return max(held)
-
-
-def test_gradients_are_dropped_one_by_one(network: Network):
-    sizes = [p.nbytes for p in network.parameters()]
-    assert held_gradients(copy.deepcopy(network)) == sum(sizes)
-    assert held_gradients(network, step_in_backward=True, max_grad_norm=None) == max(sizes)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_state_round_trip_of_steps_in_the_backward_pass(
-    name: str, memory_format: torch.memory_format, network: Network
-):
-    fields = {"step_in_backward": True, "max_grad_norm": None}
-    network.to(memory_format=memory_format)
-    # Its hooks stay with the parameters, so it is copied first.
-    resumed = copy.deepcopy(network)
-    optimizer = build(network, name, **fields)
-    run_backward(network, optimizer, range(3))
-    resumed.load_state_dict(network.state_dict())
-    other = build(resumed, name, **fields)
-    state = flatten_optimizer(optimizer)
-    restore_optimizer(
-        other, {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    )
-    again = flatten_optimizer(other)
-    assert again.keys() == state.keys()
-    run_backward(network, optimizer, range(3, 6))
-    run_backward(resumed, other, range(3, 6))
-    for key, parameter in network.named_parameters():
-        assert torch.equal(parameter, resumed.get_parameter(key)), key
-
-
-def test_the_learning_rate_reaches_steps_in_the_backward_pass(network: Network):
-    optimizer = build(network, "adafactor", step_in_backward=True, max_grad_norm=None)
-    before = copy.deepcopy(network.state_dict())
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    run_backward(network, optimizer, range(1))
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
 IN_BACKWARD = {"step_in_backward": True, "max_grad_norm": None}
@@ -403,18 +297,3 @@ def test_eight_bits_follow_adamw_and_resume(memory_format: torch.memory_format):
     train(resumed, other, range(3, 6))
     for key, parameter in network.named_parameters():
         assert torch.equal(parameter, resumed.get_parameter(key)), key
-
-
-@pytest.mark.parametrize(
-    ("fields", "problem"),
-    [
-        (
-            {"name": "muon", "step_in_backward": True, "max_grad_norm": None},
-            "for adamw and adafactor; name is muon",
-        ),
-        ({"name": "adafactor", "step_in_backward": True}, "max_grad_norm is 1 and must be null"),
-    ],
-)
-def test_what_cannot_step_in_the_backward_pass(fields: dict[str, object], problem: str):
-    with pytest.raises(ValidationError, match=problem):
-        Optimizer.model_validate(fields)

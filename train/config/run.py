@@ -89,10 +89,19 @@ class TrainConfig(Section):
                 "optimizer.step_in_backward: each gradient is used up at once, so none can be accumulated; set "
                 f"gradient_accumulation_steps to 1 (it is {self.gradient_accumulation_steps}) and lower batch_size"
             )
-        if self.optimizer.step_in_backward and self.mixed_precision == "fp16":
+        if self.memory.offload_gradients and self.optimizer.step_in_backward:
             raise ValueError(
-                "optimizer.step_in_backward: the loss scaling of fp16 must see all gradients before the step; use "
-                "mixed_precision bf16 or no"
+                "memory.offload_gradients: with optimizer.step_in_backward no gradients are left; set one of them to "
+                "false"
+            )
+        if self.memory.offload_gradients and self.optimizer.name not in ("adamw", "adafactor"):
+            raise ValueError(
+                f"memory.offload_gradients is for adamw and adafactor; optimizer.name is {self.optimizer.name}"
+            )
+        if (taking := self.takes_gradients) is not None and self.mixed_precision == "fp16":
+            raise ValueError(
+                f"{taking}: the loss scaling of fp16 must see all gradients before the step; use mixed_precision "
+                "bf16 or no"
             )
         if self.optimizer.text_encoder_learning_rate is not None and not self._text_encoder_learns:
             raise ValueError(
@@ -164,6 +173,13 @@ class TrainConfig(Section):
             raise ValueError("validation has nothing to do: give it prompts, or data; or set held_out")
 
     @property
+    def takes_gradients(self) -> str | None:
+        """The field, if one is set, that takes each gradient off the device within the backward pass."""
+        if self.optimizer.step_in_backward:
+            return "optimizer.step_in_backward"
+        return "memory.offload_gradients" if self.memory.offload_gradients else None
+
+    @property
     def _text_encoder_learns(self) -> bool:
         part = self.task.method if isinstance(self.task, FinetuneTask) else self.task
         return isinstance(part, FullMethod | LoRAMethod | TextToImageTask) and part.train_text_encoder
@@ -192,6 +208,7 @@ FREE_FIELDS = frozenset(
         "data.index_dir",
         "memory.gradient_checkpointing",
         "memory.ema_device",
+        "memory.offload_gradients",
         "memory.planner",
     }
 )
