@@ -80,7 +80,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         if tensor.shape == parameter.shape:
             # Fused kernels walk parameter and state side by side in memory: the state takes the parameter's strides.
             spread = spread_like(parameter, tensor)
-            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(spread)
+            # On the CPU if it is not spread: an optimiser may take it to the device in parts.
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype, device=spread.device).copy_(spread)
         state.setdefault(int(index), {})[field] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

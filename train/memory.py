@@ -170,7 +170,7 @@ def plan_memory(
         frozen=sum(frozen),
         trained=sum(trained),
         gradients=gradients * (2 if processes > 1 else 1),
-        optimizer=state_bytes(objective, config.optimizer),
+        optimizer=state_bytes(objective, config.optimizer, offloaded=config.memory.offload_optimizer),
         average=sum(trained) if averages_here else 0,
         activations=None if activations is None else activations.left(config.memory.gradient_checkpointing),
     )
@@ -356,10 +356,13 @@ def _savings(
         savings[f"optimizer.name={name}"] = plan.optimizer - state_bytes(objective, other)
     if config.takes_gradients is None:
         largest = max((p.nbytes for p in objective.parameters() if p.requires_grad), default=0)
-        saved = plan.gradients - largest
-        savings["memory.offload_gradients=true (adamw or adafactor)"] = saved
         if config.gradient_accumulation_steps == 1:
-            savings["optimizer.step_in_backward=true (adamw or adafactor, max_grad_norm=null)"] = saved
+            savings["optimizer.step_in_backward=true (adamw or adafactor, max_grad_norm=null)"] = (
+                plan.gradients - largest
+            )
+        savings["memory.offload_optimizer=true (adamw or adafactor)"] = (
+            plan.gradients - largest + plan.optimizer - state_bytes(objective, optimizer, offloaded=True)
+        )
     savings["memory.ema_device=cpu"] = plan.average
     if type(objective).store_base is not Objective.store_base and config.memory.base_dtype == "fp32":
         savings["memory.base_dtype=int8"] = plan.frozen * 3 // 4

@@ -1,7 +1,8 @@
-"""Where gradients lie that have left their device: in the memory of the host, or in a file."""
+"""Where what is needed once a step waits off its device: in the memory of the host, or in a file."""
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from itertools import accumulate
@@ -15,20 +16,24 @@ from torch import Tensor
 from latentgen.errors import OutputError
 
 
-class GradientStore(Protocol):
-    """Keeps the gradients of parameters, by the parameters' number."""
+class TensorStore(Protocol):
+    """Keeps one tensor of the shape, dtype and memory format of each of some parameters, by the parameters' number."""
 
-    def send(self, place: int, gradient: Tensor) -> None:
-        """Keep a gradient, in the place of the one that was kept before."""
+    def send(self, place: int, tensor: Tensor) -> None:
+        """Keep a tensor, instead of the one that was kept before."""
         ...
 
     def fetch(self, place: int) -> Tensor:
-        """The gradient, on its device and in the memory format of its parameter, until the next one is fetched."""
+        """The tensor that is kept, on the device of its parameter, until the next one is fetched."""
+        ...
+
+    def look(self, place: int) -> Tensor:
+        """The tensor that is kept, where it lies; to be read alone, and before the next one is sent."""
         ...
 
 
-def store_for(parameters: Sequence[Tensor], folder: Path) -> GradientStore:
-    """Where the gradients of `parameters` go: to the host from an accelerator, from the CPU into a file in `folder`.
+def store_for(parameters: Sequence[Tensor], folder: Path) -> TensorStore:
+    """Where to keep tensors like `parameters`: on the host beside an accelerator, beside the CPU in a file in `folder`.
 
     Raises:
         OutputError: the file cannot be made as large as they are.
@@ -48,53 +53,59 @@ class HostStore:
             for parameter in parameters
         ]
 
-    def send(self, place: int, gradient: Tensor) -> None:
-        """Keep a gradient, in the place of the one that was kept before."""
-        # In the order of one stream, as is `fetch`: nothing else reads it.
-        self._kept[place].copy_(gradient, non_blocking=gradient.is_cuda)
+    def send(self, place: int, tensor: Tensor) -> None:
+        """Keep a tensor, instead of the one that was kept before."""
+        # In the order of one stream, as `fetch`.
+        self._kept[place].copy_(tensor, non_blocking=tensor.is_cuda)
 
     def fetch(self, place: int) -> Tensor:
-        """The gradient, on its device and in the memory format of its parameter, until the next one is fetched."""
+        """The tensor that is kept, on the device of its parameter."""
         kept = self._kept[place]
         return kept.to(self._device[place], non_blocking=kept.is_pinned(), copy=True)
+
+    def look(self, place: int) -> Tensor:
+        """The tensor that is kept, where it lies."""
+        if self._device[place].type == "cuda":
+            torch.cuda.synchronize(self._device[place])
+        return self._kept[place]
 
 
 class FileStore:
     """In a file without a name, which is gone when the process is.
 
     Args:
-        parameters: whose gradients it will keep, on the CPU.
+        parameters: tensors like these will be kept; on the CPU.
         folder: on whose disk; where it does not exist yet, the nearest one above it.
 
     Raises:
-        OutputError: the file cannot be made, or the disk has no room for the gradients.
+        OutputError: the file cannot be made, or the disk has no room for it.
     """
 
     def __init__(self, parameters: Sequence[Tensor], folder: Path) -> None:
         self._parameters = parameters
-        sizes = [parameter.nbytes for parameter in parameters]
-        self._starts = [0, *accumulate(sizes)]
-        # Fresh pages for each gradient would cost more than to read it.
-        self._fetched = torch.empty(max(sizes, default=0), dtype=torch.uint8)
+        # A file is mapped into memory from there on.
+        unit = mmap.ALLOCATIONGRANULARITY
+        self._starts = [0, *accumulate(-(-parameter.nbytes // unit) * unit for parameter in parameters)]
+        # Fresh pages for each tensor would cost more than to read it.
+        largest = max((parameter.nbytes for parameter in parameters), default=0)
+        self._fetched = torch.empty(largest, dtype=torch.uint8)
         self._folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
         try:
             self._file = TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  (as long as this lives)
-            # Now, and not in the first step, which may be an hour away.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file.fileno(), 0, sum(sizes))
+            self._make_room(self._starts[-1])
         except OSError as error:
             raise self._failed(error) from None
 
-    def send(self, place: int, gradient: Tensor) -> None:
-        """Keep a gradient, in the place of the one that was kept before.
+    def send(self, place: int, tensor: Tensor) -> None:
+        """Keep a tensor, instead of the one that was kept before.
 
         Raises:
             OutputError: it cannot be written.
         """
         parameter = self._parameters[place]
-        if gradient.stride() != parameter.stride():
-            gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
-        left = _memory_of(gradient)
+        if tensor.stride() != parameter.stride():
+            tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+        left = _memory_of(tensor)
         try:
             self._file.seek(self._starts[place])
             while left:
@@ -103,14 +114,14 @@ class FileStore:
             raise self._failed(error) from None
 
     def fetch(self, place: int) -> Tensor:
-        """The gradient, in the memory format of its parameter, until the next one is fetched.
+        """The tensor that is kept, in memory, until the next one is fetched.
 
         Raises:
             OutputError: it cannot be read.
         """
         parameter = self._parameters[place]
         memory = self._fetched[: parameter.nbytes]
-        left = memoryview(memory.numpy())
+        left = memory.numpy().data
         try:
             self._file.seek(self._starts[place])
             while left:
@@ -122,15 +133,27 @@ class FileStore:
             raise self._failed(error) from None
         return memory.view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
 
+    def look(self, place: int) -> Tensor:
+        """The tensor that is kept, in the file, parts of which take memory as they are read."""
+        parameter = self._parameters[place]
+        mapped = mmap.mmap(self._file.fileno(), parameter.nbytes, offset=self._starts[place])
+        return torch.frombuffer(mapped, dtype=parameter.dtype).as_strided(parameter.shape, parameter.stride())
+
+    def _make_room(self, size: int) -> None:
+        # Now, and not in the first step, which may be an hour away.
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(self._file.fileno(), 0, size)
+        else:
+            self._file.truncate(size)
+
     def _failed(self, error: OSError) -> OutputError:
-        size = self._starts[-1] / 1e9
         return OutputError(
-            f"the gradients ({size:.3g} GB) cannot be kept in a file in {self._folder}: {error}; make room there, or "
-            "set memory.offload_gradients to false"
+            f"a file of {self._starts[-1] / 1e9:.3g} GB for gradients or moments cannot be used in {self._folder}: "
+            f"{error}; make room there, or set memory.offload_optimizer to false"
         )
 
 
 def _memory_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, in the order in which they lie."""
     flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""Optimisers of one parameter each, for which the gradients need not lie on the device together."""
+"""Optimisers of one parameter each, for which gradients and moments need not lie on the device together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,60 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from latentgen.train.joined_optimizer import Group, JoinedOptimizer, step_with
-from latentgen.train.offload import GradientStore
+from latentgen.train.joined_optimizer import Group, JoinedOptimizer, as_torch_has_them, step_with
+from latentgen.train.offload import TensorStore
+
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """AdamW of one parameter, whose moments are on its device while it steps.
+
+    Args:
+        group: the parameter.
+        place: its number in the stores.
+        moments: where they are between the steps, by their names in AdamW's state.
+        betas, weight_decay: AdamW's.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        place: int,
+        moments: Mapping[str, TensorStore],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> None:
+        super().__init__(as_torch_has_them([group]), betas=betas, weight_decay=weight_decay, fused=True)
+        (self._parameter,) = group.parameters
+        self._place, self._moments = place, moments
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Apply the gradient."""
+        state = self.state[self._parameter]
+        if state:
+            state.update({name: store.fetch(self._place) for name, store in self._moments.items()})
+        loss = super().step(closure)
+        self._send_away()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's, with the moments where they are."""
+        state_dict = super().state_dict()
+        for index, state in state_dict["state"].items():
+            away = {name: store.look(self._place) for name, store in self._moments.items()}
+            state_dict["state"][index] = {**state, **away}
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """AdamW's; the moments are sent away."""
+        super().load_state_dict(state_dict)
+        self._send_away()
+
+    def _send_away(self) -> None:
+        state = self.state.get(self._parameter, {})
+        for name, store in self._moments.items():
+            if name in state:
+                store.send(self._place, state.pop(name))
 
 
 class StepInBackward(JoinedOptimizer):
@@ -46,7 +98,7 @@ class OffloadedGradients(JoinedOptimizer):
     """
 
     def __init__(
-        self, groups: Sequence[Group], parts: Sequence[torch.optim.Optimizer], store: GradientStore
+        self, groups: Sequence[Group], parts: Sequence[torch.optim.Optimizer], store: TensorStore
     ) -> None:
         super().__init__(groups, parts)
         self._store = store

@@ -15,7 +15,7 @@ from latentgen.errors import ConfigError
 from latentgen.train.config import Optimizer
 from latentgen.train.joined_optimizer import Group, JoinedOptimizer, as_torch_has_them
 from latentgen.train.offload import store_for
-from latentgen.train.one_by_one import OffloadedGradients, StepInBackward
+from latentgen.train.one_by_one import OffloadedAdamW, OffloadedGradients, StepInBackward
 
 # Embedding tables are looked up, not multiplied: orthogonal updates mean nothing to them.
 _TABLE_MODULES = (nn.Embedding,)
@@ -44,11 +44,11 @@ def build_optimizer(
         module: what learns.
         config: the section of the recipe.
         text_parameters: those that `text_encoder_learning_rate` is for.
-        offload: the folder of gradients that leave their device; None if they stay.
+        offload: the folder of a run whose gradients and moments wait off their device; None if they stay there.
 
     Raises:
         ConfigError: it needs a package that is not there.
-        OutputError: the gradients cannot be kept in that folder.
+        OutputError: they cannot be kept in that folder.
     """
     text_rate = config.text_encoder_learning_rate
     own_rates = {} if text_rate is None else {id(p): text_rate for p in text_parameters}
@@ -68,8 +68,8 @@ def build_optimizer(
     parameters = [p for p in module.parameters() if p.requires_grad]
     if config.step_in_backward or offload is not None:
         alone = [Group([p], rate_of(p)) for p in parameters]
-        parts = [_build([group], config) for group in alone]
-        if offload is None:
+        parts = _build_one_by_one(alone, config, offload)
+        if config.step_in_backward or offload is None:
             return StepInBackward(alone, parts)
         return OffloadedGradients(alone, parts, store_for(parameters, offload))
     return _build(grouped(parameters), config)
@@ -105,6 +105,20 @@ def _build(groups: Sequence[Group], config: Optimizer) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         as_torch_has_them(groups), betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
+
+
+def _build_one_by_one(
+    groups: Sequence[Group], config: Optimizer, offload: Path | None
+) -> list[torch.optim.Optimizer]:
+    """An optimiser for each of some groups of one parameter; Adafactor's state is too small to be moved."""
+    if offload is None or config.name != "adamw":
+        return [_build([group], config) for group in groups]
+    parameters = [p for group in groups for p in group.parameters]
+    moments = {name: store_for(parameters, offload) for name in ("exp_avg", "exp_avg_sq")}
+    return [
+        OffloadedAdamW(group, place, moments, betas=config.betas, weight_decay=config.weight_decay)
+        for place, group in enumerate(groups)
+    ]
 
 
 class MuonAdamW(JoinedOptimizer):
@@ -203,9 +217,14 @@ class AdamW8bit(JoinedOptimizer):
         self._inner.load_state_dict({"state": state, "param_groups": groups})
 
 
-def state_bytes(module: nn.Module, config: Optimizer) -> int:
-    """The size of what the optimiser of a recipe keeps from step to step, for the parameters that are trained."""
+def state_bytes(module: nn.Module, config: Optimizer, *, offloaded: bool = False) -> int:
+    """What the optimiser of a recipe holds on the device in a step, for the parameters that are trained.
+
+    If it is offloaded, of AdamW's moments those of one parameter at a time.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    if offloaded and config.name == "adamw":
+        return _STEP_BYTES * len(parameters) + max((2 * p.nbytes for p in parameters), default=0)
     # Muon alone counts no steps.
     matrices = {id(p) for p in _split_matrices(module)[0]} if config.name == "muon" else set()
     return sum(_kept_bytes(p, config.name, id(p) in matrices) for p in parameters)

@@ -131,7 +131,7 @@ class Trainer:
             objective,
             config.optimizer,
             objective.text_parameters(),
-            offload=config.output_dir if config.memory.offload_gradients else None,
+            offload=config.output_dir if config.memory.offload_optimizer else None,
         )
         self._offloaded = optimizer if isinstance(optimizer, OffloadedGradients) else None
         self._model: nn.Module

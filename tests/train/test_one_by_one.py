@@ -143,14 +143,44 @@ def test_gradients_that_were_away_are_those_that_stayed(
         assert other.get_parameter(key).grad is None
 
 
-def test_the_state_of_a_run_with_gradients_away_is_that_of_one_whose_stay(network: Network, tmp_path: Path):
-    other = copy.deepcopy(network)
-    optimizer, stays = build(other, "adamw", offload=tmp_path), build(network, "adamw")
+AWAY: list[dict[str, object]] = [{}, {"step_in_backward": True, "max_grad_norm": None}]
+
+
+@pytest.mark.parametrize("fields", AWAY)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_a_state_that_is_away_is_that_which_stays(
+    name: str, memory_format: torch.memory_format, fields: dict[str, object], network: Network, tmp_path: Path
+):
+    network.to(memory_format=memory_format)
+    other, resumed = copy.deepcopy(network), copy.deepcopy(network)
+    optimizer, stays = build(other, name, offload=tmp_path, **fields), build(network, name, **fields)
+    assert not flatten_optimizer(optimizer)
     run_backward(other, optimizer, range(3))
     run_backward(network, stays, range(3))
     state, expected = flatten_optimizer(optimizer), flatten_optimizer(stays)
-    assert state.keys() == expected.keys()
+    assert list(state) == list(expected)
     assert all(torch.equal(value, expected[key]) for key, value in state.items())
+    # And goes on, from what a run wrote that kept it on the device.
+    resumed.load_state_dict(network.state_dict())
+    again = build(resumed, name, offload=tmp_path, **fields)
+    restore_optimizer(
+        again, {key: value.clone(memory_format=torch.contiguous_format) for key, value in expected.items()}
+    )
+    run_backward(other, optimizer, range(3, 5))
+    run_backward(network, stays, range(3, 5))
+    run_backward(resumed, again, range(3, 5))
+    for key, p in network.named_parameters():
+        assert torch.equal(p, other.get_parameter(key)), key
+        assert torch.equal(p, resumed.get_parameter(key)), key
+
+
+def test_no_moments_are_in_memory_between_the_steps(network: Network, tmp_path: Path):
+    optimizer = build(network, "adamw", offload=tmp_path)
+    assert isinstance(optimizer, OffloadedGradients)
+    run_backward(network, optimizer, range(2))
+    held = [set(values) for part in optimizer._parts for values in part.state.values()]
+    assert held == [{"step"}] * len(list(network.parameters()))
 
 
 def test_what_has_no_gradient_stays_as_it_is(network: Network, tmp_path: Path):

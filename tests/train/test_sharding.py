@@ -45,7 +45,7 @@ def test_fsdp2_goes_with_adamw(text_to_image_recipe: MakeRecipe):
         ({}, ["optimizer.name=muon"], "optimizer.name muon .adamw does. does not go with weights"),
         ({}, ["compile=true"], "compile does not go with weights"),
         ({}, ["mixed_precision=fp16"], "mixed_precision fp16 .bf16 does. does not go with weights"),
-        ({}, ["memory.offload_gradients=true"], "memory.offload_gradients does not go with weights"),
+        ({}, ["memory.offload_optimizer=true"], "memory.offload_optimizer does not go with weights"),
     ],
 )
 def test_others_are_refused(
@@ -101,7 +101,7 @@ def test_deepspeed_goes_with_adamw(stage: int, text_to_image_recipe: MakeRecipe)
             ["optimizer.step_in_backward=true", "optimizer.max_grad_norm=null"],
             "optimizer.step_in_backward does not go with DeepSpeed",
         ),
-        ({}, ["memory.offload_gradients=true"], "memory.offload_gradients does not go with DeepSpeed"),
+        ({}, ["memory.offload_optimizer=true"], "memory.offload_optimizer does not go with DeepSpeed"),
         (
             {},
             ["optimizer.text_encoder_learning_rate=0.001"],

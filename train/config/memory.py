@@ -14,15 +14,15 @@ class Memory(Section):
 
     `gradient_checkpointing` computes activations once more in the backward pass instead of keeping them: exact, for
     about a third more time; with `selective` only what takes little, for a tenth more. `ema_device: cpu` keeps the
-    moving average in the memory of the host: exact. With `offload_gradients` each gradient leaves the device as soon
-    as it is there, for the memory of the host, or, from a CPU, for a file, and comes back for its part of the step:
-    exact, for adamw and adafactor, in one process and not in fp16. `base_dtype` is what the weights that are not
-    trained are stored in; they are computed with in the precision of the run. With `planner` the needs of a step are
-    estimated before the first, shown, and refused if they do not fit.
+    moving average in the memory of the host: exact. With `offload_optimizer` gradients and AdamW's moments are on the
+    device one at a time, and wait in the memory of the host, or, beside a CPU, in files on the disk of the run: exact,
+    for adamw and adafactor, in one process and not in fp16. `base_dtype` is what the weights that are not trained are
+    stored in; they are computed with in the precision of the run. With `planner` the needs of a step are estimated
+    before the first, shown, and refused if they do not fit.
     """
 
     gradient_checkpointing: Checkpointing = False
     ema_device: Literal["same", "cpu"] = "same"
-    offload_gradients: bool = False
+    offload_optimizer: bool = False
     base_dtype: StorageDtype = "fp32"
     planner: bool = True

@@ -89,14 +89,9 @@ class TrainConfig(Section):
                 "optimizer.step_in_backward: each gradient is used up at once, so none can be accumulated; set "
                 f"gradient_accumulation_steps to 1 (it is {self.gradient_accumulation_steps}) and lower batch_size"
             )
-        if self.memory.offload_gradients and self.optimizer.step_in_backward:
+        if self.memory.offload_optimizer and self.optimizer.name not in ("adamw", "adafactor"):
             raise ValueError(
-                "memory.offload_gradients: with optimizer.step_in_backward no gradients are left; set one of them to "
-                "false"
-            )
-        if self.memory.offload_gradients and self.optimizer.name not in ("adamw", "adafactor"):
-            raise ValueError(
-                f"memory.offload_gradients is for adamw and adafactor; optimizer.name is {self.optimizer.name}"
+                f"memory.offload_optimizer is for adamw and adafactor; optimizer.name is {self.optimizer.name}"
             )
         if (taking := self.takes_gradients) is not None and self.mixed_precision == "fp16":
             raise ValueError(
@@ -177,7 +172,7 @@ class TrainConfig(Section):
         """The field, if one is set, that takes each gradient off the device within the backward pass."""
         if self.optimizer.step_in_backward:
             return "optimizer.step_in_backward"
-        return "memory.offload_gradients" if self.memory.offload_gradients else None
+        return "memory.offload_optimizer" if self.memory.offload_optimizer else None
 
     @property
     def _text_encoder_learns(self) -> bool:
@@ -208,7 +203,7 @@ FREE_FIELDS = frozenset(
         "data.index_dir",
         "memory.gradient_checkpointing",
         "memory.ema_device",
-        "memory.offload_gradients",
+        "memory.offload_optimizer",
         "memory.planner",
     }
 )
