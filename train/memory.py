@@ -354,14 +354,15 @@ def _savings(
     for name in ("adafactor", "adamw8bit"):
         other = optimizer.model_copy(update={"name": name})
         savings[f"optimizer.name={name}"] = plan.optimizer - state_bytes(objective, other)
-    if config.takes_gradients is None:
-        largest = max((p.nbytes for p in objective.parameters() if p.requires_grad), default=0)
-        if config.gradient_accumulation_steps == 1:
-            savings["optimizer.step_in_backward=true (adamw or adafactor, max_grad_norm=null)"] = (
-                plan.gradients - largest
-            )
-        savings["memory.offload_optimizer=true (adamw or adafactor)"] = (
-            plan.gradients - largest + plan.optimizer - state_bytes(objective, optimizer, offloaded=True)
+    largest = max((p.nbytes for p in objective.parameters() if p.requires_grad), default=0)
+    gradients = plan.gradients - min(plan.gradients, largest)
+    if config.gradient_accumulation_steps == 1:
+        savings["optimizer.step_in_backward=true (adamw or adafactor, one process, max_grad_norm=null)"] = (
+            gradients
+        )
+    if not config.memory.offload_optimizer:
+        savings["memory.offload_optimizer=true (adamw or adafactor, one process)"] = (
+            gradients + plan.optimizer - state_bytes(objective, optimizer, offloaded=True)
         )
     savings["memory.ema_device=cpu"] = plan.average
     if type(objective).store_base is not Objective.store_base and config.memory.base_dtype == "fp32":

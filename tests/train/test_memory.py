@@ -369,6 +369,7 @@ def test_what_does_not_fit_is_refused_with_what_would_help(
     for part in (
         "memory.ema_device=cpu saves",
         "gradient_accumulation_steps=2 saves",
+        "memory.offload_optimizer=true (adamw or adafactor, one process) saves",
         "memory.planner=false",
     ):
         assert part in message

@@ -71,7 +71,7 @@ def test_a_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: 
 
 def test_a_disk_that_fails_later_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = FileStore([torch.zeros(10)], tmp_path)
-    store._file.truncate(8)  # what a disk does that loses pages
+    store._file.truncate(8)
     with pytest.raises(OutputError, match="it ends too soon"):
         store.fetch(0)
     monkeypatch.setattr(store, "_file", Failing())
