@@ -37,8 +37,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError("mixed_precision fp16 needs an accelerator, and there is none here; use bf16 or no")
     if (taking := config.takes_gradients) is not None and accelerator.num_processes > 1:
         raise ConfigError(
-            f"{taking}: gradients are taken before {accelerator.num_processes} processes have agreed on them; leave it "
-            "out, or train in one process"
+            f"{taking}: gradients are used up or sent away before {accelerator.num_processes} processes have agreed on "
+            "them; leave it out, or train in one process"
         )
     if config.batch_size % (parts * accelerator.num_processes):
         raise ConfigError(

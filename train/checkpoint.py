@@ -12,7 +12,7 @@ import hashlib
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,17 +73,40 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `flatten_optimizer` took; hyperparameters stay as the optimiser was built."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, field = name.partition(".")
-        parameter = parameters[int(index)]
-        if tensor.shape == parameter.shape:
-            # Fused kernels walk parameter and state side by side in memory: the state takes the parameter's strides.
-            spread = spread_like(parameter, tensor)
-            # On the CPU if it is not spread: an optimiser may take it to the device in parts.
-            tensor = torch.empty_like(parameter, dtype=tensor.dtype, device=spread.device).copy_(spread)
-        state.setdefault(int(index), {})[field] = tensor
+    state = _SavedState(parameters, tensors)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class _SavedState(Mapping[int, dict[str, Tensor]]):
+    """The state of each parameter, by its number, made when it is asked for: not all may fit into memory at once."""
+
+    def __init__(self, parameters: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._tensors: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            index, _, field = name.partition(".")
+            self._tensors.setdefault(int(index), {})[field] = tensor
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        parameter = self._parameters[index]
+        return {name: _laid_out_like(parameter, tensor) for name, tensor in self._tensors[index].items()}
+
+    def __contains__(self, index: object) -> bool:
+        return index in self._tensors
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor that goes on beside a parameter, on its device."""
+    if tensor.shape != parameter.shape:
+        return tensor
+    # Fused kernels walk parameter and state side by side in memory: the state takes the parameter's strides.
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(spread_like(parameter, tensor))
 
 
 def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:

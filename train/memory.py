@@ -62,7 +62,7 @@ class MemoryPlan(NamedTuple):
     Attributes:
         frozen: weights that are not trained.
         trained: those that are.
-        gradients: all at once, or the largest where each is taken at once.
+        gradients: all at once; where each is used up or sent away, the largest, and one more that comes back.
         optimizer: the optimiser's state.
         average: the moving average, if it lies there.
         activations: what the backward pass needs; None if it cannot be told.
@@ -164,7 +164,7 @@ def plan_memory(
     """
     trained = [p.nbytes for p in objective.parameters() if p.requires_grad]
     frozen = [t.nbytes for t in (*objective.parameters(), *objective.buffers()) if not t.requires_grad]
-    gradients = sum(trained) if config.takes_gradients is None else max(trained, default=0)
+    gradients = _gradient_bytes(config, trained)
     averages_here = config.ema_decay > 0 and config.memory.ema_device in ("same", device.type)
     return MemoryPlan(
         frozen=sum(frozen),
@@ -174,6 +174,14 @@ def plan_memory(
         average=sum(trained) if averages_here else 0,
         activations=None if activations is None else activations.left(config.memory.gradient_checkpointing),
     )
+
+
+def _gradient_bytes(config: TrainConfig, trained: Sequence[int]) -> int:
+    # A compiled network gives all of them at once.
+    if config.takes_gradients is None or config.compile:
+        return sum(trained)
+    largest = max(trained, default=0)
+    return largest if config.optimizer.step_in_backward else 2 * largest
 
 
 def estimate_activations(
@@ -354,16 +362,8 @@ def _savings(
     for name in ("adafactor", "adamw8bit"):
         other = optimizer.model_copy(update={"name": name})
         savings[f"optimizer.name={name}"] = plan.optimizer - state_bytes(objective, other)
-    largest = max((p.nbytes for p in objective.parameters() if p.requires_grad), default=0)
-    gradients = plan.gradients - min(plan.gradients, largest)
-    if config.gradient_accumulation_steps == 1:
-        savings["optimizer.step_in_backward=true (adamw or adafactor, one process, max_grad_norm=null)"] = (
-            gradients
-        )
-    if not config.memory.offload_optimizer:
-        savings["memory.offload_optimizer=true (adamw or adafactor, one process)"] = (
-            gradients + plan.optimizer - state_bytes(objective, optimizer, offloaded=True)
-        )
+    if config.mixed_precision != "fp16":
+        savings |= _savings_one_by_one(plan, config, objective)
     savings["memory.ema_device=cpu"] = plan.average
     if type(objective).store_base is not Objective.store_base and config.memory.base_dtype == "fp32":
         savings["memory.base_dtype=int8"] = plan.frozen * 3 // 4
@@ -373,6 +373,27 @@ def _savings(
         parts = 2 * config.gradient_accumulation_steps
         if config.batch_size % parts == 0 and not optimizer.step_in_backward:
             savings[f"gradient_accumulation_steps={parts}"] = plan.activations // 2
+    return savings
+
+
+def _savings_one_by_one(plan: MemoryPlan, config: TrainConfig, objective: Objective) -> dict[str, int]:
+    """What would be saved if gradients, or gradients and moments, were on the device one at a time."""
+    savings: dict[str, int] = {}
+    if config.gradient_accumulation_steps == 1 and not config.optimizer.step_in_backward:
+        field = "optimizer.step_in_backward"
+        in_backward = config.optimizer.model_copy(update={"step_in_backward": True, "max_grad_norm": None})
+        other = config.model_copy(update={"optimizer": in_backward})
+        savings[f"{field}=true (adamw or adafactor, one process, max_grad_norm=null)"] = (
+            plan.gradients - plan_memory(other, objective, None, torch.device("cpu")).gradients
+        )
+    if not config.memory.offload_optimizer:
+        offloading = config.memory.model_copy(update={"offload_optimizer": True})
+        other = plan_memory(
+            config.model_copy(update={"memory": offloading}), objective, None, torch.device("cpu")
+        )
+        savings["memory.offload_optimizer=true (adamw or adafactor, one process)"] = (
+            plan.gradients - other.gradients + plan.optimizer - other.optimizer
+        )
     return savings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Sequence
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor
 
 from latentgen.errors import OutputError
+from latentgen.files import quote
+
+# Of the tensors in a file, in bytes: more than any dtype asks for.
+_ALIGNMENT = 64
 
 
 class TensorStore(Protocol):
@@ -83,16 +88,15 @@ class FileStore:
 
     def __init__(self, parameters: Sequence[Tensor], folder: Path) -> None:
         self._parameters = parameters
-        # A file is mapped into memory from there on.
-        unit = mmap.ALLOCATIONGRANULARITY
-        self._starts = [0, *accumulate(-(-parameter.nbytes // unit) * unit for parameter in parameters)]
+        self._starts = [0, *accumulate(-(-p.nbytes // _ALIGNMENT) * _ALIGNMENT for p in parameters)]
         # Fresh pages for each tensor would cost more than to read it.
-        largest = max((parameter.nbytes for parameter in parameters), default=0)
-        self._fetched = torch.empty(largest, dtype=torch.uint8)
-        self._folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        self._fetched = torch.empty(max((p.nbytes for p in parameters), default=0), dtype=torch.uint8)
+        self._folder = nearest(folder)
+        self._mapped: mmap.mmap | None = None
         try:
             self._file = TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  (as long as this lives)
-            self._make_room(self._starts[-1])
+            self._file.truncate(self._starts[-1])
+            _take_room(self._file.fileno(), self._starts[-1])
         except OSError as error:
             raise self._failed(error) from None
 
@@ -119,6 +123,7 @@ class FileStore:
         Raises:
             OutputError: it cannot be read.
         """
+        self._mapped = None  # what a checkpoint has looked at takes memory no longer
         parameter = self._parameters[place]
         memory = self._fetched[: parameter.nbytes]
         left = memory.numpy().data
@@ -127,30 +132,51 @@ class FileStore:
             while left:
                 read = self._file.readinto(left)
                 if not read:
-                    raise OSError("it ends too soon")
+                    raise OSError(errno.EIO, "it ends too soon")
                 left = left[read:]
         except OSError as error:
             raise self._failed(error) from None
         return memory.view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
 
     def look(self, place: int) -> Tensor:
-        """The tensor that is kept, in the file, parts of which take memory as they are read."""
-        parameter = self._parameters[place]
-        mapped = mmap.mmap(self._file.fileno(), parameter.nbytes, offset=self._starts[place])
-        return torch.frombuffer(mapped, dtype=parameter.dtype).as_strided(parameter.shape, parameter.stride())
+        """The tensor that is kept, in the file, parts of which take memory as they are read.
 
-    def _make_room(self, size: int) -> None:
-        # Now, and not in the first step, which may be an hour away.
-        if hasattr(os, "posix_fallocate") and size:
-            os.posix_fallocate(self._file.fileno(), 0, size)
-        else:
-            self._file.truncate(size)
+        Raises:
+            OutputError: the file cannot be mapped into memory.
+        """
+        parameter = self._parameters[place]
+        try:
+            # One for all: each takes one of the files that a process may have open.
+            self._mapped = self._mapped or mmap.mmap(self._file.fileno(), self._starts[-1])
+        except OSError as error:
+            raise self._failed(error) from None
+        flat = torch.frombuffer(
+            self._mapped, dtype=parameter.dtype, count=parameter.numel(), offset=self._starts[place]
+        )
+        return flat.as_strided(parameter.shape, parameter.stride())
 
     def _failed(self, error: OSError) -> OutputError:
         return OutputError(
-            f"a file of {self._starts[-1] / 1e9:.3g} GB for gradients or moments cannot be used in {self._folder}: "
-            f"{error}; make room there, or set memory.offload_optimizer to false"
+            f"{quote(self._folder)} cannot hold the gradients or moments ({self._starts[-1] / 1e9:.3g} GB): "
+            f"{error.strerror}; let output_dir be on another disk, or set memory.offload_optimizer to false"
         )
+
+
+def nearest(folder: Path) -> Path:
+    """A folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _take_room(file: int, size: int) -> None:
+    """Let a disk that is full say so now, and not in a step."""
+    if not hasattr(os, "posix_fallocate") or not size:
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot
+            raise
 
 
 def _memory_of(tensor: Tensor) -> memoryview:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from latentgen.train.joined_optimizer import Group, JoinedOptimizer, as_torch_has_them, step_with
 from latentgen.train.offload import TensorStore
@@ -50,8 +50,9 @@ class OffloadedAdamW(torch.optim.AdamW):
         """AdamW's, with the moments where they are."""
         state_dict = super().state_dict()
         for index, state in state_dict["state"].items():
-            away = {name: store.look(self._place) for name, store in self._moments.items()}
-            state_dict["state"][index] = {**state, **away}
+            if state:
+                away = {name: store.look(self._place) for name, store in self._moments.items()}
+                state_dict["state"][index] = {**state, **away}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -102,6 +103,7 @@ class OffloadedGradients(JoinedOptimizer):
     ) -> None:
         super().__init__(groups, parts)
         self._store = store
+        self._device = groups[0].parameters[0].device
         # Of the gradients that are away, by the number of their parameter.
         self._norms: dict[int, Tensor] = {}
         self._clip: Callable[[Tensor], None] = _leave_as_it_is
@@ -116,7 +118,7 @@ class OffloadedGradients(JoinedOptimizer):
             [] their norm now, on their device.
         """
         norms = [self._norms[place] for place in sorted(self._norms)]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        norm = get_total_norm(norms) if norms else torch.zeros((), device=self._device)
         self._clip = partial(clip_grads_with_norm_, max_norm=max_norm, total_norm=norm)
         return norm
 
@@ -130,16 +132,21 @@ class OffloadedGradients(JoinedOptimizer):
                 self._clip(parameter)
                 step_with(part, own)
                 parameter.grad = None
+        self.zero_grad()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, those that are away and those that are not."""
+        super().zero_grad(set_to_none)
         self._norms.clear()
         self._clip = _leave_as_it_is
-        return loss
 
     def _send_away(self, place: int, parameter: Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None  # it is why this was called
         if place in self._norms:
             gradient += self._store.fetch(place)
-        self._norms[place] = torch.linalg.vector_norm(gradient)
+        self._norms[place] = get_total_norm([gradient])
         self._store.send(place, gradient)
         parameter.grad = None
 

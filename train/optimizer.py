@@ -44,7 +44,8 @@ def build_optimizer(
         module: what learns.
         config: the section of the recipe.
         text_parameters: those that `text_encoder_learning_rate` is for.
-        offload: the folder of a run whose gradients and moments wait off their device; None if they stay there.
+        offload: the folder of a run whose gradients and moments wait off their device, with adamw and adafactor; None
+            if they stay there.
 
     Raises:
         ConfigError: it needs a package that is not there.
@@ -66,11 +67,11 @@ def build_optimizer(
             grouped(matrices), grouped(rest), betas=config.betas, weight_decay=config.weight_decay
         )
     parameters = [p for p in module.parameters() if p.requires_grad]
-    if config.step_in_backward or offload is not None:
-        alone = [Group([p], rate_of(p)) for p in parameters]
+    alone = [Group([p], rate_of(p)) for p in parameters]
+    if config.step_in_backward:
+        return StepInBackward(alone, _build_one_by_one(alone, config, offload))
+    if offload is not None:
         parts = _build_one_by_one(alone, config, offload)
-        if config.step_in_backward or offload is None:
-            return StepInBackward(alone, parts)
         return OffloadedGradients(alone, parts, store_for(parameters, offload))
     return _build(grouped(parameters), config)
 

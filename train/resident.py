@@ -10,21 +10,8 @@ from typing import Any
 from torch import nn
 
 _LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-# From malloc.h of glibc and from Linux' mman.h.
-_M_MMAP_THRESHOLD = -3
+# From Linux' mman.h.
 _MADV_PAGEOUT = 21
-# A tensor of this size or more gets pages of its own, which are free once it is.
-_OWN_PAGES = 2**20
-
-
-def keep_tensors_apart() -> None:
-    """Let the C library give each large tensor pages of its own, from now on.
-
-    By default it packs tensors of up to 32 MiB together as soon as one of that size was freed, and keeps what lies
-    between those that stay: half a GB in the training of Stable Diffusion's UNet.
-    """
-    if hasattr(_LIBRARY, "mallopt"):
-        _LIBRARY.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
 
 
 def give_back_freed() -> None:

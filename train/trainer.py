@@ -33,7 +33,7 @@ from latentgen.train.objectives.build import build_objective
 from latentgen.train.one_by_one import OffloadedGradients
 from latentgen.train.optimizer import build_optimizer
 from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
-from latentgen.train.resident import give_back_freed, keep_tensors_apart
+from latentgen.train.resident import give_back_freed
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import check_same_data, run_lock, starting_state
 from latentgen.train.run_log import AFTER_NAN, RunLog
@@ -59,7 +59,6 @@ def train(config: TrainConfig) -> Path:
         LostProcessError: another process of the run, or one that prepares batches, died.
         OutputError: the folder cannot be written.
     """
-    keep_tensors_apart()
     accelerator = build_accelerator(config)
     output_dir = config.output_dir
     with run_lock(output_dir, enabled=accelerator.is_main_process), lost_processes_told():

@@ -82,7 +82,8 @@ def check_zero(accelerator: Accelerator, config: TrainConfig) -> None:
     offloads = {name: plugin.get_value(f"zero_optimization.{name}.device", "none") for name in _OFFLOADS}
     refused = {
         f"optimizer.name {config.optimizer.name} (adamw does)": config.optimizer.name != "adamw",
-        str(config.takes_gradients): config.takes_gradients is not None,
+        "optimizer.step_in_backward": config.optimizer.step_in_backward,
+        "memory.offload_optimizer": config.memory.offload_optimizer,
         "optimizer.text_encoder_learning_rate": config.optimizer.text_encoder_learning_rate is not None,
         "compile": config.compile,
         "mixed_precision fp16 (bf16 does)": config.mixed_precision == "fp16",

@@ -47,10 +47,13 @@ def build(
 
 def backward(network: Network, number: int) -> None:
     """Add up the gradients of the loss of some input, the number of which decides which."""
-    generator = torch.Generator().manual_seed(number)
-    hidden = network.point(network.conv(torch.randn(2, 12, 6, 6, generator=generator)))
-    hidden = network.linear(hidden.mean(dim=(2, 3)) + network.table(torch.tensor([number % 20, 3])))
-    narrow = network.narrow(torch.randn(2, 16, 3, 3, generator=generator)).mean()
+    generator, device = torch.Generator().manual_seed(number), network.conv.weight.device
+    images, pieces = (
+        torch.randn(shape, generator=generator).to(device) for shape in ((2, 12, 6, 6), (2, 16, 3, 3))
+    )
+    looked_up = network.table(torch.tensor([number % 20, 3], device=device))
+    hidden = network.linear(network.point(network.conv(images)).mean(dim=(2, 3)) + looked_up)
+    narrow = network.narrow(pieces).mean()
     (hidden.square().mean() + narrow).backward()
 
 

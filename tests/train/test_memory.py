@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -13,11 +14,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from latentgen.errors import ConfigError, MemoryBudgetError
+from latentgen.errors import ConfigError, MemoryBudgetError, OutputError
 from latentgen.models import checkpointing
 from latentgen.models.checkpointing import Checkpointing
-from latentgen.train import memory
+from latentgen.train import checks, memory
 from latentgen.train.checkpoint import flatten_optimizer, load_latest
+from latentgen.train.checks import check_objective
 from latentgen.train.config import TrainConfig
 from latentgen.train.dry_run import dry_run
 from latentgen.train.memory import available_bytes, batch_shapes, estimate_activations, plan_memory
@@ -160,11 +162,41 @@ def test_what_cannot_go_with_an_offloaded_optimizer(
         text_to_image_recipe("optimizer.name=muon", AWAY)
     with pytest.raises(ConfigError, match=r"memory\.offload_optimizer: the loss scaling of fp16"):
         text_to_image_recipe("optimizer.name=adamw", AWAY, "mixed_precision=fp16")
+    with pytest.raises(ConfigError, match="nothing is left to be sent away"):
+        text_to_image_recipe(*IN_BACKWARD, AWAY)
     monkeypatch.setattr(Accelerator, "num_processes", 2)
-    with pytest.raises(
-        ConfigError, match=r"memory\.offload_optimizer: gradients are taken before 2 processes"
-    ):
+    with pytest.raises(ConfigError, match=r"memory\.offload_optimizer: .* sent away before 2 processes"):
         train(text_to_image_recipe("optimizer.name=adamw", AWAY))
+
+
+def test_that_the_disk_has_no_room_for_it_is_told_before_anything_is_encoded(
+    text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match=r"take \S+ GB on the disk of .*, which has 1e-06 GB; make room"):
+        train(text_to_image_recipe("optimizer.name=adamw", AWAY))
+
+
+def test_an_accelerator_needs_room_on_its_host(
+    text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    config = text_to_image_recipe("optimizer.name=adamw", AWAY, "memory.planner=false")
+    objective = build(config)
+    elsewhere: Any = SimpleNamespace(device=torch.device("cuda"))
+    check_objective(config, elsewhere, None, objective)
+    monkeypatch.setattr(checks, "available_bytes", lambda _: 1000)
+    with pytest.raises(MemoryBudgetError, match="of the host's memory, which has 1e-06 GB; leave it out"):
+        check_objective(config, elsewhere, None, objective)
+    elsewhere.device = torch.device("mps")
+    with pytest.raises(ConfigError, match="memory of mps is that of the host"):
+        check_objective(config, elsewhere, None, objective)
+
+
+def test_of_a_compiled_network_all_gradients_are_counted(text_to_image_recipe: MakeRecipe):
+    config = text_to_image_recipe("optimizer.name=adamw", AWAY, "compile=true")
+    objective = build(config)
+    plan = plan_memory(config, objective, None, CPU)
+    assert plan.gradients == plan.trained > 2 * plan.optimizer
 
 
 def test_the_average_lies_on_the_cpu(text_to_image_recipe: MakeRecipe):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from latentgen.errors import OutputError
 from latentgen.train.offload import FileStore, HostStore, TensorStore
+from tests.train.test_resident import resident
 
 SHAPES = [(7,), (4, 3, 3, 3), (), (5, 6), (3000, 2)]
 
@@ -56,16 +59,52 @@ def test_the_file_has_no_name_and_its_folder_need_not_exist(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def no_room(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_many_tensors_need_few_open_files(tmp_path: Path):
+    import resource
+
+    store = FileStore([torch.zeros(3) for _ in range(200)], tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir())) if sys.platform == "linux" else 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, hard))
+    try:
+        for place in range(200):
+            store.send(place, torch.full((3,), float(place)))
+        looked = [store.look(place) for place in range(200)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [int(tensor[0]) for tensor in looked] == list(range(200))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how memory is counted is Linux' own")
+def test_what_was_looked_at_takes_no_memory_later(tmp_path: Path):
+    store = FileStore([torch.zeros(2**24)], tmp_path)
+    store.send(0, torch.ones(2**24))
+    before = resident("RssShmem") + resident("RssFile")
+    store.look(0).sum()
+    assert resident("RssShmem") + resident("RssFile") > before + 60  # of 64 MiB
+    store.fetch(0)
+    assert resident("RssShmem") + resident("RssFile") < before + 4
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is made sure of where the system can")
+def test_a_file_system_that_cannot_make_sure_of_room_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "posix_fallocate", partial(failing, errno.EOPNOTSUPP))
+    store = FileStore([torch.zeros(10)], tmp_path)
+    store.send(0, torch.ones(10))
+    assert store.fetch(0).sum() == 10
+
+
+def failing(number: int, *_: object) -> None:
+    raise OSError(number, os.strerror(number))
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is made sure of where the system can")
 def test_a_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(os, "posix_fallocate", no_room)
-    with pytest.raises(
-        OutputError, match=r"of 4\.\de-05 GB .*No space left.*memory\.offload_optimizer to false"
-    ):
+    monkeypatch.setattr(os, "posix_fallocate", partial(failing, errno.ENOSPC))
+    with pytest.raises(OutputError, match=r"4e-05 GB.: No space left.*memory\.offload_optimizer to false"):
         FileStore([torch.zeros(10_000)], tmp_path)
 
 
@@ -86,4 +125,4 @@ class Failing:
         pass
 
     def write(self, _: memoryview) -> None:
-        no_room()
+        failing(errno.ENOSPC)

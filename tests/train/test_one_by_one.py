@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from latentgen.errors import OutputError
 from latentgen.train.checkpoint import flatten_optimizer, restore_optimizer
 from latentgen.train.config import Optimizer
-from latentgen.train.offload import HostStore
+from latentgen.train.offload import FileStore, HostStore
 from latentgen.train.one_by_one import OffloadedGradients
 from tests.train.optimized import Network, backward, build, run_backward
 
@@ -138,6 +139,12 @@ def test_gradients_that_were_away_are_those_that_stayed(
     expected = clipped_and_accumulated(network, build(network, name), oracle, parts=parts)
     norms = clipped_and_accumulated(other, optimizer, ours, parts=parts)
     assert norms == expected
+    if max_norm is not None and parts == 1:
+        assert {bool(norm > max_norm) for norm in norms} == {
+            100.0: {False},
+            5.0: {False, True},
+            0.01: {True},
+        }[max_norm]
     for key, p in network.named_parameters():
         assert torch.equal(p, other.get_parameter(key)), key
         assert other.get_parameter(key).grad is None
@@ -191,6 +198,54 @@ def test_what_has_no_gradient_stays_as_it_is(network: Network, tmp_path: Path):
     optimizer.step()
     changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"narrow.weight", "narrow.bias"}
+
+
+def test_what_was_forgotten_is_not_applied(network: Network, tmp_path: Path):
+    other = copy.deepcopy(network)
+    optimizer, stays = build(other, "adamw", offload=tmp_path), build(network, "adamw")
+    backward(other, 0)
+    assert isinstance(optimizer, OffloadedGradients)
+    optimizer.clip_grad_norm(0.01)
+    optimizer.zero_grad()
+    run_backward(other, optimizer, range(1, 2))
+    run_backward(network, stays, range(1, 2))
+    for key, p in network.named_parameters():
+        assert torch.equal(p, other.get_parameter(key)), key
+
+
+def test_a_full_disk_is_told_out_of_the_backward_pass(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise OutputError("no room")
+
+    build(network, "adamw", offload=tmp_path)
+    monkeypatch.setattr(FileStore, "send", full)
+    with pytest.raises(OutputError, match="no room"):
+        backward(network, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_the_host_of_an_accelerator_keeps_what_it_is_given(name: str, network: Network, tmp_path: Path):
+    network.to("cuda")
+    other, resumed = copy.deepcopy(network), copy.deepcopy(network)
+    optimizer, stays = build(other, name, offload=tmp_path), build(network, name)
+    assert isinstance(optimizer, OffloadedGradients)
+    oracle = partial(clip_grad_norm_, list(network.parameters()), 5.0)
+    expected = clipped_and_accumulated(network, stays, oracle, parts=2)
+    assert (
+        clipped_and_accumulated(other, optimizer, partial(optimizer.clip_grad_norm, 5.0), parts=2) == expected
+    )
+    state, there = flatten_optimizer(optimizer), flatten_optimizer(stays)
+    assert all(torch.equal(value.cpu(), there[key].cpu()) for key, value in state.items())
+    resumed.load_state_dict(network.state_dict())
+    again = build(resumed, name, offload=tmp_path)
+    restore_optimizer(again, {key: value.cpu().contiguous() for key, value in there.items()})
+    run_backward(other, optimizer, range(3))
+    run_backward(resumed, again, range(3))
+    for key, p in other.named_parameters():
+        assert torch.equal(p, resumed.get_parameter(key)), key
 
 
 def test_no_gradients_have_no_norm(network: Network, tmp_path: Path):

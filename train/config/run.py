@@ -93,6 +93,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"memory.offload_optimizer is for adamw and adafactor; optimizer.name is {self.optimizer.name}"
             )
+        if (
+            self.memory.offload_optimizer
+            and self.optimizer.name == "adafactor"
+            and self.optimizer.step_in_backward
+        ):
+            raise ValueError(
+                "memory.offload_optimizer: with adafactor and step_in_backward nothing is left to be sent away; leave "
+                "it out"
+            )
         if (taking := self.takes_gradients) is not None and self.mixed_precision == "fp16":
             raise ValueError(
                 f"{taking}: the loss scaling of fp16 must see all gradients before the step; use mixed_precision "
@@ -169,7 +178,7 @@ class TrainConfig(Section):
 
     @property
     def takes_gradients(self) -> str | None:
-        """The field, if one is set, that takes each gradient off the device within the backward pass."""
+        """The field, if one is set, by which each gradient is used up or sent away within the backward pass."""
         if self.optimizer.step_in_backward:
             return "optimizer.step_in_backward"
         return "memory.offload_optimizer" if self.memory.offload_optimizer else None
