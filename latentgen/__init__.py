@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# `pipelines` and `train` stand at the top of the repository and are mapped into the package on installation.
-# In a source checkout this folder hides the installed package, so the folder above joins the search path.
+# `pipelines` and `train` are folders at the top of the repository: installing maps them into the package, and a
+# checkout links to them. Where links are plain files (git on Windows), the folder above joins the search path.
 if not (Path(__file__).parent / "pipelines").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
