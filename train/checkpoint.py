@@ -24,8 +24,8 @@ from torch import Tensor
 from latentgen.checkpoints.weights import save_weights
 from latentgen.errors import CheckpointError, OutputError, ResumeError
 from latentgen.files import atomic_folder, quote, read_json, write_json
+from latentgen.train.fsdp import shard_like
 from latentgen.train.run_files import discard
-from latentgen.train.sharding import spread_like
 
 MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -106,7 +106,7 @@ def _laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
     if tensor.shape != parameter.shape:
         return tensor
     # Fused kernels walk parameter and state side by side in memory: the state takes the parameter's strides.
-    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(spread_like(parameter, tensor))
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(shard_like(parameter, tensor))
 
 
 def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:

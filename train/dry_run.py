@@ -11,14 +11,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from latentgen.train.accelerator import build_accelerator
 from latentgen.train.checks import check_objective
 from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.data.held_out import open_parts
+from latentgen.train.distributed import build_accelerator, gather
 from latentgen.train.memory import save_memory
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.run_folder import check_same_data, starting_state
-from latentgen.train.sharing import gather
 from latentgen.train.trainer import Trainer
 
 _STEPS = 3

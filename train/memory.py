@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,9 +32,10 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, plan_step
 from latentgen.train.objectives.base import Objective
 from latentgen.train.optimizer import state_bytes
-from latentgen.train.sharding import precision
 
 _CGROUP = Path("/sys/fs/cgroup")
+_LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+_MADV_PAGEOUT = 21  # from Linux' mman.h
 # What a suggestion must save, as a share of the whole, to be worth a line.
 _WORTH_IT = 0.02
 # Samples whose shape stands for that of all: captions of one batch may need different numbers of windows.
@@ -114,7 +117,7 @@ def save_memory(config: TrainConfig, accelerator: Accelerator, objective: Object
 def _refuse_too_much(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
     device = accelerator.device
     activations = estimate_activations(
-        objective, batch_shapes(config, accelerator, objective), device, precision(accelerator, config)
+        objective, batch_shapes(config, accelerator, objective), device, accelerator.autocast()
     )
     plan = plan_memory(config, objective, activations, device, accelerator.num_processes)
     room = available_bytes(device)
@@ -327,6 +330,31 @@ def _free_in_container() -> int:
     except (OSError, ValueError):
         return sys.maxsize
     return sys.maxsize if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
+
+
+def release_freed_memory() -> None:
+    """Let the C library return freed memory to the system, where it can.
+
+    Loading frees weights in their first dtype and layout, between those that stay.
+    """
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
+def page_out(module: nn.Module) -> None:
+    """Return the memory pages of an idle network on the CPU to the system, where it can; they come back on use.
+
+    Pages that were mapped from a file are read from it again, others from the swap space; they stay if there is none.
+    """
+    if not hasattr(_LIBC, "madvise"):
+        return
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            size = storage.data_ptr() + storage.nbytes() - first
+            if size > 0:
+                _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_PAGEOUT)
 
 
 def _shown(plan: MemoryPlan, room: int, device: torch.device) -> str:

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from latentgen.errors import ConfigError, NumericalError
+from latentgen.errors import NumericalError
 from latentgen.train.config import TrainConfig
 from latentgen.train.objectives.base import Subset
 from latentgen.train.run_files import LOG, append_row
@@ -168,14 +167,3 @@ class RunLog:
         # JSON knows no infinity, which the validation loss of a run that has gone astray can be.
         told = {name: value if math.isfinite(value) else None for name, value in values.items()}
         append_row(self._config.output_dir, {"step": step, **told})
-
-
-def check_trackers(trackers: Sequence[str]) -> None:
-    """Refuse trackers that are not installed: Accelerate would leave them out without a word.
-
-    Raises:
-        ConfigError: one is not there.
-    """
-    for name in trackers:
-        if find_spec(name) is None:
-            raise ConfigError(f"trackers: {name} is not installed; run `pip install {name}`, or leave it out")

@@ -18,26 +18,29 @@ from tqdm import tqdm
 
 from latentgen.checkpoints.weights import first_five
 from latentgen.errors import NumericalError, ResumeError
-from latentgen.train.accelerator import build_accelerator
-from latentgen.train.batches import PlannedBatch, prepared_batches
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
 from latentgen.train.checks import check_objective
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, CaptionedImages, plan_step, sample_rng
 from latentgen.train.data.held_out import open_parts
-from latentgen.train.interrupt import StopSignal
-from latentgen.train.memory import save_memory
+from latentgen.train.data_loader import PlannedBatch, load_batches
+from latentgen.train.distributed import (
+    agree_on_signal,
+    build_accelerator,
+    check_same_start,
+    reraise_lost_process,
+)
+from latentgen.train.fsdp import full_tensor, full_tensors, shard_like, unshard_module, wrap_for_sharding
+from latentgen.train.memory import release_freed_memory, save_memory
 from latentgen.train.model_card import write_card
 from latentgen.train.objectives.base import Loss, Objective, Subset
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.one_by_one import OffloadedGradients
 from latentgen.train.optimizer import build_optimizer
-from latentgen.train.processes import agree_on_signal, check_same_start, lost_processes_told
-from latentgen.train.resident import give_back_freed
 from latentgen.train.run_files import replaced_folder, sync_log, trim_log
 from latentgen.train.run_folder import check_same_data, run_lock, starting_state
 from latentgen.train.run_log import AFTER_NAN, RunLog
-from latentgen.train.sharding import gathered, prepared, put_together, spread_like, whole
+from latentgen.train.signals import StopSignal
 from latentgen.train.watch import Watch
 
 
@@ -61,7 +64,7 @@ def train(config: TrainConfig) -> Path:
     """
     accelerator = build_accelerator(config)
     output_dir = config.output_dir
-    with run_lock(output_dir, enabled=accelerator.is_main_process), lost_processes_told():
+    with run_lock(output_dir, enabled=accelerator.is_main_process), reraise_lost_process():
         state = starting_state(
             config, processes=accelerator.num_processes, quiet=not accelerator.is_main_process
         )
@@ -135,7 +138,9 @@ class Trainer:
         self._offloaded = optimizer if isinstance(optimizer, OffloadedGradients) else None
         self._model: nn.Module
         self._optimizer: torch.optim.Optimizer
-        self._model, self._optimizer = prepared(accelerator, config, objective, optimizer)
+        self._model, self._optimizer = accelerator.prepare(
+            wrap_for_sharding(accelerator, objective), optimizer
+        )
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         # As FSDP has left them: parts of what they were.
         self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -169,7 +174,7 @@ class Trainer:
             SystemExit: 128 + the signal's number, after a checkpoint, if SIGTERM or Ctrl-C came.
         """
         config = self.config
-        give_back_freed()
+        release_freed_memory()
         self._model.train()
         bar = tqdm(
             range(self.step, config.max_steps),
@@ -207,8 +212,8 @@ class Trainer:
             OutputError: a file could not be written.
         """
         parameters, is_main = self.trained_parameters, self.accelerator.is_main_process
-        put_together(self.objective, keep=is_main)
-        ema = gathered(self.ema, keep=is_main)
+        unshard_module(self.objective, keep=is_main)
+        ema = full_tensors(self.ema, keep=is_main)
         if is_main:
             weights = {**self.objective.cpu().state_dict(), **ema}
             with replaced_folder(folder) as written:
@@ -224,7 +229,7 @@ class Trainer:
 
     def _prepared(self) -> AbstractContextManager[Iterator[PlannedBatch]]:
         """This process's part of the steps to come, as they are accumulated one after the other."""
-        return prepared_batches(
+        return load_batches(
             self.objective,
             self._plans(),
             workers=self.config.workers,
@@ -302,8 +307,7 @@ class Trainer:
         if self._offloaded is not None:
             return self._offloaded.clip_grad_norm(max_norm)
         norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
-        # A number from DeepSpeed, which has clipped by then; in parts from FSDP.
-        return whole(torch.as_tensor(norm, device=self.accelerator.device)).detach()
+        return full_tensor(norm).detach()  # FSDP's is sharded
 
     def _loss(self, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
         # Not awaited where the batch is pinned.
@@ -321,12 +325,12 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         for name, parameter in self.trainable.items():
-            if not whole(parameter.isfinite().all()):
+            if not full_tensor(parameter.isfinite().all()):
                 raise NumericalError(f"{name} is not finite after step {self.step}; {AFTER_NAN}")
         window, is_main = self.log.window(self.step), self.accelerator.is_main_process
-        weights = gathered({name: p.detach() for name, p in self.trainable.items()}, keep=is_main)
-        ema = gathered(self.ema, keep=is_main)
-        optimizer = gathered(flatten_optimizer(self._optimizer), keep=is_main)
+        weights = full_tensors({name: p.detach() for name, p in self.trainable.items()}, keep=is_main)
+        ema = full_tensors(self.ema, keep=is_main)
+        optimizer = full_tensors(flatten_optimizer(self._optimizer), keep=is_main)
         if is_main:
             sync_log(self.config.output_dir)
             scaler = self.accelerator.scaler
@@ -363,4 +367,4 @@ def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> 
         )
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(spread_like(target, sources[name]))
+            target.copy_(shard_like(target, sources[name]))

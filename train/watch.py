@@ -16,7 +16,6 @@ from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.standing_in import standing_in
 from latentgen.train.run_log import RunLog
 from latentgen.train.samples import Example, draw_prompts, remake, samples_folder, save_rows
-from latentgen.train.sharding import precision
 
 
 class Watch:
@@ -125,7 +124,7 @@ class Watch:
 
     def _precision(self) -> AbstractContextManager[None]:
         """That in which the networks are trained."""
-        return precision(self._accelerator, self._config)
+        return self._accelerator.autocast()
 
     def _samples_at_once(self) -> int:
         """As many as training computes at once."""

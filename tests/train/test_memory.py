@@ -165,7 +165,7 @@ def test_what_cannot_go_with_an_offloaded_optimizer(
     with pytest.raises(ConfigError, match="nothing is left to be sent away"):
         text_to_image_recipe(*IN_BACKWARD, AWAY)
     monkeypatch.setattr(Accelerator, "num_processes", 2)
-    with pytest.raises(ConfigError, match=r"memory\.offload_optimizer: .* sent away before 2 processes"):
+    with pytest.raises(ConfigError, match=r"memory\.offload_optimizer .* 2 processes"):
         train(text_to_image_recipe("optimizer.name=adamw", AWAY))
 
 
@@ -249,7 +249,7 @@ def test_what_cannot_go_with_steps_in_the_backward_pass(
     with pytest.raises(ConfigError, match="max_grad_norm is 1 and must be null"):
         text_to_image_recipe(*IN_BACKWARD[:2])
     monkeypatch.setattr(Accelerator, "num_processes", 2)
-    with pytest.raises(ConfigError, match="before 2 processes have agreed"):
+    with pytest.raises(ConfigError, match=r"step_in_backward .* 2 processes"):
         train(text_to_image_recipe(*IN_BACKWARD))
 
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from latentgen.errors import ResumeError
 from latentgen.train.checkpoint import load_latest
 from latentgen.train.config import TrainConfig
-from latentgen.train.processes import check_same_start
+from latentgen.train.distributed import check_same_start
 from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe
 from tests.train.runs import log_of, losses_of

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentgen.errors import ConfigError, NumericalError
-from latentgen.train.accelerator import build_accelerator
 from latentgen.train.checkpoint import load_latest
 from latentgen.train.config import TrainConfig
+from latentgen.train.distributed import build_accelerator
 from latentgen.train.objectives.base import Subset
 from latentgen.train.run_log import RunLog
 from latentgen.train.trainer import Trainer, train

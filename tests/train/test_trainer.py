@@ -19,10 +19,10 @@ from torch import Tensor
 
 from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train import trainer
-from latentgen.train.batches import PlannedBatch
 from latentgen.train.checkpoint import RunState, load_latest
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan
+from latentgen.train.data_loader import PlannedBatch
 from latentgen.train.objectives.base import Loss
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.trainer import Trainer, train

@@ -34,7 +34,7 @@ from latentgen.train.data.tar_index import (
     decode_captions,
     survey_shard,
 )
-from latentgen.train.sharing import gather, own_share
+from latentgen.train.distributed import gather, own_share
 
 _OPEN_FILES = 4 * SHARDS_TOGETHER
 _MAX_SHARDS = 100_000

@@ -16,6 +16,7 @@ from latentgen.files import quote
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.cache import TensorCache, content_key, weights_digest
 from latentgen.train.data import View
+from latentgen.train.distributed import gather, own_share
 from latentgen.train.objectives.encoded_views import EncodedViews, FreshViews, KeptViews, Shown
 from latentgen.train.objectives.lent import lent
 from latentgen.train.objectives.view_encoder import (
@@ -26,7 +27,6 @@ from latentgen.train.objectives.view_encoder import (
     pixels_of,
 )
 from latentgen.train.objectives.view_source import ViewSource
-from latentgen.train.sharing import gather, own_share
 
 _ENTRY = "latents"
 

@@ -29,6 +29,7 @@ from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.loading import usual_guidance_scale
 from latentgen.train.config import DiffusionTask, LatentLoss
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, sample_rng
+from latentgen.train.memory import page_out
 from latentgen.train.objectives.base import Check, Loss, Objective, unchecked
 from latentgen.train.objectives.encoded_views import (
     NO_MASKS,
@@ -46,7 +47,6 @@ from latentgen.train.objectives.standing_in import standing_in
 from latentgen.train.objectives.text_cache import TextCache
 from latentgen.train.objectives.told_text import ToldText
 from latentgen.train.objectives.view_source import ViewSource
-from latentgen.train.resident import page_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from latentgen.models.text import Conditioning, TextEncoder
 from latentgen.train.cache import TensorCache, content_key, weights_digest
+from latentgen.train.distributed import gather, own_share, refuse_in_worker
 from latentgen.train.objectives.lent import lent
-from latentgen.train.sharing import gather, own_share, refuse_in_worker
 
 TEXT_BATCH = 32
 _KEPT_KEYS = 2**18

@@ -110,7 +110,7 @@ def test_workers_cannot_use_an_accelerator(tiny_checkpoint: Path, monkeypatch: p
     cache = TextCache(text, device=CPU)
     cache.add(["red dog"])
     monkeypatch.setattr(cache, "_device", torch.device("cuda"))
-    monkeypatch.setattr("latentgen.train.sharing.get_worker_info", lambda: "one of two")
+    monkeypatch.setattr("latentgen.train.distributed.get_worker_info", lambda: "one of two")
     cache.encode(["red dog"])
     with pytest.raises(ConfigError, match=r"a new caption is encoded on cuda.*set workers to 0"):
         cache.encode(["cat"])

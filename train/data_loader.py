@@ -1,4 +1,4 @@
-"""Batches in the order of their plans, prepared where they are used or ahead of it by worker processes."""
+"""Batches in the order of their plans, prepared in the training process or ahead of it by worker processes."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ PlannedBatch = tuple[BatchPlan, tuple[Tensor, ...]]
 
 
 @contextmanager
-def prepared_batches(
+def load_batches(
     objective: Objective, plans: Iterable[BatchPlan], *, workers: int, pin_memory: bool
 ) -> Iterator[Iterator[PlannedBatch]]:
     """Each plan with its batch, on the CPU; the workers end with the block, however it ends.
 
-    A batch is a function of its plan, so the workers change nothing but the time. They are forked: each sees the
-    objective as it is now without copying it, networks included, and touches no accelerator. What the objective leaves
-    to the process that trains is done when a batch is asked for.
+    A batch is a function of its plan, so workers change the speed only. They are forked: each shares the objective as
+    it is now, networks included, without a copy, and uses no accelerator. The part that needs one runs in this process.
 
     Args:
-        objective: whose `batch` is called, or in workers `draw` and after it, here, `finish`.
+        objective: its `batch` is called here, or its `draw` in a worker followed by `finish` here.
         plans: read a few ahead of the batches.
-        workers: how many processes; 0 prepares each batch when it is asked for.
-        pin_memory: whether to put the batches where an accelerator reads them fastest; for workers alone.
+        workers: number of processes; with 0 each batch is prepared when it is requested.
+        pin_memory: whether workers' batches are pinned for fast copies to an accelerator.
 
     Raises:
-        ConfigError: there are to be workers on a system that cannot fork.
+        ConfigError: workers are requested on a system that cannot fork.
         LostProcessError: a worker died.
         LatentgenError: of any kind, from the objective.
     """
@@ -45,74 +44,71 @@ def prepared_batches(
         return
     if "fork" not in multiprocessing.get_all_start_methods():
         raise ConfigError(f"workers is {workers}, but this system cannot fork processes; set workers to 0")
-    # Read by the tokenizers at the fork, who warn of threads that the workers would not have.
+    # Tokenizers read this at the fork; otherwise they warn about threads that workers do not have.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = DataLoader(
-        _Batches(objective),
+        _DrawnBatches(objective),
         batch_size=None,
         sampler=plans,
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_ignore_stop_signals,
         multiprocessing_context="fork",
     )
-    loaded: Any = None
+    items: Any = None
     try:
-        loaded = iter(loader)
-        yield _received(objective, loaded)
+        items = iter(loader)
+        yield _finished_batches(objective, items)
     except RuntimeError as error:
-        # Raised by the handler of SIGCHLD, so from anywhere in the block, its very beginning included.
-        if not _tells_of_a_death(error):
+        # The handler of SIGCHLD raises it, so it can come from anywhere in the block, even from `iter`.
+        if not _is_worker_death(error):
             raise
-        raise _death(error) from error
+        raise _lost_worker(error) from error
     finally:
         # Not left to the garbage collector: a traceback may hold the iterator until Python waits for its processes.
-        _stop(loaded)
+        _shut_down(items)
 
 
-def _received(
-    objective: Objective, loaded: Iterator[tuple[BatchPlan, Any] | LatentgenError]
+def _finished_batches(
+    objective: Objective, items: Iterator[tuple[BatchPlan, Any] | LatentgenError]
 ) -> Iterator[PlannedBatch]:
-    """The batches out of what the workers send; errors among it are raised here."""
+    """The batches from the workers; errors that they send are raised here."""
     while True:
         try:
-            item = next(loaded)
+            item = next(items)
         except StopIteration:
             return
-        except (EOFError, ConnectionError) as error:  # it died while it handed over a tensor
-            raise _death(error) from error
+        except (EOFError, ConnectionError) as error:  # the worker died while sending a tensor
+            raise _lost_worker(error) from error
         if isinstance(item, LatentgenError):
             raise item
         plan, drawn = item
         yield plan, objective.finish(plan, drawn)
 
 
-def _stop(loaded: Any) -> None:
+def _shut_down(items: Any) -> None:
     try:
-        if loaded is not None:
-            loaded._shutdown_workers()
+        if items is not None:
+            items._shutdown_workers()
     except RuntimeError as error:
-        if not _tells_of_a_death(error):
+        if not _is_worker_death(error):
             raise
 
 
-def _tells_of_a_death(error: RuntimeError) -> bool:
+def _is_worker_death(error: RuntimeError) -> bool:
     return str(error).startswith("DataLoader worker")
 
 
-def _death(error: Exception) -> LostProcessError:
+def _lost_worker(error: Exception) -> LostProcessError:
     return LostProcessError(
-        f"a process that prepares batches died ({error or type(error).__name__}); the last checkpoint is intact: "
-        "resume with fewer workers if memory ran out (/dev/shm counts)"
+        f"a data-loading worker died ({error or type(error).__name__}); the last checkpoint is intact: resume with "
+        "fewer workers if memory ran out (/dev/shm counts)"
     )
 
 
-class _Batches(Dataset[tuple[BatchPlan, Any] | LatentgenError]):
-    """What is drawn of batches, by their plans.
-
-    An error that the library raises on purpose is handed over, to be raised as it is.
-    """
+class _DrawnBatches(Dataset[tuple[BatchPlan, Any] | LatentgenError]):
+    """The workers' part of batches, indexed by plan; errors of the library are returned, to be raised unchanged."""
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
@@ -128,7 +124,7 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C, and many a SIGTERM, reach every process of a group; the parent needs its workers until it has stopped."""
+def _ignore_stop_signals(worker: int) -> None:
+    """Ctrl-C, and often SIGTERM, reach every process of a group; the parent needs its workers until it has stopped."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

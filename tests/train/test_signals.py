@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from latentgen.train.interrupt import StopSignal
+from latentgen.train.signals import StopSignal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
