@@ -223,7 +223,7 @@ def our_command(method: str, scratch: Path, output: Path, options: argparse.Name
         "task": {
             "kind": "finetune",
             "method": {"kind": "lora", "rank": options.rank} if method == "lora" else {"kind": "full"},
-            "cached_views": 1,
+            "views_per_image": 1,
         },
         "data": {"kind": "imagefolder", "path": str(scratch / "images"), "image_size": options.resolution},
         "batch_size": options.batch_size,

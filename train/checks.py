@@ -40,8 +40,8 @@ def check_objective(
     if validation is not None and validation.prompts:
         if objective.remakes:
             raise ConfigError(
-                "validation.prompts: this model draws nothing from a prompt alone; leave them out, give it held_out or "
-                "validation.data, and validation.images"
+                "validation.prompts: this model draws nothing from a prompt alone; leave them out, give it "
+                "validation_fraction or validation.data, and validation.images"
             )
         with objective.preview({}) as pipeline:
             check_drawing(pipeline, validation)

@@ -127,7 +127,9 @@ def check_same_data(state: RunState, digest: str, config: TrainConfig, *, quiet:
 def _changes(state: RunState, config: TrainConfig) -> list[str]:
     """Where a recipe differs from that of a checkpoint, as far as `allow_changes` lets it."""
     try:
-        recipe = TrainConfig.model_validate(state.config)  # fields that came later take their defaults
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # fields may be stored under old names
+            recipe = TrainConfig.model_validate(state.config)  # newer fields take their defaults
     except ValidationError as error:
         raise ResumeError(
             f"the run in {quote(config.output_dir)} was begun by a version with other recipes: {in_one_line(error)}"

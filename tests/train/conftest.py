@@ -64,7 +64,7 @@ def paired_recipe(tmp_path: Path, image_folder: Path, tiny_checkpoint: Path) -> 
 def lora_recipe(tmp_path: Path, image_folder: Path, tiny_checkpoint: Path) -> MakeRecipe:
     """As `autoencoder_recipe`, of a LoRA for the tiny checkpoint's UNet and text encoder."""
     method = {"kind": "lora", "rank": 2, "dropout": 0.3, "train_text_encoder": True}
-    task = {"kind": "finetune", "method": method, "cached_views": 2}
+    task = {"kind": "finetune", "method": method, "views_per_image": 2}
     return _recipes(tmp_path, image_folder, task, init_from=tiny_checkpoint)
 
 

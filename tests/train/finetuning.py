@@ -95,7 +95,7 @@ def objective_of(
     **fields: Any,
 ) -> FinetuneObjective:
     """An objective over the model of a folder, or the embedded one; `fields` are the task's besides the method."""
-    task = FinetuneTask.model_validate({"kind": "finetune", "method": method, "cached_views": 2} | fields)
+    task = FinetuneTask.model_validate({"kind": "finetune", "method": method, "views_per_image": 2} | fields)
     torch.manual_seed(0)
     return FinetuneObjective(
         task,

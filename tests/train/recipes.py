@@ -57,14 +57,14 @@ TEXT_TO_IMAGE: dict[str, Any] = {
         "prediction_type": "v_prediction",
         "steps_offset": 1,
     },
-    "cached_views": 2,
+    "views_per_image": 2,
 }
 PAIRED: dict[str, Any] = {
     "kind": "paired",
     "unet": TEXT_TO_IMAGE["unet"] | {"in_channels": 8, "cross_attention_dim": 32},
     "scheduler": TEXT_TO_IMAGE["scheduler"],
-    "degradation": "colourisation",
-    "cached_views": 2,
+    "degradation": "colorization",
+    "views_per_image": 2,
 }
 # In latents of half the images' side, that of the low-resolution image: x2. With 16 channels it would be x1.
 UPSCALE: dict[str, Any] = {
@@ -78,7 +78,7 @@ UPSCALE: dict[str, Any] = {
         "beta_start": 0.0001,
         "beta_end": 0.02,
     },
-    "cached_views": 2,
+    "views_per_image": 2,
 }
 
 

@@ -68,9 +68,9 @@ def test_masks_that_no_image_has(lora_recipe: MakeRecipe):
 @pytest.mark.parametrize(
     ("recipe", "field"),
     [
-        ("text_to_image_recipe", "task.cached_views=2"),
-        ("upscale_recipe", "task.cached_views=2"),
-        ("paired_recipe", "task.cached_views=0"),
+        ("text_to_image_recipe", "task.views_per_image=2"),
+        ("upscale_recipe", "task.views_per_image=2"),
+        ("paired_recipe", "task.views_per_image=0"),
         ("lora_recipe", PRIOR),
     ],
 )
@@ -102,7 +102,7 @@ def test_the_batch_that_is_looked_at_before_has_the_shapes_of_the_true_one(
         tmp_path,
         Pictures(),
         check=lambda looked_at: seen.extend(shapes(looked_at)),
-        cached_views=views,
+        views_per_image=views,
         prior=prior,
     )
     assert seen == shapes(objective)

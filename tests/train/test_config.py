@@ -12,7 +12,7 @@ import yaml
 from diffusers.optimization import get_scheduler
 
 from latentgen.errors import ConfigError
-from latentgen.train.config import Optimizer, TrainConfig, load_config
+from latentgen.train.config import FinetuneTask, Optimizer, TrainConfig, load_config
 from latentgen.train.config.base import has_field
 from tests.train.recipes import MakeRecipe
 
@@ -46,7 +46,7 @@ def test_every_recipe_loads_and_builds_its_configurations(path: Path):
     from latentgen.models.text import CLIPTextConfig
     from latentgen.models.unet_config import UNetConfig
     from latentgen.models.vae import VAEConfig
-    from latentgen.train.config import AutoencoderTask, FinetuneTask, TextToImageTask, UpscaleTask
+    from latentgen.train.config import AutoencoderTask, TextToImageTask, UpscaleTask
 
     task = load_config(path).task
     if isinstance(task, AutoencoderTask):
@@ -117,9 +117,56 @@ def test_fields_must_agree(fields: dict[str, Any], tmp_path: Path):
     fields["task"] = {"kind": "text_to_image", "vae": None, "unet": {}, "text_encoder": {}, "scheduler": {}}
     with pytest.raises(ConfigError, match="init_from must name the folder of a trained text encoder"):
         load(fields, tmp_path, "task.train_text_encoder=false")
-    with pytest.raises(ConfigError, match="fresh_layers: without init_from every layer begins at random"):
-        load(fields, tmp_path, "task.fresh_layers=[conv_in]")
-    load(fields, tmp_path, "task.train_text_encoder=false", "task.fresh_layers=[conv_in]", "init_from=model")
+    with pytest.raises(ConfigError, match="reinit_layers: without init_from every layer begins at random"):
+        load(fields, tmp_path, "task.reinit_layers=[conv_in]")
+    load(fields, tmp_path, "task.train_text_encoder=false", "task.reinit_layers=[conv_in]", "init_from=model")
+
+
+PAIRED_TASK = "task={kind: paired, vae: m, text_encoder: m, unet: {}, scheduler: {}, degradation: %s}"
+FULL_TASK = "task={kind: finetune, method: {kind: full}}"
+VALIDATION = "validation={loss_every: 9}"
+
+
+@pytest.mark.parametrize(
+    ("context", "old", "new"),
+    [
+        ((VALIDATION,), "held_out=0.1", "validation_fraction=0.1"),
+        ((FULL_TASK,), "task.cached_views=3", "task.views_per_image=3"),
+        ((FULL_TASK,), "task.turn_into=instruct", "task.convert_to=instruct"),
+        ((FULL_TASK,), "allow_changes=[task.cached_views]", "allow_changes=[task.views_per_image]"),
+        ((), PAIRED_TASK % "colourisation", PAIRED_TASK % "colorization"),
+        (
+            ("task={kind: text_to_image, vae: m, text_encoder: {}, unet: {}, scheduler: {}}", "init_from=m"),
+            "task.fresh_layers=[conv_in]",
+            "task.reinit_layers=[conv_in]",
+        ),
+    ],
+)
+def test_old_names_of_fields_work_and_warn(
+    context: tuple[str, ...], old: str, new: str, fields: dict[str, Any], tmp_path: Path
+):
+    expected = load(fields, tmp_path, *context, new)
+    with pytest.warns(FutureWarning, match="is now called"):
+        assert load(fields, tmp_path, *context, old) == expected
+
+
+@pytest.mark.parametrize("override", ["task.cached_views=5", "task.views_per_image=5"])
+@pytest.mark.parametrize("name", ["cached_views", "views_per_image"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_overrides_replace_fields_of_either_name(
+    name: str, override: str, fields: dict[str, Any], tmp_path: Path
+):
+    fields["task"] = {"kind": "finetune", "method": {"kind": "full"}, name: 3}
+    task = load(fields, tmp_path, override).task
+    assert isinstance(task, FinetuneTask)
+    assert task.views_per_image == 5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_field_under_both_names_is_refused(fields: dict[str, Any], tmp_path: Path):
+    both = {"held_out": 0.1, "validation_fraction": 0.1}
+    with pytest.raises(ConfigError, match=r"held_out.*validation_fraction"):
+        load(fields | both, tmp_path)
 
 
 def test_paired_images_need_a_known_degradation(fields: dict[str, Any], tmp_path: Path):
@@ -127,7 +174,7 @@ def test_paired_images_need_a_known_degradation(fields: dict[str, Any], tmp_path
     fields["task"] = {"kind": "paired", "degradation": "jpeg", **finished}
     load(fields, tmp_path, "task.vae=null")
     with pytest.raises(
-        ConfigError, match=r"degradation: .*'colourisation', 'uncropping', 'jpeg' or 'inpainting'"
+        ConfigError, match=r"degradation: .*'colorization', 'uncropping', 'jpeg' or 'inpainting'"
     ):
         load(fields, tmp_path, "task.degradation=haze")
 
@@ -289,9 +336,9 @@ def test_what_is_merged_may_be_replaced(fields: dict[str, Any], tmp_path: Path):
     ("overrides", "mended", "message"),
     [
         (
-            ("held_out=0.1",),
+            ("validation_fraction=0.1",),
             "validation.loss_every=2",
-            "held_out keeps images back, and nothing looks at them",
+            "validation_fraction is set but no validation is configured",
         ),
         (("task.loss.huber_c=0.2",), "task.loss.kind=huber", "huber_c is for kind huber and smooth_l1"),
         (("memory.ema_device=cpu", "ema_decay=0"), "ema_decay=0.9", "there is no moving average to keep"),

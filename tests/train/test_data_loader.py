@@ -27,7 +27,7 @@ from tests.train.recipes import MakeRecipe
 from tests.train.runs import assert_same_checkpoint, log_of
 
 STEPS = 3
-FRESH = ("task.cached_views=0",)
+FRESH = ("task.views_per_image=0",)
 
 
 class Counting(Objective):

@@ -22,7 +22,12 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 def test_it_says_what_the_run_would_be_and_writes_nothing(text_to_image_recipe: MakeRecipe, tmp_path: Path):
     config = text_to_image_recipe(
-        *("held_out=0.34", "gradient_accumulation_steps=2", "max_steps=50", "trackers=[tensorboard]"),
+        *(
+            "validation_fraction=0.34",
+            "gradient_accumulation_steps=2",
+            "max_steps=50",
+            "trackers=[tensorboard]",
+        ),
         *("validation.prompts=[red disc]", "task.train_text_encoder=true"),
     )
     before = files_of(tmp_path)
@@ -59,7 +64,7 @@ def test_class_images_are_drawn_for_one_step_and_not_kept(
         save_image(image, file)
 
     monkeypatch.setattr(class_images, "save_image", save_seen)
-    task = {"kind": "finetune", "method": METHODS["lora"], "cached_views": 2}
+    task = {"kind": "finetune", "method": METHODS["lora"], "views_per_image": 2}
     config = recipe(tmp_path, image_folder, "lora", task=task | {"prior": PRIOR | {"images": 100}})
     before = files_of(tmp_path)
     found = dry_run(config)
@@ -71,7 +76,7 @@ def test_class_images_are_drawn_for_one_step_and_not_kept(
 
 
 def test_frozen_weights_are_not_counted_as_learnt(upscale_recipe: MakeRecipe):
-    in_every_step = dry_run(upscale_recipe("task.cached_views=0"))
+    in_every_step = dry_run(upscale_recipe("task.views_per_image=0"))
     assert 0 < in_every_step.trained < in_every_step.parameters
     before = dry_run(upscale_recipe())
     assert before.trained == before.parameters == in_every_step.trained

@@ -35,7 +35,7 @@ RECIPES = Path(__file__).parents[2] / "configs" / "train"
 
 
 def recipe(tmp_path: Path, image_folder: Path, method: str, **fields: Any) -> TrainConfig:
-    task = {"kind": "finetune", "method": METHODS[method], "cached_views": 2}
+    task = {"kind": "finetune", "method": METHODS[method], "views_per_image": 2}
     content = {
         "output_dir": str(tmp_path / "run"),
         "init_from": str(folder_of("sd")),
@@ -123,7 +123,7 @@ def test_half_precision_trains_and_saves_float32(method: str, tmp_path: Path, im
 def test_two_processes_share_the_class_images_and_train_as_one(tmp_path: Path, image_folder: Path):
     # Dropout draws for a whole part of a batch, and so depends on how many there are.
     method = METHODS["lora"] | {"dropout": 0.0}
-    task = {"kind": "finetune", "method": method, "prior": PRIOR | {"images": 18}, "cached_views": 2}
+    task = {"kind": "finetune", "method": method, "prior": PRIOR | {"images": 18}, "views_per_image": 2}
     one = recipe(tmp_path, image_folder, "lora", task=task, max_steps=6)
     train(one)
     two = recipe(tmp_path, image_folder, "lora", task=task, max_steps=6, output_dir=str(tmp_path / "two"))

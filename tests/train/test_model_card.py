@@ -97,7 +97,7 @@ def test_the_code_of_image_to_image_models_runs(name: str, request: pytest.Fixtu
 def test_it_tells_the_facts_and_neither_captions_nor_folders(
     text_to_image_recipe: MakeRecipe, tmp_path: Path
 ):
-    config = text_to_image_recipe("held_out=0.34", "validation.loss_every=9", "max_steps=2")
+    config = text_to_image_recipe("validation_fraction=0.34", "validation.loss_every=9", "max_steps=2")
     model = train(config)
     _, text = card_of(model)
     assert "| Images | 4 |" in text

@@ -126,7 +126,7 @@ def test_two_processes_train_as_one(recipe: str, request: pytest.FixtureRequest,
 
 
 def test_two_processes_share_a_cache_and_one_of_them_measures(paired_recipe: MakeRecipe, tmp_path: Path):
-    measured = ("held_out=0.34", "validation.loss_every=2", "max_steps=2", *COMMON)
+    measured = ("validation_fraction=0.34", "validation.loss_every=2", "max_steps=2", *COMMON)
     one = (*measured, f"task.cache_dir={tmp_path / 'cache-1'}", f"output_dir={tmp_path / 'one'}")
     two = (*measured, f"task.cache_dir={tmp_path / 'cache-2'}", f"output_dir={tmp_path / 'two'}")
     configs = [paired_recipe(*overrides) for overrides in (one, two)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def test_free_fields_may_change(autoencoder_recipe: MakeRecipe):
     state = starting_state(autoencoder_recipe("resume=true", *changed))
     assert state is not None
     assert state.step == 3
+
+
+def test_a_run_that_began_under_old_names_of_fields_resumes(text_to_image_recipe: MakeRecipe):
+    config = text_to_image_recipe("validation_fraction=0.1", "validation={prompts: [a]}")
+    fields = config.model_dump(mode="json")
+    fields["held_out"] = fields.pop("validation_fraction")
+    fields["task"]["cached_views"] = fields["task"].pop("views_per_image")
+    save_state(config, fields)
+    resumed = config.model_copy(update={"resume": "latest"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert starting_state(resumed) is not None
 
 
 def test_fields_that_came_later_have_their_defaults(autoencoder_recipe: MakeRecipe):

@@ -168,7 +168,7 @@ def test_one_loss_that_is_not_finite_is_not_averaged_away(autoencoder_recipe: Ma
 
 def test_tensorboard_reads_the_rows_once_after_a_resume(text_to_image_recipe: MakeRecipe):
     common = (
-        *("trackers=[tensorboard]", "held_out=0.3", "validation.loss_every=1"),
+        *("trackers=[tensorboard]", "validation_fraction=0.3", "validation.loss_every=1"),
         *("validation.prompts=[red disc]", "validation.num_inference_steps=1", "validation.every=2"),
     )
     config = text_to_image_recipe(*common)

@@ -32,7 +32,7 @@ from tests.train.test_trainer import launch_two
 
 PROMPTS = "validation.prompts=[red disc, a house]"
 IMAGES = (PROMPTS, "validation.num_inference_steps=2", "validation.every=2", "validation.guidance_scale=3")
-LOSS = ("held_out=0.34", "validation.loss_every=2", "validation.timesteps=3", "validation.seed=9")
+LOSS = ("validation_fraction=0.34", "validation.loss_every=2", "validation.timesteps=3", "validation.seed=9")
 RECIPES = ("autoencoder_recipe", "text_to_image_recipe", "upscale_recipe", "paired_recipe")
 WEIGHTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
 
@@ -67,7 +67,7 @@ def test_images_and_losses_change_nothing(
     overrides: tuple[str, ...], text_to_image_recipe: MakeRecipe, tmp_path: Path
 ):
     # Dropout draws from torch's generator in every step, and must be off while the images are drawn.
-    common = (*overrides, "task.text_encoder.attention_dropout=0.3", "held_out=0.34")
+    common = (*overrides, "task.text_encoder.attention_dropout=0.3", "validation_fraction=0.34")
     plain = unwatched(text_to_image_recipe(*common, *LOSS))
     watched = text_to_image_recipe(
         *common, *IMAGES, *LOSS, "validation.at_start=true", f"output_dir={tmp_path / 'watched'}"
@@ -126,7 +126,12 @@ def test_images_are_made_out_of_held_out_ones(name: str, request: pytest.Fixture
     plain = unwatched(recipe(*LOSS, "max_steps=2"))
     train(plain)
     watched = recipe(
-        *("held_out=0.34", "max_steps=2", "validation.images=2", "validation.num_inference_steps=2"),
+        *(
+            "validation_fraction=0.34",
+            "max_steps=2",
+            "validation.images=2",
+            "validation.num_inference_steps=2",
+        ),
         *("validation.seed=4", f"output_dir={tmp_path / 'watched'}"),
     )
     model = train(watched)
@@ -164,11 +169,11 @@ def test_finetuned_models_remake_held_out_images(family: str, tmp_path: Path, im
         (image_folder / f"{colour}.txt").unlink()
     (image_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     validation = {"images": 2, "num_inference_steps": 2, "seed": 4}
-    task = {"kind": "finetune", "method": {"kind": "full"}, "cached_views": 2}
+    task = {"kind": "finetune", "method": {"kind": "full"}, "views_per_image": 2}
     common: dict[str, Any] = {
         "task": task,
         "init_from": str(folder_of(family)),
-        "held_out": 0.34,
+        "validation_fraction": 0.34,
         "max_steps": 1,
     }
     config = finetuning(tmp_path, image_folder, "full", validation=validation, **common)
@@ -229,7 +234,11 @@ def test_held_out_images_without_one_before_the_edit_are_told_before_anything_is
 @pytest.mark.parametrize(
     ("family", "validation", "message"),
     [
-        ("inpainting", {"prompts": ["x"]}, r"validation\.prompts: .* give it held_out or validation\.data"),
+        (
+            "inpainting",
+            {"prompts": ["x"]},
+            r"validation\.prompts: .* give it validation_fraction or validation\.data",
+        ),
         ("sd", {"images": 1}, r"validation\.images: .* give it validation\.prompts"),
     ],
 )
@@ -241,7 +250,7 @@ def test_what_a_finished_model_cannot_show_is_told_before_anything_is_drawn(
         image_folder,
         "lora",
         init_from=str(folder_of(family)),
-        held_out=0.34,
+        validation_fraction=0.34,
         validation=validation,
     )
     with pytest.raises(ConfigError, match=message):
@@ -296,7 +305,7 @@ def test_the_validation_loss_does_not_depend_on_the_batch(text_to_image_recipe: 
     losses = []
     for size in (4, 1):
         config = text_to_image_recipe(
-            *("held_out=0.5", "validation.seed=3", "validation.at_start=true", "max_steps=1"),
+            *("validation_fraction=0.5", "validation.seed=3", "validation.at_start=true", "max_steps=1"),
             *(f"batch_size={size}", f"output_dir={tmp_path / str(size)}"),
         )
         train(config)
@@ -407,12 +416,12 @@ def test_prompts_that_cannot_be_drawn_are_told_before_training(
 def test_a_run_that_goes_on_may_be_watched_otherwise_but_learns_from_the_same_images(
     autoencoder_recipe: MakeRecipe,
 ):
-    train(autoencoder_recipe("max_steps=1", "held_out=0.34", "validation.every=7"))
+    train(autoencoder_recipe("max_steps=1", "validation_fraction=0.34", "validation.every=7"))
     resumed = autoencoder_recipe("max_steps=2", "resume=true", *LOSS)
     train(resumed)
     assert sorted(validation_losses(resumed)) == [1, 2]
-    with pytest.raises(ResumeError, match=r"held_out was 0\.34, is 0\.2"):
-        train(autoencoder_recipe("max_steps=3", "resume=true", *LOSS, "held_out=0.2"))
+    with pytest.raises(ResumeError, match=r"validation_fraction was 0\.34, is 0\.2"):
+        train(autoencoder_recipe("max_steps=3", "resume=true", *LOSS, "validation_fraction=0.2"))
 
 
 @pytest.mark.slow
@@ -451,7 +460,11 @@ def test_the_middles_of_the_schedule():
     [
         ("autoencoder_recipe", (PROMPTS,), "autoencoder draws nothing from a prompt alone"),
         ("paired_recipe", (PROMPTS,), "paired draws nothing from a prompt alone"),
-        ("text_to_image_recipe", ("validation.images=2", "held_out=0.2"), "makes no image out of another"),
+        (
+            "text_to_image_recipe",
+            ("validation.images=2", "validation_fraction=0.2"),
+            "makes no image out of another",
+        ),
         ("paired_recipe", ("validation.images=2",), "there are none to show"),
         ("text_to_image_recipe", ("validation={}",), "validation has nothing to do"),
         ("text_to_image_recipe", ('validation.prompts=["a\\0b"]',), "NUL"),
@@ -463,10 +476,10 @@ def test_the_middles_of_the_schedule():
         ),
         (
             "text_to_image_recipe",
-            ("held_out=0.1", "validation.data={kind: emoji, image_size: 16}"),
+            ("validation_fraction=0.1", "validation.data={kind: emoji, image_size: 16}"),
             "keep one of them",
         ),
-        ("text_to_image_recipe", ("held_out=0.6",), "held_out"),
+        ("text_to_image_recipe", ("validation_fraction=0.6",), "validation_fraction"),
         ("text_to_image_recipe", ("trackers=[aim]",), "'tensorboard' or 'wandb'"),
     ],
 )

@@ -97,7 +97,7 @@ class FinetuneTask(DiffusionTask):
     instructions; `variant` names one of several sets of its weights, such as fp16, and `prediction_type` what a single
     file of Stable Diffusion 2 does not say. `method` says what is trained, `prior` what else is not to change.
 
-    `turn_into` makes a model of inpainting, or one that follows instructions, out of one of text to image: its UNet
+    `convert_to` makes a model of inpainting, or one that follows instructions, out of one of text to image: its UNet
     gets the input channels that are due, which count for nothing at first (arXiv:2211.09800, section 3.2).
 
     `conditioning_dropout` is for models that follow instructions, in place of `caption_dropout`: how often the
@@ -109,7 +109,7 @@ class FinetuneTask(DiffusionTask):
     kind: Literal["finetune"]
     method: Annotated[Method, Field(discriminator="kind")]
     prior: Prior | None = None
-    turn_into: Literal["inpainting", "instruct"] | None = None
+    convert_to: Literal["inpainting", "instruct"] | None = None
     caption_dropout: Rate = 0.0
     conditioning_dropout: Annotated[float, Field(ge=0, le=1 / 3)] = 0.05
     variant: str | None = None
@@ -121,9 +121,9 @@ class FinetuneTask(DiffusionTask):
             raise ValueError(
                 f"guidance_scale belongs to a whole model, and method {self.method.kind} saves none; leave it out"
             )
-        if self.turn_into is not None and self.method.kind != "full":
+        if self.convert_to is not None and self.method.kind != "full":
             raise ValueError(
-                f"turn_into: the new input channels can only be learnt with method full, not {self.method.kind}"
+                f"convert_to: the new input channels can only be learnt with method full, not {self.method.kind}"
             )
         if self.prior is not None and self.method.kind == "textual_inversion":
             raise ValueError(

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from latentgen.errors import ConfigError
 from latentgen.files import quote
-from latentgen.train.config.base import Count, Decay, Section, has_field
+from latentgen.train.config.base import Count, Decay, Section, current_name, has_field, with_current_names
 from latentgen.train.config.data import Data, FramedData
 from latentgen.train.config.finetune import FinetuneTask, FullMethod, LoRAMethod
 from latentgen.train.config.memory import Memory
@@ -46,9 +46,9 @@ class TrainConfig(Section):
     themselves). `allow_changes` names the fields, or sections, in which the recipe of a resumed run may differ from
     what it began with.
 
-    The share `held_out` of the images, the same ones in every run over a set of as many and each with all of its
-    repeats, is kept out of training, for `validation`, which it needs, to look at. `trackers` get what `log.jsonl`
-    gets, and the images of `validation`.
+    `validation_fraction` of the images are held out of training for `validation`: the same ones in every run over a set
+    of as many images, and each with all of its repeats. `trackers` receive the metrics of `log.jsonl` and the images of
+    `validation`.
     """
 
     output_dir: Path
@@ -57,7 +57,7 @@ class TrainConfig(Section):
         Field(discriminator="kind"),
     ]
     data: Data
-    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     init_from: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     mixed_precision: Precision = "no"
@@ -76,6 +76,16 @@ class TrainConfig(Section):
     allow_changes: tuple[str, ...] = ()
     validation: Validation | None = None
     trackers: tuple[Tracker, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_names(cls, fields: Any) -> Any:
+        return with_current_names(fields) if isinstance(fields, dict) else fields
+
+    @field_validator("allow_changes")
+    @classmethod
+    def _allow_old_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(current_name, names))
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -114,10 +124,10 @@ class TrainConfig(Section):
             )
         if self.validation is not None:
             self._check_validation(self.validation)
-        elif self.held_out:
+        elif self.validation_fraction:
             raise ValueError(
-                "held_out keeps images back, and nothing looks at them: add a section validation, as in "
-                "`validation: {loss_every: 500}`, or leave held_out out"
+                "validation_fraction is set but no validation is configured; add `validation: {loss_every: 500}`, or "
+                "remove validation_fraction"
             )
         if self.memory.ema_device == "cpu" and not self.ema_decay:
             raise ValueError(
@@ -142,9 +152,9 @@ class TrainConfig(Section):
                 raise ValueError(
                     "task.train_text_encoder is false, so init_from must name the folder of a trained text encoder"
                 )
-            if self.task.fresh_layers:
+            if self.task.reinit_layers:
                 raise ValueError(
-                    "task.fresh_layers: without init_from every layer begins at random; leave it out"
+                    "task.reinit_layers: without init_from every layer begins at random; leave it out"
                 )
         if isinstance(self.task, UpscaleTask) and isinstance(self.data, FramedData) and self.data.buckets:
             raise ValueError("task upscale learns from squares; set data.buckets to false")
@@ -155,7 +165,7 @@ class TrainConfig(Section):
         if validation.prompts and (shows_images or isinstance(self.task, AutoencoderTask)):
             raise ValueError(
                 f"validation.prompts: a model of task.kind {self.task.kind} draws nothing from a prompt alone; leave "
-                "them out, and give it held_out or validation.data, and validation.images"
+                "them out, and give it validation_fraction or validation.data, and validation.images"
             )
         # Of a finished model the checkpoint says what it makes images of; see Objective.remakes.
         if validation.images and not (shows_images or isinstance(self.task, FinetuneTask)):
@@ -163,18 +173,22 @@ class TrainConfig(Section):
                 f"validation.images: a model of task.kind {self.task.kind} makes no image out of another; leave it out"
             )
         if validation.images and not self.measures:
-            raise ValueError("validation.images: there are none to show; set held_out, or validation.data")
+            raise ValueError(
+                "validation.images: there are none to show; set validation_fraction, or validation.data"
+            )
         if validation.data is not None and validation.data.image_size != self.data.image_size:
             raise ValueError(
                 f"validation.data.image_size is {validation.data.image_size}; it must be that of data, "
                 f"{self.data.image_size}"
             )
-        if validation.data is not None and self.held_out:
+        if validation.data is not None and self.validation_fraction:
             raise ValueError(
-                "validation.data and held_out both name the images to measure on; keep one of them"
+                "validation.data and validation_fraction both name the images to measure on; keep one of them"
             )
-        if not (validation.prompts or validation.data or self.held_out):
-            raise ValueError("validation has nothing to do: give it prompts, or data; or set held_out")
+        if not (validation.prompts or validation.data or self.validation_fraction):
+            raise ValueError(
+                "validation has nothing to do: give it prompts, or data; or set validation_fraction"
+            )
 
     @property
     def takes_gradients(self) -> str | None:
@@ -191,7 +205,9 @@ class TrainConfig(Section):
     @property
     def measures(self) -> bool:
         """Whether a validation loss is measured."""
-        return self.validation is not None and (self.validation.data is not None or self.held_out > 0)
+        return self.validation is not None and (
+            self.validation.data is not None or self.validation_fraction > 0
+        )
 
 
 # Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the end of the
@@ -226,7 +242,7 @@ FIXED_FIELDS = frozenset(
         "task.method.text_targets",
         "task.method.train_text_encoder",
         "task.method.num_vectors",
-        "task.turn_into",
+        "task.convert_to",
         "task.train_encoder",
         "task.train_text_encoder",
         "optimizer.name",
@@ -254,6 +270,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ConfigError(
             f"the recipe {path} must be a mapping of fields to values; see configs/train/ for examples"
         )
+    fields = with_current_names(fields)
     for override in overrides:
         _assign(fields, override)
     try:
@@ -313,7 +330,7 @@ def _assign(fields: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set takes key=value, found {override!r}")
-    *parents, last = key.split(".")
+    *parents, last = current_name(key).split(".")
     for parent in parents:
         fields = fields.setdefault(parent, {})
         if not isinstance(fields, dict):

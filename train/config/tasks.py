@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from latentgen.deprecated import warn_renamed
 from latentgen.train.config.base import Positive, Rate, Section
 from latentgen.train.config.loss import LatentLoss
 
-Degradation = Literal["colourisation", "uncropping", "jpeg", "inpainting"]
+Degradation = Literal["colorization", "uncropping", "jpeg", "inpainting"]
+
+
+def _american(degradation: object) -> object:
+    if degradation != "colourisation":
+        return degradation
+    warn_renamed("the degradation colourisation", "colorization")
+    return "colorization"
 
 
 class AutoencoderTask(Section):
@@ -30,7 +38,7 @@ class AutoencoderTask(Section):
 class DiffusionTask(Section):
     """What all tasks of diffusion in the latents of a finished autoencoder have in common.
 
-    `cached_views` random views of every item are encoded once, before training, and kept in memory or, with
+    `views_per_image` random views of every item are encoded once, before training, and kept in memory or, with
     `cache_dir`, in a folder that all runs may share; 0 draws and encodes new ones in every step. So are the captions
     where the text encoder does not learn, unless they are shuffled, or too many for memory without `cache_dir`. Where
     neither crops nor mirroring nor the task is random, the views of an item are the same, and one is encoded.
@@ -40,7 +48,7 @@ class DiffusionTask(Section):
     """
 
     caption_dropout: Rate = 0.1
-    cached_views: Annotated[int, Field(ge=0, le=4096)] = 16
+    views_per_image: Annotated[int, Field(ge=0, le=4096)] = 16
     cache_dir: Path | None = None
     timestep_shift: Positive = 1.0
     loss: LatentLoss = LatentLoss()
@@ -62,7 +70,7 @@ class TextToImageTask(LatentTask):
     """Train a UNet and its text encoder jointly in the latents of a finished autoencoder, or in pixels.
 
     `vae` is a folder with that autoencoder, or null for pixels; `text_encoder` is the content of a configuration.
-    Without `train_text_encoder` the text encoder stays that of `init_from`; `fresh_layers` of the UNet, such as
+    Without `train_text_encoder` the text encoder stays that of `init_from`; `reinit_layers` of the UNet, such as
     `conv_in`, begin at random all the same. The other fields are those of LatentTask.
     """
 
@@ -70,7 +78,7 @@ class TextToImageTask(LatentTask):
     vae: Path | None
     text_encoder: dict[str, Any]
     train_text_encoder: bool = True
-    fresh_layers: tuple[str, ...] = ()
+    reinit_layers: tuple[str, ...] = ()
 
 
 class UpscaleTask(LatentTask):
@@ -108,4 +116,4 @@ class PairedTask(LatentTask):
     kind: Literal["paired"]
     vae: Path | None
     text_encoder: Path
-    degradation: Degradation
+    degradation: Annotated[Degradation, BeforeValidator(_american)]

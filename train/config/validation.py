@@ -24,9 +24,9 @@ class Validation(Section):
     row shows what the model is shown, what it makes of it, and the truth. A model of inpainting is shown a random mask
     of each, one that follows instructions the image before the edit, with the caption as the instruction.
 
-    Every `loss_every` steps the loss is measured on the first `loss_images` images of `data`, or of those that the
-    recipe's `held_out` keeps back: the plain mean squared error at `timesteps` timesteps, the middles of as many equal
-    parts of the schedule, with noise that follows from `seed` alone. So runs can be compared by it.
+    Every `loss_every` steps the loss is measured on the first `loss_images` images of `data`, or of the recipe's
+    `validation_fraction`: the plain mean squared error at `timesteps` timesteps, the middles of as many equal parts of
+    the schedule, with noise that depends on `seed` alone. So it can be compared between runs.
     """
 
     prompts: tuple[str, ...] = ()

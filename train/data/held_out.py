@@ -83,8 +83,8 @@ def open_parts(config: TrainConfig) -> Parts:
     """
     whole, held_out, validation = open_data(config.data), None, config.validation
     data: CaptionedImages = whole
-    if config.held_out:
-        data, held_out = split(whole, config.held_out)
+    if config.validation_fraction:
+        data, held_out = split(whole, config.validation_fraction)
     elif validation is not None and validation.data is not None:
         held_out = open_data(validation.data)
         held_out = Part(held_out, [items[0] for items in _images(held_out)])
@@ -107,7 +107,7 @@ def split(data: CaptionedImages, share: float) -> tuple[CaptionedImages, Caption
     count = len(images)
     if count < 2:
         raise DatasetError(
-            f"held_out is {share:g} of {count} images, and at least one must be left to train on"
+            f"validation_fraction is {share:g} of {count} images, and at least one must be left to train on"
         )
     kept = max(1, round(share * count))
     training = sorted(item for items in images[kept:] for item in items)

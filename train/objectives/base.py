@@ -113,7 +113,7 @@ class Objective(nn.Module, ABC):
             ConfigError: the task has no such loss.
         """
         raise ConfigError(
-            "validation: this task measures no loss on held-out images; leave data and held_out out"
+            "validation: this task measures no loss on held-out images; leave data and validation_fraction out"
         )
 
     def held_out_loss(self, plan: BatchPlan, timesteps: int) -> Loss:

@@ -81,10 +81,10 @@ def with_holes(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 DEGRADATIONS: Mapping[Degradation, Callable[[Image.Image, random.Random], Image.Image]] = {
-    "colourisation": without_colour,
+    "colorization": without_colour,
     "uncropping": without_margins,
     "jpeg": compressed,
     "inpainting": with_holes,
 }
 # Those that draw no random number: what they make of an image is always the same.
-NOT_RANDOM: frozenset[Degradation] = frozenset({"colourisation"})
+NOT_RANDOM: frozenset[Degradation] = frozenset({"colorization"})

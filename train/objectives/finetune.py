@@ -122,13 +122,13 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
     ) -> Self:
         """This objective over other images, one view of each, without prior preservation; the networks are shared."""
         other = copy.copy(self)
-        other.task = self.task.model_copy(update={"cached_views": 1, "prior": None, **changes})
+        other.task = self.task.model_copy(update={"views_per_image": 1, "prior": None, **changes})
         other.order, other._kept = Order.of(data), ()
         other._see(data, seed, device)
         return other
 
     def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
-        return ViewSource(data, self.task.cached_views, seed, _unmasked if self.inpaints else None)
+        return ViewSource(data, self.task.views_per_image, seed, _unmasked if self.inpaints else None)
 
     @property
     def _shown_as(self) -> Shown:

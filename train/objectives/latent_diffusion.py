@@ -61,15 +61,15 @@ AnyTask = TypeVar("AnyTask", bound=DiffusionTask)
 class LatentObjective(Objective, Generic[AnyTask]):
     """The error of a UNet's prediction at random noise levels, in the latents of a finished autoencoder or on pixels.
 
-    What is shown to the UNet beside the noisy latents makes the subclasses. Images are encoded once: `cached_views`
+    What is shown to the UNet beside the noisy latents makes the subclasses. Images are encoded once: `views_per_image`
     random views of every item, kept as the mean and standard deviation of their latents; or, with 0, in every step.
     Captions are drawn anew each time, and left out at the rate of `caption_dropout`, which teaches the unconditional
     prediction of classifier-free guidance (arXiv:2207.12598).
 
     A text encoder that does not learn encodes each distinct caption once, as the images are encoded, and is no part of
     this module then: it stays on the CPU, for validation images and for the finished model. It is a part, and encodes
-    in every step, if it learns, or if the captions cannot be told beforehand: `cached_views` is 0, they are shuffled,
-    or they are too many for memory and there is no `cache_dir`.
+    in every step, if it learns, or if the captions are not known in advance: `views_per_image` is 0, they are
+    shuffled, or they are too many for memory and there is no `cache_dir`.
 
     Attributes:
         task: what the recipe says.
@@ -94,7 +94,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
         # On a CPU the small convolutions of a latent UNet learn faster so.
         self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
         self.scheduler = training_scheduler(scheduler, task.loss)
-        self.order = Order.of(data, views=max(1, task.cached_views))
+        self.order = Order.of(data, views=max(1, task.views_per_image))
 
     def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         """Latents and noise [B, C, h, w], timesteps [B], what ToldText gives, and what the loss asks for.
@@ -186,7 +186,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
     def over(self, data: CaptionedImages, seed: int) -> Self:
         """As Objective.over; captions are not dropped, and the first of several is drawn by the plan."""
         other = copy.copy(self)
-        plain = {"caption_dropout": 0.0, "cached_views": 1, "loss": LatentLoss()}
+        plain = {"caption_dropout": 0.0, "views_per_image": 1, "loss": LatentLoss()}
         other.task = self.task.model_copy(update=plain)
         other.order = Order.of(data)
         other._see(data, seed, next(self.parameters()).device)
@@ -271,8 +271,8 @@ class LatentObjective(Objective, Generic[AnyTask]):
         self._views = encode_views(self._vae[0], device, source, shown=self._shown_as, cache_dir=cache_dir)
 
     def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
-        """The views to encode: `task.cached_views` of every item, as they are."""
-        return ViewSource(data, self.task.cached_views, seed)
+        """The views to encode: `task.views_per_image` of every item, as they are."""
+        return ViewSource(data, self.task.views_per_image, seed)
 
     @property
     def _shown_as(self) -> Shown:

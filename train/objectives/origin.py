@@ -99,8 +99,8 @@ def load_origin(source: Path | None, task: FinetuneTask) -> Pipeline:
             f"init_from {quote(checkpoint.path)} was distilled, or learnt by flow matching, which the objectives "
             "here are not for; fine-tune the model that it was made from"
         )
-    if task.turn_into is not None:
-        pipeline = _turned_into(task.turn_into, pipeline)
+    if task.convert_to is not None:
+        pipeline = _turned_into(task.convert_to, pipeline)
     scale = task.guidance_scale
     return pipeline if scale is None else replace(pipeline, default_guidance_scale=scale)
 
@@ -114,7 +114,7 @@ def _turned_into(kind: Literal["inpainting", "instruct"], pipeline: Pipeline) ->
     }[kind]
     if old.config.in_channels != latent or (kind == "instruct" and pipeline.is_sdxl):
         raise ConfigError(
-            f"task.turn_into is {kind}, for which init_from must be a model of text to image of Stable Diffusion "
+            f"task.convert_to is {kind}, for which init_from must be a model of text to image of Stable Diffusion "
             f"{'1 or 2' if kind == 'instruct' else '1, 2 or XL'}; it is a {pipeline.diffusers_class} whose UNet has "
             f"{old.config.in_channels} input channels"
         )

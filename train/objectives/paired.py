@@ -76,7 +76,7 @@ class PairedObjective(LatentObjective[PairedTask]):
 
     def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
         random_change = self.task.degradation not in NOT_RANDOM
-        return ViewSource(data, self.task.cached_views, seed, self._with_shown, random_change)
+        return ViewSource(data, self.task.views_per_image, seed, self._with_shown, random_change)
 
     @property
     def _shown_as(self) -> Shown:

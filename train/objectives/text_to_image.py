@@ -73,7 +73,7 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         origin = None if init_from is None else CheckpointFolder.open(init_from)
         self.unet = UNet(unet_config)
         if origin is not None:
-            _load_unet(self.unet, origin, task.fresh_layers)
+            _load_unet(self.unet, origin, task.reinit_layers)
         self._text = _text_encoder(text_config, data, origin, assets)
         self._text.module.requires_grad_(task.train_text_encoder)
         self._vae = load_vae(vae)
@@ -96,15 +96,15 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         )
 
 
-def _load_unet(unet: UNet, origin: CheckpointFolder, fresh_layers: Sequence[str]) -> None:
+def _load_unet(unet: UNet, origin: CheckpointFolder, reinit_layers: Sequence[str]) -> None:
     """Give the UNet the weights of `origin`, all but those of its fresh layers, which may have other shapes there."""
     layers = dict(unet.named_children())
-    if unknown := [name for name in fresh_layers if name not in layers]:
+    if unknown := [name for name in reinit_layers if name not in layers]:
         raise ConfigError(
-            f"task.fresh_layers: {quote(unknown[0])} is no layer of this UNet; its layers are: {', '.join(layers)}"
+            f"task.reinit_layers: {quote(unknown[0])} is no layer of this UNet; its layers are: {', '.join(layers)}"
         )
-    kept = nn.ModuleDict({name: layer for name, layer in layers.items() if name not in fresh_layers})
-    fresh_prefixes = tuple(f"{name}." for name in fresh_layers)
+    kept = nn.ModuleDict({name: layer for name, layer in layers.items() if name not in reinit_layers})
+    fresh_prefixes = tuple(f"{name}." for name in reinit_layers)
     load_weights(kept, origin.weight_files("unet"), ignored_prefixes=fresh_prefixes, dtype=torch.float32)
 
 

@@ -88,7 +88,7 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         self._prepare(data, seed, device)
 
     def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
-        return ViewSource(data, self.task.cached_views, seed, self._with_shown)
+        return ViewSource(data, self.task.views_per_image, seed, self._with_shown)
 
     @property
     def _shown_as(self) -> Shown:

@@ -90,7 +90,9 @@ def test_repeats_do_not_leak(kind: str, autoencoder_recipe: MakeRecipe, image_fo
         shutil.copytree(image_folder, tmp_path / "img" / "10_disc")
         shutil.copytree(image_folder, tmp_path / "img" / "3_again")
         fields = f"{{kind: kohya, path: {tmp_path / 'img'}, image_size: 16}}"
-    parts = open_parts(autoencoder_recipe(f"data={fields}", "held_out=0.34", "validation.loss_every=2"))
+    parts = open_parts(
+        autoencoder_recipe(f"data={fields}", "validation_fraction=0.34", "validation.loss_every=2")
+    )
     assert parts.held_out is not None
     measured = captions(parts.held_out)
     assert len(set(measured)) == len(measured) == 2

@@ -57,7 +57,7 @@ def test_the_generator_decides_and_the_image_stays(name: Degradation, size: tupl
 
 def test_what_has_no_colour_is_grey():
     image = picture()
-    degrade = DEGRADATIONS["colourisation"]
+    degrade = DEGRADATIONS["colorization"]
     grey = degrade(image, random.Random(0))
     levels = np.asarray(grey).astype(float)
     assert np.ptp(levels, axis=-1).max() == 0

@@ -32,7 +32,7 @@ from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe, plan_for
 
 CPU = torch.device("cpu")
-HELD_OUT = ("held_out=0.34", "validation.loss_every=2")
+HELD_OUT = ("validation_fraction=0.34", "validation.loss_every=2")
 ROOT = Path(__file__).parents[3]
 
 
@@ -193,7 +193,7 @@ def test_random_views_are_all_encoded(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(view_encoder, "ENCODING_BATCH", 1)
-    config = text_to_image_recipe("task.cached_views=16", *overrides)
+    config = text_to_image_recipe("task.views_per_image=16", *overrides)
     data = open_parts(config).training
     objective = build_objective(config, device=CPU, data=data)
     assert len(encoded_images) == len(data) * each
@@ -202,7 +202,7 @@ def test_random_views_are_all_encoded(
     assert objective.batch(plan_for(objective))[0].isfinite().all()
 
 
-@pytest.mark.parametrize(("degradation", "each"), [("colourisation", 2), ("jpeg", 32)])
+@pytest.mark.parametrize(("degradation", "each"), [("colorization", 2), ("jpeg", 32)])
 def test_what_a_random_task_shows_is_all_encoded(
     paired_recipe: MakeRecipe,
     degradation: str,
@@ -211,7 +211,7 @@ def test_what_a_random_task_shows_is_all_encoded(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(view_encoder, "ENCODING_BATCH", 1)
-    build(paired_recipe("task.cached_views=16", f"task.degradation={degradation}"))
+    build(paired_recipe("task.views_per_image=16", f"task.degradation={degradation}"))
     assert len(encoded_images) == 6 * each
 
 
@@ -359,7 +359,7 @@ def test_a_view_that_shows_nothing(encoder: ImageEncoder):
 
 def test_fresh_batches_are_functions_of_their_plans(recipe: MakeRecipe, tmp_path: Path):
     cache = tmp_path / "cache"
-    config = recipe("task.cached_views=0", f"task.cache_dir={cache}")
+    config = recipe("task.views_per_image=0", f"task.cache_dir={cache}")
     objective = build(config)
     assert isinstance(objective, LatentObjective)
     assert len(objective.order) == 6
@@ -369,7 +369,7 @@ def test_fresh_batches_are_functions_of_their_plans(recipe: MakeRecipe, tmp_path
 
 
 def test_a_run_with_fresh_views_resumes_as_if_it_had_not_stopped(paired_recipe: MakeRecipe, tmp_path: Path):
-    overrides = ["task.cached_views=0", "task.degradation=inpainting"]
+    overrides = ["task.views_per_image=0", "task.degradation=inpainting"]
     overrides += [f"output_dir={tmp_path / 'cut'}", "optimizer.decay_fraction=0"]
     assert_runs_alike(paired_recipe, overrides)
 

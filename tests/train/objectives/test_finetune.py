@@ -272,7 +272,7 @@ def test_a_single_file_and_its_folder_begin_alike(tmp_path: Path, monkeypatch: p
 def test_a_model_of_text_to_image_turns_into_another_kind(kind: str, shown: int, tmp_path: Path):
     import diffusers
 
-    objective = objective_of(FULL, folder_of("sd"), tmp_path, turn_into=kind)
+    objective = objective_of(FULL, folder_of("sd"), tmp_path, convert_to=kind)
     batch = objective.batch(plan_for(objective))
     assert batch[4].shape == (8, shown, 8, 8)
     assert batch[4].abs().mean() > 0.01
@@ -302,9 +302,9 @@ def test_a_model_of_text_to_image_turns_into_another_kind(kind: str, shown: int,
 )
 def test_what_cannot_turn_into_another_kind(family: str, kind: str, tmp_path: Path):
     with pytest.raises(
-        ConfigError, match=f"turn_into is {kind}, for which init_from must be a model of text to image"
+        ConfigError, match=f"convert_to is {kind}, for which init_from must be a model of text to image"
     ):
-        objective_of(FULL, folder_of(family), tmp_path, turn_into=kind)
+        objective_of(FULL, folder_of(family), tmp_path, convert_to=kind)
 
 
 def edited_index(tmp_path: Path, family: str, **changes: object) -> Path:
@@ -359,7 +359,7 @@ def test_an_instructed_model_draws_no_class_images(tmp_path: Path):
         ),
         ({"method": {"kind": "lora"}, "guidance_scale": 3}, "guidance_scale belongs to a whole model"),
         (
-            {"method": {"kind": "lora"}, "turn_into": "instruct"},
+            {"method": {"kind": "lora"}, "convert_to": "instruct"},
             "can only be learnt with method full, not lora",
         ),
         ({"method": FULL, "prior": PRIOR | {"prompt": "a\0b"}}, "NUL at position 1"),

@@ -203,7 +203,7 @@ def test_the_error_counts_within_the_mask(recipe: MakeRecipe, monkeypatch: pytes
         ours = objective(*objective.batch(plan)).total
     side = squares.shape[3] // 2
     rows = [
-        row if item // objective.task.cached_views % 2 else row[:, :, :side]
+        row if item // objective.task.views_per_image % 2 else row[:, :, :side]
         for row, item in zip(squares, plan.items, strict=True)
     ]
     assert {row.shape[2] for row in rows} == {side, 2 * side}

@@ -51,7 +51,7 @@ def test_what_is_shown_is_the_degraded_image_encoded_by_diffusers(
 ):
     from diffusers import AutoencoderKL
 
-    config = paired_recipe("task.cached_views=1", f"task.degradation={degradation}")
+    config = paired_recipe("task.views_per_image=1", f"task.degradation={degradation}")
     objective, data = build(config), open_data(config.data)
     plan = plan_for(objective, size=6)
     latents, *_, shown = objective.batch(plan)

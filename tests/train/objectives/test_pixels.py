@@ -22,7 +22,7 @@ from tests.train.objectives.test_text_to_image import build, plan_for
 from tests.train.recipes import MakeRecipe
 
 PIXELS = ("task.vae=null", "task.unet.in_channels=3", "task.unet.out_channels=3", "task.unet.sample_size=16")
-FRESH = "task.fresh_layers=[conv_in, conv_out]"
+FRESH = "task.reinit_layers=[conv_in, conv_out]"
 
 
 @pytest.fixture
@@ -82,11 +82,11 @@ def test_fresh_layers_begin_at_random_and_all_others_as_they_were(outline: Train
 
 def test_what_is_not_fresh_must_fit(text_to_image_recipe: MakeRecipe, latent_model: Path):
     with pytest.raises(CheckpointMismatchError, match=r"2 misshapen \(conv_out"):
-        build(text_to_image_recipe(*PIXELS, f"init_from={latent_model}", "task.fresh_layers=[conv_in]"))
+        build(text_to_image_recipe(*PIXELS, f"init_from={latent_model}", "task.reinit_layers=[conv_in]"))
     with pytest.raises(CheckpointMismatchError, match="misshapen"):
         build(text_to_image_recipe(*PIXELS, f"init_from={latent_model}"))
     with pytest.raises(ConfigError, match=r"'conv_inn' is no layer of this UNet; its layers are: .*conv_in,"):
-        build(text_to_image_recipe(*PIXELS, f"init_from={latent_model}", "task.fresh_layers=[conv_inn]"))
+        build(text_to_image_recipe(*PIXELS, f"init_from={latent_model}", "task.reinit_layers=[conv_inn]"))
 
 
 def test_gradients_do_not_reach_a_frozen_text_encoder(outline: TrainConfig):

@@ -50,7 +50,7 @@ def test_latents_are_those_of_diffusers(text_to_image_recipe: MakeRecipe, tiny_c
 
     from latentgen.train.data import to_tensor
 
-    objective = build(text_to_image_recipe("task.cached_views=1"))
+    objective = build(text_to_image_recipe("task.views_per_image=1"))
     plan = plan_for(objective, size=6)
     data = open_data(text_to_image_recipe().data)
     images = to_tensor(

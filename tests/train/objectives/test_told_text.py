@@ -120,7 +120,9 @@ def test_a_frozen_text_encoder_of_text_to_image_is_cached_too(
     assert_same_losses(objective, build(text_to_image_recipe(*frozen[1:])))
 
 
-@pytest.mark.parametrize("overrides", [(), ("task.cache_dir=CACHE",), (SHUFFLED,), ("task.cached_views=0",)])
+@pytest.mark.parametrize(
+    "overrides", [(), ("task.cache_dir=CACHE",), (SHUFFLED,), ("task.views_per_image=0",)]
+)
 def test_processes_that_prepare_batches_change_nothing(
     overrides: tuple[str, ...], paired_recipe: MakeRecipe, image_folder: Path, tmp_path: Path
 ):
@@ -128,7 +130,7 @@ def test_processes_that_prepare_batches_change_nothing(
         (image_folder / f"{colour}.txt").write_text(f"{colour}, disc, on grey, small", "utf-8")
     overrides = tuple(text.replace("CACHE", str(tmp_path / "cache")) for text in overrides)
     assert is_part(build(paired_recipe(*overrides))) == bool(
-        {SHUFFLED, "task.cached_views=0"} & set(overrides)
+        {SHUFFLED, "task.views_per_image=0"} & set(overrides)
     )
     runs = []
     for workers in (0, 2):

@@ -68,7 +68,7 @@ def test_the_loss_is_that_of_diffusers(
 def test_what_is_shown_is_the_image_noised_by_diffusers(upscale_recipe: MakeRecipe):
     from diffusers import DDPMScheduler
 
-    objective = build(upscale_recipe("task.cached_views=1"))
+    objective = build(upscale_recipe("task.views_per_image=1"))
     plan = plan_for(objective)
     *_, shown, levels = objective.batch(plan)
     clean = [
