@@ -25,7 +25,7 @@ from transformers import CLIPTextModel
 from benchmarks.timing import Work, interleaved, report
 from latentgen.checkpoints.weights import Weights
 from latentgen.files import read_json
-from latentgen.models.packing import can_pack, pack_convolutions
+from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
 from latentgen.models.text import CLIPText, CLIPTextConfig
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig

@@ -13,7 +13,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from latentgen.diffusion.names import name_of_sampler
+from latentgen.diffusion.solver_names import name_of_sampler
 from latentgen.errors import InputError
 from latentgen.files import quote
 

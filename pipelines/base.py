@@ -449,7 +449,7 @@ class Pipeline(ABC):
         guidance = options.guidance(scale, sampling.scheduler)
         empty = None if self.force_zeros_for_empty_prompt else read_prompt("", "plain", sampling.total)
         negatives = {1: (), 2: request.negatives, 3: (empty,) * len(request) + request.negatives}
-        return Guided(guidance, negatives[guidance.rows])
+        return Guided(guidance, negatives[guidance.num_branches])
 
     def _sampling(
         self,

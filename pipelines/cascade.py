@@ -14,8 +14,8 @@ from torch import Tensor
 
 from latentgen.checkpoints.cascade import INDEX, StageEntry, open_cascade
 from latentgen.checkpoints.folder import resolve
-from latentgen.diffusion.names import own_name
 from latentgen.diffusion.schedule import MAX_TRAIN_TIMESTEPS
+from latentgen.diffusion.solver_names import canonical_name
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
 from latentgen.memory import MemoryPolicy
@@ -79,7 +79,7 @@ class StageSettings:
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
         if self.scheduler is not None:
-            own_name(self.scheduler)
+            canonical_name(self.scheduler)
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def _complete(settings: StageSettings, pipeline: StagePipeline) -> StageSettings
     return replace(
         settings,
         guidance_scale=pipeline.default_guidance_scale if scale is None else scale,
-        scheduler=pipeline.scheduler.name if scheduler is None else own_name(scheduler),
+        scheduler=pipeline.scheduler.name if scheduler is None else canonical_name(scheduler),
     )
 
 

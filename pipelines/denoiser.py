@@ -110,7 +110,7 @@ def build_denoiser(
 
     def predict_at(x: Tensor, level: NoiseLevel, count: int, place: Place) -> Sequence[Tensor]:
         x = (x if place is EVERYWHERE else x[..., *place]).to(dtype)
-        total = guidance.rows
+        total = guidance.num_branches
         if count <= at_once:
             return predict_rows(x, level, range(total - count, total), place)
         parts = (range(first, min(first + at_once, total)) for first in range(total - count, total, at_once))
@@ -135,7 +135,7 @@ def _constants(unet: UNet, run: Run, begin: Beginning, told: Told) -> tuple[UNet
     visited = dict.fromkeys(
         level
         for steps in told.steps
-        for level in scheduler.visited(levels, start=steps.start, stop=steps.stop)
+        for level in scheduler.evaluation_levels(levels, start=steps.start, stop=steps.stop)
     )
     timesteps = [level.timestep for level in visited]
     constants = unet.constants(
@@ -150,4 +150,4 @@ def _constants(unet: UNet, run: Run, begin: Beginning, told: Told) -> tuple[UNet
 
 def rows_at_once(stages: Stages, run: Run) -> int:
     """How many rows of an image's guidance the UNet sees at once."""
-    return 1 if stages.memory.guide_one_by_one else run.guided.guidance.rows
+    return 1 if stages.memory.guide_one_by_one else run.guided.guidance.num_branches

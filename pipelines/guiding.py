@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from latentgen.diffusion.guidance import (
+    CFGPlusPlus,
     ClassifierFree,
     Guidance,
+    GuidanceInterval,
     PerpendicularNegative,
-    PlusPlus,
     Rescaled,
-    WithinInterval,
     is_guided,
 )
 from latentgen.diffusion.scheduler import Scheduler
@@ -85,20 +85,20 @@ class GuidanceOptions:
             guidance = Rescaled(guidance, self.rescale)
         if self.interval != WHOLE:
             highest, lowest = (scheduler.schedule.cutoff(share) for share in self.interval)
-            guidance = WithinInterval(guidance, lowest, highest)
+            guidance = GuidanceInterval(guidance, lowest, highest)
         return guidance
 
 
-def _plus_plus(guidance_scale: float, scheduler: Scheduler) -> PlusPlus:
+def _plus_plus(guidance_scale: float, scheduler: Scheduler) -> CFGPlusPlus:
     if not 0 <= guidance_scale <= 1:
         raise InputError(
             f"guidance_scale={guidance_scale:g} must be from 0 to 1 for plus_plus; 0.6 does what 7.5 does without"
         )
-    if not scheduler.keeps_any_noise:
+    if not scheduler.supports_cfg_pp:
         raise InputError(
             f"plus_plus does not go with the solver {scheduler.name}; use ddim, ddpm, euler or euler_ancestral"
         )
-    return PlusPlus(guidance_scale)
+    return CFGPlusPlus(guidance_scale)
 
 
 class Guided(NamedTuple):

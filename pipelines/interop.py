@@ -18,7 +18,7 @@ from latentgen.checkpoints.folder import TOKENIZERS
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointMismatchError, InputError
 from latentgen.memory import MemoryPolicy
-from latentgen.models.packing import can_pack, pack_convolutions
+from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
 from latentgen.models.pixels import PixelDecoder
 from latentgen.models.text import CLIPText, CLIPTextConfig, ContextLayer, TextEncoder, join_towers
 from latentgen.models.unet import UNet

@@ -17,7 +17,7 @@ from latentgen.diffusion.schedule import FlowSchedule
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import quote
-from latentgen.models.packing import can_pack, pack_convolutions
+from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder, PixelEncoder
 from latentgen.models.text import CLIPText, CLIPTextConfig, TextEncoder, join_towers
 from latentgen.models.unet import UNet

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentgen.errors import MemoryBudgetError
-from latentgen.models.checkpointing import Checkpointing, keeps
+from latentgen.models.activation_checkpointing import Checkpointing, keeps
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, plan_step
 from latentgen.train.objectives.base import Objective

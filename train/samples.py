@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 from PIL import Image
 
 from latentgen import __version__
-from latentgen.diffusion.names import SAMPLERS
+from latentgen.diffusion.solver_names import SAMPLERS
 from latentgen.errors import ConfigError
 from latentgen.files import atomic_folder
 from latentgen.image import save_image

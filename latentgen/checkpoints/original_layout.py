@@ -197,13 +197,13 @@ def _unet_pairs(config: UNetConfig) -> _Pairs:
         )
     yield from _leaves("", "", _UNET_ENDS)
     yield from _conditioning_pairs(config)
-    position, last = 1, len(config.levels) - 1
-    for i, level in enumerate(config.levels):
-        for j, (inputs, outputs) in enumerate(level.down):
+    position, last = 1, len(config.stages) - 1
+    for i, stage in enumerate(config.stages):
+        for j, (inputs, outputs) in enumerate(stage.down):
             block, original = f"down_blocks.{i}.", f"input_blocks.{position}."
             yield from _unet_resnet(f"{block}resnets.{j}.", f"{original}0.", inputs != outputs)
-            if level.down_attention:
-                yield from _transformer(f"{block}attentions.{j}.", f"{original}1.", level.depth)
+            if stage.down_attention:
+                yield from _transformer(f"{block}attentions.{j}.", f"{original}1.", stage.depth)
             position += 1
         if i < last:
             yield from _leaves(
@@ -211,18 +211,18 @@ def _unet_pairs(config: UNetConfig) -> _Pairs:
             )
             position += 1
     yield from _unet_resnet("mid_block.resnets.0.", "middle_block.0.", False)
-    yield from _transformer("mid_block.attentions.0.", "middle_block.1.", config.levels[-1].depth)
+    yield from _transformer("mid_block.attentions.0.", "middle_block.1.", config.stages[-1].depth)
     yield from _unet_resnet("mid_block.resnets.1.", "middle_block.2.", False)
     position = 0
-    for i, level in enumerate(reversed(config.levels)):
-        for j, (inputs, outputs) in enumerate(level.up):
+    for i, stage in enumerate(reversed(config.stages)):
+        for j, (inputs, outputs) in enumerate(stage.up):
             block, original = f"up_blocks.{i}.", f"output_blocks.{position}."
             yield from _unet_resnet(f"{block}resnets.{j}.", f"{original}0.", inputs != outputs)
-            if level.up_attention:
-                yield from _transformer(f"{block}attentions.{j}.", f"{original}1.", level.depth)
+            if stage.up_attention:
+                yield from _transformer(f"{block}attentions.{j}.", f"{original}1.", stage.depth)
             position += 1
-        if i < last:  # the upsampler follows what else the level's last block holds
-            place = f"output_blocks.{position - 1}.{2 if level.up_attention else 1}."
+        if i < last:  # the upsampler follows what else the stage's last block holds
+            place = f"output_blocks.{position - 1}.{2 if stage.up_attention else 1}."
             yield from _leaves(f"up_blocks.{i}.upsamplers.0.", place, {"conv": "conv"})
 
 

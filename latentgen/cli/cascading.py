@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from latentgen import __version__
 from latentgen.cli.options import DType, OutputOptions, PromptOptions, StageOptions, model_name
 from latentgen.cli.text import printable
-from latentgen.diffusion.names import SAMPLERS
+from latentgen.diffusion.solver_names import SAMPLERS
 from latentgen.errors import InputError
 from latentgen.recipe import Recipe
 

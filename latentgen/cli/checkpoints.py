@@ -22,7 +22,7 @@ def schedulers() -> None:
 
     Case does not matter. Without --scheduler a checkpoint's own is used. Nothing is loaded.
     """
-    from latentgen.diffusion.names import listing
+    from latentgen.diffusion.solver_names import listing
 
     for line in listing():
         print(line)

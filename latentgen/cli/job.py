@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from latentgen import __version__
 from latentgen.cli.options import ModelOptions, OutputOptions, PromptOptions, SamplingOptions, model_name
 from latentgen.cli.text import printable
-from latentgen.diffusion.names import SAMPLERS
+from latentgen.diffusion.solver_names import SAMPLERS
 from latentgen.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hin
 
 import typer
 
-from latentgen.diffusion.names import own_name
+from latentgen.diffusion.solver_names import canonical_name
 from latentgen.errors import InputError
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
@@ -194,7 +194,7 @@ class SamplingOptions:
         Raises:
             InputError: nobody knows it; the nearest are proposed.
         """
-        return None if self.scheduler is None else own_name(self.scheduler)
+        return None if self.scheduler is None else canonical_name(self.scheduler)
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,16 @@ class Guidance(Protocol):
     """How several raw outputs for one image, each under other conditions, become one."""
 
     @property
-    def rows(self) -> int:
+    def num_branches(self) -> int:
         """How many outputs there are, the least conditioned first."""
         ...
 
-    def rows_at(self, level: NoiseLevel) -> int:
+    def branches_at(self, level: NoiseLevel) -> int:
         """How many of them, the last ones, are looked at at a noise level: all, or 1 where nothing is guided."""
         ...
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs of `rows_at`, each [B, C, H, W]."""
+        """Combine the outputs of `branches_at`, each [B, C, H, W]."""
         ...
 
 
@@ -57,18 +57,18 @@ class ClassifierFree:
     """
 
     scale: float
-    rows: int = field(init=False)
+    num_branches: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", 2 if is_guided(self.scale) else 1)
+        object.__setattr__(self, "num_branches", 2 if is_guided(self.scale) else 1)
 
-    def rows_at(self, level: NoiseLevel) -> int:
+    def branches_at(self, level: NoiseLevel) -> int:
         """All."""
-        return self.rows
+        return self.num_branches
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
         """Combine the outputs, each [B, C, H, W]."""
-        if self.rows == 1:
+        if self.num_branches == 1:
             (conditional,) = outputs
             return conditional
         unconditional, conditional = outputs
@@ -84,11 +84,11 @@ class TextAndImage:
 
     scale: float
     image_scale: float
-    rows: int = 3
+    num_branches: int = 3
 
-    def rows_at(self, level: NoiseLevel) -> int:
+    def branches_at(self, level: NoiseLevel) -> int:
         """All."""
-        return self.rows
+        return self.num_branches
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
         """Combine the outputs, each [B, C, H, W]."""
@@ -106,11 +106,11 @@ class PerpendicularNegative:
 
     scale: float
     negative_scale: float = 1.0
-    rows: int = 3
+    num_branches: int = 3
 
-    def rows_at(self, level: NoiseLevel) -> int:
+    def branches_at(self, level: NoiseLevel) -> int:
         """All."""
-        return self.rows
+        return self.num_branches
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
         """Combine the outputs, each [B, C, H, W]."""
@@ -134,13 +134,13 @@ class Rescaled:
     phi: float
 
     @property
-    def rows(self) -> int:
+    def num_branches(self) -> int:
         """Those of the guidance."""
-        return self.guidance.rows
+        return self.guidance.num_branches
 
-    def rows_at(self, level: NoiseLevel) -> int:
+    def branches_at(self, level: NoiseLevel) -> int:
         """Those of the guidance."""
-        return self.guidance.rows_at(level)
+        return self.guidance.branches_at(level)
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
         """Combine the outputs, each [B, C, H, W]."""
@@ -150,7 +150,7 @@ class Rescaled:
 
 
 @dataclass(frozen=True)
-class WithinInterval:
+class GuidanceInterval:
     """Another guidance at some noise levels alone, and none at the others (arXiv:2404.07724).
 
     It is at work from below timestep `highest` down to `lowest`; elsewhere only the conditional output is computed.
@@ -161,32 +161,32 @@ class WithinInterval:
     highest: float
 
     @property
-    def rows(self) -> int:
+    def num_branches(self) -> int:
         """Those of the guidance."""
-        return self.guidance.rows
+        return self.guidance.num_branches
 
-    def rows_at(self, level: NoiseLevel) -> int:
+    def branches_at(self, level: NoiseLevel) -> int:
         """Those of the guidance, or 1 outside."""
-        return self.guidance.rows_at(level) if self.lowest <= level.timestep < self.highest else 1
+        return self.guidance.branches_at(level) if self.lowest <= level.timestep < self.highest else 1
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
         """Combine the outputs, each [B, C, H, W]."""
-        return self.guidance(outputs) if len(outputs) == self.rows else outputs[-1]
+        return self.guidance(outputs) if len(outputs) == self.num_branches else outputs[-1]
 
 
 @dataclass(frozen=True)
-class PlusPlus:
+class CFGPlusPlus:
     """CFG++ (arXiv:2406.08070, algorithm 2): an interpolation, not an extrapolation, of the two outputs.
 
     scale, the paper's lambda, is 0..1. The unconditional output tells what noise a step keeps, which `guided` sees to.
     """
 
     scale: float
-    rows: int = 2
+    num_branches: int = 2
 
-    def rows_at(self, level: NoiseLevel) -> int:
+    def branches_at(self, level: NoiseLevel) -> int:
         """All."""
-        return self.rows
+        return self.num_branches
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
         """Combine the outputs, each [B, C, H, W]."""
@@ -198,9 +198,9 @@ def guided(predict: Predict, prediction_type: PredictionType, guidance: Guidance
     """The denoiser that combines raw outputs and then turns the one they make into x0."""
 
     def denoise(x: Tensor, level: NoiseLevel) -> Tensor | Denoised:
-        outputs = predict(x, level, guidance.rows_at(level))
+        outputs = predict(x, level, guidance.branches_at(level))
         x0 = to_x0(guidance(outputs), x, level, prediction_type)
-        if isinstance(guidance, PlusPlus):
+        if isinstance(guidance, CFGPlusPlus):
             return Denoised(x0, to_x0(outputs[0], x, level, prediction_type))
         return x0
 

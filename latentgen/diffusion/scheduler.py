@@ -10,13 +10,13 @@ from typing import Literal, NamedTuple, get_args
 from torch import Tensor
 
 from latentgen.diffusion import scheduler_config
-from latentgen.diffusion.levels import FlowLayout, Layout, NoiseLayout
-from latentgen.diffusion.names import NAMED, SOLVER_TABLE, Sigmas, SolverName, own_name
 from latentgen.diffusion.prediction import Clipping, Denoised, Denoiser, PredictionType
 from latentgen.diffusion.schedule import CLEAN, FlowSchedule, NoiseLevel, NoiseSchedule, Schedule, Spacing
+from latentgen.diffusion.solver_names import NAMED, SOLVER_TABLE, Sigmas, SolverName, canonical_name
 from latentgen.diffusion.solvers.one_step import ddpm_step, deterministic_step, euler_ancestral_step
 from latentgen.diffusion.solvers.step import Evaluation, History, StepInputs
 from latentgen.diffusion.solvers.table import SOLVERS, Solver
+from latentgen.diffusion.timesteps import DiffusionTimesteps, FlowTimesteps, Layout
 from latentgen.errors import ConfigError, InputError
 
 
@@ -142,7 +142,7 @@ class Scheduler:
         name is the library's own, such as "dpmpp_2m_karras", diffusers' class, or A1111's sampler and schedule
         type, such as "DPM++ 2M Karras"; case does not matter. Raises InputError for any other name.
         """
-        solver, sigmas = NAMED[own_name(name)]
+        solver, sigmas = NAMED[canonical_name(name)]
         return replace(self, solver=solver, sigmas=sigmas)
 
     def levels(self, num_steps: int) -> tuple[NoiseLevel, ...]:
@@ -228,25 +228,25 @@ class Scheduler:
         return sum(level.timestep >= cutoff for level in levels[:-1])
 
     @property
-    def keeps_zero_snr(self) -> bool:
+    def stores_zero_snr(self) -> bool:
         """Whether diffusers' class for this solver reads rescale_betas_zero_snr from its file."""
         return scheduler_config.knows_zero_snr(self.solver)
 
     @property
-    def keeps_any_noise(self) -> bool:
+    def supports_cfg_pp(self) -> bool:
         """Whether a step may keep other noise than its x0 implies (CFG++): those of a single evaluation."""
         return SOLVERS[self.solver].step in (deterministic_step, ddpm_step, euler_ancestral_step)
 
-    def visited(
+    def evaluation_levels(
         self, levels: Sequence[NoiseLevel], *, start: int = 0, stop: int | None = None
     ) -> tuple[NoiseLevel, ...]:
         """Every level at which the steps of `sample` with these arguments may ask the denoiser, once each."""
         stop = len(levels) - 1 if stop is None else stop
-        between = SOLVERS[self.solver].between
+        midpoint = SOLVERS[self.solver].midpoint
         visited = list(levels[start : min(stop + 1, len(levels) - 1)])
-        if between is not None:
+        if midpoint is not None:
             part = levels[start : stop + 1]
-            visited += [between(*pair, self.schedule) for pair in pairwise(part) if pair[1].sigma > 0.0]
+            visited += [midpoint(*pair, self.schedule) for pair in pairwise(part) if pair[1].sigma > 0.0]
         return tuple(dict.fromkeys(visited))
 
     def _run(
@@ -303,8 +303,8 @@ class Scheduler:
     @property
     def _layout(self) -> Layout:
         if isinstance(self.schedule, FlowSchedule):
-            return FlowLayout(self.schedule, self._sigmas)
-        return NoiseLayout(
+            return FlowTimesteps(self.schedule, self._sigmas)
+        return DiffusionTimesteps(
             self.schedule,
             self.solver,
             self._spacing,

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from latentgen.diffusion.names import SIGMAS, SOLVER_TABLE, SolverName
 from latentgen.diffusion.prediction import Clipping
 from latentgen.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule
+from latentgen.diffusion.solver_names import SIGMAS, SOLVER_TABLE, SolverName
 from latentgen.errors import ConfigError
 
 _SCHEDULE_KEYS = tuple(item.name for item in fields(NoiseSchedule))

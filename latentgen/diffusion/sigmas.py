@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from latentgen.diffusion.names import Sigmas
 from latentgen.diffusion.schedule import FloatArray, NoiseSchedule
+from latentgen.diffusion.solver_names import Sigmas
 
 # The ten steps and the end that arXiv:2404.14507 publishes for SD 1.5 and for SDXL, on the schedule of both.
 _ALIGN_YOUR_STEPS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)

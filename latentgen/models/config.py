@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from latentgen.errors import ConfigError
 
-# What the weights of frozen layers may be stored in; see latentgen.models.frozen.
+# What the weights of frozen layers may be stored in; see latentgen.models.quantized_weights.
 StorageDtype = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 
 

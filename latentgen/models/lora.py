@@ -87,7 +87,7 @@ def shared_copy(module: M) -> M:
     """A copy of a module whose parameters and buffers are those of the original: no weight is copied.
 
     Adapters that are attached to the copy, or detached from it, leave the original as it is. Convolutions with
-    packed weights (:mod:`latentgen.models.packing`) pack them once more for the copy.
+    packed weights (:mod:`latentgen.models.mkldnn_conv`) pack them once more for the copy.
     """
     tensors = (*module.parameters(), *module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentgen.errors import InputError
+from latentgen.models.activation_checkpointing import Checkpointing
 from latentgen.models.attention import AttentionStage, ContextKeyValue, Transformer2DModel
-from latentgen.models.checkpointing import Checkpointing
 from latentgen.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
 from latentgen.models.unet_blocks import (
     DownBlock2D,
+    ForwardState,
     UNetMidBlock2DCrossAttn,
-    UNetPass,
     UpBlock2D,
     repeat_rows,
 )
@@ -71,7 +71,7 @@ class UNet(AttentionStage):
         super().__init__()
         self.config = config
         self.gradient_checkpointing: Checkpointing = False
-        levels = config.levels
+        stages = config.stages
         first = config.block_out_channels[0]
         self.time_embedding = TimestepEmbedding(
             first, config.time_embed_dim, cond_channels=config.time_cond_proj_dim
@@ -84,11 +84,11 @@ class UNet(AttentionStage):
             )
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock2D(config, level, downsample=level is not levels[-1]) for level in levels
+            DownBlock2D(config, stage, downsample=stage is not stages[-1]) for stage in stages
         )
-        self.mid_block = UNetMidBlock2DCrossAttn(config, levels[-1]) if config.mid_block_type else None
+        self.mid_block = UNetMidBlock2DCrossAttn(config, stages[-1]) if config.mid_block_type else None
         self.up_blocks = nn.ModuleList(
-            UpBlock2D(config, level, upsample=level is not levels[0]) for level in reversed(levels)
+            UpBlock2D(config, stage, upsample=stage is not stages[0]) for stage in reversed(stages)
         )
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
@@ -169,15 +169,15 @@ class UNet(AttentionStage):
             index: of the step.
         """
         times = constants.times[index]
-        unet_pass = UNetPass(times, constants.contexts, checkpointing=self.gradient_checkpointing)
+        state = ForwardState(times, constants.contexts, checkpointing=self.gradient_checkpointing)
         hidden = self.conv_in(repeat_rows(sample, max(times[0].shape[0], sample.shape[0])))
-        unet_pass.keep(hidden)
+        state.keep(hidden)
         for block in self.down_blocks:
-            hidden = block(hidden, unet_pass)
+            hidden = block(hidden, state)
         if self.mid_block is not None:
-            hidden = self.mid_block(hidden, unet_pass)
+            hidden = self.mid_block(hidden, state)
         for block in self.up_blocks:
-            hidden = block(hidden, unet_pass)
+            hidden = block(hidden, state)
         return self.conv_out(F.silu(self.conv_norm_out(hidden)))
 
     def _layers(self, kind: type[M]) -> Iterator[M]:

@@ -8,13 +8,13 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
+from latentgen.models.activation_checkpointing import Checkpointing, run_checkpointed
 from latentgen.models.attention import ContextKeyValue, Transformer2DModel
-from latentgen.models.checkpointing import Checkpointing, run_checkpointed
 from latentgen.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
-from latentgen.models.unet_config import Level, UNetConfig
+from latentgen.models.unet_config import UNetConfig, UNetStage
 
 
-class UNetPass:
+class ForwardState:
     """One pass through the UNet: hands each layer its share of the constants, and keeps the skip connections.
 
     Rows that differ in their context alone (the two of classifier-free guidance) are one row until the first
@@ -72,62 +72,62 @@ def repeat_rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 class DownBlock2D(nn.Module):
-    """Resnet blocks, each followed by a transformer where the level attends, then a halving."""
+    """Resnet blocks, each followed by a transformer where the stage attends, then a halving."""
 
-    def __init__(self, config: UNetConfig, level: Level, *, downsample: bool) -> None:
+    def __init__(self, config: UNetConfig, stage: UNetStage, *, downsample: bool) -> None:
         super().__init__()
-        self.resnets = _resnets(config, level.down)
-        self.attentions = _transformers(config, level, len(level.down) if level.down_attention else 0)
+        self.resnets = _resnets(config, stage.down)
+        self.attentions = _transformers(config, stage, len(stage.down) if stage.down_attention else 0)
         self.downsamplers = nn.ModuleList(
-            [Downsample2D(level.channels, padding=config.downsample_padding)] if downsample else []
+            [Downsample2D(stage.channels, padding=config.downsample_padding)] if downsample else []
         )
 
-    def forward(self, hidden: Tensor, unet_pass: UNetPass) -> Tensor:
+    def forward(self, hidden: Tensor, state: ForwardState) -> Tensor:
         """Map [B, C, H, W] to [B, C', H/2, W/2] (or H, W without downsampling); leaves skip connections."""
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
-            hidden = unet_pass.resnet(resnet, hidden)
+            hidden = state.resnet(resnet, hidden)
             if transformer is not None:
-                hidden = unet_pass.transformer(transformer, hidden)
-            unet_pass.keep(hidden)
+                hidden = state.transformer(transformer, hidden)
+            state.keep(hidden)
         for downsampler in self.downsamplers:
             hidden = downsampler(hidden)
-            unet_pass.keep(hidden)
+            state.keep(hidden)
         return hidden
 
 
 class UNetMidBlock2DCrossAttn(nn.Module):
     """A transformer between two resnet blocks, at the lowest resolution."""
 
-    def __init__(self, config: UNetConfig, level: Level) -> None:
+    def __init__(self, config: UNetConfig, stage: UNetStage) -> None:
         super().__init__()
-        self.resnets = _resnets(config, [(level.channels, level.channels)] * 2)
+        self.resnets = _resnets(config, [(stage.channels, stage.channels)] * 2)
         # The middle never follows only_cross_attention.
-        self.attentions = _transformers(config, level._replace(only_cross_attention=False), 1)
+        self.attentions = _transformers(config, stage._replace(only_cross_attention=False), 1)
 
-    def forward(self, hidden: Tensor, unet_pass: UNetPass) -> Tensor:
+    def forward(self, hidden: Tensor, state: ForwardState) -> Tensor:
         """Map [B, C, H, W] to [B, C, H, W]."""
-        hidden = unet_pass.resnet(self.resnets[0], hidden)
-        hidden = unet_pass.transformer(self.attentions[0], hidden)
-        return unet_pass.resnet(self.resnets[1], hidden)
+        hidden = state.resnet(self.resnets[0], hidden)
+        hidden = state.transformer(self.attentions[0], hidden)
+        return state.resnet(self.resnets[1], hidden)
 
 
 class UpBlock2D(nn.Module):
     """Resnet blocks on the feature map joined with its skip connections, transformers, then a doubling."""
 
-    def __init__(self, config: UNetConfig, level: Level, *, upsample: bool) -> None:
+    def __init__(self, config: UNetConfig, stage: UNetStage, *, upsample: bool) -> None:
         super().__init__()
-        self.resnets = _resnets(config, level.up)
-        self.attentions = _transformers(config, level, len(level.up) if level.up_attention else 0)
-        self.upsamplers = nn.ModuleList([Upsample2D(level.channels)] if upsample else [])
+        self.resnets = _resnets(config, stage.up)
+        self.attentions = _transformers(config, stage, len(stage.up) if stage.up_attention else 0)
+        self.upsamplers = nn.ModuleList([Upsample2D(stage.channels)] if upsample else [])
 
-    def forward(self, hidden: Tensor, unet_pass: UNetPass) -> Tensor:
+    def forward(self, hidden: Tensor, state: ForwardState) -> Tensor:
         """Map [B, C, H, W] to [B, C', 2H, 2W] (or H, W without upsampling); consumes skip connections."""
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
-            hidden = unet_pass.resnet(resnet, unet_pass.join(hidden))
+            hidden = state.resnet(resnet, state.join(hidden))
             if transformer is not None:
-                hidden = unet_pass.transformer(transformer, hidden)
+                hidden = state.transformer(transformer, hidden)
         for upsampler in self.upsamplers:
-            hidden = upsampler(hidden, unet_pass.next_size())
+            hidden = upsampler(hidden, state.next_size())
         return hidden
 
 
@@ -145,16 +145,16 @@ def _resnets(config: UNetConfig, channels: Iterable[tuple[int, int]]) -> nn.Modu
     )
 
 
-def _transformers(config: UNetConfig, level: Level, count: int) -> nn.ModuleList:
+def _transformers(config: UNetConfig, stage: UNetStage, count: int) -> nn.ModuleList:
     return nn.ModuleList(
         Transformer2DModel(
-            level.channels,
-            level.heads,
-            level.depth,
+            stage.channels,
+            stage.heads,
+            stage.depth,
             config.cross_attention_dim,
             config.norm_num_groups,
             linear_projection=config.use_linear_projection,
-            only_cross_attention=level.only_cross_attention,
+            only_cross_attention=stage.only_cross_attention,
         )
         for _ in range(count)
     )

@@ -26,7 +26,7 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[float, Field(ge=1, le=1)]
 
 
-class Level(NamedTuple):
+class UNetStage(NamedTuple):
     """One resolution of the UNet: what its down block and its up block are made of.
 
     `down` and `up` hold (channels in, channels out) of each resnet block, in the order of the forward pass.
@@ -130,17 +130,17 @@ class UNetConfig(StageConfig):
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
-    def levels(self) -> tuple[Level, ...]:
+    def stages(self) -> tuple[UNetStage, ...]:
         """The resolutions, highest first."""
         channels, count = self.block_out_channels, len(self.block_out_channels)
-        layers = _per_level(self.layers_per_block, count)
-        heads = _per_level(self.attention_head_dim, count)
-        depths = _per_level(self.transformer_layers_per_block, count)
-        only_cross = _per_level(self.only_cross_attention, count)
+        layers = _per_stage(self.layers_per_block, count)
+        heads = _per_stage(self.attention_head_dim, count)
+        depths = _per_stage(self.transformer_layers_per_block, count)
+        only_cross = _per_stage(self.only_cross_attention, count)
         down, skips = self._down_resnets(layers)
         up = self._up_resnets(layers, skips)
         return tuple(
-            Level(
+            UNetStage(
                 channels=channels[i],
                 heads=heads[i],
                 depth=depths[i],
@@ -156,10 +156,10 @@ class UNetConfig(StageConfig):
     def _down_resnets(self, layers: Sequence[int]) -> tuple[list[tuple[tuple[int, int], ...]], list[int]]:
         """Channels of the resnet blocks on the way down, and of the skip connections they leave."""
         down, width, skips = [], self.block_out_channels[0], [self.block_out_channels[0]]
-        for level, out in enumerate(self.block_out_channels):
-            down.append(tuple(pairwise((width, *(out,) * layers[level]))))
-            skips += [out] * layers[level]
-            if level < len(layers) - 1:
+        for stage, out in enumerate(self.block_out_channels):
+            down.append(tuple(pairwise((width, *(out,) * layers[stage]))))
+            skips += [out] * layers[stage]
+            if stage < len(layers) - 1:
                 skips.append(out)
             width = out
         return down, skips
@@ -167,11 +167,11 @@ class UNetConfig(StageConfig):
     def _up_resnets(self, layers: Sequence[int], skips: list[int]) -> list[tuple[tuple[int, int], ...]]:
         """Channels of the resnet blocks on the way up, highest resolution first."""
         up, width = [], self.block_out_channels[-1]
-        for level in reversed(range(len(layers))):
+        for stage in reversed(range(len(layers))):
             resnets = []
-            for _ in range(layers[level] + 1):
-                resnets.append((width + skips.pop(), self.block_out_channels[level]))
-                width = self.block_out_channels[level]
+            for _ in range(layers[stage] + 1):
+                resnets.append((width + skips.pop(), self.block_out_channels[stage]))
+                width = self.block_out_channels[stage]
             up.append(tuple(resnets))
         return up[::-1]
 
@@ -179,17 +179,17 @@ class UNetConfig(StageConfig):
     def _fields_agree(self) -> Self:
         self._check_lengths()
         groups = self.norm_num_groups
-        for level in self.levels:
-            if level.channels % groups:
+        for stage in self.stages:
+            if stage.channels % groups:
                 raise ValueError(
-                    f"block_out_channels: {level.channels} is not a multiple of norm_num_groups {groups}"
+                    f"block_out_channels: {stage.channels} is not a multiple of norm_num_groups {groups}"
                 )
-            attends = level.down_attention or level.up_attention
-            if attends and level.channels % level.heads:
+            attends = stage.down_attention or stage.up_attention
+            if attends and stage.channels % stage.heads:
                 raise ValueError(
-                    f"attention_head_dim: {level.heads} heads do not divide the {level.channels} channels"
+                    f"attention_head_dim: {stage.heads} heads do not divide the {stage.channels} channels"
                 )
-        lowest = self.levels[-1]
+        lowest = self.stages[-1]
         if self.mid_block_type and lowest.channels % lowest.heads:
             raise ValueError(
                 f"attention_head_dim: {lowest.heads} heads do not divide the {lowest.channels} channels"
@@ -234,23 +234,23 @@ class UNetConfig(StageConfig):
             )
 
 
-def _per_level(value: T | tuple[T, ...], count: int) -> tuple[T, ...]:
+def _per_stage(value: T | tuple[T, ...], count: int) -> tuple[T, ...]:
     return value if isinstance(value, tuple) else (value,) * count
 
 
 def parameter_count(config: UNetConfig) -> int:
     """Return the exact number of parameters of the UNet, without building it."""
-    channels, lowest = config.block_out_channels, config.levels[-1]
+    channels, lowest = config.block_out_channels, config.stages[-1]
     total = _conv(config.in_channels, channels[0]) + _conv(channels[0], config.out_channels) + 2 * channels[0]
     total += _conditioning_parameters(config)
-    for index, level in enumerate(config.levels):
-        for attention, resnets in ((level.down_attention, level.down), (level.up_attention, level.up)):
+    for index, stage in enumerate(config.stages):
+        for attention, resnets in ((stage.down_attention, stage.down), (stage.up_attention, stage.up)):
             total += sum(_resnet_parameters(config, *pair) for pair in resnets)
             total += (
-                attention * len(resnets) * _transformer_parameters(config, level, level.only_cross_attention)
+                attention * len(resnets) * _transformer_parameters(config, stage, stage.only_cross_attention)
             )
         if index < len(channels) - 1:
-            total += _conv(level.channels, level.channels) + _conv(channels[index + 1], channels[index + 1])
+            total += _conv(stage.channels, stage.channels) + _conv(channels[index + 1], channels[index + 1])
     if config.mid_block_type is not None:
         total += 2 * _resnet_parameters(config, lowest.channels, lowest.channels)
         total += _transformer_parameters(config, lowest, only_cross_attention=False)
@@ -287,12 +287,12 @@ def _resnet_parameters(config: UNetConfig, inputs: int, outputs: int) -> int:
     )
 
 
-def _transformer_parameters(config: UNetConfig, level: Level, only_cross_attention: bool) -> int:
-    width, context = level.channels, config.cross_attention_dim
+def _transformer_parameters(config: UNetConfig, stage: UNetStage, only_cross_attention: bool) -> int:
+    width, context = stage.channels, config.cross_attention_dim
     contexts = (context if only_cross_attention else width, context)
     attentions = sum(width * width + 2 * size * width + _linear(width, width) for size in contexts)
     feed_forward = _linear(width, 8 * width) + _linear(4 * width, width)
-    return 2 * width + 2 * _linear(width, width) + level.depth * (6 * width + attentions + feed_forward)
+    return 2 * width + 2 * _linear(width, width) + stage.depth * (6 * width + attentions + feed_forward)
 
 
 def _linear(inputs: int, outputs: int) -> int:

@@ -27,7 +27,7 @@ from latentgen.checkpoints.folder import CheckpointFolder, load_weights
 from latentgen.errors import AdapterError, InputError
 from latentgen.memory import resident
 from latentgen.models.lora import AdaptedLayer
-from latentgen.models.packing import can_pack, pack_convolutions
+from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
 from latentgen.models.text import CLIPText, CLIPTextConfig
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig

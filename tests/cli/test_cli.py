@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from latentgen import cli
 from latentgen.cli.options import DType, file_and_weight
-from latentgen.diffusion.names import SIGMAS, SOLVER_TABLE
+from latentgen.diffusion.solver_names import SIGMAS, SOLVER_TABLE
 from latentgen.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

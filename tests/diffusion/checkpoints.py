@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from latentgen.diffusion.names import NAMED
 from latentgen.diffusion.schedule import FlowSchedule, NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler
+from latentgen.diffusion.solver_names import NAMED
 from latentgen.diffusion.solvers.table import SOLVERS
 
 DIFFUSION = Scheduler(

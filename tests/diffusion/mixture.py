@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentgen.diffusion.names import SolverName
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler
+from latentgen.diffusion.solver_names import SolverName
 
 WEIGHTS, MEANS, DEVIATIONS = torch.tensor(
     [[0.5, 0.3, 0.2], [-1.0, 0.3, 1.2], [0.3, 0.25, 0.4]], dtype=torch.float64

@@ -6,8 +6,8 @@ import mpmath
 import pytest
 import torch
 
-from latentgen.diffusion.names import SOLVER_TABLE, SolverName
 from latentgen.diffusion.schedule import NoiseLevel
+from latentgen.diffusion.solver_names import SOLVER_TABLE, SolverName
 from latentgen.diffusion.solvers.table import SOLVERS
 from tests.diffusion.mixture import (
     DEVIATIONS,

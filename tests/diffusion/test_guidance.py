@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from latentgen.diffusion.guidance import (
+    CFGPlusPlus,
     ClassifierFree,
+    GuidanceInterval,
     PerpendicularNegative,
-    PlusPlus,
     Rescaled,
     TextAndImage,
-    WithinInterval,
     guided,
     is_guided,
 )
-from latentgen.diffusion.names import SolverName
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
+from latentgen.diffusion.solver_names import SolverName
 from latentgen.errors import InputError
 
 LEVEL = NoiseLevel.from_sigma_ve(2.0, 500.0)
@@ -41,7 +41,7 @@ def test_raw_outputs_are_combined_before_x0(guidance_scale: float) -> None:
 def test_at_scale_1_and_below_there_is_one_output(guidance_scale: float) -> None:
     assert not is_guided(guidance_scale)
     guidance = ClassifierFree(guidance_scale)
-    assert guidance.rows == 1
+    assert guidance.num_branches == 1
     assert torch.equal(
         guided(lambda x, level, rows: (CONDITIONAL,), "sample", guidance)(X, LEVEL), CONDITIONAL
     )
@@ -55,7 +55,7 @@ def test_a_scale_that_is_no_number_is_refused(guidance_scale: float) -> None:
 
 def test_image_and_text_guide_apart() -> None:
     outputs = (UNCONDITIONAL, IMAGE, CONDITIONAL)
-    assert TextAndImage(7.5, 1.5).rows == len(outputs)
+    assert TextAndImage(7.5, 1.5).num_branches == len(outputs)
     expected = UNCONDITIONAL + 7.5 * (CONDITIONAL - IMAGE) + 1.5 * (IMAGE - UNCONDITIONAL)
     torch.testing.assert_close(TextAndImage(7.5, 1.5)(outputs), expected)
     # With scales of 1 nothing but the full condition is left; with equal scales the image alone does not matter.
@@ -104,7 +104,7 @@ def test_a_perpendicular_negative_prompt_is_led_away_from_alone() -> None:
 
 
 def test_outside_of_its_interval_nothing_is_guided_nor_computed() -> None:
-    guidance = WithinInterval(ClassifierFree(7.5), lowest=200.0, highest=800.0)
+    guidance = GuidanceInterval(ClassifierFree(7.5), lowest=200.0, highest=800.0)
     asked = []
 
     def predict(x: torch.Tensor, level: NoiseLevel, rows: int) -> tuple[torch.Tensor, ...]:
@@ -134,7 +134,7 @@ def sample(scheduler: Scheduler, guidance: Any) -> torch.Tensor:
 @pytest.mark.parametrize("solver", ["ddim", "euler", "euler_ancestral", "ddpm"])
 def test_cfg_plus_plus_keeps_the_unconditional_noise(solver: SolverName) -> None:
     scheduler = Scheduler(solver=solver)
-    assert scheduler.keeps_any_noise
+    assert scheduler.supports_cfg_pp
     level, target = scheduler.levels(6)[:2]
     predict = (torch.tanh(X) + 0.1 * UNCONDITIONAL, torch.sin(X) + 0.1 * CONDITIONAL)
     x0 = (X - level.sigma * torch.lerp(*predict, 0.6)) / level.alpha
@@ -142,7 +142,7 @@ def test_cfg_plus_plus_keeps_the_unconditional_noise(solver: SolverName) -> None
     if solver in ("euler_ancestral", "ddpm"):
         fresh = target.sigma / level.sigma * math.sqrt(1 - (level.alpha / target.alpha) ** 2)
     expected = target.alpha * x0 + math.sqrt(target.sigma**2 - fresh**2) * predict[0] + fresh * IMAGE
-    denoiser = guided(lambda x, level, rows: predict, "epsilon", PlusPlus(0.6))
+    denoiser = guided(lambda x, level, rows: predict, "epsilon", CFGPlusPlus(0.6))
     first = next(iter(scheduler.sample(denoiser, X, scheduler.levels(6), lambda: IMAGE)))
     torch.testing.assert_close(first.latents, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(first.x0, x0, rtol=1e-4, atol=1e-4)
@@ -151,10 +151,10 @@ def test_cfg_plus_plus_keeps_the_unconditional_noise(solver: SolverName) -> None
 def test_cfg_plus_plus_at_scale_0_is_no_condition_at_all() -> None:
     scheduler = Scheduler(solver="ddim")
     plain = sample(scheduler, Unconditional())
-    torch.testing.assert_close(sample(scheduler, PlusPlus(0.0)), plain, rtol=1e-4, atol=1e-4)
-    assert (sample(scheduler, PlusPlus(0.6)) - plain).abs().max() > 1e-2
-    assert not Scheduler(solver="dpmpp_2m").keeps_any_noise
-    assert not Scheduler(solver="heun").keeps_any_noise
+    torch.testing.assert_close(sample(scheduler, CFGPlusPlus(0.0)), plain, rtol=1e-4, atol=1e-4)
+    assert (sample(scheduler, CFGPlusPlus(0.6)) - plain).abs().max() > 1e-2
+    assert not Scheduler(solver="dpmpp_2m").supports_cfg_pp
+    assert not Scheduler(solver="heun").supports_cfg_pp
 
 
 class Unconditional:
@@ -162,7 +162,7 @@ class Unconditional:
 
     rows = 2
 
-    def rows_at(self, level: NoiseLevel) -> int:
+    def branches_at(self, level: NoiseLevel) -> int:
         return 2
 
     def __call__(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from latentgen.diffusion.guidance import ClassifierFree, guided
-from latentgen.diffusion.names import SolverName
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
+from latentgen.diffusion.solver_names import SolverName
 from latentgen.diffusion.solvers.step import Evaluation, StepInputs
 from latentgen.diffusion.solvers.table import SOLVERS
 from tests.diffusion.k_diffusion import BrownianNoise, k_diffusion_or_skip

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from latentgen.diffusion.guidance import ClassifierFree, Rescaled, guided
-from latentgen.diffusion.names import SOLVER_TABLE, SolverName
 from latentgen.diffusion.schedule import NoiseLevel
+from latentgen.diffusion.solver_names import SOLVER_TABLE, SolverName
 from tests.diffusion.checkpoints import scheduler_named
 from tests.diffusion.references import SHAPE, network
 

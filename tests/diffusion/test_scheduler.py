@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentgen.diffusion.names import SOLVER_NAMES, SOLVER_TABLE
 from latentgen.diffusion.prediction import PredictionType, add_noise
 from latentgen.diffusion.schedule import CLEAN, FlowSchedule, NoiseLevel, NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler, Step
+from latentgen.diffusion.solver_names import SOLVER_NAMES, SOLVER_TABLE
 from latentgen.diffusion.solvers.table import SOLVERS
 from latentgen.errors import ConfigError, InputError
 from tests.diffusion.checkpoints import DIFFUSION, FLOW, scheduler_named
@@ -90,7 +90,7 @@ def test_the_levels_at_which_the_network_looks_are_known_before(name: str, start
         return denoise(x, level)
 
     list(scheduler.sample(denoiser, torch.ones(SHAPE), levels, NoNoise(), start=start, stop=stop))
-    visited = scheduler.visited(levels, start=start, stop=stop)
+    visited = scheduler.evaluation_levels(levels, start=start, stop=stop)
     assert set(asked) <= set(visited)
     assert len(set(visited)) == len(visited)
     assert (levels[-1] in visited) == (levels[-1] in levels[start:stop])  # DEIS may stand there before

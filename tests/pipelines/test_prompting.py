@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentgen import Conditioning
-from latentgen.diffusion.names import SOLVER_NAMES
+from latentgen.diffusion.solver_names import SOLVER_NAMES
 from latentgen.errors import InputError
 from latentgen.memory import MemoryPolicy
 from latentgen.models.unet import UNet, UNetConstants

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentgen.errors import ConfigError, MemoryBudgetError, OutputError
 from latentgen.models import checkpointing
-from latentgen.models.checkpointing import Checkpointing
+from latentgen.models.activation_checkpointing import Checkpointing
 from latentgen.train import checks, memory
 from latentgen.train.checkpoint import flatten_optimizer, load_latest
 from latentgen.train.checks import check_objective

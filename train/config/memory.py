@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from latentgen.models.checkpointing import Checkpointing
+from latentgen.models.activation_checkpointing import Checkpointing
 from latentgen.models.config import StorageDtype
 from latentgen.train.config.base import Section
 

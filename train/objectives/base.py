@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentgen.errors import ConfigError
-from latentgen.models.checkpointing import Checkpointing
+from latentgen.models.activation_checkpointing import Checkpointing
 from latentgen.models.config import StorageDtype
 from latentgen.pipelines.base import Pipeline
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View

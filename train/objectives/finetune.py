@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latentgen.errors import ConfigError
 from latentgen.files import write_json
 from latentgen.models.config import StorageDtype
-from latentgen.models.frozen import store_frozen
+from latentgen.models.quantized_weights import quantize_frozen
 from latentgen.models.text import Conditioning
 from latentgen.models.unet import AddedConditioning
 from latentgen.pipelines.base import Pipeline
@@ -229,14 +229,14 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         return self.unet(torch.cat([sample, *shown], dim=1), timesteps, text.context, added=added)
 
     def store_base(self, storage: StorageDtype) -> None:
-        """Store what is not trained of the networks in fewer bits; see store_frozen.
+        """Store what is not trained of the networks in fewer bits; see quantize_frozen.
 
         Raises:
             ConfigError: the method saves the whole model.
         """
         super().store_base(storage)
         for network in self.children():
-            store_frozen(network, storage)
+            quantize_frozen(network, storage)
 
     def check_base_storage(self, storage: StorageDtype) -> None:
         """As Objective.check_base_storage."""

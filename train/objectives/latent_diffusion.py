@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from latentgen.diffusion.prediction import add_noise, target
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
+from latentgen.models.activation_checkpointing import Checkpointing, recomputing_contexts
 from latentgen.models.attention import Transformer2DModel
-from latentgen.models.checkpointing import Checkpointing, recomputing_contexts
 from latentgen.models.layers import ResnetBlock2D
 from latentgen.models.pixels import ImageDecoder, ImageEncoder
 from latentgen.models.text import Conditioning, TextEncoder

@@ -39,7 +39,7 @@ def training_scheduler(scheduler: Scheduler, loss: LatentLoss) -> Scheduler:
             )
         return scheduler
     if loss.zero_terminal_snr:
-        if not scheduler.keeps_zero_snr:
+        if not scheduler.stores_zero_snr:
             raise ConfigError(
                 f"task.loss.zero_terminal_snr: no file of task.scheduler, {scheduler.to_config()['_class_name']}, can "
                 "say that the schedule was rescaled; use DDIMScheduler or DDPMScheduler"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from latentgen.diffusion.names import SolverName
 from latentgen.diffusion.schedule import NoiseLevel, Schedule, Spacing
+from latentgen.diffusion.solver_names import SolverName
 from latentgen.diffusion.solvers.multistep import (
     deis_step,
     dpmpp_2m_sde_step,
@@ -55,7 +55,7 @@ class Solver:
     distilled: the timesteps are among those of a distillation, original_inference_steps, whatever the spacing.
     end: the field of the config that may move the end of a run from clean data to the schedule's first level, or
         "first_level" where it always lies there.
-    between: where a step looks on its way from one level to another, besides at these, if it does.
+    midpoint: where a step looks on its way from one level to another, besides at these, if it does.
     lowers_below: in runs of fewer steps than this the order falls to 1 towards the end, unless lower_order_final is
         false.
     lowers_at_clean_end: the last step is of first order where it ends in clean data, or euler_at_final asks for it.
@@ -74,7 +74,7 @@ class Solver:
     scales_start: bool = False
     distilled: bool = False
     end: Literal["set_alpha_to_one", "final_sigmas_type", "first_level"] | None = None
-    between: Callable[[NoiseLevel, NoiseLevel, Schedule], NoiseLevel] | None = None
+    midpoint: Callable[[NoiseLevel, NoiseLevel, Schedule], NoiseLevel] | None = None
     lowers_below: float = 0
     lowers_at_clean_end: bool = False
     clips: bool = False
@@ -120,7 +120,7 @@ SOLVERS: dict[SolverName, Solver] = {
         in_sigma_ve=True,
         whole_timesteps="karras",
         scales_start=True,
-        between=middle_in_log_sigma,
+        midpoint=middle_in_log_sigma,
     ),
     "dpm2_ancestral": Solver(
         dpm2_ancestral_step,
@@ -128,7 +128,7 @@ SOLVERS: dict[SolverName, Solver] = {
         in_sigma_ve=True,
         whole_timesteps="karras",
         scales_start=True,
-        between=same_sigma,
+        midpoint=same_sigma,
     ),
     "lms": Solver(
         lms_step,
@@ -192,7 +192,7 @@ SOLVERS: dict[SolverName, Solver] = {
         memory=3,
         whole_timesteps="always",
         end="set_alpha_to_one",
-        between=prk_middle,
+        midpoint=prk_middle,
     ),
     "dpmpp_2s": Solver(
         dpmpp_2s_step,
@@ -212,7 +212,7 @@ SOLVERS: dict[SolverName, Solver] = {
         "linspace",
         in_sigma_ve=True,
         scales_start=True,
-        between=middle_in_log_sigma,
+        midpoint=middle_in_log_sigma,
     ),
     "deis": Solver(
         deis_step,

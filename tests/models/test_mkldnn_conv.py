@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from latentgen.models import packing
-from latentgen.models.packing import PackedConv2d, can_pack, pack_convolutions
+from latentgen.models.mkldnn_conv import PackedConv2d, can_pack, pack_convolutions
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this CPU has no packed convolutions")
 

@@ -5,7 +5,7 @@ from typing import get_args
 import diffusers
 import pytest
 
-from latentgen.diffusion.names import (
+from latentgen.diffusion.solver_names import (
     NAMED,
     SAMPLERS,
     SIGMAS,
@@ -13,8 +13,8 @@ from latentgen.diffusion.names import (
     SOLVER_TABLE,
     Sigmas,
     SolverName,
+    canonical_name,
     name_of_sampler,
-    own_name,
 )
 from latentgen.diffusion.solvers.table import SOLVERS
 from latentgen.errors import InputError
@@ -42,7 +42,7 @@ def test_every_name_leads_to_the_same_scheduler(name: str) -> None:
     sampler, schedule_type = SAMPLERS[name]
     written = f"{sampler} {schedule_type}" if schedule_type else sampler
     for spelling in (name, written, written.upper(), f"  {written.lower()}  ", written.replace(" ", "  ")):
-        assert own_name(spelling) == name
+        assert canonical_name(spelling) == name
     assert name_of_sampler(sampler, schedule_type) == name
     assert name_of_sampler(written) == name
     assert scheduler_named(name).with_solver(written).name == name
@@ -72,7 +72,7 @@ def test_every_name_leads_to_the_same_scheduler(name: str) -> None:
     ],
 )
 def test_what_people_type(name: str, own: str) -> None:
-    assert own_name(name) == own
+    assert canonical_name(name) == own
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_schedule_types_of_recipes(sampler: str, schedule_type: str | None, own:
 )
 def test_unknown_names_propose_the_nearest(name: str, proposal: str) -> None:
     with pytest.raises(InputError) as caught:
-        own_name(name)
+        canonical_name(name)
     assert proposal in str(caught.value)
     assert "`latentgen schedulers`" in str(caught.value)
 
@@ -109,6 +109,6 @@ def test_unknown_names_propose_the_nearest(name: str, proposal: str) -> None:
 @pytest.mark.parametrize("name", ["", "?", "x" * 1_000_000, "\0\n", "Euler\x1b[31m"])
 def test_what_is_no_name_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(InputError, match="is not known") as caught:
-        own_name(name)
+        canonical_name(name)
     assert len(str(caught.value)) < 300
     assert str(caught.value).isprintable()

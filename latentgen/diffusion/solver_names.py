@@ -244,7 +244,7 @@ _SPELLINGS: dict[str, str] = {
 _FOLDED = {_folded(spelling): spelling for spelling in _SPELLINGS}
 
 
-def own_name(name: str) -> str:
+def canonical_name(name: str) -> str:
     """The library's own name of what people call `name`; case and the space around words are forgiven.
 
     Raises InputError for a name that nobody knows, and proposes the nearest.
@@ -266,11 +266,11 @@ def name_of_sampler(sampler: str, schedule_type: str | None = None) -> str:
     """
     folded = _folded(schedule_type or "")
     if folded == "automatic":
-        own = own_name(sampler)
+        own = canonical_name(sampler)
         solver, sigmas = NAMED[own]
         automatic = SOLVER_TABLE[solver].automatic
         return f"{solver}_{automatic}" if automatic and sigmas is None else own
-    return own_name(sampler if folded in ("", "uniform") else f"{sampler} {schedule_type}")
+    return canonical_name(sampler if folded in ("", "uniform") else f"{sampler} {schedule_type}")
 
 
 def listing() -> Iterator[str]:

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 
-from latentgen.diffusion.names import Sigmas, SolverName
 from latentgen.diffusion.schedule import (
     CLEAN,
     FloatArray,
@@ -20,6 +19,7 @@ from latentgen.diffusion.schedule import (
     spaced_timesteps,
 )
 from latentgen.diffusion.sigmas import sigmas_between, spaced_sigmas
+from latentgen.diffusion.solver_names import Sigmas, SolverName
 from latentgen.diffusion.solvers.table import SOLVERS, Solver
 from latentgen.errors import InputError
 from latentgen.files import quote
@@ -45,7 +45,7 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True)
-class NoiseLayout:
+class DiffusionTimesteps:
     """Runs over a NoiseSchedule. `end` is where they end; the other fields are those of the Scheduler."""
 
     schedule: NoiseSchedule
@@ -130,7 +130,7 @@ class NoiseLayout:
 
 
 @dataclass(frozen=True)
-class FlowLayout:
+class FlowTimesteps:
     """Runs over a FlowSchedule, which end in clean data."""
 
     schedule: FlowSchedule

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.models.config import StorageDtype
-from latentgen.models.frozen import FrozenConv2d, FrozenLinear, StoredWeight, store_frozen
+from latentgen.models.quantized_weights import FrozenConv2d, FrozenLinear, QuantizedWeight, quantize_frozen
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 
@@ -50,7 +50,7 @@ def network() -> Network:
 def test_the_error_is_within_its_bound(storage: StorageDtype, shape: tuple[int, ...]):
     weight = weight_of(*shape)
     weight[3] = 0
-    stored = StoredWeight(weight, storage)
+    stored = QuantizedWeight(weight, storage)
     error = (stored.dense(torch.float32) - weight).abs()
     largest = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)
     bound = {
@@ -69,7 +69,7 @@ def test_the_error_is_within_its_bound(storage: StorageDtype, shape: tuple[int, 
 def test_small_channels_are_no_worse_than_large_ones():
     weight = weight_of(16, 4096)
     for storage, most in (("fp8", 0.03), ("int8", 0.012)):
-        error = StoredWeight(weight, storage).dense(torch.float32) - weight
+        error = QuantizedWeight(weight, storage).dense(torch.float32) - weight
         assert (error.norm(dim=1) <= most * weight.norm(dim=1)).all()
 
 
@@ -78,7 +78,7 @@ def test_small_channels_are_no_worse_than_large_ones():
 def test_outputs_and_gradients_are_those_of_torch_with_the_same_weights(
     storage: StorageDtype, autocast: bool, network: Network
 ):
-    store_frozen(network, storage)
+    quantize_frozen(network, storage)
     assert isinstance(network.conv, FrozenConv2d)
     assert isinstance(network.linear, FrozenLinear)
     oracle = Network().requires_grad_(False)
@@ -101,7 +101,7 @@ def test_outputs_and_gradients_are_those_of_torch_with_the_same_weights(
 def test_what_is_trained_normalised_or_looked_up_stays(network: Network):
     network.linear.requires_grad_(True)
     before = dict(network.named_parameters())
-    store_frozen(network, "int8")
+    quantize_frozen(network, "int8")
     assert type(network.linear) is nn.Linear
     for name in ("linear.weight", "linear.bias", "norm.weight", "table.weight", "conv.bias"):
         assert network.get_parameter(name) is before[name]
@@ -109,12 +109,12 @@ def test_what_is_trained_normalised_or_looked_up_stays(network: Network):
 
 
 def test_float32_changes_nothing(network: Network):
-    store_frozen(network, "fp32")
+    quantize_frozen(network, "fp32")
     assert type(network.conv) is nn.Conv2d
 
 
 def test_bytes_survive_a_change_of_the_modules_dtype_and_format(network: Network):
-    store_frozen(network, "fp8")
+    quantize_frozen(network, "fp8")
     before = network.conv.weight
     network.to(torch.bfloat16).to(memory_format=torch.channels_last)
     assert network.conv.stored.bits.dtype == torch.uint8
@@ -125,7 +125,7 @@ def test_bytes_survive_a_change_of_the_modules_dtype_and_format(network: Network
 @pytest.mark.parametrize("storage", STORAGES)
 def test_nothing_is_kept_for_the_backward_pass(storage: StorageDtype, network: Network):
     kept: list[Tensor] = []
-    store_frozen(network, storage)
+    quantize_frozen(network, storage)
     hidden = torch.randn(2, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         network.linear(hidden)
@@ -155,7 +155,7 @@ def test_adapters_of_peft_learn_over_stored_weights(storage: StorageDtype):
         config = LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "conv1"], init_lora_weights=False)
         inject_adapter_in_model(config, unet)
         if unet is stored:
-            store_frozen(unet, storage)
+            quantize_frozen(unet, storage)
         unet.gradient_checkpointing = True
         torch.manual_seed(2)
         output = unet(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 7, 16))

@@ -22,7 +22,7 @@ _FP8 = torch.float8_e4m3fn
 _LARGEST: dict[StorageDtype, float] = {"fp8": torch.finfo(_FP8).max, "int8": 127.0}
 
 
-class StoredWeight(nn.Module):
+class QuantizedWeight(nn.Module):
     """A weight [out, ...] in fewer bits.
 
     bf16 and fp16 are roundings. fp8 (e4m3) and int8 are scaled by the largest magnitude of each output channel m: the
@@ -64,7 +64,7 @@ class FrozenLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_parameter("bias", layer.bias)
-        self.stored = StoredWeight(layer.weight, storage)
+        self.stored = QuantizedWeight(layer.weight, storage)
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -84,7 +84,7 @@ class FrozenConv2d(nn.Conv2d):
         for name in (*nn.Conv2d.__constants__, "transposed"):
             setattr(self, name, vars(layer)[name])
         self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
-        self.stored = StoredWeight(layer.weight, storage)
+        self.stored = QuantizedWeight(layer.weight, storage)
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -96,7 +96,7 @@ class FrozenConv2d(nn.Conv2d):
         return cast(Tensor, _Convolution.apply(_in_compute_dtype(input), self))
 
 
-def store_frozen(module: nn.Module, storage: StorageDtype) -> None:
+def quantize_frozen(module: nn.Module, storage: StorageDtype) -> None:
     """Store the weights of the linear layers and convolutions inside `module` that take no gradients in fewer bits.
 
     They stay nn.Linear and nn.Conv2d, whose `weight` can be read but which a state_dict no longer holds. Norms,
