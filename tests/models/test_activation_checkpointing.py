@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentgen.models import checkpointing
+from latentgen.models import activation_checkpointing as checkpointing
 from latentgen.models.activation_checkpointing import Checkpointing, run_checkpointed
 from latentgen.models.attention import ContextKeyValue, Transformer2DModel
 from latentgen.models.layers import ResnetBlock2D

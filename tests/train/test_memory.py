@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latentgen.errors import ConfigError, MemoryBudgetError, OutputError
-from latentgen.models import checkpointing
+from latentgen.models import activation_checkpointing as checkpointing
 from latentgen.models.activation_checkpointing import Checkpointing
 from latentgen.train import checks, memory
 from latentgen.train.checkpoint import flatten_optimizer, load_latest
