@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from latentgen.errors import (
 )
 
 MAX_JSON_BYTES = 16 * 2**20
+_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _MARKUP = re.compile(rb"\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
 _MAX_PATH_BYTES = 255  # what every common file system takes for a single name
 _REPR = Repr()
@@ -41,7 +43,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         OutputError: the folder cannot be written, the disk is full, or ``path`` is a folder.
     """
     target = Path(path)
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp") if target.name else target
+    temporary = _temporary_name(target)
     try:
         if target.is_dir():
             raise OutputError(f"cannot write {quote(target)}: it is a folder; give the name of a file")
@@ -65,23 +67,31 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """A new folder that appears at ``path`` only when the block ends well; parent folders are made.
 
-    The block fills a folder of a temporary name beside ``path``, which is then renamed. If anything fails,
-    nothing is left.
+    The block fills a folder of a temporary name next to ``path``, which is then renamed. If anything fails,
+    nothing is left, and a folder at ``path`` is intact.
+
+    Args:
+        path: the folder.
+        replace: whether a folder at ``path`` is deleted, with all that is in it, to make room for the new one.
 
     Raises:
         OutputError: ``path`` exists and is not an empty folder, or the folder cannot be written.
     """
     target = Path(path)
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp") if target.name else target
+    temporary = _temporary_name(target)
     try:
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+        if not (replace or is_free):
             raise OutputError(f"cannot write {quote(target)}: it exists; give the name of a new folder")
         temporary.mkdir(parents=True)
         yield temporary
-        if target.is_dir():
+        sync_folder(temporary)
+        if not is_free:
+            remove_folder(target)
+        elif target.is_dir():
             target.rmdir()  # empty; Windows does not rename over it
         temporary.replace(target)
         sync_folder(target.parent)
@@ -89,12 +99,47 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise
     except OSError as error:
         raise OutputError(
-            f"cannot write {quote(target)}: {error.strerror or error}; nothing is left there: free some space "
-            "or choose a folder that can be written"
+            f"cannot write {quote(target)}: {error.strerror or error}; nothing was changed there: free some "
+            "space or choose a folder that can be written"
         ) from error
     finally:
         if temporary != target:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder in one step, by renaming it first; warn if what was renamed cannot be deleted.
+
+    Raises:
+        OutputError: it cannot be renamed; it is intact.
+    """
+    temporary = _temporary_name(folder)
+    try:
+        folder.rename(temporary)
+    except OSError as error:
+        raise OutputError(f"cannot delete {quote(folder)}: {error.strerror or error}") from error
+    _delete(temporary)
+
+
+def delete_temporary(folder: Path) -> None:
+    """Delete the temporary files and folders that killed processes have left in ``folder``."""
+    for path in list(folder.iterdir()):
+        if _TEMPORARY_NAME.fullmatch(path.name):
+            _delete(path)
+
+
+def _temporary_name(target: Path) -> Path:
+    return target.with_name(f".{secrets.token_hex(8)}.tmp") if target.name else target
+
+
+def _delete(path: Path) -> None:
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        warnings.warn(f"{quote(path)} cannot be deleted: {error.strerror or error}", stacklevel=3)
 
 
 def write_json(path: str | Path, data: Mapping[str, object]) -> None:

@@ -10,7 +10,16 @@ import pytest
 
 from latentgen import files
 from latentgen.errors import CheckpointCorruptError, CheckpointNotFoundError, OutputError, UnsafePathError
-from latentgen.files import atomic_folder, atomic_write, quote, read_json, safe_join, write_json
+from latentgen.files import (
+    atomic_folder,
+    atomic_write,
+    delete_temporary,
+    quote,
+    read_json,
+    remove_folder,
+    safe_join,
+    write_json,
+)
 
 
 def test_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -61,14 +70,41 @@ def test_atomic_folder_appears_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("bug"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
-def test_interrupted_folder_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
+@pytest.mark.parametrize("replace", [False, True])
+def test_interrupted_folder_leaves_nothing(tmp_path: Path, failure: BaseException, replace: bool) -> None:
     def write_half() -> None:
-        with atomic_folder(tmp_path / "folder") as folder:
+        with atomic_folder(tmp_path / "folder", replace=replace) as folder:
             (folder / "file").write_bytes(b"half")
             raise failure
 
+    if replace:
+        (tmp_path / "folder" / "old").mkdir(parents=True)
     with pytest.raises(OutputError if isinstance(failure, OSError) else type(failure)):
         write_half()
+    assert os.listdir(tmp_path) == ["folder"] * replace
+    assert not replace or os.listdir(tmp_path / "folder") == ["old"]
+
+
+def test_a_folder_replaces_another(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with atomic_folder(tmp_path / "model", replace=True) as folder:
+            (folder / content).mkdir()
+    assert os.listdir(tmp_path / "model") == ["new"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_that_cannot_be_deleted_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    (tmp_path / "folder" / "content").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", busy)
+        with pytest.warns(UserWarning, match="Device or resource busy"):
+            remove_folder(tmp_path / "folder")
+    (left,) = os.listdir(tmp_path)
+    assert left.endswith(".tmp")
+    delete_temporary(tmp_path)
     assert os.listdir(tmp_path) == []
 
 

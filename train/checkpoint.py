@@ -23,9 +23,8 @@ from torch import Tensor
 
 from latentgen.checkpoints.weights import save_weights
 from latentgen.errors import CheckpointError, OutputError, ResumeError
-from latentgen.files import atomic_folder, quote, read_json, write_json
+from latentgen.files import atomic_folder, quote, read_json, remove_folder, write_json
 from latentgen.train.fsdp import shard_like
-from latentgen.train.run_files import discard
 
 MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -44,7 +43,7 @@ class RunState:
         optimizer: from `flatten_optimizer`.
         scaler: the state of float16's loss scaling, empty without it.
         processes: how many computed it; None if that is not known.
-        window: what the row of the log that is under way holds so far; see RunLog.
+        unfinished_row: the sums of the row of the log that is not written yet; see Metrics.
         data_digest: the digest of the training set; None if that is not known.
     """
 
@@ -55,7 +54,7 @@ class RunState:
     optimizer: Mapping[str, Tensor]
     scaler: Mapping[str, Any]
     processes: int | None = None
-    window: Mapping[str, float] = field(default_factory=dict)
+    unfinished_row: Mapping[str, float] = field(default_factory=dict)
     data_digest: str | None = None
 
 
@@ -116,16 +115,14 @@ def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:
         OutputError: it could not be written, or does not read back; the older ones are intact.
     """
     folder = output_dir / f"checkpoint-{state.step:08d}"
-    if folder.exists():  # one that was passed over
-        discard(folder)
-    with atomic_folder(folder) as written:
+    with atomic_folder(folder, replace=True) as written:  # what it may replace is damaged
         for stem, tensors in (("weights", state.weights), ("ema", state.ema), ("optimizer", state.optimizer)):
             if tensors:
                 save_weights(tensors, written, stem, max_shard_bytes=sys.maxsize)
         optional = {
             "scaler": dict(state.scaler) or None,
             "processes": state.processes,
-            "window": dict(state.window) or None,
+            "window": dict(state.unfinished_row) or None,
             "data_digest": state.data_digest,
         }
         known = {name: value for name, value in optional.items() if value is not None}
@@ -156,7 +153,7 @@ def load_latest(output_dir: Path) -> RunState:
             optimizer=_load(folder / "optimizer.safetensors"),
             scaler=state.get("scaler", {}),
             processes=state.get("processes"),
-            window=state.get("window", {}),
+            unfinished_row=state.get("window", {}),
             data_digest=state.get("data_digest"),
         )
     remedy = (
@@ -183,7 +180,7 @@ def _delete_others(output_dir: Path, newest: int, keep: int) -> None:
     finished = [folder for step, folder in folders if step <= newest and (folder / MANIFEST).is_file()]
     for _, folder in folders:
         if folder not in finished[-keep:]:
-            discard(folder)
+            remove_folder(folder)
 
 
 def _folders(output_dir: Path) -> list[tuple[int, Path]]:

@@ -11,13 +11,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from latentgen.train.checks import check_objective
 from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.data.held_out import open_parts
 from latentgen.train.distributed import build_accelerator, gather
 from latentgen.train.memory import save_memory
 from latentgen.train.objectives.build import build_objective
-from latentgen.train.run_folder import check_same_data, starting_state
+from latentgen.train.preflight import check_objective
+from latentgen.train.run_dir import check_same_data, state_to_resume
 from latentgen.train.trainer import Trainer
 
 _STEPS = 3
@@ -25,7 +25,7 @@ _SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class DryRunReport:
     """What a dry run found.
 
     Attributes:
@@ -88,14 +88,14 @@ class Rehearsal:
         yield f"nothing was written; {config.output_dir} is as it was"
 
 
-def dry_run(config: TrainConfig) -> Rehearsal:
+def dry_run(config: TrainConfig) -> DryRunReport:
     """Open the data, build the objective, and compute a few steps; nothing is written into the run's folder.
 
     Raises:
         LatentgenError: as `latentgen.train.trainer.train`.
     """
     accelerator = build_accelerator(config)
-    state = starting_state(config)
+    state = state_to_resume(config)
     torch.manual_seed(config.seed)
     parts = open_parts(config)
     if state is not None:
@@ -117,7 +117,7 @@ def dry_run(config: TrainConfig) -> Rehearsal:
     if counts_memory:
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     seconds = trainer.try_steps(count=_STEPS, seconds=_SECONDS)
-    return Rehearsal(
+    return DryRunReport(
         config=config,
         step=0 if state is None else state.step,
         trained=trainer.trained_parameters,

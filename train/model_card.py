@@ -27,7 +27,7 @@ from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.config.finetune import TextualInversionMethod
 from latentgen.train.methods.lora import DIFFUSERS_FILE
 from latentgen.train.methods.textual_inversion import EMBEDDING_FILE, SDXL_KEYS
-from latentgen.train.samples import SHEET, latest_sheet
+from latentgen.train.validation import SHEET, latest_sheet
 
 CARD = "README.md"
 # How a run was carried on changes nothing of what was learnt.

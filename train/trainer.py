@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from latentgen.checkpoints.weights import first_five
 from latentgen.errors import NumericalError, ResumeError
+from latentgen.files import atomic_folder
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
-from latentgen.train.checks import check_objective
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchPlan, CaptionedImages, plan_step, sample_rng
 from latentgen.train.data.held_out import open_parts
@@ -32,16 +32,16 @@ from latentgen.train.distributed import (
 )
 from latentgen.train.fsdp import full_tensor, full_tensors, shard_like, unshard_module, wrap_for_sharding
 from latentgen.train.memory import release_freed_memory, save_memory
+from latentgen.train.metrics import NAN_ADVICE, Metrics
 from latentgen.train.model_card import write_card
 from latentgen.train.objectives.base import Loss, Objective, Subset
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.one_by_one import OffloadedGradients
 from latentgen.train.optimizer import build_optimizer
-from latentgen.train.run_files import replaced_folder, sync_log, trim_log
-from latentgen.train.run_folder import check_same_data, run_lock, starting_state
-from latentgen.train.run_log import AFTER_NAN, RunLog
+from latentgen.train.preflight import check_objective
+from latentgen.train.run_dir import check_same_data, run_lock, state_to_resume
 from latentgen.train.signals import StopSignal
-from latentgen.train.watch import Watch
+from latentgen.train.validation import Validator
 
 
 def train(config: TrainConfig) -> Path:
@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> Path:
     accelerator = build_accelerator(config)
     output_dir = config.output_dir
     with run_lock(output_dir, enabled=accelerator.is_main_process), reraise_lost_process():
-        state = starting_state(
+        state = state_to_resume(
             config, processes=accelerator.num_processes, quiet=not accelerator.is_main_process
         )
         check_same_start(accelerator, None if state is None else state.step, output_dir)
@@ -86,12 +86,11 @@ def train(config: TrainConfig) -> Path:
         if state is not None:
             trainer.restore(state)
         if accelerator.is_main_process:
-            trim_log(output_dir, trainer.step)
             if state is None:
                 objective.save_assets(output_dir)
             if (unreached := config.optimizer.unreached(config.max_steps)) is not None:
                 print(f"warning: {unreached}", file=sys.stderr)
-        trainer.log.open(trainer.step)
+        trainer.metrics.start(trainer.step)
         trainer.run()
         trainer.save_model(output_dir / "model", images=len(parts.training))
         accelerator.wait_for_everyone()
@@ -107,7 +106,7 @@ class Trainer:
         trainable: its parameters that require gradients, by name.
         ema: their exponential moving average; empty if the recipe asks for none.
         step: optimiser steps done.
-        log: what is told of them.
+        metrics: their losses, as they are logged.
     """
 
     def __init__(
@@ -147,8 +146,8 @@ class Trainer:
         averaged = self.trainable if config.ema_decay else {}
         average_device = "cpu" if config.memory.ema_device == "cpu" else accelerator.device
         self.ema = {name: p.detach().to(average_device, copy=True) for name, p in averaged.items()}
-        self.log = RunLog(config, accelerator)
-        self._watch = Watch(config, accelerator, objective, self.ema, held_out, self.log)
+        self.metrics = Metrics(config, accelerator)
+        self._validator = Validator(config, accelerator, objective, self.ema, held_out, self.metrics)
 
     def restore(self, state: RunState) -> None:
         """Go on from a checkpoint.
@@ -161,7 +160,7 @@ class Trainer:
         restore_optimizer(self._optimizer, state.optimizer)
         if self.accelerator.scaler is not None and state.scaler:  # there was none before fp16
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
-        self.log.restore(state.window)
+        self.metrics.restore(state.unfinished_row)
         self.step = state.step
 
     def run(self) -> None:
@@ -185,19 +184,19 @@ class Trainer:
             mininterval=1.0 if sys.stderr.isatty() else 30.0,
         )
         with StopSignal() as stop, bar, self._prepared() as prepared:
-            self._watch.begin(self.step)
+            self._validator.start(self.step)
             for step in bar:
-                self.log.add(*self._update(step, prepared))
+                self.metrics.add(*self._update(step, prepared))
                 self.step = step + 1
                 signal = agree_on_signal(self.accelerator, stop.number)
-                if self.log.is_due(self.step):
-                    self.log.write(self.step, config.optimizer.rate_at(step, config.max_steps))
+                if self.metrics.is_row_due(self.step):
+                    self.metrics.write_row(self.step, config.optimizer.rate_at(step, config.max_steps))
                 if signal or self.step == config.max_steps or self.step % config.checkpoint_every == 0:
                     self._save_checkpoint()
                 if signal:
                     raise SystemExit(128 + signal)
-                self._watch.after(self.step)
-                bar.set_postfix(self.log.shown, refresh=False)
+                self._validator.after_step(self.step)
+                bar.set_postfix(self.metrics.progress, refresh=False)
 
     def save_model(self, folder: Path, *, images: int) -> None:
         """Write the finished model, from the moving average if there is one; nothing can be trained afterwards.
@@ -216,7 +215,7 @@ class Trainer:
         ema = full_tensors(self.ema, keep=is_main)
         if is_main:
             weights = {**self.objective.cpu().state_dict(), **ema}
-            with replaced_folder(folder) as written:
+            with atomic_folder(folder, replace=True) as written:
                 self.objective.save(written, weights)
                 write_card(
                     written,
@@ -326,13 +325,14 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         for name, parameter in self.trainable.items():
             if not full_tensor(parameter.isfinite().all()):
-                raise NumericalError(f"{name} is not finite after step {self.step}; {AFTER_NAN}")
-        window, is_main = self.log.window(self.step), self.accelerator.is_main_process
+                raise NumericalError(f"{name} is not finite after step {self.step}; {NAN_ADVICE}")
+        is_main = self.accelerator.is_main_process
+        unfinished_row = self.metrics.unfinished_row(self.step)
         weights = full_tensors({name: p.detach() for name, p in self.trainable.items()}, keep=is_main)
         ema = full_tensors(self.ema, keep=is_main)
         optimizer = full_tensors(flatten_optimizer(self._optimizer), keep=is_main)
         if is_main:
-            sync_log(self.config.output_dir)
+            self.metrics.sync()
             scaler = self.accelerator.scaler
             state = RunState(
                 step=self.step,
@@ -342,7 +342,7 @@ class Trainer:
                 optimizer=optimizer,
                 scaler={} if scaler is None else scaler.state_dict(),
                 processes=self.accelerator.num_processes,
-                window=window,
+                unfinished_row=unfinished_row,
                 data_digest=self._data_digest,
             )
             save_checkpoint(self.config.output_dir, state, keep=self.config.keep_checkpoints)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from latentgen.errors import DatasetError, ResumeError
 from latentgen.image import save_image
-from latentgen.train.dry_run import Rehearsal, _duration, dry_run
+from latentgen.train.dry_run import DryRunReport, _duration, dry_run
 from latentgen.train.objectives import class_images
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
@@ -99,7 +99,7 @@ def test_the_figures_are_those_of_the_run_that_follows(
 def test_of_a_run_that_goes_on_it_tells_the_rest(autoencoder_recipe: MakeRecipe):
     train(autoencoder_recipe("max_steps=2"))
     config = autoencoder_recipe("max_steps=6")
-    with pytest.raises(ResumeError, match="holds a run already"):
+    with pytest.raises(ResumeError, match="already holds a run"):
         dry_run(config)
     before = files_of(config.output_dir)
     found = dry_run(autoencoder_recipe("max_steps=6", "resume=true"))
@@ -130,7 +130,7 @@ def test_durations(seconds: float, text: str):
 
 def test_the_estimate_counts_the_steps_that_are_left(autoencoder_recipe: MakeRecipe):
     config = autoencoder_recipe("max_steps=100", "batch_size=4")
-    found = Rehearsal(
+    found = DryRunReport(
         config=config,
         step=40,
         trained=1,

@@ -17,15 +17,15 @@ from torch import Tensor
 from latentgen.errors import ConfigError, MemoryBudgetError, OutputError
 from latentgen.models import activation_checkpointing as checkpointing
 from latentgen.models.activation_checkpointing import Checkpointing
-from latentgen.train import checks, memory
+from latentgen.train import memory, preflight
 from latentgen.train.checkpoint import flatten_optimizer, load_latest
-from latentgen.train.checks import check_objective
 from latentgen.train.config import TrainConfig
 from latentgen.train.dry_run import dry_run
 from latentgen.train.memory import available_bytes, batch_shapes, estimate_activations, plan_memory
 from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.latent_diffusion import LatentObjective
+from latentgen.train.preflight import check_objective
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe, plan_for
 
@@ -184,7 +184,7 @@ def test_an_accelerator_needs_room_on_its_host(
     objective = build(config)
     elsewhere: Any = SimpleNamespace(device=torch.device("cuda"))
     check_objective(config, elsewhere, None, objective)
-    monkeypatch.setattr(checks, "available_bytes", lambda _: 1000)
+    monkeypatch.setattr(preflight, "available_bytes", lambda _: 1000)
     with pytest.raises(MemoryBudgetError, match="of the host's memory, which has 1e-06 GB; leave it out"):
         check_objective(config, elsewhere, None, objective)
     elsewhere.device = torch.device("mps")

@@ -43,17 +43,13 @@ def test_other_images_or_captions_are_refused(
     forget_accelerate()
     resumed = ("resume=latest", "max_steps=2")
     changes = ("optimizer.learning_rate=0.01", "allow_changes=[optimizer]")
-    with pytest.raises(
-        ResumeError, match=r"not those that .* began with: .* 'allow_changes=\[optimizer, data\]'"
-    ):
+    with pytest.raises(ResumeError, match=r"allow_changes=\[optimizer, data\]"):
         train(autoencoder_recipe(*resumed, *changes))
     forget_accelerate()
-    with pytest.raises(
-        ResumeError, match="the images or captions of data are not those that the run began with"
-    ):
+    with pytest.raises(ResumeError, match="images or captions of data have changed"):
         dry_run(autoencoder_recipe(*resumed))
     forget_accelerate()
-    with pytest.warns(UserWarning, match="from step 1 on the images or captions of data are not those"):
+    with pytest.warns(UserWarning, match="images or captions of data have changed"):
         train(autoencoder_recipe(*resumed, "allow_changes=[data]"))
     forget_accelerate()
     train(autoencoder_recipe("resume=latest", "max_steps=3"))

@@ -131,7 +131,7 @@ def test_a_used_folder_is_refused_before_anything_is_built(
 ):
     train(autoencoder_recipe("max_steps=1"))
     monkeypatch.setattr(trainer, "build_objective", lambda *_, **__: pytest.fail("built"))
-    with pytest.raises(ResumeError, match="holds a run already"):
+    with pytest.raises(ResumeError, match="already holds a run"):
         train(autoencoder_recipe())
 
 

@@ -18,7 +18,6 @@ from latentgen.models.activation_checkpointing import Checkpointing
 from latentgen.models.config import StorageDtype
 from latentgen.pipelines.base import Pipeline
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View
-from latentgen.train.samples import Example
 
 
 class Subset(NamedTuple):
@@ -34,6 +33,15 @@ class Loss(NamedTuple):
     total: Tensor
     parts: Mapping[str, Tensor]
     subsets: Mapping[str, Subset] = {}
+
+
+class Example(NamedTuple):
+    """A validation image: its caption, what the model gets as input, the image itself, and the mask to inpaint."""
+
+    caption: str
+    input: Image.Image
+    target: Image.Image
+    mask: Image.Image | None = None
 
 
 class Objective(nn.Module, ABC):

@@ -25,7 +25,7 @@ from latentgen.pipelines.inpaint import in_latents
 from latentgen.train.config import FinetuneTask, LatentLoss
 from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, sample_rng
 from latentgen.train.methods import build_method
-from latentgen.train.objectives.base import Check, Loss, unchecked
+from latentgen.train.objectives.base import Check, Example, Loss, unchecked
 from latentgen.train.objectives.class_images import ClassImages
 from latentgen.train.objectives.encoded_views import Shown
 from latentgen.train.objectives.latent_diffusion import LatentObjective
@@ -33,7 +33,6 @@ from latentgen.train.objectives.masks import random_mask
 from latentgen.train.objectives.origin import Origin, check_data, load_origin, own_memory
 from latentgen.train.objectives.view_encoder import image_before
 from latentgen.train.objectives.view_source import ViewSource
-from latentgen.train.samples import Example
 
 # What is not shown: to the encoder as near to 0 as 8 bits come.
 _GREY = (127, 127, 127)

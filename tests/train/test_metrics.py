@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentgen.errors import ConfigError, NumericalError
+from latentgen.errors import ConfigError, NumericalError, OutputError
 from latentgen.train.checkpoint import load_latest
 from latentgen.train.config import TrainConfig
 from latentgen.train.distributed import build_accelerator
+from latentgen.train.metrics import LOG, Metrics, trim_log
 from latentgen.train.objectives.base import Subset
-from latentgen.train.run_log import RunLog
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe, events_of, rows_of, scalars_of
 
 
-def make_log(config: TrainConfig) -> RunLog:
+def make_metrics(config: TrainConfig) -> Metrics:
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    return RunLog(config, build_accelerator(config))
+    return Metrics(config, build_accelerator(config))
 
 
 def test_a_row_is_the_mean_over_its_steps(autoencoder_recipe: MakeRecipe, tmp_path: Path):
@@ -100,12 +100,12 @@ def test_a_stop_within_a_row_leaves_no_trace(
 
 def test_a_step_without_a_norm_is_left_out_of_its_mean(autoencoder_recipe: MakeRecipe):
     config = autoencoder_recipe()
-    log = make_log(config)
+    metrics = make_metrics(config)
     for norm in (2.0, math.inf, 4.0):
-        log.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(norm)})
-    log.write(3, 0.1)
-    log.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(math.nan)})
-    log.write(4, 0.1)
+        metrics.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(norm)})
+    metrics.write_row(3, 0.1)
+    metrics.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(math.nan)})
+    metrics.write_row(4, 0.1)
     assert rows_of(config) == [
         {"step": 3, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 3.0},
         {"step": 4, "loss": 1.0, "learning_rate": 0.1},
@@ -144,26 +144,59 @@ def test_steps_without_a_noisy_sample_are_left_out_of_the_mean_of_the_noisy_half
 
 def test_a_subset_counts_as_many_times_as_it_has_samples(autoencoder_recipe: MakeRecipe):
     config = autoencoder_recipe()
-    log = make_log(config)
+    metrics = make_metrics(config)
     for total, count in ((6.0, 2.0), (0.0, 0.0), (1.0, 1.0)):
-        log.add({"loss": torch.tensor(1.0)}, {"few": Subset(torch.tensor(total), torch.tensor(count))})
-    resumed = make_log(config)
-    resumed.restore(log.window(3))
-    resumed.write(3, 0.1)
+        metrics.add({"loss": torch.tensor(1.0)}, {"few": Subset(torch.tensor(total), torch.tensor(count))})
+    resumed = make_metrics(config)
+    resumed.restore(metrics.unfinished_row(3))
+    resumed.write_row(3, 0.1)
     resumed.add({"loss": torch.tensor(1.0)}, {"few": Subset(torch.tensor(0.0), torch.tensor(0.0))})
-    resumed.write(4, 0.1)
+    resumed.write_row(4, 0.1)
     assert rows_of(config) == [
         {"step": 3, "loss": 1.0, "few": pytest.approx(7 / 3), "learning_rate": 0.1},
         {"step": 4, "loss": 1.0, "learning_rate": 0.1},
     ]
 
 
+def test_the_gradient_norm_of_an_old_checkpoint_is_continued(autoencoder_recipe: MakeRecipe):
+    config = autoencoder_recipe()
+    metrics = make_metrics(config)
+    metrics.restore({"steps": 2.0, "loss": 3.0, "grad_norm": 4.0, "finite norms": 1.0})
+    metrics.add({"loss": torch.tensor(0.0), "grad_norm": torch.tensor(2.0)})
+    metrics.write_row(3, 0.1)
+    assert rows_of(config) == [{"step": 3, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 3.0}]
+
+
+def test_rows_of_later_steps_and_cut_off_rows_are_dropped(tmp_path: Path):
+    log = tmp_path / LOG
+    rows = [f'{{"step": {step}, "loss": 0.5}}\n' for step in (10, 20, 30, 40)]
+    log.write_bytes("".join(rows).encode() + b'{"step": 2, "lo\xff\x00')
+    for step, kept in ((50, 4), (20, 2), (0, 0)):
+        trim_log(log, step)
+        assert log.read_text("utf-8") == "".join(rows[:kept])
+    trim_log(tmp_path / "new" / LOG, 0)
+
+
+def test_a_log_that_cannot_be_written(autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    metrics = make_metrics(autoencoder_recipe())
+    metrics.sync()  # of no rows
+    metrics.write_validation(1, 0.5, {})
+    metrics.sync()
+    monkeypatch.setattr(Path, "open", full)
+    for write in (metrics.sync, lambda: metrics.write_validation(2, 0.5, {})):
+        with pytest.raises(OutputError, match=r"log\.jsonl.*No space left"):
+            write()
+
+
 def test_one_loss_that_is_not_finite_is_not_averaged_away(autoencoder_recipe: MakeRecipe):
-    log = make_log(autoencoder_recipe())
+    metrics = make_metrics(autoencoder_recipe())
     for loss in (1.0, math.nan, 1.0):
-        log.add({"loss": torch.tensor(loss)})
+        metrics.add({"loss": torch.tensor(loss)})
     with pytest.raises(NumericalError, match="not finite at step 7 or the 2 before it"):
-        log.write(7, 0.1)
+        metrics.write_row(7, 0.1)
 
 
 def test_tensorboard_reads_the_rows_once_after_a_resume(text_to_image_recipe: MakeRecipe):
@@ -199,7 +232,7 @@ def test_tensorboard_reads_the_rows_once_after_a_resume(text_to_image_recipe: Ma
 
 def test_trackers_that_are_not_installed(autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "latentgen.train.run_log.find_spec", lambda name: None if name == "wandb" else find_spec(name)
+        "latentgen.train.distributed.find_spec", lambda name: None if name == "wandb" else find_spec(name)
     )
     config = autoencoder_recipe("trackers=[tensorboard, wandb]")
     with pytest.raises(ConfigError, match="wandb is not installed; run `pip install wandb`"):

@@ -14,7 +14,7 @@ from latentgen.train.data import CaptionedImages, sample_rng
 from latentgen.train.memory import available_bytes, check_memory
 from latentgen.train.objectives.base import Objective
 from latentgen.train.offload import nearest
-from latentgen.train.samples import check_drawing
+from latentgen.train.validation import check_validation_prompts
 
 
 def check_objective(
@@ -44,7 +44,7 @@ def check_objective(
                 "validation_fraction or validation.data, and validation.images"
             )
         with objective.preview({}) as pipeline:
-            check_drawing(pipeline, validation)
+            check_validation_prompts(pipeline, validation)
     check_memory(config, accelerator, objective)
     if config.memory.offload_optimizer:
         _check_offload(config, accelerator.device, objective)

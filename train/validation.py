@@ -1,0 +1,294 @@
+"""Validation during a run: images of fixed prompts or of validation images, and the loss on validation images."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from latentgen import __version__
+from latentgen.diffusion.solver_names import SAMPLERS
+from latentgen.errors import ConfigError
+from latentgen.files import atomic_folder
+from latentgen.image import save_image
+from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.denoising import PipelineStep
+from latentgen.pipelines.inpaint import InpaintPipeline
+from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
+from latentgen.pipelines.paired import PairedImagePipeline
+from latentgen.pipelines.text_to_image import TextToImagePipeline
+from latentgen.pipelines.upscale import UpscalePipeline
+from latentgen.recipe import Recipe
+from latentgen.train.config import TrainConfig, Validation
+from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng
+from latentgen.train.metrics import Metrics
+from latentgen.train.objectives.base import Example, Objective
+from latentgen.train.objectives.standing_in import standing_in
+
+SHEET = "sheet.png"
+_GAP = 4
+
+
+class NamedImage(NamedTuple):
+    """An image, the stem of its file name, and the recipe that generated it, if one did."""
+
+    name: str
+    image: Image.Image
+    recipe: Recipe | None = None
+
+
+class Validator:
+    """The validation of one run. It changes nothing of the training: see `standing_in`.
+
+    It uses the moving average of the weights if there is one, as the finished model does. The main process works, the
+    others wait; all must call the methods.
+
+    Args:
+        config: the recipe.
+        accelerator: where it runs.
+        objective: what is trained.
+        ema: the moving average, by the names of the parameters.
+        data: the images to measure the loss on, if it is measured.
+        metrics: where results go.
+
+    Raises:
+        ConfigError: the task cannot do what the recipe asks for.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        objective: Objective,
+        ema: Mapping[str, Tensor],
+        data: CaptionedImages | None,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._validation = config.validation
+        self._accelerator = accelerator
+        self._objective = objective
+        self._ema = ema
+        self._metrics = metrics
+        self._loss_objective: Objective | None = None
+        self._examples: list[Example] = []
+        if config.validation is None or data is None:
+            return
+        self._loss_objective = objective.over(data, config.validation.seed)
+        if accelerator.is_main_process:
+            for item in range(min(config.validation.images, len(data))):
+                rng = sample_rng(config.validation.seed, "example", item)
+                self._examples.append(objective.example(data.view(item, rng), rng))
+
+    def start(self, step: int) -> None:
+        """Validate before the first step, or what a run that was stopped after `step` has not validated."""
+        if (validation := self._validation) is not None and self._accelerator.is_main_process:
+            has_images = _step_folder(self._config.output_dir, step).is_dir()
+            if self._images_are_due(validation, step) and not has_images:
+                self._make_images(validation, step)
+            if self._loss_is_due(validation, step) and not self._metrics.has_validation(step):
+                self._measure_loss(validation, step)
+        self._accelerator.wait_for_everyone()
+
+    def after_step(self, step: int) -> None:
+        """Validate if the recipe says so after this step."""
+        if (validation := self._validation) is None:
+            return
+        start = time.monotonic()
+        makes_images, measures = self._images_are_due(validation, step), self._loss_is_due(validation, step)
+        if self._accelerator.is_main_process:
+            if makes_images:
+                self._make_images(validation, step)
+            if measures:
+                self._measure_loss(validation, step)
+        if makes_images or measures:
+            self._accelerator.wait_for_everyone()
+            self._metrics.exclude_time(time.monotonic() - start)
+
+    def _images_are_due(self, validation: Validation, step: int) -> bool:
+        due = self._is_due(step, validation.every) if step else validation.at_start
+        return due and bool(validation.prompts or validation.images)
+
+    def _loss_is_due(self, validation: Validation, step: int) -> bool:
+        due = self._is_due(step, validation.loss_every) if step else validation.at_start
+        return due and self._config.measures
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self._config.max_steps
+
+    def _make_images(self, validation: Validation, step: int) -> None:
+        with self._objective.preview(self._ema) as pipeline:
+            rows = [
+                self._prompt_row(pipeline, validation, step, number, prompt)
+                for number, prompt in enumerate(validation.prompts)
+            ]
+            rows += [
+                self._example_row(pipeline, validation, step, number, example)
+                for number, example in enumerate(self._examples)
+            ]
+        save_rows(_step_folder(self._config.output_dir, step), rows)
+        self._metrics.log_images(step, [[named.image for named in row] for row in rows])
+
+    def _prompt_row(
+        self, pipeline: Pipeline, validation: Validation, step: int, number: int, prompt: str
+    ) -> list[NamedImage]:
+        """The images of a prompt, which do not depend on the other prompts."""
+        last = self._run(_prompt_stream(pipeline, validation, prompt))
+        images = zip(cast("list[Image.Image]", last.images()), last.seeds, strict=True)
+        return [
+            NamedImage(
+                f"prompt-{number:02d}-seed-{seed}",
+                image,
+                _recipe(pipeline, validation, step, prompt, image, seed),
+            )
+            for image, seed in images
+        ]
+
+    def _example_row(
+        self, pipeline: Pipeline, validation: Validation, step: int, number: int, example: Example
+    ) -> list[NamedImage]:
+        """What the model gets of a validation image, enlarged to its size, what it makes of it, and the image."""
+        last = self._run(_example_stream(pipeline, validation, example))
+        (output,) = cast("list[Image.Image]", last.images())
+        recipe = _recipe(pipeline, validation, step, example.caption, output, validation.seed)
+        enlarged = example.input.resize(example.target.size, Image.Resampling.NEAREST)
+        return [
+            NamedImage(f"image-{number:02d}-shown", enlarged),
+            NamedImage(f"image-{number:02d}-made", output, recipe),
+            NamedImage(f"image-{number:02d}-true", example.target),
+        ]
+
+    def _run(self, steps: Iterator[PipelineStep]) -> PipelineStep:
+        """The last step. The networks run as in training; the latents are decoded later, in the decoder's dtype."""
+        with self._accelerator.autocast():  # not around the decoder, as many latents overflow in float16
+            (last,) = deque(steps, maxlen=1)
+        return last
+
+    @torch.no_grad()
+    def _measure_loss(self, validation: Validation, step: int) -> None:
+        objective = self._loss_objective
+        if objective is None:
+            return
+        order, config = objective.order, self._config
+        # As many samples at once as in training.
+        at_once = config.batch_size // (config.gradient_accumulation_steps * self._accelerator.num_processes)
+        means: dict[str, float] = {}
+        with standing_in(objective, self._ema), self._accelerator.autocast():
+            for items in order.parts(at_once):
+                plan = BatchPlan(validation.seed, 0, len(order), items, items)
+                loss = objective.held_out_loss(plan, validation.timesteps)
+                for name, value in {"loss": loss.total, **loss.parts}.items():
+                    means[name] = means.get(name, 0.0) + len(items) / len(order) * float(value)
+        self._metrics.write_validation(step, means.pop("loss"), means)
+
+
+def latest_sheet(output_dir: Path) -> Path | None:
+    """The newest sheet of the validation images of a run."""
+    return max((output_dir / "samples").glob(f"step-*/{SHEET}"), default=None)
+
+
+def check_validation_prompts(pipeline: Pipeline, validation: Validation) -> None:
+    """Refuse, before training, prompts that cannot become images.
+
+    Raises:
+        ConfigError: the pipeline is for another use.
+        InputError: a prompt, the size or another argument is wrong.
+    """
+    for prompt in validation.prompts:
+        _prompt_stream(
+            pipeline, validation, prompt
+        )  # which checks its arguments, and computes when it is read
+
+
+def save_rows(folder: Path, rows: Sequence[Sequence[NamedImage]]) -> None:
+    """Write each image with its recipe, and a sheet of all; an existing folder is replaced.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with atomic_folder(folder, replace=True) as target:
+        for row in rows:
+            for named in row:
+                save_image(named.image, target / f"{named.name}.png", named.recipe)
+        save_image(sheet([[named.image for named in row] for row in rows]), target / SHEET)
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """All images on one sheet, row by row; rows of one image each are arranged in a square instead."""
+    if all(len(images) == 1 for images in rows):
+        images = [row[0] for row in rows]
+        columns = math.ceil(math.sqrt(len(images)))
+        rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    width = max(image.width for images in rows for image in images) + _GAP
+    height = max(image.height for images in rows for image in images) + _GAP
+    paper = Image.new("RGB", (max(map(len, rows)) * width - _GAP, len(rows) * height - _GAP), "white")
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            paper.paste(image, (column * width, row * height))
+    return paper
+
+
+def _step_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / "samples" / f"step-{step:08d}"
+
+
+def _prompt_stream(pipeline: Pipeline, validation: Validation, prompt: str) -> Iterator[PipelineStep]:
+    return TextToImagePipeline.from_pipeline(pipeline).stream(
+        prompt,
+        negative_prompt=validation.negative_prompt,
+        height=validation.height,
+        width=validation.width,
+        num_inference_steps=validation.num_inference_steps,
+        guidance_scale=validation.guidance_scale,
+        num_images_per_prompt=validation.images_per_prompt,
+        seed=validation.seed,
+        progress=False,
+    )
+
+
+def _example_stream(pipeline: Pipeline, validation: Validation, example: Example) -> Iterator[PipelineStep]:
+    if isinstance(pipeline, UpscalePipeline):
+        stream = partial(pipeline.stream, image=example.input, noise_level=0)
+    elif isinstance(pipeline, InpaintPipeline) and example.mask is not None:
+        stream = partial(pipeline.stream, image=example.input, mask_image=example.mask)
+    elif isinstance(pipeline, InstructPix2PixPipeline | PairedImagePipeline):
+        stream = partial(pipeline.stream, image=example.input)
+    else:
+        raise ConfigError("validation.images: this task does not take an image as input; remove it")
+    return stream(
+        example.caption,
+        negative_prompt=validation.negative_prompt,
+        num_inference_steps=validation.num_inference_steps,
+        guidance_scale=validation.guidance_scale,
+        seed=validation.seed,
+        progress=False,
+    )
+
+
+def _recipe(
+    pipeline: Pipeline, validation: Validation, step: int, prompt: str, image: Image.Image, seed: int
+) -> Recipe:
+    sampler, schedule_type = SAMPLERS[pipeline.scheduler.name]
+    scale = validation.guidance_scale
+    return Recipe(
+        prompt=prompt,
+        negative_prompt=validation.negative_prompt,
+        steps=validation.num_inference_steps,
+        sampler=sampler,
+        schedule_type=schedule_type,
+        guidance_scale=pipeline.default_guidance_scale if scale is None else scale,
+        seed=seed,
+        width=image.width,
+        height=image.height,
+        version=f"latentgen {__version__}",
+        other=(("Training step", str(step)),),
+    )
