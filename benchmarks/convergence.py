@@ -28,7 +28,7 @@ def main() -> int:
     """Measure, print and draw."""
     arguments = _arguments()
     widths = (8, *(7 for _ in STEP_COUNTS), 5, 12)
-    _print_row(("solver", *map(str, STEP_COUNTS), "slope", "asked"), widths)
+    _print_row(("solver", *map(str, STEP_COUNTS), "slope", "required"), widths)
     _print_row(tuple("-" * width for width in widths), widths)
     missed = []
     lines = {}
@@ -37,8 +37,8 @@ def main() -> int:
         errors = [error(solver, num_steps) for num_steps in STEP_COUNTS]
         shown = slope(errors)
         least, most = SLOPES[order]
-        asked = f"{least} to {most}" if math.isfinite(most) else f"at least {least}"
-        _print_row((solver, *(f"{value:.1e}" for value in errors), f"{shown:.2f}", asked), widths)
+        required = f"{least} to {most}" if math.isfinite(most) else f"at least {least}"
+        _print_row((solver, *(f"{value:.1e}" for value in errors), f"{shown:.2f}", required), widths)
         if not least <= shown <= most:
             missed.append(solver)
         points = list(zip(map(float, STEP_COUNTS), errors, strict=True))
