@@ -1,11 +1,10 @@
-"""The card of a finished model: what it came from, by which recipe, and how to load it. It claims nothing else."""
+"""The model card of a trained model: its base, how it was trained, and code that uses it. It claims nothing else."""
 
 from __future__ import annotations
 
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,167 +14,203 @@ from latentgen import __version__
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, TOKENIZERS
 from latentgen.files import atomic_write, read_json
 from latentgen.pipelines.base import Pipeline
-from latentgen.pipelines.loading import (
-    GUIDANCE_KEY,
-    PIXEL_CLASS,
-    PIXEL_CLASSES,
-    PIXEL_PAIRED_CLASS,
-    PIXEL_UPSCALE_CLASS,
-    usual_guidance_scale,
-)
-from latentgen.train.config import FinetuneTask, TrainConfig
-from latentgen.train.config.finetune import TextualInversionMethod
+from latentgen.pipelines.loading import GUIDANCE_KEY, PIXEL_CLASSES, READS, usual_guidance_scale
+from latentgen.train.config import FinetuneTask, LoRAMethod, TextualInversionMethod, TrainConfig
 from latentgen.train.methods.lora import DIFFUSERS_FILE
 from latentgen.train.methods.textual_inversion import EMBEDDING_FILE, SDXL_KEYS
 from latentgen.train.validation import SHEET, latest_sheet
 
 CARD = "README.md"
-# How a run was carried on changes nothing of what was learnt.
-_UNTOLD = (
+# Fields that do not change what is trained.
+_OMITTED_FIELDS = (
     *("output_dir", "resume", "allow_changes", "checkpoint_every", "keep_checkpoints"),
     *("log_every", "workers", "trackers"),
 )
-_EMBEDDED = "EMBEDDED_DEFAULT"
-# What a checkpoint says that it is -> the pipeline here that draws with it.
-_OURS = {
-    "StableDiffusionPipeline": "TextToImagePipeline",
-    "StableDiffusionXLPipeline": "TextToImagePipeline",
-    "StableDiffusionImg2ImgPipeline": "ImageToImagePipeline",
-    "StableDiffusionXLImg2ImgPipeline": "ImageToImagePipeline",
-    "StableDiffusionInpaintPipeline": "InpaintPipeline",
-    "StableDiffusionXLInpaintPipeline": "InpaintPipeline",
-    "StableDiffusionInstructPix2PixPipeline": "InstructPix2PixPipeline",
-    "StableDiffusionUpscalePipeline": "UpscalePipeline",
-    PIXEL_CLASS: "TextToImagePipeline",
-    PIXEL_PAIRED_CLASS: "PairedImagePipeline",
-    PIXEL_UPSCALE_CLASS: "UpscalePipeline",
-}
-# Those whose models, if they are in latents, diffusers draws with in the same way.
-_THEIRS = ("TextToImagePipeline", "ImageToImagePipeline", "InpaintPipeline", "InstructPix2PixPipeline")
-# Those that are shown images: argument -> example.
-_SHOWN: Mapping[str, Mapping[str, str]] = {
+# Pipelines that take images: argument -> example.
+_IMAGES: Mapping[str, Mapping[str, str]] = {
     "ImageToImagePipeline": {"image": "image.png"},
     "InpaintPipeline": {"image": "image.png", "mask_image": "mask.png"},
     "InstructPix2PixPipeline": {"image": "image.png"},
     "PairedImagePipeline": {"image": "image.png"},
     "UpscalePipeline": {"image": "small.png"},
 }
+# Pipelines whose models in latents run in diffusers, too.
+_SHARED = ("TextToImagePipeline", "ImageToImagePipeline", "InpaintPipeline", "InstructPix2PixPipeline")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
+_TEMPLATE = """\
+---
+{header}---
 
-@dataclass(frozen=True)
-class Kind:
-    """What kind of model a folder holds.
+# {name}
 
-    Attributes:
-        title: for people.
-        tags: for the Hub; the first is its task there, if it has one.
-        ours: code that uses it with this library.
-        theirs: code that uses it with diffusers; "" where its pipelines do not.
-        has_task: whether the first tag is a task.
-    """
+{title}, trained with latentgen {version}.
+
+| | |
+|---|---|
+| Trained from | {base} |
+| Images | {images:,} |
+| Steps | {steps:,}, {batch_size:,} images in each |
+| Trained | {parameters:,} parameters{averaged} |
+| Seed | {seed} |
+
+Only those who trained this model know its license, what it is good for, and what it must not be used for.
+
+{samples}## Use
+
+Run this in the folder of this card, or replace `.` with the path of the folder.
+
+```python
+{code}```
+
+{diffusers}## Recipe
+
+```yaml
+{recipe}```
+"""
+_SAMPLES = "## Samples\n\n![One image of each prompt, in this order]({sheet})\n\n{prompts}\n\n"
+_DIFFUSERS = "With diffusers:\n\n```python\n{code}```\n\n"
+
+_CODE = """\
+{imports}from latentgen import {names}
+
+pipeline = {pipeline}.{loader}({source}){adapter}
+{scheduler}pipeline({call}seed=0).images[0].save("result.png")
+"""
+_DIFFUSERS_CODE = """\
+import torch
+from diffusers import {names}
+{imports}
+pipe = {pipeline}.{loader}({source})
+{adapter}{scheduler}generator = torch.Generator().manual_seed(0)
+pipe({call}generator=generator).images[0].save("result.png")
+"""
+_READ_SCHEDULER = (
+    'scheduler = Scheduler.from_config(json.loads(Path("scheduler/scheduler_config.json").read_text()))\n'
+)
+_AUTOENCODER_CODE = """\
+from latentgen import TextToImagePipeline
+
+# With a model that was trained in its latents:
+# TextToImagePipeline.from_pretrained(MODEL, vae="vae/diffusion_pytorch_model.safetensors")
+"""
+_AUTOENCODER_DIFFUSERS_CODE = """\
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained(".", subfolder="vae")
+"""
+
+
+class _Usage(NamedTuple):
+    """What kind of model a folder holds, and code that uses it; `diffusers_code` is "" where diffusers cannot."""
 
     title: str
     tags: tuple[str, ...]
-    ours: str
-    theirs: str = ""
-    has_task: bool = True
+    code: str
+    diffusers_code: str
+    pipeline_tag: str | None = None
 
 
 def write_card(
-    folder: Path, config: TrainConfig, *, adapts: Pipeline | None, images: int, parameters: int, steps: int
+    folder: Path, config: TrainConfig, *, pipeline: Pipeline | None, images: int, parameters: int, steps: int
 ) -> None:
-    """Write `README.md` into the folder of a finished model, and beside it the newest sheet of validation prompts.
+    """Write `README.md` into the folder of a trained model, and next to it the newest sheet of validation prompts.
 
-    The recipe is part of it, its folders by their last names alone. Of the images only their number is told, and of
-    prompts those of the recipe: what a model was trained and measured on may be private.
+    The recipe is included with the last names of its folders alone, the images with their number alone, and no captions
+    but the prompts of the recipe: what a model was trained and validated on may be private.
 
     Args:
         folder: what an objective has saved.
         config: the recipe.
-        adapts: the pipeline whose model was taught something that is saved without it; None for a whole model.
-        images: how many it learnt from.
-        parameters: how many numbers were learnt.
-        steps: optimiser steps done.
+        pipeline: what an adapter was trained on.
+        images: how many it was trained on.
+        parameters: how many were trained.
+        steps: optimizer steps done.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    kind = _kind(folder, config, adapts)
-    validation = config.validation
-    sheet = latest_sheet(config.output_dir) if validation is not None and validation.prompts else None
+    usage, validation = _usage(folder, config, pipeline), config.validation
+    prompts = validation.prompts if validation is not None else ()
+    sheet = latest_sheet(config.output_dir) if prompts else None
     if sheet is not None:
         with atomic_write(folder / SHEET) as target, sheet.open("rb") as source:
             shutil.copyfileobj(source, target)
-    recipe = _shown(config.model_dump(exclude=set(_UNTOLD)))
-    header = yaml.safe_dump(_header(kind, config), sort_keys=False)
-    sections = [
-        f"---\n{header}---",
-        f"# {config.output_dir.resolve().name}",
-        f"{kind.title}, trained with latentgen {__version__}.",
-        _facts(config, images, parameters, steps),
-        "Its licence, what it is good for, and what it must not be used for, only those who trained it know.",
-        *_samples(config, sheet is not None),
-        "## Use\n\nRun in the folder of this card; elsewhere name the folder in the place of `.`.",
-        f"```python\n{kind.ours}```",
-        *([f"With diffusers:\n\n```python\n{kind.theirs}```"] if kind.theirs else []),
-        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```",
-    ]
+    numbered = (f"{number}. `{' '.join(text.split())}`" for number, text in enumerate(prompts, 1))
+    hub_id = _hub_id(config.init_from)
+    header = {
+        "library_name": "diffusers" if usage.diffusers_code else "latentgen",
+        **({"pipeline_tag": usage.pipeline_tag} if usage.pipeline_tag else {}),
+        "tags": [*usage.tags, "latentgen"],
+        **({"base_model": hub_id} if hub_id else {}),
+    }
+    card = _TEMPLATE.format(
+        header=yaml.safe_dump(header, sort_keys=False),
+        name=config.output_dir.resolve().name,
+        title=usage.title,
+        version=__version__,
+        base=_base_name(config),
+        images=images,
+        steps=steps,
+        batch_size=config.batch_size,
+        parameters=parameters,
+        averaged=", averaged over the steps" if config.ema_decay else "",
+        seed=config.seed,
+        samples="" if sheet is None else _SAMPLES.format(sheet=SHEET, prompts="\n".join(numbered)),
+        code=usage.code,
+        diffusers=_DIFFUSERS.format(code=usage.diffusers_code) if usage.diffusers_code else "",
+        recipe=yaml.safe_dump(_public(config.model_dump(exclude=set(_OMITTED_FIELDS))), sort_keys=False),
+    )
     with atomic_write(folder / CARD) as file:
-        file.write(("\n\n".join(sections) + "\n").encode())
+        file.write(card.encode())
 
 
-def _kind(folder: Path, config: TrainConfig, adapts: Pipeline | None) -> Kind:
-    if adapts is not None:
-        return _adapter(folder, config, adapts)
+def _usage(folder: Path, config: TrainConfig, base: Pipeline | None) -> _Usage:
+    """How to use what is in the folder: a whole model, or an adapter that is attached to `base`."""
+    method = config.task.method if isinstance(config.task, FinetuneTask) else None
+    if base is not None and isinstance(method, TextualInversionMethod):
+        title, tags = "An embedding (textual inversion)", ("textual_inversion",)
+        attach = f'.with_embedding("{EMBEDDING_FILE}")', _load_embedding(base, method.token)
+    elif base is not None and isinstance(method, LoRAMethod):
+        load = f'pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")\n'
+        title, tags, attach = "A LoRA", ("lora",), (f'.with_lora("{DIFFUSERS_FILE}")', load)
+    else:
+        return _model_usage(folder, config)
+    name, scale, scheduler = base.diffusers_class, base.default_guidance_scale, None
+    if (folder / "scheduler").is_dir():
+        scheduler = str(base.scheduler.to_config()["_class_name"])
+    code, diffusers_code = _pipeline_code(
+        config,
+        (type(base).__name__, name),
+        guidance_scale=None if scale == usual_guidance_scale(name) else scale,
+        attach=attach,
+        scheduler=scheduler,
+    )
+    hub_task = _hub_task(type(base).__name__)
+    return _Usage(f"{title} for {_base_name(config)}", (hub_task, *tags), code, diffusers_code, hub_task)
+
+
+def _model_usage(folder: Path, config: TrainConfig) -> _Usage:
     index = read_json(folder / "model_index.json")
     name = str(index["_class_name"])
     if name == "AutoencoderKL":
-        return Kind(
-            "An autoencoder",
-            ("autoencoder",),
-            "from latentgen import TextToImagePipeline\n\n"
-            "# With a model that was trained in its latents:\n"
-            '# TextToImagePipeline.from_pretrained(MODEL, vae="vae/diffusion_pytorch_model.safetensors")\n',
-            'from diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained(".", subfolder="vae")\n',
-            has_task=False,
-        )
-    ours = "PairedImagePipeline" if config.task.kind == "paired" else _OURS[name]
-    use = Use(ours, name, _example_prompt(config), index.get(GUIDANCE_KEY))
-    return Kind(
-        "An upscaler" if ours == "UpscalePipeline" else f"A model of {use.task.replace('-', ' ')}",
-        (use.task,),
-        use.ours(),
-        use.theirs() if ours in _THEIRS and name not in PIXEL_CLASSES else "",
-    )
-
-
-def _adapter(folder: Path, config: TrainConfig, adapts: Pipeline) -> Kind:
-    """What is loaded on top of the model that it was trained from."""
-    name, scale = adapts.diffusers_class, adapts.default_guidance_scale
-    method = config.task.method if isinstance(config.task, FinetuneTask) else None
-    use = Use(
-        type(adapts).__name__,
-        name,
-        _example_prompt(config),
-        None if scale == usual_guidance_scale(name) else scale,
-        source=_Source.of(config),
-        has_scheduler=(folder / "scheduler").is_dir(),
-        scheduler=str(adapts.scheduler.to_config()["_class_name"]),
-    )
-    if isinstance(method, TextualInversionMethod):
-        title, tag = "An embedding (textual inversion)", "textual_inversion"
-        ours, theirs = f'.with_embedding("{EMBEDDING_FILE}")', _load_embedding(adapts, method.token)
+        return _Usage("An autoencoder", ("autoencoder",), _AUTOENCODER_CODE, _AUTOENCODER_DIFFUSERS_CODE)
+    if config.task.kind == "paired":
+        pipeline = "PairedImagePipeline"
+    elif "Img2Img" in name:
+        pipeline = "ImageToImagePipeline"
     else:
-        title, tag = "A LoRA", "lora"
-        ours = f'.with_lora("{DIFFUSERS_FILE}")'
-        theirs = f'pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")\n'
-    return Kind(f"{title} for {_origin(config)}", (use.task, tag), use.ours(ours), use.theirs(theirs))
+        pipeline = next(ours for ours, classes in READS.items() if name in classes)
+    code, diffusers_code = _pipeline_code(config, (pipeline, name), guidance_scale=index.get(GUIDANCE_KEY))
+    hub_task = _hub_task(pipeline)
+    what = "An upscaler" if pipeline == "UpscalePipeline" else f"A model for {hub_task.replace('-', ' ')}"
+    runs_in_diffusers = pipeline in _SHARED and name not in PIXEL_CLASSES
+    return _Usage(what, (hub_task,), code, diffusers_code if runs_in_diffusers else "", hub_task)
 
 
-def _load_embedding(adapts: Pipeline, token: str) -> str:
-    """What diffusers does to use the vectors of a token; of SDXL each text encoder is given its own."""
-    if not adapts.is_sdxl:
+def _load_embedding(base: Pipeline, token: str) -> str:
+    """Code for diffusers, which takes the vectors of each text encoder of SDXL separately."""
+    if not base.is_sdxl:
         return f'pipe.load_textual_inversion("{EMBEDDING_FILE}")\n'
     loads = "".join(
         f'pipe.load_textual_inversion(vectors["{key}"], token={token!r}, text_encoder=pipe.{encoder}, '
@@ -185,130 +220,80 @@ def _load_embedding(adapts: Pipeline, token: str) -> str:
     return f'vectors = load_file("{EMBEDDING_FILE}")\n{loads}'
 
 
-class _Source(NamedTuple):
-    """What `from_pretrained`, or `from_single_file`, is given: code.
+def _pipeline_code(
+    config: TrainConfig,
+    classes: tuple[str, str],
+    *,
+    guidance_scale: object,
+    attach: tuple[str, str] | None = None,
+    scheduler: str | None = None,
+) -> tuple[str, str]:
+    """Code that generates an image, for this library and for diffusers.
 
-    Attributes:
-        place: the first argument; "" for the embedded default model.
-        variant: of the weights.
-        prediction_type: what a single file does not say.
+    Args:
+        config: the recipe.
+        classes: the pipelines, here and in diffusers.
+        guidance_scale: the model's, if it is not the default of diffusers.
+        attach: code that attaches an adapter to the base model of the recipe; None if the folder holds a whole model.
+        scheduler: the class of the scheduler in the folder of an adapter.
     """
-
-    place: str = '"."'
-    variant: str | None = None
-    prediction_type: str | None = None
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> _Source:
-        """What training began with."""
-        base, task = config.init_from, config.task
-        if base is None or base.resolve() == EMBEDDED_DEFAULT:
-            return cls("")
-        place = f'"{_hub_id(base) or f"path/to/{base.name}"}"'
-        return (
-            cls(place, task.variant, task.prediction_type) if isinstance(task, FinetuneTask) else cls(place)
+    task, base = config.task, config.init_from
+    (pipeline, diffusers_class), (code, diffusers_code) = classes, attach or ("", "")
+    source, variant, prediction_type = '"."', None, None
+    if attach is not None and (base is None or base.resolve() == EMBEDDED_DEFAULT):
+        source = ""
+    elif attach is not None and base is not None:
+        source = f'"{_hub_id(base) or f"path/to/{base.name}"}"'
+        if isinstance(task, FinetuneTask):
+            variant, prediction_type = task.variant, task.prediction_type
+    loader = "from_single_file" if source.endswith(('.safetensors"', '.ckpt"')) else "from_pretrained"
+    arguments = [source] * bool(source) + [f'variant="{variant}"'] * bool(variant)
+    prompt, images = repr(_example_prompt(config)), _IMAGES.get(pipeline, {})
+    call = [prompt, *(f'{name}="{file}"' for name, file in images.items())]
+    ours = _CODE.format(
+        imports="import json\nfrom pathlib import Path\n\n" if scheduler else "",
+        names=f"{pipeline}, Scheduler" if scheduler else pipeline,
+        pipeline=pipeline,
+        loader=loader,
+        source=", ".join(arguments + [f'prediction_type="{prediction_type}"'] * bool(prediction_type)),
+        adapter=code,
+        scheduler=_READ_SCHEDULER if scheduler else "",
+        call="".join(f"{argument}, " for argument in call + ["scheduler=scheduler"] * bool(scheduler)),
+    )
+    imports = [
+        *(["from diffusers.utils import load_image"] if images else []),
+        *([] if source else ["from latentgen.checkpoints.folder import EMBEDDED_DEFAULT"]),
+        *(["from safetensors.torch import load_file"] if "load_file(" in diffusers_code else []),
+    ]
+    set_scheduler = ""
+    if scheduler:
+        set_scheduler = f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")\n'
+    elif prediction_type:
+        set_scheduler = (
+            "pipe.scheduler = type(pipe.scheduler).from_config(\n"
+            f'    pipe.scheduler.config, prediction_type="{prediction_type}"\n)\n'
         )
-
-    @property
-    def loader(self) -> str:
-        """The method that reads it."""
-        is_file = self.place.endswith(('.safetensors"', '.ckpt"'))
-        return "from_single_file" if is_file else "from_pretrained"
-
-    def arguments(self, **others: str | None) -> str:
-        """All arguments, with those that one library alone takes."""
-        named = {"variant": self.variant, **others}
-        return ", ".join(
-            [*filter(None, [self.place]), *(f'{key}="{value}"' for key, value in named.items() if value)]
-        )
-
-
-_OWN_FOLDER = _Source()
+    call = [prompt, *(f'{name}=load_image("{file}")' for name, file in images.items())]
+    call += [] if guidance_scale is None else [f"guidance_scale={guidance_scale}"]
+    theirs = _DIFFUSERS_CODE.format(
+        names=", ".join(sorted({diffusers_class, scheduler or diffusers_class})),
+        imports="".join(f"{line}\n" for line in imports),
+        pipeline=diffusers_class,
+        loader=loader,
+        source=", ".join(arguments) or "EMBEDDED_DEFAULT",
+        adapter=diffusers_code,
+        scheduler=set_scheduler,
+        call="".join(f"{argument}, " for argument in call),
+    )
+    return ours, theirs
 
 
-@dataclass(frozen=True)
-class Use:
-    """How a model makes an image: code for both libraries.
-
-    Attributes:
-        pipeline: the class of this library.
-        diffusers_class: that of diffusers.
-        prompt: an example.
-        guidance_scale: that of the model, if it is not the usual one of diffusers.
-        source: what is loaded.
-        has_scheduler: whether the folder of the card says how an adapted model is sampled.
-        scheduler: the class of that scheduler.
-    """
-
-    pipeline: str
-    diffusers_class: str
-    prompt: str
-    guidance_scale: object = None
-    source: _Source = _OWN_FOLDER
-    has_scheduler: bool = False
-    scheduler: str = ""
-
-    @property
-    def task(self) -> str:
-        """That of the Hub."""
-        return "image-to-image" if self._images else "text-to-image"
-
-    def ours(self, adapted: str = "") -> str:
-        """With this library; `adapted` are calls that follow the loading."""
-        imports, names, call = "", self.pipeline, [repr(self.prompt), *self._shown("{}")]
-        if self.has_scheduler:
-            imports, names = "import json\nfrom pathlib import Path\n\n", f"{self.pipeline}, Scheduler"
-            call.append("scheduler=scheduler")
-        read = (
-            'scheduler = Scheduler.from_config(json.loads(Path("scheduler/scheduler_config.json").read_text()))\n'
-            if self.has_scheduler
-            else ""
-        )
-        arguments = self.source.arguments(prediction_type=self.source.prediction_type)
-        return (
-            f"{imports}from latentgen import {names}\n\n"
-            f"pipeline = {self.pipeline}.{self.source.loader}({arguments}){adapted}\n{read}"
-            f'pipeline({", ".join([*call, "seed=0"])}).images[0].save("result.png")\n'
-        )
-
-    def theirs(self, adapt: str = "") -> str:
-        """With diffusers; `adapt` are lines that follow the loading."""
-        names = [self.diffusers_class, *([self.scheduler] if self.has_scheduler else [])]
-        imports = [
-            "import torch",
-            f"from diffusers import {', '.join(sorted(names))}",
-            *(["from diffusers.utils import load_image"] if self._images else []),
-            *([] if self.source.place else [f"from latentgen.checkpoints.folder import {_EMBEDDED}"]),
-            *(["from safetensors.torch import load_file"] if "load_file(" in adapt else []),
-        ]
-        if self.has_scheduler:
-            adapt += f'pipe.scheduler = {self.scheduler}.from_pretrained(".", subfolder="scheduler")\n'
-        elif self.source.prediction_type is not None:
-            adapt += (
-                "pipe.scheduler = type(pipe.scheduler).from_config(\n"
-                f'    pipe.scheduler.config, prediction_type="{self.source.prediction_type}"\n)\n'
-            )
-        scale = [] if self.guidance_scale is None else [f"guidance_scale={self.guidance_scale}"]
-        call = [repr(self.prompt), *self._shown("load_image({})"), *scale, "generator=generator"]
-        return (
-            "\n".join(imports)
-            + f"\n\npipe = {self.diffusers_class}.{self.source.loader}({self.source.arguments() or _EMBEDDED})\n"
-            + f"{adapt}generator = torch.Generator().manual_seed(0)\n"
-            + f'pipe({", ".join(call)}).images[0].save("result.png")\n'
-        )
-
-    @property
-    def _images(self) -> Mapping[str, str]:
-        return _SHOWN.get(self.pipeline, {})
-
-    def _shown(self, form: str) -> list[str]:
-        """The arguments that are images, their files in this form."""
-        quoted = {name: f'"{file}"' for name, file in self._images.items()}
-        return [f"{name}={form.format(file)}" for name, file in quoted.items()]
+def _hub_task(pipeline: str) -> str:
+    return "image-to-image" if pipeline in _IMAGES else "text-to-image"
 
 
 def _example_prompt(config: TrainConfig) -> str:
-    """A prompt of the recipe; that of a new token holds it."""
+    """A prompt of the recipe, with the token that textual inversion has trained."""
     task, validation = config.task, config.validation
     prompts = validation.prompts if validation is not None else ()
     if isinstance(task, FinetuneTask) and isinstance(task.method, TextualInversionMethod):
@@ -317,65 +302,32 @@ def _example_prompt(config: TrainConfig) -> str:
     return prompts[0] if prompts else "a picture"
 
 
-def _header(kind: Kind, config: TrainConfig) -> dict[str, Any]:
-    """What the Hub reads; a base model is named if it is one of the Hub's."""
-    hub_id = _hub_id(config.init_from)
-    return {
-        "library_name": "diffusers" if kind.theirs else "latentgen",
-        **({"pipeline_tag": kind.tags[0]} if kind.has_task else {}),
-        "tags": [*kind.tags, "latentgen"],
-        **({"base_model": hub_id} if hub_id else {}),
-    }
-
-
-def _hub_id(origin: Path | None) -> str | None:
-    """The id on the Hub of the model that training began with, if it has one: "owner/name"."""
-    if origin is None:
+def _hub_id(base: Path | None) -> str | None:
+    """The id of a base model on the Hub, "owner/name", if it has one."""
+    if base is None:
         return None
-    for part in origin.parts:  # a snapshot in the Hub's cache
+    for part in base.parts:  # a snapshot in the Hub's cache
         kind, _, rest = part.partition("--")
         if kind == "models" and rest:
             return rest.replace("--", "/", 1)
-    text = origin.as_posix()
-    return text if _HUB_ID.fullmatch(text) and not origin.exists() else None
+    text = base.as_posix()
+    return text if _HUB_ID.fullmatch(text) and not base.exists() else None
 
 
-def _origin(config: TrainConfig) -> str:
-    """What training began with, in words."""
-    origin = config.init_from
-    is_default = config.task.kind == "finetune" if origin is None else origin.resolve() == EMBEDDED_DEFAULT
+def _base_name(config: TrainConfig) -> str:
+    base = config.init_from
+    is_default = config.task.kind == "finetune" if base is None else base.resolve() == EMBEDDED_DEFAULT
     if is_default:
         return "the default model of latentgen"
-    return "random weights" if origin is None else _hub_id(origin) or origin.name
+    return "random weights" if base is None else _hub_id(base) or base.name
 
 
-def _facts(config: TrainConfig, images: int, parameters: int, steps: int) -> str:
-    rows = {
-        "Trained from": _origin(config),
-        "Images": f"{images:,}",
-        "Steps": f"{steps:,}, {config.batch_size:,} images in each",
-        "Learnt": f"{parameters:,} parameters" + (", averaged over the steps" if config.ema_decay else ""),
-        "Seed": str(config.seed),
-    }
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-
-
-def _samples(config: TrainConfig, has_sheet: bool) -> list[str]:
-    validation = config.validation
-    if validation is None or not has_sheet:
-        return []
-    prompts = "\n".join(
-        f"{number}. `{' '.join(text.split())}`" for number, text in enumerate(validation.prompts, 1)
-    )
-    return [f"## Samples\n\n![One image of each prompt, in their order]({SHEET})\n\n{prompts}"]
-
-
-def _shown(value: Any) -> Any:
-    """A recipe as YAML has it, without where on this machine its folders are."""
+def _public(value: Any) -> Any:
+    """A part of a recipe for YAML, without the paths of this machine."""
     if isinstance(value, Path):
         return value.name
     if isinstance(value, Mapping):
-        return {name: _shown(part) for name, part in value.items()}
+        return {name: _public(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_shown(part) for part in value]
+        return [_public(part) for part in value]
     return value

@@ -220,7 +220,7 @@ class Trainer:
                 write_card(
                     written,
                     self.config,
-                    adapts=self.objective.adapts,
+                    pipeline=self.objective.adapts,
                     images=images,
                     parameters=parameters,
                     steps=self.step,

@@ -122,7 +122,7 @@ def test_it_tells_the_facts_and_neither_captions_nor_folders(
         for file in (model / part).glob("*.safetensors")
         for shape in _shapes(file)
     )
-    assert f"| Learnt | {parameters:,} parameters, averaged over the steps |" in text
+    assert f"| Trained | {parameters:,} parameters, averaged over the steps |" in text
 
 
 def _shapes(file: Path) -> list[tuple[int, ...]]:
@@ -163,7 +163,7 @@ def finetuned(tmp_path: Path, base: Path, method: str, **loss: Any) -> Path:
     folder.mkdir()
     objective.save(folder, objective.state_dict())
     config = TrainConfig.model_validate(fields)
-    write_card(folder, config, adapts=objective.adapts, images=2, parameters=8, steps=1)
+    write_card(folder, config, pipeline=objective.adapts, images=2, parameters=8, steps=1)
     return folder
 
 
@@ -238,12 +238,12 @@ def test_what_was_learnt_on_a_rescaled_schedule_is_sampled_on_it(
     ],
 )
 def test_the_base_of_a_lora_is_named_if_it_is_known(
-    origin: Path | None, base_model: str | None, source: str, autoencoder_recipe: MakeRecipe, tmp_path: Path
+    origin: Path | None, base_model: str | None, source: str, lora_recipe: MakeRecipe, tmp_path: Path
 ):
     file = "pytorch_lora_weights.safetensors"
-    recipe = autoencoder_recipe().model_copy(update={"init_from": origin})
-    adapts = TextToImagePipeline.from_pretrained()
-    write_card(tmp_path, recipe, adapts=adapts, images=20, parameters=8, steps=3)
+    recipe = lora_recipe().model_copy(update={"init_from": origin})
+    pipeline = TextToImagePipeline.from_pretrained()
+    write_card(tmp_path, recipe, pipeline=pipeline, images=20, parameters=8, steps=3)
     header, text = card_of(tmp_path)
     assert header.get("base_model") == base_model
     assert header["tags"] == ["text-to-image", "lora", "latentgen"]
