@@ -1,9 +1,8 @@
-"""Checkpoints of a training run: folders of safetensors that are whole or not there.
+"""Checkpoints of a training run: folders of safetensors, complete or absent.
 
-A checkpoint `checkpoint-00001000/` holds the trainable weights, their moving average, the optimiser's state and
+A checkpoint `checkpoint-00001000/` holds the trainable weights, their moving average, the optimizer's state and
 `state.json`. `manifest.json` is written last and carries the sha256 of every file. The folder appears under its name
-when all of it is on the disk; one without a manifest, or whose files do not match it, was damaged later and is passed
-over.
+when all of it is on the disk; one without a manifest, or whose files do not match it, was damaged later and is skipped.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ _NAME = re.compile(r"checkpoint-(\d{8,})")
 
 @dataclass(frozen=True)
 class RunState:
-    """All that a run needs to go on as if it had never stopped.
+    """All that a run needs to continue as if it had never stopped.
 
     Attributes:
-        step: optimiser steps done.
-        config: the recipe, as JSON has it.
+        step: optimizer steps done.
+        config: the recipe, as JSON.
         weights: the trainable parameters by name.
-        ema: their moving average, empty if the recipe asks for none.
+        ema: their moving average; empty if the recipe has none.
         optimizer: from `flatten_optimizer`.
-        scaler: the state of float16's loss scaling, empty without it.
-        processes: how many computed it; None if that is not known.
+        scaler: the state of float16's loss scaling; empty without it.
+        processes: how many trained together; None if unknown.
         unfinished_row: the sums of the row of the log that is not written yet; see Metrics.
-        data_digest: the digest of the training set; None if that is not known.
+        data_digest: the digest of the training data; None if unknown.
     """
 
     step: int
@@ -59,7 +58,7 @@ class RunState:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as tensors named `<index of the parameter>.<name>`."""
+    """The optimizer's state as tensors named `<index of the parameter>.<name>`."""
     state = optimizer.state_dict()["state"]
     return {
         f"{index}.{name}": torch.as_tensor(value)
@@ -70,14 +69,14 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `flatten_optimizer` took; hyperparameters stay as the optimiser was built."""
+    """Load what `flatten_optimizer` returned; hyperparameters stay as the optimizer was built."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = _SavedState(parameters, tensors)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class _SavedState(Mapping[int, dict[str, Tensor]]):
-    """The state of each parameter, by its number, made when it is asked for: not all may fit into memory at once."""
+    """The state of each parameter, by its index, built on access: not all may fit into memory at once."""
 
     def __init__(self, parameters: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
@@ -88,7 +87,7 @@ class _SavedState(Mapping[int, dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         parameter = self._parameters[index]
-        return {name: _laid_out_like(parameter, tensor) for name, tensor in self._tensors[index].items()}
+        return {name: _to_layout_of(parameter, tensor) for name, tensor in self._tensors[index].items()}
 
     def __contains__(self, index: object) -> bool:
         return index in self._tensors
@@ -100,22 +99,22 @@ class _SavedState(Mapping[int, dict[str, Tensor]]):
         return len(self._tensors)
 
 
-def _laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor that goes on beside a parameter, on its device."""
+def _to_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of optimizer state on the device of its parameter, with its sharding and strides."""
     if tensor.shape != parameter.shape:
         return tensor
-    # Fused kernels walk parameter and state side by side in memory: the state takes the parameter's strides.
+    # Fused kernels read parameter and state in the same memory order.
     return torch.empty_like(parameter, dtype=tensor.dtype).copy_(shard_like(parameter, tensor))
 
 
 def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:
-    """Write a checkpoint and read it back; only then all but the newest `keep` are deleted.
+    """Write a checkpoint and read it back; then delete all but the newest `keep`.
 
     Raises:
-        OutputError: it could not be written, or does not read back; the older ones are intact.
+        OutputError: it cannot be written, or does not read back; the older ones are intact.
     """
     folder = output_dir / f"checkpoint-{state.step:08d}"
-    with atomic_folder(folder, replace=True) as written:  # what it may replace is damaged
+    with atomic_folder(folder, replace=True) as written:  # one of this step would be damaged
         for stem, tensors in (("weights", state.weights), ("ema", state.ema), ("optimizer", state.optimizer)):
             if tensors:
                 save_weights(tensors, written, stem, max_shard_bytes=sys.maxsize)
@@ -128,21 +127,21 @@ def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:
         known = {name: value for name, value in optional.items() if value is not None}
         write_json(written / _STATE, {"step": state.step, "config": dict(state.config), **known})
         write_json(written / MANIFEST, {file.name: _sha256(file) for file in sorted(written.iterdir())})
-        if not _is_whole(written):
-            raise OutputError(f"{quote(folder)} does not read back as it was written: check the disk")
-    _delete_others(output_dir, state.step, keep)
+        if not _is_complete(written):
+            raise OutputError(f"{quote(folder)} does not read back as it was written; check the disk")
+    _delete_old(output_dir, state.step, keep)
     return folder
 
 
 def load_latest(output_dir: Path) -> RunState:
-    """The newest whole checkpoint of a run, on the CPU.
+    """The newest complete checkpoint of a run, on the CPU.
 
     Raises:
         ResumeError: there is none.
     """
     for _, folder in reversed(_folders(output_dir)):
-        if not _is_whole(folder):
-            warnings.warn(f"{quote(folder)} is not whole and is passed over", stacklevel=2)
+        if not _is_complete(folder):
+            warnings.warn(f"{quote(folder)} is damaged and is skipped", stacklevel=2)
             continue
         state: dict[str, Any] = read_json(folder / _STATE)
         return RunState(
@@ -159,11 +158,11 @@ def load_latest(output_dir: Path) -> RunState:
     remedy = (
         "delete them or choose another output_dir" if has_checkpoint(output_dir) else "start without resume"
     )
-    raise ResumeError(f"nothing to resume in {quote(output_dir)}: it holds no whole checkpoint; {remedy}")
+    raise ResumeError(f"nothing to resume in {quote(output_dir)}: it holds no complete checkpoint; {remedy}")
 
 
 def has_checkpoint(output_dir: Path) -> bool:
-    """Whether a run has saved here; what it saved may have been damaged since."""
+    """Whether a run has saved a checkpoint here, even if it is damaged now."""
     return bool(_folders(output_dir))
 
 
@@ -171,10 +170,10 @@ def _load(file: Path) -> dict[str, Tensor]:
     return load_file(file) if file.is_file() else {}
 
 
-def _delete_others(output_dir: Path, newest: int, keep: int) -> None:
-    """Keep the checkpoint of step `newest`, which is whole, and the finished ones before it, `keep` in all.
+def _delete_old(output_dir: Path, newest: int, keep: int) -> None:
+    """Keep the checkpoint of step `newest` and the ones with a manifest before it, `keep` in all.
 
-    What lies beyond `newest` was passed over when the run was resumed, and is not whole.
+    Later ones are damaged: they were skipped when the run was resumed.
     """
     folders = _folders(output_dir)
     finished = [folder for step, folder in folders if step <= newest and (folder / MANIFEST).is_file()]
@@ -184,14 +183,14 @@ def _delete_others(output_dir: Path, newest: int, keep: int) -> None:
 
 
 def _folders(output_dir: Path) -> list[tuple[int, Path]]:
-    """All checkpoints, whole or not, in the order of their steps."""
+    """All checkpoints, damaged ones included, in the order of their steps."""
     if not output_dir.is_dir():
         return []
     names = ((_NAME.fullmatch(folder.name), folder) for folder in output_dir.iterdir())
     return sorted((int(match[1]), folder) for match, folder in names if match)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     try:
         sums = read_json(folder / MANIFEST)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""A run that computes a few steps and keeps nothing: what a recipe would do, and how long it would take."""
+"""A dry run: a few steps, to report what a recipe does and how long it takes; nothing is saved."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _SECONDS = 20.0
 
 @dataclass(frozen=True)
 class DryRunReport:
-    """What a dry run found.
+    """What a dry run has measured.
 
     Attributes:
         config: the recipe.
-        step: from which step the run would go on; 0 for a new one.
-        trained: how many numbers are learnt.
-        parameters: how many there are in all the networks that training computes.
-        images: how many there are to learn from.
-        held_out: how many there are to measure the validation loss on.
-        samples: how many an epoch shows, views of the images that are kept included.
-        processes: how many compute a step together.
-        device: what each computes on.
+        step: the step that the run would resume from; 0 for a new run.
+        trained: how many parameters are trained.
+        parameters: how many all networks of the training have.
+        images: how many images are trained on.
+        held_out: how many images the validation loss is measured on.
+        samples: how many an epoch has, with all cached views of each image.
+        processes: how many train together.
+        device: the device of each process.
         seconds_per_step: the median over a few steps.
-        peak_bytes: memory of the device that they took; None where it is not counted.
+        peak_bytes: peak memory of the device; None where it is not counted.
     """
 
     config: TrainConfig
@@ -55,13 +55,13 @@ class DryRunReport:
     peak_bytes: int | None
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """The report as text."""
         config = self.config
         parts = config.gradient_accumulation_steps
         each = config.batch_size // (parts * self.processes)
         steps = max(0, config.max_steps - self.step)
         yield f"dry run: {config.task.kind} on {self.device}, mixed_precision {config.mixed_precision}"
-        yield f"learnt:   {self.trained:,} of {self.parameters:,} parameters"
+        yield f"trained:  {self.trained:,} of {self.parameters:,} parameters"
         views = f", {self.samples:,} samples with their views" if self.samples != self.images else ""
         held_out = f"; {self.held_out:,} more for the validation loss" if self.held_out else ""
         yield f"images:   {self.images:,}{views}{held_out}"
@@ -70,9 +70,9 @@ class DryRunReport:
             "accumulated parts"
         )
         per_epoch = self.samples / config.batch_size
-        begun = f", of which {self.step:,} are done" if self.step else ""
+        done = f", of which {self.step:,} are done" if self.step else ""
         yield (
-            f"steps:    {config.max_steps:,}{begun}; {per_epoch:,.4g} steps an epoch, "
+            f"steps:    {config.max_steps:,}{done}; {per_epoch:,.4g} steps an epoch, "
             f"{config.max_steps / per_epoch:,.4g} epochs"
         )
         if (unreached := config.optimizer.unreached(config.max_steps)) is not None:
@@ -80,16 +80,16 @@ class DryRunReport:
         if self.peak_bytes is not None:
             yield f"memory:   {self.peak_bytes / 2**30:.1f} GiB on the device at its peak"
         rate = config.batch_size / self.seconds_per_step
-        yield f"a step:   {self.seconds_per_step:.3g} s, {rate:.3g} samples/s"
+        yield f"speed:    {self.seconds_per_step:.3g} s a step, {rate:.3g} samples/s"
         yield (
-            f"to go:    {_duration(steps * self.seconds_per_step)} for {steps:,} steps, beside checkpoints and "
+            f"left:     {_duration(steps * self.seconds_per_step)} for {steps:,} steps, without checkpoints and "
             "validation"
         )
-        yield f"nothing was written; {config.output_dir} is as it was"
+        yield f"nothing was written; {config.output_dir} is unchanged"
 
 
 def dry_run(config: TrainConfig) -> DryRunReport:
-    """Open the data, build the objective, and compute a few steps; nothing is written into the run's folder.
+    """Open the data, build the objective, and train a few steps; nothing is written into the run's folder.
 
     Raises:
         LatentgenError: as `latentgen.train.trainer.train`.
@@ -101,10 +101,10 @@ def dry_run(config: TrainConfig) -> DryRunReport:
     if state is not None:
         check_same_data(state, parts.digest, config, quiet=not accelerator.is_main_process)
     with TemporaryDirectory() as own_scratch:
-        # One folder for all processes, which share the drawing of class images.
+        # One folder for all processes, which generate the class images together.
         scratch = Path(gather([own_scratch])[0])
         objective = build_objective(
-            _rehearsed(config, scratch),
+            _without_outputs(config, scratch),
             device=accelerator.device,
             assets=None if state is None else config.output_dir,
             data=parts.training,
@@ -132,8 +132,8 @@ def dry_run(config: TrainConfig) -> DryRunReport:
     )
 
 
-def _rehearsed(config: TrainConfig, scratch: Path) -> TrainConfig:
-    """The recipe with no more class images than a step shows, which are kept in `scratch`."""
+def _without_outputs(config: TrainConfig, scratch: Path) -> TrainConfig:
+    """The recipe with output in `scratch`, and no more class images than one step needs."""
     task = config.task
     if isinstance(task, FinetuneTask) and task.prior is not None:
         prior = task.prior.model_copy(update={"images": min(task.prior.images, config.batch_size)})
@@ -142,7 +142,7 @@ def _rehearsed(config: TrainConfig, scratch: Path) -> TrainConfig:
 
 
 def _duration(seconds: float) -> str:
-    """In the two largest units."""
+    """A duration in its two largest units, as in "2 h 5 min"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

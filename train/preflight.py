@@ -1,4 +1,4 @@
-"""What is looked at before images are drawn or encoded, which may take hours, rather than after."""
+"""Checks of a recipe before class images are generated or images encoded, which may take hours."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from latentgen.train.validation import check_validation_prompts
 def check_objective(
     config: TrainConfig, accelerator: Accelerator, held_out: CaptionedImages | None, objective: Objective
 ) -> None:
-    """Refuse what a recipe asks of an objective, before images are drawn or encoded.
+    """Refuse what an objective cannot do, before class images are generated or images encoded.
 
     Raises:
-        ConfigError: the objective cannot do what the recipe says.
-        DatasetError: the images to measure on lack what the model is shown.
-        InputError: a validation prompt cannot be drawn as the recipe says.
-        MemoryBudgetError: a step does not fit into the device, or what is offloaded into the host.
+        ConfigError: the objective cannot do what the recipe asks for.
+        DatasetError: the validation images lack what the model takes as input.
+        InputError: a validation prompt, or the size of its image, is wrong.
+        MemoryBudgetError: a step does not fit on the device, or what is offloaded does not fit on the host.
         OutputError: what is offloaded does not fit on the disk.
     """
     validation = config.validation
@@ -35,12 +35,12 @@ def check_objective(
         objective.example(held_out.view(0, rng), rng)
     if validation is not None and validation.images and not objective.remakes:
         raise ConfigError(
-            "validation.images: this model makes no image out of another; leave it out, and give it validation.prompts"
+            "validation.images: this model does not take an image as input; remove it, and set validation.prompts"
         )
     if validation is not None and validation.prompts:
         if objective.remakes:
             raise ConfigError(
-                "validation.prompts: this model draws nothing from a prompt alone; leave them out, give it "
+                "validation.prompts: this model also requires an image; remove them, and set "
                 "validation_fraction or validation.data, and validation.images"
             )
         with objective.preview({}) as pipeline:
@@ -53,8 +53,7 @@ def check_objective(
 def _check_offload(config: TrainConfig, device: torch.device, objective: Objective) -> None:
     if device.type == "mps":
         raise ConfigError(
-            "memory.offload_optimizer: the memory of mps is that of the host, so that nothing would be saved; leave "
-            "it out"
+            "memory.offload_optimizer: mps shares the memory of the host, so nothing would be saved; remove it"
         )
     moments = 2 if config.optimizer.name == "adamw" else 0
     gradients = 0 if config.optimizer.step_in_backward else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,21 +97,21 @@ def empty(file: Path) -> None:
 def test_damaged_ones_are_passed_over(name: str, damage: Callable[[Path], None], tmp_path: Path):
     save_checkpoint(tmp_path, make_state(1), keep=9)
     damage(save_checkpoint(tmp_path, make_state(2), keep=9) / name)
-    with pytest.warns(UserWarning, match="checkpoint-00000002.* is not whole"):
+    with pytest.warns(UserWarning, match="checkpoint-00000002.* is damaged"):
         state = load_latest(tmp_path)
     assert_same(state, make_state(1))
 
 
 def test_a_manifest_that_lists_nothing_proves_nothing(tmp_path: Path):
     (save_checkpoint(tmp_path, make_state(1), keep=1) / MANIFEST).write_text("{}")
-    with pytest.warns(UserWarning, match="not whole"), pytest.raises(ResumeError):
+    with pytest.warns(UserWarning, match="checkpoint-00000001"), pytest.raises(ResumeError):
         load_latest(tmp_path)
 
 
 def test_nothing_to_resume(tmp_path: Path):
     assert not has_checkpoint(tmp_path / "none")
     for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(ResumeError, match="no whole checkpoint"):
+        with pytest.raises(ResumeError, match=re.escape(folder.name)):
             load_latest(folder)
 
 

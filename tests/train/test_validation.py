@@ -237,9 +237,9 @@ def test_held_out_images_without_one_before_the_edit_are_told_before_anything_is
         (
             "inpainting",
             {"prompts": ["x"]},
-            r"validation\.prompts: .* give it validation_fraction or validation\.data",
+            r"validation\.prompts: .* validation_fraction or validation\.data",
         ),
-        ("sd", {"images": 1}, r"validation\.images: .* give it validation\.prompts"),
+        ("sd", {"images": 1}, r"validation\.images: .* validation\.prompts"),
     ],
 )
 def test_what_a_finished_model_cannot_show_is_told_before_anything_is_drawn(
