@@ -54,7 +54,7 @@ def main() -> None:
     emoji = EmojiSet()
     sets = {
         "white ground, centred": [emoji.render(i, GlyphPlacement(58)) for i in range(len(emoji))],
-        "random views": [emoji.view(i, random.Random(f"evaluation/{i}")).image for i in range(len(emoji))],
+        "random views": [emoji.sample(i, random.Random(f"evaluation/{i}")).image for i in range(len(emoji))],
     }
     for name, images in sets.items():
         originals = to_tensor(images)

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEEncoder
-from latentgen.train.data import BatchPlan
+from latentgen.train.data import BatchIndices
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "sd15"
 IMAGE_SIDE = 512
@@ -143,7 +143,7 @@ def count() -> tuple[int, float]:
 
 def prepare_ms(samples: int = 64) -> float:
     """Milliseconds of one core for a sample: a draw from the posterior of its cached latents, and the noise."""
-    plan = BatchPlan(0, 0, samples, tuple(range(samples)), tuple(range(samples)))
+    plan = BatchIndices(0, 0, samples, tuple(range(samples)), tuple(range(samples)))
     means, stds = torch.zeros(samples, *LATENTS).half(), torch.ones(samples, *LATENTS).half()
     begin = time.process_time()
     for _ in range(10):

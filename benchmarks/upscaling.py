@@ -62,7 +62,7 @@ def examples(count: int, image_size: int, scale: int) -> Examples:
     """`count` random views, spread over the held-out emoji."""
     emoji = EmojiSet(image_size=image_size, held_out=HELD_OUT, part="held_out")
     chosen = [place * len(emoji) // count for place in range(count)]
-    views = [emoji.view(index, random.Random(f"evaluation/{index}")) for index in chosen]
+    views = [emoji.sample(index, random.Random(f"evaluation/{index}")) for index in chosen]
     images = [view.image for view in views]
     side = image_size // scale
     low_res = [image.resize((side, side), Image.Resampling.LANCZOS) for image in images]

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from latentgen.errors import ConfigError, LatentgenError, LostProcessError
-from latentgen.train.data import BatchPlan
+from latentgen.train.data import BatchIndices
 from latentgen.train.objectives.base import Objective
 
-PlannedBatch = tuple[BatchPlan, tuple[Tensor, ...]]
+PlannedBatch = tuple[BatchIndices, tuple[Tensor, ...]]
 
 
 @contextmanager
 def load_batches(
-    objective: Objective, plans: Iterable[BatchPlan], *, workers: int, pin_memory: bool
+    objective: Objective, plans: Iterable[BatchIndices], *, workers: int, pin_memory: bool
 ) -> Iterator[Iterator[PlannedBatch]]:
     """Each plan with its batch, on the CPU; the workers end with the block, however it ends.
 
@@ -71,7 +71,7 @@ def load_batches(
 
 
 def _finished_batches(
-    objective: Objective, items: Iterator[tuple[BatchPlan, Any] | LatentgenError]
+    objective: Objective, items: Iterator[tuple[BatchIndices, Any] | LatentgenError]
 ) -> Iterator[PlannedBatch]:
     """The batches from the workers; errors that they send are raised here."""
     while True:
@@ -107,13 +107,13 @@ def _lost_worker(error: Exception) -> LostProcessError:
     )
 
 
-class _DrawnBatches(Dataset[tuple[BatchPlan, Any] | LatentgenError]):
+class _DrawnBatches(Dataset[tuple[BatchIndices, Any] | LatentgenError]):
     """The workers' part of batches, indexed by plan; errors of the library are returned, to be raised unchanged."""
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
 
-    def __getitem__(self, index: Any) -> tuple[BatchPlan, Any] | LatentgenError:
+    def __getitem__(self, index: Any) -> tuple[BatchIndices, Any] | LatentgenError:
         try:
             return index, self._objective.draw(index)
         except LatentgenError as error:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from latentgen.train.config import FinetuneTask, TrainConfig
-from latentgen.train.data.held_out import open_parts
+from latentgen.train.data import open_splits
 from latentgen.train.distributed import build_accelerator, gather
 from latentgen.train.memory import save_memory
 from latentgen.train.objectives.build import build_objective
@@ -97,7 +97,7 @@ def dry_run(config: TrainConfig) -> DryRunReport:
     accelerator = build_accelerator(config)
     state = state_to_resume(config)
     torch.manual_seed(config.seed)
-    parts = open_parts(config)
+    parts = open_splits(config)
     if state is not None:
         check_same_data(state, parts.digest, config, quiet=not accelerator.is_main_process)
     with TemporaryDirectory() as own_scratch:
@@ -108,11 +108,11 @@ def dry_run(config: TrainConfig) -> DryRunReport:
             device=accelerator.device,
             assets=None if state is None else config.output_dir,
             data=parts.training,
-            check=partial(check_objective, config, accelerator, parts.held_out),
+            check=partial(check_objective, config, accelerator, parts.validation),
         )
         accelerator.wait_for_everyone()
     save_memory(config, accelerator, objective)
-    trainer = Trainer(config, accelerator, objective, held_out=parts.held_out)
+    trainer = Trainer(config, accelerator, objective, held_out=parts.validation)
     counts_memory = accelerator.device.type == "cuda"
     if counts_memory:
         torch.cuda.reset_peak_memory_stats(accelerator.device)
@@ -123,7 +123,7 @@ def dry_run(config: TrainConfig) -> DryRunReport:
         trained=trainer.trained_parameters,
         parameters=sum(parameter.numel() for parameter in objective.parameters()),
         images=len(parts.training),
-        held_out=0 if parts.held_out is None else len(parts.held_out),
+        held_out=0 if parts.validation is None else len(parts.validation),
         samples=len(objective.order),
         processes=accelerator.num_processes,
         device=str(accelerator.device),

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from latentgen.errors import MemoryBudgetError
 from latentgen.models.activation_checkpointing import Checkpointing, keeps
 from latentgen.train.config import TrainConfig
-from latentgen.train.data import BatchPlan, plan_step
+from latentgen.train.data import BatchIndices, plan_step
 from latentgen.train.objectives.base import Objective
 from latentgen.train.optimizer import state_bytes
 
@@ -134,7 +134,7 @@ def batch_shapes(config: TrainConfig, accelerator: Accelerator, objective: Objec
 
     The batch may be what does not fit, so that a few of its samples alone are made.
     """
-    plans: list[BatchPlan] = plan_step(
+    plans: list[BatchIndices] = plan_step(
         config.seed,
         0,
         batch_size=config.batch_size,

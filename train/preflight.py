@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from latentgen.errors import ConfigError, MemoryBudgetError, OutputError
 from latentgen.files import quote
 from latentgen.train.config import TrainConfig
-from latentgen.train.data import CaptionedImages, sample_rng
+from latentgen.train.data import CaptionedDataset, sample_rng
 from latentgen.train.memory import available_bytes, check_memory
 from latentgen.train.objectives.base import Objective
 from latentgen.train.offload import nearest
@@ -18,7 +18,7 @@ from latentgen.train.validation import check_validation_prompts
 
 
 def check_objective(
-    config: TrainConfig, accelerator: Accelerator, held_out: CaptionedImages | None, objective: Objective
+    config: TrainConfig, accelerator: Accelerator, held_out: CaptionedDataset | None, objective: Objective
 ) -> None:
     """Refuse what an objective cannot do, before class images are generated or images encoded.
 
@@ -32,7 +32,7 @@ def check_objective(
     validation = config.validation
     if validation is not None and held_out is not None and objective.remakes:
         rng = sample_rng(validation.seed, "example", 0)
-        objective.example(held_out.view(0, rng), rng)
+        objective.example(held_out.sample(0, rng), rng)
     if validation is not None and validation.images and not objective.remakes:
         raise ConfigError(
             "validation.images: this model does not take an image as input; remove it, and set validation.prompts"

@@ -21,8 +21,7 @@ from latentgen.errors import NumericalError, ResumeError
 from latentgen.files import atomic_folder
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
 from latentgen.train.config import TrainConfig
-from latentgen.train.data import BatchPlan, CaptionedImages, plan_step, sample_rng
-from latentgen.train.data.held_out import open_parts
+from latentgen.train.data import BatchIndices, CaptionedDataset, open_splits, plan_step, sample_rng
 from latentgen.train.data_loader import PlannedBatch, load_batches
 from latentgen.train.distributed import (
     agree_on_signal,
@@ -71,7 +70,7 @@ def train(config: TrainConfig) -> Path:
         check_same_start(accelerator, None if state is None else state.step, output_dir)
         torch.manual_seed(config.seed)
         assets = None if state is None else output_dir
-        parts = open_parts(config)
+        parts = open_splits(config)
         if state is not None:
             check_same_data(state, parts.digest, config, quiet=not accelerator.is_main_process)
         objective = build_objective(
@@ -79,10 +78,10 @@ def train(config: TrainConfig) -> Path:
             device=accelerator.device,
             assets=assets,
             data=parts.training,
-            check=partial(check_objective, config, accelerator, parts.held_out),
+            check=partial(check_objective, config, accelerator, parts.validation),
         )
         save_memory(config, accelerator, objective)
-        trainer = Trainer(config, accelerator, objective, held_out=parts.held_out, data_digest=parts.digest)
+        trainer = Trainer(config, accelerator, objective, held_out=parts.validation, data_digest=parts.digest)
         if state is not None:
             trainer.restore(state)
         if accelerator.is_main_process:
@@ -115,7 +114,7 @@ class Trainer:
         accelerator: Accelerator,
         objective: Objective,
         *,
-        held_out: CaptionedImages | None = None,
+        held_out: CaptionedDataset | None = None,
         data_digest: str | None = None,
     ) -> None:
         self._data_digest = data_digest
@@ -235,7 +234,7 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def _plans(self) -> Iterator[BatchPlan]:
+    def _plans(self) -> Iterator[BatchIndices]:
         config = self.config
         for step in range(self.step, config.max_steps):
             yield from plan_step(
@@ -308,7 +307,7 @@ class Trainer:
         norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
         return full_tensor(norm).detach()  # FSDP's is sharded
 
-    def _loss(self, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
+    def _loss(self, plan: BatchIndices, batch: tuple[Tensor, ...]) -> Loss:
         # Not awaited where the batch is pinned.
         batch = tuple(tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)
         # For dropout, which draws from the global generator: after resuming it draws what it would have drawn.

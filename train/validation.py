@@ -29,7 +29,7 @@ from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
 from latentgen.recipe import Recipe
 from latentgen.train.config import TrainConfig, Validation
-from latentgen.train.data import BatchPlan, CaptionedImages, sample_rng
+from latentgen.train.data import BatchIndices, CaptionedDataset, sample_rng
 from latentgen.train.metrics import Metrics
 from latentgen.train.objectives.base import Example, Objective
 from latentgen.train.objectives.standing_in import standing_in
@@ -70,7 +70,7 @@ class Validator:
         accelerator: Accelerator,
         objective: Objective,
         ema: Mapping[str, Tensor],
-        data: CaptionedImages | None,
+        data: CaptionedDataset | None,
         metrics: Metrics,
     ) -> None:
         self._config = config
@@ -87,7 +87,7 @@ class Validator:
         if accelerator.is_main_process:
             for item in range(min(config.validation.images, len(data))):
                 rng = sample_rng(config.validation.seed, "example", item)
-                self._examples.append(objective.example(data.view(item, rng), rng))
+                self._examples.append(objective.example(data.sample(item, rng), rng))
 
     def start(self, step: int) -> None:
         """Validate before the first step, or what a run that was stopped after `step` has not validated."""
@@ -184,7 +184,7 @@ class Validator:
         means: dict[str, float] = {}
         with standing_in(objective, self._ema), self._accelerator.autocast():
             for items in order.parts(at_once):
-                plan = BatchPlan(validation.seed, 0, len(order), items, items)
+                plan = BatchIndices(validation.seed, 0, len(order), items, items)
                 loss = objective.held_out_loss(plan, validation.timesteps)
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     means[name] = means.get(name, 0.0) + len(items) / len(order) * float(value)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from latentgen.train.config import FinetuneTask
-from latentgen.train.data import Captions, View
+from latentgen.train.data import Captions, Sample
 from latentgen.train.objectives.base import Check, unchecked
 from latentgen.train.objectives.finetune import FinetuneObjective
 from latentgen.train.objectives.origin import Origin
@@ -28,7 +28,7 @@ class Pictures:
     """Six pictures of noise, cropped from larger ones, each with what it looked like before an edit."""
 
     image_size = SIZE
-    views_vary = True
+    is_random = True
 
     def __init__(self, captions: tuple[str, ...] = CAPTIONS, *, edited: bool = True) -> None:
         self.captions, self.edited = captions, edited
@@ -36,9 +36,9 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def view(self, index: int, rng: random.Random) -> View:
+    def sample(self, index: int, rng: random.Random) -> Sample:
         corner = (rng.randint(0, 8), index)
-        return View(
+        return Sample(
             _noise(index),
             Captions((self.captions[index],), (1.0,)),
             original_size=(40 + index, 30),
@@ -49,7 +49,7 @@ class Pictures:
     def bucket(self, index: int) -> tuple[int, int]:
         return self.image_size, self.image_size
 
-    def corpus(self) -> list[str]:
+    def captions(self) -> list[str]:
         return list(self.captions)
 
 

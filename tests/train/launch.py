@@ -24,7 +24,7 @@ from torch import Tensor
 
 from latentgen.train import distributed, trainer
 from latentgen.train.__main__ import main as train_command
-from latentgen.train.data import BatchPlan
+from latentgen.train.data import BatchIndices
 from latentgen.train.objectives.base import Loss
 from latentgen.train.trainer import Trainer
 
@@ -91,7 +91,7 @@ def note_order(kind: type[Accelerator]) -> None:
     """Record what this process trains on: step, positions in the global batch and items."""
     original = trainer.Trainer._loss
 
-    def loss(self: Trainer, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
+    def loss(self: Trainer, plan: BatchIndices, batch: tuple[Tensor, ...]) -> Loss:
         assert isinstance(self.accelerator, kind)  # otherwise the weights would silently not be sharded
         with (self.config.output_dir / f"order-{self.accelerator.process_index}.jsonl").open("a") as file:
             file.write(json.dumps([plan.step, plan.samples, plan.items]) + "\n")

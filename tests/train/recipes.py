@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from latentgen.train.config import TrainConfig
-from latentgen.train.data import BatchPlan, plan_step
+from latentgen.train.data import BatchIndices, plan_step
 from latentgen.train.objectives.base import Objective
 
 # Takes overrides as of the command's --set.
@@ -87,7 +87,7 @@ def unwatched(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"validation": None})
 
 
-def plan_for(objective: Objective, step: int = 0, size: int = 8) -> BatchPlan:
+def plan_for(objective: Objective, step: int = 0, size: int = 8) -> BatchIndices:
     """The whole batch of a step, in one process."""
     (plan,) = plan_step(3, step, batch_size=size, order=objective.order, parts=1, rank=0, processes=1)
     return plan

@@ -109,17 +109,33 @@ def test_all_problems_are_listed_at_once(fields: dict[str, Any], tmp_path: Path)
     assert "recipe.yaml" in str(caught.value)
 
 
-def test_fields_must_agree(fields: dict[str, Any], tmp_path: Path):
-    with pytest.raises(ConfigError, match="8 is not a multiple of gradient_accumulation_steps 3"):
-        load(fields, tmp_path, "gradient_accumulation_steps=3")
-    with pytest.raises(ConfigError, match="init_from must name the folder of a trained encoder"):
-        load(fields, tmp_path, "task.train_encoder=false")
-    fields["task"] = {"kind": "text_to_image", "vae": None, "unet": {}, "text_encoder": {}, "scheduler": {}}
-    with pytest.raises(ConfigError, match="init_from must name the folder of a trained text encoder"):
-        load(fields, tmp_path, "task.train_text_encoder=false")
-    with pytest.raises(ConfigError, match="reinit_layers: without init_from every layer begins at random"):
-        load(fields, tmp_path, "task.reinit_layers=[conv_in]")
-    load(fields, tmp_path, "task.train_text_encoder=false", "task.reinit_layers=[conv_in]", "init_from=model")
+NETWORKS = "vae: m, text_encoder: {}, unet: {}, scheduler: {}"
+TEXT_TO_IMAGE_TASK = f"task={{kind: text_to_image, {NETWORKS}}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "fix"),
+    [
+        (("gradient_accumulation_steps=3",), "batch_size", "batch_size=9"),
+        (("task.train_encoder=false",), "task.train_encoder", "init_from=m"),
+        ((TEXT_TO_IMAGE_TASK, "task.train_text_encoder=false"), "task.train_text_encoder", "init_from=m"),
+        ((TEXT_TO_IMAGE_TASK, "task.reinit_layers=[conv_in]"), "task.reinit_layers", "init_from=m"),
+        (
+            (
+                "task={kind: upscale, vae: m, text_encoder: m, unet: {}, scheduler: {}, low_res_scheduler: {}}",
+                "data={kind: kohya, path: img, image_size: 512, buckets: true}",
+            ),
+            "data.buckets",
+            "data.buckets=false",
+        ),
+    ],
+)
+def test_fields_must_agree(
+    overrides: tuple[str, ...], field: str, fix: str, fields: dict[str, Any], tmp_path: Path
+):
+    with pytest.raises(ConfigError, match=rf"cannot be used: {re.escape(field)}: "):
+        load(fields, tmp_path, *overrides)
+    load(fields, tmp_path, *overrides, fix)
 
 
 PAIRED_TASK = "task={kind: paired, vae: m, text_encoder: m, unet: {}, scheduler: {}, degradation: %s}"
@@ -271,7 +287,7 @@ def test_a_rate_for_text_encoders_needs_one_that_learns(
     if learns:
         assert load(fields, tmp_path, rate).optimizer.text_encoder_learning_rate == 5e-6
         return
-    with pytest.raises(ConfigError, match=r"optimizer\.text_encoder_learning_rate: no text encoder learns"):
+    with pytest.raises(ConfigError, match=r"optimizer\.text_encoder_learning_rate: "):
         load(fields, tmp_path, rate)
 
 
@@ -281,15 +297,6 @@ def test_class_images_of_ones_own_have_one_prompt(fields: dict[str, Any], tmp_pa
     with pytest.raises(ConfigError, match=r"task\.finetune\.prior: .*must be one; found 2"):
         load(fields, tmp_path)
     assert load(fields, tmp_path, "task.prior.prompt=dog").task.kind == "finetune"
-
-
-def test_upscaling_learns_from_squares(fields: dict[str, Any], tmp_path: Path):
-    networks = {"vae": "model", "text_encoder": "model", "unet": {}, "scheduler": {}, "low_res_scheduler": {}}
-    fields["task"] = {"kind": "upscale", **networks}
-    fields["data"] = {"kind": "kohya", "path": "img", "image_size": 512}
-    load(fields, tmp_path)
-    with pytest.raises(ConfigError, match=r"set data\.buckets to false"):
-        load(fields, tmp_path, "data.buckets=true")
 
 
 def test_the_sections_of_the_page_on_data_load(fields: dict[str, Any], tmp_path: Path):
@@ -333,38 +340,38 @@ def test_what_is_merged_may_be_replaced(fields: dict[str, Any], tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "mended", "message"),
+    ("overrides", "fixed", "message"),
     [
         (
             ("validation_fraction=0.1",),
             "validation.loss_every=2",
-            "validation_fraction is set but no validation is configured",
+            "validation_fraction: ",
         ),
         (("task.loss.huber_c=0.2",), "task.loss.kind=huber", "huber_c is for kind huber and smooth_l1"),
-        (("memory.ema_device=cpu", "ema_decay=0"), "ema_decay=0.9", "there is no moving average to keep"),
+        (("memory.ema_device=cpu", "ema_decay=0"), "ema_decay=0.9", "memory.ema_device: "),
         (
             ("compile=true", "memory.gradient_checkpointing=selective"),
             "memory.gradient_checkpointing=true",
-            "compile sees by itself what is cheaper",
+            "memory.gradient_checkpointing: ",
         ),
         (
             ("allow_changes=[seed, sede]",),
             "allow_changes=[seed]",
-            "allow_changes: 'sede' is no field of a recipe",
+            "allow_changes: unknown field 'sede'",
         ),
         (
             ("allow_changes=[task.unet.a, data.sed]",),
             "allow_changes=[data]",
-            "allow_changes: 'data.sed' is no field",
+            "allow_changes: unknown field 'data.sed'",
         ),
     ],
 )
 def test_what_would_do_nothing_is_refused(
-    overrides: tuple[str, ...], mended: str, message: str, text_to_image_recipe: MakeRecipe
+    overrides: tuple[str, ...], fixed: str, message: str, text_to_image_recipe: MakeRecipe
 ):
     with pytest.raises(ConfigError, match=re.escape(message)):
         text_to_image_recipe(*overrides)
-    config = text_to_image_recipe(*overrides, mended)
+    config = text_to_image_recipe(*overrides, fixed)
     # Checkpoints hold every field, also those that were not set.
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
 
@@ -393,7 +400,7 @@ def test_the_fields_that_changes_may_be_allowed_of():
         ),
         ("task.method.targets=to_q", "task.finetune.method.lora.targets: it must be a list, as in [to_q]"),
         ("optimizer=adamw", "optimizer: it must be a section, with its fields below it; found 'adamw'"),
-        ("batch_size=3", "cannot be used: batch_size 3 is not a multiple of gradient_accumulation_steps 2"),
+        ("batch_size=3", "cannot be used: batch_size: 3 is not a multiple of gradient_accumulation_steps 2"),
         ("task.guidance_scale=3", "cannot be used: task.finetune: guidance_scale belongs to a whole model"),
         ("task.method=3", "task.finetune.method: it must be a section with a kind, as in {kind: ...}"),
     ],

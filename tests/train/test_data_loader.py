@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentgen.errors import ConfigError, DatasetError, InputError, LostProcessError
 from latentgen.train import data_loader
-from latentgen.train.data import BatchPlan, Order, View, plan_step
+from latentgen.train.data import BatchIndices, BucketSampler, Sample, plan_step
 from latentgen.train.data_loader import load_batches
 from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.build import build_objective
@@ -33,14 +33,14 @@ FRESH = ("task.views_per_image=0",)
 class Counting(Objective):
     """Batches that name the process which made them; `spoilt` is the step at which that fails."""
 
-    order = Order([range(5)])
+    order = BucketSampler([range(5)])
 
     def __init__(self, spoilt: int = -1, *, kill: bool = False) -> None:
         super().__init__()
         self.spoilt = spoilt
         self.kill = kill
 
-    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+    def batch(self, plan: BatchIndices) -> tuple[Tensor, ...]:
         if plan.step == self.spoilt:
             if self.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -54,9 +54,11 @@ class Counting(Objective):
     def save(self, folder: Path, weights: object) -> None: ...
 
 
-def plans(steps: int = STEPS, parts: int = 2) -> Iterator[BatchPlan]:
+def plans(steps: int = STEPS, parts: int = 2) -> Iterator[BatchIndices]:
     for step in range(steps):
-        yield from plan_step(3, step, batch_size=4, order=Order([range(5)]), parts=parts, rank=0, processes=1)
+        yield from plan_step(
+            3, step, batch_size=4, order=BucketSampler([range(5)]), parts=parts, rank=0, processes=1
+        )
 
 
 def is_alive(process: int) -> bool:
@@ -105,7 +107,7 @@ def test_workers_draw_new_views_and_leave_the_autoencoder_to_the_parent(
         encoded.append(os.getpid())
         return encode(self, images)
 
-    def fresh_seen(self: ViewSource, plan: BatchPlan) -> list[View]:
+    def fresh_seen(self: ViewSource, plan: BatchIndices) -> list[Sample]:
         raise InputError(f"drawn by {os.getpid()}")
 
     objective = build_objective(text_to_image_recipe(*FRESH), device=torch.device("cpu"))

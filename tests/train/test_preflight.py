@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentgen.errors import ConfigError, InputError, MemoryBudgetError
 from latentgen.train import memory
-from latentgen.train.data import BatchPlan
+from latentgen.train.data import BatchIndices
 from latentgen.train.memory import batch_shapes, estimate_activations
 from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.build import build_objective
@@ -118,7 +118,7 @@ def test_the_batch_whose_memory_is_estimated_is_not_made(
     made: list[int] = []
     original = type(objective).batch
 
-    def batch(self: Any, plan: BatchPlan) -> tuple[Tensor, ...]:
+    def batch(self: Any, plan: BatchIndices) -> tuple[Tensor, ...]:
         made.append(len(plan.samples))
         return original(self, plan)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from latentgen.train.config import TrainConfig
-from latentgen.train.data import BatchPlan
+from latentgen.train.data import BatchIndices
 from latentgen.train.objectives.base import Loss
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
@@ -51,7 +51,7 @@ class Watch:
     order: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     stop_after: int | None = None
 
-    def see(self, plan: BatchPlan) -> None:
+    def see(self, plan: BatchIndices) -> None:
         self.order.append((plan.step, plan.items))
         if self.stop_after == plan.step + 1:
             signal.raise_signal(signal.SIGTERM)
@@ -63,7 +63,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     watch = Watch()
     original = Trainer._loss
 
-    def loss(self: Trainer, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
+    def loss(self: Trainer, plan: BatchIndices, batch: tuple[Tensor, ...]) -> Loss:
         watch.see(plan)
         return original(self, plan, batch)
 

@@ -21,7 +21,7 @@ from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train import trainer
 from latentgen.train.checkpoint import RunState, load_latest
 from latentgen.train.config import TrainConfig
-from latentgen.train.data import BatchPlan
+from latentgen.train.data import BatchIndices
 from latentgen.train.data_loader import PlannedBatch
 from latentgen.train.objectives.base import Loss
 from latentgen.train.objectives.build import build_objective
@@ -300,7 +300,7 @@ def test_a_signal_ends_the_run_after_the_step(
     config = autoencoder_recipe("checkpoint_every=100")
     original = Trainer._loss
 
-    def loss(self: Trainer, plan: BatchPlan, batch: tuple[Tensor, ...]) -> Loss:
+    def loss(self: Trainer, plan: BatchIndices, batch: tuple[Tensor, ...]) -> Loss:
         if plan.step == 1:
             signal.raise_signal(number)
         return original(self, plan, batch)

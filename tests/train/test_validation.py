@@ -20,8 +20,7 @@ from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.recipe import Recipe
 from latentgen.train.checkpoint import load_latest
 from latentgen.train.config import FolderData, TrainConfig
-from latentgen.train.data import BatchPlan, open_data, sample_rng, to_tensor
-from latentgen.train.data.held_out import open_parts, split
+from latentgen.train.data import BatchIndices, open_data, open_splits, sample_rng, split, to_tensor
 from latentgen.train.objectives.latent_diffusion import middles
 from latentgen.train.objectives.masks import random_mask
 from latentgen.train.trainer import Trainer, train
@@ -181,10 +180,10 @@ def test_finetuned_models_remake_held_out_images(family: str, tmp_path: Path, im
     train(plain)
     model = train(config)
     assert_same_training(config, plain)
-    held_out = open_parts(config).held_out
+    held_out = open_splits(config).validation
     assert held_out is not None
     rng = sample_rng(4, "example", 1)
-    view = held_out.view(1, rng)
+    view = held_out.sample(1, rng)
     caption = view.captions.draw(rng)
     images = {}
     for kind in ("shown", "made", "true"):
@@ -265,7 +264,7 @@ def diffusers_loss(config: TrainConfig, image: Image.Image, caption: str, sample
     assert config.validation is not None
     pipe = StableDiffusionPipeline.from_pretrained(config.output_dir / "model", safety_checker=None)
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    plan = BatchPlan(config.validation.seed, 0, 2, (sample,), (sample,))
+    plan = BatchIndices(config.validation.seed, 0, 2, (sample,), (sample,))
     tokens = pipe.tokenizer(caption, padding="max_length", return_tensors="pt").input_ids
     losses = []
     with torch.no_grad():
@@ -286,10 +285,10 @@ def diffusers_loss(config: TrainConfig, image: Image.Image, caption: str, sample
 def test_the_validation_loss_is_that_of_diffusers(text_to_image_recipe: MakeRecipe):
     config = text_to_image_recipe(*LOSS, "trackers=[tensorboard]")
     train(config)
-    held_out = open_parts(config).held_out
+    held_out = open_splits(config).validation
     assert held_out is not None
     assert len(held_out) == 2
-    views = [held_out.view(item, sample_rng(9, "cached view", item, 0)) for item in range(2)]
+    views = [held_out.sample(item, sample_rng(9, "cached view", item, 0)) for item in range(2)]
     losses = [
         diffusers_loss(config, view.image, view.captions.texts[0], sample)
         for sample, view in enumerate(views)
@@ -323,10 +322,10 @@ def test_data_of_its_own(text_to_image_recipe: MakeRecipe, image_folder: Path, t
     config = text_to_image_recipe(
         f"validation.data={yaml.safe_dump(data, default_flow_style=True).strip()}", "validation.loss_images=2"
     )
-    parts = open_parts(config)
+    parts = open_splits(config)
     assert len(parts.training) == 6
-    assert parts.held_out is not None
-    assert len(parts.held_out) == 2
+    assert parts.validation is not None
+    assert len(parts.validation) == 2
     train(config)
     assert sorted(validation_losses(config)) == [4]
 
@@ -337,23 +336,23 @@ def test_what_is_held_out_is_never_trained_on(
     from latentgen.train.data.folder import ImageFolder
 
     seen: list[int] = []
-    original = ImageFolder.view
+    original = ImageFolder.sample
 
-    def view(self: ImageFolder, index: int, rng: Any) -> Any:
+    def sample(self: ImageFolder, index: int, rng: Any) -> Any:
         seen.append(index)
         return original(self, index, rng)
 
-    monkeypatch.setattr(ImageFolder, "view", view)
+    monkeypatch.setattr(ImageFolder, "sample", sample)
     monkeypatch.setattr(Trainer, "save_model", lambda *_, **__: None)
     monkeypatch.setattr("latentgen.train.trainer.write_card", lambda *_, **__: None)
     train(unwatched(autoencoder_recipe(*LOSS, "max_steps=6")))
     trained = set(seen)
     assert len(trained) == 4
     seen.clear()
-    held_out = open_parts(autoencoder_recipe(*LOSS)).held_out
+    held_out = open_splits(autoencoder_recipe(*LOSS)).validation
     assert held_out is not None
     for item in range(len(held_out)):
-        held_out.view(item, sample_rng(0))
+        held_out.sample(item, sample_rng(0))
     assert set(seen) | trained == set(range(6))
     assert not set(seen) & trained
 
@@ -458,26 +457,26 @@ def test_the_middles_of_the_schedule():
 @pytest.mark.parametrize(
     ("recipe", "overrides", "message"),
     [
-        ("autoencoder_recipe", (PROMPTS,), "autoencoder draws nothing from a prompt alone"),
-        ("paired_recipe", (PROMPTS,), "paired draws nothing from a prompt alone"),
+        ("autoencoder_recipe", (PROMPTS,), "validation.prompts: "),
+        ("paired_recipe", (PROMPTS,), "validation.prompts: "),
         (
             "text_to_image_recipe",
             ("validation.images=2", "validation_fraction=0.2"),
-            "makes no image out of another",
+            "validation.images: ",
         ),
-        ("paired_recipe", ("validation.images=2",), "there are none to show"),
-        ("text_to_image_recipe", ("validation={}",), "validation has nothing to do"),
+        ("paired_recipe", ("validation.images=2",), "validation.images: "),
+        ("text_to_image_recipe", ("validation={}",), "validation: "),
         ("text_to_image_recipe", ('validation.prompts=["a\\0b"]',), "NUL"),
         ("text_to_image_recipe", (PROMPTS, "validation.steps=3"), "validation.steps: Extra inputs"),
         (
             "text_to_image_recipe",
             ("validation.data={kind: emoji, image_size: 64}",),
-            "must be that of data, 16",
+            "validation.data.image_size: ",
         ),
         (
             "text_to_image_recipe",
             ("validation_fraction=0.1", "validation.data={kind: emoji, image_size: 16}"),
-            "keep one of them",
+            "validation.data: ",
         ),
         ("text_to_image_recipe", ("validation_fraction=0.6",), "validation_fraction"),
         ("text_to_image_recipe", ("trackers=[aim]",), "'tensorboard' or 'wandb'"),

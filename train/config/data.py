@@ -25,7 +25,7 @@ class EmojiData(Section):
     held_out: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
-class FramedData(Section):
+class ImageData(Section):
     """How images of any size become views of the sizes that are trained on, and captions what is told of them.
 
     Images are scaled to cover the view and cropped, to the middle or at random, and mirrored half of the time with
@@ -76,7 +76,7 @@ class FramedData(Section):
         return self
 
 
-class FolderData(FramedData):
+class FolderData(ImageData):
     """A folder of images with their captions, and its sub-folders.
 
     ```yaml
@@ -106,7 +106,7 @@ class FolderData(FramedData):
     on_bad_image: Literal["error", "skip"] = "error"
 
 
-class KohyaData(FramedData):
+class KohyaData(ImageData):
     """A folder laid out as for kohya's trainers: sub-folders named `REPEATS_NAME`, such as `10_sks dog`.
 
     ```yaml
@@ -128,7 +128,7 @@ class KohyaData(FramedData):
     on_bad_image: Literal["error", "skip"] = "error"
 
 
-class PackedData(FramedData):
+class ArchiveData(ImageData):
     """What training sets have in common that lie in a few large files.
 
     With `check_images` every sample is read and decoded once before training begins; without it nothing is read ahead,
@@ -174,7 +174,7 @@ ShardNames = Annotated[
 ]
 
 
-class WebDataset(PackedData):
+class WebDataset(ArchiveData):
     """Tar files in the layout of WebDataset: the files of a sample follow each other and differ in their suffix.
 
     ```yaml
@@ -196,7 +196,7 @@ class WebDataset(PackedData):
     index_dir: Path | None = None
 
 
-class HuggingFaceData(PackedData):
+class HuggingFaceData(ArchiveData):
     """A data set of the `datasets` library on disk; nothing is downloaded.
 
     ```yaml

@@ -1,4 +1,4 @@
-"""The section of a recipe that says how the weights follow the gradients."""
+"""The `optimizer` and `memory` sections of a recipe."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from latentgen.models.activation_checkpointing import Checkpointing
+from latentgen.models.config import StorageDtype
 from latentgen.train.config.base import Decay, Positive, Rate, Section
 
 
@@ -88,3 +90,22 @@ class Optimizer(Section):
             return 1.0
         progress = (step - self.warmup_steps) / (max_steps - self.warmup_steps)
         return 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+
+
+class Memory(Section):
+    """What a run may trade for memory.
+
+    `gradient_checkpointing` computes activations once more in the backward pass instead of keeping them: exact, for
+    about a third more time; with `selective` only what takes little, for a tenth more. `ema_device: cpu` keeps the
+    moving average in the memory of the host: exact. With `offload_optimizer` gradients and AdamW's moments are on the
+    device one at a time, and wait in the memory of the host, or, beside a CPU, in files on the disk of the run: exact,
+    for adamw and adafactor, in one process and not in fp16. `base_dtype` is what the weights that are not trained are
+    stored in; they are computed with in the precision of the run. With `planner` the needs of a step are estimated
+    before the first, shown, and refused if they do not fit.
+    """
+
+    gradient_checkpointing: Checkpointing = False
+    ema_device: Literal["same", "cpu"] = "same"
+    offload_optimizer: bool = False
+    base_dtype: StorageDtype = "fp32"
+    planner: bool = True

@@ -1,25 +1,27 @@
-"""Training recipes: YAML files, validated before anything is loaded or built."""
+"""A whole recipe: its sections, what they must agree on, and which fields a resumed run may change."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from latentgen.errors import ConfigError
 from latentgen.files import quote
+from latentgen.prompts import check_prompts
 from latentgen.train.config.base import Count, Decay, Section, current_name, has_field, with_current_names
-from latentgen.train.config.data import Data, FramedData
-from latentgen.train.config.finetune import FinetuneTask, FullMethod, LoRAMethod
-from latentgen.train.config.memory import Memory
-from latentgen.train.config.optimizer import Optimizer
-from latentgen.train.config.tasks import AutoencoderTask, PairedTask, TextToImageTask, UpscaleTask
-from latentgen.train.config.validation import Validation
+from latentgen.train.config.data import Data, ImageData, Side
+from latentgen.train.config.optimizer import Memory, Optimizer
+from latentgen.train.config.tasks import (
+    AutoencoderTask,
+    FinetuneTask,
+    FullMethod,
+    LoRAMethod,
+    PairedTask,
+    TextToImageTask,
+    UpscaleTask,
+)
 
 # YAML reads a bare `no` as false.
 _NO = BeforeValidator(lambda value: "no" if value is False else value)
@@ -29,6 +31,46 @@ Resume = Annotated[
 ]
 
 Tracker = Literal["tensorboard", "wandb"]
+Rule = tuple[bool, str, str]
+"""Whether a rule is broken, the field to change, and how."""
+
+
+class Validation(Section):
+    """Images of fixed prompts, and the loss on images that are not learnt from; neither changes what is learnt.
+
+    Every `every` steps each of `prompts` is drawn `images_per_prompt` times, from the seeds `seed`, `seed` + 1 and so
+    on, into `samples/` of the run's folder. `height` and `width` are by default the size that the model was made for,
+    `guidance_scale` is its own. `at_start` does this, and what follows, before the first step, too.
+
+    For models that make images out of images, as many `images` of those that the loss is measured on are made again: a
+    row shows what the model is shown, what it makes of it, and the truth. A model of inpainting is shown a random mask
+    of each, one that follows instructions the image before the edit, with the caption as the instruction.
+
+    Every `loss_every` steps the loss is measured on the first `loss_images` images of `data`, or of the recipe's
+    `validation_fraction`: the plain mean squared error at `timesteps` timesteps, the middles of as many equal parts of
+    the schedule, with noise that depends on `seed` alone. So it can be compared between runs.
+    """
+
+    prompts: tuple[str, ...] = ()
+    images: Annotated[int, Field(ge=0, le=64)] = 0
+    negative_prompt: str = ""
+    every: Count = 500
+    at_start: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    images_per_prompt: Annotated[int, Field(ge=1, le=64)] = 1
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 25
+    guidance_scale: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    height: Side | None = None
+    width: Side | None = None
+    data: Data | None = None
+    loss_every: Count = 500
+    loss_images: Annotated[int, Field(ge=1, le=65536)] = 64
+    timesteps: Annotated[int, Field(ge=1, le=1000)] = 4
+
+    @model_validator(mode="after")
+    def _prompts_are_text(self) -> Self:
+        check_prompts((*self.prompts, self.negative_prompt))
+        return self
 
 
 class TrainConfig(Section):
@@ -84,121 +126,143 @@ class TrainConfig(Section):
 
     @field_validator("allow_changes")
     @classmethod
-    def _allow_old_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(current_name, names))
+    def _are_fields(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        names = tuple(map(current_name, names))
+        if unknown := [name for name in names if not has_field(TrainConfig, name)]:
+            raise ValueError(
+                f"unknown field {', '.join(map(quote, unknown))}; write nested fields with dots, as in "
+                "optimizer.learning_rate"
+            )
+        return names
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.batch_size % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}"
-            )
-        if self.optimizer.step_in_backward and self.gradient_accumulation_steps > 1:
-            raise ValueError(
-                "optimizer.step_in_backward: each gradient is used up at once, so none can be accumulated; set "
-                f"gradient_accumulation_steps to 1 (it is {self.gradient_accumulation_steps}) and lower batch_size"
-            )
-        if self.memory.offload_optimizer and self.optimizer.name not in ("adamw", "adafactor"):
-            raise ValueError(
-                f"memory.offload_optimizer is for adamw and adafactor; optimizer.name is {self.optimizer.name}"
-            )
-        if (
-            self.memory.offload_optimizer
-            and self.optimizer.name == "adafactor"
-            and self.optimizer.step_in_backward
-        ):
-            raise ValueError(
-                "memory.offload_optimizer: with adafactor and step_in_backward nothing is left to be sent away; leave "
-                "it out"
-            )
-        if (taking := self.takes_gradients) is not None and self.mixed_precision == "fp16":
-            raise ValueError(
-                f"{taking}: the loss scaling of fp16 must see all gradients before the step; use mixed_precision "
-                "bf16 or no"
-            )
-        if self.optimizer.text_encoder_learning_rate is not None and not self._text_encoder_learns:
-            raise ValueError(
-                "optimizer.text_encoder_learning_rate: no text encoder learns beside a UNet here; set "
-                "train_text_encoder to true where the task has it, or leave the rate out"
-            )
-        if self.validation is not None:
-            self._check_validation(self.validation)
-        elif self.validation_fraction:
-            raise ValueError(
-                "validation_fraction is set but no validation is configured; add `validation: {loss_every: 500}`, or "
-                "remove validation_fraction"
-            )
-        if self.memory.ema_device == "cpu" and not self.ema_decay:
-            raise ValueError(
-                "memory.ema_device: there is no moving average to keep, as ema_decay is 0; leave it out, or set that"
-            )
-        if self.compile and self.memory.gradient_checkpointing == "selective":
-            raise ValueError(
-                "memory.gradient_checkpointing selective: compile sees by itself what is cheaper to compute once more; "
-                "leave one of them out"
-            )
-        if unknown := [name for name in self.allow_changes if not has_field(TrainConfig, name)]:
-            raise ValueError(
-                f"allow_changes: {', '.join(map(quote, unknown))} is no field of a recipe; nested ones have dots, "
-                "as in optimizer.learning_rate"
-            )
-        if isinstance(self.task, AutoencoderTask) and not self.task.train_encoder and self.init_from is None:
-            raise ValueError(
-                "task.train_encoder is false, so init_from must name the folder of a trained encoder"
-            )
-        if isinstance(self.task, TextToImageTask) and self.init_from is None:
-            if not self.task.train_text_encoder:
-                raise ValueError(
-                    "task.train_text_encoder is false, so init_from must name the folder of a trained text encoder"
-                )
-            if self.task.reinit_layers:
-                raise ValueError(
-                    "task.reinit_layers: without init_from every layer begins at random; leave it out"
-                )
-        if isinstance(self.task, UpscaleTask) and isinstance(self.data, FramedData) and self.data.buckets:
-            raise ValueError("task upscale learns from squares; set data.buckets to false")
+    def _sections_agree(self) -> Self:
+        rules = (*self._step_rules(), *self._task_rules(), *self._validation_rules())
+        for is_wrong, field, message in rules:
+            if is_wrong:
+                raise ValueError(f"{field}: {message}")
         return self
 
-    def _check_validation(self, validation: Validation) -> None:
-        shows_images = isinstance(self.task, UpscaleTask | PairedTask)
-        if validation.prompts and (shows_images or isinstance(self.task, AutoencoderTask)):
-            raise ValueError(
-                f"validation.prompts: a model of task.kind {self.task.kind} draws nothing from a prompt alone; leave "
-                "them out, and give it validation_fraction or validation.data, and validation.images"
+    def _step_rules(self) -> Iterator[Rule]:
+        optimizer, memory, parts = self.optimizer, self.memory, self.gradient_accumulation_steps
+        yield (
+            self.batch_size % parts > 0,
+            "batch_size",
+            f"{self.batch_size} is not a multiple of gradient_accumulation_steps {parts}",
+        )
+        yield (
+            optimizer.step_in_backward and parts > 1,
+            "optimizer.step_in_backward",
+            "gradients are freed at once and cannot be accumulated; set gradient_accumulation_steps to 1 (it is "
+            f"{parts}) and lower batch_size",
+        )
+        yield (
+            memory.offload_optimizer and optimizer.name not in ("adamw", "adafactor"),
+            "memory.offload_optimizer",
+            f"only adamw and adafactor support it; optimizer.name is {optimizer.name}",
+        )
+        yield (
+            memory.offload_optimizer and optimizer.name == "adafactor" and optimizer.step_in_backward,
+            "memory.offload_optimizer",
+            "adafactor with step_in_backward leaves nothing to offload; remove it",
+        )
+        yield (
+            self.takes_gradients is not None and self.mixed_precision == "fp16",
+            self.takes_gradients or "",
+            "the loss scaling of fp16 needs all gradients before the step; set mixed_precision to bf16 or no",
+        )
+        yield (
+            optimizer.text_encoder_learning_rate is not None and not self._trains_text_encoder,
+            "optimizer.text_encoder_learning_rate",
+            "no text encoder is trained with the UNet; set train_text_encoder to true if the task has it, or remove "
+            "this rate",
+        )
+        yield (
+            memory.ema_device == "cpu" and not self.ema_decay,
+            "memory.ema_device",
+            "ema_decay is 0, so there is no moving average; set ema_decay, or remove ema_device",
+        )
+        yield (
+            self.compile and memory.gradient_checkpointing == "selective",
+            "memory.gradient_checkpointing",
+            "compile already selects what to recompute; use one of compile and selective",
+        )
+
+    def _task_rules(self) -> Iterator[Rule]:
+        task, no_weights = self.task, self.init_from is None
+        yield (
+            isinstance(task, AutoencoderTask) and not task.train_encoder and no_weights,
+            "task.train_encoder",
+            "with false, init_from must name the folder of a trained encoder",
+        )
+        yield (
+            isinstance(task, TextToImageTask) and not task.train_text_encoder and no_weights,
+            "task.train_text_encoder",
+            "with false, init_from must name the folder of a trained text encoder",
+        )
+        yield (
+            isinstance(task, TextToImageTask) and bool(task.reinit_layers) and no_weights,
+            "task.reinit_layers",
+            "without init_from all layers are initialized at random; remove it",
+        )
+        yield (
+            isinstance(task, UpscaleTask) and isinstance(self.data, ImageData) and self.data.buckets,
+            "data.buckets",
+            "task.kind upscale trains on square images; set it to false",
+        )
+
+    def _validation_rules(self) -> Iterator[Rule]:
+        validation, task, fraction = self.validation, self.task, self.validation_fraction
+        if validation is None:
+            yield (
+                fraction > 0,
+                "validation_fraction",
+                "it is set but no validation is configured; add `validation: {loss_every: 500}`, or remove it",
             )
-        # Of a finished model the checkpoint says what it makes images of; see Objective.remakes.
-        if validation.images and not (shows_images or isinstance(self.task, FinetuneTask)):
-            raise ValueError(
-                f"validation.images: a model of task.kind {self.task.kind} makes no image out of another; leave it out"
-            )
-        if validation.images and not self.measures:
-            raise ValueError(
-                "validation.images: there are none to show; set validation_fraction, or validation.data"
-            )
-        if validation.data is not None and validation.data.image_size != self.data.image_size:
-            raise ValueError(
-                f"validation.data.image_size is {validation.data.image_size}; it must be that of data, "
-                f"{self.data.image_size}"
-            )
-        if validation.data is not None and self.validation_fraction:
-            raise ValueError(
-                "validation.data and validation_fraction both name the images to measure on; keep one of them"
-            )
-        if not (validation.prompts or validation.data or self.validation_fraction):
-            raise ValueError(
-                "validation has nothing to do: give it prompts, or data; or set validation_fraction"
-            )
+            return
+        needs_image = isinstance(task, UpscaleTask | PairedTask)
+        yield (
+            bool(validation.prompts) and (needs_image or isinstance(task, AutoencoderTask)),
+            "validation.prompts",
+            f"models of task.kind {task.kind} generate nothing from a prompt alone; remove them, and set "
+            "validation_fraction or validation.data, and validation.images",
+        )
+        # Of a fine-tuned model the checkpoint says whether it takes images.
+        yield (
+            validation.images > 0 and not (needs_image or isinstance(task, FinetuneTask)),
+            "validation.images",
+            f"models of task.kind {task.kind} take no input image; remove it",
+        )
+        yield (
+            validation.images > 0 and not self.measures,
+            "validation.images",
+            "there are no validation images; set validation_fraction or validation.data",
+        )
+        yield (
+            validation.data is not None and validation.data.image_size != self.data.image_size,
+            "validation.data.image_size",
+            f"it must equal data.image_size, {self.data.image_size}",
+        )
+        yield (
+            validation.data is not None and fraction > 0,
+            "validation.data",
+            "validation_fraction already provides the validation images; remove one of them",
+        )
+        yield (
+            not validation.prompts and not self.measures,
+            "validation",
+            "it has nothing to do; set prompts or data in it, or validation_fraction",
+        )
 
     @property
     def takes_gradients(self) -> str | None:
-        """The field, if one is set, by which each gradient is used up or sent away within the backward pass."""
+        """The field, if one is set, that frees or offloads each gradient within the backward pass."""
         if self.optimizer.step_in_backward:
             return "optimizer.step_in_backward"
         return "memory.offload_optimizer" if self.memory.offload_optimizer else None
 
     @property
-    def _text_encoder_learns(self) -> bool:
+    def _trains_text_encoder(self) -> bool:
         part = self.task.method if isinstance(self.task, FinetuneTask) else self.task
         return isinstance(part, FullMethod | LoRAMethod | TextToImageTask) and part.train_text_encoder
 
@@ -250,92 +314,3 @@ FIXED_FIELDS = frozenset(
 )
 # These may change, but not from 0 or to 0, where there is nothing of their kind.
 SWITCHING_FIELDS = frozenset({"ema_decay"})
-
-
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a recipe.
-
-    Args:
-        path: a YAML file.
-        overrides: `key=value` assignments, with dots for nested keys; the value is read as YAML.
-
-    Raises:
-        ConfigError: the file cannot be read, or a field is unknown, missing, of a wrong type or out of bounds.
-    """
-    try:
-        fields = _read_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(
-            f"the recipe {path} must be a mapping of fields to values; see configs/train/ for examples"
-        )
-    fields = with_current_names(fields)
-    for override in overrides:
-        _assign(fields, override)
-    try:
-        return TrainConfig.model_validate(fields)
-    except ValidationError as error:
-        raise ConfigError(f"the recipe {path} cannot be used: {in_one_line(error)}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which no key may stand twice, where other loaders take the last."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise yaml.YAMLError(
-                    f"line {line}: {key.value} stands in line {lines[key.value]} already; keep one of them"
-                )
-            lines[key.value] = line
-        return node
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
-
-
-def in_one_line(error: ValidationError) -> str:
-    """Every problem of a recipe, with the field that it is about."""
-    problems = []
-    for detail in error.errors(include_url=False):
-        field, message = ".".join(map(str, detail["loc"])), _message(detail)
-        problems.append(f"{field}: {message}" if field else message)
-    return "; ".join(problems)
-
-
-def _message(detail: ErrorDetails) -> str:
-    """What is wrong with a field; where a section or a list was due, how it is written."""
-    kind, found = detail["type"], detail["input"]
-    if kind == "value_error":  # one of ours, without pydantic's "Value error, "
-        return str(detail.get("ctx", {}).get("error", detail["msg"]))
-    if kind == "model_attributes_type":
-        return (
-            f"it must be a section with a kind, as in {{kind: {found if isinstance(found, str) else '...'}}}"
-        )
-    if kind == "model_type":
-        return f"it must be a section, with its fields below it; found {quote(found)}"
-    if kind in ("tuple_type", "list_type"):
-        return f"it must be a list, as in [{found if isinstance(found, str) else '...'}]"
-    return detail["msg"]
-
-
-def _assign(fields: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set takes key=value, found {override!r}")
-    *parents, last = current_name(key).split(".")
-    for parent in parents:
-        fields = fields.setdefault(parent, {})
-        if not isinstance(fields, dict):
-            raise ConfigError(f"--set {override!r}: {parent} is not a section of the recipe")
-    try:
-        fields[last] = _read_yaml(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None

@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
-from latentgen.train.config import Data, EmojiData, HuggingFaceData, WebDataset
-from latentgen.train.data.order import Order as Order
-from latentgen.train.data.order import item_at as item_at
-from latentgen.train.data.order import sample_rng as sample_rng
-from latentgen.train.data.plan import BatchPlan as BatchPlan
-from latentgen.train.data.plan import plan_step as plan_step
-from latentgen.train.data.views import CaptionedImages as CaptionedImages
-from latentgen.train.data.views import Captions as Captions
-from latentgen.train.data.views import TrainingSet as TrainingSet
-from latentgen.train.data.views import View as View
-from latentgen.train.data.views import check_sides as check_sides
-from latentgen.train.data.views import digest_of as digest_of
-from latentgen.train.data.views import to_tensor as to_tensor
+from typing import NamedTuple
+
+from latentgen.train.config import Data, EmojiData, HuggingFaceData, TrainConfig, WebDataset
+from latentgen.train.data.dataset import CaptionedDataset as CaptionedDataset
+from latentgen.train.data.dataset import Captions as Captions
+from latentgen.train.data.dataset import Sample as Sample
+from latentgen.train.data.dataset import Subset as Subset
+from latentgen.train.data.dataset import TrainingSet as TrainingSet
+from latentgen.train.data.dataset import check_sides as check_sides
+from latentgen.train.data.dataset import digest_of as digest_of
+from latentgen.train.data.dataset import split as split
+from latentgen.train.data.dataset import to_tensor as to_tensor
+from latentgen.train.data.dataset import unique_items
+from latentgen.train.data.sampler import BatchIndices as BatchIndices
+from latentgen.train.data.sampler import BucketSampler as BucketSampler
+from latentgen.train.data.sampler import item_at as item_at
+from latentgen.train.data.sampler import plan_step as plan_step
+from latentgen.train.data.sampler import sample_rng as sample_rng
+
+
+class Splits(NamedTuple):
+    """The images to train on, and those to validate on, if there are any; `digest` is that of the recipe's `data`."""
+
+    training: CaptionedDataset
+    validation: CaptionedDataset | None
+    digest: str
+
+
+def open_splits(config: TrainConfig) -> Splits:
+    """The data sets of a recipe: its `data`, and the `validation_fraction` of it or `validation.data`.
+
+    The validation images depend on the number of images alone.
+
+    Raises:
+        DatasetError: listing all errors of a data set.
+    """
+    whole = open_data(config.data)
+    training: CaptionedDataset = whole
+    held_out: CaptionedDataset | None = None
+    validation = config.validation
+    if config.validation_fraction:
+        training, held_out = split(whole, config.validation_fraction)
+    elif validation is not None and validation.data is not None:
+        other = open_data(validation.data)
+        held_out = Subset(other, unique_items(other))
+    if validation is not None and held_out is not None:
+        held_out = Subset(held_out, range(min(validation.loss_images, len(held_out))))
+    return Splits(training, held_out, whole.digest)
 
 
 def open_data(config: Data) -> TrainingSet:
-    """The data set that a recipe names.
+    """The data set of a recipe's section.
 
     Raises:
-        DatasetError: listing all that is wrong with it.
+        DatasetError: listing all of its errors.
     """
     if isinstance(config, EmojiData):
         from latentgen.train.data.emoji import EmojiSet

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latentgen.checkpoints.clip_tokenizer import CLIP_PAD, WINDOW, clip_tokenizer
-from latentgen.train.config import FolderData, FramedData, HuggingFaceData, KohyaData, WebDataset
+from latentgen.train.config import FolderData, HuggingFaceData, ImageData, KohyaData, WebDataset
 from latentgen.train.data import folder, huggingface, shards
-from latentgen.train.data.examination import ImageFacts
+from latentgen.train.data.cropping import Framing, Size, enlargement
 from latentgen.train.data.folder import pixels
-from latentgen.train.data.framing import Framing, Size, enlargement
-from latentgen.train.data.listing import Listing
+from latentgen.train.data.image_checks import ImageFacts
+from latentgen.train.data.scan import Listing
 
 
 class BucketCount(NamedTuple):
@@ -82,7 +82,7 @@ def _of_folder(config: FolderData | KohyaData, warned: Sequence[warnings.Warning
 
 
 def _report(
-    config: FramedData, good: Sequence[_Usable], problems: Sequence[str], notes: Sequence[str]
+    config: ImageData, good: Sequence[_Usable], problems: Sequence[str], notes: Sequence[str]
 ) -> Report:
     framing = Framing(config)
     sizes = [framing.size_for(image.size) for image in good]

@@ -20,7 +20,7 @@ from typing import Literal, TypeVar
 from PIL import Image, ImageDraw, ImageFont
 
 from latentgen.errors import DatasetError
-from latentgen.train.data import Captions, View, digest_of
+from latentgen.train.data import Captions, Sample, digest_of
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ANNOTATIONS = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
@@ -90,7 +90,7 @@ class EmojiSet:
         DatasetError: a file is not there, with the package that brings it; or no glyph would be left.
     """
 
-    views_vary = True
+    is_random = True
     digest: str
 
     def __init__(
@@ -132,7 +132,7 @@ class EmojiSet:
         """The square that all are drawn in."""
         return self.image_size, self.image_size
 
-    def view(self, index: int, rng: random.Random) -> View:
+    def sample(self, index: int, rng: random.Random) -> Sample:
         """A random placement of glyph `index`: nearly as large as the image, half of the grounds white.
 
         Half of the captions are the Unicode name, the others nicknames.
@@ -148,9 +148,9 @@ class EmojiSet:
         names = (glyph.name, *glyph.nicknames)
         weights = (sum(glyph.nicknames.values()) or 1.0, *glyph.nicknames.values())
         texts = tuple(caption_on(name, placement.ground) for name in names)
-        return View(self.render(index, placement), Captions(texts, weights))
+        return Sample(self.render(index, placement), Captions(texts, weights))
 
-    def corpus(self) -> list[str]:
+    def captions(self) -> list[str]:
         """Every name and nickname, and the words for every ground: what the tokenizer is made from."""
         names = {name for glyph in self.glyphs for name in (glyph.name, *glyph.nicknames)}
         return sorted(names) + [caption_on("", ground) for ground in GROUNDS]

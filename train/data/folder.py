@@ -14,10 +14,10 @@ from latentgen.errors import DatasetError
 from latentgen.files import quote
 from latentgen.image_file import read_image
 from latentgen.train.config import FolderData, KohyaData
-from latentgen.train.data import Captions, View, digest_of
-from latentgen.train.data.examination import ImageFacts, examine
-from latentgen.train.data.framing import Framing, Size, enlargement
-from latentgen.train.data.listing import Item, Listing, list_folder
+from latentgen.train.data import Captions, Sample, digest_of
+from latentgen.train.data.cropping import Framing, Size, enlargement
+from latentgen.train.data.image_checks import ImageFacts, examine
+from latentgen.train.data.scan import Item, Listing, list_folder
 
 
 class Survey(NamedTuple):
@@ -86,7 +86,7 @@ class ImageFolder:
     def __init__(self, config: FolderData | KohyaData) -> None:
         self.image_size = config.image_size
         self._framing = Framing(config)
-        self.views_vary = self._framing.varies
+        self.is_random = self._framing.varies
         self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
         listing, facts, bad = survey(config)
         for columns in listing.unread:
@@ -127,7 +127,7 @@ class ImageFolder:
         """Height and width of the item's views: of all rectangles of the recipe that of the nearest ratio."""
         return self._sizes[index]
 
-    def view(self, index: int, rng: random.Random) -> View:
+    def sample(self, index: int, rng: random.Random) -> Sample:
         """The image scaled to cover its rectangle, and cropped; random where the recipe says so."""
         item = self._items[index]
         image = read_image(item.file)
@@ -140,8 +140,8 @@ class ImageFolder:
         if item.before is not None:
             before = frame.show(read_image(item.before))
         captions = Captions(item.captions, (1.0,) * len(item.captions), self._shuffle_after)
-        return View(frame.show(image), captions, original, frame.corner, mask, before)
+        return Sample(frame.show(image), captions, original, frame.corner, mask, before)
 
-    def corpus(self) -> list[str]:
+    def captions(self) -> list[str]:
         """All captions of each image."""
         return [text for item in self._items for text in item.captions]

@@ -15,9 +15,8 @@ from latentgen.errors import ConfigError, DatasetError, InputError, LatentgenErr
 from latentgen.files import quote, read_json, safe_join
 from latentgen.image_file import read_image_bytes
 from latentgen.train.config import HuggingFaceData
-from latentgen.train.data import View, digest_of
-from latentgen.train.data.framing import Size
-from latentgen.train.data.packed import (
+from latentgen.train.data import Sample, digest_of
+from latentgen.train.data.archive import (
     MAX_IMAGE_BYTES,
     PackedFraming,
     PackedSample,
@@ -27,7 +26,8 @@ from latentgen.train.data.packed import (
     leave_out,
     refuse,
 )
-from latentgen.train.data.threads import in_threads
+from latentgen.train.data.cropping import Size
+from latentgen.train.data.image_checks import in_threads
 
 if TYPE_CHECKING:
     import datasets
@@ -46,7 +46,7 @@ class HuggingFaceSet:
 
     Attributes:
         image_size: the side of the views.
-        views_vary: whether two views of a row can differ.
+        is_random: whether two views of a row can differ.
         images: a number for the image of each row; with `check_images` those of the same bytes are one image.
         digest: of the number of rows, with `check_images` of their images and captions.
 
@@ -58,7 +58,7 @@ class HuggingFaceSet:
     def __init__(self, config: HuggingFaceData) -> None:
         self.image_size = config.image_size
         self._framing = PackedFraming(config)
-        self.views_vary = self._framing.varies
+        self.is_random = self._framing.varies
         self._sizes: dict[int, Size] = {}
         self._digests: dict[int, bytes] = {}
         self._contents: list[str] = []
@@ -87,7 +87,7 @@ class HuggingFaceSet:
         """Height and width of the views of item `index`."""
         return self._framing.bucket(self._sizes.get(self._rows[index], (0, 0)))
 
-    def view(self, index: int, rng: random.Random) -> View:
+    def sample(self, index: int, rng: random.Random) -> Sample:
         """The image scaled to cover its rectangle, and cropped; random where the recipe says so.
 
         Raises:
@@ -97,11 +97,11 @@ class HuggingFaceSet:
         fields = self._table[row]
         try:
             image = read_image_bytes(_image_bytes(fields[self._image]), self._image)
-            return self._framing.view(image, captions_of(fields[self._caption]), rng)
+            return self._framing.sample(image, captions_of(fields[self._caption]), rng)
         except InputError as error:
             raise DatasetError(f"{self._where}, row {row}: {error}") from error
 
-    def corpus(self) -> list[str]:
+    def captions(self) -> list[str]:
         """All captions of each row."""
         column = self._table[self._caption]
         return [text for row in self._rows for text in self._framing.texts(captions_of(column[row]))]

@@ -22,10 +22,10 @@ from latentgen.files import quote
 from latentgen.image_file import read_image_bytes
 from latentgen.train.cache import TensorCache, content_key
 from latentgen.train.config import WebDataset
-from latentgen.train.data import View, digest_of
-from latentgen.train.data.framing import Size
-from latentgen.train.data.order import SHARDS_TOGETHER
-from latentgen.train.data.packed import PackedFraming, PackedSample, PackedSurvey, leave_out, refuse
+from latentgen.train.data import Sample, digest_of
+from latentgen.train.data.archive import PackedFraming, PackedSample, PackedSurvey, leave_out, refuse
+from latentgen.train.data.cropping import Size
+from latentgen.train.data.sampler import SHARDS_TOGETHER
 from latentgen.train.data.tar_index import (
     Extent,
     OpenTar,
@@ -52,8 +52,8 @@ class ShardSet:
 
     Attributes:
         image_size: the side of the views.
-        views_vary: whether two views of a sample can differ.
-        shard_counts: how many samples each shard has, which Order keeps together; items are numbered shard by shard.
+        is_random: whether two views of a sample can differ.
+        shard_counts: how many samples each shard has, by which items are numbered and sampled.
         digest: of the sizes of the shards, and of where in them the samples lie.
 
     Raises:
@@ -63,7 +63,7 @@ class ShardSet:
     def __init__(self, config: WebDataset) -> None:
         self.image_size = config.image_size
         self._framing = PackedFraming(config)
-        self.views_vary = self._framing.varies
+        self.is_random = self._framing.varies
         self._paths = expand_shards(config.shards)
         self._stamps = {path: _stamp(path) for path in self._paths}
         surveys = _survey_all(self._paths, config)
@@ -94,7 +94,7 @@ class ShardSet:
         height, width = map(int, self._samples[shard].sizes[place])
         return self._framing.bucket((height, width))
 
-    def view(self, index: int, rng: random.Random) -> View:
+    def sample(self, index: int, rng: random.Random) -> Sample:
         """The image scaled to cover its rectangle, and cropped; random where the recipe says so.
 
         Raises:
@@ -105,9 +105,9 @@ class ShardSet:
             picture = read_image_bytes(archive.read(image), f"{archive.path}, {image.name}")
         except InputError as error:
             raise DatasetError(str(error)) from error
-        return self._framing.view(picture, _captions(archive, caption, is_json=is_json), rng)
+        return self._framing.sample(picture, _captions(archive, caption, is_json=is_json), rng)
 
-    def corpus(self) -> list[str]:
+    def captions(self) -> list[str]:
         """All captions, read for this."""
         places = (self._locate(index) for index in range(len(self)))
         return [

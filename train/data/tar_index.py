@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from latentgen.errors import InputError
 from latentgen.files import quote, wrong_content
-from latentgen.train.data.packed import (
+from latentgen.train.data.archive import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
     image_size,
     json_captions,
     text_captions,
 )
-from latentgen.train.data.threads import in_threads
+from latentgen.train.data.image_checks import in_threads
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 CAPTION_SUFFIXES = ("txt", "json")

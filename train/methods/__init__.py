@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentgen.train.config.finetune import FullMethod, LoRAMethod, TextualInversionMethod
+from latentgen.train.config.tasks import FullMethod, LoRAMethod, TextualInversionMethod
 from latentgen.train.methods.base import Method as Method
 
 

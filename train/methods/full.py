@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from latentgen.pipelines.base import Pipeline
-from latentgen.train.config.finetune import FullMethod
+from latentgen.train.config.tasks import FullMethod
 from latentgen.train.methods.base import AnyPipeline, Method, layers_without_gradient
 
 

@@ -17,7 +17,7 @@ from latentgen.errors import ConfigError
 from latentgen.files import quote
 from latentgen.models.text import name_in_files
 from latentgen.pipelines.base import Pipeline
-from latentgen.train.config.finetune import LoRAMethod
+from latentgen.train.config.tasks import LoRAMethod
 from latentgen.train.methods.base import (
     AnyPipeline,
     Method,

@@ -14,7 +14,7 @@ from latentgen.errors import AdapterError, ConfigError
 from latentgen.files import quote
 from latentgen.models.text import CLIPText, join_towers
 from latentgen.pipelines.base import Pipeline
-from latentgen.train.config.finetune import TextualInversionMethod
+from latentgen.train.config.tasks import TextualInversionMethod
 from latentgen.train.methods.base import AnyPipeline, Method, save_learnt, towers_of
 
 EMBEDDING_FILE = "learned_embeds.safetensors"

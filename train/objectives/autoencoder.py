@@ -18,7 +18,14 @@ from latentgen.files import write_json
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines.saving import WEIGHTS_STEM
 from latentgen.train.config import AutoencoderTask
-from latentgen.train.data import BatchPlan, CaptionedImages, Order, check_sides, sample_rng, to_tensor
+from latentgen.train.data import (
+    BatchIndices,
+    BucketSampler,
+    CaptionedDataset,
+    check_sides,
+    sample_rng,
+    to_tensor,
+)
 from latentgen.train.objectives.base import Loss, Objective
 
 _CALIBRATION_IMAGES = 1024
@@ -41,7 +48,7 @@ class AutoencoderObjective(Objective):
     """
 
     def __init__(
-        self, task: AutoencoderTask, data: CaptionedImages, *, init_from: Path | None = None
+        self, task: AutoencoderTask, data: CaptionedDataset, *, init_from: Path | None = None
     ) -> None:
         super().__init__()
         self.task = task
@@ -54,11 +61,11 @@ class AutoencoderObjective(Objective):
             files = CheckpointFolder.open(init_from).weight_files("vae")
             load_weights(self, files, dtype=torch.float32, rename=_name_here)
         self.encoder.requires_grad_(task.train_encoder)
-        self.order = Order.of(data)
+        self.order = BucketSampler.of(data)
 
-    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+    def batch(self, plan: BatchIndices) -> tuple[Tensor, ...]:
         """Images [B, 3, H, W] in -1..1 and the posterior's noise [B, C, h, w]."""
-        views = [self.data.view(item, rng) for item, rng in zip(plan.items, plan.rngs("view"), strict=True)]
+        views = [self.data.sample(item, rng) for item, rng in zip(plan.items, plan.rngs("view"), strict=True)]
         images = to_tensor([view.image for view in views])
         height, width = (side // self.config.spatial_factor for side in images.shape[2:])
         return images, plan.noise((self.config.latent_channels, height, width), "posterior")
@@ -75,10 +82,10 @@ class AutoencoderObjective(Objective):
         total = pixels + self.task.edge_weight * edges + self.task.kl_weight * kl
         return Loss(total, {"pixels": pixels, "edges": edges, "kl": kl})
 
-    def over(self, data: CaptionedImages, seed: int) -> Self:
+    def over(self, data: CaptionedDataset, seed: int) -> Self:
         """As Objective.over; the views follow from the plan."""
         other = copy.copy(self)
-        other.data, other.order = data, Order.of(data)
+        other.data, other.order = data, BucketSampler.of(data)
         return other
 
     def compile_networks(self) -> None:
@@ -106,11 +113,11 @@ class AutoencoderObjective(Objective):
             for start in range(0, len(alike), _CALIBRATION_BATCH):
                 part = alike[start : start + _CALIBRATION_BATCH]
                 yield to_tensor(
-                    [self.data.view(item, sample_rng(0, "calibration", item)).image for item in part]
+                    [self.data.sample(item, sample_rng(0, "calibration", item)).image for item in part]
                 )
 
 
-def _check_fit(config: VAEConfig, data: CaptionedImages) -> None:
+def _check_fit(config: VAEConfig, data: CaptionedDataset) -> None:
     if config.in_channels != 3 or config.out_channels != 3:
         raise ConfigError(
             f"task.vae has {config.in_channels} in_channels and {config.out_channels} out_channels; the images "

@@ -17,7 +17,7 @@ from latentgen.errors import ConfigError
 from latentgen.models.activation_checkpointing import Checkpointing
 from latentgen.models.config import StorageDtype
 from latentgen.pipelines.base import Pipeline
-from latentgen.train.data import BatchPlan, CaptionedImages, Order, View
+from latentgen.train.data import BatchIndices, BucketSampler, CaptionedDataset, Sample
 
 
 class Subset(NamedTuple):
@@ -47,22 +47,22 @@ class Example(NamedTuple):
 class Objective(nn.Module, ABC):
     """A module whose `forward` computes the loss; its trainable parameters are those that require gradients."""
 
-    order: Order
+    order: BucketSampler
     """Which items each step shows; its length is how many one epoch shows."""
 
     memory_format: torch.memory_format = torch.channels_last
     """How the kernels of the convolutions lie in memory during training."""
 
     @abstractmethod
-    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+    def batch(self, plan: BatchIndices) -> tuple[Tensor, ...]:
         """Everything random or read from the data, as tensors: a function of the plan alone."""
 
-    def draw(self, plan: BatchPlan) -> Any:
+    def draw(self, plan: BatchIndices) -> Any:
         """What a process that prepares batches does of `batch`: all of it, or what comes before the networks, which
         belong to the process that trains."""
         return self.batch(plan)
 
-    def finish(self, plan: BatchPlan, drawn: Any) -> tuple[Tensor, ...]:
+    def finish(self, plan: BatchIndices, drawn: Any) -> tuple[Tensor, ...]:
         """The rest of `batch`, from what `draw` gave."""
         return drawn
 
@@ -112,7 +112,7 @@ class Objective(nn.Module, ABC):
     def save_assets(self, folder: Path) -> None:
         """Write what a resumed run must find as it was, besides the weights, into the run's folder."""
 
-    def over(self, data: CaptionedImages, seed: int) -> Self:
+    def over(self, data: CaptionedDataset, seed: int) -> Self:
         """This objective over other images, one view of each, for `held_out_loss`; the networks are shared.
 
         Called in all processes of a run, which share the encoding where there is a cache on disk.
@@ -124,7 +124,7 @@ class Objective(nn.Module, ABC):
             "validation: this task measures no loss on held-out images; leave data and validation_fraction out"
         )
 
-    def held_out_loss(self, plan: BatchPlan, timesteps: int) -> Loss:
+    def held_out_loss(self, plan: BatchIndices, timesteps: int) -> Loss:
         """The mean loss of a batch of what was given to `over`, a function of the weights and the plan alone.
 
         Args:
@@ -149,7 +149,7 @@ class Objective(nn.Module, ABC):
         """Whether the model makes images out of images, which `example` then shows it, and draws none from a prompt."""
         return False
 
-    def example(self, view: View, rng: random.Random) -> Example:
+    def example(self, view: Sample, rng: random.Random) -> Example:
         """What a model that makes images out of images is shown, and told, where it is to make this one.
 
         Raises:
@@ -157,7 +157,7 @@ class Objective(nn.Module, ABC):
         """
         return Example(view.captions.draw(rng), self.shown(view, rng), view.image)
 
-    def shown(self, view: View, rng: random.Random) -> Image.Image:
+    def shown(self, view: Sample, rng: random.Random) -> Image.Image:
         """What a model that makes images out of images is shown where it is to make this one.
 
         Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from latentgen.train.config import AutoencoderTask, FinetuneTask, PairedTask, TrainConfig, UpscaleTask
-from latentgen.train.data import CaptionedImages, open_data
+from latentgen.train.data import CaptionedDataset, open_data
 from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Check, Objective, unchecked
 
@@ -17,7 +17,7 @@ def build_objective(
     *,
     device: torch.device,
     assets: Path | None = None,
-    data: CaptionedImages | None = None,
+    data: CaptionedDataset | None = None,
     check: Check = unchecked,
 ) -> Objective:
     """The objective of a recipe, on the CPU, its networks initialised at random or from `init_from`.
@@ -62,7 +62,7 @@ def build_objective(
 
 
 def _finetuning(
-    config: TrainConfig, task: FinetuneTask, data: CaptionedImages, device: torch.device, check: Check
+    config: TrainConfig, task: FinetuneTask, data: CaptionedDataset, device: torch.device, check: Check
 ) -> Objective:
     from latentgen.train.objectives.finetune import FinetuneObjective, Origin
 

@@ -24,7 +24,7 @@ from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import FolderData, Prior
-from latentgen.train.data import CaptionedImages, Captions, View, open_data, sample_rng
+from latentgen.train.data import CaptionedDataset, Captions, Sample, open_data, sample_rng
 from latentgen.train.objectives.lent import lent
 
 # Images that are drawn together, always the same ones: what lies beside an image may change its last bits.
@@ -48,7 +48,7 @@ class ClassImages:
         DatasetError: these cannot be used, for the reasons that a training set cannot.
     """
 
-    views_vary = False
+    is_random = False
 
     def __init__(self, prior: Prior, folder: Path, *, model: str, seed: int, image_size: int) -> None:
         self.image_size = image_size
@@ -65,13 +65,13 @@ class ClassImages:
     def __len__(self) -> int:
         return max(self._own_count, self._prior.images)
 
-    def view(self, index: int, rng: random.Random) -> View:
+    def sample(self, index: int, rng: random.Random) -> Sample:
         """Image `index`; nothing is random. Where the loss counts within masks, without one it counts everywhere."""
         if self._own is not None and index < self._own_count:
-            view = self._own.view(index, rng)
+            view = self._own.sample(index, rng)
         else:
             prompt = self._prior.prompt_of(index)
-            view = View(read_image(self._files[index]), Captions((prompt,), (1.0,)))
+            view = Sample(read_image(self._files[index]), Captions((prompt,), (1.0,)))
         mask = Image.new("L", view.image.size, 255) if view.mask is None else view.mask
         return view._replace(mask=mask)
 
@@ -79,9 +79,9 @@ class ClassImages:
         """All are squares."""
         return self.image_size, self.image_size
 
-    def corpus(self) -> list[str]:
+    def captions(self) -> list[str]:
         """All captions of each image."""
-        own = [] if self._own is None else self._own.corpus()
+        own = [] if self._own is None else self._own.captions()
         return own + [self._prior.prompt_of(number) for number in range(self._own_count, len(self))]
 
     def draw(self, pipeline: Pipeline, device: torch.device) -> None:
@@ -127,7 +127,7 @@ class ClassImages:
         state.wait_for_everyone()
 
 
-def _own_images(path: Path, prior: Prior, folder: Path, image_size: int) -> CaptionedImages:
+def _own_images(path: Path, prior: Prior, folder: Path, image_size: int) -> CaptionedDataset:
     """The user's own images: the middle of each, as large as what is drawn."""
     if folder.resolve().is_relative_to(path.resolve()):
         raise ConfigError(

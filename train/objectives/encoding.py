@@ -15,7 +15,7 @@ from latentgen.errors import CheckpointCorruptError
 from latentgen.files import quote
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.cache import TensorCache, content_key, weights_digest
-from latentgen.train.data import View
+from latentgen.train.data import Sample
 from latentgen.train.distributed import gather, own_share
 from latentgen.train.objectives.encoded_views import EncodedViews, FreshViews, KeptViews, Shown
 from latentgen.train.objectives.lent import lent
@@ -164,7 +164,7 @@ class _CachedRows:
         return entry[_ENTRY]
 
 
-def _with_bar(source: ViewSource, indices: Sequence[int]) -> Iterable[tuple[int, View]]:
+def _with_bar(source: ViewSource, indices: Sequence[int]) -> Iterable[tuple[int, Sample]]:
     """The fixed views of `indices`, with a bar of progress."""
     drawn, count = source.drawn(indices), len(indices)
     return tqdm(drawn, total=count, desc="encoding the images", mininterval=1.0, disable=not count)

@@ -23,7 +23,7 @@ from latentgen.models.unet import AddedConditioning
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.inpaint import in_latents
 from latentgen.train.config import FinetuneTask, LatentLoss
-from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, sample_rng
+from latentgen.train.data import BatchIndices, BucketSampler, CaptionedDataset, Sample, sample_rng
 from latentgen.train.methods import build_method
 from latentgen.train.objectives.base import Check, Example, Loss, unchecked
 from latentgen.train.objectives.class_images import ClassImages
@@ -61,7 +61,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
     def __init__(
         self,
         task: FinetuneTask,
-        data: CaptionedImages,
+        data: CaptionedDataset,
         *,
         seed: int,
         device: torch.device,
@@ -111,22 +111,22 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
                 "caption_dropout instead"
             )
 
-    def over(self, data: CaptionedImages, seed: int) -> Self:
+    def over(self, data: CaptionedDataset, seed: int) -> Self:
         """As LatentObjective.over; nothing else is left out or kept besides either."""
         plain = {"caption_dropout": 0.0, "conditioning_dropout": 0.0, "loss": LatentLoss()}
         return self._over(data, seed, next(self.parameters()).device, plain)
 
     def _over(
-        self, data: CaptionedImages, seed: int, device: torch.device, changes: Mapping[str, Any]
+        self, data: CaptionedDataset, seed: int, device: torch.device, changes: Mapping[str, Any]
     ) -> Self:
         """This objective over other images, one view of each, without prior preservation; the networks are shared."""
         other = copy.copy(self)
         other.task = self.task.model_copy(update={"views_per_image": 1, "prior": None, **changes})
-        other.order, other._kept = Order.of(data), ()
+        other.order, other._kept = BucketSampler.of(data), ()
         other._see(data, seed, device)
         return other
 
-    def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
+    def _source(self, data: CaptionedDataset, seed: int) -> ViewSource:
         return ViewSource(data, self.task.views_per_image, seed, _unmasked if self.inpaints else None)
 
     @property
@@ -148,18 +148,18 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         """As Objective.remakes: what the UNet is shown says it."""
         return self.inpaints or self.edits
 
-    def example(self, view: View, rng: random.Random) -> Example:
+    def example(self, view: Sample, rng: random.Random) -> Example:
         """As Objective.example; a model of inpainting is told a random mask, and shown what that leaves."""
         if not self.inpaints:
             return super().example(view, rng)
         caption, mask = view.captions.draw(rng), random_mask(view.image.size, rng)
         return Example(caption, _covered(view.image, mask), view.image, mask)
 
-    def shown(self, view: View, rng: random.Random) -> Image.Image:
+    def shown(self, view: Sample, rng: random.Random) -> Image.Image:
         """The image before the edit."""
         return image_before(view) if self.edits else super().shown(view, rng)
 
-    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+    def batch(self, plan: BatchIndices) -> tuple[Tensor, ...]:
         """As LatentObjective.batch.
 
         After that come the sizes [B, 6] that SDXL is told, and the mask and latents [B, 1 + C, h, w] or [B, C, h, w]
@@ -175,7 +175,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
             rows = (*rows, *kept.batch(replace(plan, seed=seed, items=items)))
         return rows
 
-    def _rows(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+    def _rows(self, plan: BatchIndices) -> tuple[Tensor, ...]:
         rows = super().batch(plan)
         if self._stages.is_sdxl:
             rows = (*rows, self._views.size_conditions(plan))
@@ -187,7 +187,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
             return *rows, self._views.shown(plan).float() / factor * image
         return rows
 
-    def _random_masks(self, plan: BatchPlan) -> Tensor:
+    def _random_masks(self, plan: BatchIndices) -> Tensor:
         """What is masked of each view [B, 1, h, w], at the resolution of the latents."""
         factor = self._stages.decoder.config.spatial_factor
         masks = []
@@ -197,13 +197,13 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
             masks.append(in_latents(pixels[None, None].float() / 255, factor))
         return torch.cat(masks)
 
-    def _captions(self, plan: BatchPlan) -> list[str]:
+    def _captions(self, plan: BatchIndices) -> list[str]:
         if not self.edits:
             return super()._captions(plan)
         captions, (text, _) = self._views.draw_captions(plan, 0.0), self._conditioning(plan)
         return [caption if shown else "" for caption, shown in zip(captions, text, strict=True)]
 
-    def _conditioning(self, plan: BatchPlan) -> tuple[list[bool], Tensor]:
+    def _conditioning(self, plan: BatchIndices) -> tuple[list[bool], Tensor]:
         """Whether each sample is shown its instruction, and its image [B, 1, 1, 1] (arXiv:2211.09800, 3.2.1)."""
         rate = self.task.conditioning_dropout
         draws = [rng.random() for rng in plan.rngs("conditioning")]
@@ -262,7 +262,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         return self._stages
 
 
-def _unmasked(view: View, rng: random.Random) -> View:
+def _unmasked(view: Sample, rng: random.Random) -> Sample:
     """A view, as an edit of what a random mask leaves of it."""
     return view._replace(before=_covered(view.image, random_mask(view.image.size, rng)))
 

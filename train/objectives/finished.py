@@ -12,7 +12,7 @@ from latentgen.models.text import CLIPText
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.loading import load_decoder, load_encoder, load_text_encoder
-from latentgen.train.data import CaptionedImages, check_sides
+from latentgen.train.data import CaptionedDataset, check_sides
 from latentgen.train.objectives.lent import IDLE
 
 
@@ -48,7 +48,7 @@ def check_fit(
     vae: VAEConfig | PixelConfig,
     *,
     context_width: int,
-    data: CaptionedImages,
+    data: CaptionedDataset,
     in_channels: Mapping[int, str],
 ) -> None:
     """Refuse configurations of which one cannot take what another gives.

@@ -28,7 +28,7 @@ from latentgen.models.unet import UNet
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.loading import usual_guidance_scale
 from latentgen.train.config import DiffusionTask, LatentLoss
-from latentgen.train.data import BatchPlan, CaptionedImages, Order, View, sample_rng
+from latentgen.train.data import BatchIndices, BucketSampler, CaptionedDataset, Sample, sample_rng
 from latentgen.train.memory import page_out
 from latentgen.train.objectives.base import Check, Loss, Objective, unchecked
 from latentgen.train.objectives.encoded_views import (
@@ -87,16 +87,16 @@ class LatentObjective(Objective, Generic[AnyTask]):
     _vae: tuple[ImageEncoder, ImageDecoder]
 
     def __init__(
-        self, task: AnyTask, data: CaptionedImages, device: torch.device, scheduler: Scheduler
+        self, task: AnyTask, data: CaptionedDataset, device: torch.device, scheduler: Scheduler
     ) -> None:
         super().__init__()
         self.task = task
         # On a CPU the small convolutions of a latent UNet learn faster so.
         self.memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last
         self.scheduler = training_scheduler(scheduler, task.loss)
-        self.order = Order.of(data, views=max(1, task.views_per_image))
+        self.order = BucketSampler.of(data, views=max(1, task.views_per_image))
 
-    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+    def batch(self, plan: BatchIndices) -> tuple[Tensor, ...]:
         """Latents and noise [B, C, h, w], timesteps [B], what ToldText gives, and what the loss asks for.
 
         With `input_perturbation` that is the noise that the UNet sees [B, C, h, w], and with `masked` the masks
@@ -114,18 +114,18 @@ class LatentObjective(Objective, Generic[AnyTask]):
             asked.append(self._views.masks_of(plan))
         return latents, noise, timesteps, *self._told.rows(self._captions(plan)), *asked
 
-    def draw(self, plan: BatchPlan) -> Any:
+    def draw(self, plan: BatchIndices) -> Any:
         """As Objective.draw; the autoencoder encodes where the UNet learns."""
         return self._views.draw(plan) if isinstance(self._views, FreshViews) else super().draw(plan)
 
-    def finish(self, plan: BatchPlan, drawn: Any) -> tuple[Tensor, ...]:
+    def finish(self, plan: BatchIndices, drawn: Any) -> tuple[Tensor, ...]:
         """As Objective.finish."""
         if not isinstance(self._views, FreshViews):
             return super().finish(plan, drawn)
         self._views.keep(plan, drawn)
         return self.batch(plan)
 
-    def _captions(self, plan: BatchPlan) -> list[str]:
+    def _captions(self, plan: BatchIndices) -> list[str]:
         """A caption for each sample."""
         return self._views.draw_captions(plan, self.task.caption_dropout)
 
@@ -183,16 +183,16 @@ class LatentObjective(Objective, Generic[AnyTask]):
         nn.ModuleList([self.unet, self._text.module, *self._vae]).to(dtype)
         self._pipeline().save_pretrained(folder)
 
-    def over(self, data: CaptionedImages, seed: int) -> Self:
+    def over(self, data: CaptionedDataset, seed: int) -> Self:
         """As Objective.over; captions are not dropped, and the first of several is drawn by the plan."""
         other = copy.copy(self)
         plain = {"caption_dropout": 0.0, "views_per_image": 1, "loss": LatentLoss()}
         other.task = self.task.model_copy(update=plain)
-        other.order = Order.of(data)
+        other.order = BucketSampler.of(data)
         other._see(data, seed, next(self.parameters()).device)
         return other
 
-    def held_out_loss(self, plan: BatchPlan, timesteps: int) -> Loss:
+    def held_out_loss(self, plan: BatchIndices, timesteps: int) -> Loss:
         """The plain mean squared error at the middles of `timesteps` equal parts of the schedule, and their mean."""
         device = next(self.parameters()).device
         # As in training, where batches are made without it.
@@ -220,7 +220,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
             finally:
                 self.unet.attention_backend = backend
 
-    def _prepare(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+    def _prepare(self, data: CaptionedDataset, seed: int, device: torch.device) -> None:
         """Encode the images, and their captions where that can be done once."""
         self._encode(data, seed, device)
         page_out(nn.ModuleList(self._vae))
@@ -230,7 +230,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
             self._told = ToldText(self._text, cache)
             self._told.add(captions)
 
-    def _look_ahead(self, data: CaptionedImages, seed: int, device: torch.device, check: Check) -> None:
+    def _look_ahead(self, data: CaptionedDataset, seed: int, device: torch.device, check: Check) -> None:
         """Find out what is wrong with a recipe before `_prepare`, which may take hours.
 
         Raises:
@@ -259,18 +259,18 @@ class LatentObjective(Objective, Generic[AnyTask]):
             return False
         return True
 
-    def _see(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+    def _see(self, data: CaptionedDataset, seed: int, device: torch.device) -> None:
         """Encode other images as well, and their captions if those of the training set were."""
         self._encode(data, seed, device)
         if self._views.captions is not None:
             self._told.add(self._views.captions)
 
-    def _encode(self, data: CaptionedImages, seed: int, device: torch.device) -> None:
+    def _encode(self, data: CaptionedDataset, seed: int, device: torch.device) -> None:
         """Encode the views of every item, drawn from `seed`, on `device`."""
         source, cache_dir = self._source(data, seed), self.task.cache_dir
         self._views = encode_views(self._vae[0], device, source, shown=self._shown_as, cache_dir=cache_dir)
 
-    def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
+    def _source(self, data: CaptionedDataset, seed: int) -> ViewSource:
         """The views to encode: `task.views_per_image` of every item, as they are."""
         return ViewSource(data, self.task.views_per_image, seed)
 
@@ -279,7 +279,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
         """What is kept of the image `before` of each view."""
         return "nothing"
 
-    def _with_shown(self, view: View, rng: random.Random) -> View:
+    def _with_shown(self, view: Sample, rng: random.Random) -> Sample:
         """A view, as an edit of what the UNet is shown of it."""
         return view._replace(before=self.shown(view, rng))
 
@@ -306,7 +306,7 @@ def enable_checkpointing(model: PreTrainedModel, how: Checkpointing) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
 
 
-def spread_timesteps(plan: BatchPlan, count: int, shift: float) -> Tensor:
+def spread_timesteps(plan: BatchIndices, count: int, shift: float) -> Tensor:
     """One of `count` timesteps for each sample, spread evenly over the global batch from a random start.
 
     Each is uniform by itself; together they cover the schedule, which lowers the variance of the loss

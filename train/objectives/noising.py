@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentgen.train.config import LatentLoss, PyramidNoise
-from latentgen.train.data import BatchPlan
+from latentgen.train.data import BatchIndices
 
 
-def training_noise(plan: BatchPlan, shape: Sequence[int], loss: LatentLoss) -> Tensor:
+def training_noise(plan: BatchIndices, shape: Sequence[int], loss: LatentLoss) -> Tensor:
     """The noise of each sample, [B, *shape] float32 for shape (C, h, w): standard normal but for what `loss` adds."""
     noise = plan.noise(shape, "noise")
     if loss.offset_noise:
@@ -26,7 +26,7 @@ def training_noise(plan: BatchPlan, shape: Sequence[int], loss: LatentLoss) -> T
     return noise
 
 
-def perturbed_noise(plan: BatchPlan, noise: Tensor, strength: float) -> Tensor:
+def perturbed_noise(plan: BatchIndices, noise: Tensor, strength: float) -> Tensor:
     """The noise [B, C, h, w] that the UNet sees where it is to predict `noise` (arXiv:2301.11706, algorithm 1)."""
     return noise + strength * plan.noise(noise.shape[1:], "input perturbation")
 

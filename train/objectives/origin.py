@@ -26,7 +26,7 @@ from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.loading import load_decoder, load_encoder
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import FinetuneTask, LoRAMethod, TextualInversionMethod
-from latentgen.train.data import CaptionedImages, check_sides
+from latentgen.train.data import CaptionedDataset, check_sides
 from latentgen.train.objectives.lent import IDLE
 
 # The class that a checkpoint says that it is -> the pipeline that draws with it and saves it.
@@ -139,7 +139,7 @@ def _open(source: Path | None, task: FinetuneTask) -> Checkpoint:
     return CheckpointFolder.open(resolve(str(source), variant=task.variant))
 
 
-def check_data(task: FinetuneTask, data: CaptionedImages, pipeline: Pipeline) -> None:
+def check_data(task: FinetuneTask, data: CaptionedDataset, pipeline: Pipeline) -> None:
     """Refuse a training set that cannot teach this model.
 
     Raises:
@@ -149,14 +149,14 @@ def check_data(task: FinetuneTask, data: CaptionedImages, pipeline: Pipeline) ->
     factor = pipeline.decoder.config.spatial_factor
     check_sides(data, factor)
     shows_before = pipeline.unet.config.in_channels == 2 * pipeline.decoder.config.latent_channels
-    if shows_before and data.view(0, random.Random(0)).before is None:
+    if shows_before and data.sample(0, random.Random(0)).before is None:
         raise DatasetError(
             "the model edits images, and the training set does not say what they looked like before; give each an "
             "image `before`"
         )
     method = task.method
     if isinstance(method, TextualInversionMethod):
-        without = sum(method.token not in caption for caption in data.corpus())
+        without = sum(method.token not in caption for caption in data.captions())
         if without:
             raise DatasetError(
                 f"{without} captions do not have the token {quote(method.token)} that is to be learnt; write it into "

@@ -15,7 +15,7 @@ from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.train.config import PairedTask
-from latentgen.train.data import BatchPlan, CaptionedImages, View
+from latentgen.train.data import BatchIndices, CaptionedDataset, Sample
 from latentgen.train.objectives.base import Check, unchecked
 from latentgen.train.objectives.degradation import DEGRADATIONS, NOT_RANDOM
 from latentgen.train.objectives.encoded_views import Shown
@@ -47,7 +47,7 @@ class PairedObjective(LatentObjective[PairedTask]):
     def __init__(
         self,
         task: PairedTask,
-        data: CaptionedImages,
+        data: CaptionedDataset,
         *,
         seed: int,
         device: torch.device,
@@ -74,7 +74,7 @@ class PairedObjective(LatentObjective[PairedTask]):
         self._look_ahead(data, seed, device, check)
         self._prepare(data, seed, device)
 
-    def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
+    def _source(self, data: CaptionedDataset, seed: int) -> ViewSource:
         random_change = self.task.degradation not in NOT_RANDOM
         return ViewSource(data, self.task.views_per_image, seed, self._with_shown, random_change)
 
@@ -86,11 +86,11 @@ class PairedObjective(LatentObjective[PairedTask]):
     def remakes(self) -> bool:
         return True
 
-    def shown(self, view: View, rng: random.Random) -> Image.Image:
+    def shown(self, view: Sample, rng: random.Random) -> Image.Image:
         """The degraded image."""
         return DEGRADATIONS[self.task.degradation](view.image, rng)
 
-    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+    def batch(self, plan: BatchIndices) -> tuple[Tensor, ...]:
         """As LatentObjective.batch, and the degraded images in latents without the scaling factor [B, C, h, w]."""
         return *super().batch(plan), self._views.shown(plan).float() / self._scaling_factor
 

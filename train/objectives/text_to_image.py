@@ -18,7 +18,7 @@ from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TextToImageTask
-from latentgen.train.data import CaptionedImages
+from latentgen.train.data import CaptionedDataset
 from latentgen.train.objectives.base import Check, unchecked
 from latentgen.train.objectives.finished import check_fit, load_vae, open_vae
 from latentgen.train.objectives.latent_diffusion import LatentObjective
@@ -51,7 +51,7 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
     def __init__(
         self,
         task: TextToImageTask,
-        data: CaptionedImages,
+        data: CaptionedDataset,
         *,
         seed: int,
         device: torch.device,
@@ -109,7 +109,7 @@ def _load_unet(unet: UNet, origin: CheckpointFolder, reinit_layers: Sequence[str
 
 
 def _text_encoder(
-    config: CLIPTextConfig, data: CaptionedImages, origin: CheckpointFolder | None, assets: Path | None
+    config: CLIPTextConfig, data: CaptionedDataset, origin: CheckpointFolder | None, assets: Path | None
 ) -> CLIPText:
     """The text encoder that the run begins with, and the run's tokenizer."""
     kept = None if assets is None else assets / _TOKENIZER
@@ -124,7 +124,7 @@ def _text_encoder(
     if kept is not None:
         return CLIPText.from_config(config, load_tokenizer(kept))
     tokenizer = train_tokenizer(
-        data.corpus(), vocab_size=config.vocab_size, max_length=config.max_position_embeddings
+        data.captions(), vocab_size=config.vocab_size, max_length=config.max_position_embeddings
     )
     special = {
         "bos_token_id": (config.bos_token_id, tokenizer.bos_token_id),

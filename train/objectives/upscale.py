@@ -21,7 +21,7 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.upscale import UpscalePipeline, as_channels, low_res_ratio
 from latentgen.train.config import UpscaleTask
-from latentgen.train.data import BatchPlan, CaptionedImages, View
+from latentgen.train.data import BatchIndices, CaptionedDataset, Sample
 from latentgen.train.objectives.base import Check, unchecked
 from latentgen.train.objectives.degradation import lower_resolution
 from latentgen.train.objectives.encoded_views import Shown
@@ -52,7 +52,7 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
     def __init__(
         self,
         task: UpscaleTask,
-        data: CaptionedImages,
+        data: CaptionedDataset,
         *,
         seed: int,
         device: torch.device,
@@ -87,7 +87,7 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
         self._look_ahead(data, seed, device, check)
         self._prepare(data, seed, device)
 
-    def _source(self, data: CaptionedImages, seed: int) -> ViewSource:
+    def _source(self, data: CaptionedDataset, seed: int) -> ViewSource:
         return ViewSource(data, self.task.views_per_image, seed, self._with_shown)
 
     @property
@@ -98,11 +98,11 @@ class UpscaleObjective(LatentObjective[UpscaleTask]):
     def remakes(self) -> bool:
         return True
 
-    def shown(self, view: View, rng: random.Random) -> Image.Image:
+    def shown(self, view: Sample, rng: random.Random) -> Image.Image:
         """The image in low resolution, without noise."""
         return lower_resolution(view.image, view.image.width // self._scale, rng)
 
-    def batch(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+    def batch(self, plan: BatchIndices) -> tuple[Tensor, ...]:
         """As LatentObjective.batch, and the noised low-resolution images [B, 3, H, W] and their levels [B]."""
         shown = self._views.shown(plan).float() / 127.5 - 1.0
         # The square favours low levels: an image that is shown as it is has one level of many.

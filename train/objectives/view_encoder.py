@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentgen.errors import DatasetError
 from latentgen.models.pixels import ImageEncoder
-from latentgen.train.data import Captions, View, to_tensor
+from latentgen.train.data import Captions, Sample, to_tensor
 
 # How many images are encoded at once: an autoencoder needs some GB for each megapixel, beside a model that is loaded.
 ENCODING_BATCH = 32
@@ -45,7 +45,7 @@ class ViewEncoder:
         self._encoder = encoder
         self._factor = encoder.config.spatial_factor
 
-    def facts(self, view: View) -> ViewFacts:
+    def facts(self, view: Sample) -> ViewFacts:
         """What is known of a view, its mask scaled down to the latents."""
         size = (view.image.height, view.image.width)
         mask = None
@@ -112,7 +112,7 @@ def pixels_of(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def image_before(view: View) -> Image.Image:
+def image_before(view: Sample) -> Image.Image:
     """The image that a view is an edit of.
 
     Raises:

@@ -9,14 +9,14 @@ from typing import TypeVar
 
 from torch.utils.data import get_worker_info
 
-from latentgen.train.data import BatchPlan, CaptionedImages, View, sample_rng
-from latentgen.train.data.threads import THREADS, in_threads
+from latentgen.train.data import BatchIndices, CaptionedDataset, Sample, sample_rng
+from latentgen.train.data.image_checks import THREADS, in_threads
 
 _DRAWN_AHEAD = 64
 S = TypeVar("S")
 T = TypeVar("T")
 
-Change = Callable[[View, random.Random], View]
+Change = Callable[[Sample, random.Random], Sample]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ViewSource:
         random_change: whether it uses them.
     """
 
-    data: CaptionedImages
+    data: CaptionedDataset
     per_item: int
     seed: int
     change: Change | None = None
@@ -40,10 +40,10 @@ class ViewSource:
     def __len__(self) -> int:
         return len(self.data) * max(1, self.per_item)
 
-    def fixed(self, index: int) -> View:
+    def fixed(self, index: int) -> Sample:
         """A fixed view: those of one item follow each other."""
         item, number = divmod(index, self.per_item)
-        view = self.data.view(item, sample_rng(self.seed, "cached view", item, number))
+        view = self.data.sample(item, sample_rng(self.seed, "cached view", item, number))
         return view if self.change is None else self.change(view, self.change_rng(index))
 
     @property
@@ -58,10 +58,10 @@ class ViewSource:
     @property
     def _alike(self) -> int:
         """How many fixed views that follow each other are the same."""
-        varies = self.data.views_vary or (self.change is not None and self.random_change)
+        varies = self.data.is_random or (self.change is not None and self.random_change)
         return 1 if varies else self.per_item
 
-    def drawn(self, indices: Sequence[int]) -> Iterator[tuple[int, View]]:
+    def drawn(self, indices: Sequence[int]) -> Iterator[tuple[int, Sample]]:
         """Each of `indices` with its fixed view; they are drawn a few at a time."""
         for start in range(0, len(indices), _DRAWN_AHEAD):
             part = indices[start : start + _DRAWN_AHEAD]
@@ -71,18 +71,18 @@ class ViewSource:
         """The generator that a fixed view is changed with."""
         return sample_rng(self.seed, "degradation", index)
 
-    def fresh(self, plan: BatchPlan) -> list[View]:
+    def fresh(self, plan: BatchIndices) -> list[Sample]:
         """A new view for each sample of a batch."""
         places = list(zip(plan.items, plan.rngs("view"), self.fresh_change_rngs(plan), strict=True))
 
-        def draw(place: tuple[int, random.Random, random.Random]) -> View:
+        def draw(place: tuple[int, random.Random, random.Random]) -> Sample:
             item, rng, change_rng = place
-            view = self.data.view(item, rng)
+            view = self.data.sample(item, rng)
             return view if self.change is None else self.change(view, change_rng)
 
         return _in_threads(draw, places)
 
-    def fresh_change_rngs(self, plan: BatchPlan) -> list[random.Random]:
+    def fresh_change_rngs(self, plan: BatchIndices) -> list[random.Random]:
         """The generators that new views are changed with."""
         return list(plan.rngs("degradation"))
 

@@ -54,7 +54,7 @@ def test_small_images_are_the_large_ones_reduced(emoji: EmojiSet):
     small = EmojiSet(image_size=16)
     for name in ("tiger face", "slice of pizza", "rocket"):
         index = index_of(emoji, name)
-        assert small.view(index, random.Random(0)).image.size == small.bucket(index) == (16, 16)
+        assert small.sample(index, random.Random(0)).image.size == small.bucket(index) == (16, 16)
         reduced = emoji.render(index, GlyphPlacement(56, ground="teal")).reduce(4)
         drawn = small.render(index, GlyphPlacement(14, ground="teal"))
         difference = np.abs(np.asarray(drawn, float) - np.asarray(reduced, float))
@@ -115,7 +115,7 @@ def test_views_show_what_their_captions_say(emoji: EmojiSet):
     index = index_of(emoji, "red apple")
     white = 0
     for seed in range(100):
-        view = emoji.view(index, random.Random(seed))
+        view = emoji.sample(index, random.Random(seed))
         ground = view.image.getpixel((0, 0))
         named = [name for name, colour in GROUNDS.items() if colour == ground]
         white += ground == WHITE
@@ -130,16 +130,16 @@ def test_views_show_what_their_captions_say(emoji: EmojiSet):
 
 
 def test_views_are_a_function_of_the_generator(emoji: EmojiSet):
-    first, again, other = (emoji.view(5, random.Random(seed)) for seed in (1, 1, 2))
+    first, again, other = (emoji.sample(5, random.Random(seed)) for seed in (1, 1, 2))
     assert first.image.tobytes() == again.image.tobytes()
     assert first.captions == again.captions
     assert first.image.tobytes() != other.image.tobytes()
 
 
 def test_corpus_holds_every_word(emoji: EmojiSet):
-    words = {word for caption in emoji.corpus() for word in caption.split()}
+    words = {word for caption in emoji.captions() for word in caption.split()}
     for seed in range(50):
-        for text in emoji.view(seed * 20, random.Random(seed)).captions.texts:
+        for text in emoji.sample(seed * 20, random.Random(seed)).captions.texts:
             assert set(text.split()) <= words
 
 
@@ -150,9 +150,9 @@ def test_emoji_that_are_held_out_are_in_no_training_set(emoji: EmojiSet):
     places = [names.index(glyph.name) for glyph in held_out.glyphs]
     assert {after - before for before, after in pairwise(places)} <= {6, 7}
     assert sorted(places + [names.index(glyph.name) for glyph in training.glyphs]) == list(range(len(emoji)))
-    assert not {glyph.name for glyph in held_out.glyphs} & set(training.corpus())
+    assert not {glyph.name for glyph in held_out.glyphs} & set(training.captions())
     # Each keeps its picture.
-    assert held_out.view(3, random.Random(1)) == emoji.view(places[3], random.Random(1))
+    assert held_out.sample(3, random.Random(1)) == emoji.sample(places[3], random.Random(1))
 
 
 @pytest.mark.parametrize(("held_out", "part"), [(0, "held_out"), (2000, "training")])

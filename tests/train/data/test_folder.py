@@ -62,8 +62,15 @@ def bare_folder(tmp_path: Path) -> Path:
 def test_captions_in_text_files(image_folder: Path):
     data = open_folder(image_folder)
     assert len(data) == 6
-    assert data.corpus() == ["black disc", "blue disc", "green disc", "red disc", "white disc", "yellow disc"]
-    view = data.view(3, random.Random(0))
+    assert data.captions() == [
+        "black disc",
+        "blue disc",
+        "green disc",
+        "red disc",
+        "white disc",
+        "yellow disc",
+    ]
+    view = data.sample(3, random.Random(0))
     assert view.captions.texts == ("red disc",)
     assert view.image.size == (8, 8)
     red, green, blue = view.image.split()
@@ -79,13 +86,13 @@ def test_captions_in_metadata(bare_folder: Path):
         {"file_name": "sub/c.png", "text": ""},
         {"file_name": "a.png", "text": "é 🍕"},
     )
-    assert open_folder(bare_folder).corpus() == ["é 🍕", "two\u2028lines", ""]
+    assert open_folder(bare_folder).captions() == ["é 🍕", "two\u2028lines", ""]
 
 
 def test_captions_in_a_table(bare_folder: Path):
     rows = (("a.png", 'said "é, 🍕"', "1"), ("b.png", "two\nlines", ""), ("sub/c.png", "", "x"))
     write_csv(bare_folder, ("file_name", "text", "more"), *rows)
-    assert open_folder(bare_folder).corpus() == ['said "é, 🍕"', "two\nlines", ""]
+    assert open_folder(bare_folder).captions() == ['said "é, 🍕"', "two\nlines", ""]
 
 
 def test_captions_may_be_called_captions(bare_folder: Path):
@@ -95,7 +102,7 @@ def test_captions_may_be_called_captions(bare_folder: Path):
     with pytest.warns(
         UserWarning, match=r"sub/metadata\.jsonl: nothing is done with the column caption;"
     ) as told:
-        assert open_folder(bare_folder, caption="x").corpus() == ["first", "second", "third"]
+        assert open_folder(bare_folder, caption="x").captions() == ["first", "second", "third"]
     assert len(told) == 1
 
 
@@ -105,7 +112,7 @@ def test_columns_that_are_not_known_are_told(bare_folder: Path):
     write_metadata(bare_folder, *rows)
     message = "metadata.jsonl: nothing is done with the columns prompt; source; captions are read from text or caption"
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
-        assert open_folder(bare_folder, caption="x").corpus() == ["x"] * 3
+        assert open_folder(bare_folder, caption="x").captions() == ["x"] * 3
     config = FolderData(kind="imagefolder", path=bare_folder, image_size=8, caption="x")
     assert message in check(config).notes
     told = problems_of(bare_folder)
@@ -124,7 +131,7 @@ def test_columns_that_are_not_known_are_told(bare_folder: Path):
 def test_metadata_in_sub_folders_name_files_beside_them(bare_folder: Path):
     write_csv(bare_folder, ("text", "file_name"), ("first", "a.png"), ("second", "./b.png"))
     write_metadata(bare_folder / "sub", {"file_name": "c.png", "text": "third"})
-    assert open_folder(bare_folder).corpus() == ["first", "second", "third"]
+    assert open_folder(bare_folder).captions() == ["first", "second", "third"]
 
 
 def test_the_lines_of_a_text_file_are_captions_drawn_equally_often(bare_folder: Path):
@@ -132,11 +139,11 @@ def test_the_lines_of_a_text_file_are_captions_drawn_equally_often(bare_folder: 
     (bare_folder / "b.txt").write_text("\n", "utf-8")
     (bare_folder / "sub" / "c.caption").write_text("kohya's suffix", "utf-8")
     data = open_folder(bare_folder)
-    captions = data.view(0, random.Random(0)).captions
+    captions = data.sample(0, random.Random(0)).captions
     assert captions.texts == ("one", "two", "three\u2028and more")
     drawn = Counter(captions.draw(random.Random(seed)) for seed in range(3000))
     assert all(count / 3000 == pytest.approx(1 / 3, abs=0.04) for count in drawn.values())
-    assert data.corpus()[3:] == ["", "kohya's suffix"]
+    assert data.captions()[3:] == ["", "kohya's suffix"]
 
 
 def test_the_case_of_suffixes_does_not_matter(bare_folder: Path):
@@ -146,7 +153,7 @@ def test_the_case_of_suffixes_does_not_matter(bare_folder: Path):
     (bare_folder / "sub" / "c.TXT").write_text("not this", "utf-8")
     (bare_folder / "sub" / "c.txt").write_text("third", "utf-8")
     (bare_folder / "lonely.TXT").write_text("", "utf-8")
-    assert open_folder(bare_folder).corpus() == ["first", "second", "third"]
+    assert open_folder(bare_folder).captions() == ["first", "second", "third"]
     notes = check(FolderData(kind="imagefolder", path=bare_folder, image_size=8)).notes
     assert "lonely.TXT: there is no image of this name" in notes
 
@@ -161,7 +168,7 @@ def test_one_caption_for_all_that_have_none_and_a_prefix_for_all(bare_folder: Pa
     (bare_folder / "b.txt").write_text("asleep", "utf-8")
     write_metadata(bare_folder, {"file_name": "sub/c.png"})
     data = open_folder(bare_folder, caption="a photo of sks dog", caption_prefix="sks,")
-    assert data.corpus() == ["sks, a photo of sks dog", "sks, asleep", "sks, a photo of sks dog"]
+    assert data.captions() == ["sks, a photo of sks dog", "sks, asleep", "sks, a photo of sks dog"]
 
 
 def test_repeats(bare_folder: Path):
@@ -172,7 +179,7 @@ def test_repeats(bare_folder: Path):
 
 def test_captions_are_shuffled_as_in_kohyas_trainers(bare_folder: Path):
     fields = {"caption": "sks, dog , on a lawn,sunny, 4k", "caption_shuffle": True}
-    captions = open_folder(bare_folder, keep_tokens=2, **fields).view(0, random.Random(0)).captions
+    captions = open_folder(bare_folder, keep_tokens=2, **fields).sample(0, random.Random(0)).captions
     drawn = Counter(captions.draw(random.Random(seed)) for seed in range(1200))
     assert all(text.startswith("sks, dog, ") for text in drawn)
     assert {frozenset(text.split(", ")) for text in drawn} == {
@@ -181,7 +188,7 @@ def test_captions_are_shuffled_as_in_kohyas_trainers(bare_folder: Path):
     assert len(drawn) == 6
     assert all(count / 1200 == pytest.approx(1 / 6, abs=0.05) for count in drawn.values())
     assert captions.draw(random.Random(7)) == captions.draw(random.Random(7))
-    loose = open_folder(bare_folder, **fields).view(0, random.Random(0)).captions
+    loose = open_folder(bare_folder, **fields).sample(0, random.Random(0)).captions
     assert len({loose.draw(random.Random(seed)) for seed in range(2000)}) == 120
 
 
@@ -197,7 +204,7 @@ def test_masks_and_edits_follow_the_image(tmp_path: Path):
     assert len(data) == 1, "what a row names beside the image is no image to learn"
     corners = set()
     for seed in range(8):
-        view = data.view(0, random.Random(seed))
+        view = data.sample(0, random.Random(seed))
         assert view.before is not None
         assert view.mask is not None
         assert view.mask.mode == "L"
@@ -213,7 +220,7 @@ def test_masks_and_edits_follow_the_image(tmp_path: Path):
     write_metadata(tmp_path, row, {"file_name": "plain.png", "text": "x", "mask_file_name": None})
     (tmp_path / "before.png").unlink()
     (tmp_path / "mask.png").unlink()
-    assert open_folder(tmp_path).view(1, random.Random(0)).mask is None
+    assert open_folder(tmp_path).sample(1, random.Random(0)).mask is None
 
 
 def test_companions_must_be_of_one_size_and_edits_of_all_images(tmp_path: Path):
@@ -233,7 +240,7 @@ def test_buckets_by_ratio(tmp_path: Path):
     data = open_folder(tmp_path, caption="x", image_size=64, buckets=True, bucket_step=16)
     assert [data.bucket(index) for index in range(3)] == [(48, 80), (64, 64), (80, 48)]
     for index in range(3):
-        assert data.view(index, random.Random(0)).image.size == data.bucket(index)[::-1]
+        assert data.sample(index, random.Random(0)).image.size == data.bucket(index)[::-1]
     assert data.image_size == 64
 
 
@@ -248,7 +255,7 @@ def test_kohyas_folders(tmp_path: Path):
     draw(tmp_path / "1_a_dog" / "c.webp")
     (tmp_path / "10_sks dog" / "a.txt").write_text("sks dog asleep", "utf-8")
     data = open_kohya(tmp_path)
-    assert Counter(data.corpus()) == {"sks dog asleep": 10, "sks dog": 10, "a_dog": 1}
+    assert Counter(data.captions()) == {"sks dog asleep": 10, "sks dog": 10, "a_dog": 1}
     draw(tmp_path / "log" / "stray.png")
     draw(tmp_path / "stray.png")
     draw(tmp_path / "0_none" / "d.png")
@@ -398,7 +405,7 @@ def test_bad_images_are_an_error_or_skipped_with_a_warning(
     with pytest.warns(UserWarning, match=rf"1 images are left out: .*{name}"):
         data = open_folder(image_folder, on_bad_image="skip")
     assert len(data) == 6
-    assert "bad" not in data.corpus()
+    assert "bad" not in data.captions()
 
 
 def test_an_image_with_a_bad_mask_is_left_out(tmp_path: Path):
@@ -408,7 +415,7 @@ def test_an_image_with_a_bad_mask_is_left_out(tmp_path: Path):
     row = {"file_name": "a.png", "text": "x", "mask_file_name": "mask.png"}
     write_metadata(tmp_path, row, {"file_name": "b.png", "text": "y"})
     with pytest.warns(UserWarning, match=r"1 images are left out: .*mask\.png"):
-        assert open_folder(tmp_path, on_bad_image="skip").corpus() == ["y"]
+        assert open_folder(tmp_path, on_bad_image="skip").captions() == ["y"]
     (tmp_path / "b.png").unlink()
     (tmp_path / "b.png").touch()
     with pytest.warns(UserWarning, match="2 images are left out"), pytest.raises(DatasetError):
@@ -424,7 +431,7 @@ def test_images_of_all_kinds_are_read_upright_as_srgb(tmp_path: Path):
     Image.fromarray(np.full((40, 20), 65535, np.uint16)).save(tmp_path / "sixteen.png")
     data = open_folder(tmp_path, caption="x", image_size=16, buckets=True, bucket_step=8)
     assert {data.bucket(index) for index in range(4)} == {(24, 8)}
-    views = [data.view(index, random.Random(0)) for index in range(4)]
+    views = [data.sample(index, random.Random(0)) for index in range(4)]
     assert {view.original_size for view in views} == {(40, 20)}
     colours = [view.image.getpixel((4, 8)) for view in views]
     white = (255, 255, 255)

@@ -57,9 +57,9 @@ def open_set(path: Path, **fields: Any) -> HuggingFaceSet:
 
 def assert_colours(data: HuggingFaceSet) -> None:
     assert len(data) == 6
-    assert data.corpus() == [f"{colour} disc" for colour in COLOURS]
+    assert data.captions() == [f"{colour} disc" for colour in COLOURS]
     for index, colour in enumerate(COLOURS):
-        view = data.view(index, random.Random(0))
+        view = data.sample(index, random.Random(0))
         assert view.captions.texts == (f"{colour} disc",)
         assert view.original_size == (10, 12)
         expected = picture(colour).resize((10, 8), Image.Resampling.LANCZOS).crop((1, 0, 9, 8))
@@ -87,7 +87,7 @@ def test_splits(tmp_path: Path):
     both = datasets.DatasetDict({"train": with_images(), "test": with_images(text=["x"] * 6)})
     both.save_to_disk(tmp_path / "both")
     assert_colours(open_set(tmp_path / "both", split="train"))
-    assert open_set(tmp_path / "both", split="test").corpus() == ["x"] * 6
+    assert open_set(tmp_path / "both", split="test").captions() == ["x"] * 6
     for split in (None, "valid"):
         with pytest.raises(DatasetError, match=r"data\.split names .*; the splits of .* are: test, train"):
             open_set(tmp_path / "both", split=split)
@@ -118,7 +118,7 @@ def test_columns_of_other_names_and_several_captions(tmp_path: Path):
         tmp_path / "set"
     )
     data = open_set(tmp_path / "set", image_column="photo", caption_column="titles")
-    assert data.view(1, random.Random(0)).captions.texts == ("green disc", "a disc")
+    assert data.sample(1, random.Random(0)).captions.texts == ("green disc", "a disc")
     lacking = (
         r"lacks data\.image_column 'image' and data\.caption_column 'prompt'; its columns are: photo, text"
     )
@@ -150,11 +150,11 @@ def test_bad_images_can_be_skipped_and_captions_cannot(tmp_path: Path):
     table(image=images).save_to_disk(tmp_path / "set")
     with pytest.warns(UserWarning, match="1 images are left out: row 1:"):
         data = open_set(tmp_path / "set", on_bad_image="skip")
-    assert data.corpus() == [f"{colour} disc" for colour in COLOURS if colour != "green"]
-    assert data.view(1, random.Random(0)).captions.texts == ("blue disc",)
+    assert data.captions() == [f"{colour} disc" for colour in COLOURS if colour != "green"]
+    assert data.sample(1, random.Random(0)).captions.texts == ("blue disc",)
     unchecked = open_set(tmp_path / "set", check_images=False)
     with pytest.raises(DatasetError, match=r"row 1.* cannot be read as an image"):
-        unchecked.view(1, random.Random(0))
+        unchecked.sample(1, random.Random(0))
     table(image=[b"none"] * 6).save_to_disk(tmp_path / "none")
     with (
         pytest.warns(UserWarning, match="6 images"),

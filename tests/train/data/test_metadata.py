@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latentgen.train.config import FolderData
-from latentgen.train.data.listing import list_folder
+from latentgen.train.data.scan import list_folder
 
 names = st.sampled_from(["red.png", "./green.png", "blue.png", "../images/red.png", "red.txt", ""])
 values = st.recursive(

@@ -23,8 +23,8 @@ from webdataset.shardlists import expand_urls
 
 from latentgen.errors import DatasetError
 from latentgen.train.config import WebDataset
-from latentgen.train.data import open_data, order, packed, shards, tar_index
-from latentgen.train.data.order import Order, shard_order
+from latentgen.train.data import archive, open_data, sampler, shards, tar_index
+from latentgen.train.data.sampler import BucketSampler, shard_order
 from latentgen.train.data.shards import ShardSet, expand_shards
 from latentgen.train.trainer import train
 from tests.train.recipes import COLOURS, MakeRecipe
@@ -71,14 +71,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def view(data: ShardSet, index: int) -> Any:
-    return data.view(index, random.Random(0))
+    return data.sample(index, random.Random(0))
 
 
 def test_every_sample_is_there(folder: Path):
     data = open_shards(folder / "part-{000..002}.tar")
     assert len(data) == 6
     assert data.shard_counts == (2, 2, 2)
-    assert data.corpus() == [f"{colour} disc" for colour in COLOURS]
+    assert data.captions() == [f"{colour} disc" for colour in COLOURS]
     for index, colour in enumerate(COLOURS):
         shown = view(data, index)
         assert shown.captions.texts == (f"{colour} disc",)
@@ -148,7 +148,7 @@ BAD_SAMPLES: list[Member] = [
     ("nul.png", picture("red")),
     ("nul.txt", b"a\0b"),
     ("long.png", picture("red")),
-    ("long.txt", b"x" * (packed.MAX_CAPTION_BYTES + 1)),
+    ("long.txt", b"x" * (archive.MAX_CAPTION_BYTES + 1)),
 ]
 
 
@@ -197,7 +197,7 @@ def test_bad_images_can_be_skipped_with_a_warning(tmp_path: Path):
     for _ in range(2):  # the second time from the index
         with pytest.warns(UserWarning, match=r"1 images are left out: .*b\.png"):
             data = open_shards(path, on_bad_image="skip", index_dir=tmp_path / "index")
-        assert data.corpus() == ["red disc", "blue disc"]
+        assert data.captions() == ["red disc", "blue disc"]
 
 
 def _without_end(data: bytes) -> bytes:
@@ -252,7 +252,7 @@ def test_links_and_folders_are_no_samples(tmp_path: Path):
             archive.addfile(info, io.BytesIO(data))
     before = sorted(tmp_path.rglob("*"))
     data = open_shards(path)
-    assert data.corpus() == ["up"]
+    assert data.captions() == ["up"]
     assert view(data, 0).image.getpixel((0, 0)) == (255, 0, 0)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -288,11 +288,11 @@ def test_the_index_spares_the_second_run_the_reading(folder: Path, monkeypatch: 
     second = open_shards(names, index_dir=index)
     unchecked = open_shards(names, index_dir=index, check_images=False)
     assert surveyed == []
-    assert second.corpus() == unchecked.corpus() == first.corpus()
+    assert second.captions() == unchecked.captions() == first.captions()
     write_tar(folder / "part-001.tar", [*sample("new", "white", "new one"), *sample("x", "red")])
     third = open_shards(names, index_dir=index)
     assert surveyed == [folder / "part-001.tar"]
-    assert third.corpus()[2] == "new one"
+    assert third.captions()[2] == "new one"
     open_shards(names, index_dir=index, check_images=False)
     assert len(surveyed) == 1
     assert len(list(index.glob("*.safetensors"))) == 2
@@ -331,7 +331,7 @@ survey = shards.survey_shard
 shards.survey_shard = lambda path, *, decode: (surveyed.append(path.name), survey(path, decode=decode))[1]
 data = open_shards(folder / "part-*.tar", index_dir=folder / "index")
 assert surveyed == [["part-000.tar", "part-002.tar"], ["part-001.tar"]][rank], surveyed
-assert len(data.corpus()) == 6
+assert len(data.captions()) == 6
 try:
     open_shards(folder / "*.tar", index_dir=folder / "index")
 except DatasetError as error:
@@ -421,7 +421,7 @@ def test_views_are_framed_as_those_of_folders(tmp_path: Path):
         shown = view(data, index)
         assert shown.image.size == (width, height)
         assert shown.original_size == sizes[index % 4][::-1]
-    assert data.corpus()[0] == "a photo, one, two, three"
+    assert data.captions()[0] == "a photo, one, two, three"
     drawn = {view(data, 0).captions.draw(random.Random(seed)) for seed in range(20)}
     assert drawn == {"a photo, one, two, three", "a photo, one, three, two"}
     with pytest.raises(ValidationError, match="buckets needs check_images"):
@@ -432,10 +432,10 @@ def test_views_are_framed_as_those_of_folders(tmp_path: Path):
 def test_the_order_of_a_run_reads_few_shards_at_a_time(
     folder: Path, monkeypatch: pytest.MonkeyPatch, views: int
 ):
-    monkeypatch.setattr(order, "SHARDS_TOGETHER", 1)
-    monkeypatch.setattr(order.shard_order, "__kwdefaults__", {"together": 1, "bucket": 0})
+    monkeypatch.setattr(sampler, "SHARDS_TOGETHER", 1)
+    monkeypatch.setattr(sampler.shard_order, "__kwdefaults__", {"together": 1, "bucket": 0})
     data = open_shards(folder / "part-*.tar")
-    sequence = Order.of(data, views=views)
+    sequence = BucketSampler.of(data, views=views)
     for epoch in range(3):
         items = [
             item
@@ -461,7 +461,7 @@ def test_buckets_of_shards_have_orders_of_their_own():
             return (8, 8) if index % 3 else (4, 16)
 
     data: Any = Set()
-    steps = [Order.of(data).items(0, step, 2, range(2)) for step in range(24)]
+    steps = [BucketSampler.of(data).items(0, step, 2, range(2)) for step in range(24)]
     assert all(len({data.bucket(item) for item in items}) == 1 for items in steps)
     assert sorted(item for items in steps for item in items) == sorted(list(range(12)) * 4)
     squares = [item for items in steps for item in items if item % 3][:8]

@@ -17,8 +17,7 @@ from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import CheckpointCorruptError, ConfigError, DatasetError
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.config import TrainConfig
-from latentgen.train.data import BatchPlan, Captions, View, to_tensor
-from latentgen.train.data.held_out import open_parts
+from latentgen.train.data import BatchIndices, Captions, Sample, open_splits, to_tensor
 from latentgen.train.objectives import view_encoder
 from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.build import build_objective
@@ -40,12 +39,12 @@ class Scribbles:
     """Six random pictures: the even ones 16 wide and 16 high, the odd ones 24 wide and 8 high, the last two masked."""
 
     image_size = 16
-    views_vary = True
+    is_random = True
 
     def __len__(self) -> int:
         return 6
 
-    def view(self, index: int, rng: random.Random) -> View:
+    def sample(self, index: int, rng: random.Random) -> Sample:
         size = (24, 8) if index % 2 else (16, 16)
         image = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
         ImageDraw.Draw(image).line([rng.randrange(16) for _ in range(6)], "red", 2)
@@ -54,14 +53,14 @@ class Scribbles:
             mask = Image.new("L", size)
             mask.paste(255, (0, 0, 3, 8))
         corner = (rng.randrange(5), 1)
-        return View(image, Captions((f"number {index}",), (1.0,)), (100, 50 + index), corner, mask)
+        return Sample(image, Captions((f"number {index}",), (1.0,)), (100, 50 + index), corner, mask)
 
-    def corpus(self) -> list[str]:
+    def captions(self) -> list[str]:
         return []
 
 
-def plan(*items: int, step: int = 0) -> BatchPlan:
-    return BatchPlan(3, step, len(items), tuple(range(len(items))), items)
+def plan(*items: int, step: int = 0) -> BatchIndices:
+    return BatchIndices(3, step, len(items), tuple(range(len(items))), items)
 
 
 @pytest.fixture
@@ -140,19 +139,19 @@ def test_tasks_share_what_they_encode_alike(
 class Stills(Scribbles):
     """As Scribbles, but one view is like another."""
 
-    views_vary = False
+    is_random = False
 
-    def view(self, index: int, rng: random.Random) -> View:
-        return super().view(index, random.Random(index))
+    def sample(self, index: int, rng: random.Random) -> Sample:
+        return super().sample(index, random.Random(index))
 
 
 class StillsUnawares(Stills):
     """The same, which does not say so."""
 
-    views_vary = True
+    is_random = True
 
 
-def halved(view: View, _: random.Random) -> View:
+def halved(view: Sample, _: random.Random) -> Sample:
     return view._replace(before=view.image.point([level // 2 for level in range(256)] * 3))
 
 
@@ -194,7 +193,7 @@ def test_random_views_are_all_encoded(
 ):
     monkeypatch.setattr(view_encoder, "ENCODING_BATCH", 1)
     config = text_to_image_recipe("task.views_per_image=16", *overrides)
-    data = open_parts(config).training
+    data = open_splits(config).training
     objective = build_objective(config, device=CPU, data=data)
     assert len(encoded_images) == len(data) * each
     # Which samples a step shows does not depend on it.
@@ -300,7 +299,7 @@ def test_fresh_views_are_drawn_by_step_and_sample(encoder: ImageEncoder, tiny_ch
     for step in range(3):
         batch = plan(2, 4, 2, step=step)
         images = [
-            source.data.view(item, rng).image
+            source.data.sample(item, rng).image
             for item, rng in zip(batch.items, batch.rngs("view"), strict=True)
         ]
         with torch.no_grad():
@@ -332,7 +331,7 @@ def test_fresh_views_are_encoded_once_a_batch(encoder: ImageEncoder, encoded_ima
 def test_what_is_shown_is_changed_with_random_numbers_that_can_be_had_again(
     encoder: ImageEncoder, per_item: int, tmp_path: Path
 ):
-    def brightened(view: View, rng: random.Random) -> View:
+    def brightened(view: Sample, rng: random.Random) -> Sample:
         return view._replace(before=view.image.point([rng.randrange(200, 256)] * 768))
 
     source = ViewSource(Scribbles(), per_item, 0, brightened)

@@ -19,7 +19,7 @@ from latentgen.checkpoints.single_file import SingleFile
 from latentgen.errors import ConfigError, DatasetError
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import FinetuneTask, Prior
-from latentgen.train.data import BatchPlan, sample_rng, to_tensor
+from latentgen.train.data import BatchIndices, sample_rng, to_tensor
 from latentgen.train.objectives.class_images import ClassImages
 from latentgen.train.objectives.finetune import FinetuneObjective
 from latentgen.train.objectives.masks import random_mask
@@ -43,7 +43,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def views_of(items: tuple[int, ...]) -> list[Any]:
     data = Pictures()
-    return [data.view(i // 2, sample_rng(3, "cached view", i // 2, i % 2)) for i in items]
+    return [data.sample(i // 2, sample_rng(3, "cached view", i // 2, i % 2)) for i in items]
 
 
 def test_latents_are_draws_from_the_posterior_of_diffusers(tmp_path: Path):
@@ -109,10 +109,10 @@ def test_every_batch_is_a_function_of_the_plan(tmp_path: Path):
         )
 
 
-def all_of(objective: FinetuneObjective) -> BatchPlan:
+def all_of(objective: FinetuneObjective) -> BatchIndices:
     """A plan that shows every item once."""
     items = tuple(range(len(objective.order)))
-    return BatchPlan(0, 0, len(items), items, items)
+    return BatchIndices(0, 0, len(items), items, items)
 
 
 def class_latents(objective: FinetuneObjective) -> torch.Tensor:
@@ -212,7 +212,7 @@ def test_more_class_images_than_asked_for_are_all_used_and_none_drawn(dogs: Path
 def test_class_images_count_everywhere_where_the_loss_is_masked(dogs: Path, tmp_path: Path):
     prior = Prior.model_validate(PRIOR | {"path": str(dogs)})
     classes = ClassImages(prior, tmp_path / "drawn", model="x", seed=0, image_size=SIZE)
-    mask = classes.view(0, random.Random(0)).mask
+    mask = classes.sample(0, random.Random(0)).mask
     assert mask is not None
     assert mask.size == (SIZE, SIZE)
     assert mask.getextrema() == (255, 255)

@@ -252,7 +252,7 @@ def fixed(item: int) -> Iterator[Any]:
     """The cached views of an item."""
     from latentgen.train.data import sample_rng
 
-    return (Pictures().view(item, sample_rng(3, "cached view", item, number)) for number in range(2))
+    return (Pictures().sample(item, sample_rng(3, "cached view", item, number)) for number in range(2))
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)

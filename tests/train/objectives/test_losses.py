@@ -17,7 +17,7 @@ from latentgen.diffusion.schedule import NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.train.config import LatentLoss
-from latentgen.train.data import View
+from latentgen.train.data import Sample
 from latentgen.train.data.folder import ImageFolder
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.latent_diffusion import LatentObjective
@@ -179,15 +179,15 @@ def test_a_perturbed_input_is_what_diffusers_script_shows(recipe: MakeRecipe):
 
 def half_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the images of folders masks: of even items the left half, of odd ones none."""
-    original = ImageFolder.view
+    original = ImageFolder.sample
 
-    def view(self: ImageFolder, index: int, rng: Any) -> View:
+    def sample(self: ImageFolder, index: int, rng: Any) -> Sample:
         seen = original(self, index, rng)
         mask = Image.new("L", seen.image.size, 0)
         mask.paste(255, (0, 0, mask.width // 2, mask.height))
         return seen if index % 2 else seen._replace(mask=mask)
 
-    monkeypatch.setattr(ImageFolder, "view", view)
+    monkeypatch.setattr(ImageFolder, "sample", sample)
 
 
 def test_the_error_counts_within_the_mask(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.train.config import LatentLoss, PyramidNoise
-from latentgen.train.data import BatchPlan, Order, plan_step
+from latentgen.train.data import BatchIndices, BucketSampler, plan_step
 from latentgen.train.objectives.noising import perturbed_noise, pyramid_noise, training_noise
 
 SHAPE = (4, 16, 16)
@@ -21,8 +21,10 @@ KINDS = [
 ]
 
 
-def plan_of(samples: int, *, step: int = 0) -> BatchPlan:
-    (plan,) = plan_step(3, step, batch_size=samples, order=Order([range(9)]), parts=1, rank=0, processes=1)
+def plan_of(samples: int, *, step: int = 0) -> BatchIndices:
+    (plan,) = plan_step(
+        3, step, batch_size=samples, order=BucketSampler([range(9)]), parts=1, rank=0, processes=1
+    )
     return plan
 
 
@@ -35,7 +37,9 @@ def test_by_itself_it_is_the_noise_of_the_plan():
 def test_each_sample_has_its_own_whatever_it_is_batched_with(loss: LatentLoss):
     whole = training_noise(plan_of(8), SHAPE, loss)
     for rank in (0, 1):
-        (part,) = plan_step(3, 0, batch_size=8, order=Order([range(9)]), parts=1, rank=rank, processes=2)
+        (part,) = plan_step(
+            3, 0, batch_size=8, order=BucketSampler([range(9)]), parts=1, rank=rank, processes=2
+        )
         assert torch.equal(training_noise(part, SHAPE, loss), whole[rank::2])
         assert torch.equal(
             perturbed_noise(part, whole[rank::2], 0.1), perturbed_noise(plan_of(8), whole, 0.1)[rank::2]

@@ -55,7 +55,7 @@ def test_what_is_shown_is_the_degraded_image_encoded_by_diffusers(
     objective, data = build(config), open_data(config.data)
     plan = plan_for(objective, size=6)
     latents, *_, shown = objective.batch(plan)
-    images = [data.view(item, random.Random(0)).image for item in plan.items]  # whole: they are square
+    images = [data.sample(item, random.Random(0)).image for item in plan.items]  # whole: they are square
     degraded = [
         DEGRADATIONS[degradation](image, sample_rng(5, "degradation", item))
         for image, item in zip(images, plan.items, strict=True)

@@ -86,7 +86,7 @@ def objective_image(objective: UpscaleObjective, data, item: int) -> Image.Image
     """Item `item` of the tiny recipe in low resolution, made anew."""
     from latentgen.train.data import sample_rng
 
-    view = open_data(data).view(item, random.Random(0))  # a folder's views have nothing random
+    view = open_data(data).sample(item, random.Random(0))  # a folder's views have nothing random
     return lower_resolution(view.image, 8, sample_rng(5, "degradation", item))
 
 

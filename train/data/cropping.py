@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from latentgen.train.config import FramedData
+from latentgen.train.config import ImageData
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -49,7 +49,7 @@ class Framing:
         varies: whether two views of an image can differ.
     """
 
-    def __init__(self, config: FramedData) -> None:
+    def __init__(self, config: ImageData) -> None:
         self._config = config
         square = (config.image_size, config.image_size)
         shortest, longest = config.side_bounds

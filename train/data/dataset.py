@@ -1,18 +1,19 @@
-"""What a training set is to those who learn from it: items, each seen through random views."""
+"""A training set: captioned images, each seen through random views; subsets and validation splits of it."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from latentgen.errors import ConfigError
+from latentgen.errors import ConfigError, DatasetError
+from latentgen.train.data.sampler import Sharded, sample_rng
 
 
 class Captions(NamedTuple):
@@ -40,7 +41,7 @@ class Captions(NamedTuple):
         return ", ".join(kept + others)
 
 
-class View(NamedTuple):
+class Sample(NamedTuple):
     """One rendering or crop of an item, and what is known of it.
 
     Attributes:
@@ -60,7 +61,7 @@ class View(NamedTuple):
     before: Image.Image | None = None
 
 
-class CaptionedImages(Protocol):
+class CaptionedDataset(Protocol):
     """A set of items, each seen through random views.
 
     Attributes:
@@ -70,7 +71,7 @@ class CaptionedImages(Protocol):
     image_size: int
 
     @property
-    def views_vary(self) -> bool:
+    def is_random(self) -> bool:
         """Whether two views of an item can differ."""
         ...
 
@@ -80,16 +81,16 @@ class CaptionedImages(Protocol):
         """Height and width of the views of item `index`."""
         ...
 
-    def view(self, index: int, rng: random.Random) -> View:
+    def sample(self, index: int, rng: random.Random) -> Sample:
         """Draw a view of item `index`."""
         ...
 
-    def corpus(self) -> list[str]:
+    def captions(self) -> list[str]:
         """The captions that a tokenizer for this set is made from."""
         ...
 
 
-class TrainingSet(CaptionedImages, Protocol):
+class TrainingSet(CaptionedDataset, Protocol):
     """A set that was opened from a recipe.
 
     Attributes:
@@ -107,7 +108,7 @@ def digest_of(parts: Iterable[object]) -> str:
     return total.hexdigest()
 
 
-def check_sides(data: CaptionedImages, factor: int) -> None:
+def check_sides(data: CaptionedDataset, factor: int) -> None:
     """Refuse views whose sides an autoencoder cannot divide by its `factor`.
 
     Raises:
@@ -126,3 +127,85 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """RGB images of one size to [B, 3, H, W] in -1..1, float32, channels_last."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+@runtime_checkable
+class Repeating(Protocol):
+    """A data set in which several items may show one image: `images` has a number for the image of each item."""
+
+    @property
+    def images(self) -> Sequence[int]:
+        """Equal numbers for equal images."""
+        ...
+
+
+class Subset:
+    """Some `items` of a data set, in their order; its tokenizer is that of the whole set."""
+
+    def __init__(self, whole: CaptionedDataset, items: Sequence[int]) -> None:
+        self.image_size = whole.image_size
+        self.is_random = whole.is_random
+        self._whole = whole
+        self._items = tuple(items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def sample(self, index: int, rng: random.Random) -> Sample:
+        """Draw a view of item `index` of this subset."""
+        return self._whole.sample(self._items[index], rng)
+
+    def bucket(self, index: int) -> tuple[int, int]:
+        """Height and width of the views of an item."""
+        return self._whole.bucket(self._items[index])
+
+    def captions(self) -> list[str]:
+        """The captions of the whole set."""
+        return self._whole.captions()
+
+
+class ShardedSubset(Subset):
+    """Some `items` of a set in shards, sorted; `shard_counts` are how many of them lie in each shard."""
+
+    def __init__(self, whole: CaptionedDataset, items: Sequence[int], shard_counts: Sequence[int]) -> None:
+        super().__init__(whole, items)
+        edges = np.concatenate([[0], np.cumsum(shard_counts)])
+        self.shard_counts: tuple[int, ...] = tuple(np.diff(np.searchsorted(items, edges)).tolist())
+
+
+def split(data: CaptionedDataset, fraction: float) -> tuple[CaptionedDataset, CaptionedDataset]:
+    """The items to train on, and one item of each held-out image: at least one image, whatever the run's seed is.
+
+    Which images are held out depends on their number alone, by a shuffle: periodic data (frames of one scene, views of
+    one object) is not held out in step with its period. All items of a held-out image are excluded from training.
+
+    Raises:
+        DatasetError: there are fewer than two images.
+    """
+    images = _shuffled_images(data)
+    count = len(images)
+    if count < 2:
+        raise DatasetError(
+            f"validation_fraction is {fraction:g} of {count} images; training needs at least one"
+        )
+    held_out = max(1, round(fraction * count))
+    items = sorted(item for image in images[held_out:] for item in image)
+    training = (
+        ShardedSubset(data, items, data.shard_counts) if isinstance(data, Sharded) else Subset(data, items)
+    )
+    return training, Subset(data, [image[0] for image in images[:held_out]])
+
+
+def unique_items(data: CaptionedDataset) -> list[int]:
+    """The first item of each image, shuffled."""
+    return [image[0] for image in _shuffled_images(data)]
+
+
+def _shuffled_images(data: CaptionedDataset) -> list[list[int]]:
+    """The items of each image, the images shuffled."""
+    items: dict[int, list[int]] = {}
+    for item, image in enumerate(data.images if isinstance(data, Repeating) else range(len(data))):
+        items.setdefault(image, []).append(item)
+    images = list(items.values())
+    sample_rng(0, "held out").shuffle(images)
+    return images

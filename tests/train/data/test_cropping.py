@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
-from latentgen.train.config import FramedData
-from latentgen.train.data.framing import Framing, bucket_sizes, nearest_size
+from latentgen.train.config import ImageData
+from latentgen.train.data.cropping import Framing, bucket_sizes, nearest_size
 
 # Height x width of the buckets of SDXL (arXiv:2307.01952, appendix I), those wider than high.
 SDXL = {
@@ -33,7 +33,7 @@ sides = st.integers(1, 5000)
 
 
 def framing(**fields: Any) -> Framing:
-    return Framing(FramedData(**{"image_size": 64, "bucket_step": 16} | fields))
+    return Framing(ImageData(**{"image_size": 64, "bucket_step": 16} | fields))
 
 
 def test_buckets_are_among_those_of_sdxl():
@@ -42,7 +42,7 @@ def test_buckets_are_among_those_of_sdxl():
     assert set(ours) == {size[::-1] for size in ours}, "each stands upright and lies on its side"
     # Every side of the paper is there; of a side the paper has up to four lengths of the other.
     assert {side for size in ours for side in size} == {side for size in SDXL for side in size}
-    assert Framing(FramedData(image_size=1024, buckets=True)).sizes == ours
+    assert Framing(ImageData(image_size=1024, buckets=True)).sizes == ours
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ from latentgen.errors import DatasetError, InputError
 from latentgen.files import quote
 from latentgen.prompts import check_prompts
 from latentgen.train.config import FolderData, KohyaData
-from latentgen.train.data.captions import CAPTION_SUFFIXES, CaptionFiles, read_captions
 from latentgen.train.data.metadata import CAPTION_COLUMNS, METADATA, Metadata, Row, read_metadata
 
+CAPTION_SUFFIXES = (".txt", ".caption")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 _KOHYA_FOLDER = re.compile(r"([0-9]{1,9})_(.*\S)", re.DOTALL)
 _MOST_REPEATS = 10_000
@@ -211,3 +211,34 @@ def _walk(folder: Path) -> Iterator[Path]:
         entered.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent) / name for name in sorted(files) if not name.startswith("."))
+
+
+class CaptionFiles:
+    """Which of some files hold the captions of the images beside them; their suffixes count in any case.
+
+    Args:
+        files: paths, sorted: of two that differ in the case of their suffix the last, which is in lower case, counts.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = {(file.with_suffix(""), file.suffix.lower()): file for file in files}
+
+    def of(self, image: Path) -> Path | None:
+        """The file with the captions of an image, if there is one."""
+        stem = image.with_suffix("")
+        found = (self._files.get((stem, suffix)) for suffix in CAPTION_SUFFIXES)
+        return next((file for file in found if file is not None), None)
+
+
+def read_captions(file: Path) -> tuple[str, ...]:
+    """The captions in a file, one a line; blank lines are none, and a file without any other holds the empty caption.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read.
+        InputError: a caption holds what no tokenizer can read.
+    """
+    # splitlines() would cut captions at U+2028.
+    lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n")]
+    captions = tuple(line for line in lines if line) or ("",)
+    check_prompts(captions)
+    return captions

@@ -15,9 +15,9 @@ from latentgen.errors import DatasetError, InputError
 from latentgen.files import quote
 from latentgen.image_file import read_image_bytes
 from latentgen.prompts import check_prompts
-from latentgen.train.config import PackedData
-from latentgen.train.data import Captions, View
-from latentgen.train.data.framing import Framing, Size
+from latentgen.train.config import ArchiveData
+from latentgen.train.data import Captions, Sample
+from latentgen.train.data.cropping import Framing, Size
 
 # Far over every photograph, and little beside the memory that decoding one takes.
 MAX_IMAGE_BYTES = 256 * 2**20
@@ -99,7 +99,7 @@ class PackedFraming:
         varies: whether two views of an image can differ.
     """
 
-    def __init__(self, config: PackedData) -> None:
+    def __init__(self, config: ArchiveData) -> None:
         self._framing = Framing(config)
         self.varies = self._framing.varies
         self._prefix = config.caption_prefix
@@ -114,13 +114,13 @@ class PackedFraming:
         """The captions as they are trained on, but for the order of their parts."""
         return tuple(f"{self._prefix} {caption}".strip() if self._prefix else caption for caption in captions)
 
-    def view(self, image: Image.Image, captions: Sequence[str], rng: random.Random) -> View:
+    def sample(self, image: Image.Image, captions: Sequence[str], rng: random.Random) -> Sample:
         """The image scaled to cover its rectangle, and cropped; random where the recipe says so."""
         original = (image.height, image.width)
         frame = self._framing.draw(original, rng)
         texts = self.texts(captions)
         drawn = Captions(texts, (1.0,) * len(texts), self._shuffle_after)
-        return View(frame.show(image), drawn, original, frame.corner)
+        return Sample(frame.show(image), drawn, original, frame.corner)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:

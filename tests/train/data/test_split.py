@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from latentgen.train.data import CaptionedImages, Order, View
-from latentgen.train.data.held_out import open_parts, split
-from latentgen.train.data.order import Sharded, shard_order
+from latentgen.train.data import BucketSampler, CaptionedDataset, Sample, open_splits, split
+from latentgen.train.data.sampler import Sharded, shard_order
 from tests.train.recipes import MakeRecipe
 
 
@@ -19,7 +18,7 @@ class Numbers:
     """A data set whose views tell the number of the item."""
 
     image_size = 8
-    views_vary = False
+    is_random = False
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -30,10 +29,10 @@ class Numbers:
     def bucket(self, index: int) -> tuple[int, int]:
         return (8, 8) if index % 3 else (4, 16)
 
-    def view(self, index: int, rng: random.Random) -> View:
+    def sample(self, index: int, rng: random.Random) -> Sample:
         raise AssertionError(index)
 
-    def corpus(self) -> list[str]:
+    def captions(self) -> list[str]:
         raise NotImplementedError
 
 
@@ -53,17 +52,17 @@ class Shards(Numbers):
         self.shard_counts = shard_counts
 
 
-def numbers(part: CaptionedImages) -> list[int]:
+def numbers(part: CaptionedDataset) -> list[int]:
     found = []
     for item in range(len(part)):
         with pytest.raises(AssertionError) as caught:
-            part.view(item, random.Random(0))
+            part.sample(item, random.Random(0))
         found.append(int(str(caught.value)))
     return found
 
 
-def captions(part: CaptionedImages) -> list[str]:
-    return [part.view(item, random.Random(0)).captions.texts[0] for item in range(len(part))]
+def captions(part: CaptionedDataset) -> list[str]:
+    return [part.sample(item, random.Random(0)).captions.texts[0] for item in range(len(part))]
 
 
 def test_which_are_held_out_follows_from_their_number():
@@ -90,11 +89,11 @@ def test_repeats_do_not_leak(kind: str, autoencoder_recipe: MakeRecipe, image_fo
         shutil.copytree(image_folder, tmp_path / "img" / "10_disc")
         shutil.copytree(image_folder, tmp_path / "img" / "3_again")
         fields = f"{{kind: kohya, path: {tmp_path / 'img'}, image_size: 16}}"
-    parts = open_parts(
+    parts = open_splits(
         autoencoder_recipe(f"data={fields}", "validation_fraction=0.34", "validation.loss_every=2")
     )
-    assert parts.held_out is not None
-    measured = captions(parts.held_out)
+    assert parts.validation is not None
+    measured = captions(parts.validation)
     assert len(set(measured)) == len(measured) == 2
     trained = captions(parts.training)
     assert len(trained) == 4 * (10 if kind == "imagefolder" else 13)
@@ -103,9 +102,9 @@ def test_repeats_do_not_leak(kind: str, autoencoder_recipe: MakeRecipe, image_fo
 
 def test_repeats_of_data_for_validation_are_measured_once(autoencoder_recipe: MakeRecipe, image_folder: Path):
     data = f"{{kind: imagefolder, path: {image_folder}, image_size: 16, repeats: 10}}"
-    parts = open_parts(autoencoder_recipe(f"validation.data={data}"))
-    assert parts.held_out is not None
-    assert len(set(captions(parts.held_out))) == len(parts.held_out) == 6
+    parts = open_splits(autoencoder_recipe(f"validation.data={data}"))
+    assert parts.validation is not None
+    assert len(set(captions(parts.validation))) == len(parts.validation) == 6
 
 
 def test_shards_stay_shards():
@@ -116,7 +115,7 @@ def test_shards_stay_shards():
     bounds = [(0, 5), (5, 5), (5, 12), (12, 20), (20, 24)]
     assert training.shard_counts == tuple(sum(a <= item < b for item in items) for a, b in bounds)
     # The order of an epoch is that of the same shards, without what is held out.
-    order = Order.of(training)
+    order = BucketSampler.of(training)
     squares = [place for place, item in enumerate(items) if item % 3]
     shown = [
         item

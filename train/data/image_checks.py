@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -15,8 +15,10 @@ from latentgen.errors import InputError
 from latentgen.files import quote, wrong_content
 from latentgen.image_file import read_image
 
+S = TypeVar("S")
+T = TypeVar("T")
 # More would hold as many decoded images, of up to 192 MiB each.
-_MOST_THREADS = 8
+THREADS = min(8, os.cpu_count() or 1)
 _HEAD = 512
 
 
@@ -40,7 +42,7 @@ def examine(files: Sequence[Path]) -> tuple[Mapping[Path, ImageFacts], Mapping[P
     """
     facts: dict[Path, ImageFacts] = {}
     problems: dict[Path, str] = {}
-    pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(THREADS)
     try:
         results = tqdm(
             pool.map(_examine, files),
@@ -72,3 +74,13 @@ def _examine(file: Path) -> ImageFacts | str:
     except InputError as error:
         return str(error)
     return ImageFacts((image.height, image.width), digest)
+
+
+def in_threads(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """`function` of each item, several at a time: Pillow and files let others run meanwhile."""
+    # Made for each call: the threads of a lasting pool would not be there after a fork.
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        return list(pool.map(function, items))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for thousands of images

@@ -6,11 +6,23 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from latentgen.train.data import CaptionedImages, Order, View
+from latentgen.train.data import (
+    BatchIndices,
+    BucketSampler,
+    CaptionedDataset,
+    Captions,
+    Sample,
+    plan_step,
+    sample_rng,
+    to_tensor,
+)
 
 SIZES = {"s": (64, 64), "w": (48, 80), "h": (80, 48)}
 
@@ -19,7 +31,7 @@ class Pictures:
     """A data set of which nothing but the buckets matters: one letter for the size of each item."""
 
     image_size = 64
-    views_vary = False
+    is_random = False
 
     def __init__(self, letters: str) -> None:
         self._sizes = [SIZES[letter] for letter in letters]
@@ -30,24 +42,26 @@ class Pictures:
     def bucket(self, index: int) -> tuple[int, int]:
         return self._sizes[index]
 
-    def view(self, index: int, rng: random.Random) -> View:
+    def sample(self, index: int, rng: random.Random) -> Sample:
         raise NotImplementedError
 
-    def corpus(self) -> list[str]:
+    def captions(self) -> list[str]:
         raise NotImplementedError
 
 
-def batches(order: Order, steps: Sequence[int], batch_size: int, seed: int = 3) -> list[tuple[int, ...]]:
+def batches(
+    order: BucketSampler, steps: Sequence[int], batch_size: int, seed: int = 3
+) -> list[tuple[int, ...]]:
     return [order.items(seed, step, batch_size, range(batch_size)) for step in steps]
 
 
-def orders(counts: Sequence[int]) -> tuple[Order, list[int]]:
+def orders(counts: Sequence[int]) -> tuple[BucketSampler, list[int]]:
     """An order with buckets of these many items, and the bucket of every item."""
     members = [number for number, count in enumerate(counts) for _ in range(count)]
     groups = [
         [item for item, number in enumerate(members) if number == bucket] for bucket in range(len(counts))
     ]
-    return Order(groups), members
+    return BucketSampler(groups), members
 
 
 def test_one_bucket_has_the_order_of_the_runs_before_there_were_buckets():
@@ -58,14 +72,14 @@ def test_one_bucket_has_the_order_of_the_runs_before_there_were_buckets():
         random.Random(f"3/epoch/{epoch}").shuffle(items)
         expected += items
     data = Pictures("sssss")
-    shown = [item for batch in batches(Order.of(data, views=2), range(20), 4) for item in batch]
+    shown = [item for batch in batches(BucketSampler.of(data, views=2), range(20), 4) for item in batch]
     assert shown == expected
     assert shown[:10] == [9, 6, 3, 7, 5, 2, 0, 1, 4, 8]
 
 
 def test_views_are_numbered_by_item():
-    data: CaptionedImages = Pictures("swsw")
-    buckets = Counter(frozenset(batch) for batch in batches(Order.of(data, views=3), range(40), 6))
+    data: CaptionedDataset = Pictures("swsw")
+    buckets = Counter(frozenset(batch) for batch in batches(BucketSampler.of(data, views=3), range(40), 6))
     assert buckets == {frozenset({0, 1, 2, 6, 7, 8}): 20, frozenset({3, 4, 5, 9, 10, 11}): 20}
 
 
@@ -119,7 +133,7 @@ def test_orders_differ_between_seeds_epochs_and_buckets():
 
 
 def test_a_late_step_of_a_large_set_costs_no_replay(monkeypatch: pytest.MonkeyPatch):
-    from latentgen.train.data import order as module
+    from latentgen.train.data import sampler as module
 
     shuffles: list[tuple[int | str, ...]] = []
     original = module.sample_rng
@@ -135,3 +149,75 @@ def test_a_late_step_of_a_large_set_costs_no_replay(monkeypatch: pytest.MonkeyPa
     # 9 rounds of 6 steps with a random start for each bucket, and 200 items: one or two epochs of each bucket.
     assert sum(position[0] == "round" for position in shuffles) <= 9 * 3 + 3
     assert sum(position[0] == "epoch" for position in shuffles) <= 6
+
+
+ORDER, BATCH = BucketSampler([range(6), range(6, 10)]), 12
+
+
+def plans(step: int, parts: int = 1, processes: int = 1, seed: int = 3) -> list[BatchIndices]:
+    """All plans of a step, of every process."""
+    return [
+        plan
+        for rank in range(processes)
+        for plan in plan_step(
+            seed, step, batch_size=BATCH, order=ORDER, parts=parts, rank=rank, processes=processes
+        )
+    ]
+
+
+@pytest.mark.parametrize(("parts", "processes"), [(2, 1), (1, 3), (2, 3), (3, 2), (12, 1)])
+def test_splitting_gives_the_same_global_batch(parts: int, processes: int):
+    (whole,) = plans(step=4)
+    noise = dict(zip(whole.samples, whole.noise((2, 3), "noise"), strict=True))
+    drawn = dict(zip(whole.samples, [rng.random() for rng in whole.rngs("view")], strict=True))
+    split = plans(4, parts, processes)
+    assert len(split) == parts * processes
+    assert {len(plan.samples) for plan in split} == {BATCH // (parts * processes)}
+    assert sorted(sample for plan in split for sample in plan.samples) == list(range(BATCH))
+    for plan in split:
+        assert plan.items == tuple(whole.items[sample] for sample in plan.samples)
+        assert [rng.random() for rng in plan.rngs("view")] == [drawn[sample] for sample in plan.samples]
+        for sample, row in zip(plan.samples, plan.noise((2, 3), "noise"), strict=True):
+            assert torch.equal(row, noise[sample])
+
+
+def test_randomness_depends_on_seed_purpose_step_and_sample_and_on_nothing_else():
+    positions = [
+        (seed, purpose, step, sample)
+        for seed in (0, 1)
+        for purpose in "ab"
+        for step in (0, 11)
+        for sample in (0, 1)
+    ]
+    draws = [sample_rng(*position).random() for position in positions]
+    assert len(set(draws)) == len(positions)
+    random.seed(1)
+    torch.manual_seed(1)
+    assert draws == [sample_rng(*position).random() for position in positions]
+    assert sample_rng(0, 1, 11).random() != sample_rng(0, 11, 1).random()
+
+
+def test_noise_is_standard_normal_and_new_in_each_step():
+    noise = torch.cat([plans(step)[0].noise((50, 50), "noise") for step in (0, 1)])
+    assert noise.dtype == torch.float32
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert len({row.sum().item() for row in noise}) == 2 * BATCH
+
+
+def test_captions_are_drawn_by_weight():
+    captions = Captions(("often", "seldom", "never"), (3.0, 1.0, 0.0))
+    drawn = Counter(captions.draw(random.Random(seed)) for seed in range(2000))
+    assert drawn["often"] / 2000 == pytest.approx(0.75, abs=0.04)
+    assert drawn["often"] + drawn["seldom"] == 2000
+
+
+def test_pixels_become_channels_last_tensors():
+    levels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 15
+    tensor = to_tensor([Image.fromarray(levels), Image.new("RGB", (3, 2), "white")])
+    assert tensor.shape == (2, 3, 2, 3)
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(tensor[0].permute(1, 2, 0), levels / 127.5 - 1, atol=1e-6)
+    assert (tensor[1] == 1).all()
+    assert to_tensor([Image.new("RGB", (1, 1))]).unique().tolist() == [-1]

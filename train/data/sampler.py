@@ -1,18 +1,24 @@
-"""In which order items are shown: a function of the seed and the step alone, each step with images of one size."""
+"""Which items a step trains on, and all of its randomness: functions of (seed, step, sample) alone.
+
+Each step has images of one size.
+"""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from latentgen.train.data.views import CaptionedImages
+    from latentgen.train.data.dataset import CaptionedDataset
 
 # How many shards are shuffled together, and so are read from at the same time.
 SHARDS_TOGETHER = 8
@@ -63,7 +69,7 @@ class Sharded(Protocol):
     shard_counts: tuple[int, ...]
 
 
-class Order:
+class BucketSampler:
     """The items of every step.
 
     Items are grouped in buckets, whose images have one size and so make one tensor. Each bucket has an endless shuffled
@@ -93,7 +99,7 @@ class Order:
         ]
 
     @classmethod
-    def of(cls, data: CaptionedImages, *, views: int = 1) -> Order:
+    def of(cls, data: CaptionedDataset, *, views: int = 1) -> BucketSampler:
         """The order of a data set of which each item has `views` views, item `i` the numbers from `i * views` on."""
         sizes = [data.bucket(item) for item in range(len(data))]
         distinct = sorted(set(sizes))
@@ -169,3 +175,47 @@ def _round(seed: int, number: int, turns: tuple[int, ...]) -> tuple[NDArray[np.i
     order = np.argsort(np.concatenate(moments), kind="stable")
     buckets = np.repeat(np.arange(len(turns)), turns)[order]
     return buckets, np.concatenate([np.arange(count) for count in turns])[order]
+
+
+@dataclass(frozen=True)
+class BatchIndices:
+    """Which samples of which step one process computes together.
+
+    Attributes:
+        seed: the run's seed.
+        step: the optimiser step, from 0.
+        batch_size: samples of the step in all processes together.
+        samples: positions within the step's global batch.
+        items: the item of each sample.
+    """
+
+    seed: int
+    step: int
+    batch_size: int
+    samples: tuple[int, ...]
+    items: tuple[int, ...]
+
+    def rngs(self, purpose: str) -> Iterator[random.Random]:
+        """A generator for each sample, independent for each purpose."""
+        return (sample_rng(self.seed, purpose, self.step, sample) for sample in self.samples)
+
+    def noise(self, shape: Sequence[int], purpose: str) -> Tensor:
+        """Standard normal noise [samples, *shape] in float32, independent for each purpose."""
+        generators = (torch.Generator().manual_seed(rng.getrandbits(63)) for rng in self.rngs(purpose))
+        return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
+
+
+def plan_step(
+    seed: int, step: int, *, batch_size: int, order: BucketSampler, parts: int, rank: int, processes: int
+) -> list[BatchIndices]:
+    """Split the global batch of a step over `processes` and into `parts` accumulated one after the other.
+
+    The global batch is a function of (seed, step) alone, whatever the number of processes and parts. All plans are
+    equally large if `batch_size` is a multiple of `parts * processes`, as the mean of their means needs it.
+    """
+    plans = []
+    for part in range(parts):
+        samples = tuple(range(part * processes + rank, batch_size, parts * processes))
+        items = order.items(seed, step, batch_size, samples)
+        plans.append(BatchIndices(seed, step, batch_size, samples, items))
+    return plans
