@@ -162,7 +162,7 @@ def test_what_cannot_go_with_an_offloaded_optimizer(
         text_to_image_recipe("optimizer.name=muon", AWAY)
     with pytest.raises(ConfigError, match=r"memory\.offload_optimizer: the loss scaling of fp16"):
         text_to_image_recipe("optimizer.name=adamw", AWAY, "mixed_precision=fp16")
-    with pytest.raises(ConfigError, match="memory.offload_optimizer: "):
+    with pytest.raises(ConfigError, match=r"memory\.offload_optimizer: "):
         text_to_image_recipe(*IN_BACKWARD, AWAY)
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     with pytest.raises(ConfigError, match=r"memory\.offload_optimizer .* 2 processes"):
@@ -241,7 +241,7 @@ def test_what_cannot_go_with_steps_in_the_backward_pass(
     text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ):
     with pytest.raises(
-        ConfigError, match=r"none can be accumulated; set gradient_accumulation_steps to 1 \(it is 2\)"
+        ConfigError, match=r"set gradient_accumulation_steps to 1 \(it is 2\)"
     ):
         text_to_image_recipe(*IN_BACKWARD, "gradient_accumulation_steps=2")
     with pytest.raises(ConfigError, match="fp16"):
