@@ -240,9 +240,7 @@ def test_steps_in_the_backward_pass_learn(text_to_image_recipe: MakeRecipe):
 def test_what_cannot_go_with_steps_in_the_backward_pass(
     text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ):
-    with pytest.raises(
-        ConfigError, match=r"set gradient_accumulation_steps to 1 \(it is 2\)"
-    ):
+    with pytest.raises(ConfigError, match=r"set gradient_accumulation_steps to 1 \(it is 2\)"):
         text_to_image_recipe(*IN_BACKWARD, "gradient_accumulation_steps=2")
     with pytest.raises(ConfigError, match="fp16"):
         text_to_image_recipe(*IN_BACKWARD, "mixed_precision=fp16")
