@@ -31,16 +31,16 @@ class Pictures:
     is_random = True
 
     def __init__(self, captions: tuple[str, ...] = CAPTIONS, *, edited: bool = True) -> None:
-        self.captions, self.edited = captions, edited
+        self._captions, self.edited = captions, edited
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self._captions)
 
     def sample(self, index: int, rng: random.Random) -> Sample:
         corner = (rng.randint(0, 8), index)
         return Sample(
             _noise(index),
-            Captions((self.captions[index],), (1.0,)),
+            Captions((self._captions[index],), (1.0,)),
             original_size=(40 + index, 30),
             crop_corner=corner,
             before=_noise(100 + index) if self.edited else None,
@@ -50,7 +50,7 @@ class Pictures:
         return self.image_size, self.image_size
 
     def captions(self) -> list[str]:
-        return list(self.captions)
+        return list(self._captions)
 
 
 def _noise(seed: int) -> Image.Image:
