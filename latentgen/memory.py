@@ -13,6 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from latentgen.deprecated import renamed_arguments, warn_renamed
 from latentgen.errors import InputError, LatentgenError, MemoryBudgetError
 from latentgen.models.attention import AttentionBackend
 from latentgen.models.pixels import ImageDecoder
@@ -36,9 +37,9 @@ class MemoryPolicy:
             "xformers" needs that package, "chunked" works through the queries piece by piece and needs least.
         offload_idle: keep every stage in the memory of the host and bring it to the device only while it
             works. Exact; costs one transfer of each stage a call. Such a pipeline serves one call at a time.
-        guide_one_by_one: compute the rows of guidance, such as those without and with the prompt, one after the other.
-            Exact up to rounding; a step takes a little longer.
-        decode_one_by_one: decode the images of a batch one after the other. Exact, and rarely slower.
+        sequential_guidance: evaluate the branches of guidance, such as the unconditional and the conditional one, one
+            after the other. Exact up to rounding; a step takes a little longer.
+        vae_slicing: decode the images of a batch one after the other. Exact, and rarely slower.
         pack_weights: on a CPU, keep a second copy of the weights of convolutions in the layout of its kernels. Exact
             up to rounding, and faster; without it, less memory.
         decode_tile: decode in overlapping square tiles of this side, counted in latents (64 is 512 pixels at
@@ -51,8 +52,8 @@ class MemoryPolicy:
 
     attention: AttentionBackend = "auto"
     offload_idle: bool = False
-    guide_one_by_one: bool = False
-    decode_one_by_one: bool = True
+    sequential_guidance: bool = False
+    vae_slicing: bool = True
     pack_weights: bool = True
     decode_tile: int | None = None
 
@@ -62,8 +63,8 @@ class MemoryPolicy:
             raise InputError(f"attention={self.attention!r} is not a backend; choose from {allowed}")
         flags = {
             "offload_idle": self.offload_idle,
-            "guide_one_by_one": self.guide_one_by_one,
-            "decode_one_by_one": self.decode_one_by_one,
+            "sequential_guidance": self.sequential_guidance,
+            "vae_slicing": self.vae_slicing,
             "pack_weights": self.pack_weights,
         }
         for name, value in flags.items():
@@ -75,9 +76,26 @@ class MemoryPolicy:
                 f"decode_tile={tile!r} must be None or a whole number of latents, {SMALLEST_TILE} at least"
             )
 
+    @property
+    def guide_one_by_one(self) -> bool:
+        """Deprecated: `sequential_guidance`."""
+        warn_renamed("MemoryPolicy.guide_one_by_one", "sequential_guidance")
+        return self.sequential_guidance
+
+    @property
+    def decode_one_by_one(self) -> bool:
+        """Deprecated: `vae_slicing`."""
+        warn_renamed("MemoryPolicy.decode_one_by_one", "vae_slicing")
+        return self.vae_slicing
+
+
+MemoryPolicy.__init__ = renamed_arguments(
+    guide_one_by_one="sequential_guidance", decode_one_by_one="vae_slicing"
+)(MemoryPolicy.__init__)
+
 
 @contextmanager
-def resident(module: nn.Module, device: torch.device, *, offload: bool) -> Iterator[None]:
+def on_device(module: nn.Module, device: torch.device, *, offload: bool) -> Iterator[None]:
     """Hold the tensors of `module` on `device`; with `offload`, only inside the ``with`` block.
 
     Weights do not change while they work, so their copies on the device are dropped and never written back;
@@ -115,7 +133,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained_out_of_memory(work: str, at_least: Callable[[], int], advice: str) -> Iterator[None]:
+def oom_hint(work: str, at_least: Callable[[], int], advice: str) -> Iterator[None]:
     """Let running out of memory in the ``with`` block end in an error that says what helps.
 
     Args:
@@ -159,7 +177,7 @@ def decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Tens
                 raise
         # Out of the handler, whose exception would keep the tensors of the first attempt alive.
         warnings.warn(
-            f"out of memory while decoding; going on with decode_one_by_one={sparing.decode_one_by_one}, "
+            f"out of memory while decoding; going on with vae_slicing={sparing.vae_slicing}, "
             f"decode_tile={sparing.decode_tile}",
             stacklevel=2,
         )
@@ -167,17 +185,17 @@ def decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Tens
     factor = decoder.config.spatial_factor
     work = f"decoding {batch} image(s) of {width * factor}x{height * factor} pixels"
     advice = (
-        "use MemoryPolicy(offload_idle=True, decode_one_by_one=True, decode_tile=...) with a small tile such as "
+        "use MemoryPolicy(offload_idle=True, vae_slicing=True, decode_tile=...) with a small tile such as "
         '32, a smaller height and width, or dtype="bfloat16"'
     )
-    with explained_out_of_memory(work, partial(_decoder_bytes, decoder, latents, policy), advice):
+    with oom_hint(work, partial(_decoder_bytes, decoder, latents, policy), advice):
         return _decode(decoder, latents, policy)
 
 
 def _next_knob(latents: Tensor, policy: MemoryPolicy) -> MemoryPolicy | None:
     """The first saving that `policy` leaves open and that would make a difference; None if there is none."""
-    if len(latents) > 1 and not policy.decode_one_by_one:
-        return replace(policy, decode_one_by_one=True)
+    if len(latents) > 1 and not policy.vae_slicing:
+        return replace(policy, vae_slicing=True)
     if max(latents.shape[2:]) > FALLBACK_TILE and policy.decode_tile is None:
         return replace(policy, decode_tile=FALLBACK_TILE)
     return None
@@ -187,7 +205,7 @@ def _decoder_bytes(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy)
     """A lower bound: the weights, and the widest resnet block's input, skip and output at full resolution."""
     tile = policy.decode_tile or max(latents.shape[2:])
     pixels = math.prod(min(side, tile) * decoder.config.spatial_factor for side in latents.shape[2:])
-    rows = 1 if policy.decode_one_by_one else len(latents)
+    rows = 1 if policy.vae_slicing else len(latents)
     channels = sum(decoder.config.block_out_channels[:2])
     return weight_bytes(decoder) + rows * pixels * channels * latents.element_size()
 
@@ -202,7 +220,7 @@ def _decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Ten
         decode_rows = partial(
             decode_in_tiles, decoder, tile=policy.decode_tile, factor=decoder.config.spatial_factor
         )
-    if policy.decode_one_by_one and len(latents) > 1:
+    if policy.vae_slicing and len(latents) > 1:
         return torch.cat([decode_rows(row) for row in latents.split(1)])
     return decode_rows(latents)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentgen.errors import NumericalError
-from latentgen.memory import MemoryPolicy, decode, resident
+from latentgen.memory import MemoryPolicy, decode, on_device
 from latentgen.models.pixels import ImageDecoder, ImageEncoder
 from latentgen.models.vae import Gaussian, VAEDecoder, VAEEncoder
 from latentgen.pipelines.devices import dtype_of
@@ -30,7 +30,7 @@ def decode_images(
     """
     dtype = dtype_of(decoder)
     latents = latents.contiguous(memory_format=torch.channels_last)
-    with resident(decoder, device, offload=memory.offload_idle):
+    with on_device(decoder, device, offload=memory.offload_idle):
         images = decode(decoder, latents.to(dtype), memory)
         if isinstance(decoder, VAEDecoder) and dtype != torch.float32 and not _finite(images):
             images = decode(_in_float32(decoder), latents, memory)
@@ -51,7 +51,7 @@ def encode_images(encoder: ImageEncoder, images: Tensor, device: torch.device) -
     """
     dtype = dtype_of(encoder)
     images = images.to(device).contiguous(memory_format=torch.channels_last)
-    with resident(encoder, device, offload=True):
+    with on_device(encoder, device, offload=True):
         posterior = _encode(encoder, images.to(dtype))
         if isinstance(encoder, VAEEncoder) and dtype != torch.float32 and not _finite(torch.stack(posterior)):
             posterior = _encode(_in_float32(encoder), images)

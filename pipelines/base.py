@@ -17,7 +17,7 @@ from latentgen.checkpoints.single_file import SingleFile, with_vae
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
-from latentgen.memory import MemoryPolicy, explained_out_of_memory
+from latentgen.memory import MemoryPolicy, oom_hint
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder
 from latentgen.models.text import TextEncoder
 from latentgen.models.unet import UNet
@@ -242,7 +242,7 @@ class Pipeline(ABC):
             variant,
             pack=memory.pack_weights and torch_device.type == "cpu",
         )
-        out_of_memory = explained_out_of_memory(
+        out_of_memory = oom_hint(
             f"loading the weights of {quote(checkpoint.path)}",
             partial(loading.weight_bytes, checkpoint, placement),
             'use dtype="bfloat16", or MemoryPolicy(offload_idle=True, pack_weights=False)',

@@ -14,7 +14,7 @@ from torch import Tensor
 from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.prediction import Denoiser
 from latentgen.diffusion.schedule import NoiseLevel
-from latentgen.memory import resident
+from latentgen.memory import on_device
 from latentgen.models.unet import AddedConditioning, UNet, UNetConstants
 from latentgen.models.unet_blocks import repeat_rows
 from latentgen.pipelines.conditioning import added_conditioning, encode_rows, time_id_count, time_ids
@@ -56,7 +56,7 @@ def encode_prompts(stages: Stages, run: Run) -> list[Told]:
     module = stages.text_encoder.module
     # Whoever brings all of the conditioning along does not wait for the text encoder's weights.
     needed = any(isinstance(row, PromptSchedule) for part in rows for row in part)
-    with resident(module, stages.device, offload=stages.memory.offload_idle) if needed else nullcontext():
+    with on_device(module, stages.device, offload=stages.memory.offload_idle) if needed else nullcontext():
         stretches = encode_rows(
             stages.text_encoder,
             *rows,
@@ -150,4 +150,4 @@ def _constants(unet: UNet, run: Run, begin: Beginning, told: Told) -> tuple[UNet
 
 def rows_at_once(stages: Stages, run: Run) -> int:
     """How many rows of an image's guidance the UNet sees at once."""
-    return 1 if stages.memory.guide_one_by_one else run.guided.guidance.num_branches
+    return 1 if stages.memory.sequential_guidance else run.guided.guidance.num_branches

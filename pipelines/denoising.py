@@ -15,7 +15,7 @@ from tqdm import tqdm
 from latentgen.diffusion.schedule import CLEAN
 from latentgen.errors import NumericalError
 from latentgen.image import to_unit
-from latentgen.memory import explained_out_of_memory, resident, weight_bytes
+from latentgen.memory import on_device, oom_hint, weight_bytes
 from latentgen.models.unet import UNet
 from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.autoencoding import decode_images
@@ -37,11 +37,11 @@ def denoise(stages: Stages, run: Run) -> Iterator[PipelineStep]:
     """
     count, _, height, width = run.shape
     pixels = min(height, run.tile or height) * min(width, run.tile or width)
-    with explained_out_of_memory(
+    with oom_hint(
         f"denoising {count} image(s) of {run.size[1]}x{run.size[0]} pixels",
         partial(denoising_bytes, stages.unet, rows_at_once(stages, run) * count, pixels),
         'use fewer images at once, a smaller height and width, MemoryPolicy(attention="chunked", '
-        'guide_one_by_one=True, offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
+        'sequential_guidance=True, offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
     ):
         yield from _steps(stages, run)
 
@@ -59,7 +59,7 @@ def _steps(stages: Stages, run: Run) -> Iterator[PipelineStep]:
     told, position = encode_prompts(stages, run), Position(steps.start)
     last: PipelineStep | None = None
     with (
-        resident(stages.unet, stages.device, offload=stages.memory.offload_idle),
+        on_device(stages.unet, stages.device, offload=stages.memory.offload_idle),
         tqdm(total=total, desc="denoising", disable=not run.progress) as bar,
     ):
         denoiser, kept = build_denoiser(stages, run, begin, told, position), begin.kept

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.errors import InputError, MemoryBudgetError
-from latentgen.memory import FALLBACK_TILE, MemoryPolicy, decode, decode_in_tiles, resident
+from latentgen.memory import FALLBACK_TILE, MemoryPolicy, decode, decode_in_tiles, on_device
 from latentgen.models.vae import VAEConfig, VAEDecoder
 
 
@@ -21,7 +21,7 @@ def decoder() -> VAEDecoder:
     [
         ({"attention": "flash"}, "sdpa, xformers, chunked"),
         ({"offload_idle": 1}, "offload_idle=1"),
-        ({"decode_one_by_one": "yes"}, "decode_one_by_one='yes'"),
+        ({"vae_slicing": "yes"}, "vae_slicing='yes'"),
         ({"decode_tile": 4}, "8 at least"),
         ({"decode_tile": True}, "decode_tile=True"),
         ({"decode_tile": 64.0}, "decode_tile=64.0"),
@@ -35,7 +35,7 @@ def test_a_knob_out_of_bounds_is_refused_by_name(knobs: dict[str, object], named
 def test_offloading_borrows_the_device_and_gives_the_same_tensors_back() -> None:
     module = nn.BatchNorm2d(4)
     homes = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
-    with torch.inference_mode(), resident(module, torch.device("meta"), offload=True):
+    with torch.inference_mode(), on_device(module, torch.device("meta"), offload=True):
         assert all(tensor.is_meta for tensor in module.state_dict().values())
     assert {name: tensor.data_ptr() for name, tensor in module.state_dict().items()} == homes
     assert module(torch.ones(2, 4, 3, 3)).sum().requires_grad
@@ -43,14 +43,14 @@ def test_offloading_borrows_the_device_and_gives_the_same_tensors_back() -> None
 
 def test_offloading_gives_the_tensors_back_after_a_failure() -> None:
     module = nn.Linear(2, 2)
-    with pytest.raises(KeyError), resident(module, torch.device("meta"), offload=True):
+    with pytest.raises(KeyError), on_device(module, torch.device("meta"), offload=True):
         raise KeyError
     assert not module.weight.is_meta
 
 
 def test_without_offloading_nothing_moves() -> None:
     module = nn.Linear(2, 2)
-    with resident(module, torch.device("meta"), offload=False):
+    with on_device(module, torch.device("meta"), offload=False):
         assert not module.weight.is_meta
 
 
@@ -60,7 +60,7 @@ def test_decoding_one_by_one_gives_the_same_images(decoder: VAEDecoder) -> None:
     sizes: list[int] = []
     hook = decoder.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
     one_by_one = decode(decoder, latents, MemoryPolicy())
-    together = decode(decoder, latents, MemoryPolicy(decode_one_by_one=False))
+    together = decode(decoder, latents, MemoryPolicy(vae_slicing=False))
     hook.remove()
     assert sizes == [1, 1, 1, 3]
     torch.testing.assert_close(one_by_one, together, rtol=0, atol=1e-5)
@@ -114,8 +114,8 @@ def test_out_of_memory_images_are_decoded_one_by_one(
 ) -> None:
     starved.error = error
     latents = torch.randn(3, 4, 8, 8)
-    with pytest.warns(UserWarning, match="going on with decode_one_by_one=True"):
-        images = decode(starved, latents, MemoryPolicy(decode_one_by_one=False))
+    with pytest.warns(UserWarning, match="going on with vae_slicing=True"):
+        images = decode(starved, latents, MemoryPolicy(vae_slicing=False))
     assert torch.equal(images, decode(decoder, latents, MemoryPolicy()))
 
 
@@ -132,7 +132,7 @@ def test_out_of_memory_a_large_image_is_decoded_in_tiles(decoder: VAEDecoder, st
 
 
 @pytest.mark.filterwarnings("ignore:out of memory:UserWarning")
-@pytest.mark.parametrize("policy", [MemoryPolicy(decode_one_by_one=False), MemoryPolicy()])
+@pytest.mark.parametrize("policy", [MemoryPolicy(vae_slicing=False), MemoryPolicy()])
 @torch.inference_mode()
 def test_out_of_memory_again_says_what_helps(starved: Starved, policy: MemoryPolicy) -> None:
     starved.room = 63
@@ -151,7 +151,7 @@ def test_other_errors_are_not_taken_for_it(starved: Starved) -> None:
 
     starved.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        decode(starved, torch.randn(2, 4, 8, 8), MemoryPolicy(decode_one_by_one=False))
+        decode(starved, torch.randn(2, 4, 8, 8), MemoryPolicy(vae_slicing=False))
 
 
 @torch.inference_mode()
@@ -160,3 +160,14 @@ def test_latents_within_one_tile_are_decoded_whole(decoder: VAEDecoder) -> None:
     assert torch.equal(
         decode(decoder, latents, MemoryPolicy(decode_tile=8)), decode(decoder, latents, MemoryPolicy())
     )
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("guide_one_by_one", "sequential_guidance"), ("decode_one_by_one", "vae_slicing")]
+)
+def test_old_names_of_the_policy_still_work(old: str, new: str) -> None:
+    with pytest.warns(FutureWarning, match=new):
+        policy = MemoryPolicy(**{old: True})
+    assert getattr(policy, new)
+    with pytest.warns(FutureWarning, match=new):
+        assert getattr(policy, old)

@@ -25,7 +25,7 @@ from latentgen.adapters.lora import (
 )
 from latentgen.checkpoints.folder import CheckpointFolder, load_weights
 from latentgen.errors import AdapterError, InputError
-from latentgen.memory import resident
+from latentgen.memory import on_device
 from latentgen.models.lora import AdaptedLayer
 from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
 from latentgen.models.text import CLIPText, CLIPTextConfig
@@ -323,7 +323,7 @@ def test_adapters_follow_their_module(oracle: Oracle, load: Callable[..., Module
     modules = load()
     attach(modules, read_lora(_file(oracle, "style", "kohya")))
     before = _ours(modules)
-    with resident(modules["unet"], torch.device("meta"), offload=True):
+    with on_device(modules["unet"], torch.device("meta"), offload=True):
         assert all(buffer.is_meta for buffer in modules["unet"].buffers())
         sample, context, _ = (tensor.to("meta") for tensor in _inputs())
         assert modules["unet"](sample, 501, context).is_meta

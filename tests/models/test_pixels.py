@@ -25,7 +25,7 @@ def test_pipelines_encode_and_decode_without_loss() -> None:
     images = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
     posterior = encode_images(PixelEncoder(), images, CPU)
     sampled = posterior.sample(torch.randn(images.shape))
-    for memory in (MemoryPolicy(), MemoryPolicy(offload_idle=True, decode_one_by_one=False)):
+    for memory in (MemoryPolicy(), MemoryPolicy(offload_idle=True, vae_slicing=False)):
         assert torch.equal(decode_images(PixelDecoder(), sampled, CPU, memory), images)
 
 

@@ -58,7 +58,7 @@ def test_guidance_that_ends_early_gives_the_image_of_diffusers(
 def test_rows_one_after_the_other_give_the_same_image(
     pipeline: TextToImagePipeline, options: GuidanceOptions
 ) -> None:
-    sparing = replace(pipeline, memory=MemoryPolicy(guide_one_by_one=True))
+    sparing = replace(pipeline, memory=MemoryPolicy(sequential_guidance=True))
     given: dict[str, Any] = {"negative_prompt": ["dog", "tiger"], "guidance": options}
     together = draw(pipeline, ["a cat", "a red dog"], **given)
     assert np.abs(draw(sparing, ["a cat", "a red dog"], **given) - together).max() <= 1e-4
@@ -68,7 +68,7 @@ def test_rows_one_after_the_other_are_shown_their_images() -> None:
     theirs = build("SD 1.x instruct-pix2pix")
     shown = arguments(theirs)[0]
     together = draw(from_diffusers(theirs), **shown)
-    sparing = from_diffusers(theirs, memory=MemoryPolicy(guide_one_by_one=True))
+    sparing = from_diffusers(theirs, memory=MemoryPolicy(sequential_guidance=True))
     assert np.abs(draw(sparing, **shown) - together).max() <= 1e-4
 
 

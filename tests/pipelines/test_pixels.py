@@ -154,8 +154,8 @@ def test_latents_are_the_pixels(pixels: TextToImagePipeline) -> None:
     "memory",
     [
         MemoryPolicy(offload_idle=True),
-        MemoryPolicy(attention="chunked", guide_one_by_one=True),
-        MemoryPolicy(decode_one_by_one=False, decode_tile=8),
+        MemoryPolicy(attention="chunked", sequential_guidance=True),
+        MemoryPolicy(vae_slicing=False, decode_tile=8),
     ],
 )
 def test_knobs_do_not_change_the_image(

@@ -305,7 +305,7 @@ class TestMemory:
         [
             MemoryPolicy(offload_idle=True),
             MemoryPolicy(attention="chunked"),
-            MemoryPolicy(decode_one_by_one=False),
+            MemoryPolicy(vae_slicing=False),
             MemoryPolicy(pack_weights=False),
         ],
     )
