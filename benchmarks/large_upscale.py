@@ -21,8 +21,8 @@ from PIL import Image
 
 from latentgen.checkpoints.cascade import open_cascade
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT
+from latentgen.memory import tile_starts
 from latentgen.pipelines.upscale import USUAL_TILE, UpscalePipeline
-from latentgen.tiling import starts
 from latentgen.train.data.emoji import GROUNDS, EmojiSet, GlyphPlacement
 
 CELL = 118
@@ -72,7 +72,7 @@ def border_jumps(image: np.ndarray, tile: int, scale: int) -> list[float]:
     for axis in (0, 1):
         jumps = np.abs(np.diff(image, axis=axis)).mean(axis=(1 - axis, 2))
         length = image.shape[axis] // scale
-        edges = {at for first in starts(length, tile, tile // 4) for at in (first, first + tile)}
+        edges = {at for first in tile_starts(length, tile, tile // 4) for at in (first, first + tile)}
         borders = {at * scale - 1 for at in edges if 0 < at < length}
         for border in borders:
             nearby = range(max(0, border - NEIGHBOURS), min(len(jumps), border + NEIGHBOURS + 1))

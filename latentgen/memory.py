@@ -1,10 +1,11 @@
-"""What a run may trade for memory, and the machinery that makes the trades."""
+"""The memory policy of a pipeline: offloading, sliced and tiled decoding, and hints when memory runs out."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,37 +18,36 @@ from latentgen.deprecated import renamed_arguments, warn_renamed
 from latentgen.errors import InputError, LatentgenError, MemoryBudgetError
 from latentgen.models.attention import AttentionBackend
 from latentgen.models.pixels import ImageDecoder
-from latentgen.tiling import in_tiles
 
 Decode = Callable[[Tensor], Tensor]
 
 SMALLEST_TILE = 8
-# The side of the tiles that a decoder which ran out of memory goes on with: 512 pixels at eight a latent.
+# Side of the tiles of the retry after running out of memory: 512 pixels at eight a latent.
 FALLBACK_TILE = 64
-# How torch tells of a failed allocation where it does not raise OutOfMemoryError: on the CPU, and on MPS.
+# Messages of failed allocations where torch raises no OutOfMemoryError: on the CPU, and on MPS.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """The knobs that trade time, or with one marked exception exactness, for memory.
+    """Options that trade time, or in one marked case exactness, for memory.
 
     Attributes:
-        attention: how the UNet and the VAE compute attention. "auto" takes what the machine has; "sdpa" is torch's own,
-            "xformers" needs that package, "chunked" works through the queries piece by piece and needs least.
-        offload_idle: keep every stage in the memory of the host and bring it to the device only while it
-            works. Exact; costs one transfer of each stage a call. Such a pipeline serves one call at a time.
+        attention: backend of the UNet and the VAE. "auto" takes the best that is installed; "sdpa" is torch's own,
+            "xformers" needs that package, "chunked" computes the queries in chunks and needs the least memory.
+        offload_idle: keep every stage in host memory and move it to the device only while it runs. Exact; costs one
+            transfer of each stage per call. Such a pipeline serves one call at a time.
         sequential_guidance: evaluate the branches of guidance, such as the unconditional and the conditional one, one
             after the other. Exact up to rounding; a step takes a little longer.
         vae_slicing: decode the images of a batch one after the other. Exact, and rarely slower.
         pack_weights: on a CPU, keep a second copy of the weights of convolutions in the layout of its kernels. Exact
             up to rounding, and faster; without it, less memory.
         decode_tile: decode in overlapping square tiles of this side, counted in latents (64 is 512 pixels at
-            eight pixels a latent). APPROXIMATE: each tile is normalised by its own statistics, so tone may
+            eight pixels a latent). APPROXIMATE: each tile is normalized by its own statistics, so tone may
             drift between tiles; their overlaps are blended. None decodes whole images.
 
     Raises:
-        InputError: a knob holds a value that it cannot take.
+        InputError: a field has an invalid value.
     """
 
     attention: AttentionBackend = "auto"
@@ -96,35 +96,35 @@ MemoryPolicy.__init__ = renamed_arguments(
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device, *, offload: bool) -> Iterator[None]:
-    """Hold the tensors of `module` on `device`; with `offload`, only inside the ``with`` block.
+    """Place the tensors of `module` on `device`; with `offload`, only inside the ``with`` block.
 
-    Weights do not change while they work, so their copies on the device are dropped and never written back;
-    memory-mapped weights stay memory-mapped at home.
+    Inference does not change weights, so the copies on the device are dropped and never copied back;
+    memory-mapped weights stay memory-mapped on the host.
     """
     if not offload or all(parameter.device == device for parameter in module.parameters()):
         yield
         return
-    homes = [
+    originals = [
         (owner, name, tensor)
         for owner in module.modules()
         for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
     ]
     try:
-        for owner, name, home in homes:
-            copy = home.detach().to(device)
+        for owner, name, original in originals:
+            copy = original.detach().to(device)
             setattr(
                 owner,
                 name,
-                nn.Parameter(copy, requires_grad=False) if isinstance(home, nn.Parameter) else copy,
+                nn.Parameter(copy, requires_grad=False) if isinstance(original, nn.Parameter) else copy,
             )
         yield
     finally:
-        for owner, name, home in homes:
-            setattr(owner, name, home)
+        for owner, name, original in originals:
+            setattr(owner, name, original)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that an allocation failed, on any device, and was not explained yet."""
+    """Whether an exception is a failed allocation, on any device, that has no hint yet."""
     if isinstance(error, LatentgenError):
         return False
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -134,12 +134,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def oom_hint(work: str, at_least: Callable[[], int], advice: str) -> Iterator[None]:
-    """Let running out of memory in the ``with`` block end in an error that says what helps.
+    """Turn an out-of-memory error in the ``with`` block into one that says what to change.
 
     Args:
         work: what was being done, and for how much.
-        at_least: gives a lower bound of the bytes that this needs; asked only when they were not there.
-        advice: the flags that make it need less.
+        at_least: returns a lower bound of the bytes needed; called only when memory runs out.
+        advice: the options that reduce the need.
 
     Raises:
         MemoryBudgetError: in place of torch's error.
@@ -160,28 +160,28 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Tensor:
-    """Decode latents [B, C, h, w] to images [B, 3, H, W] in -1..1, as sparingly as `policy` asks.
+    """Decode latents [B, C, h, w] to images [B, 3, H, W] in -1..1, as `policy` says.
 
-    If memory runs out, it goes on with the next knob, once and with a warning: images one by one, or else tiles.
+    If memory runs out, retries once, with a warning: one image at a time, or else in tiles.
 
     Raises:
-        MemoryBudgetError: memory ran out all the same.
+        MemoryBudgetError: memory runs out again.
     """
     batch, _, height, width = latents.shape
-    sparing = _next_knob(latents, policy)
-    if sparing is not None:
+    fallback = _fallback_policy(latents, policy)
+    if fallback is not None:
         try:
             return _decode(decoder, latents, policy)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        # Out of the handler, whose exception would keep the tensors of the first attempt alive.
+        # Outside the handler: its exception would keep the tensors of the first attempt alive.
         warnings.warn(
-            f"out of memory while decoding; going on with vae_slicing={sparing.vae_slicing}, "
-            f"decode_tile={sparing.decode_tile}",
+            f"out of memory while decoding; retrying with vae_slicing={fallback.vae_slicing}, "
+            f"decode_tile={fallback.decode_tile}",
             stacklevel=2,
         )
-        policy = sparing
+        policy = fallback
     factor = decoder.config.spatial_factor
     work = f"decoding {batch} image(s) of {width * factor}x{height * factor} pixels"
     advice = (
@@ -192,8 +192,8 @@ def decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Tens
         return _decode(decoder, latents, policy)
 
 
-def _next_knob(latents: Tensor, policy: MemoryPolicy) -> MemoryPolicy | None:
-    """The first saving that `policy` leaves open and that would make a difference; None if there is none."""
+def _fallback_policy(latents: Tensor, policy: MemoryPolicy) -> MemoryPolicy | None:
+    """The policy to retry with, or None if nothing would save memory."""
     if len(latents) > 1 and not policy.vae_slicing:
         return replace(policy, vae_slicing=True)
     if max(latents.shape[2:]) > FALLBACK_TILE and policy.decode_tile is None:
@@ -228,12 +228,12 @@ def _decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Ten
 def decode_in_tiles(decoder: Decode, latents: Tensor, *, tile: int, factor: int) -> Tensor:
     """Decode latents [B, C, h, w] in square tiles that overlap by a quarter, blended linearly.
 
-    Approximate: the group normalisation and the attention of the decoder see one tile at a time.
+    Approximate: the decoder's group normalization and attention see one tile at a time.
 
     Args:
         decoder: maps latents [B, C, h, w] to images [B, 3, h * factor, w * factor].
         latents: what to decode.
-        tile: side of a tile in latents; a side of the latents that is shorter is taken whole.
+        tile: side of a tile in latents; a shorter side of the latents is one tile.
         factor: image pixels per latent pixel, along each side.
 
     Returns:
@@ -247,3 +247,52 @@ def decode_in_tiles(decoder: Decode, latents: Tensor, *, tile: int, factor: int)
         device=latents.device,
         factor=factor,
     )
+
+
+def in_tiles(
+    work: Callable[[slice, slice], Tensor],
+    shape: Sequence[int],
+    *,
+    tile: int,
+    device: torch.device,
+    factor: int = 1,
+) -> Tensor:
+    """Apply `work` to square tiles that overlap by a quarter, and blend the results linearly.
+
+    Args:
+        work: returns the result [..., h * factor, w * factor] for h rows and w columns of its input.
+        shape: [..., height, width]: leading dimensions of the result, height and width of the input.
+        tile: side of a tile; a shorter side of the input is one tile.
+        device: of the result.
+        factor: pixels of the result per pixel of the input, along each side.
+
+    Returns:
+        float32 [..., height * factor, width * factor].
+    """
+    *leading, height, width = shape
+    overlap = max(tile // 4, 1)
+    sides = min(tile, height), min(tile, width)
+    down, across = (_ramp(side * factor, overlap * factor) for side in sides)
+    mask = (down[:, None] * across).to(device)
+    total = torch.zeros((*leading, height * factor, width * factor), device=device)
+    weights = torch.zeros(total.shape[-2:], device=device)
+    for top, left in itertools.product(tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)):
+        piece = work(slice(top, top + sides[0]), slice(left, left + sides[1]))
+        rows = slice(top * factor, (top + sides[0]) * factor)
+        columns = slice(left * factor, (left + sides[1]) * factor)
+        total[..., rows, columns] += piece * mask
+        weights[rows, columns] += mask
+    return total.div_(weights)
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where the tiles begin along one side; the last one ends with the side."""
+    if length <= tile:
+        return [0]
+    return [*range(0, length - tile, tile - overlap), length - tile]
+
+
+def _ramp(length: int, overlap: int) -> Tensor:
+    """Weights [length] that rise from both ends over `overlap` pixels and are never 0."""
+    distance = torch.arange(length, dtype=torch.float32) + 0.5
+    return (torch.minimum(distance, length - distance) / overlap).clamp(max=1)

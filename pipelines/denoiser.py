@@ -14,14 +14,13 @@ from torch import Tensor
 from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.prediction import Denoiser
 from latentgen.diffusion.schedule import NoiseLevel
-from latentgen.memory import on_device
+from latentgen.memory import in_tiles, on_device
 from latentgen.models.unet import AddedConditioning, UNet, UNetConstants
 from latentgen.models.unet_blocks import repeat_rows
 from latentgen.pipelines.conditioning import added_conditioning, encode_rows, time_id_count, time_ids
 from latentgen.pipelines.devices import dtype_of
 from latentgen.pipelines.run import Beginning, Run, Stages
 from latentgen.prompt_syntax import PromptSchedule
-from latentgen.tiling import in_tiles
 
 # Rows and columns of latents.
 Place = tuple[slice, slice]
