@@ -1,4 +1,4 @@
-"""The `latentgen` command. Heavy imports stand inside the commands: help and mistakes answer at once."""
+"""The `latentgen` command. Heavy imports are inside the commands, so that help and usage errors are instant."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 
 from latentgen import __version__
 from latentgen.cli import checkpoints, data, drawing, training
-from latentgen.cli.text import format_warning, one_line
+from latentgen.cli.options import format_warning, one_line
 from latentgen.errors import LatentgenError
 
-EXIT_MISTAKE = 2
+EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ for command in (*drawing.COMMANDS, *checkpoints.COMMANDS, *data.COMMANDS, *train
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command on ``arguments`` (by default those of the process) and return its exit code.
 
-    0 is success; 2 a mistake, told in one line on stderr; 130 an interruption by Ctrl-C.
+    0 is success; 2 an error, reported in one line on stderr; 130 an interruption by Ctrl-C.
     """
     warnings.formatwarning = format_warning
     try:
@@ -44,11 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         return code or 0
     print(f"latentgen: error: {one_line(message)}", file=sys.stderr)
-    return EXIT_MISTAKE
+    return EXIT_ERROR
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"latentgen {__version__}")
         raise typer.Exit
 
@@ -64,11 +64,11 @@ def _latentgen(
     """Images from text, with Stable-Diffusion-style models.
 
     \b
-    Draw a picture:        latentgen text2img "slice of pizza" -o pizza.png
-    Draw one anew:         latentgen img2img pizza.png "birthday cake" -o cake.png
+    Generate an image:     latentgen text2img "slice of pizza" -o pizza.png
+    Redraw an image:       latentgen img2img pizza.png "birthday cake" -o cake.png
     In stages, larger:     latentgen cascade "tiger face" -o tiger.png
     Train a recipe:        latentgen train recipe.yaml
-    Look at a checkpoint:  latentgen inspect path/to/folder
+    Inspect a checkpoint:  latentgen inspect path/to/folder
     Convert a pickle:      latentgen convert model.ckpt
     List the schedulers:   latentgen schedulers
     Check a training set:  latentgen check-data path/to/pictures

@@ -1,4 +1,4 @@
-"""The commands that look at checkpoints, and those that make others of them; and the list of schedulers."""
+"""The commands that inspect and convert checkpoints, and the list of schedulers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from latentgen.cli.options import PredictionTypeName
-from latentgen.cli.text import one_line, printable
+from latentgen.cli.options import PredictionTypeName, one_line, printable
 
 
 def schedulers() -> None:
-    """List the schedulers: what each is called, and what it is good for.
+    """List the schedulers: their names, and what each is good for.
 
     \b
-    latentgen text2img "a castle" --scheduler dpmpp_2m_karras     the name here
-    latentgen text2img "a castle" --scheduler "DPM++ 2M Karras"   that of A1111 and its relatives
-    latentgen text2img "a castle" --scheduler LCMScheduler        the class of diffusers
+    latentgen text2img "a castle" --scheduler dpmpp_2m_karras     the name in this library
+    latentgen text2img "a castle" --scheduler "DPM++ 2M Karras"   the name in A1111
+    latentgen text2img "a castle" --scheduler LCMScheduler        the class in diffusers
 
     Case does not matter. Without --scheduler a checkpoint's own is used. Nothing is loaded.
     """
@@ -37,7 +36,7 @@ def inspect(
         ),
     ],
 ) -> None:
-    """Say what a checkpoint, a LoRA or an embedding is.
+    """Describe a checkpoint, a LoRA or an embedding.
 
     Prints family, parameters, dtype, scheduler, size and metadata, read from the files' headers: nothing is loaded.
     Of a LoRA also its target, rank, alpha and layers; of an embedding its target, token, vectors and width.
@@ -65,7 +64,7 @@ def convert(
         typer.Argument(
             metavar="TARGET",
             help="What to write: a .safetensors file, or a new folder in the diffusers layout. "
-            "[default: for a pickle, its name with .safetensors beside it]",
+            "[default: for a pickle, its name with .safetensors, in the same folder]",
             show_default=False,
         ),
     ] = None,
@@ -77,12 +76,12 @@ def convert(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="For a folder: becomes part of the weights' names, as in model.fp16.safetensors.",
+            help="For a folder: part of the weight files' names, as in model.fp16.safetensors.",
         ),
     ] = None,
     prediction_type: Annotated[
         PredictionTypeName | None,
-        typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not say so itself."),
+        typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not record it."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file at TARGET.")] = False,
 ) -> None:
@@ -95,8 +94,8 @@ def convert(
     latentgen convert model.safetensors half.safetensors --dtype float16
     latentgen convert path/to/checkpoint path/to/half --dtype float16 --variant fp16
 
-    A pickle is read without running what it may hold, in a process of its own with little memory and time.
-    Prints the name of what it wrote; what of SOURCE that does not hold is told on stderr.
+    A pickle is read without executing it, in a subprocess with limited memory and time.
+    Prints the written path; entries of SOURCE that are left out are listed on stderr.
     """
     from latentgen.checkpoints.conversion import convert as write
 

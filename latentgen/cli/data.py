@@ -1,4 +1,4 @@
-"""The command that looks at a training set before anything is trained on it."""
+"""The command that checks a training set before training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from latentgen.cli.text import one_line
+from latentgen.cli.options import one_line
 from latentgen.errors import ConfigError, DatasetError
 from latentgen.files import quote
 
@@ -22,22 +22,26 @@ def check_data(
         Path,
         typer.Argument(
             metavar="DIR",
-            help="The folder of the images; of webdataset also a name such as '{000..127}.tar'.",
+            help="The folder of the images; for webdataset also a pattern such as '{000..127}.tar'.",
         ),
     ],
     kind: Annotated[
         Literal["imagefolder", "kohya", "webdataset", "huggingface"],
-        typer.Option(help="How it is laid out, as data.kind says in a recipe."),
+        typer.Option(help="Its layout: data.kind of a recipe."),
     ] = "imagefolder",
     image_size: Annotated[
-        int, typer.Option(metavar="PIXELS", help="Side of the square that views are, or area of the buckets.")
+        int,
+        typer.Option(
+            metavar="PIXELS",
+            help="Side of the square crops, and of a square with the buckets' area.",
+        ),
     ] = 512,
     buckets: Annotated[
         bool,
-        typer.Option("--buckets", help="Keep to the images' own ratios of sides, in aspect-ratio buckets."),
+        typer.Option("--buckets", help="Use aspect-ratio buckets instead of square crops."),
     ] = False,
     bucket_step: Annotated[
-        int, typer.Option(metavar="PIXELS", help="Of which the sides of buckets are multiples.")
+        int, typer.Option(metavar="PIXELS", help="Sides of buckets are multiples of this.")
     ] = 64,
     min_side: Annotated[
         int | None,
@@ -59,23 +63,25 @@ def check_data(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="The caption of images that have none, as data.caption of a recipe. "
-            "[default: such images are a problem]",
+            help="The caption of images without one: data.caption of a recipe. "
+            "[default: such images are an error]",
             show_default=False,
         ),
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="Of a huggingface set that has several.", show_default=False),
+        typer.Option(help="Split of a huggingface dataset.", show_default=False),
     ] = None,
     image_column: Annotated[
-        str | None, typer.Option(help="Of a huggingface set. [default: image]", show_default=False)
+        str | None,
+        typer.Option(help="Image column of a huggingface dataset. [default: image]", show_default=False),
     ] = None,
     caption_column: Annotated[
-        str | None, typer.Option(help="Of a huggingface set. [default: text]", show_default=False)
+        str | None,
+        typer.Option(help="Caption column of a huggingface dataset. [default: text]", show_default=False),
     ] = None,
 ) -> None:
-    """Say everything that is wrong with images to train on, and how they would be trained on.
+    """Report every problem of a training set, and its buckets.
 
     \b
     latentgen check-data pictures --image-size 512
@@ -88,18 +94,18 @@ def check_data(
     An imagefolder holds images, in sub-folders too, and their captions in one of
 
     \b
-    cat.txt beside cat.png   one caption; of several lines each is one, drawn equally often
+    cat.txt next to cat.png  one caption per line, chosen with equal probability
     metadata.jsonl           {"file_name": "cat.png", "text": "a cat on a sofa"} in each line
     metadata.csv             with the columns file_name and text, or caption
 
     Rows of the metadata may name a mask_file_name (white where the loss counts) and a before_file_name (what the
-    image is an edit of). A kohya folder holds sub-folders such as "10_sks dog": shown 10 times in an epoch, with the
-    caption "sks dog" where no .txt file stands beside an image. Of webdataset the folder holds .tar files with pairs
-    of an image and a .txt or .json; of huggingface what save_to_disk wrote, or parquet files.
+    image is an edit of). A kohya folder holds sub-folders such as "10_sks dog": 10 repeats per epoch, with the
+    caption "sks dog" for images without a .txt file. A webdataset folder holds .tar files with pairs of an image and
+    a .txt or .json; a huggingface folder is what save_to_disk wrote, or holds parquet files.
 
-    Every image is decoded. Problems are what training refuses: images that cannot be read or have no caption, rows
-    without their image, and so on. Notes are what it takes: images smaller than their views, the same image twice,
-    captions beyond the text encoder's window. Exits with 2 if there are problems.
+    Every image is decoded. Problems stop training: unreadable images, missing captions, metadata rows without an image,
+    and so on. Notes do not: images smaller than their crops, duplicate images, captions longer than the text
+    encoder's window. Exits with 2 if there are problems.
     """
     try:
         from latentgen.train.data.check import check
@@ -122,19 +128,19 @@ def check_data(
     for line in _lines(report):
         print(line)
     if report.problems:
-        raise DatasetError(f"{quote(folder)} cannot be trained on as it is: mend what is listed above")
+        raise DatasetError(f"{quote(folder)} has errors; fix the problems listed above")
 
 
 def _config(
     kind: str, folder: Path, fields: dict[str, Any]
 ) -> FolderData | KohyaData | WebDataset | HuggingFaceData:
-    """The section of a recipe that the options are."""
+    """The options as the `data` section of a recipe."""
     from pydantic import ValidationError
 
     from latentgen.train.config import FolderData, HuggingFaceData, KohyaData, WebDataset, in_one_line
 
     if kind != "imagefolder" and "caption" in fields:
-        raise ConfigError("--caption is for --kind imagefolder: other kinds have captions of their own")
+        raise ConfigError("--caption is only for --kind imagefolder; remove it")
     try:
         if kind == "webdataset":
             name = f"{glob.escape(str(folder))}/*.tar" if folder.is_dir() else str(folder)
@@ -145,11 +151,11 @@ def _config(
             return KohyaData(kind=kind, path=folder, **fields)
         return FolderData(kind="imagefolder", path=folder, **fields)
     except ValidationError as error:
-        raise ConfigError(f"the options do not fit: {in_one_line(error)}") from None
+        raise ConfigError(f"invalid options: {in_one_line(error)}") from None
 
 
 def _lines(report: Report) -> list[str]:
-    """The report as it is printed: counts, the table of buckets, notes, problems."""
+    """The printed report: counts, table of buckets, notes, problems."""
     samples = sum(count.samples for count in report.buckets.values())
     lines = [f"images: {report.images}, captions: {report.captions}, samples of an epoch: {samples}"]
     if report.buckets:

@@ -1,4 +1,4 @@
-"""The commands that draw: each loads one kind of pipeline, calls it, and writes images with their recipes."""
+"""The commands that generate images: each loads a pipeline, calls it, and writes images with their recipes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from latentgen.cli.job import Job, clip_skip_setting
+from latentgen.cli.job import Job, clip_skip_setting, draw_cascade
 from latentgen.cli.options import (
     DeviceOption,
     DTypeOption,
@@ -20,13 +20,13 @@ from latentgen.cli.options import (
     spread,
 )
 
-Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw, in quotes.")]
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What the image shows, in quotes.")]
 InputImage = Annotated[
     Path,
-    typer.Argument(metavar="IMAGE", help="The image to begin with: PNG, JPEG, WebP and others, of any size."),
+    typer.Argument(metavar="IMAGE", help="The input image: PNG, JPEG, WebP and others, of any size."),
 ]
 ClipSkip = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Layers of the text encoder, at its end, to go without.")
+    int, typer.Option(metavar="N", min=0, help="Number of final text-encoder layers to skip.")
 ]
 Side = Annotated[
     int | None, typer.Option(metavar="PIXELS", help="[default: the size the model was trained at]")
@@ -44,16 +44,16 @@ def text2img(
     width: Side = None,
     clip_skip: ClipSkip = 0,
 ) -> None:
-    """Draw a picture of PROMPT.
+    """Generate an image of PROMPT.
 
     \b
     latentgen text2img "slice of pizza" -o pizza.png
     latentgen text2img "tiger face on a teal background" --seed 7 --steps 50
     latentgen text2img "a castle" --model path/to/checkpoint --scheduler dpmpp_2m_karras --num-images 4
-    latentgen text2img "a castle" --model model.safetensors --lora watercolour.safetensors:0.8
+    latentgen text2img "a castle" --model model.safetensors --lora watercolor.safetensors:0.8
     latentgen text2img "a (red:1.3) castle at [dawn:night:0.5]" --prompt-syntax a1111
 
-    Prints the names of the files that it wrote, and the seeds if it drew them. A PNG file carries its recipe
+    Prints the paths of the written files, and the seeds if they are random. A PNG file carries its recipe
     in the text chunk "parameters", where other programs look for it too.
     """
     job = Job(prompt, model, prompting, sampling, output)
@@ -74,17 +74,19 @@ def img2img(
     output: OutputOptions,
     strength: Annotated[
         float,
-        typer.Option(metavar="SHARE", help="How much to draw anew: 0 keeps IMAGE, 1 does not look at it."),
+        typer.Option(
+            metavar="SHARE", help="Denoising strength: 0.0 returns IMAGE unchanged; 1.0 ignores it."
+        ),
     ] = 0.8,
     clip_skip: ClipSkip = 0,
 ) -> None:
-    """Draw IMAGE anew, as PROMPT says.
+    """Redraw IMAGE according to PROMPT (img2img).
 
     \b
     latentgen img2img tiger.png "dog face" -o dog.png
     latentgen img2img sketch.png "a castle, oil on canvas" --model path/to/checkpoint --strength 0.6
 
-    The result is as large as IMAGE. Of --steps the share of --strength is taken.
+    The result has the size of IMAGE. The fraction --strength of --steps is run.
     """
     job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.image_to_image import ImageToImagePipeline
@@ -98,7 +100,7 @@ def img2img(
 def inpaint(
     image: InputImage,
     mask: Annotated[
-        Path, typer.Argument(metavar="MASK", help="As large as IMAGE: white where it is painted anew.")
+        Path, typer.Argument(metavar="MASK", help="Same size as IMAGE; white pixels are repainted.")
     ],
     prompt: Prompt,
     model: ModelOptions,
@@ -106,31 +108,34 @@ def inpaint(
     sampling: SamplingOptions,
     output: OutputOptions,
     strength: Annotated[
-        float, typer.Option(metavar="SHARE", help="How much to draw anew beneath the mask: 1 is all.")
+        float,
+        typer.Option(metavar="SHARE", help="Denoising strength under the mask; 1.0 ignores what is there."),
     ] = 1.0,
     mask_blur: Annotated[
         float,
-        typer.Option(metavar="PIXELS", help="Soften the mask's edge outwards: a Gaussian of this deviation."),
+        typer.Option(
+            metavar="PIXELS", help="Blur the mask's edge outwards: standard deviation of the Gaussian."
+        ),
     ] = 0.0,
     padding_mask_crop: Annotated[
         int | None,
         typer.Option(
             metavar="PIXELS",
-            help="Paint only the part around the mask, with so much around it, at the model's full resolution.",
+            help="Crop to the mask plus this margin, and inpaint the crop at the model's full resolution.",
         ),
     ] = None,
     height: Side = None,
     width: Side = None,
     clip_skip: ClipSkip = 0,
 ) -> None:
-    """Paint anew what MASK marks in IMAGE, as PROMPT says; the rest stays as it is, to the byte.
+    """Inpaint the white area of MASK in IMAGE according to PROMPT; all other pixels are unchanged.
 
     \b
     latentgen inpaint park.png mask.png "a fox on a bench" --model path/to/checkpoint -o fox.png
     latentgen inpaint park.png mask.png "a red hat" --model path/to/checkpoint --padding-mask-crop 32 --mask-blur 4
 
-    The result is as large as IMAGE; --height and --width are those of the part that --padding-mask-crop cuts out.
-    Every model paints; those trained for it look at more of the image.
+    The result has the size of IMAGE; --height and --width are the size of the crop of --padding-mask-crop.
+    Every text-to-image model can inpaint; models trained for it see the masked image, too.
     """
     job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.inpaint import InpaintPipeline
@@ -162,7 +167,7 @@ def edit(
     image: InputImage,
     prompt: Annotated[
         str,
-        typer.Argument(metavar="INSTRUCTION", help='What is to be done, in quotes, such as "make it snowy".'),
+        typer.Argument(metavar="INSTRUCTION", help='The edit, in quotes, such as "make it snowy".'),
     ],
     model: ModelOptions,
     prompting: PromptOptions,
@@ -170,16 +175,16 @@ def edit(
     output: OutputOptions,
     image_guidance: Annotated[
         float,
-        typer.Option(metavar="SCALE", help="How much of the image to keep; less than 1 is no guidance."),
+        typer.Option(metavar="SCALE", help="How closely to follow the image; below 1 is no guidance."),
     ] = 1.5,
 ) -> None:
-    """Edit IMAGE as INSTRUCTION says, with a checkpoint of InstructPix2Pix.
+    """Edit IMAGE by an INSTRUCTION, with an InstructPix2Pix checkpoint.
 
     \b
     latentgen edit garden.jpg "make it snowy" --model path/to/instruct-pix2pix -o snow.png
     latentgen edit garden.jpg "make it snowy" --model path/to/instruct-pix2pix --image-guidance 1.2 --guidance 9
 
-    The result is as large as IMAGE.
+    The result has the size of IMAGE.
     """
     job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
@@ -202,22 +207,20 @@ def upscale(
     noise_level: Annotated[
         int,
         typer.Option(
-            metavar="N", help="How much noise hides the image: more invents more detail and keeps less."
+            metavar="N", help="Noise added to the image: more noise invents more detail and keeps less."
         ),
     ] = 20,
     match_input: Annotated[
         bool,
-        typer.Option("--match-input", help="Correct the colours where the result, made small, is not IMAGE."),
+        typer.Option("--match-input", help="Correct the result so that, downscaled, it equals IMAGE."),
     ] = False,
     tile: Annotated[
         int,
-        typer.Option(
-            metavar="PIXELS", help="Larger images are worked through in overlapping tiles of this side."
-        ),
+        typer.Option(metavar="PIXELS", help="Larger images are processed in overlapping tiles of this side."),
     ] = 256,
     clip_skip: ClipSkip = 0,
 ) -> None:
-    """Draw IMAGE in higher resolution: the model inside this package doubles emoji, others mostly draw four times.
+    """Upscale IMAGE: x2 with the model inside this package, mostly x4 with others.
 
     \b
     latentgen upscale tiger.png --prompt "tiger face" -o large.png
@@ -258,21 +261,19 @@ def cascade(
     device: DeviceOption = "auto",
     all_stages: Annotated[
         bool,
-        typer.Option("--all-stages", help="Write what every stage has drawn, as out-1-NAME.png and so on."),
+        typer.Option("--all-stages", help="Write the images of every stage, as out-1-NAME.png and so on."),
     ] = False,
 ) -> None:
-    """Draw a picture of PROMPT in stages: an outline first, then larger and larger.
+    """Generate an image of PROMPT in stages: an outline first, then larger and larger.
 
     \b
     latentgen cascade "tiger face" -o tiger.png
     latentgen cascade "tiger face" --seed 7 --all-stages
     latentgen cascade "tiger face" --steps 25,10,10,10 --noise-level -,60,-,20
 
-    Of --steps, --guidance, --scheduler, --noise-level and --strength each stage has its own: one value for all, or one
-    for each with commas between them; "-" leaves a stage its own. Only the stage that works is in memory.
+    --steps, --guidance, --scheduler, --noise-level and --strength take one value for all stages, or one per stage
+    separated by commas; "-" keeps a stage's own. Only the running stage is in memory.
     """
-    from latentgen.cli.cascading import draw_cascade
-
     draw_cascade(
         prompt, prompting, stages, output, model=model, dtype=dtype, device=device, all_stages=all_stages
     )

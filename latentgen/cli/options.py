@@ -1,4 +1,4 @@
-"""The options that drawing commands share, in groups: each is a dataclass whose fields the command line fills."""
+"""The options that generating commands share, in dataclasses, and what every command prints with."""
 
 from __future__ import annotations
 
@@ -27,15 +27,12 @@ DTypeOption = Annotated[
     DType, typer.Option(help="Precision of the weights; auto is float16 on CUDA, else float32.")
 ]
 DeviceOption = Annotated[
-    str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto is the best that there is.")
+    str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 or mps; auto is the best one available.")
 ]
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Let Typer see the fields of the dataclasses that a command takes as so many options.
-
-    Typer reads a command's signature, and what many commands share would have to stand in each of them.
-    """
+    """Expand the dataclasses in a command's signature to their fields, so that Typer makes an option of each."""
     hints = get_type_hints(command, include_extras=True)
     own, shared, groups = [], [], {}
     for parameter in signature(command).parameters.values():
@@ -52,11 +49,11 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def with_groups(**values: Any) -> None:
-        given = {
+        groups_filled = {
             name: kind(**{field.name: values.pop(field.name) for field in fields(kind)})
             for name, kind in groups.items()
         }
-        command(**values, **given)
+        command(**values, **groups_filled)
 
     parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own] + shared
     with_groups.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -66,7 +63,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model draws, and how it is loaded."""
+    """Which model to use, and how to load it."""
 
     model: Annotated[
         str | None,
@@ -83,18 +80,16 @@ class ModelOptions:
         list[str] | None,
         typer.Option(
             metavar="FILE[:WEIGHT]",
-            help="A LoRA of kohya, diffusers or PEFT, at this weight; may be given several times. [default weight: 1]",
+            help="A LoRA file (kohya, diffusers or PEFT) and its weight; repeatable. [default weight: 1]",
         ),
     ] = None
     embedding: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="FILE", help="A textual-inversion embedding for the prompt; may be given several times."
-        ),
+        typer.Option(metavar="FILE", help="A textual-inversion embedding; repeatable."),
     ] = None
     prediction_type: Annotated[
         PredictionTypeName | None,
-        typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not say so itself."),
+        typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not record it."),
     ] = None
     dtype: DTypeOption = "auto"
     device: DeviceOption = "auto"
@@ -105,7 +100,7 @@ class ModelOptions:
         return [file_and_weight(text) for text in self.lora or ()]
 
     def load(self, kind: type[AnyPipeline]) -> AnyPipeline:
-        """The pipeline of this kind over the model, with its adapters.
+        """Load the model as this kind of pipeline, with its adapters.
 
         Raises:
             LatentgenError: what is wrong with an option, or with the model's files, in a subclass.
@@ -122,10 +117,10 @@ class ModelOptions:
             pipeline = kind.from_pretrained(self.model, vae=self.vae, dtype=self.dtype, device=self.device)
         else:
             raise InputError(
-                "--prediction-type is for a --model that is a single file; folders say what their UNet predicts"
+                "--prediction-type needs a --model that is a single file; a folder records its prediction type"
             )
         for file, weight in self.adapters:
-            pipeline = pipeline.with_lora(file, weight, name=str(file))  # files are often called the same
+            pipeline = pipeline.with_lora(file, weight, name=str(file))  # file names often repeat
         for file in self.embedding or ():
             pipeline = pipeline.with_embedding(file)
         return pipeline
@@ -133,24 +128,24 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What a prompt is accompanied by, and how many images are drawn of it, from which seeds."""
+    """Negative prompt, prompt syntax, seed and number of images."""
 
     negative: Annotated[
-        str, typer.Option(metavar="TEXT", help="What to keep away from.", show_default=False)
+        str, typer.Option(metavar="TEXT", help="What the image should not show.", show_default=False)
     ] = ""
     prompt_syntax: Annotated[
         PromptSyntax,
         typer.Option(
-            help="explicit: (text:1.2) weighs; a1111: also (text), [text], BREAK, [from:to:when], [one|other]; "
-            "plain: all is text."
+            help="explicit: (text:1.2) is weighted; a1111: also (text), [text], BREAK, [from:to:when], [one|other]; "
+            "plain: no special syntax."
         ),
     ] = DEFAULT_SYNTAX
     seed: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="The same seed draws the same image; image i of several takes seed + i. "
-            "[default: drawn at random and printed]",
+            help="The same seed gives the same image; image i of several has seed + i. "
+            "[default: random, and printed]",
         ),
     ] = None
     num_images: Annotated[
@@ -160,13 +155,13 @@ class PromptOptions:
 
     @property
     def syntax_setting(self) -> dict[str, str]:
-        """What a recipe says of the syntax, if it is not the usual one."""
+        """The recipe's setting for the syntax, unless it is the default."""
         return {} if self.prompt_syntax == DEFAULT_SYNTAX else {"Prompt syntax": self.prompt_syntax}
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How images are sampled."""
+    """Steps, guidance scale and scheduler."""
 
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Sampling steps: more are slower and finer. [default: 25]")
@@ -189,17 +184,17 @@ class SamplingOptions:
 
     @property
     def solver(self) -> str | None:
-        """The library's own name of the scheduler that was asked for.
+        """The canonical name of --scheduler.
 
         Raises:
-            InputError: nobody knows it; the nearest are proposed.
+            InputError: the name is unknown; the error lists the nearest ones.
         """
         return None if self.scheduler is None else canonical_name(self.scheduler)
 
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How the stages of a cascade are run: one value for all, or one for each with commas between them."""
+    """Settings of the stages of a cascade: one value for all, or one per stage, separated by commas."""
 
     steps: Annotated[
         str | None, typer.Option(metavar="N[,N...]", help="Sampling steps. [default: the cascade's own]")
@@ -220,21 +215,21 @@ class StageOptions:
         str | None,
         typer.Option(
             metavar="N[,N...]",
-            help="How much noise hides the smaller image: more invents more detail. [default: the cascade's own]",
+            help="Noise added to the smaller image: more noise invents more detail. [default: the cascade's own]",
         ),
     ] = None
     strength: Annotated[
         str | None,
         typer.Option(
             metavar="SHARE[,SHARE...]",
-            help="How much a stage without enlargement draws anew. [default: the cascade's own]",
+            help="Denoising strength of a stage that does not upscale. [default: the cascade's own]",
         ),
     ] = None
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Where images go, and what is told in them."""
+    """Output file, and whether it carries the recipe."""
 
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Write no prompt, seed or settings into the image.")
@@ -250,7 +245,7 @@ class OutputOptions:
 
 
 def model_name(model: str | None) -> str:
-    """The model in a recipe: a Hub id as it is, a folder or a file without the path that leads to it."""
+    """The model's name in a recipe: a Hub id, or the name of a folder or file without its path."""
     if model is None:
         return "latentgen default"
     path = Path(model)
@@ -271,5 +266,22 @@ def file_and_weight(text: str) -> tuple[Path, float]:
 def _is_file(model: str | None) -> bool:
     try:
         return model is not None and Path(model).is_file()
-    except (OSError, ValueError):  # no path at all, as the search for the model will say
+    except (OSError, ValueError):  # not a valid path; loading reports it
         return False
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates escaped."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def one_line(text: str) -> str:
+    """The same, with runs of whitespace collapsed to one space."""
+    return printable(" ".join(text.split()))
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Replaces `warnings.formatwarning`: without the source line, which means nothing to a user."""
+    return f"latentgen: warning: {one_line(str(message))}\n"

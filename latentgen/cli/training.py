@@ -12,11 +12,11 @@ from typing import Annotated
 
 import typer
 
-from latentgen.cli.text import printable
+from latentgen.cli.options import printable
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
 
-# Where the recipes of fine-tuning have their images, from the root of the repository.
+# Images of the fine-tuning recipes, relative to the root of the repository.
 _OWN_IMAGES = "configs/train/crests"
 
 
@@ -30,30 +30,30 @@ def train(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Replace a field of the recipe, with dots for nested ones; the value is YAML. May be repeated.",
+            help="Replace a field of the recipe, with dots for nested ones; the value is YAML. Repeatable.",
         ),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Read the recipe, open the data, compute a few steps, say what the run would be and how long it "
-            "would take; write nothing.",
+            help="Load the recipe and data, run a few steps, and report the run and its duration; write "
+            "nothing.",
         ),
     ] = False,
     list_recipes: Annotated[
-        bool, typer.Option("--list-recipes", help="List the recipes inside the package, and stop.")
+        bool, typer.Option("--list-recipes", help="List the recipes inside the package, and exit.")
     ] = False,
     example: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Print one of them, to begin with, and stop; those of fine-tuning learn images inside the package.",
+            help="Print one of these recipes, and exit; fine-tuning recipes use images inside the package.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Train what RECIPE describes; needs pip install 'latentgen[train]'.
+    """Train by RECIPE; needs pip install 'latentgen[train]'.
 
     \b
     latentgen train --list-recipes
@@ -62,13 +62,13 @@ def train(
     latentgen train recipe.yaml --set seed=1 --set optimizer.learning_rate=1e-4
     latentgen train recipe.yaml --set resume=true
 
-    On several devices, or with what `accelerate config` was told:
+    On several devices, or with the settings of `accelerate config`:
 
     \b
     accelerate launch -m latentgen.train recipe.yaml
 
-    The first Ctrl-C or SIGTERM ends the run after the step at hand, with a checkpoint; --set resume=true goes on from
-    it. Recipes to start from stand in configs/train/ of the repository, too. Prints the folder of the finished model.
+    The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; --set resume=true resumes from
+    it. Example recipes are also in configs/train/ of the repository. Prints the folder of the finished model.
     """
     if list_recipes or example is not None:
         print(
@@ -76,11 +76,9 @@ def train(
         )
         return
     if recipe is None:
-        raise InputError(
-            "name a recipe, a YAML file; latentgen train --list-recipes shows those to begin with"
-        )
+        raise InputError("RECIPE is missing: give a YAML file; latentgen train --list-recipes lists examples")
     try:
-        _run(recipe, overrides or [], rehearse=dry_run)
+        _run(recipe, overrides or [], is_dry_run=dry_run)
     except ModuleNotFoundError as error:
         if (error.name or "latentgen").partition(".")[0] == "latentgen":
             raise
@@ -89,14 +87,14 @@ def train(
         ) from error
 
 
-def _run(recipe: Path, overrides: list[str], *, rehearse: bool) -> None:
+def _run(recipe: Path, overrides: list[str], *, is_dry_run: bool) -> None:
     from accelerate import PartialState
 
     from latentgen.train import trainer
     from latentgen.train.config import load_config
 
     config = load_config(recipe, overrides)
-    if rehearse:
+    if is_dry_run:
         from latentgen.train.dry_run import dry_run
 
         lines = dry_run(config).lines()
@@ -109,7 +107,7 @@ def _run(recipe: Path, overrides: list[str], *, rehearse: bool) -> None:
         except SystemExit:
             if PartialState().is_main_process:
                 print(
-                    "latentgen: stopped, with a checkpoint; --set resume=true goes on from it",
+                    "latentgen: stopped after saving a checkpoint; --set resume=true resumes from it",
                     file=sys.stderr,
                 )
             raise
@@ -133,15 +131,15 @@ def _first_sentence(recipe: str) -> str:
 def _example(name: str) -> str:
     found = {path.name.removesuffix(".yaml"): path for path in _recipes()}
     if name not in found:
-        raise InputError(f"--example {quote(name)}: there is no such recipe; there are {', '.join(found)}")
+        raise InputError(f"--example {quote(name)}: no such recipe; choose from {', '.join(found)}")
     return _with_own_images(found[name].read_text("utf-8"), _recipe_folder())
 
 
 def _with_own_images(recipe: str, folder: Traversable) -> str:
-    """A recipe whose images are those beside the recipes: as it stands where the path leads there, else with theirs."""
+    """The recipe with the path of its example images: unchanged where that path is right, else absolute."""
     if not isinstance(folder, Path) or Path(_OWN_IMAGES).resolve() == (folder / "crests").resolve():
         return recipe
-    # In quotes: a path may hold what means something to YAML.
+    # Quoted: a path may hold YAML syntax.
     return recipe.replace(f"path: {_OWN_IMAGES},", f"path: {json.dumps(str(folder / 'crests'))},")
 
 

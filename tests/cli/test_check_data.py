@@ -59,7 +59,7 @@ def test_all_problems_are_listed_one_a_line(pictures: Path, capsys: pytest.Captu
     (pictures / "evil\x1b[31m\n.png").touch()
     assert cli.main(["check-data", str(pictures), "--image-size", "20"]) == 2
     printed = capsys.readouterr()
-    assert re.fullmatch(r"latentgen: error: [^\n]+mend what is listed above\n", printed.err)
+    assert re.fullmatch(r"latentgen: error: [^\n]+fix the problems listed above\n", printed.err)
     assert "\x1b" not in printed.out
     lines = printed.out.splitlines()
     start = lines.index("problems: 4")
@@ -119,7 +119,7 @@ def test_all_problems_of_shards(pictures: Path, tmp_path: Path, capsys: pytest.C
     (folder / "part-002.tar").write_bytes(gzip.compress(b"tar"))
     assert cli.main(["check-data", str(folder), "--kind", "webdataset", "--image-size", "16"]) == 2
     printed = capsys.readouterr()
-    assert "mend what is listed above" in printed.err
+    assert "fix the problems listed above" in printed.err
     assert "images: 1, captions: 1" in printed.out
     assert "problems: 64" in printed.out
     for part in (

@@ -69,9 +69,9 @@ def test_the_recipes_are_in_the_wheel():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a recipe"),
+        ([], "RECIPE"),
         (["nowhere.yaml"], "nowhere.yaml cannot be read"),
-        (["--example", "sdxl"], "there is no such recipe; there are emoji_autoencoder"),
+        (["--example", "sdxl"], "no such recipe; choose from emoji_autoencoder"),
         (["recipe.yaml", "--set", "seed"], "--set takes key=value"),
         (["recipe.yaml", "--set", "bach_size=3"], "bach_size: Extra inputs"),
         (["recipe.yaml", "--dry-run", "--set", "data.path=nowhere"], "'nowhere' is not a folder of images"),
