@@ -1,8 +1,7 @@
-"""What the tiny recipes of the tests say."""
+"""Tiny recipes for tests."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchIndices, plan_step
 from latentgen.train.objectives.base import Objective
 
-# Takes overrides as of the command's --set.
+# Takes overrides like the command's --set.
 MakeRecipe = Callable[..., TrainConfig]
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
@@ -82,8 +81,8 @@ UPSCALE: dict[str, Any] = {
 }
 
 
-def unwatched(config: TrainConfig) -> TrainConfig:
-    """A recipe without its validation, whose held-out images are kept back all the same."""
+def without_validation(config: TrainConfig) -> TrainConfig:
+    """A recipe without its validation, with the same training images."""
     return config.model_copy(update={"validation": None})
 
 
@@ -91,25 +90,3 @@ def plan_for(objective: Objective, step: int = 0, size: int = 8) -> BatchIndices
     """The whole batch of a step, in one process."""
     (plan,) = plan_step(3, step, batch_size=size, order=objective.order, parts=1, rank=0, processes=1)
     return plan
-
-
-def rows_of(config: TrainConfig) -> list[dict[str, Any]]:
-    """The rows of a run's log."""
-    return [json.loads(row) for row in (config.output_dir / "log.jsonl").read_text("utf-8").splitlines()]
-
-
-def events_of(config: TrainConfig) -> Any:
-    """What TensorBoard reads of a run."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(config.output_dir / "tensorboard" / "latentgen"))
-    events.Reload()
-    return events
-
-
-def scalars_of(config: TrainConfig) -> dict[str, list[tuple[int, float]]]:
-    """Tag -> steps and values, as TensorBoard shows them: a step that came twice is there twice."""
-    events = events_of(config)
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }

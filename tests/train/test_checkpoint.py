@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or passed over, and never fewer than there were."""
+"""Checkpoints of a run: complete or skipped, and never fewer than before."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
 
 
-def assert_same(found: RunState, expected: RunState) -> None:
-    assert (found.step, found.config, found.scaler) == (expected.step, expected.config, expected.scaler)
+def assert_same(actual: RunState, expected: RunState) -> None:
+    assert (actual.step, actual.config, actual.scaler) == (expected.step, expected.config, expected.scaler)
     for name in ("weights", "ema", "optimizer"):
-        ours, theirs = getattr(found, name), getattr(expected, name)
+        ours, theirs = getattr(actual, name), getattr(expected, name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -94,7 +94,7 @@ def empty(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [delete, truncate, flip_a_bit, empty])
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_ones_are_passed_over(name: str, damage: Callable[[Path], None], tmp_path: Path):
+def test_damaged_checkpoints_are_skipped(name: str, damage: Callable[[Path], None], tmp_path: Path):
     save_checkpoint(tmp_path, make_state(1), keep=9)
     damage(save_checkpoint(tmp_path, make_state(2), keep=9) / name)
     with pytest.warns(UserWarning, match="checkpoint-00000002.* is damaged"):
@@ -102,7 +102,7 @@ def test_damaged_ones_are_passed_over(name: str, damage: Callable[[Path], None],
     assert_same(state, make_state(1))
 
 
-def test_a_manifest_that_lists_nothing_proves_nothing(tmp_path: Path):
+def test_an_empty_manifest_is_damaged(tmp_path: Path):
     (save_checkpoint(tmp_path, make_state(1), keep=1) / MANIFEST).write_text("{}")
     with pytest.warns(UserWarning, match="checkpoint-00000001"), pytest.raises(ResumeError):
         load_latest(tmp_path)
@@ -115,7 +115,7 @@ def test_nothing_to_resume(tmp_path: Path):
             load_latest(folder)
 
 
-def test_a_full_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_keeps_the_old_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save_checkpoint(tmp_path, make_state(1), keep=1)
     save_weights = checkpoint.save_weights
 
@@ -157,8 +157,8 @@ def test_a_checkpoint_that_does_not_read_back_deletes_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000001"]
 
 
-def test_damaged_ones_from_later_steps_do_not_displace_new_ones(tmp_path: Path):
-    """A run that passed over step 30 and went on from step 10 must not take 30 for its newest."""
+def test_damaged_checkpoints_of_later_steps_are_deleted_first(tmp_path: Path):
+    """A run that skipped step 30 and resumed from step 10 must not treat 30 as its newest."""
     save_checkpoint(tmp_path, make_state(10), keep=9)
     flip_a_bit(save_checkpoint(tmp_path, make_state(30), keep=9) / "weights.safetensors")
     save_checkpoint(tmp_path, make_state(20), keep=1)

@@ -24,7 +24,7 @@ from latentgen.train.objectives.view_encoder import ViewEncoder
 from latentgen.train.objectives.view_source import ViewSource
 from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe
-from tests.train.runs import assert_same_checkpoint, log_of
+from tests.train.runs import assert_same_checkpoint, rows_of
 
 STEPS = 3
 FRESH = ("task.views_per_image=0",)
@@ -133,7 +133,7 @@ def test_a_run_with_workers_is_the_same_run(autoencoder_recipe: MakeRecipe, tmp_
     train(helped)
     last = "checkpoint-00000003"
     assert_same_checkpoint(helped.output_dir / last, alone.output_dir / last)
-    assert log_of(helped) == log_of(alone)
+    assert rows_of(helped) == rows_of(alone)
 
 
 def test_every_worker_works_and_ends():

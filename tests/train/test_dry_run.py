@@ -1,4 +1,4 @@
-"""A dry run says what a run would be, and leaves everything as it was."""
+"""A dry run reports what a run would do, and changes nothing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from latentgen.train.dry_run import DryRunReport, _duration, dry_run
 from latentgen.train.objectives import class_images
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
+from tests.train.runs import files_of
 from tests.train.test_finetune_runs import METHODS, PRIOR, recipe
 
 
-def files_of(folder: Path) -> dict[Path, bytes]:
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def test_it_says_what_the_run_would_be_and_writes_nothing(text_to_image_recipe: MakeRecipe, tmp_path: Path):
+def test_a_dry_run_reports_and_writes_nothing(text_to_image_recipe: MakeRecipe, tmp_path: Path):
     config = text_to_image_recipe(
         *(
             "validation_fraction=0.34",
@@ -43,7 +40,7 @@ def test_it_says_what_the_run_would_be_and_writes_nothing(text_to_image_recipe: 
 
 
 @pytest.mark.parametrize(("warmup", "told"), [(100, True), (4, True), (3, False), (0, False)])
-def test_a_warm_up_that_outlasts_the_run_is_told(
+def test_a_warning_says_if_the_warm_up_outlasts_the_run(
     warmup: int, told: bool, autoencoder_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
     config = autoencoder_recipe(f"optimizer.warmup_steps={warmup}")
@@ -54,7 +51,7 @@ def test_a_warm_up_that_outlasts_the_run_is_told(
     assert (message in capsys.readouterr().err) == told
 
 
-def test_class_images_are_drawn_for_one_step_and_not_kept(
+def test_class_images_are_generated_for_one_step_and_deleted(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     drawn: list[Path] = []
@@ -75,14 +72,14 @@ def test_class_images_are_drawn_for_one_step_and_not_kept(
     assert not any(file.exists() for file in drawn)
 
 
-def test_frozen_weights_are_not_counted_as_learnt(upscale_recipe: MakeRecipe):
+def test_frozen_weights_are_not_counted_as_trained(upscale_recipe: MakeRecipe):
     in_every_step = dry_run(upscale_recipe("task.views_per_image=0"))
     assert 0 < in_every_step.trained < in_every_step.parameters
     before = dry_run(upscale_recipe())
     assert before.trained == before.parameters == in_every_step.trained
 
 
-def test_the_figures_are_those_of_the_run_that_follows(
+def test_a_dry_run_leaves_the_next_run_unchanged(
     autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ):
     config = autoencoder_recipe()
@@ -96,7 +93,7 @@ def test_the_figures_are_those_of_the_run_that_follows(
     assert steps == [0, 1, 2, 3]
 
 
-def test_of_a_run_that_goes_on_it_tells_the_rest(autoencoder_recipe: MakeRecipe):
+def test_a_resumed_run_reports_the_remaining_steps(autoencoder_recipe: MakeRecipe):
     train(autoencoder_recipe("max_steps=2"))
     config = autoencoder_recipe("max_steps=6")
     with pytest.raises(ResumeError, match="already holds a run"):
@@ -108,7 +105,7 @@ def test_of_a_run_that_goes_on_it_tells_the_rest(autoencoder_recipe: MakeRecipe)
     assert files_of(config.output_dir) == before
 
 
-def test_problems_of_the_data_are_told(autoencoder_recipe: MakeRecipe, image_folder: Path):
+def test_dataset_problems_are_errors(autoencoder_recipe: MakeRecipe, image_folder: Path):
     (image_folder / "red.png").write_bytes(b"no image")
     with pytest.raises(DatasetError, match=r"red\.png"):
         dry_run(autoencoder_recipe())
@@ -128,7 +125,7 @@ def test_durations(seconds: float, text: str):
     assert _duration(seconds) == text
 
 
-def test_the_estimate_counts_the_steps_that_are_left(autoencoder_recipe: MakeRecipe):
+def test_the_estimate_counts_the_remaining_steps(autoencoder_recipe: MakeRecipe):
     config = autoencoder_recipe("max_steps=100", "batch_size=4")
     found = DryRunReport(
         config=config,
@@ -145,6 +142,6 @@ def test_the_estimate_counts_the_steps_that_are_left(autoencoder_recipe: MakeRec
     )
     text = "\n".join(found.lines())
     assert "2 min 0 s for 60 steps" in text
-    assert "2 s, 2 samples/s" in text
+    assert "2 s a step, 2 samples/s" in text
     assert "4 steps an epoch, 25 epochs" in text
     assert "3.0 GiB" in text

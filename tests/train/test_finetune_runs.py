@@ -1,8 +1,7 @@
-"""Whole runs of fine-tuning: they learn, and go on as if they had never stopped."""
+"""Complete fine-tuning runs: the loss falls, and a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from latentgen.train.checkpoint import load_latest
 from latentgen.train.config import TrainConfig, load_config
 from latentgen.train.trainer import train
 from tests.train.finetuning import folder_of
+from tests.train.runs import files_of, losses_of
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full", "train_text_encoder": True},
@@ -55,15 +55,6 @@ def recipe(tmp_path: Path, image_folder: Path, method: str, **fields: Any) -> Tr
     return load_config(path)
 
 
-def files_of(folder: Path) -> dict[Path, bytes]:
-    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def losses_of(config: TrainConfig) -> list[float]:
-    rows = (config.output_dir / "log.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(row)["loss"] for row in rows]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_resuming_at_any_step_changes_nothing(method: str, tmp_path: Path, image_folder: Path):
     whole = recipe(tmp_path, image_folder, method, gradient_accumulation_steps=2)
@@ -77,7 +68,7 @@ def test_resuming_at_any_step_changes_nothing(method: str, tmp_path: Path, image
         for later in range(step + 1, 5):
             shutil.rmtree(folder / f"checkpoint-{later:08d}")
         if class_images.is_dir():
-            (folder / "class_images").rename(tmp_path / "elsewhere")  # drawn anew, they are the same
+            (folder / "class_images").rename(tmp_path / "elsewhere")  # generated again, they are the same
             shutil.rmtree(tmp_path / "elsewhere")
         torch.manual_seed(step)
         train(
@@ -93,7 +84,11 @@ def test_resuming_at_any_step_changes_nothing(method: str, tmp_path: Path, image
         found = files_of(folder)
         assert found.keys() == expected.keys()
         for name, content in expected.items():
-            if name.name not in ("state.json", "manifest.json", "README.md"):  # which hold the folder's name
+            if name.name not in (
+                "state.json",
+                "manifest.json",
+                "README.md",
+            ):  # which contain the folder's name
                 assert found[name] == content, name
 
 
@@ -121,7 +116,7 @@ def test_half_precision_trains_and_saves_float32(method: str, tmp_path: Path, im
 
 @pytest.mark.slow
 def test_two_processes_share_the_class_images_and_train_as_one(tmp_path: Path, image_folder: Path):
-    # Dropout draws for a whole part of a batch, and so depends on how many there are.
+    # Dropout draws for a whole micro-batch, so it depends on their number.
     method = METHODS["lora"] | {"dropout": 0.0}
     task = {"kind": "finetune", "method": method, "prior": PRIOR | {"images": 18}, "views_per_image": 2}
     one = recipe(tmp_path, image_folder, "lora", task=task, max_steps=6)
@@ -135,7 +130,7 @@ def test_two_processes_share_the_class_images_and_train_as_one(tmp_path: Path, i
     assert drawn[0] == drawn[1]
 
 
-def test_a_model_of_its_own_is_where_the_next_run_begins(tmp_path: Path, image_folder: Path):
+def test_a_run_may_start_from_a_trained_model(tmp_path: Path, image_folder: Path):
     first = recipe(tmp_path, image_folder, "full", max_steps=1, ema_decay=0.0)
     model = train(first)
     again = recipe(
@@ -148,7 +143,7 @@ def test_a_model_of_its_own_is_where_the_next_run_begins(tmp_path: Path, image_f
     }
 
 
-def test_what_is_wrong_is_said_before_anything_is_drawn(tmp_path: Path, image_folder: Path):
+def test_errors_come_before_class_images_are_generated(tmp_path: Path, image_folder: Path):
     task = {"kind": "finetune", "method": {"kind": "lora", "targets": ["x"]}, "prior": PRIOR}
     config = recipe(tmp_path, image_folder, "full", task=task)
     with pytest.raises(ConfigError, match=r"task\.method\.targets: 'x' is no layer"):

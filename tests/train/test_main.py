@@ -13,7 +13,7 @@ from latentgen.train.config import TrainConfig
 from tests.train.recipes import MakeRecipe
 
 
-def test_a_mistake_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path / "none.yaml")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -1,4 +1,4 @@
-"""The log: means over the steps of a row, the same however a run is cut up, and what TensorBoard reads of it."""
+"""Metrics: rows of the log are means over their steps, however often a run is resumed, and TensorBoard has them too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from latentgen.train.distributed import build_accelerator
 from latentgen.train.metrics import LOG, Metrics, trim_log
 from latentgen.train.objectives.base import Subset
 from latentgen.train.trainer import Trainer, train
-from tests.train.recipes import MakeRecipe, events_of, rows_of, scalars_of
+from tests.train.recipes import MakeRecipe
+from tests.train.runs import events_of, rows_of, scalars_of
 
 
 def make_metrics(config: TrainConfig) -> Metrics:
@@ -68,7 +69,7 @@ def test_the_gradient_norm_is_that_before_clipping(
     assert min(norms) > 0.001
 
 
-def test_a_stop_within_a_row_leaves_no_trace(
+def test_stopping_within_a_row_does_not_change_the_log(
     autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     import signal
@@ -98,7 +99,7 @@ def test_a_stop_within_a_row_leaves_no_trace(
     assert rows_of(config) == rows_of(whole)
 
 
-def test_a_step_without_a_norm_is_left_out_of_its_mean(autoencoder_recipe: MakeRecipe):
+def test_steps_without_a_finite_norm_are_left_out_of_its_mean(autoencoder_recipe: MakeRecipe):
     config = autoencoder_recipe()
     metrics = make_metrics(config)
     for norm in (2.0, math.inf, 4.0):
@@ -142,7 +143,7 @@ def test_steps_without_a_noisy_sample_are_left_out_of_the_mean_of_the_noisy_half
     assert row["noisy half"] == pytest.approx(math.fsum(noisy) / len(noisy), rel=1e-6)
 
 
-def test_a_subset_counts_as_many_times_as_it_has_samples(autoencoder_recipe: MakeRecipe):
+def test_a_subset_is_weighted_by_its_samples(autoencoder_recipe: MakeRecipe):
     config = autoencoder_recipe()
     metrics = make_metrics(config)
     for total, count in ((6.0, 2.0), (0.0, 0.0), (1.0, 1.0)):
@@ -191,7 +192,7 @@ def test_a_log_that_cannot_be_written(autoencoder_recipe: MakeRecipe, monkeypatc
             write()
 
 
-def test_one_loss_that_is_not_finite_is_not_averaged_away(autoencoder_recipe: MakeRecipe):
+def test_a_loss_that_is_not_finite_is_an_error(autoencoder_recipe: MakeRecipe):
     metrics = make_metrics(autoencoder_recipe())
     for loss in (1.0, math.nan, 1.0):
         metrics.add({"loss": torch.tensor(loss)})
@@ -207,7 +208,7 @@ def test_tensorboard_reads_the_rows_once_after_a_resume(text_to_image_recipe: Ma
     config = text_to_image_recipe(*common)
     train(config)
     before = rows_of(config)
-    # As a kill after step 4 leaves it, the newest checkpoint that of step 2.
+    # As if the run was killed after step 4, with its newest checkpoint at step 2.
     for step in (3, 4):
         shutil.rmtree(config.output_dir / f"checkpoint-{step:08d}")
     resumed = text_to_image_recipe(*common, "resume=true")
@@ -240,7 +241,7 @@ def test_trackers_that_are_not_installed(autoencoder_recipe: MakeRecipe, monkeyp
     assert not config.output_dir.exists()
 
 
-def test_the_bar_counts_on_from_where_the_run_was(
+def test_the_progress_bar_continues_after_a_resume(
     autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ):
     train(autoencoder_recipe("max_steps=3"))

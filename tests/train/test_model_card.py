@@ -1,4 +1,4 @@
-"""The card of a finished model: its code runs, and it tells nothing that it should not."""
+"""The card of a trained model: its code runs, and it contains nothing private."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_code_of_a_text_to_image_model_runs_and_both_libraries_agree(text_to
     }
     ours, theirs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert 'red "disc"' in ours
-    # As many steps for both; their defaults differ.
+    # Both with the same number of steps; their defaults differ.
     run_code(ours.replace("seed=0", "seed=0, num_inference_steps=3"), model)
     with Image.open(model / "result.png") as image:
         drawn = np.asarray(image, np.int16)
@@ -94,7 +94,7 @@ def test_the_code_of_image_to_image_models_runs(name: str, request: pytest.Fixtu
     assert (model / "result.png").is_file()
 
 
-def test_it_tells_the_facts_and_neither_captions_nor_folders(
+def test_the_card_has_the_facts_but_no_captions_and_no_folders(
     text_to_image_recipe: MakeRecipe, tmp_path: Path
 ):
     config = text_to_image_recipe("validation_fraction=0.34", "validation.loss_every=9", "max_steps=2")
@@ -146,7 +146,7 @@ TASKS = {
 
 
 def finetuned(tmp_path: Path, base: Path, method: str, **loss: Any) -> Path:
-    """A model that was taught something at random, with its card."""
+    """A randomly trained model with its card."""
     task = {"kind": "finetune", "method": METHODS[method], "loss": loss}
     captions = ("red <disc>", "a <disc>")
     objective = objective_of(METHODS[method], base, tmp_path, Pictures(captions), loss=loss)
@@ -168,12 +168,12 @@ def finetuned(tmp_path: Path, base: Path, method: str, **loss: Any) -> Path:
 
 
 def drawn_by(code: str, folder: Path, base: Path) -> np.ndarray:
-    """What the code of a card draws, run in this process: imports take more time than all the rest."""
+    """The image of the code of a card, run in this process: imports would take most of the time."""
     code = code.replace("path/to/", f"{base.parent}/")
     for file in ("image.png", "mask.png"):
         pixels = np.random.default_rng(len(file)).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
         Image.fromarray(pixels).convert("RGB" if file == "image.png" else "1").save(folder / file)
-    # As many steps for both; their defaults differ.
+    # Both with the same number of steps; their defaults differ.
     ours = code.replace("seed=0", "seed=0, num_inference_steps=2")
     exec(ours.replace("generator=generator", "num_inference_steps=2, generator=generator"), {})
     with Image.open(folder / "result.png") as image:
@@ -199,7 +199,7 @@ def test_the_code_of_every_finetuned_model_runs_and_both_libraries_agree(
     assert f"import {pipeline}\n" in ours
     assert ("<disc>" in ours) == ("<disc>" in theirs) == (method == "textual_inversion")
     first, second = (drawn_by(code, folder, base) for code in (ours, theirs))
-    # Diffusers puts an image back together with what surrounds the mask only if it is asked to.
+    # Diffusers does not restore the pixels outside the mask by default.
     if family == "inpainting":
         painted = np.asarray(Image.open(folder / "mask.png"))
         first, second = first[painted], second[painted]
@@ -208,7 +208,7 @@ def test_the_code_of_every_finetuned_model_runs_and_both_libraries_agree(
 
 @pytest.mark.parametrize("method", ["lora", "textual_inversion"])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_what_was_learnt_on_a_rescaled_schedule_is_sampled_on_it(
+def test_an_adapter_trained_on_a_rescaled_schedule_is_sampled_with_it(
     family: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     base = folder_of(family, "v_prediction")
@@ -237,7 +237,7 @@ def test_what_was_learnt_on_a_rescaled_schedule_is_sampled_on_it(
         (None, None, ""),
     ],
 )
-def test_the_base_of_a_lora_is_named_if_it_is_known(
+def test_the_base_of_a_lora_is_named(
     origin: Path | None, base_model: str | None, source: str, lora_recipe: MakeRecipe, tmp_path: Path
 ):
     file = "pytorch_lora_weights.safetensors"

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe is told before images are drawn or encoded, which may take hours."""
+"""Errors of a recipe come before class images are generated or images encoded, which may take hours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRIOR = "task.prior={prompt: dog, images: 4}"
 
 @pytest.fixture
 def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing and encoding images fails."""
+    """Generating and encoding images fails."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError
@@ -38,14 +38,14 @@ def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nothing_slow")
 @pytest.mark.parametrize("recipe", ["text_to_image_recipe", "lora_recipe"])
-def test_prompts_that_cannot_be_drawn(recipe: str, request: pytest.FixtureRequest):
+def test_invalid_prompts(recipe: str, request: pytest.FixtureRequest):
     config = request.getfixturevalue(recipe)("validation={prompts: [x], height: 17}")
     with pytest.raises(InputError, match="height=17"):
         train(config)
 
 
 @pytest.mark.usefixtures("nothing_slow")
-def test_a_base_that_is_saved_cannot_be_stored_in_fewer_bits(lora_recipe: MakeRecipe):
+def test_base_weights_that_are_saved_cannot_be_quantized(lora_recipe: MakeRecipe):
     config = lora_recipe("task.method={kind: full}", PRIOR, "memory.base_dtype=int8")
     with pytest.raises(ConfigError, match=r"memory\.base_dtype is int8"):
         train(config)
@@ -59,7 +59,7 @@ def test_an_optimizer_that_is_not_installed(lora_recipe: MakeRecipe, monkeypatch
 
 
 @pytest.mark.usefixtures("nothing_slow")
-def test_masks_that_no_image_has(lora_recipe: MakeRecipe):
+def test_masked_loss_needs_masks(lora_recipe: MakeRecipe):
     with pytest.raises(ConfigError, match="no image of the training set has a mask"):
         train(lora_recipe("task.loss.masked=true", PRIOR))
 
@@ -85,9 +85,7 @@ def test_a_step_that_does_not_fit(
 
 @pytest.mark.parametrize("views", [0, 2])
 @pytest.mark.parametrize("family", ["sd", "sdxl", "inpainting", "instruct"])
-def test_the_batch_that_is_looked_at_before_has_the_shapes_of_the_true_one(
-    family: str, views: int, tmp_path: Path
-):
+def test_preflight_sees_the_shapes_of_a_real_batch(family: str, views: int, tmp_path: Path):
     def shapes(objective: Objective) -> list[Any]:
         batch = objective.batch(plan_for(objective))
         frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
@@ -109,7 +107,7 @@ def test_the_batch_that_is_looked_at_before_has_the_shapes_of_the_true_one(
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_the_batch_whose_memory_is_estimated_is_not_made(
+def test_estimating_memory_builds_only_a_few_samples(
     parts: int, lora_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ):
     config = lora_recipe("batch_size=64", f"gradient_accumulation_steps={parts}")

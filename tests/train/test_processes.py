@@ -23,7 +23,7 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.distributed import check_same_start
 from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe
-from tests.train.runs import log_of, losses_of
+from tests.train.runs import losses_of, rows_of
 
 ROOT = Path(__file__).parents[2]
 # AdamW of the same rate in all: torch's Muon makes more of the roundings.
@@ -131,7 +131,7 @@ def test_two_processes_share_a_cache_and_one_of_them_measures(paired_recipe: Mak
     two = (*measured, f"task.cache_dir={tmp_path / 'cache-2'}", f"output_dir={tmp_path / 'two'}")
     configs = [paired_recipe(*overrides) for overrides in (one, two)]
     run_all(tmp_path, Job(1, one), Job(2, two))
-    expected, losses = map(log_of, configs)
+    expected, losses = map(rows_of, configs)
     assert "validation_loss" in expected[-1]
     for row, due in zip(losses, expected, strict=True):
         assert row == pytest.approx(due, rel=1e-5)
@@ -164,7 +164,7 @@ def compare(make: MakeRecipe, tmp_path: Path, *divisions: tuple[int, int]) -> No
     assert len(order_of(first.output_dir)) == 4 * 8
     for config in others:
         assert losses_of(config) == pytest.approx(losses_of(first), rel=1e-5)
-        noisy = [[row.get("noisy half", 0.0) for row in log_of(run)] for run in (config, first)]
+        noisy = [[row.get("noisy half", 0.0) for row in rows_of(run)] for run in (config, first)]
         assert noisy[0] == pytest.approx(noisy[1], rel=1e-4)
         assert_same_training(config.output_dir, first.output_dir)
 
@@ -190,7 +190,7 @@ def test_a_signal_to_one_process_stops_all_with_one_checkpoint(
         assert line_of(process, tmp_path) == [143, 143]
     state = load_latest(config.output_dir)
     assert state.processes == 2
-    assert state.step == log_of(config)[-1]["step"]
+    assert state.step == rows_of(config)[-1]["step"]
     assert len(list(config.output_dir.glob("checkpoint-*"))) == 1
     # And on, in a single process, which is told.
     alone = autoencoder_recipe(*COMMON, f"max_steps={state.step + 2}", "resume=latest")

@@ -22,7 +22,7 @@ from latentgen.train.data import BatchIndices
 from latentgen.train.objectives.base import Loss
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
-from tests.train.runs import assert_same_checkpoint, assert_same_model, forget_accelerate, log_of
+from tests.train.runs import assert_same_checkpoint, assert_same_model, forget_accelerate, rows_of
 
 # What is trained: a recipe of conftest.py, and what is set in it. Dropout draws from torch's generator.
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -116,7 +116,7 @@ class Check:
             end = steps if ahead is None or len(stops) > 1 else min(stops[-1] + ahead, steps)
             resumed = self._order_of(cut, stops, None if end == steps else end)
             assert resumed == [row for row in order if stops[0] <= row[0] < end], stops
-            assert log_of(cut) == log_of(whole)[:end], stops
+            assert rows_of(cut) == rows_of(whole)[:end], stops
             last = f"checkpoint-{end:08d}"
             assert_same_checkpoint(cut.output_dir / last, whole.output_dir / last)
             if end == steps:

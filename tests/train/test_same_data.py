@@ -1,4 +1,4 @@
-"""A resumed run goes on over the images and captions that it began with, or says that it does not."""
+"""A resumed run uses the images and captions that it began with, or refuses."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_same_images_elsewhere_are_the_same(autoencoder_recipe: MakeRecipe, 
     train(autoencoder_recipe("resume=latest", f"data.path={moved}", "allow_changes=[data.path]"))
 
 
-def test_checkpoints_that_do_not_tell_go_on(autoencoder_recipe: MakeRecipe, image_folder: Path):
+def test_checkpoints_without_a_digest_resume(autoencoder_recipe: MakeRecipe, image_folder: Path):
     config = autoencoder_recipe("max_steps=1")
     train(config)
     _forget_data(config)
@@ -74,7 +74,7 @@ def test_checkpoints_that_do_not_tell_go_on(autoencoder_recipe: MakeRecipe, imag
 
 
 def _forget_data(config: TrainConfig) -> None:
-    """As a checkpoint was that knew no data set."""
+    """Make it like an old checkpoint, without a digest of the data."""
     folder = config.output_dir / "checkpoint-00000001"
     state = json.loads((folder / "state.json").read_text("utf-8"))
     del state["data_digest"]
@@ -84,6 +84,6 @@ def _forget_data(config: TrainConfig) -> None:
     (folder / MANIFEST).write_text(json.dumps(sums), "utf-8")
 
 
-def test_a_digest_tells_parts_from_each_other():
+def test_digests_distinguish_their_parts():
     contents = [("ab", "c"), ("a", "bc"), ("abc",), (b"abc",), (("a", "b"), "c"), (1, 2), (12,), ()]
     assert len({digest_of(parts) for parts in contents}) == len(contents)

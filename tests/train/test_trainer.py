@@ -27,7 +27,7 @@ from latentgen.train.objectives.base import Loss
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
-from tests.train.runs import assert_same_checkpoint, forget_accelerate, log_of, losses_of
+from tests.train.runs import assert_same_checkpoint, forget_accelerate, losses_of, rows_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ def test_resuming_at_any_step_changes_nothing(recipe: MakeRecipe, tmp_path: Path
         for later in range(step + 1, 5):
             name = f"checkpoint-{later:08d}"
             assert_same_checkpoint(resumed.output_dir / name, whole.output_dir / name)
-        assert log_of(resumed) == log_of(whole)
+        assert rows_of(resumed) == rows_of(whole)
         for file in (whole.output_dir / "model").rglob("*.safetensors"):
             assert file.read_bytes() == (resumed.output_dir / file.relative_to(whole.output_dir)).read_bytes()
 
@@ -250,7 +250,7 @@ def test_the_rate_of_a_text_encoder_follows_the_schedule(
     monkeypatch.setattr(Trainer, "_update", update)
     train(config)
     assert rates == [[0.0015, 0.0005], [0.003, 0.001], [0.003, 0.001], [0.0015, 0.0005]]
-    assert [row["learning_rate"] for row in log_of(config)] == [unet for unet, _ in rates]
+    assert [row["learning_rate"] for row in rows_of(config)] == [unet for unet, _ in rates]
 
 
 def spoil(tensor: Tensor) -> None:
@@ -345,7 +345,7 @@ def test_sigterm_to_the_command(autoencoder_recipe: MakeRecipe, tmp_path: Path):
         process.terminate()
         assert process.wait(timeout=300) == 143
     state = load_latest(config.output_dir)
-    assert state.step == log_of(config)[-1]["step"]
+    assert state.step == rows_of(config)[-1]["step"]
     assert not (config.output_dir / "model").exists()
 
 
@@ -387,7 +387,7 @@ def test_two_processes_stop_at_the_same_step(autoencoder_recipe: MakeRecipe, tmp
         wait_until(lambda: log.is_file() and log.stat().st_size > 0, process)
         process.terminate()  # which the launcher hands on to both, at different moments of their steps
         assert process.wait(timeout=300) != 0
-    assert load_latest(config.output_dir).step == log_of(config)[-1]["step"]
+    assert load_latest(config.output_dir).step == rows_of(config)[-1]["step"]
 
 
 def test_a_checkpoint_of_other_parameters_is_told_in_few_words(lora_recipe: MakeRecipe):

@@ -1,4 +1,4 @@
-"""The benchmark of training steps reads what a progress bar says as it was meant."""
+"""The benchmark of training steps parses progress bars."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ for _ in tqdm(range(10**6), desc="Steps", mininterval=0):
 """
 
 
-def test_counts_are_those_of_the_named_bar():
+def test_counts_of_the_named_bar():
     said = "Others: 100%|###| 9/9 [00:00<00:00]\nSteps:  40%|####      | 2/5 [00:02<00:03, lr=1]"
     assert last_count(said, "Steps") == 2
     assert last_count(said + "\rSteps:  60%|######    | 3/5 [00:03<00:02]", "Steps") == 3
@@ -39,16 +39,16 @@ def test_the_first_steps_are_left_out():
     assert took(sights, 2).peak == 900.0
 
 
-def test_a_process_is_watched_until_it_has_counted_enough():
+def test_a_process_is_watched_until_enough_steps():
     sights = list(watched([sys.executable, "-c", BAR], os.environ, "Steps", 10))
     assert [sight.count for sight in sights] == sorted({sight.count for sight in sights})
     assert sights[0].count == 0
     assert sights[-1].count >= 10
     assert 0.05 <= took(sights, 2).step < 1
-    # What was freed before the first sight counts as loading alone.
+    # Memory freed before the first sight counts only as loading.
     assert sights[0].peak - sights[-1].peak > 32
 
 
-def test_a_process_that_fails_is_told_with_what_it_said():
+def test_a_failing_process_is_an_error_with_its_output():
     with pytest.raises(RuntimeError, match="no such bar"):
         list(watched([sys.executable, "-c", "raise SystemExit('no such bar')"], os.environ, "Steps", 1))

@@ -1,4 +1,4 @@
-"""Validation: it changes nothing of the training, and says what the finished model would."""
+"""Validation: it does not change the training, and agrees with the trained model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from latentgen.train.objectives.latent_diffusion import middles
 from latentgen.train.objectives.masks import random_mask
 from latentgen.train.trainer import Trainer, train
 from tests.train.finetuning import folder_of
-from tests.train.recipes import COLOURS, MakeRecipe, rows_of, scalars_of, unwatched
+from tests.train.recipes import COLOURS, MakeRecipe, without_validation
+from tests.train.runs import rows_of, scalars_of
 from tests.train.test_finetune_runs import recipe as finetuning
 from tests.train.test_trainer import launch_two
 
@@ -62,12 +63,12 @@ def assert_same_training(ours: TrainConfig, theirs: TrainConfig) -> None:
     [(), ("ema_decay=0", "optimizer.name=adamw"), ("mixed_precision=bf16",)],
     ids=["muon", "adamw", "bf16"],
 )
-def test_images_and_losses_change_nothing(
+def test_validation_does_not_change_the_training(
     overrides: tuple[str, ...], text_to_image_recipe: MakeRecipe, tmp_path: Path
 ):
-    # Dropout draws from torch's generator in every step, and must be off while the images are drawn.
+    # Dropout uses torch's generator in every step, and must be off while images are generated.
     common = (*overrides, "task.text_encoder.attention_dropout=0.3", "validation_fraction=0.34")
-    plain = unwatched(text_to_image_recipe(*common, *LOSS))
+    plain = without_validation(text_to_image_recipe(*common, *LOSS))
     watched = text_to_image_recipe(
         *common, *IMAGES, *LOSS, "validation.at_start=true", f"output_dir={tmp_path / 'watched'}"
     )
@@ -80,11 +81,9 @@ def test_images_and_losses_change_nothing(
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_task_measures_a_loss_that_changes_nothing(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path
-):
+def test_every_task_has_a_validation_loss(name: str, request: pytest.FixtureRequest, tmp_path: Path):
     recipe: MakeRecipe = request.getfixturevalue(name)
-    plain = unwatched(recipe(*LOSS))
+    plain = without_validation(recipe(*LOSS))
     watched = recipe(*LOSS, f"output_dir={tmp_path / 'watched'}")
     train(plain)
     train(watched)
@@ -94,7 +93,7 @@ def test_every_task_measures_a_loss_that_changes_nothing(
     assert losses[2] != losses[4]
 
 
-def test_the_images_are_those_that_the_finished_model_draws(text_to_image_recipe: MakeRecipe):
+def test_the_images_equal_those_of_the_trained_model(text_to_image_recipe: MakeRecipe):
     config = text_to_image_recipe(*IMAGES, "validation.images_per_prompt=2", "validation.seed=7")
     model = train(config)
     folder = config.output_dir / "samples" / "step-00000004"
@@ -117,12 +116,14 @@ def test_the_images_are_those_that_the_finished_model_draws(text_to_image_recipe
 
 
 @pytest.mark.parametrize("name", ["upscale_recipe", "paired_recipe"])
-def test_images_are_made_out_of_held_out_ones(name: str, request: pytest.FixtureRequest, tmp_path: Path):
+def test_image_conditioned_models_transform_validation_images(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+):
     from latentgen.pipelines.paired import PairedImagePipeline
     from latentgen.pipelines.upscale import UpscalePipeline
 
     recipe: MakeRecipe = request.getfixturevalue(name)
-    plain = unwatched(recipe(*LOSS, "max_steps=2"))
+    plain = without_validation(recipe(*LOSS, "max_steps=2"))
     train(plain)
     watched = recipe(
         *(
@@ -152,14 +153,14 @@ def test_images_are_made_out_of_held_out_ones(name: str, request: pytest.Fixture
         upscale = UpscalePipeline.from_pretrained(model, dtype="float32", device="cpu")
         expected = upscale(caption, image=small, noise_level=0, **options).images[0]
     else:
-        assert len({*np.asarray(shown)[8, 8].tolist()}) == 1, "grey"
+        assert len({*np.asarray(shown)[8, 8].tolist()}) == 1, "gray"
         paired = PairedImagePipeline.from_pretrained(model, dtype="float32", device="cpu")
         expected = paired(caption, image=shown, **options).images[0]
     assert np.abs(np.asarray(expected, np.int16) - made).max() <= 1
 
 
 @pytest.mark.parametrize("family", ["inpainting", "instruct"])
-def test_finetuned_models_remake_held_out_images(family: str, tmp_path: Path, image_folder: Path):
+def test_finetuned_models_transform_validation_images(family: str, tmp_path: Path, image_folder: Path):
     rows = []
     for colour in COLOURS:
         Image.new("RGB", (16, 16), colour).save(image_folder / f"before-{colour}.png")
@@ -176,7 +177,7 @@ def test_finetuned_models_remake_held_out_images(family: str, tmp_path: Path, im
         "max_steps": 1,
     }
     config = finetuning(tmp_path, image_folder, "full", validation=validation, **common)
-    plain = unwatched(config.model_copy(update={"output_dir": tmp_path / "plain"}))
+    plain = without_validation(config.model_copy(update={"output_dir": tmp_path / "plain"}))
     train(plain)
     model = train(config)
     assert_same_training(config, plain)
@@ -205,7 +206,7 @@ def test_finetuned_models_remake_held_out_images(family: str, tmp_path: Path, im
     assert np.abs(np.asarray(expected, np.int16) - np.asarray(images["made"], np.int16)).max() <= 1
 
 
-def test_held_out_images_without_one_before_the_edit_are_told_before_anything_is_encoded(
+def test_validation_images_need_an_image_before_the_edit(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     edits = tmp_path / "edits"
@@ -241,7 +242,7 @@ def test_held_out_images_without_one_before_the_edit_are_told_before_anything_is
         ("sd", {"images": 1}, r"validation\.images: .* validation\.prompts"),
     ],
 )
-def test_what_a_finished_model_cannot_show_is_told_before_anything_is_drawn(
+def test_validation_that_the_model_cannot_do_is_refused_early(
     family: str, validation: dict[str, Any], message: str, tmp_path: Path, image_folder: Path
 ):
     config = finetuning(
@@ -258,7 +259,7 @@ def test_what_a_finished_model_cannot_show_is_told_before_anything_is_drawn(
 
 
 def diffusers_loss(config: TrainConfig, image: Image.Image, caption: str, sample: int) -> list[float]:
-    """The squared error of one image at the timesteps 166, 500 and 833, with the finished model in diffusers."""
+    """The squared error of one image at the timesteps 166, 500 and 833, with the trained model in diffusers."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     assert config.validation is not None
@@ -277,12 +278,12 @@ def diffusers_loss(config: TrainConfig, image: Image.Image, caption: str, sample
         for timestep in (166, 500, 833):
             at = torch.tensor([timestep])
             output = pipe.unet(scheduler.add_noise(latents, noise, at), at, context).sample
-            wanted = scheduler.get_velocity(latents, noise, at)
-            losses.append(float((output - wanted).square().mean()))
+            target = scheduler.get_velocity(latents, noise, at)
+            losses.append(float((output - target).square().mean()))
     return losses
 
 
-def test_the_validation_loss_is_that_of_diffusers(text_to_image_recipe: MakeRecipe):
+def test_the_validation_loss_equals_that_of_diffusers(text_to_image_recipe: MakeRecipe):
     config = text_to_image_recipe(*LOSS, "trackers=[tensorboard]")
     train(config)
     held_out = open_splits(config).validation
@@ -312,7 +313,7 @@ def test_the_validation_loss_does_not_depend_on_the_batch(text_to_image_recipe: 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_data_of_its_own(text_to_image_recipe: MakeRecipe, image_folder: Path, tmp_path: Path):
+def test_separate_validation_data(text_to_image_recipe: MakeRecipe, image_folder: Path, tmp_path: Path):
     folder = tmp_path / "others"
     folder.mkdir()
     for name in ("red", "blue", "green"):
@@ -330,7 +331,7 @@ def test_data_of_its_own(text_to_image_recipe: MakeRecipe, image_folder: Path, t
     assert sorted(validation_losses(config)) == [4]
 
 
-def test_what_is_held_out_is_never_trained_on(
+def test_validation_images_are_never_trained_on(
     autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ):
     from latentgen.train.data.folder import ImageFolder
@@ -345,7 +346,7 @@ def test_what_is_held_out_is_never_trained_on(
     monkeypatch.setattr(ImageFolder, "sample", sample)
     monkeypatch.setattr(Trainer, "save_model", lambda *_, **__: None)
     monkeypatch.setattr("latentgen.train.trainer.write_card", lambda *_, **__: None)
-    train(unwatched(autoencoder_recipe(*LOSS, "max_steps=6")))
+    train(without_validation(autoencoder_recipe(*LOSS, "max_steps=6")))
     trained = set(seen)
     assert len(trained) == 4
     seen.clear()
@@ -357,7 +358,7 @@ def test_what_is_held_out_is_never_trained_on(
     assert not set(seen) & trained
 
 
-def test_a_share_of_one_image_is_refused(tmp_path: Path):
+def test_a_single_image_cannot_be_split(tmp_path: Path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a", "utf-8")
     data = open_data(FolderData(kind="imagefolder", path=tmp_path, image_size=16))
@@ -365,7 +366,7 @@ def test_a_share_of_one_image_is_refused(tmp_path: Path):
         split(data, 0.1)
 
 
-def test_what_a_stop_left_undone_is_done_when_the_run_goes_on(
+def test_a_resumed_run_catches_up_on_validation(
     text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     import signal
@@ -393,7 +394,7 @@ def test_what_a_stop_left_undone_is_done_when_the_run_goes_on(
     assert rows_of(resumed) == rows_of(whole)
     for file in sorted((whole.output_dir / "samples").rglob("*.png")):
         assert file.read_bytes() == (resumed.output_dir / file.relative_to(whole.output_dir)).read_bytes()
-    # All but the speed.
+    # Everything but the speed.
     told = [
         {tag: values for tag, values in scalars_of(run).items() if "second" not in tag}
         for run in (resumed, whole)
@@ -404,7 +405,7 @@ def test_what_a_stop_left_undone_is_done_when_the_run_goes_on(
 @pytest.mark.parametrize(
     ("override", "message"), [("height=17", "height=17"), ("prompts=[(a cat:1001)]", "weight 1001")]
 )
-def test_prompts_that_cannot_be_drawn_are_told_before_training(
+def test_invalid_prompts_are_refused_before_training(
     override: str, message: str, text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(Trainer, "run", lambda _: pytest.fail("trained"))
@@ -412,7 +413,7 @@ def test_prompts_that_cannot_be_drawn_are_told_before_training(
         train(text_to_image_recipe(*IMAGES, f"validation.{override}"))
 
 
-def test_a_run_that_goes_on_may_be_watched_otherwise_but_learns_from_the_same_images(
+def test_a_resumed_run_may_change_its_validation_but_not_the_split(
     autoencoder_recipe: MakeRecipe,
 ):
     train(autoencoder_recipe("max_steps=1", "validation_fraction=0.34", "validation.every=7"))
@@ -424,7 +425,7 @@ def test_a_run_that_goes_on_may_be_watched_otherwise_but_learns_from_the_same_im
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_looks_and_the_other_waits(text_to_image_recipe: MakeRecipe, tmp_path: Path):
+def test_one_of_two_processes_validates(text_to_image_recipe: MakeRecipe, tmp_path: Path):
     common = (
         "optimizer.name=adamw",
         "optimizer.learning_rate=0.001",
@@ -448,7 +449,7 @@ def test_of_two_processes_one_looks_and_the_other_waits(text_to_image_recipe: Ma
             assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 2
 
 
-def test_the_middles_of_the_schedule():
+def test_midpoints_of_the_schedule():
     assert middles(1000, 4) == [125, 375, 625, 875]
     assert middles(1000, 1) == [500]
     assert middles(4, 100) == [0, 1, 2, 3]
@@ -482,7 +483,7 @@ def test_the_middles_of_the_schedule():
         ("text_to_image_recipe", ("trackers=[aim]",), "'tensorboard' or 'wandb'"),
     ],
 )
-def test_recipes_that_ask_for_what_there_is_not(
+def test_invalid_recipes_name_the_field(
     recipe: str, overrides: tuple[str, ...], message: str, request: pytest.FixtureRequest
 ):
     with pytest.raises(ConfigError, match=message):
