@@ -1,4 +1,4 @@
-"""Operations on the files of a run, counted, so that one of them fails or waits to be killed: for tests/survival.py.
+"""Counts the file operations of a run and makes one of them fail, or wait to be killed: for tests/survival.py.
 
 Everything here is installed into a child process and ends with it.
 """
@@ -21,7 +21,7 @@ from latentgen.train import trainer
 
 WRITING = ("open", "write", "fsync", "replace", "rename", "mkdir")
 DELETING = ("unlink", "rmdir")
-# Of these a full disk refuses nothing but what needs room.
+# A full disk refuses only those that need room.
 _NEED_ROOM = ("open", "write", "fsync", "mkdir")
 
 
@@ -30,7 +30,7 @@ class Fault:
     """What happens to a process at one of its operations.
 
     Attributes:
-        number: which operation, from 1.
+        number: the operation, counted from 1.
         place: counted while checkpoints are written, or all the time.
         error: an errno to fail with; None to say so through the pipe and wait for a signal.
     """
@@ -45,7 +45,7 @@ class Operations:
 
     Args:
         folder: the run's.
-        fault: what is to happen; None to count alone.
+        fault: what happens; None to only count.
         pipe: gets one byte when it happens.
     """
 
@@ -59,7 +59,7 @@ class Operations:
         self._open = io.open
 
     def install(self) -> None:
-        """Stand between this process and its files from now on."""
+        """Intercept the file operations of this process from now on."""
         for name in ("fsync", "replace", "rename", "mkdir", *DELETING):
             setattr(os, name, self._counted(name, getattr(os, name)))
         for module in (builtins, io):
@@ -76,7 +76,7 @@ class Operations:
         trainer.save_checkpoint = save
 
     def before(self, name: str, partly: Callable[[], object] = lambda: None) -> None:
-        """Count an operation; if the fault is at it, do a part of it and fail or wait."""
+        """Count an operation; at the fault's, do a part of it and fail or wait."""
         fault = self._fault
         if fault is not None and fault.error is not None and name in DELETING:
             if self._failing and fault.error == errno.EROFS:
@@ -86,8 +86,8 @@ class Operations:
         self.counts["checkpoint"] += self._saving
         if fault is None:
             return
-        due = self.counts[fault.place] == fault.number and (self._saving or fault.place == "anywhere")
-        if due and not self._failing:
+        is_due = self.counts[fault.place] == fault.number and (self._saving or fault.place == "anywhere")
+        if is_due and not self._failing:
             self._failing = True
             partly()
             os.write(self._pipe, b"!")
@@ -100,7 +100,7 @@ class Operations:
 
     def _counted(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*args: Any, **kwargs: Any) -> Any:
-            # fsync has a descriptor; none but the run's are synced here.
+            # fsync takes a descriptor; only the run's files are synced here.
             if name == "fsync" or self._is_below(args[0]):
                 self.before(name)
             return original(*args, **kwargs)
@@ -114,7 +114,7 @@ class Operations:
         return _File(self._open(file, mode, *args, **kwargs), self)
 
     def _is_below(self, path: Any) -> bool:
-        # Relative to a descriptor: rmtree, which deletes nothing but what is the run's.
+        # Relative to a descriptor: from rmtree, which deletes only files of the run.
         return not isinstance(path, int) and (
             not os.path.isabs(path) or os.fspath(path).startswith(self._folder)
         )
@@ -150,6 +150,6 @@ class _File:
 
 
 def limit_file_size(size: int) -> None:
-    """From now on the kernel itself fails writes beyond `size` bytes of a file, with EFBIG."""
+    """Make the kernel fail writes beyond `size` bytes of a file, with EFBIG."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

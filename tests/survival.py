@@ -1,13 +1,13 @@
-"""Kill training runs, let their writes fail and stop them by signals: each time they must go on as if nothing had been.
+"""Kill training runs, make their writes fail and stop them by signals: each time they must continue as if undisturbed.
 
     python -m tests.survival --kills 200 --failing-writes 50 --signals 20 [--seed 0]
 
 Tiny runs are trained in real processes, forked from this one, which has imported torch already. Half of the SIGKILLs
 come while a checkpoint is written, at any of its operations on files, the others at a random time or at any operation
 of the run. Failing writes are errors (disk full, I/O error, read-only) at any writing operation, or the kernel's own
-limit on the size of a file. After each blow the newest checkpoint must be whole and at most one interval old; each run
-in the end has the weights, optimiser, moving average, log and model of one that nothing befell, bit for bit, and has
-left no process and no unfinished file. Exit code 1 if not.
+limit on the size of a file. After each disturbance the newest checkpoint must be complete and at most one interval old;
+in the end each run has the weights, optimizer, moving average, log and model of an undisturbed one, bit for bit, and
+has left no process and no temporary file. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ class Ended:
     """How a process of a run ended: its exit code (minus a signal's number) and what it said."""
 
     code: int
-    struck: bool
+    disturbed: bool
     said: str
     seconds: float
 
 
 @dataclass
 class Run:
-    """A run in a folder of its own, and the one of the same kind that nothing befell."""
+    """A run in a folder of its own, and the undisturbed one of the same kind."""
 
     folder: Path
     recipe: Path
@@ -93,10 +93,10 @@ class Run:
     groups: list[int] = field(default_factory=list)
 
     def checkpoint(self) -> int:
-        """The step of the newest whole checkpoint, 0 if there is none."""
+        """The step of the newest complete checkpoint, 0 if there is none."""
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # none may have to be passed over
+                warnings.simplefilter("error")  # none may be skipped
                 return load_latest(self.folder).step
         except ResumeError:
             return 0
@@ -110,7 +110,7 @@ class Run:
         log = self.folder / "log.jsonl"
         return log.read_text("utf-8") if log.is_file() else ""
 
-    def go_on(
+    def resume(
         self,
         *,
         fault: Fault | None = None,
@@ -121,7 +121,7 @@ class Run:
         """Train in a new process until it ends or has been killed.
 
         Args:
-            fault: what befalls it; if it waits, the process gets `signals` or else SIGKILL.
+            fault: what happens to it; if it waits, the process gets `signals` or else SIGKILL.
             size_limit: bytes beyond which the kernel refuses to write into a file.
             kill_after: seconds until SIGKILL.
             signals: without a fault, the first comes soon after the first step.
@@ -136,16 +136,18 @@ class Run:
         os.close(writer)
         self.groups.append(process)
         waiting = fault is not None and fault.error is None
-        struck = False
+        disturbed = False
         try:
             if kill_after is not None:
-                struck = not _has_ended(process, kill_after)
+                disturbed = not _has_ended(process, kill_after)
                 os.kill(process, signal.SIGKILL)
             elif waiting:
-                struck = bool(select.select([reader], [], [], PATIENCE_S)[0]) and os.read(reader, 1) == b"!"
-                self._send(process, signals if struck and signals else (signal.SIGKILL,))
+                disturbed = (
+                    bool(select.select([reader], [], [], PATIENCE_S)[0]) and os.read(reader, 1) == b"!"
+                )
+                self._send(process, signals if disturbed and signals else (signal.SIGKILL,))
             elif signals:
-                struck = self._signal_in_a_step(process, signals)
+                disturbed = self._signal_in_a_step(process, signals)
             if not _has_ended(process, PATIENCE_S):
                 os.kill(process, signal.SIGABRT)  # faulthandler tells where it is
                 time.sleep(1)
@@ -154,11 +156,11 @@ class Run:
                 )
             _, status = os.waitpid(process, 0)
             if fault is not None and fault.error is not None:
-                struck = os.read(reader, 1) == b"!" if select.select([reader], [], [], 0)[0] else False
+                disturbed = os.read(reader, 1) == b"!" if select.select([reader], [], [], 0)[0] else False
         finally:
             os.close(reader)
         said = output.read_text("utf-8", errors="replace")
-        return Ended(os.waitstatus_to_exitcode(status), struck, said, time.monotonic() - begin)
+        return Ended(os.waitstatus_to_exitcode(status), disturbed, said, time.monotonic() - begin)
 
     def _signal_in_a_step(self, process: int, signals: tuple[int, ...]) -> bool:
         before = self.log()
@@ -209,7 +211,7 @@ def _has_ended(process: int, seconds: float) -> bool:
 
 
 class Harness:
-    """Deals blows to runs until there were enough of each kind."""
+    """Disturbs runs until there were enough disturbances of each kind."""
 
     def __init__(self, scratch: Path, seed: int) -> None:
         self.scratch = scratch
@@ -218,43 +220,43 @@ class Harness:
         self.lost: Counter[int] = Counter()
         self.references = [self._reference(number) for number in range(len(KINDS))]
 
-    def strike(self, blows: list[str]) -> None:
-        """Deal the blows in this order to one run after the other, and see each run to its end."""
-        while blows:
+    def disturb(self, disturbances: list[str]) -> None:
+        """Disturb one run after the other in this order, and train each run to its end."""
+        while disturbances:
             number = self.tally["runs"]
             run = self._new(f"run-{number}", number % len(KINDS))
             run.reference = self.references[number % len(KINDS)]
             finished = False
-            while blows and not finished:
-                ended = self._deal(run, blows[0])
+            while disturbances and not finished:
+                ended = self._disturb_once(run, disturbances[0])
                 finished = ended.code == 0
-                if ended.struck:
-                    self.tally[blows.pop(0)] += 1
+                if ended.disturbed:
+                    self.tally[disturbances.pop(0)] += 1
             if not finished:
-                _expect(run.go_on(), 0)
+                _expect(run.resume(), 0)
             self._compare(run)
             self.tally["runs"] += 1
             shutil.rmtree(run.folder)
 
-    def _deal(self, run: Run, blow: str) -> Ended:
+    def _disturb_once(self, run: Run, disturbance: str) -> Ended:
         before = run.checkpoint()
         counts, seconds = self._ahead(run)
-        if blow == "kill in a checkpoint":
-            ended = run.go_on(fault=Fault(self.rng.randint(1, counts["checkpoint"]), "checkpoint"))
-        elif blow == "kill" and self.rng.random() < 0.5:
-            ended = run.go_on(fault=Fault(self.rng.randint(1, counts["anywhere"]), "anywhere"))
-        elif blow == "kill":
-            ended = run.go_on(kill_after=self.rng.uniform(0, seconds))
-        elif blow == "failing write":
+        if disturbance == "kill in a checkpoint":
+            ended = run.resume(fault=Fault(self.rng.randint(1, counts["checkpoint"]), "checkpoint"))
+        elif disturbance == "kill" and self.rng.random() < 0.5:
+            ended = run.resume(fault=Fault(self.rng.randint(1, counts["anywhere"]), "anywhere"))
+        elif disturbance == "kill":
+            ended = run.resume(kill_after=self.rng.uniform(0, seconds))
+        elif disturbance == "failing write":
             ended = self._fail(run, counts)
         else:
-            ended = self._stop(run, signal.Signals[blow], counts)
+            ended = self._stop(run, signal.Signals[disturbance], counts)
         after, reached = run.checkpoint(), run.logged()
-        if ended.struck:
+        if ended.disturbed:
             self.lost[reached - after] += 1
         if after < before or reached - after > INTERVAL:
             raise BrokenRunError(
-                f"{blow}: step {reached} was reached, checkpoint {before} before, {after} after it"
+                f"{disturbance}: step {reached} was reached, checkpoint {before} before, {after} after it"
             )
         return ended
 
@@ -269,12 +271,12 @@ class Harness:
         error = self.rng.choice(ERRORS)
         name = errno.errorcode[error]
         if error == errno.EFBIG:
-            ended = run.go_on(size_limit=self.rng.randrange(20_000, 60_000))
-            ended.struck = ended.code != 0
+            ended = run.resume(size_limit=self.rng.randrange(20_000, 60_000))
+            ended.disturbed = ended.code != 0
         else:
             place = self.rng.choice(("checkpoint", "anywhere"))
-            ended = run.go_on(fault=Fault(self.rng.randint(1, counts[place]), place, error))
-        if ended.struck:
+            ended = run.resume(fault=Fault(self.rng.randint(1, counts[place]), place, error))
+        if ended.disturbed:
             _expect(ended, 2, f"{os.strerror(error)}")
             self.tally[name] += 1
         return ended
@@ -282,28 +284,28 @@ class Harness:
     def _stop(self, run: Run, number: signal.Signals, counts: dict[str, int]) -> Ended:
         """Stop after a step, or, one time in three, be stopped twice while the checkpoint is written."""
         if self.rng.random() < 1 / 3:
-            ended = run.go_on(
+            ended = run.resume(
                 fault=Fault(self.rng.randint(1, counts["checkpoint"]), "checkpoint"), signals=(number,) * 2
             )
-            if ended.struck:
+            if ended.disturbed:
                 _expect(ended, -signal.SIGTERM if number == signal.SIGTERM else 128 + number)
                 self.tally["second signals"] += 1
             return ended
-        ended = run.go_on(signals=(number,))
-        if ended.struck and ended.code != 0:
+        ended = run.resume(signals=(number,))
+        if ended.disturbed and ended.code != 0:
             _expect(ended, 128 + number)
             if run.checkpoint() != run.logged():
                 raise BrokenRunError(
                     f"{number.name}: step {run.logged()} was reached, {run.checkpoint()} was saved"
                 )
-        ended.struck &= ended.code != 0
+        ended.disturbed &= ended.code != 0
         return ended
 
     def _reference(self, kind: int) -> Run:
         run = self._new(f"reference-{kind}", kind)
-        _expect(run.go_on(), 0)  # which fills the caches of the file system
+        _expect(run.resume(), 0)  # which fills the caches of the file system
         shutil.rmtree(run.folder)
-        ended = run.go_on()
+        ended = run.resume()
         _expect(ended, 0)
         run.counts = json.loads(run.folder.with_suffix(".counts").read_text("utf-8"))
         run.seconds = ended.seconds
@@ -327,7 +329,7 @@ class Harness:
         return Run(self.scratch / name, recipe)
 
     def _compare(self, run: Run) -> None:
-        """The run has all that its reference has, bit for bit, and nothing besides."""
+        """The run has everything that its reference has, bit for bit, and nothing else."""
         assert run.reference is not None
         ours, theirs = run.folder, run.reference.folder
         if run.log() != run.reference.log():
@@ -337,7 +339,7 @@ class Harness:
             raise BrokenRunError(f"{ours.name} differs in {sorted(map(str, names ^ found))}")
         if len(list(ours.glob("checkpoint-*"))) != KEPT:
             raise BrokenRunError(
-                f"{ours.name} holds {sorted(ours.glob('checkpoint-*'))}, and {KEPT} were to be kept"
+                f"{ours.name} holds {sorted(ours.glob('checkpoint-*'))}, but should hold {KEPT}"
             )
         for name in sorted(names):
             compared = "model" in name.parts or name.name in WEIGHTS
@@ -351,7 +353,7 @@ class Harness:
 
 
 def _files(folder: Path) -> set[Path]:
-    """All files of a run but those of older checkpoints: one that was stopped has others."""
+    """All files of a run except those of older checkpoints, which differ after a stop."""
     files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
     last = f"checkpoint-{STEPS:08d}"
     return {file for file in files if not file.parts[0].startswith("checkpoint-") or file.parts[0] == last}
@@ -369,7 +371,7 @@ def _expect(ended: Ended, code: int, said: str = "") -> None:
     known = "latentgen: error: " in ended.said if code == 2 else "Traceback" not in ended.said
     if ended.code != code or said not in ended.said or not known:
         raise BrokenRunError(
-            f"it ended with {ended.code} and not with {code}, and said:\n{ended.said[-3000:]}"
+            f"it ended with {ended.code} instead of {code}, with the output:\n{ended.said[-3000:]}"
         )
 
 
@@ -389,26 +391,28 @@ def main() -> int:
     )
     parser.add_argument("--failing-writes", type=int, default=8, help="runs to end by a write that fails")
     parser.add_argument("--signals", type=int, default=4, help="SIGTERMs and SIGINTs, half of each")
-    parser.add_argument("--seed", type=int, default=0, help="what the blows are drawn from")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choice of disturbances")
     arguments = parser.parse_args()
     begin = time.monotonic()
-    blows = ["kill in a checkpoint", "kill"] * (arguments.kills // 2)
-    blows += ["failing write"] * arguments.failing_writes + ["SIGTERM", "SIGINT"] * (arguments.signals // 2)
+    disturbances = ["kill in a checkpoint", "kill"] * (arguments.kills // 2)
+    disturbances += ["failing write"] * arguments.failing_writes + ["SIGTERM", "SIGINT"] * (
+        arguments.signals // 2
+    )
     for name in _IMPORTED_LATER:
         import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         _draw_images(Path(folder) / "images")
         try:
             harness = Harness(Path(folder), arguments.seed)
-            random.Random(arguments.seed).shuffle(blows)
-            harness.strike(blows)
+            random.Random(arguments.seed).shuffle(disturbances)
+            harness.disturb(disturbances)
         except BrokenRunError as error:
             print(f"--seed {arguments.seed}: {error}", file=sys.stderr)
             return 1
     print(", ".join(f"{name}: {count}" for name, count in sorted(harness.tally.items())))
     lost = ", ".join(f"{steps}: {count}" for steps, count in sorted(harness.lost.items()))
-    print(f"steps to be run again, and how often (an interval is {INTERVAL}): {lost}")
-    print(f"every run went on to the same end, in {time.monotonic() - begin:.0f} s")
+    print(f"steps to train again, and how often (an interval is {INTERVAL}): {lost}")
+    print(f"every run reached the same end, in {time.monotonic() - begin:.0f} s")
     return 0
 
 

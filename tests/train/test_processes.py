@@ -194,9 +194,7 @@ def test_a_signal_to_one_process_stops_all_with_one_checkpoint(
     assert len(list(config.output_dir.glob("checkpoint-*"))) == 1
     # And on, in a single process, which is told.
     alone = autoencoder_recipe(*COMMON, f"max_steps={state.step + 2}", "resume=latest")
-    with pytest.warns(
-        UserWarning, match="computed by 2 processes and goes on with 1: it sees the same samples"
-    ):
+    with pytest.warns(UserWarning, match="the run used 2 processes and continues with 1"):
         train(alone)
     assert load_latest(alone.output_dir).step == state.step + 2
 
