@@ -23,6 +23,9 @@ from latentgen.train.optimizer import check_optimizer
 
 T = TypeVar("T")
 
+# Devices whose memory is the host's.
+_HOST_DEVICES = ("cpu", "mps")
+
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate's precision, distribution and trackers on this machine.
@@ -60,6 +63,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(
             f"{field} works in one process only, because gradients are used or moved before all "
             f"{accelerator.num_processes} processes could average them; leave it out, or train in one process"
+        )
+    if config.memory.offload_optimizer and accelerator.device.type in _HOST_DEVICES:
+        raise ConfigError(
+            f"memory.offload_optimizer saves nothing on {accelerator.device.type}, whose memory is the host's; set it "
+            "to false"
         )
     if config.batch_size % (accumulated * accelerator.num_processes):
         raise ConfigError(

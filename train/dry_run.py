@@ -14,7 +14,7 @@ import torch
 from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.data import open_splits
 from latentgen.train.distributed import build_accelerator, gather
-from latentgen.train.memory import save_memory
+from latentgen.train.memory import apply_memory_options
 from latentgen.train.objectives.build import build_objective
 from latentgen.train.preflight import check_objective
 from latentgen.train.run_dir import check_same_data, state_to_resume
@@ -111,7 +111,7 @@ def dry_run(config: TrainConfig) -> DryRunReport:
             check=partial(check_objective, config, accelerator, parts.validation),
         )
         accelerator.wait_for_everyone()
-    save_memory(config, accelerator, objective)
+    apply_memory_options(config, accelerator, objective)
     trainer = Trainer(config, accelerator, objective, held_out=parts.validation)
     counts_memory = accelerator.device.type == "cuda"
     if counts_memory:

@@ -1,18 +1,13 @@
-"""What a step of training needs to hold, estimated before the first, against what the device has."""
+"""What a training step needs of a device's memory, estimated before the first step."""
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -29,46 +24,44 @@ from torch.utils._pytree import tree_leaves
 from latentgen.errors import MemoryBudgetError
 from latentgen.models.activation_checkpointing import Checkpointing, keeps
 from latentgen.train.config import TrainConfig
-from latentgen.train.data import BatchIndices, plan_step
+from latentgen.train.data import plan_step
+from latentgen.train.host_memory import available_bytes
 from latentgen.train.objectives.base import Objective
 from latentgen.train.optimizer import state_bytes
 
-_CGROUP = Path("/sys/fs/cgroup")
-_LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-_MADV_PAGEOUT = 21  # from Linux' mman.h
-# What a suggestion must save, as a share of the whole, to be worth a line.
+# A suggestion must save this fraction of the total to be worth a line.
 _WORTH_IT = 0.02
-# Samples whose shape stands for that of all: captions of one batch may need different numbers of windows.
+# Samples that stand for the whole batch: captions of one batch may need different numbers of windows.
 _FEW = 8
 
 
 class Activations(NamedTuple):
-    """Bytes that the forward pass leaves for the backward pass: all of them, or with gradient checkpointing.
+    """Bytes that the forward pass saves for the backward pass, without and with each kind of gradient checkpointing.
 
-    Of the latter, both what lies between the layers and the most that one of them then computes once more.
+    With it: what is saved between the layers, and the largest recomputed layer.
     """
 
     kept: int
     selective: int
     checkpointed: int
 
-    def left(self, how: Checkpointing) -> int:
-        """What is left by that kind of checkpointing."""
+    def with_checkpointing(self, how: Checkpointing) -> int:
+        """Bytes with that kind of gradient checkpointing."""
         return self.selective if how == "selective" else self.checkpointed if how else self.kept
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes of tensors that one process holds on its device when a step needs most.
+    """Bytes of tensors that one process holds on its device at the peak of a step.
 
-    What kernels need as scratch, and what an allocator loses between tensors, come on top.
+    Scratch memory of kernels and fragmentation of the allocator come on top.
 
     Attributes:
         frozen: weights that are not trained.
-        trained: those that are.
-        gradients: all at once; where each is used up or sent away, the largest, and one more that comes back.
-        optimizer: the optimiser's state.
-        average: the moving average, if it lies there.
-        activations: what the backward pass needs; None if it cannot be told.
+        trained: trained weights.
+        gradients: all of them; if each is used or offloaded at once, the largest, and one more that is loaded back.
+        optimizer: the optimizer's state.
+        average: the moving average, if it is on the device.
+        activations: what the backward pass needs; None if it cannot be estimated.
     """
 
     frozen: int
@@ -80,61 +73,73 @@ class MemoryPlan(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it, as far as it is known."""
+        """The sum of what is known."""
         return sum(part for part in self if part is not None)
 
 
 def check_memory(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
-    """Refuse what a recipe says about memory, as early as it can be told of an objective on the CPU.
+    """Check the recipe's `memory` section against an objective on the CPU, before any image is encoded.
 
-    Whether a step fits is told now, or by `save_memory` of a base that is stored in fewer bits.
+    Whether a step fits is checked here, or by `apply_memory_options` if the base is stored in fewer bits.
 
     Raises:
-        ConfigError: the objective cannot do what the recipe says.
-        MemoryBudgetError: a step does not fit, with the numbers and what would help.
+        ConfigError: the objective does not support an option.
+        MemoryBudgetError: a step does not fit into the device, with the numbers and what would help; or what is
+            offloaded does not fit into the host's memory.
     """
     if config.memory.base_dtype != "fp32":
         objective.check_base_storage(config.memory.base_dtype)
     elif config.memory.planner:
-        _refuse_too_much(config, accelerator, objective)
+        _check_step_fits(config, accelerator, objective)
+    if config.memory.offload_optimizer:
+        copies = (2 if config.optimizer.name == "adamw" else 0) + (not config.optimizer.step_in_backward)
+        size = copies * sum(p.nbytes for p in objective.parameters() if p.requires_grad)
+        if (free := available_bytes(torch.device("cpu"))) < size:
+            raise MemoryBudgetError(
+                f"memory.offload_optimizer: gradients and moments need {size / 1e9:.3g} GB of host memory, and "
+                f"{free / 1e9:.3g} GB are free; leave it out"
+            )
 
 
-def save_memory(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
-    """Do what a recipe says about memory to an objective on the CPU, which `check_memory` has let through.
+def apply_memory_options(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
+    """Apply the recipe's `memory` section to an objective on the CPU that has passed `check_memory`.
 
     Raises:
-        ConfigError: the objective cannot do what the recipe says.
+        ConfigError: the objective does not support an option.
         MemoryBudgetError: a step does not fit, with the numbers and what would help.
     """
     if config.memory.base_dtype != "fp32":
         objective.store_base(config.memory.base_dtype)
         if config.memory.planner:
-            _refuse_too_much(config, accelerator, objective)
+            _check_step_fits(config, accelerator, objective)
     if config.memory.gradient_checkpointing:
         objective.checkpoint_gradients(config.memory.gradient_checkpointing)
 
 
-def _refuse_too_much(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
+def _check_step_fits(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
     device = accelerator.device
-    activations = estimate_activations(
-        objective, batch_shapes(config, accelerator, objective), device, accelerator.autocast()
-    )
-    plan = plan_memory(config, objective, activations, device, accelerator.num_processes)
-    room = available_bytes(device)
-    # On the CPU the weights are there already.
-    room += plan.frozen + plan.trained if device.type == "cpu" else 0
+    batch = batch_shapes(config, accelerator, objective)
+    activations = estimate_activations(objective, batch, device, accelerator.autocast())
+
+    def plan_of(recipe: TrainConfig) -> MemoryPlan:
+        return plan_memory(recipe, objective, activations, device, accelerator.num_processes)
+
+    plan, free = plan_of(config), available_bytes(device)
+    if device.type == "cpu":
+        free += plan.frozen + plan.trained  # the weights are there already
     if accelerator.is_main_process:
-        print(_shown(plan, room, device), file=sys.stderr)
-    if plan.total > room:
-        raise MemoryBudgetError(_refusal(plan, room, config, objective, activations))
+        print(_summary(plan, free, device), file=sys.stderr)
+    if plan.total > free:
+        savings = _savings(config, objective, plan_of, device)
+        raise MemoryBudgetError(_refusal(plan, free, savings))
 
 
 def batch_shapes(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> tuple[Tensor, ...]:
-    """What this process computes at once in the first step of a run, without content: tensors on the meta device.
+    """The batch of the first forward pass of this process as tensors on the meta device.
 
-    The batch may be what does not fit, so that a few of its samples alone are made.
+    Only a few of its samples are made, because the whole batch may not fit.
     """
-    plans: list[BatchIndices] = plan_step(
+    plan = plan_step(
         config.seed,
         0,
         batch_size=config.batch_size,
@@ -142,8 +147,7 @@ def batch_shapes(config: TrainConfig, accelerator: Accelerator, objective: Objec
         parts=config.gradient_accumulation_steps,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
-    )
-    plan = plans[0]
+    )[0]
     few = replace(plan, samples=plan.samples[:_FEW], items=plan.items[:_FEW])
     batch, count = objective.batch(few), len(plan.samples)
     return tuple(torch.empty((count, *t.shape[1:]), dtype=t.dtype, device="meta") for t in batch)
@@ -156,35 +160,30 @@ def plan_memory(
     device: torch.device,
     processes: int = 1,
 ) -> MemoryPlan:
-    """Put together what a step of a recipe holds on a device.
+    """What a step of a recipe holds on a device.
 
     Args:
         config: the recipe.
-        objective: as it will be trained; where it lies now does not matter.
+        objective: as it will be trained, on any device.
         activations: from `estimate_activations`.
-        device: that of the training.
-        processes: in all; more than one keep a second copy of the gradients to exchange.
+        device: the training device.
+        processes: of the run; with more than one, each keeps a second copy of the gradients to exchange.
     """
     trained = [p.nbytes for p in objective.parameters() if p.requires_grad]
     frozen = [t.nbytes for t in (*objective.parameters(), *objective.buffers()) if not t.requires_grad]
-    gradients = _gradient_bytes(config, trained)
-    averages_here = config.ema_decay > 0 and config.memory.ema_device in ("same", device.type)
+    gradients = sum(trained)
+    if config.takes_gradients is not None and not config.compile:  # a compiled network returns all at once
+        gradients = max(trained, default=0) * (1 if config.optimizer.step_in_backward else 2)
+    average_on_device = config.ema_decay > 0 and config.memory.ema_device in ("same", device.type)
+    how = config.memory.gradient_checkpointing
     return MemoryPlan(
         frozen=sum(frozen),
         trained=sum(trained),
         gradients=gradients * (2 if processes > 1 else 1),
         optimizer=state_bytes(objective, config.optimizer, offloaded=config.memory.offload_optimizer),
-        average=sum(trained) if averages_here else 0,
-        activations=None if activations is None else activations.left(config.memory.gradient_checkpointing),
+        average=sum(trained) if average_on_device else 0,
+        activations=None if activations is None else activations.with_checkpointing(how),
     )
-
-
-def _gradient_bytes(config: TrainConfig, trained: Sequence[int]) -> int:
-    # A compiled network gives all of them at once.
-    if config.takes_gradients is None or config.compile:
-        return sum(trained)
-    largest = max(trained, default=0)
-    return largest if config.optimizer.step_in_backward else 2 * largest
 
 
 def estimate_activations(
@@ -193,13 +192,12 @@ def estimate_activations(
     device: torch.device,
     autocast: AbstractContextManager[None],
 ) -> Activations | None:
-    """Run the forward pass on tensors without content, and add up what it keeps for the backward pass.
+    """Run the forward pass on fake tensors, and count what it saves for the backward pass.
 
-    Nothing is computed and nothing allocated. With gradient checkpointing the inputs of the layers are kept, and the
-    largest layer is computed once more at a time. None if the pass asks for the content of a tensor.
+    Nothing is computed or allocated. None if the pass depends on the content of a tensor.
     """
-    kept = _KeptTensors()
-    handles = [hook for layer in objective.checkpointed_layers() for hook in kept.watch(layer)]
+    saved = _SavedTensors()
+    hooks = [hook for layer in objective.checkpointed_layers() for hook in saved.watch(layer)]
     objective.train()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -210,50 +208,52 @@ def estimate_activations(
                 for name, t in (*objective.named_parameters(), *objective.named_buffers())
             }
             inputs = tuple(torch.empty(t.shape, dtype=t.dtype, device=device) for t in batch)
-            kept.leave_out(weights.values())
+            saved.ignore(weights.values())
             with (
                 autocast,
-                torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
-                _Operators(kept.computed),
+                torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
+                saved,
             ):
                 functional_call(objective, weights, inputs)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
         return None
     finally:
-        for handle in handles:
-            handle.remove()
-    return kept.activations()
+        for hook in hooks:
+            hook.remove()
+    return saved.activations()
 
 
-class _KeptTensors:
-    """Collects the memory of the tensors that a forward pass keeps, each once, by the layer that keeps it."""
+class _SavedTensors(TorchDispatchMode):
+    """Counts the memory of the tensors that a forward pass saves, each once, by the layer that saves it.
+
+    As a dispatch mode it sees the results of all operators, some of which "selective" checkpointing saves.
+    """
 
     def __init__(self) -> None:
-        # By the address of their memory, which is not given away as long as the tensors are held.
+        super().__init__()
+        # By storage, whose addresses are unique as long as the tensors are held.
         self._tensors: dict[int, Tensor] = {}
-        self._left_out: dict[int, Tensor] = {}
-        self._kept: set[int] = set()
-        self._outside: set[int] = set()
+        self._ignored: dict[int, Tensor] = {}
+        self._saved: set[int] = set()
+        self._outside: set[int] = set()  # of the layers
         self._layers: list[set[int]] = []
         self._products: set[int] = set()
-        self._within = False
+        self._in_layer = False
 
-    def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """These are counted elsewhere."""
-        self._left_out |= {_address(tensor): tensor for tensor in tensors}
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Leave out tensors that are counted elsewhere."""
+        self._ignored |= {_storage(tensor): tensor for tensor in tensors}
 
     def watch(self, layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        """Tell apart what is kept within a layer, which would be computed once more; its inputs are kept outside."""
+        """Count what a layer saves apart: it would be recomputed, while the layer's inputs stay saved."""
 
         def enter(_: nn.Module, args: object, kwargs: object) -> None:
-            for tensor in tree_leaves((args, kwargs)):
-                if isinstance(tensor, Tensor):
-                    self._note(tensor, self._outside)
+            self._add(tree_leaves((args, kwargs)), self._outside)
             self._layers.append(set())
-            self._within = True
+            self._in_layer = True
 
         def leave(*_: object) -> None:
-            self._within = False
+            self._in_layer = False
 
         return [
             layer.register_forward_pre_hook(enter, with_kwargs=True),
@@ -261,167 +261,104 @@ class _KeptTensors:
         ]
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that autograd keeps."""
-        self._note(tensor, self._kept)
-        self._note(tensor, self._layers[-1] if self._within else self._outside)
+        """Count a tensor that autograd saves."""
+        self._add([tensor], self._saved)
+        self._add([tensor], self._layers[-1] if self._in_layer else self._outside)
         return tensor
-
-    def computed(self, operator: object, arguments: Sequence[Any], result: object) -> None:
-        """Count what "selective" checkpointing keeps of a layer."""
-        if self._within and keeps(operator, *arguments):
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    self._note(tensor, self._products)
-
-    def activations(self) -> Activations:
-        """What was kept, and what would be with gradient checkpointing."""
-        return Activations(
-            self._bytes(self._kept),
-            selective=self._left(self._outside | self._products),
-            checkpointed=self._left(self._outside),
-        )
-
-    def _left(self, kept: set[int]) -> int:
-        return self._bytes(kept) + max((self._bytes(layer - kept) for layer in self._layers), default=0)
-
-    def _note(self, tensor: Tensor, where: set[int]) -> None:
-        address = _address(tensor)
-        if address not in self._left_out:
-            self._tensors.setdefault(address, tensor)
-            where.add(address)
-
-    def _bytes(self, addresses: Iterable[int]) -> int:
-        return sum(self._tensors[address].untyped_storage().nbytes() for address in addresses)
-
-
-class _Operators(TorchDispatchMode):
-    """Tells of each operator, its arguments and its result."""
-
-    def __init__(self, tell: Callable[[object, Sequence[Any], object], None]) -> None:
-        super().__init__()
-        self._tell = tell
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        self._tell(func, args, result)
+        if self._in_layer and keeps(func, *args):
+            self._add(tree_leaves(result), self._products)
         return result
 
+    def activations(self) -> Activations:
+        """What was saved, and what would be saved with gradient checkpointing."""
+        return Activations(
+            self._bytes(self._saved),
+            selective=self._with_recomputed_layer(self._outside | self._products),
+            checkpointed=self._with_recomputed_layer(self._outside),
+        )
 
-def _address(tensor: Tensor) -> int:
+    def _with_recomputed_layer(self, saved: set[int]) -> int:
+        return self._bytes(saved) + max((self._bytes(layer - saved) for layer in self._layers), default=0)
+
+    def _add(self, values: Iterable[object], to: set[int]) -> None:
+        for tensor in values:
+            if isinstance(tensor, Tensor) and (storage := _storage(tensor)) not in self._ignored:
+                self._tensors.setdefault(storage, tensor)
+                to.add(storage)
+
+    def _bytes(self, storages: Iterable[int]) -> int:
+        return sum(self._tensors[storage].untyped_storage().nbytes() for storage in storages)
+
+
+def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def available_bytes(device: torch.device) -> int:
-    """Memory of a device that this process may still take; its share of the host's if several run there."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = min(psutil.virtual_memory().available, _free_in_container())
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _free_in_container() -> int:
-    """What the container leaves of its memory; the cache of files that it may drop counts as free."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return sys.maxsize
-    return sys.maxsize if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
-
-
-def release_freed_memory() -> None:
-    """Let the C library return freed memory to the system, where it can.
-
-    Loading frees weights in their first dtype and layout, between those that stay.
-    """
-    if hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
-
-
-def page_out(module: nn.Module) -> None:
-    """Return the memory pages of an idle network on the CPU to the system, where it can; they come back on use.
-
-    Pages that were mapped from a file are read from it again, others from the swap space; they stay if there is none.
-    """
-    if not hasattr(_LIBC, "madvise"):
-        return
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type == "cpu":
-            storage = tensor.untyped_storage()
-            first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-            size = storage.data_ptr() + storage.nbytes() - first
-            if size > 0:
-                _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_PAGEOUT)
-
-
-def _shown(plan: MemoryPlan, room: int, device: torch.device) -> str:
+def _summary(plan: MemoryPlan, free: int, device: torch.device) -> str:
     activations = "not estimated" if plan.activations is None else _size(plan.activations)
     return (
         f"memory on {device}, estimated: weights {_size(plan.trained)} trained and {_size(plan.frozen)} frozen, "
         f"gradients {_size(plan.gradients)}, optimizer {_size(plan.optimizer)}, average {_size(plan.average)}, "
-        f"activations {activations}; {_size(plan.total)} in all of {_size(room)}"
+        f"activations {activations}; {_size(plan.total)} in all of {_size(free)}"
     )
 
 
-def _refusal(
-    plan: MemoryPlan, room: int, config: TrainConfig, objective: Objective, activations: Activations | None
-) -> str:
-    savings = _savings(plan, config, objective, activations)
+def _refusal(plan: MemoryPlan, free: int, savings: Mapping[str, int]) -> str:
     helpful = sorted(savings.items(), key=lambda item: -item[1])
     advice = "; ".join(
-        f"{flag} saves {_size(saved)}" for flag, saved in helpful if saved > _WORTH_IT * plan.total
+        f"{change} saves {_size(saved)}" for change, saved in helpful if saved > _WORTH_IT * plan.total
     )
     parts = ", ".join(f"{name} {_size(size)}" for name, size in plan._asdict().items() if size)
     return (
-        f"a step of this recipe needs about {_size(plan.total)} ({parts}), and there are {_size(room)}: "
-        f"{advice or 'lower batch_size or data.image_size'}. memory.planner=false goes on all the same"
+        f"a step of this recipe needs about {_size(plan.total)} ({parts}), and {_size(free)} are free: "
+        f"{advice or 'lower batch_size or data.image_size'}. memory.planner=false skips this check"
     )
 
 
 def _savings(
-    plan: MemoryPlan, config: TrainConfig, objective: Objective, activations: Activations | None
+    config: TrainConfig,
+    objective: Objective,
+    plan_of: Callable[[TrainConfig], MemoryPlan],
+    device: torch.device,
 ) -> dict[str, int]:
-    """What each change of the recipe would save, by what has to be set."""
-    savings: dict[str, int] = {}
-    optimizer = config.optimizer
-    for name in ("adafactor", "adamw8bit"):
-        other = optimizer.model_copy(update={"name": name})
-        savings[f"optimizer.name={name}"] = plan.optimizer - state_bytes(objective, other)
-    if config.mixed_precision != "fp16":
-        savings |= _savings_one_by_one(plan, config, objective)
-    savings["memory.ema_device=cpu"] = plan.average
-    if type(objective).store_base is not Objective.store_base and config.memory.base_dtype == "fp32":
+    """Bytes that each change of the recipe would save, by the field to set."""
+    optimizer, memory = config.optimizer, config.memory
+    changes = {
+        f"optimizer.name={name}": {"optimizer": optimizer.model_copy(update={"name": name})}
+        for name in ("adafactor", "adamw8bit")
+    } | {
+        f"memory.{field}={shown}": {"memory": memory.model_copy(update={field: value})}
+        for field, shown, value in (
+            ("ema_device", "cpu", "cpu"),
+            ("gradient_checkpointing", "selective", "selective"),
+            ("gradient_checkpointing", "true", True),
+        )
+    }
+    condition = "adamw or adafactor, one process"
+    accumulates = config.gradient_accumulation_steps > 1
+    if config.mixed_precision != "fp16" and not accumulates:
+        stepping = optimizer.model_copy(update={"step_in_backward": True})
+        changes[f"optimizer.step_in_backward=true ({condition}, max_grad_norm=null)"] = {
+            "optimizer": stepping
+        }
+    if config.mixed_precision != "fp16" and device.type == "cuda":
+        offloading = memory.model_copy(update={"offload_optimizer": True})
+        changes[f"memory.offload_optimizer=true ({condition})"] = {"memory": offloading}
+    plan = plan_of(config)
+    savings = {
+        change: plan.total - plan_of(config.model_copy(update=sections)).total
+        for change, sections in changes.items()
+    }
+    if type(objective).store_base is not Objective.store_base and memory.base_dtype == "fp32":
         savings["memory.base_dtype=int8"] = plan.frozen * 3 // 4
-    if activations is not None and plan.activations is not None:
-        savings["memory.gradient_checkpointing=selective"] = plan.activations - activations.selective
-        savings["memory.gradient_checkpointing=true"] = plan.activations - activations.checkpointed
-        parts = 2 * config.gradient_accumulation_steps
-        if config.batch_size % parts == 0 and not optimizer.step_in_backward:
-            savings[f"gradient_accumulation_steps={parts}"] = plan.activations // 2
-    return savings
-
-
-def _savings_one_by_one(plan: MemoryPlan, config: TrainConfig, objective: Objective) -> dict[str, int]:
-    """What would be saved if gradients, or gradients and moments, were on the device one at a time."""
-    savings: dict[str, int] = {}
-    if config.gradient_accumulation_steps == 1 and not config.optimizer.step_in_backward:
-        field = "optimizer.step_in_backward"
-        in_backward = config.optimizer.model_copy(update={"step_in_backward": True, "max_grad_norm": None})
-        other = config.model_copy(update={"optimizer": in_backward})
-        savings[f"{field}=true (adamw or adafactor, one process, max_grad_norm=null)"] = (
-            plan.gradients - plan_memory(other, objective, None, torch.device("cpu")).gradients
-        )
-    if not config.memory.offload_optimizer:
-        offloading = config.memory.model_copy(update={"offload_optimizer": True})
-        other = plan_memory(
-            config.model_copy(update={"memory": offloading}), objective, None, torch.device("cpu")
-        )
-        savings["memory.offload_optimizer=true (adamw or adafactor, one process)"] = (
-            plan.gradients - other.gradients + plan.optimizer - other.optimizer
-        )
+    parts = 2 * config.gradient_accumulation_steps
+    if config.batch_size % parts == 0 and not optimizer.step_in_backward:
+        savings[f"gradient_accumulation_steps={parts}"] = (plan.activations or 0) // 2
     return savings
 
 

@@ -1,4 +1,4 @@
-"""The one training loop: Accelerate does precision and distribution, an objective does the learning."""
+"""The training loop: Accelerate handles precision and distribution, an objective computes the loss."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from latentgen.train.distributed import (
     reraise_lost_process,
 )
 from latentgen.train.fsdp import full_tensor, full_tensors, shard_like, unshard_module, wrap_for_sharding
-from latentgen.train.memory import release_freed_memory, save_memory
+from latentgen.train.host_memory import release_freed_memory
+from latentgen.train.memory import apply_memory_options
 from latentgen.train.metrics import NAN_ADVICE, Metrics
 from latentgen.train.model_card import write_card
 from latentgen.train.objectives.base import Loss, Objective, Subset
 from latentgen.train.objectives.build import build_objective
-from latentgen.train.one_by_one import OffloadedGradients
 from latentgen.train.optimizer import build_optimizer
+from latentgen.train.optimizer.offloaded import OffloadedGradients
 from latentgen.train.preflight import check_objective
 from latentgen.train.run_dir import check_same_data, run_lock, state_to_resume
 from latentgen.train.signals import StopSignal
@@ -46,19 +47,19 @@ from latentgen.train.validation import Validator
 def train(config: TrainConfig) -> Path:
     """Run a recipe, from its start or its latest checkpoint, to the finished model; returns the model's folder.
 
-    A first SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint and SystemExit(143 or 130).
+    The first SIGTERM or Ctrl-C ends the run after the current step, with a checkpoint and SystemExit(143 or 130).
 
     Raises:
-        ConfigError: the recipe does not fit this machine, the data, or its own parts.
-        InputError: a validation prompt cannot be drawn as the recipe says.
-        DatasetError: the training set has problems.
+        ConfigError: the recipe cannot run on this machine or with this data, or its fields contradict each other.
+        InputError: a validation prompt cannot be rendered.
+        DatasetError: the training set has errors.
         CheckpointError: a model that the recipe builds on cannot be used.
         ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe or the training set
-            have changed.
+            has changed.
         RunLockedError: another process writes into the same folder.
-        MemoryBudgetError: a step does not fit into the device.
+        MemoryBudgetError: a step does not fit into the device's memory.
         NumericalError: the loss or the weights are not finite.
-        LostProcessError: another process of the run, or one that prepares batches, died.
+        LostProcessError: another process of the run, or a data-loading worker, died.
         OutputError: the folder cannot be written.
     """
     accelerator = build_accelerator(config)
@@ -80,7 +81,7 @@ def train(config: TrainConfig) -> Path:
             data=parts.training,
             check=partial(check_objective, config, accelerator, parts.validation),
         )
-        save_memory(config, accelerator, objective)
+        apply_memory_options(config, accelerator, objective)
         trainer = Trainer(config, accelerator, objective, held_out=parts.validation, data_digest=parts.digest)
         if state is not None:
             trainer.restore(state)
@@ -98,13 +99,13 @@ def train(config: TrainConfig) -> Path:
 
 
 class Trainer:
-    """The loop over the steps of one run, and the state that it moves forward.
+    """The loop over the steps of one run, and its state.
 
     Attributes:
-        objective: what is learnt.
+        objective: the networks and their loss.
         trainable: its parameters that require gradients, by name.
-        ema: their exponential moving average; empty if the recipe asks for none.
-        step: optimiser steps done.
+        ema: their exponential moving average; empty without `ema_decay`.
+        step: optimizer steps done.
         metrics: their losses, as they are logged.
     """
 
@@ -121,7 +122,7 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator
         self.objective = objective
-        # Before the optimiser is built, which may hold views of the weights.
+        # Before the optimizer is built, which may hold views of the weights.
         objective.to(accelerator.device)
         objective.to(memory_format=objective.memory_format)
         self.step = 0
@@ -131,7 +132,7 @@ class Trainer:
             objective,
             config.optimizer,
             objective.text_parameters(),
-            offload=config.output_dir if config.memory.offload_optimizer else None,
+            offload=config.memory.offload_optimizer,
         )
         self._offloaded = optimizer if isinstance(optimizer, OffloadedGradients) else None
         self._model: nn.Module
@@ -140,7 +141,7 @@ class Trainer:
             wrap_for_sharding(accelerator, objective), optimizer
         )
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
-        # As FSDP has left them: parts of what they were.
+        # After FSDP, which replaces them by shards.
         self.trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         averaged = self.trainable if config.ema_decay else {}
         average_device = "cpu" if config.memory.ema_device == "cpu" else accelerator.device
@@ -149,10 +150,10 @@ class Trainer:
         self._validator = Validator(config, accelerator, objective, self.ema, held_out, self.metrics)
 
     def restore(self, state: RunState) -> None:
-        """Go on from a checkpoint.
+        """Load the state of a checkpoint.
 
         Raises:
-            ResumeError: it holds other parameters than this run.
+            ResumeError: it has other parameters than this run.
         """
         _copy_into(self.trainable, state.weights)
         _copy_into(self.ema, state.ema)
@@ -163,13 +164,13 @@ class Trainer:
         self.step = state.step
 
     def run(self) -> None:
-        """Train to the last step of the recipe, with checkpoints on the way and at the end.
+        """Train to the last step of the recipe, with checkpoints during the run and at the end.
 
         Raises:
             NumericalError: the loss or the weights are not finite.
             OutputError: a checkpoint could not be written.
-            LostProcessError: a process that prepares batches died.
-            SystemExit: 128 + the signal's number, after a checkpoint, if SIGTERM or Ctrl-C came.
+            LostProcessError: a data-loading worker died.
+            SystemExit: 128 + the signal's number, after a checkpoint, on SIGTERM or Ctrl-C.
         """
         config = self.config
         release_freed_memory()
@@ -182,10 +183,10 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
             mininterval=1.0 if sys.stderr.isatty() else 30.0,
         )
-        with StopSignal() as stop, bar, self._prepared() as prepared:
+        with StopSignal() as stop, bar, self._batches() as batches:
             self._validator.start(self.step)
             for step in bar:
-                self.metrics.add(*self._update(step, prepared))
+                self.metrics.add(*self._update(step, batches))
                 self.step = step + 1
                 signal = agree_on_signal(self.accelerator, stop.number)
                 if self.metrics.is_row_due(self.step):
@@ -198,13 +199,13 @@ class Trainer:
                 bar.set_postfix(self.metrics.progress, refresh=False)
 
     def save_model(self, folder: Path, *, images: int) -> None:
-        """Write the finished model, from the moving average if there is one; nothing can be trained afterwards.
+        """Write the finished model, from the moving average if there is one; training cannot continue afterwards.
 
-        Called in all processes, of which the main one writes.
+        All processes must call; the main one writes.
 
         Args:
-            folder: where to; it appears as a whole.
-            images: how many were learnt from, for the card.
+            folder: the new folder; it appears complete or not at all.
+            images: number of training images, for the card.
 
         Raises:
             OutputError: a file could not be written.
@@ -225,8 +226,8 @@ class Trainer:
                     steps=self.step,
                 )
 
-    def _prepared(self) -> AbstractContextManager[Iterator[PlannedBatch]]:
-        """This process's part of the steps to come, as they are accumulated one after the other."""
+    def _batches(self) -> AbstractContextManager[Iterator[PlannedBatch]]:
+        """This process's batches of the remaining steps, one per accumulated part."""
         return load_batches(
             self.objective,
             self._plans(),
@@ -249,20 +250,20 @@ class Trainer:
 
     @property
     def trained_parameters(self) -> int:
-        """How many numbers are learnt."""
+        """The number of trainable weights."""
         return sum(parameter.numel() for parameter in self.trainable.values())
 
     def try_steps(self, *, count: int, seconds: float) -> list[float]:
-        """Compute one step to warm up, and then at most `count` within about `seconds`; returns the seconds of each.
+        """Compute a warm-up step, and then at most `count` within about `seconds`; returns the seconds of each.
 
-        The weights follow them, so that this trainer is of no use for a run.
+        This changes the weights, so this trainer can no longer be used for a run.
         """
         self._model.train()
         taken: list[float] = []
-        with self._prepared() as prepared:
+        with self._batches() as batches:
             for step in range(min(count + 1, self.config.max_steps)):
                 start = time.monotonic()
-                losses, _ = self._update(step, prepared)
+                losses, _ = self._update(step, batches)
                 float(losses["loss"])  # waits for the device
                 taken.append(time.monotonic() - start)
                 if sum(taken[1:]) > seconds:
@@ -272,54 +273,64 @@ class Trainer:
     def _update(
         self, step: int, batches: Iterator[PlannedBatch]
     ) -> tuple[dict[str, Tensor], dict[str, Subset]]:
-        """One optimiser step over the global batch; returns this process's mean losses by name, on the device.
+        """The training step: one optimizer step over the global batch, in accumulated parts.
 
-        And what only some samples tell, of which a part of the batch may have none: as sums, with their number.
+        Returns:
+            On the device and of this process, losses by name as means over its samples; and losses over subsets of its
+            samples, which may be empty, as sums with their count.
         """
-        config = self.config
+        config, accelerator = self.config, self.accelerator
+        losses: dict[str, Tensor] = {}
+        subsets: dict[str, Subset] = {}
+
+        # Set the learning rate of each group: its own, times the schedule's factor.
         factor = config.optimizer.factor_at(step, config.max_steps)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
-        losses: dict[str, Tensor] = {}
-        subsets: dict[str, Subset] = {}
+
         parts = config.gradient_accumulation_steps
         for plan, batch in islice(batches, parts):
-            with self.accelerator.accumulate(self._model):
+            # Accelerate exchanges gradients between processes, and lets the optimizer step, in the last part only.
+            with accelerator.accumulate(self._model):
+                # Compute the mean loss of the part, and its gradients, scaled by 1 / parts.
                 loss = self._loss(plan, batch)
-                self.accelerator.backward(loss.total)
+                accelerator.backward(loss.total)
+
+                # Sum up the losses for the log, without waiting for the device.
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     losses[name] = losses.get(name, 0) + value.detach() / parts
                 for name, (total, count) in loss.subsets.items():
                     before = subsets.get(name, Subset(torch.zeros_like(total), torch.zeros_like(count)))
                     subsets[name] = Subset(before.total + total.detach(), before.count + count)
+
+                # Clip the gradients by their global norm and update the weights.
                 max_norm = config.optimizer.max_grad_norm
-                if self.accelerator.sync_gradients and max_norm is not None:
+                if accelerator.sync_gradients and max_norm is not None:
                     losses["grad_norm"] = self._clip_gradients(max_norm)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
-        self._update_ema(step)
+
+        # Move the average towards the weights, faster at first, so that it forgets the initialization:
+        #     average = decay * average + (1 - decay) * weights
+        decay = min(config.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, average in self.ema.items():
+                average.lerp_(self.trainable[name].to(average.device), 1 - decay)
         return losses, subsets
 
+    def _loss(self, plan: BatchIndices, batch: tuple[Tensor, ...]) -> Loss:
+        """The loss of one part of the batch, a function of the weights, the plan and the batch alone."""
+        batch = tuple(tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)
+        # Dropout draws from the global generator; seeded here, it draws the same in a resumed run.
+        torch.manual_seed(sample_rng(plan.seed, "network", plan.step, plan.samples[0]).getrandbits(63))
+        return self._model(*batch)
+
     def _clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale the gradients to this norm if theirs, which is returned, is higher."""
+        """Scale the gradients down to this norm if theirs is higher; returns theirs."""
         if self._offloaded is not None:
             return self._offloaded.clip_grad_norm(max_norm)
         norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)
         return full_tensor(norm).detach()  # FSDP's is sharded
-
-    def _loss(self, plan: BatchIndices, batch: tuple[Tensor, ...]) -> Loss:
-        # Not awaited where the batch is pinned.
-        batch = tuple(tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)
-        # For dropout, which draws from the global generator: after resuming it draws what it would have drawn.
-        torch.manual_seed(sample_rng(plan.seed, "network", plan.step, plan.samples[0]).getrandbits(63))
-        return self._model(*batch)
-
-    @torch.no_grad()
-    def _update_ema(self, step: int) -> None:
-        """Move the average towards the weights, faster at first so that it forgets the initialisation."""
-        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-        for name, average in self.ema.items():
-            average.lerp_(self.trainable[name].to(average.device), 1 - decay)
 
     def _save_checkpoint(self) -> None:
         for name, parameter in self.trainable.items():
@@ -357,12 +368,12 @@ def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> 
         ),
     }
     if any(differing.values()):
-        told = ", ".join(
+        differences = ", ".join(
             f"{len(names)} {kind} ({first_five(names)})" for kind, names in differing.items() if names
         )
         raise ResumeError(
-            f"the parameters in the checkpoint are not those that this run learns: {told}; take back what was changed "
-            "of the networks, or begin a new run in another output_dir"
+            f"the checkpoint has other parameters than this run trains: {differences}; undo the change of networks, "
+            "or start a new run in another output_dir"
         )
     with torch.no_grad():
         for name, target in targets.items():

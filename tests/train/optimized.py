@@ -1,8 +1,6 @@
-"""A small network for the tests of optimisers."""
+"""A small network for the tests of optimizers."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +29,8 @@ def gradients(network: nn.Module, step: int) -> dict[str, Tensor]:
     return {name: torch.randn(p.shape, generator=generator) for name, p in network.named_parameters()}
 
 
-def build(
-    network: nn.Module, name: str, *, offload: Path | None = None, **fields: object
-) -> torch.optim.Optimizer:
-    """An optimiser of a recipe. The "text encoder" of a Network is in its middle: `point` and `linear`."""
+def build(network: nn.Module, name: str, *, offload: bool = False, **fields: object) -> torch.optim.Optimizer:
+    """A recipe's optimizer. The "text encoder" of a Network is in its middle: `point` and `linear`."""
     config = {"name": name, "learning_rate": RATE, "betas": BETAS, "weight_decay": DECAY, **fields}
     text = (network.point, network.linear) if isinstance(network, Network) else ()
     return build_optimizer(

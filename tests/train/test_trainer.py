@@ -70,7 +70,7 @@ def test_resuming_at_any_step_changes_nothing(recipe: MakeRecipe, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_compiling_changes_how_fast_and_not_what_is_learnt(recipe: MakeRecipe, tmp_path: Path):
+def test_compiling_changes_no_loss(recipe: MakeRecipe, tmp_path: Path):
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     plain = recipe("max_steps=3")
@@ -82,7 +82,7 @@ def test_compiling_changes_how_fast_and_not_what_is_learnt(recipe: MakeRecipe, t
     assert ours.keys() == theirs.keys()
 
 
-def test_a_finished_run_can_be_prolonged(autoencoder_recipe: MakeRecipe):
+def test_a_finished_run_can_be_extended(autoencoder_recipe: MakeRecipe):
     train(autoencoder_recipe("max_steps=2"))
     train(autoencoder_recipe("max_steps=4", "resume=true"))
     assert load_latest(autoencoder_recipe().output_dir).step == 4
@@ -390,12 +390,12 @@ def test_two_processes_stop_at_the_same_step(autoencoder_recipe: MakeRecipe, tmp
     assert load_latest(config.output_dir).step == rows_of(config)[-1]["step"]
 
 
-def test_a_checkpoint_of_other_parameters_is_told_in_few_words(lora_recipe: MakeRecipe):
+def test_a_checkpoint_of_other_parameters_is_refused_with_few_names(lora_recipe: MakeRecipe):
     config = lora_recipe("max_steps=1")
     train(config)
     forget_accelerate()
     other = lora_recipe("task.method.targets=[to_q]")
     trainer = Trainer(other, Accelerator(cpu=True), build_objective(other, device=torch.device("cpu")))
-    names = r"\d+ extra \(unet[^;]+; ([^;]+; ){4}\.\.\.\); take back"
-    with pytest.raises(ResumeError, match=f"are not those that this run learns: {names}"):
+    names = r"\d+ extra \(unet[^;]+; ([^;]+; ){4}\.\.\.\);"
+    with pytest.raises(ResumeError, match=names):
         trainer.restore(load_latest(config.output_dir))

@@ -13,20 +13,20 @@ from latentgen.train.config.base import Decay, Positive, Rate, Section
 
 
 class Optimizer(Section):
-    """The optimiser and its learning rate, which rises over `warmup_steps` and then goes as `schedule` says.
+    """The optimizer and its learning rate, which rises over `warmup_steps` and then follows `schedule`.
 
-    `warmup_stable_decay` (arXiv:2404.06395, section 4) stays, and falls linearly to zero over the share
-    `decay_fraction` of the run, at its end; its first step has 1 / `warmup_steps` of the rate. `constant_with_warmup`,
-    `linear` and `cosine` are diffusers' to the step: there the first step of a warm-up has a rate of zero.
+    `warmup_stable_decay` (arXiv:2404.06395, section 4) stays constant, and falls linearly to zero over the last
+    `decay_fraction` of the run; its first step has 1 / `warmup_steps` of the rate. `constant_with_warmup`, `linear` and
+    `cosine` equal diffusers' at every step: there the first step of a warm-up has a rate of zero.
 
-    Text encoders that learn have the same rate, or `text_encoder_learning_rate`, with the same schedule.
+    Trained text encoders have the same rate, or `text_encoder_learning_rate`, with the same schedule.
 
-    `betas` are AdamW's; muon uses them for what is no weight matrix. `adamw8bit` is AdamW with a quarter of the state,
-    by bitsandbytes. `adafactor` keeps almost none; its learning rate is a share of each weight's size (1e-3 to 1e-2 is
-    usual).
+    `betas` are AdamW's; muon uses them for the parameters that are no weight matrices. `adamw8bit` is AdamW with a
+    quarter of the state, by bitsandbytes. `adafactor` keeps almost none; its learning rate is relative to each weight's
+    size (1e-3 to 1e-2 is usual).
 
-    `step_in_backward` changes each weight as soon as its gradient is there, which is then dropped: the gradients never
-    lie in memory together. So they cannot be accumulated, nor clipped by their norm: it needs `max_grad_norm: null`.
+    `step_in_backward` updates each weight as soon as its gradient is computed, and drops the gradient: the gradients
+    are never in memory together. So they cannot be accumulated, or clipped by norm: it needs `max_grad_norm: null`.
     """
 
     name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
@@ -48,8 +48,8 @@ class Optimizer(Section):
             raise ValueError(f"step_in_backward is for adamw and adafactor; name is {self.name}")
         if self.step_in_backward and self.max_grad_norm is not None:
             raise ValueError(
-                f"step_in_backward: no gradient waits for the others, so their norm is never known; max_grad_norm is "
-                f"{self.max_grad_norm:g} and must be null"
+                f"step_in_backward cannot clip by the norm of all gradients; max_grad_norm is {self.max_grad_norm:g}, "
+                "set it to null"
             )
         return self
 
@@ -57,13 +57,13 @@ class Optimizer(Section):
     def _can_decay(self) -> Self:
         if self.decay_fraction and self.schedule != "warmup_stable_decay":
             raise ValueError(
-                f"decay_fraction belongs to schedule warmup_stable_decay, and schedule is {self.schedule}; leave one "
+                f"decay_fraction is for schedule warmup_stable_decay, and schedule is {self.schedule}; leave one "
                 "of them out"
             )
         return self
 
     def unreached(self, max_steps: int) -> str | None:
-        """What to tell of a warm-up that ends no sooner than a run of so many steps, so that the rate stays below."""
+        """A warning if a run of so many steps ends before its warm-up, so that the rate stays below its maximum."""
         if self.warmup_steps < max_steps or self.warmup_steps <= 1:
             return None
         most = self.rate_at(max_steps - 1, max_steps)
@@ -78,7 +78,7 @@ class Optimizer(Section):
         return self.learning_rate * self.factor_at(step, max_steps)
 
     def factor_at(self, step: int, max_steps: int) -> float:
-        """The share, in 0..1, of its learning rate that step `step` has, the first of which is 0."""
+        """The fraction, in 0..1, of the learning rate in step `step`, the first of which is 0."""
         if self.schedule == "warmup_stable_decay":
             warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
             left = (max_steps - step) / max_steps
@@ -93,15 +93,15 @@ class Optimizer(Section):
 
 
 class Memory(Section):
-    """What a run may trade for memory.
+    """Options that save memory.
 
-    `gradient_checkpointing` computes activations once more in the backward pass instead of keeping them: exact, for
-    about a third more time; with `selective` only what takes little, for a tenth more. `ema_device: cpu` keeps the
-    moving average in the memory of the host: exact. With `offload_optimizer` gradients and AdamW's moments are on the
-    device one at a time, and wait in the memory of the host, or, beside a CPU, in files on the disk of the run: exact,
-    for adamw and adafactor, in one process and not in fp16. `base_dtype` is what the weights that are not trained are
-    stored in; they are computed with in the precision of the run. With `planner` the needs of a step are estimated
-    before the first, shown, and refused if they do not fit.
+    `gradient_checkpointing` recomputes activations in the backward pass instead of saving them: exact, for about a
+    third more time; with `selective` only those that are cheap to recompute, for a tenth more. `ema_device: cpu` keeps
+    the moving average in host memory: exact. `offload_optimizer` keeps gradients and AdamW's moments in host memory,
+    and loads them one parameter at a time: exact, on CUDA, for adamw and adafactor, in one process and not in fp16.
+    `base_dtype` is the dtype in which weights that are not trained are stored; they are computed with in the run's
+    precision. With `planner` the memory of a step is estimated and printed before the first, and refused if it does
+    not fit.
     """
 
     gradient_checkpointing: Checkpointing = False

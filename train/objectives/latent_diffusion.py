@@ -29,7 +29,7 @@ from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.loading import usual_guidance_scale
 from latentgen.train.config import DiffusionTask, LatentLoss
 from latentgen.train.data import BatchIndices, BucketSampler, CaptionedDataset, Sample, sample_rng
-from latentgen.train.memory import page_out
+from latentgen.train.host_memory import page_out
 from latentgen.train.objectives.base import Check, Loss, Objective, unchecked
 from latentgen.train.objectives.encoded_views import (
     NO_MASKS,

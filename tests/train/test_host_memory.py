@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentgen.checkpoints.weights import Weights
-from latentgen.train.memory import page_out
+from latentgen.train.host_memory import page_out
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="how memory is counted is Linux' own")
 
