@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from latentgen.checkpoints.folder import CheckpointFolder, resolve
 from latentgen.image import to_pil
-from latentgen.pipelines.loading import Placement, load_decoder, load_encoder
+from latentgen.pipelines.load_save import LoadOptions, load_decoder, load_encoder
 from latentgen.train.data import to_tensor
 from latentgen.train.data.emoji import EmojiSet, GlyphPlacement
 
@@ -29,7 +29,7 @@ BATCH = 64
 def reconstruct(folder: Path, images: Tensor) -> Tensor:
     """Images [B, 3, H, W] in -1..1 through the autoencoder (the mean of the latents), clamped."""
     checkpoint = CheckpointFolder.open(folder)
-    placement = Placement(torch.float32, torch.device("cpu"))
+    placement = LoadOptions(torch.float32, torch.device("cpu"))
     encoder, decoder = load_encoder(checkpoint, placement), load_decoder(checkpoint, placement)
     parts = tqdm(images.split(BATCH), desc="reconstructing")
     return torch.cat([decoder(encoder(part).mean).clamp(-1, 1) for part in parts])

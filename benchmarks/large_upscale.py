@@ -22,7 +22,7 @@ from PIL import Image
 from latentgen.checkpoints.cascade import open_cascade
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT
 from latentgen.memory import tile_starts
-from latentgen.pipelines.upscale import USUAL_TILE, UpscalePipeline
+from latentgen.pipelines.upscale import DEFAULT_TILE, UpscalePipeline
 from latentgen.train.data.emoji import GROUNDS, EmojiSet, GlyphPlacement
 
 CELL = 118
@@ -92,7 +92,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--tile", type=int, default=USUAL_TILE)
+    parser.add_argument("--tile", type=int, default=DEFAULT_TILE)
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 

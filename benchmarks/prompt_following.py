@@ -27,7 +27,7 @@ from tqdm import tqdm
 from latentgen import CascadePipeline, TextToImagePipeline
 from latentgen.checkpoints.folder import resolve
 from latentgen.pipelines.cascade import StageResult
-from latentgen.pipelines.output import Output
+from latentgen.pipelines.sampling_loop import Output
 from latentgen.train.data import to_tensor
 from latentgen.train.data.emoji import EmojiSet, GlyphPlacement
 

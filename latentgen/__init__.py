@@ -28,27 +28,27 @@ if TYPE_CHECKING:
     from latentgen.models.vae import VAEEncoder as VAEEncoder
     from latentgen.pipelines.cascade import CascadePipeline as CascadePipeline
     from latentgen.pipelines.cascade import StageSettings as StageSettings
+    from latentgen.pipelines.concat import ConcatImagePipeline as ConcatImagePipeline
     from latentgen.pipelines.conditioning import SizeConditioning as SizeConditioning
-    from latentgen.pipelines.guiding import GuidanceOptions as GuidanceOptions
+    from latentgen.pipelines.guidance_options import GuidanceOptions as GuidanceOptions
     from latentgen.pipelines.image_to_image import ImageToImagePipeline as ImageToImagePipeline
     from latentgen.pipelines.inpaint import InpaintPipeline as InpaintPipeline
     from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline as InstructPix2PixPipeline
     from latentgen.pipelines.interop import from_diffusers as from_diffusers
     from latentgen.pipelines.interop import to_diffusers as to_diffusers
-    from latentgen.pipelines.paired import PairedImagePipeline as PairedImagePipeline
     from latentgen.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from latentgen.pipelines.upscale import UpscalePipeline as UpscalePipeline
 
 _PUBLIC = {
     "CascadePipeline": "latentgen.pipelines.cascade",
     "Conditioning": "latentgen.models.text",
-    "GuidanceOptions": "latentgen.pipelines.guiding",
+    "GuidanceOptions": "latentgen.pipelines.guidance_options",
     "ImageToImagePipeline": "latentgen.pipelines.image_to_image",
     "InpaintPipeline": "latentgen.pipelines.inpaint",
     "InstructPix2PixPipeline": "latentgen.pipelines.instruct_pix2pix",
     "LatentgenError": "latentgen.errors",
     "MemoryPolicy": "latentgen.memory",
-    "PairedImagePipeline": "latentgen.pipelines.paired",
+    "ConcatImagePipeline": "latentgen.pipelines.concat",
     "Scheduler": "latentgen.diffusion.scheduler",
     "SizeConditioning": "latentgen.pipelines.conditioning",
     "StageSettings": "latentgen.pipelines.cascade",
@@ -66,7 +66,17 @@ _PUBLIC = {
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 
+# Old name -> new name, for one release.
+_RENAMED = {"PairedImagePipeline": "ConcatImagePipeline"}
+
+
 def __getattr__(name: str) -> object:
+    if name in _RENAMED:
+        from latentgen.deprecated import warn_renamed
+
+        new = _RENAMED[name]
+        warn_renamed(name, new)
+        name = new
     if name not in _PUBLIC:
         raise AttributeError(f"module 'latentgen' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -1,6 +1,6 @@
 """The arguments of a call, checked before anything is computed; each function returns what it accepted.
 
-All raise InputError (for a path to write, OutputError), which names the argument, what was found, what is
+All raise InputError (for a path to write, OutputError), which names the argument, the value, what is
 allowed and the fix.
 """
 
@@ -9,19 +9,24 @@ from __future__ import annotations
 import numbers
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, SupportsIndex, get_args
+from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import InputError, OutputError
 from latentgen.files import quote
-from latentgen.pipelines.conditioning import SizeConditioning
-from latentgen.pipelines.guiding import GuidanceOptions
 from latentgen.prompts import check_prompts
 
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+T = TypeVar("T")
 OutputType = Literal["pil", "np", "pt", "latent"]
 
 # The side of the largest image, in pixels; a square of it has the 64 megapixels that no image may exceed.
@@ -83,7 +88,7 @@ def check_guidance_scale(value: float, *, name: str = "guidance_scale", usual: f
     return float(value)
 
 
-def check_share(name: str, value: float) -> float:
+def check_fraction(name: str, value: float) -> float:
     """A number from 0 to 1: how much of the schedule."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
         raise InputError(f"{name}={value!r} must be a number from 0 to 1, a share of the schedule")
@@ -164,27 +169,12 @@ def check_output_type(value: OutputType) -> OutputType:
     return value
 
 
-def check_size_conditioning(value: SizeConditioning | None) -> SizeConditioning:
-    """What SDXL is told of sizes; by default those of the image."""
+def check_options(name: str, value: T | None, kind: type[T], example: str) -> T:
+    """An object of options of a kind; None is the defaults."""
     if value is None:
-        return SizeConditioning()
-    if not isinstance(value, SizeConditioning):
-        raise InputError(
-            f"size_conditioning={value!r} must be a SizeConditioning, such as "
-            "SizeConditioning(original_size=(1024, 1024))"
-        )
-    return value
-
-
-def check_guidance_options(value: GuidanceOptions | None) -> GuidanceOptions:
-    """The options of guidance; by default none is used."""
-    if value is None:
-        return GuidanceOptions()
-    if not isinstance(value, GuidanceOptions):
-        raise InputError(
-            f"guidance={value!r} must be GuidanceOptions, such as GuidanceOptions(rescale=0.7); the scale is "
-            "guidance_scale"
-        )
+        return kind()
+    if not isinstance(value, kind):
+        raise InputError(f"{name}={value!r} must be a {kind.__name__}, such as {kind.__name__}({example})")
     return value
 
 
@@ -205,3 +195,76 @@ def _as_integer(value: object) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+DTypeName = Literal["auto", "float32", "float16", "bfloat16"]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that was asked for; "auto" is the best one that the machine has.
+
+    Raises:
+        InputError: the name is not a device, or this machine has none of that kind.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(
+            f'device={device!r} is not a device; use "auto", "cpu", "cuda", "cuda:1" or "mps"'
+        ) from None
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if (resolved.index or 0) >= counts.get(resolved.type, 0):
+        there = ", ".join(name for name, count in counts.items() if count)
+        raise InputError(f'device={device!r} is not there; this machine has: {there}. "auto" takes the best')
+    return resolved
+
+
+def resolve_dtype(dtype: DTypeName | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the stages; "auto" is float16 on CUDA and float32 elsewhere.
+
+    Raises:
+        InputError: not one of float32, float16, bfloat16.
+    """
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in _DTYPES.values():
+        raise InputError(f"dtype={dtype!r} is not supported; choose from auto, {', '.join(_DTYPES)}")
+    return resolved
+
+
+# What a call takes for its scheduler: the name of a solver, a Scheduler, or a scheduler of diffusers.
+AnyScheduler: TypeAlias = "str | Scheduler | SchedulerMixin"
+
+
+def choose_scheduler(choice: AnyScheduler | None, own: Scheduler, *, is_sdxl: bool) -> Scheduler:
+    """What a call chooses over the pipeline's own scheduler, of which a name changes the solver alone.
+
+    Raises:
+        InputError: no such solver, or no scheduler at all.
+        ConfigError: a scheduler of diffusers that is not known here.
+    """
+    if choice is None:
+        return own
+    if isinstance(choice, str):
+        chosen = own.with_solver(choice)
+        aligned_to_sd = is_sdxl and chosen.sigmas == "align_your_steps"
+        return replace(chosen, sigmas="align_your_steps_xl") if aligned_to_sd else chosen
+    if isinstance(choice, Scheduler):
+        return choice
+    config = getattr(choice, "config", None)  # of diffusers, which need not be installed
+    if not isinstance(config, Mapping):
+        raise InputError(
+            f"scheduler must be a name, a Scheduler or one of diffusers, not {type(choice).__name__}"
+        )
+    return Scheduler.from_config({**config, "_class_name": type(choice).__name__})

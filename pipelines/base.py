@@ -1,16 +1,21 @@
-"""What all pipelines are: stages that fit together, loaded from a checkpoint, adapted, and saved to one."""
+"""Stages that fit together: loaded from a checkpoint, adapted, saved, and prepared for a call."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor, nn
 
+from latentgen.adapters import lora as loras
+from latentgen.adapters.lora_files import read_lora
+from latentgen.adapters.textual_inversion import read_embedding
+from latentgen.adapters.textual_inversion import with_embedding as with_vectors
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint, CheckpointFolder, resolve
 from latentgen.checkpoints.identify import StatedPrediction
 from latentgen.checkpoints.single_file import SingleFile, with_vae
@@ -18,33 +23,51 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
 from latentgen.memory import MemoryPolicy, oom_hint
+from latentgen.models.lora import shared_copy
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder
-from latentgen.models.text import TextEncoder
+from latentgen.models.text import TextEncoder, join_towers
 from latentgen.models.unet import UNet
-from latentgen.pipelines import adapting, loading
+from latentgen.pipelines import load_save
 from latentgen.pipelines.arguments import (
     MAX_CLIP_SKIP,
     MAX_IMAGES_PER_PROMPT,
-    check_guidance_options,
+    AnyScheduler,
+    DTypeName,
+    OutputType,
     check_guidance_scale,
     check_integer,
+    check_options,
+    check_output_type,
     check_seeds,
+    choose_scheduler,
     output_folder,
+    resolve_device,
+    resolve_dtype,
 )
+from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall, Request, Sampling
 from latentgen.pipelines.conditioning import (
     BASE_TIME_IDS,
     REFINER_TIME_IDS,
+    PromptReader,
+    Prompts,
+    SizeConditioning,
     time_id_count,
 )
-from latentgen.pipelines.devices import DTypeName, resolve_device, resolve_dtype
-from latentgen.pipelines.guiding import GuidanceOptions, Guided
-from latentgen.pipelines.prompting import PromptReader, Prompts
-from latentgen.pipelines.request import Request, Sampling
-from latentgen.pipelines.saving import SD_INDEX, SDXL_INDEX, class_entries, save_folder
-from latentgen.pipelines.schedulers import AnyScheduler, chosen_scheduler
+from latentgen.pipelines.guidance_options import GuidanceCall, GuidanceOptions
+from latentgen.pipelines.images import padded
+from latentgen.pipelines.load_save import (
+    SD_INDEX,
+    SDXL_INDEX,
+    class_entries,
+    img2img_index,
+    named_towers,
+    save_folder,
+)
+from latentgen.pipelines.sampling_loop import PipelineStep, denoise
 from latentgen.prompt_syntax import PromptSyntax, read_prompt
 
 DEFAULT_STEPS = 25
+LatentShape = tuple[int, int, int, int]
 _CPU = torch.device("cpu")
 
 
@@ -70,7 +93,7 @@ class Pipeline(ABC):
     """
 
     # The classes of diffusers' pipelines whose checkpoints this one reads.
-    reads: ClassVar[tuple[str, ...]] = ()
+    supported_classes: ClassVar[tuple[str, ...]] = ()
 
     unet: UNet
     decoder: ImageDecoder
@@ -80,7 +103,7 @@ class Pipeline(ABC):
     device: torch.device = _CPU
     load_encoder: Callable[[], ImageEncoder] | None = None
     force_zeros_for_empty_prompt: bool = False
-    default_guidance_scale: float = loading.USUAL_GUIDANCE_SCALE
+    default_guidance_scale: float = load_save.DEFAULT_GUIDANCE_SCALE
 
     def __post_init__(self) -> None:
         self._check_channels()
@@ -115,7 +138,7 @@ class Pipeline(ABC):
         return False
 
     @property
-    def _is_on_pixels(self) -> bool:
+    def is_pixel_space(self) -> bool:
         """Whether a class of our own is due, as diffusers has none; SDXL's conditioning has none here either."""
         return isinstance(self.decoder, PixelDecoder) and not self.is_sdxl
 
@@ -176,7 +199,7 @@ class Pipeline(ABC):
     def _embedded(cls) -> Checkpoint:
         """The model inside the package; InputError where there is none of this kind."""
         checkpoint = CheckpointFolder.open(EMBEDDED_DEFAULT)
-        if checkpoint.model_index.get("_class_name") not in cls.reads:
+        if checkpoint.model_index.get("_class_name") not in cls.supported_classes:
             raise InputError(
                 f"the package holds no model for {cls.__name__}: name a folder, a file or a Hub id"
             )
@@ -228,15 +251,12 @@ class Pipeline(ABC):
 
         Arguments and errors are those of :meth:`from_pretrained`.
         """
-        memory = MemoryPolicy() if memory is None else memory
-        if not isinstance(memory, MemoryPolicy):
-            raise InputError(
-                f"memory={memory!r} must be a MemoryPolicy, such as MemoryPolicy(offload_idle=True)"
-            )
+        # Check the arguments and the checkpoint's class before reading any weight.
+        memory = check_options("memory", memory, MemoryPolicy, "offload_idle=True")
         torch_device = resolve_device(device)
         torch_dtype = resolve_dtype(dtype, torch_device)
-        loading.check_class(checkpoint, cls.reads)
-        placement = loading.Placement(
+        load_save.check_class(checkpoint, cls.supported_classes)
+        options = load_save.LoadOptions(
             torch_dtype,
             _CPU if memory.offload_idle else torch_device,
             variant,
@@ -244,24 +264,24 @@ class Pipeline(ABC):
         )
         out_of_memory = oom_hint(
             f"loading the weights of {quote(checkpoint.path)}",
-            partial(loading.weight_bytes, checkpoint, placement),
+            partial(load_save.weight_bytes, checkpoint, options),
             'use dtype="bfloat16", or MemoryPolicy(offload_idle=True, pack_weights=False)',
         )
-        with loading.collector_at_rest(), out_of_memory:
-            unet = loading.load_unet(checkpoint, placement)
-            decoder = loading.load_decoder(checkpoint, placement)
-            text_encoder = loading.load_text_encoder(checkpoint, placement)
-        encoder_placement = loading.Placement(torch_dtype, _CPU, variant)
+        with load_save.gc_disabled(), out_of_memory:
+            unet = load_save.load_unet(checkpoint, options)
+            decoder = load_save.load_decoder(checkpoint, options)
+            text_encoder = load_save.load_text_encoder(checkpoint, options)
+        encoder_options = load_save.LoadOptions(torch_dtype, _CPU, variant)
         return cls(
             unet=unet,
             decoder=decoder,
             text_encoder=text_encoder,
-            scheduler=loading.load_scheduler(checkpoint),
+            scheduler=load_save.load_scheduler(checkpoint),
             memory=memory,
             device=torch_device,
-            load_encoder=cache(partial(loading.load_encoder, checkpoint, encoder_placement)),
-            force_zeros_for_empty_prompt=loading.forces_zeros(checkpoint),
-            default_guidance_scale=loading.guidance_scale(checkpoint),
+            load_encoder=cache(partial(load_save.load_encoder, checkpoint, encoder_options)),
+            force_zeros_for_empty_prompt=load_save.forces_zeros(checkpoint),
+            default_guidance_scale=load_save.guidance_scale(checkpoint),
             **cls._own_fields(checkpoint),
         )
 
@@ -296,7 +316,12 @@ class Pipeline(ABC):
             CheckpointError: what is wrong with the file, in a subclass.
             InputError: the weight is out of bounds.
         """
-        return self._adapted(adapting.with_lora(self, source, weight, name=name, merged=merged))
+        lora, copy = read_lora(source), self._shared_copy()
+        if merged:
+            loras.merge(copy._components(), lora, weight)
+        else:
+            loras.attach(copy._components(), lora, weight, name=name)
+        return copy
 
     def with_lora_weight(self, name: str, weight: float) -> Self:
         """The same pipeline with another weight for one of its LoRAs; 0 switches it off.
@@ -305,7 +330,9 @@ class Pipeline(ABC):
             AdapterError: there is none of that name.
             InputError: the weight is out of bounds.
         """
-        return self._adapted(adapting.with_lora_weight(self, name, weight))
+        copy = self._shared_copy()
+        loras.set_weight(copy._components(), name, weight)
+        return copy
 
     def without_lora(self, name: str) -> Self:
         """The same pipeline without one of its LoRAs: bit for bit what it was before it had it.
@@ -313,7 +340,9 @@ class Pipeline(ABC):
         Raises:
             AdapterError: there is none of that name.
         """
-        return self._adapted(adapting.without_lora(self, name))
+        copy = self._shared_copy()
+        loras.detach(copy._components(), name)
+        return copy
 
     def with_embedding(self, source: str | Path, *, token: str | None = None) -> Self:
         """The same pipeline with one more token that prompts can use (textual inversion, arXiv:2208.01618).
@@ -326,15 +355,31 @@ class Pipeline(ABC):
             AdapterError: it is for another family of models, or the token exists already.
             CheckpointError: what is wrong with the file, in a subclass.
         """
-        return self._adapted(adapting.with_embedding(self, source, token=token))
+        towers = named_towers(self.unet, self.text_encoder)
+        towers = with_vectors(towers, read_embedding(source, token=token))
+        return replace(self, text_encoder=join_towers(list(towers.values())))
 
     @property
     def loras(self) -> dict[str, float]:
         """The weight of each LoRA, by name."""
-        return adapting.attached_loras(self)
+        return loras.attached(self._components())
 
-    def _adapted(self, stages: adapting.AdaptedStages) -> Self:
-        return replace(self, unet=stages.unet, text_encoder=stages.text_encoder)
+    def _shared_copy(self) -> Self:
+        """The same pipeline over new modules, which share all weights with these."""
+        towers = [tower.with_model(shared_copy(tower.model)) for tower in self.text_encoder.towers]
+        return replace(self, unet=shared_copy(self.unet), text_encoder=join_towers(towers))
+
+    def _components(self) -> dict[str, nn.Module]:
+        towers = named_towers(self.unet, self.text_encoder)
+        return {"unet": self.unet, **{name: tower.model for name, tower in towers.items()}}
+
+    def refuse_attached_loras(self) -> None:
+        """Raise InputError if LoRAs are attached: saving or handing on the weights alone would lose them."""
+        if names := self.loras:
+            raise InputError(
+                f"the LoRAs {', '.join(map(quote, names))} are attached and would be lost; use with_lora(..., merged="
+                "True) to make them part of the weights, or without_lora(...)"
+            )
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
         """Write a whole folder in the diffusers layout, which diffusers' pipeline of the same family loads.
@@ -348,7 +393,7 @@ class Pipeline(ABC):
             OutputError: a file could not be written; it keeps its old content, as do those that follow it.
         """
         target = output_folder(folder)
-        adapting.refuse_attached(self)
+        self.refuse_attached_loras()
         save_folder(
             target,
             unet=self.unet,
@@ -367,11 +412,13 @@ class Pipeline(ABC):
 
     def _index(self) -> dict[str, object]:
         """What `model_index.json` says besides the class and the components."""
-        if self._is_on_pixels:
+        if self.is_pixel_space:
             return {}
         index = dict(SDXL_INDEX if self.is_sdxl else SD_INDEX)
         if self.is_sdxl:
             index["force_zeros_for_empty_prompt"] = self.force_zeros_for_empty_prompt
+        if self.diffusers_class in ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"):
+            index |= img2img_index(len(self.text_encoder.towers), self.uses_aesthetic_score)
         return index
 
     def encoder(self) -> ImageEncoder:
@@ -393,7 +440,7 @@ class Pipeline(ABC):
         return self.unet.config.addition_embed_type is not None
 
     @property
-    def is_told_a_score(self) -> bool:
+    def uses_aesthetic_score(self) -> bool:
         """Whether the UNet is told an aesthetic score beside the sizes, as SDXL's refiner is."""
         return self._time_ids == REFINER_TIME_IDS
 
@@ -442,14 +489,14 @@ class Pipeline(ABC):
             ),
         )
 
-    def _guided(self, request: Request, options: GuidanceOptions | None, sampling: Sampling) -> Guided:
+    def _guided(self, request: Request, options: GuidanceOptions | None, sampling: Sampling) -> GuidanceCall:
         """Classifier-free guidance with its options; a UNet that is told the scale was distilled from it."""
-        options = check_guidance_options(options)
+        options = check_options("guidance", options, GuidanceOptions, "rescale=0.7")
         scale = 1.0 if self.unet.config.time_cond_proj_dim else request.guidance_scale
         guidance = options.guidance(scale, sampling.scheduler)
         empty = None if self.force_zeros_for_empty_prompt else read_prompt("", "plain", sampling.total)
         negatives = {1: (), 2: request.negatives, 3: (empty,) * len(request) + request.negatives}
-        return Guided(guidance, negatives[guidance.num_branches])
+        return GuidanceCall(guidance, negatives[guidance.num_branches])
 
     def _sampling(
         self,
@@ -459,7 +506,7 @@ class Pipeline(ABC):
         sigmas: Sequence[float] | None,
     ) -> Sampling:
         """The whole run that is asked for, with this pipeline's scheduler by default."""
-        scheduler = chosen_scheduler(scheduler, self.scheduler, is_sdxl=self.is_sdxl)
+        scheduler = choose_scheduler(scheduler, self.scheduler, is_sdxl=self.is_sdxl)
         most_steps = scheduler.schedule.num_train_timesteps
         if timesteps is None and sigmas is None:
             levels = scheduler.levels(
@@ -468,3 +515,46 @@ class Pipeline(ABC):
         else:
             levels = scheduler.levels_at(timesteps=timesteps, sigmas=sigmas)
         return Sampling(scheduler, levels, range(len(levels) - 1))
+
+    def _padded_to_latents(self, images: Tensor, count: int) -> tuple[Tensor, LatentShape]:
+        """Images [N, 3, H, W] padded to whole latents, and the shape [B, C, h, w] of the latents of `count` results."""
+        config = self.decoder.config
+        images = padded(images, config.spatial_factor)
+        height, width = (side // config.spatial_factor for side in images.shape[2:])
+        return images, (count, config.latent_channels, height, width)
+
+    def _denoise(
+        self,
+        request: Request,
+        sampling: Sampling,
+        shape: LatentShape,
+        prepare_latents: Callable[[ImageNoise], InitialLatents],
+        *,
+        guidance: GuidanceOptions | GuidanceCall | None,
+        size: tuple[int, int],
+        output_type: OutputType,
+        progress: bool,
+        size_conditioning: SizeConditioning | None = None,
+        composite: Callable[[Tensor], Tensor] | None = None,
+        tile: int | None = None,
+    ) -> Iterator[PipelineStep]:
+        """Check the rest of a call's arguments at once, and return its steps; the attributes are PipelineCall's."""
+        if not isinstance(guidance, GuidanceCall):
+            guidance = self._guided(request, guidance, sampling)
+        sizes = check_options(
+            "size_conditioning", size_conditioning, SizeConditioning, "original_size=(1024, 1024)"
+        )
+        call = PipelineCall(
+            request,
+            sampling,
+            guidance,
+            shape,
+            prepare_latents,
+            size,
+            check_output_type(output_type),
+            progress,
+            sizes,
+            composite,
+            tile,
+        )
+        return denoise(self, call)

@@ -22,22 +22,22 @@ from latentgen.memory import MemoryPolicy
 from latentgen.pipelines.arguments import (
     MAX_IMAGES_PER_PROMPT,
     MAX_SEED,
+    DTypeName,
     OutputType,
     as_negative_prompts,
     as_prompts,
+    check_fraction,
     check_guidance_scale,
     check_integer,
     check_output_type,
     check_seeds,
-    check_share,
 )
 from latentgen.pipelines.base import DEFAULT_STEPS
-from latentgen.pipelines.devices import DTypeName
-from latentgen.pipelines.image_to_image import USUAL_STRENGTH, ImageToImagePipeline
-from latentgen.pipelines.loading import check_class
-from latentgen.pipelines.output import Images, Output, export
+from latentgen.pipelines.image_to_image import DEFAULT_STRENGTH, ImageToImagePipeline
+from latentgen.pipelines.load_save import check_class
+from latentgen.pipelines.sampling_loop import Images, Output, export
 from latentgen.pipelines.text_to_image import TextToImagePipeline
-from latentgen.pipelines.upscale import USUAL_NOISE_LEVEL, UpscalePipeline
+from latentgen.pipelines.upscale import DEFAULT_NOISE_LEVEL, UpscalePipeline
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 P = ParamSpec("P")
@@ -68,13 +68,13 @@ class StageSettings:
     num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float | None = None
     scheduler: str | None = None
-    noise_level: int = USUAL_NOISE_LEVEL
-    strength: float = USUAL_STRENGTH
+    noise_level: int = DEFAULT_NOISE_LEVEL
+    strength: float = DEFAULT_STRENGTH
 
     def __post_init__(self) -> None:
         check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_TRAIN_TIMESTEPS)
         check_integer("noise_level", self.noise_level, 0, MAX_TRAIN_TIMESTEPS - 1)
-        if check_share("strength", self.strength) == 0:
+        if check_fraction("strength", self.strength) == 0:
             raise InputError("strength=0 would leave a stage nothing to do; it must be above 0")
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
@@ -178,7 +178,7 @@ class CascadePipeline:
         stages = []
         for index, (entry, checkpoint) in enumerate(opened):
             stage_class = _class_of(index, entry)
-            check_class(checkpoint, stage_class.reads)
+            check_class(checkpoint, stage_class.supported_classes)
             load = partial(
                 stage_class.from_checkpoint,
                 checkpoint,

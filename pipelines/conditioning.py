@@ -1,4 +1,4 @@
-"""What the prompts of a run, and its sizes, become for the UNet: one row for each image, negative rows first."""
+"""Builds the UNet's conditioning batch: prompt embeddings and SDXL's time ids, negative prompts first."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from latentgen.errors import InputError
 from latentgen.models.text import Conditioning, TextEncoder
 from latentgen.models.unet import AddedConditioning
 from latentgen.models.unet_config import UNetConfig
-from latentgen.prompt_syntax import PromptSchedule
+from latentgen.pipelines.arguments import as_negative_prompts, as_prompts
+from latentgen.prompt_syntax import PromptSchedule, PromptSyntax, read_prompt
 from latentgen.prompts import WeightedPrompt
 
 Pair = tuple[int, int]
 
 # What an image is drawn from or led away from: a prompt, the conditioning [1, S, D] that a caller has made of one, or
 # zeros (None), with which SDXL was trained in the place of a prompt.
-Row = PromptSchedule | Conditioning | None
+PromptInput = PromptSchedule | Conditioning | None
 
 # How many numbers SDXL's base model and its refiner are told besides the text.
 BASE_TIME_IDS = 6
@@ -81,22 +82,22 @@ def _check_pair(name: str, pair: object, *, lowest: int) -> None:
         )
 
 
-class Stretch(NamedTuple):
+class PromptSegment(NamedTuple):
     """Steps of a run during which no prompt switches, and the conditioning [R, S, D] and [R, P] of all its rows."""
 
     steps: tuple[range, ...]
     conditioning: Conditioning
 
 
-def encode_rows(
+def encode_segments(
     encoder: TextEncoder,
-    negatives: Sequence[Row],
-    prompts: Sequence[Row],
+    negatives: Sequence[PromptInput],
+    prompts: Sequence[PromptInput],
     *,
     clip_skip: int,
     steps: range,
     device: torch.device,
-) -> list[Stretch]:
+) -> list[PromptSegment]:
     """The conditioning of the negative prompts and then of the prompts, on the device, over the steps of a run.
 
     Equal rows are encoded once, and a row does not depend on those beside it. `clip_skip` is for the prompts alone, as
@@ -113,7 +114,7 @@ def encode_rows(
     skips = [skip for _, skip in rows]
     known = _encode_texts(encoder, [wanted for texts in spans for wanted in zip(texts, skips, strict=True)])
     return [
-        Stretch(
+        PromptSegment(
             tuple(span),
             _join(
                 [
@@ -156,7 +157,7 @@ def conditioning_rows(conditioning: Conditioning) -> list[Conditioning]:
     ]
 
 
-def _moved(row: Row, device: torch.device) -> Conditioning | None:
+def _moved(row: PromptInput, device: torch.device) -> Conditioning | None:
     if not isinstance(row, Conditioning):
         return None
     return Conditioning(row.context.to(device), None if row.pooled is None else row.pooled.to(device))
@@ -229,3 +230,89 @@ def added_conditioning(pooled: Tensor | None, ids: Tensor | None) -> AddedCondit
         return None
     assert pooled is not None
     return AddedConditioning(pooled, ids.to(pooled.device))
+
+
+# What a call takes for its prompts.
+Prompts = str | Sequence[str] | Conditioning
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """Reads the prompts of one call.
+
+    Attributes:
+        syntax: which of their signs mean something.
+        steps: of the whole run, over which they may switch.
+        context_width: channels D of the context that the UNet takes.
+        pooled_width: channels P of the pooled state that the UNet takes; None if it takes none.
+    """
+
+    syntax: PromptSyntax
+    steps: int
+    context_width: int
+    pooled_width: int | None
+
+    def prompts(self, prompt: Prompts) -> tuple[PromptInput, ...]:
+        """One row for each prompt.
+
+        Raises:
+            InputError: what is wrong with which prompt.
+        """
+        if isinstance(prompt, Conditioning):
+            return self._given("prompt", prompt)
+        return self._read(as_prompts("prompt", prompt))
+
+    def negatives(self, negative_prompt: Prompts, count: int) -> tuple[PromptInput, ...]:
+        """One row for each of `count` prompts; one negative prompt serves all of them.
+
+        Raises:
+            InputError: what is wrong with which prompt.
+        """
+        if not isinstance(negative_prompt, Conditioning):
+            return self._read(as_negative_prompts(negative_prompt, count))
+        rows = self._given("negative_prompt", negative_prompt)
+        if len(rows) not in (1, count):
+            raise InputError(
+                f"negative_prompt has {len(rows)} rows for {count} prompts; give one or one for each"
+            )
+        return rows * (count if len(rows) == 1 else 1)
+
+    def _read(self, texts: Sequence[str]) -> tuple[PromptInput, ...]:
+        return tuple(read_prompt(text, self.syntax, self.steps) for text in texts)
+
+    def _given(self, name: str, given: Conditioning) -> tuple[PromptInput, ...]:
+        context = _checked(f"{name}.context", given.context, "[B, S, D]", (None, None, self.context_width))
+        if self.pooled_width is None:
+            return tuple(conditioning_rows(Conditioning(context)))
+        if given.pooled is None:
+            raise InputError(
+                f"{name}.pooled is missing; this model needs Conditioning(context, pooled), in diffusers "
+                "prompt_embeds and pooled_prompt_embeds"
+            )
+        shape = (context.shape[0], self.pooled_width)
+        return tuple(
+            conditioning_rows(
+                Conditioning(context, _checked(f"{name}.pooled", given.pooled, "[B, P]", shape))
+            )
+        )
+
+
+def _checked(name: str, tensor: object, layout: str, shape: tuple[int | None, ...]) -> Tensor:
+    """A floating-point tensor of the shape, in which None is any number but 0, and finite."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
+        found = (
+            f"one of {tensor.dtype} on {tensor.device}"
+            if isinstance(tensor, Tensor)
+            else type(tensor).__name__
+        )
+        raise InputError(f"{name} must be a floating-point tensor {layout} with values, not {found}")
+    fits = tensor.ndim == len(shape) and all(
+        size == wanted if wanted is not None else size > 0
+        for size, wanted in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InputError(f"{name} {layout} has the shape {list(tensor.shape)}; this model needs [{wanted}]")
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"{name} holds NaN or infinity; it must be finite")
+    return tensor

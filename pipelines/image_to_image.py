@@ -6,20 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from latentgen.pipelines.arguments import OutputType, check_output_type, check_size_conditioning
-from latentgen.pipelines.autoencoding import encode_for_each
+from latentgen.pipelines.arguments import OutputType
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.conditioning import SizeConditioning
-from latentgen.pipelines.denoising import PipelineStep, completed, denoise
-from latentgen.pipelines.guiding import GuidanceOptions
-from latentgen.pipelines.images import ImagesInput, as_images, padded
-from latentgen.pipelines.loading import READS
-from latentgen.pipelines.prompting import Prompts
-from latentgen.pipelines.run import Beginning, ImageNoise, Run
-from latentgen.pipelines.saving import redrawing_entries
+from latentgen.pipelines.call import ImageNoise, InitialLatents
+from latentgen.pipelines.conditioning import Prompts, SizeConditioning
+from latentgen.pipelines.guidance_options import GuidanceOptions
+from latentgen.pipelines.images import ImagesInput, as_images
+from latentgen.pipelines.load_save import classes_read_by
+from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
+from latentgen.pipelines.vae_ops import encode_for_each
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
-USUAL_STRENGTH = 0.8
+DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +28,7 @@ class ImageToImagePipeline(Pipeline):
     `ImageToImagePipeline.from_pipeline(text_to_image)` shares those of a pipeline that is loaded already.
     """
 
-    reads: ClassVar[tuple[str, ...]] = READS["ImageToImagePipeline"]
+    supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("ImageToImagePipeline")
 
     @property
     def diffusers_class(self) -> str:
@@ -41,17 +39,12 @@ class ImageToImagePipeline(Pipeline):
     def _image_channels(self) -> int:
         return 0
 
-    def _index(self) -> dict[str, object]:
-        if not self.is_sdxl:
-            return super()._index()
-        return super()._index() | redrawing_entries(len(self.text_encoder.towers), self.is_told_a_score)
-
     def stream(
         self,
         prompt: Prompts,
         *,
         image: ImagesInput,
-        strength: float = USUAL_STRENGTH,
+        strength: float = DEFAULT_STRENGTH,
         negative_prompt: Prompts | None = None,
         prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
         num_inference_steps: int = DEFAULT_STEPS,
@@ -93,34 +86,29 @@ class ImageToImagePipeline(Pipeline):
             clip_skip=clip_skip,
             images=len(images),
         )
-        factor, size = self.decoder.config.spatial_factor, (images.shape[2], images.shape[3])
-        images = padded(images, factor)
-        height, width = (side // factor for side in images.shape[2:])
-        shape = (len(request), self.decoder.config.latent_channels, height, width)
+        size = (images.shape[2], images.shape[3])
+        images, shape = self._padded_to_latents(images, len(request))
 
-        def begin(noise: ImageNoise) -> Beginning:
+        def prepare_latents(noise: ImageNoise) -> InitialLatents:
             if sampling.is_from_noise:
-                return Beginning(sampling.initial(noise.draw(shape[1:])))
+                return InitialLatents(sampling.initial(noise.draw(shape[1:])))
             posterior = encode_for_each(self.encoder(), images, self.device, len(request))
             if not sampling.steps:
-                return Beginning(posterior.mean)
+                return InitialLatents(posterior.mean)
             # The order of diffusers: the posterior is drawn from before the noise.
             x0 = posterior.sample(noise.draw(shape[1:]))
-            return Beginning(sampling.noised(x0, noise.draw(shape[1:])))
+            return InitialLatents(sampling.noised(x0, noise.draw(shape[1:])))
 
-        return denoise(
-            self,
-            Run(
-                request,
-                sampling,
-                self._guided(request, guidance, sampling),
-                shape,
-                begin,
-                size=size,
-                output_type=check_output_type(output_type),
-                progress=progress,
-                size_conditioning=check_size_conditioning(size_conditioning),
-            ),
+        return self._denoise(
+            request,
+            sampling,
+            shape,
+            prepare_latents,
+            guidance=guidance,
+            size=size,
+            output_type=output_type,
+            progress=progress,
+            size_conditioning=size_conditioning,
         )
 
-    __call__ = completed(stream)
+    __call__ = run_to_end(stream)

@@ -1,7 +1,7 @@
-"""Inpainting: what a mask marks is painted anew.
+"""Inpainting: repaints what a mask marks.
 
-Checkpoints that were trained for it are told the mask (arXiv:2112.10752, section 4.5); with all others the rest of the
-image is put back at every step.
+Checkpoints trained for it take the mask as an input (arXiv:2112.10752, section 4.5); with all others the rest of the
+image is blended in at every step.
 """
 
 from __future__ import annotations
@@ -9,36 +9,62 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentgen.diffusion.prediction import Denoised, Denoiser
+from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.errors import InputError
 from latentgen.pipelines.arguments import (
     MAX_SIDE,
     OutputType,
     check_blur,
     check_integer,
-    check_output_type,
     check_size,
-    check_size_conditioning,
 )
-from latentgen.pipelines.autoencoding import encode_for_each
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.canvas import Canvas
-from latentgen.pipelines.conditioning import SizeConditioning
-from latentgen.pipelines.denoising import PipelineStep, completed, denoise
-from latentgen.pipelines.guiding import GuidanceOptions
+from latentgen.pipelines.call import ImageNoise, InitialLatents, Sampling
+from latentgen.pipelines.conditioning import Prompts, SizeConditioning
+from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_masks, as_unit_images, for_each, padded
-from latentgen.pipelines.keeping import Kept
-from latentgen.pipelines.loading import READS
-from latentgen.pipelines.prompting import Prompts
-from latentgen.pipelines.request import Sampling
-from latentgen.pipelines.run import Beginning, ImageNoise, Run
-from latentgen.pipelines.saving import redrawing_entries
+from latentgen.pipelines.inpaint_crop import Canvas
+from latentgen.pipelines.load_save import classes_read_by
+from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
+from latentgen.pipelines.vae_ops import encode_for_each
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
+
+
+class MaskBlend(NamedTuple):
+    """The latents of an image, of which a run draws a part anew (as in arXiv:2201.09865, without its resampling).
+
+    Attributes:
+        latents: float32 [B, C, h, w], clean.
+        noise: standard normal, of the same shape: what they are noised with at every level.
+        drawn: bool [B, 1, h, w], true where they are not kept.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    drawn: Tensor
+
+    def blend(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """What is kept in its place, at the level at which x [B, C, h, w] stands."""
+        return torch.where(self.drawn, x, level.alpha * self.latents + level.sigma * self.noise)
+
+    def wrap(self, denoiser: Denoiser, first: NoiseLevel) -> Denoiser:
+        """A denoiser that finds it in its place at every level but the first, where a run stands as it began.
+
+        That is enough: solvers work element by element, so what they make of the place of the kept has no influence
+        on the rest but through the network. The results are those of replacing x after every step.
+        """
+
+        def denoise(x: Tensor, level: NoiseLevel) -> Tensor | Denoised:
+            return denoiser(x if level == first else self.blend(x, level), level)
+
+        return denoise
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +76,7 @@ class InpaintPipeline(Pipeline):
     and how they are loaded, are those of :class:`Pipeline`.
     """
 
-    reads: ClassVar[tuple[str, ...]] = READS["InpaintPipeline"]
+    supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("InpaintPipeline")
 
     @property
     def diffusers_class(self) -> str:
@@ -61,11 +87,6 @@ class InpaintPipeline(Pipeline):
     def _image_channels(self) -> int:
         latent = self.decoder.config.latent_channels
         return 0 if self.unet.config.in_channels == latent else 1 + latent
-
-    def _index(self) -> dict[str, object]:
-        if not self.is_sdxl:
-            return super()._index()
-        return super()._index() | redrawing_entries(len(self.text_encoder.towers), self.is_told_a_score)
 
     def stream(
         self,
@@ -132,28 +153,25 @@ class InpaintPipeline(Pipeline):
         )
         canvas = self._canvas(originals, masks, height, width, padding_mask_crop, mask_blur)
         factor = self.decoder.config.spatial_factor
-        images, masks = padded(canvas.shown_images(), factor), padded(canvas.shown_masks(), factor)
+        images, masks = padded(canvas.model_inputs(), factor), padded(canvas.model_masks(), factor)
         latent_masks = in_latents(masks, factor)
         latent_height, latent_width = latent_masks.shape[2:]
         shape = (len(request), self.decoder.config.latent_channels, latent_height, latent_width)
-        begin = partial(self._begin, sampling, images, masks, latent_masks, shape)
-        return denoise(
-            self,
-            Run(
-                request,
-                sampling,
-                self._guided(request, guidance, sampling),
-                shape,
-                begin,
-                size=canvas.size,
-                output_type=check_output_type(output_type),
-                progress=progress,
-                size_conditioning=check_size_conditioning(size_conditioning),
-                composite=canvas.composite,
-            ),
+        prepare_latents = partial(self._prepare_latents, sampling, images, masks, latent_masks, shape)
+        return self._denoise(
+            request,
+            sampling,
+            shape,
+            prepare_latents,
+            guidance=guidance,
+            size=canvas.size,
+            output_type=output_type,
+            progress=progress,
+            size_conditioning=size_conditioning,
+            composite=canvas.composite,
         )
 
-    __call__ = completed(stream)
+    __call__ = run_to_end(stream)
 
     def _canvas(
         self,
@@ -177,7 +195,7 @@ class InpaintPipeline(Pipeline):
             size = check_size(height, width, usual, factor)
         return Canvas.spanned(originals, masks, size=size, padding=padding, blur=check_blur(blur))
 
-    def _begin(
+    def _prepare_latents(
         self,
         sampling: Sampling,
         images: Tensor,
@@ -185,7 +203,7 @@ class InpaintPipeline(Pipeline):
         latent_masks: Tensor,
         shape: tuple[int, int, int, int],
         noise: ImageNoise,
-    ) -> Beginning:
+    ) -> InitialLatents:
         """Begin from images [B, 3, H, W] in -1..1 and their masks; drawn is in the order of diffusers."""
         count, encoder, is_told = shape[0], self.encoder(), self._image_channels > 0
         marked = for_each(latent_masks, count).to(self.device)
@@ -199,9 +217,9 @@ class InpaintPipeline(Pipeline):
         # Diffusers draws these even where it has no use for them.
         of_posterior = noise.draw(shape[1:])
         if x0 is not None and not is_told:
-            return Beginning(latents, kept=Kept(x0, drawn, marked > 0))
+            return InitialLatents(latents, mask_blend=MaskBlend(x0, drawn, marked > 0))
         rest = encode_for_each(encoder, images * (1 - masks), self.device, count).sample(of_posterior)
-        return Beginning(latents, channels=torch.cat([marked, rest], dim=1))
+        return InitialLatents(latents, channels=torch.cat([marked, rest], dim=1))
 
 
 def in_latents(masks: Tensor, factor: int) -> Tensor:

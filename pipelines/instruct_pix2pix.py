@@ -9,18 +9,18 @@ from typing import ClassVar
 import torch
 
 from latentgen.diffusion.guidance import ClassifierFree, TextAndImage, is_guided
-from latentgen.pipelines.arguments import OutputType, check_guidance_scale, check_output_type
-from latentgen.pipelines.autoencoding import encode_images
+from latentgen.pipelines.arguments import OutputType, check_guidance_scale
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.denoising import PipelineStep, completed, denoise
-from latentgen.pipelines.guiding import Guided
-from latentgen.pipelines.images import ImagesInput, as_images, for_each, padded
-from latentgen.pipelines.loading import READS
-from latentgen.pipelines.prompting import Prompts
-from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.pipelines.call import ImageNoise, InitialLatents
+from latentgen.pipelines.conditioning import Prompts
+from latentgen.pipelines.guidance_options import GuidanceCall
+from latentgen.pipelines.images import ImagesInput, as_images, for_each
+from latentgen.pipelines.load_save import classes_read_by
+from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
+from latentgen.pipelines.vae_ops import encode_images
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
-USUAL_IMAGE_GUIDANCE = 1.5
+DEFAULT_IMAGE_GUIDANCE = 1.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class InstructPix2PixPipeline(Pipeline):
     those of :class:`Pipeline`.
     """
 
-    reads: ClassVar[tuple[str, ...]] = READS["InstructPix2PixPipeline"]
+    supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("InstructPix2PixPipeline")
 
     @property
     def diffusers_class(self) -> str:
@@ -53,7 +53,7 @@ class InstructPix2PixPipeline(Pipeline):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
-        image_guidance_scale: float = USUAL_IMAGE_GUIDANCE,
+        image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         scheduler: AnyScheduler | None = None,
@@ -84,36 +84,33 @@ class InstructPix2PixPipeline(Pipeline):
             images=len(images),
         )
         image_scale = check_guidance_scale(
-            image_guidance_scale, name="image_guidance_scale", usual=USUAL_IMAGE_GUIDANCE
+            image_guidance_scale, name="image_guidance_scale", usual=DEFAULT_IMAGE_GUIDANCE
         )
         has_guidance = is_guided(request.guidance_scale) and image_scale >= 1
-        guided = Guided(ClassifierFree(1.0), ())
+        guided = GuidanceCall(ClassifierFree(1.0), ())
         if has_guidance:
-            guided = Guided(TextAndImage(request.guidance_scale, image_scale), request.negatives * 2)
-        config, size = self.decoder.config, (images.shape[2], images.shape[3])
-        images = padded(images, config.spatial_factor)
-        height, width = (side // config.spatial_factor for side in images.shape[2:])
-        shape = (len(request), config.latent_channels, height, width)
+            guided = GuidanceCall(TextAndImage(request.guidance_scale, image_scale), request.negatives * 2)
+        size = (images.shape[2], images.shape[3])
+        images, shape = self._padded_to_latents(images, len(request))
 
-        def begin(noise: ImageNoise) -> Beginning:
+        def prepare_latents(noise: ImageNoise) -> InitialLatents:
             # The UNet was trained on the mode of the posterior, without the scaling factor.
-            mode = encode_images(self.encoder(), images, self.device).mean / config.scaling_factor
+            mode = (
+                encode_images(self.encoder(), images, self.device).mean / self.decoder.config.scaling_factor
+            )
             shown = for_each(mode, len(request))
             channels = torch.cat([torch.zeros_like(shown), shown, shown]) if has_guidance else shown
-            return Beginning(sampling.initial(noise.draw(shape[1:])), channels)
+            return InitialLatents(sampling.initial(noise.draw(shape[1:])), channels)
 
-        return denoise(
-            self,
-            Run(
-                request,
-                sampling,
-                guided,
-                shape,
-                begin,
-                size=size,
-                output_type=check_output_type(output_type),
-                progress=progress,
-            ),
+        return self._denoise(
+            request,
+            sampling,
+            shape,
+            prepare_latents,
+            guidance=guided,
+            size=size,
+            output_type=output_type,
+            progress=progress,
         )
 
-    __call__ = completed(stream)
+    __call__ = run_to_end(stream)

@@ -24,13 +24,12 @@ from latentgen.models.text import CLIPText, CLIPTextConfig, ContextLayer, TextEn
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
-from latentgen.pipelines import loading
-from latentgen.pipelines.adapting import refuse_attached
+from latentgen.pipelines import load_save
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.image_to_image import ImageToImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
-from latentgen.pipelines.saving import named_towers
+from latentgen.pipelines.load_save import named_towers
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
 
@@ -53,17 +52,21 @@ if TYPE_CHECKING:
     ImageToImage = StableDiffusionImg2ImgPipeline | StableDiffusionXLImg2ImgPipeline
     Inpaint = StableDiffusionInpaintPipeline | StableDiffusionXLInpaintPipeline
 
-# The class of diffusers' pipeline -> ours.
-_TAKEN_OVER_AS: Mapping[str, type[Pipeline]] = {
-    "StableDiffusionPipeline": TextToImagePipeline,
-    "StableDiffusionXLPipeline": TextToImagePipeline,
-    "LatentConsistencyModelPipeline": TextToImagePipeline,
-    "StableDiffusionImg2ImgPipeline": ImageToImagePipeline,
-    "StableDiffusionXLImg2ImgPipeline": ImageToImagePipeline,
-    "StableDiffusionInpaintPipeline": InpaintPipeline,
-    "StableDiffusionXLInpaintPipeline": InpaintPipeline,
-    "StableDiffusionInstructPix2PixPipeline": InstructPix2PixPipeline,
-    "StableDiffusionUpscalePipeline": UpscalePipeline,
+_PIPELINES: Mapping[str, type[Pipeline]] = {
+    kind.__name__: kind
+    for kind in (
+        TextToImagePipeline,
+        ImageToImagePipeline,
+        InpaintPipeline,
+        InstructPix2PixPipeline,
+        UpscalePipeline,
+    )
+}
+# The class of a diffusers pipeline -> ours for the same task.
+_FROM_DIFFUSERS = {
+    name: _PIPELINES[known.readers[0]]
+    for name, known in load_save.PIPELINE_CLASSES.items()
+    if name not in load_save.PIXEL_CLASSES
 }
 
 
@@ -98,9 +101,9 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
         CheckpointMismatchError: a module holds other weights than its configuration says, such as those of adapters.
     """
     name = type(pipe).__name__
-    ours = _TAKEN_OVER_AS.get(name)
+    ours = _FROM_DIFFUSERS.get(name)
     if ours is None:
-        raise InputError(f"a {name} cannot be taken over; possible are {', '.join(_TAKEN_OVER_AS)}")
+        raise InputError(f"a {name} cannot be taken over; possible are {', '.join(_FROM_DIFFUSERS)}")
     memory = MemoryPolicy() if memory is None else memory
     parts = pipe.components
     device = _one_device(parts)
@@ -130,7 +133,7 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
         device=device,
         load_encoder=lambda: encoder,
         force_zeros_for_empty_prompt=sdxl and bool(pipe.config["force_zeros_for_empty_prompt"]),
-        default_guidance_scale=loading.usual_guidance_scale(name),
+        default_guidance_scale=load_save.default_guidance_scale_of(name),
         **extra,
     )
 
@@ -163,7 +166,7 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
         raise InputError(
             f'to_diffusers needs diffusers ({error}); install it with pip install "latentgen[train]"'
         ) from error
-    refuse_attached(pipeline)
+    pipeline.refuse_attached_loras()
     with torch.device("meta"):
         unet: Any = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config.to_json())
         vae: Any = diffusers.AutoencoderKL.from_config(decoder.config.to_json())
@@ -199,7 +202,7 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
     }
     absent = {name: None for tower in TOKENIZERS.items() for name in tower if name not in parts}
     if pipeline.diffusers_class != "StableDiffusionXLPipeline":
-        absent["requires_aesthetics_score"] = pipeline.is_told_a_score
+        absent["requires_aesthetics_score"] = pipeline.uses_aesthetic_score
     zeros = pipeline.force_zeros_for_empty_prompt
     return kinds[pipeline.diffusers_class](
         **parts, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False
@@ -239,7 +242,7 @@ def _text_encoder(parts: Mapping[str, Any], layer: ContextLayer) -> TextEncoder:
 
 
 def _one_device(parts: Mapping[str, Any]) -> torch.device:
-    modules = {name: parts[name] for name in loading.USED if isinstance(parts.get(name), nn.Module)}
+    modules = {name: parts[name] for name in load_save.USED if isinstance(parts.get(name), nn.Module)}
     devices = {name: next(module.parameters()).device for name, module in modules.items()}
     if len(set(devices.values())) != 1 or torch.device("meta") in devices.values():
         found = ", ".join(f"{name} on {device}" for name, device in devices.items())

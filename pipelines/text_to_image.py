@@ -11,21 +11,16 @@ from torch import Tensor
 from latentgen.errors import InputError
 from latentgen.pipelines.arguments import (
     OutputType,
+    check_fraction,
     check_latents,
-    check_output_type,
-    check_share,
     check_size,
-    check_size_conditioning,
 )
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.conditioning import SizeConditioning
-from latentgen.pipelines.denoising import PipelineStep, completed, denoise
-from latentgen.pipelines.guiding import GuidanceOptions
-from latentgen.pipelines.loading import PIXEL_CLASS, READS
-from latentgen.pipelines.prompting import Prompts
-from latentgen.pipelines.request import Sampling
-from latentgen.pipelines.run import Beginning, ImageNoise, Run
-from latentgen.pipelines.saving import redrawing_entries
+from latentgen.pipelines.call import ImageNoise, InitialLatents, Sampling
+from latentgen.pipelines.conditioning import Prompts, SizeConditioning
+from latentgen.pipelines.guidance_options import GuidanceOptions
+from latentgen.pipelines.load_save import PIXEL_CLASS, classes_read_by
+from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 
@@ -37,12 +32,12 @@ class TextToImagePipeline(Pipeline):
     The stages, and how they are loaded, are those of :class:`Pipeline`; of the VAE only the decoder is.
     """
 
-    reads: ClassVar[tuple[str, ...]] = READS["TextToImagePipeline"]
+    supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("TextToImagePipeline")
 
     @property
     def diffusers_class(self) -> str:
         """The class of diffusers' pipeline over the same stages; on pixels one of our own."""
-        if self._is_on_pixels:
+        if self.is_pixel_space:
             return PIXEL_CLASS
         if not self.is_sdxl:
             distilled = self.unet.config.time_cond_proj_dim is not None
@@ -56,11 +51,6 @@ class TextToImagePipeline(Pipeline):
     @property
     def _image_channels(self) -> int:
         return 0
-
-    def _index(self) -> dict[str, object]:
-        if self.diffusers_class != "StableDiffusionXLImg2ImgPipeline":
-            return super()._index()
-        return super()._index() | redrawing_entries(len(self.text_encoder.towers), self.is_told_a_score)
 
     def stream(
         self,
@@ -149,27 +139,24 @@ class TextToImagePipeline(Pipeline):
         shape = self._latent_shape(len(request), height, width, latents)
         given = None if latents is None else check_latents(latents, shape)
 
-        def begin(noise: ImageNoise) -> Beginning:
+        def prepare_latents(noise: ImageNoise) -> InitialLatents:
             start = noise.draw(shape[1:]) if given is None else given.to(self.device)
-            return Beginning(sampling.initial(start) if sampling.steps.start == 0 else start)
+            return InitialLatents(sampling.initial(start) if sampling.steps.start == 0 else start)
 
         factor = self.decoder.config.spatial_factor
-        return denoise(
-            self,
-            Run(
-                request,
-                sampling,
-                self._guided(request, guidance, sampling),
-                shape,
-                begin,
-                size=(shape[2] * factor, shape[3] * factor),
-                output_type=check_output_type(output_type),
-                progress=progress,
-                size_conditioning=check_size_conditioning(size_conditioning),
-            ),
+        return self._denoise(
+            request,
+            sampling,
+            shape,
+            prepare_latents,
+            guidance=guidance,
+            size=(shape[2] * factor, shape[3] * factor),
+            output_type=output_type,
+            progress=progress,
+            size_conditioning=size_conditioning,
         )
 
-    __call__ = completed(stream)
+    __call__ = run_to_end(stream)
 
     def _latent_shape(
         self, count: int, height: int | None, width: int | None, latents: Tensor | None
@@ -188,8 +175,8 @@ def part_of_run(
 ) -> Sampling:
     """The part of a run that lies between two shares of the schedule."""
     scheduler, levels, _ = sampling
-    start = scheduler.steps_before(levels, check_share("denoising_start", denoising_start))
-    stop = scheduler.steps_before(levels, check_share("denoising_end", denoising_end))
+    start = scheduler.steps_before(levels, check_fraction("denoising_start", denoising_start))
+    stop = scheduler.steps_before(levels, check_fraction("denoising_end", denoising_end))
     if start >= stop:
         raise InputError(
             f"between denoising_start={denoising_start} and denoising_end={denoising_end} lies none of the "

@@ -22,23 +22,23 @@ from latentgen.memory import SMALLEST_TILE
 from latentgen.models.pixels import PixelConfig, PixelDecoder
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
-from latentgen.pipelines import loading
-from latentgen.pipelines.arguments import MAX_SIDE, OutputType, check_integer, check_output_type
+from latentgen.pipelines import load_save
+from latentgen.pipelines.arguments import MAX_SIDE, OutputType, check_integer
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.denoising import PipelineStep, completed, denoise
-from latentgen.pipelines.guiding import GuidanceOptions
+from latentgen.pipelines.call import ImageNoise, InitialLatents
+from latentgen.pipelines.conditioning import Prompts
+from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images, for_each, padded
-from latentgen.pipelines.prompting import Prompts
-from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
-USUAL_NOISE_LEVEL = 20
+DEFAULT_NOISE_LEVEL = 20
 MAX_NOISE_LEVEL = 350
 MAX_ENLARGEMENT = 16
 # In model_index.json; diffusers passes over keys that begin so.
 _ENLARGEMENT_KEY = "_enlargement"
 # Side of the tiles of larger images, in pixels of the input.
-USUAL_TILE = 256
+DEFAULT_TILE = 256
 
 
 def low_res_ratio(unet: UNetConfig, vae: VAEConfig | PixelConfig) -> int:
@@ -80,7 +80,7 @@ class UpscalePipeline(Pipeline):
         ConfigError: the stages do not fit together, or a value is out of bounds.
     """
 
-    reads: ClassVar[tuple[str, ...]] = loading.READS["UpscalePipeline"]
+    supported_classes: ClassVar[tuple[str, ...]] = load_save.classes_read_by("UpscalePipeline")
 
     low_res_scheduler: Scheduler = field(default_factory=Scheduler)
     max_noise_level: int = MAX_NOISE_LEVEL
@@ -134,7 +134,7 @@ class UpscalePipeline(Pipeline):
     @property
     def diffusers_class(self) -> str:
         """The class of diffusers' pipeline over the same stages; on pixels one of our own."""
-        return loading.PIXEL_UPSCALE_CLASS if self._is_on_pixels else "StableDiffusionUpscalePipeline"
+        return load_save.PIXEL_UPSCALE_CLASS if self.is_pixel_space else "StableDiffusionUpscalePipeline"
 
     @property
     def schedulers(self) -> dict[str, Scheduler]:
@@ -155,7 +155,7 @@ class UpscalePipeline(Pipeline):
 
     def _index(self) -> dict[str, object]:
         level: dict[str, object] = {"max_noise_level": self.max_noise_level}
-        if self._is_on_pixels:
+        if self.is_pixel_space:
             return level | {_ENLARGEMENT_KEY: self.enlargement}
         # Unlike the other pipelines of diffusers this one does not know requires_safety_checker.
         index = {key: value for key, value in super()._index().items() if key != "requires_safety_checker"}
@@ -166,7 +166,7 @@ class UpscalePipeline(Pipeline):
         prompt: Prompts = "",
         *,
         image: ImagesInput,
-        noise_level: int = USUAL_NOISE_LEVEL,
+        noise_level: int = DEFAULT_NOISE_LEVEL,
         negative_prompt: Prompts | None = None,
         prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
         num_inference_steps: int = DEFAULT_STEPS,
@@ -178,7 +178,7 @@ class UpscalePipeline(Pipeline):
         seed: int | Sequence[int] | None = None,
         scheduler: AnyScheduler | None = None,
         clip_skip: int = 0,
-        tile: int | None = USUAL_TILE,
+        tile: int | None = DEFAULT_TILE,
         match_input: bool = False,
         output_type: OutputType = "pil",
         progress: bool = True,
@@ -222,32 +222,29 @@ class UpscalePipeline(Pipeline):
         height, width = (side * self.enlargement // self._ratio for side in images.shape[2:])
         shape = (len(request), self.decoder.config.latent_channels, height, width)
 
-        def begin(noise: ImageNoise) -> Beginning:
+        def prepare_latents(noise: ImageNoise) -> InitialLatents:
             level = self.low_res_scheduler.schedule.level(noise_level)
             shown = for_each(images, len(request)).to(self.device)
             # Drawn before the latents, which is the order of diffusers.
             noised = level.alpha * shown + level.sigma * noise.draw(shown.shape[1:])
             label = torch.tensor([noise_level], device=self.device)
             channels = as_channels(noised, self._ratio, self.enlargement)
-            return Beginning(sampling.initial(noise.draw(shape[1:])), channels, label)
+            return InitialLatents(sampling.initial(noise.draw(shape[1:])), channels, label)
 
-        return denoise(
-            self,
-            Run(
-                request,
-                sampling,
-                self._guided(request, guidance, sampling),
-                shape,
-                begin,
-                size=size,
-                output_type=check_output_type(output_type),
-                progress=progress,
-                composite=partial(back_projected, small=to_unit(unpadded)) if match_input else None,
-                tile=tile,
-            ),
+        return self._denoise(
+            request,
+            sampling,
+            shape,
+            prepare_latents,
+            guidance=guidance,
+            size=size,
+            output_type=output_type,
+            progress=progress,
+            composite=partial(back_projected, small=to_unit(unpadded)) if match_input else None,
+            tile=tile,
         )
 
-    __call__ = completed(stream)
+    __call__ = run_to_end(stream)
 
 
 def back_projected(images: Tensor, small: Tensor) -> Tensor:

@@ -14,7 +14,12 @@ from latentgen import __version__
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, TOKENIZERS
 from latentgen.files import atomic_write, read_json
 from latentgen.pipelines.base import Pipeline
-from latentgen.pipelines.loading import GUIDANCE_KEY, PIXEL_CLASSES, READS, usual_guidance_scale
+from latentgen.pipelines.load_save import (
+    GUIDANCE_KEY,
+    PIPELINE_CLASSES,
+    PIXEL_CLASSES,
+    default_guidance_scale_of,
+)
 from latentgen.train.config import FinetuneTask, LoRAMethod, TextualInversionMethod, TrainConfig
 from latentgen.train.methods.lora import DIFFUSERS_FILE
 from latentgen.train.methods.textual_inversion import EMBEDDING_FILE, SDXL_KEYS
@@ -31,7 +36,7 @@ _IMAGES: Mapping[str, Mapping[str, str]] = {
     "ImageToImagePipeline": {"image": "image.png"},
     "InpaintPipeline": {"image": "image.png", "mask_image": "mask.png"},
     "InstructPix2PixPipeline": {"image": "image.png"},
-    "PairedImagePipeline": {"image": "image.png"},
+    "ConcatImagePipeline": {"image": "image.png"},
     "UpscalePipeline": {"image": "small.png"},
 }
 # Pipelines whose models in latents run in diffusers, too.
@@ -182,7 +187,7 @@ def _usage(folder: Path, config: TrainConfig, base: Pipeline | None) -> _Usage:
     code, diffusers_code = _pipeline_code(
         config,
         (type(base).__name__, name),
-        guidance_scale=None if scale == usual_guidance_scale(name) else scale,
+        guidance_scale=None if scale == default_guidance_scale_of(name) else scale,
         attach=attach,
         scheduler=scheduler,
     )
@@ -196,11 +201,11 @@ def _model_usage(folder: Path, config: TrainConfig) -> _Usage:
     if name == "AutoencoderKL":
         return _Usage("An autoencoder", ("autoencoder",), _AUTOENCODER_CODE, _AUTOENCODER_DIFFUSERS_CODE)
     if config.task.kind == "paired":
-        pipeline = "PairedImagePipeline"
+        pipeline = "ConcatImagePipeline"
     elif "Img2Img" in name:
         pipeline = "ImageToImagePipeline"
     else:
-        pipeline = next(ours for ours, classes in READS.items() if name in classes)
+        pipeline = PIPELINE_CLASSES[name].readers[0]
     code, diffusers_code = _pipeline_code(config, (pipeline, name), guidance_scale=index.get(GUIDANCE_KEY))
     hub_task = _hub_task(pipeline)
     what = "An upscaler" if pipeline == "UpscalePipeline" else f"A model for {hub_task.replace('-', ' ')}"

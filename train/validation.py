@@ -21,10 +21,10 @@ from latentgen.errors import ConfigError
 from latentgen.files import atomic_folder
 from latentgen.image import save_image
 from latentgen.pipelines.base import Pipeline
-from latentgen.pipelines.denoising import PipelineStep
+from latentgen.pipelines.concat import ConcatImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
-from latentgen.pipelines.paired import PairedImagePipeline
+from latentgen.pipelines.sampling_loop import PipelineStep
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
 from latentgen.recipe import Recipe
@@ -260,7 +260,7 @@ def _example_stream(pipeline: Pipeline, validation: Validation, example: Example
         stream = partial(pipeline.stream, image=example.input, noise_level=0)
     elif isinstance(pipeline, InpaintPipeline) and example.mask is not None:
         stream = partial(pipeline.stream, image=example.input, mask_image=example.mask)
-    elif isinstance(pipeline, InstructPix2PixPipeline | PairedImagePipeline):
+    elif isinstance(pipeline, InstructPix2PixPipeline | ConcatImagePipeline):
         stream = partial(pipeline.stream, image=example.input)
     else:
         raise ConfigError("validation.images: this task does not take an image as input; remove it")

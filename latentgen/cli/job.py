@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from latentgen.pipelines.base import Pipeline
     from latentgen.pipelines.cascade import CascadePipeline, StageResult, StageSettings
-    from latentgen.pipelines.output import Output
+    from latentgen.pipelines.sampling_loop import Output
 
 Value = TypeVar("Value", int, float, str)
 

@@ -135,7 +135,7 @@ def test_weights_are_those_of_the_folder(
 def test_image_is_that_of_diffusers_from_the_same_file(tiny_checkpoint: Path, single: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    from latentgen.pipelines.loading import load_scheduler
+    from latentgen.pipelines.load_save import load_scheduler
     from latentgen.pipelines.text_to_image import TextToImagePipeline
 
     file = SingleFile.open(single, config=tiny_checkpoint)

@@ -66,7 +66,7 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]):
 
 
 def test_help_of_text2img_names_every_option_and_its_default(capsys: pytest.CaptureFixture[str]):
-    from latentgen.pipelines.loading import USUAL_GUIDANCE_SCALE
+    from latentgen.pipelines.load_save import DEFAULT_GUIDANCE_SCALE
     from latentgen.pipelines.text_to_image import DEFAULT_STEPS
 
     assert cli.main(["text2img", "--help"]) == 0
@@ -74,12 +74,12 @@ def test_help_of_text2img_names_every_option_and_its_default(capsys: pytest.Capt
     assert not [option for option in OPTIONS if option not in text]
     assert re.search(rf"--steps N [^\[]*\[default: {DEFAULT_STEPS}\]", text)
     assert re.search(
-        rf"--guidance SCALE [^\[]*\[default: the model's own, mostly {USUAL_GUIDANCE_SCALE}\]", text
+        rf"--guidance SCALE [^\[]*\[default: the model's own, mostly {DEFAULT_GUIDANCE_SCALE}\]", text
     )
 
 
 def test_choices_are_those_of_the_library():
-    from latentgen.pipelines.devices import DTypeName
+    from latentgen.pipelines.arguments import DTypeName
 
     assert get_args(DType) == get_args(DTypeName)
 

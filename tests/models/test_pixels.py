@@ -7,7 +7,7 @@ import torch
 
 from latentgen.memory import MemoryPolicy
 from latentgen.models.pixels import PixelDecoder, PixelEncoder
-from latentgen.pipelines.autoencoding import decode_images, encode_images
+from latentgen.pipelines.vae_ops import decode_images, encode_images
 
 CPU = torch.device("cpu")
 

@@ -13,10 +13,10 @@ from latentgen import from_diffusers, to_diffusers
 from latentgen.checkpoints.single_file import SingleFile
 from latentgen.memory import MemoryPolicy
 from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.concat import ConcatImagePipeline
 from latentgen.pipelines.image_to_image import ImageToImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
-from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
 from tests.pipelines.families import KINDS, STEPS, arguments, build, composited, save
@@ -27,7 +27,7 @@ PIPELINES: tuple[Any, ...] = (
     ImageToImagePipeline,
     InpaintPipeline,
     InstructPix2PixPipeline,
-    PairedImagePipeline,
+    ConcatImagePipeline,
     UpscalePipeline,
 )
 STAGES = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -47,7 +47,7 @@ class Family(NamedTuple):
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     pipe = build(request.param)
     folder, file = save(pipe, tmp_path_factory.mktemp("family"))
-    ours = next(ours for ours in PIPELINES if type(pipe).__name__ in ours.reads)
+    ours = next(ours for ours in PIPELINES if type(pipe).__name__ in ours.supported_classes)
     return Family(pipe, folder, file, draw_theirs(pipe), ours)
 
 
@@ -120,5 +120,7 @@ def test_taken_over_and_handed_on_the_weights_are_shared(family: Family) -> None
 
 
 def test_every_pipeline_is_covered() -> None:
-    covered = {ours for name in KINDS for ours in PIPELINES if type(build(name)).__name__ in ours.reads}
+    covered = {
+        ours for name in KINDS for ours in PIPELINES if type(build(name)).__name__ in ours.supported_classes
+    }
     assert covered == set(PIPELINES) == set(Pipeline.__subclasses__())

@@ -15,7 +15,7 @@ from latentgen import cli, to_diffusers
 from latentgen.checkpoints.conversion import convert
 from latentgen.diffusion.schedule import FlowSchedule
 from latentgen.errors import ConfigError
-from latentgen.pipelines.guiding import GuidanceOptions
+from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from tests.conftest import build_pipeline
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from latentgen import ImageToImagePipeline, TextToImagePipeline, UpscalePipeline, from_diffusers, to_diffusers
 from latentgen.errors import ConfigError, InputError
-from latentgen.pipelines.autoencoding import decode_images, encode_images
 from latentgen.pipelines.images import as_images
+from latentgen.pipelines.vae_ops import decode_images, encode_images
 from tests.pipelines.families import build, save
 from tests.pipelines.sdxl import build_base, build_refiner
 

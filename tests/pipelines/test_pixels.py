@@ -23,13 +23,13 @@ from latentgen.memory import MemoryPolicy
 from latentgen.models.pixels import PixelDecoder, PixelEncoder
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.pipelines import loading
+from latentgen.pipelines import load_save
 from latentgen.pipelines.cascade import _SEED_STRIDE, CascadePipeline, CascadeStage, StageSettings
+from latentgen.pipelines.concat import ConcatImagePipeline
 from latentgen.pipelines.image_to_image import ImageToImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.interop import to_diffusers
-from latentgen.pipelines.paired import PairedImagePipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
 
@@ -240,11 +240,11 @@ def test_an_autoencoder_has_no_place_in_it(folder: Path, tiny_checkpoint: Path) 
 
 
 def test_stages_are_loaded_alone(folder: Path) -> None:
-    placement = loading.Placement(torch.float16, torch.device("cpu"))
+    placement = load_save.LoadOptions(torch.float16, torch.device("cpu"))
     checkpoint = CheckpointFolder.open(folder)
     images = torch.rand(2, 3, 6, 6)
-    posterior = loading.load_encoder(checkpoint, placement)(images)
-    assert torch.equal(loading.load_decoder(checkpoint, placement)(posterior.mean), images)
+    posterior = load_save.load_encoder(checkpoint, placement)(images)
+    assert torch.equal(load_save.load_decoder(checkpoint, placement)(posterior.mean), images)
 
 
 def test_the_command_draws_and_inspects(
@@ -355,15 +355,15 @@ def test_paired_images_in_pixels_are_saved(pixels: TextToImagePipeline, tmp_path
     torch.manual_seed(0)
     config = UNetConfig.from_json({**pixels.unet.config.to_json(), "in_channels": 6})
     stages = (UNet(config).eval(), PixelDecoder(), pixels.text_encoder, pixels.scheduler)
-    paired = PairedImagePipeline(*stages, load_encoder=PixelEncoder)
+    paired = ConcatImagePipeline(*stages, load_encoder=PixelEncoder)
     paired.save_pretrained(tmp_path / "model")
-    again = PairedImagePipeline.from_pretrained(tmp_path / "model", dtype="float32", device="cpu")
+    again = ConcatImagePipeline.from_pretrained(tmp_path / "model", dtype="float32", device="cpu")
     image = np.random.default_rng(3).random((9, 13, 3)).astype(np.float32)
     options: dict[str, Any] = {"num_inference_steps": 2, "seed": 7, "output_type": "np", "progress": False}
     first, second = (kind("a cat", image=image, **options).images for kind in (paired, again))
     assert np.abs(first - second).max() < 1e-5
     assert np.abs(first - paired("a cat", image=1 - image, **options).images).max() > 0.01
-    with pytest.raises(ConfigError, match="load it with PairedImagePipeline"):
+    with pytest.raises(ConfigError, match="load it with ConcatImagePipeline"):
         InstructPix2PixPipeline.from_pretrained(tmp_path / "model")
 
 

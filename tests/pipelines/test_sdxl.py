@@ -254,7 +254,7 @@ def test_stages_of_different_families_are_refused(base: TextToImagePipeline, tin
 
 
 def test_a_flag_that_is_none_is_refused(base_folder: Path) -> None:
-    from latentgen.pipelines.loading import forces_zeros
+    from latentgen.pipelines.load_save import forces_zeros
 
     folder = CheckpointFolder.open(base_folder)
     wrong = CheckpointFolder(folder.path, {**folder.model_index, "force_zeros_for_empty_prompt": "yes"})

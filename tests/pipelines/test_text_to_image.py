@@ -23,7 +23,7 @@ from latentgen.errors import (
     NumericalError,
 )
 from latentgen.memory import MemoryPolicy
-from latentgen.pipelines import loading
+from latentgen.pipelines import load_save
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ class TestMemory:
         def fail(*_: object) -> None:
             raise MemoryError
 
-        monkeypatch.setattr(loading, "load_decoder", fail)
+        monkeypatch.setattr(load_save, "load_decoder", fail)
         with pytest.raises(MemoryBudgetError, match=r"loading .* at least 0\.00 GB; use dtype=\"bfloat16\""):
             TextToImagePipeline.from_pretrained(tiny_checkpoint)
 

@@ -119,7 +119,7 @@ def test_the_images_equal_those_of_the_trained_model(text_to_image_recipe: MakeR
 def test_image_conditioned_models_transform_validation_images(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ):
-    from latentgen.pipelines.paired import PairedImagePipeline
+    from latentgen.pipelines.concat import ConcatImagePipeline
     from latentgen.pipelines.upscale import UpscalePipeline
 
     recipe: MakeRecipe = request.getfixturevalue(name)
@@ -154,7 +154,7 @@ def test_image_conditioned_models_transform_validation_images(
         expected = upscale(caption, image=small, noise_level=0, **options).images[0]
     else:
         assert len({*np.asarray(shown)[8, 8].tolist()}) == 1, "gray"
-        paired = PairedImagePipeline.from_pretrained(model, dtype="float32", device="cpu")
+        paired = ConcatImagePipeline.from_pretrained(model, dtype="float32", device="cpu")
         expected = paired(caption, image=shown, **options).images[0]
     assert np.abs(np.asarray(expected, np.int16) - made).max() <= 1
 

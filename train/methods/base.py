@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from latentgen.checkpoints.weights import save_weights
 from latentgen.models.text import CLIPText
 from latentgen.pipelines.base import Pipeline
-from latentgen.pipelines.saving import named_towers
+from latentgen.pipelines.load_save import named_towers
 
 AnyPipeline = TypeVar("AnyPipeline", bound=Pipeline)
 

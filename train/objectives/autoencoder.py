@@ -16,7 +16,7 @@ from latentgen.checkpoints.weights import load_weights, save_weights
 from latentgen.errors import ConfigError
 from latentgen.files import write_json
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
-from latentgen.pipelines.saving import WEIGHTS_STEM
+from latentgen.pipelines.load_save import WEIGHTS_STEM
 from latentgen.train.config import AutoencoderTask
 from latentgen.train.data import (
     BatchIndices,

@@ -11,7 +11,7 @@ from latentgen.models.pixels import RGB, ImageDecoder, ImageEncoder, PixelConfig
 from latentgen.models.text import CLIPText
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
-from latentgen.pipelines.loading import load_decoder, load_encoder, load_text_encoder
+from latentgen.pipelines.load_save import load_decoder, load_encoder, load_text_encoder
 from latentgen.train.data import CaptionedDataset, check_sides
 from latentgen.train.objectives.lent import IDLE
 

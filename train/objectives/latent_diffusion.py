@@ -26,7 +26,7 @@ from latentgen.models.pixels import ImageDecoder, ImageEncoder
 from latentgen.models.text import Conditioning, TextEncoder
 from latentgen.models.unet import UNet
 from latentgen.pipelines.base import Pipeline
-from latentgen.pipelines.loading import usual_guidance_scale
+from latentgen.pipelines.load_save import default_guidance_scale_of
 from latentgen.train.config import DiffusionTask, LatentLoss
 from latentgen.train.data import BatchIndices, BucketSampler, CaptionedDataset, Sample, sample_rng
 from latentgen.train.host_memory import page_out
@@ -294,7 +294,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
     def _guidance_scale(self, diffusers_class: str) -> float:
         """What the finished model is guided with where a call names no scale."""
         scale = self.task.guidance_scale
-        return usual_guidance_scale(diffusers_class) if scale is None else scale
+        return default_guidance_scale_of(diffusers_class) if scale is None else scale
 
 
 def enable_checkpointing(model: PreTrainedModel, how: Checkpointing) -> None:

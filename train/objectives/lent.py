@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from latentgen.pipelines.loading import Placement
+from latentgen.pipelines.load_save import LoadOptions
 from latentgen.train.host_memory import page_out
 
 # How networks are loaded that seldom work: in float32 on the CPU, mapped from the file where that holds float32.
-IDLE = Placement(torch.float32, torch.device("cpu"), as_in_file=True)
+IDLE = LoadOptions(torch.float32, torch.device("cpu"), as_in_file=True)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.image_to_image import ImageToImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
-from latentgen.pipelines.loading import load_decoder, load_encoder
+from latentgen.pipelines.load_save import load_decoder, load_encoder
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import FinetuneTask, LoRAMethod, TextualInversionMethod
 from latentgen.train.data import CaptionedDataset, check_sides
@@ -87,7 +87,7 @@ def load_origin(source: Path | None, task: FinetuneTask) -> Pipeline:
         decoder=load_decoder(checkpoint, idle),
         load_encoder=cache(partial(load_encoder, checkpoint, idle)),
     )
-    if pipeline.is_told_a_score:
+    if pipeline.uses_aesthetic_score:
         raise ConfigError(
             f"init_from {quote(checkpoint.path)} is SDXL's refiner, which is told an aesthetic score that no "
             "training set here states; fine-tune the base model"

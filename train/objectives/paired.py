@@ -13,7 +13,7 @@ from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.pipelines.paired import PairedImagePipeline
+from latentgen.pipelines.concat import ConcatImagePipeline
 from latentgen.train.config import PairedTask
 from latentgen.train.data import BatchIndices, CaptionedDataset, Sample
 from latentgen.train.objectives.base import Check, unchecked
@@ -27,7 +27,7 @@ from latentgen.train.objectives.view_source import ViewSource
 class PairedObjective(LatentObjective[PairedTask]):
     """A UNet that is shown the degraded image; the text encoder is a finished one, and stays as it is.
 
-    What it is shown is the mean of the degraded image's latents without the scaling factor, as PairedImagePipeline
+    What it is shown is the mean of the degraded image's latents without the scaling factor, as ConcatImagePipeline
     shows it. Each cached view is degraded once.
 
     Args:
@@ -94,9 +94,9 @@ class PairedObjective(LatentObjective[PairedTask]):
         """As LatentObjective.batch, and the degraded images in latents without the scaling factor [B, C, h, w]."""
         return *super().batch(plan), self._views.shown(plan).float() / self._scaling_factor
 
-    def _pipeline(self) -> PairedImagePipeline:
+    def _pipeline(self) -> ConcatImagePipeline:
         encoder, decoder = self._vae
-        return PairedImagePipeline(
+        return ConcatImagePipeline(
             self.unet,
             decoder,
             self._text,

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentgen.errors import CheckpointMismatchError, ConfigError
-from latentgen.pipelines.paired import PairedImagePipeline
+from latentgen.pipelines.concat import ConcatImagePipeline
 from latentgen.train.config import Degradation, TrainConfig
 from latentgen.train.data import open_data, sample_rng, to_tensor
 from latentgen.train.objectives.build import build_objective
@@ -151,7 +151,7 @@ def test_the_saved_folder_draws_the_same_in_diffusers(paired_recipe: MakeRecipe,
         generator=[torch.Generator().manual_seed(4)],
         output_type="np",
     ).images
-    pipeline = PairedImagePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    pipeline = ConcatImagePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
     assert pipeline.default_guidance_scale == 2.0
     ours = pipeline(
         "red disc", image=picture, num_inference_steps=3, seed=4, output_type="np", progress=False
@@ -185,7 +185,7 @@ def test_half_precision_halves_the_file(paired_recipe: MakeRecipe, tmp_path: Pat
         ),
         (
             "task.unet.class_embed_type=timestep",
-            "PairedImagePipeline does not fit this UNet, which wants class labels",
+            "ConcatImagePipeline does not fit this UNet, which wants class labels",
         ),
         ("task.scheduler.beta_start=-1", "beta_start"),
     ],

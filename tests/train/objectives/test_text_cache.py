@@ -10,7 +10,7 @@ import torch
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import ConfigError, InputError
 from latentgen.models.text import CLIPText, CLIPTextPair, Conditioning, TextEncoder
-from latentgen.pipelines.loading import Placement, load_text_encoder
+from latentgen.pipelines.load_save import LoadOptions, load_text_encoder
 from latentgen.train.objectives.text_cache import TextCache
 from tests.pipelines.sdxl import build_base
 
@@ -29,7 +29,7 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["SD", "SDXL"])
 def text(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> TextEncoder:
     folder = tiny_checkpoint if request.param == "SD" else request.getfixturevalue("sdxl_folder")
-    encoder = load_text_encoder(CheckpointFolder.open(folder), Placement(torch.float32, CPU))
+    encoder = load_text_encoder(CheckpointFolder.open(folder), LoadOptions(torch.float32, CPU))
     assert isinstance(encoder, CLIPText if request.param == "SD" else CLIPTextPair)
     return encoder
 
@@ -106,7 +106,7 @@ def test_captions_that_cannot_be_encoded(text: TextEncoder):
 
 
 def test_workers_cannot_use_an_accelerator(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
-    text = load_text_encoder(CheckpointFolder.open(tiny_checkpoint), Placement(torch.float32, CPU))
+    text = load_text_encoder(CheckpointFolder.open(tiny_checkpoint), LoadOptions(torch.float32, CPU))
     cache = TextCache(text, device=CPU)
     cache.add(["red dog"])
     monkeypatch.setattr(cache, "_device", torch.device("cuda"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentgen import PairedImagePipeline, TextToImagePipeline, from_diffusers, to_diffusers
+from latentgen import ConcatImagePipeline, TextToImagePipeline, from_diffusers, to_diffusers
 from latentgen.errors import ConfigError, InputError
 from tests.conftest import build_pipeline
 
@@ -41,13 +41,13 @@ def theirs() -> Any:
 
 
 @pytest.fixture(scope="module")
-def ours(theirs: Any) -> PairedImagePipeline:
-    return PairedImagePipeline.from_pipeline(from_diffusers(theirs))
+def ours(theirs: Any) -> ConcatImagePipeline:
+    return ConcatImagePipeline.from_pipeline(from_diffusers(theirs))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_the_image_is_that_of_diffusers(
-    theirs: Any, ours: PairedImagePipeline, guidance_scale: float
+    theirs: Any, ours: ConcatImagePipeline, guidance_scale: float
 ) -> None:
     expected = [
         theirs(
@@ -67,7 +67,7 @@ def test_the_image_is_that_of_diffusers(
     assert np.abs(images - np.stack(expected)).max() <= 1e-4
 
 
-def test_guidance_takes_two_rows_and_none_one(ours: PairedImagePipeline) -> None:
+def test_guidance_takes_two_rows_and_none_one(ours: ConcatImagePipeline) -> None:
     rows: list[int] = []
     hook = ours.unet.conv_out.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     try:
@@ -78,7 +78,7 @@ def test_guidance_takes_two_rows_and_none_one(ours: PairedImagePipeline) -> None
     assert rows == [2, 1]
 
 
-def test_every_image_has_its_own_prompt_noise_and_picture(ours: PairedImagePipeline) -> None:
+def test_every_image_has_its_own_prompt_noise_and_picture(ours: ConcatImagePipeline) -> None:
     seeds = [1, 2, 3, 4]
     given: dict[str, Any] = {"scheduler": "euler_ancestral"}
     together = draw(ours, PROMPTS, image=PICTURES, num_images_per_prompt=2, seed=seeds, **given)
@@ -88,27 +88,27 @@ def test_every_image_has_its_own_prompt_noise_and_picture(ours: PairedImagePipel
     assert min(np.abs(together[i] - together[j]).max() for i in range(4) for j in range(i)) > 1e-2
 
 
-def test_without_a_prompt_the_picture_alone_counts(ours: PairedImagePipeline) -> None:
+def test_without_a_prompt_the_picture_alone_counts(ours: ConcatImagePipeline) -> None:
     first, second = draw(ours, image=PICTURES, seed=[1, 1])
     assert np.abs(first - second).max() > 1e-3
     assert np.abs(draw(ours, image=PICTURES[0], seed=1, guidance_scale=1)[0] - first).max() <= 1e-4
 
 
-def test_any_size_comes_back_with_previews(ours: PairedImagePipeline) -> None:
+def test_any_size_comes_back_with_previews(ours: ConcatImagePipeline) -> None:
     steps = list(ours.stream(image=picture(0, 21, 13), num_inference_steps=2, progress=False))
     assert [step.images()[0].size for step in steps] == [(21, 13), (21, 13)]  # type: ignore[union-attr]
 
 
-def test_folders_and_live_pipelines_go_to_diffusers(ours: PairedImagePipeline, tmp_path: Path) -> None:
+def test_folders_and_live_pipelines_go_to_diffusers(ours: ConcatImagePipeline, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path)
-    again = PairedImagePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    again = ConcatImagePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
     assert np.array_equal(draw(again, image=PICTURES[0]), draw(ours, image=PICTURES[0]))
     assert type(to_diffusers(ours)) is diffusers.StableDiffusionInstructPix2PixPipeline
     diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path, safety_checker=None)
 
 
-def test_what_does_not_fit_is_refused(ours: PairedImagePipeline, pipeline: TextToImagePipeline) -> None:
-    with pytest.raises(ConfigError, match="PairedImagePipeline needs a UNet from 8 channels"):
-        PairedImagePipeline.from_pipeline(pipeline)
+def test_what_does_not_fit_is_refused(ours: ConcatImagePipeline, pipeline: TextToImagePipeline) -> None:
+    with pytest.raises(ConfigError, match="ConcatImagePipeline needs a UNet from 8 channels"):
+        ConcatImagePipeline.from_pipeline(pipeline)
     with pytest.raises(InputError, match="image must be a path"):
         ours.stream(image=3)  # type: ignore[arg-type]

@@ -6,20 +6,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from latentgen.pipelines.arguments import OutputType, check_output_type
-from latentgen.pipelines.autoencoding import encode_for_each
+from latentgen.pipelines.arguments import OutputType
 from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.denoising import PipelineStep, completed, denoise
-from latentgen.pipelines.guiding import GuidanceOptions
-from latentgen.pipelines.images import ImagesInput, as_images, padded
-from latentgen.pipelines.loading import PIXEL_PAIRED_CLASS, READS
-from latentgen.pipelines.prompting import Prompts
-from latentgen.pipelines.run import Beginning, ImageNoise, Run
+from latentgen.pipelines.call import ImageNoise, InitialLatents
+from latentgen.pipelines.conditioning import Prompts
+from latentgen.pipelines.guidance_options import GuidanceOptions
+from latentgen.pipelines.images import ImagesInput, as_images
+from latentgen.pipelines.load_save import PIXEL_CONCAT_CLASS, classes_read_by
+from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
+from latentgen.pipelines.vae_ops import encode_for_each
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 
 @dataclass(frozen=True, eq=False)
-class PairedImagePipeline(Pipeline):
+class ConcatImagePipeline(Pipeline):
     """Images out of others that were paired with them in training: colour out of grey, a whole out of a part.
 
     The UNet takes twice the channels of the latents. Its second half is the image: the mean of its latents without the
@@ -28,7 +28,7 @@ class PairedImagePipeline(Pipeline):
     and how they are loaded, are those of :class:`Pipeline`.
     """
 
-    reads: ClassVar[tuple[str, ...]] = READS["PairedImagePipeline"]
+    supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("ConcatImagePipeline")
 
     @property
     def diffusers_class(self) -> str:
@@ -36,7 +36,7 @@ class PairedImagePipeline(Pipeline):
 
         On pixels it is one of our own.
         """
-        return PIXEL_PAIRED_CLASS if self._is_on_pixels else "StableDiffusionInstructPix2PixPipeline"
+        return PIXEL_CONCAT_CLASS if self.is_pixel_space else "StableDiffusionInstructPix2PixPipeline"
 
     @property
     def _image_channels(self) -> int:
@@ -85,27 +85,24 @@ class PairedImagePipeline(Pipeline):
             clip_skip=clip_skip,
             images=len(images),
         )
-        config, size = self.decoder.config, (images.shape[2], images.shape[3])
-        images = padded(images, config.spatial_factor)
-        height, width = (side // config.spatial_factor for side in images.shape[2:])
-        shape = (len(request), config.latent_channels, height, width)
+        size = (images.shape[2], images.shape[3])
+        images, shape = self._padded_to_latents(images, len(request))
 
-        def begin(noise: ImageNoise) -> Beginning:
+        def prepare_latents(noise: ImageNoise) -> InitialLatents:
             mean = encode_for_each(self.encoder(), images, self.device, len(request)).mean
-            return Beginning(sampling.initial(noise.draw(shape[1:])), mean / config.scaling_factor)
+            return InitialLatents(
+                sampling.initial(noise.draw(shape[1:])), mean / self.decoder.config.scaling_factor
+            )
 
-        return denoise(
-            self,
-            Run(
-                request,
-                sampling,
-                self._guided(request, guidance, sampling),
-                shape,
-                begin,
-                size=size,
-                output_type=check_output_type(output_type),
-                progress=progress,
-            ),
+        return self._denoise(
+            request,
+            sampling,
+            shape,
+            prepare_latents,
+            guidance=guidance,
+            size=size,
+            output_type=output_type,
+            progress=progress,
         )
 
-    __call__ = completed(stream)
+    __call__ = run_to_end(stream)

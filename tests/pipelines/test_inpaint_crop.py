@@ -6,7 +6,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from latentgen.pipelines.canvas import Box, Canvas, blurred, marked_box
+from latentgen.pipelines.inpaint_crop import Box, Canvas, blurred, mask_bbox
 
 
 def masked(height: int, width: int, box: Box) -> torch.Tensor:
@@ -24,7 +24,7 @@ def test_the_box_is_that_of_diffusers(seed: int, shown: tuple[int, int]) -> None
     marked = Box(top, left, rng.integers(1, height - top + 1), rng.integers(1, width - left + 1))
     padding = int(rng.integers(0, 30))
     mask = masked(height, width, marked)[0, 0]
-    ours = marked_box(mask, padding, shown[1] / shown[0])
+    ours = mask_bbox(mask, padding, shown[1] / shown[0])
     picture = Image.fromarray((mask * 255).numpy().astype(np.uint8))
     x1, y1, x2, y2 = VaeImageProcessor.get_crop_region(picture, shown[1], shown[0], pad=padding)
     # It cuts off fractions of a pixel, which are rounded here.
@@ -53,7 +53,7 @@ def test_what_is_shown_goes_back_to_where_it_came_from() -> None:
     ramp = torch.linspace(0, 1, 90).expand(1, 3, 70, 90).contiguous()
     mask = masked(70, 90, Box(20, 40, 10, 15))
     canvas = Canvas.spanned(ramp, mask, size=(64, 96), padding=4, blur=0)
-    shown = canvas.shown_images()
+    shown = canvas.model_inputs()
     assert shown.shape == (1, 3, 64, 96)
     back = canvas.composite(shown / 2 + 0.5)
     assert (back - ramp).abs().max() < 2e-3
@@ -65,8 +65,8 @@ def test_what_is_shown_goes_back_to_where_it_came_from() -> None:
 def test_several_answers_of_an_image_stand_together() -> None:
     images, masks = torch.rand(2, 3, 8, 8), masked(8, 8, Box(0, 0, 4, 4)).expand(2, 1, 8, 8)
     canvas = Canvas.spanned(images, masks, size=None, padding=None, blur=0)
-    assert torch.equal(canvas.shown_images(), images * 2 - 1)
-    assert torch.equal(canvas.shown_masks(), masks)
+    assert torch.equal(canvas.model_inputs(), images * 2 - 1)
+    assert torch.equal(canvas.model_masks(), masks)
     answers = torch.rand(4, 3, 8, 8)
     results = canvas.composite(answers)
     for index, result in enumerate(results):
@@ -77,4 +77,4 @@ def test_several_answers_of_an_image_stand_together() -> None:
 def test_thin_marks_survive_shrinking() -> None:
     mask = masked(64, 64, Box(0, 31, 64, 1))
     canvas = Canvas.spanned(torch.rand(1, 3, 64, 64), mask, size=(8, 8), padding=None, blur=0)
-    assert canvas.shown_masks()[0, 0].any(dim=0).sum() == 1
+    assert canvas.model_masks()[0, 0].any(dim=0).sum() == 1

@@ -67,10 +67,10 @@ class Canvas:
         if padding is None:
             boxes = (whole,) * len(originals)
         else:
-            boxes = tuple(marked_box(mask[0], padding, shown[1] / shown[0]) for mask in masks)
+            boxes = tuple(mask_bbox(mask[0], padding, shown[1] / shown[0]) for mask in masks)
         return cls(originals, masks, blurred(masks, blur), boxes, shown, resizes=size is not None)
 
-    def shown_images(self) -> Tensor:
+    def model_inputs(self) -> Tensor:
         """What the model is shown, float32 [B, 3, h, w] in -1..1."""
         parts = [
             self._filled(_resized(box.of(image), self._fit(box)))
@@ -78,7 +78,7 @@ class Canvas:
         ]
         return torch.cat(parts) * 2 - 1
 
-    def shown_masks(self) -> Tensor:
+    def model_masks(self) -> Tensor:
         """The masks of what is shown, float32 [B, 1, h, w]: 1 where any of the pixels that meet there is marked."""
         parts = [
             self._filled((F.interpolate(box.of(mask), self._fit(box), mode="area") > 0).float())
@@ -117,7 +117,7 @@ class Canvas:
         return F.pad(part, missing, mode="replicate")
 
 
-def marked_box(mask: Tensor, padding: int, ratio: float) -> Box:
+def mask_bbox(mask: Tensor, padding: int, ratio: float) -> Box:
     """What a mask [H, W] marks and so many pixels around it, grown inside the image towards width / height `ratio`."""
     sides = []
     for marked in (mask.any(dim=1), mask.any(dim=0)):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentgen.errors import NumericalError
 from latentgen.memory import MemoryPolicy, decode, on_device
 from latentgen.models.pixels import ImageDecoder, ImageEncoder
 from latentgen.models.vae import Gaussian, VAEDecoder, VAEEncoder
-from latentgen.pipelines.devices import dtype_of
 from latentgen.pipelines.images import for_each
 
 Stage = TypeVar("Stage", VAEDecoder, VAEEncoder)
@@ -84,3 +83,8 @@ def _in_float32(stage: Stage) -> Stage:
     copy.load_state_dict({name: tensor.float() for name, tensor in stage.state_dict().items()}, assign=True)
     copy.attention_backend = stage.attention_backend
     return copy.eval()
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's weights; float32 if it has none."""
+    return next((parameter.dtype for parameter in module.parameters()), torch.float32)

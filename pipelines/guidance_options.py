@@ -16,7 +16,7 @@ from latentgen.diffusion.guidance import (
 )
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import InputError
-from latentgen.pipelines.conditioning import Row
+from latentgen.pipelines.conditioning import PromptInput
 
 WHOLE = (0.0, 1.0)
 # Far beyond any use; it keeps the arithmetic finite.
@@ -75,7 +75,7 @@ class GuidanceOptions:
             InputError: CFG++ with a scale above 1, or with a solver that does not allow it.
         """
         if self.plus_plus:
-            return _plus_plus(guidance_scale, scheduler)
+            return _cfg_plus_plus(guidance_scale, scheduler)
         guidance: Guidance = ClassifierFree(guidance_scale)
         if not is_guided(guidance_scale):
             return guidance
@@ -89,7 +89,7 @@ class GuidanceOptions:
         return guidance
 
 
-def _plus_plus(guidance_scale: float, scheduler: Scheduler) -> CFGPlusPlus:
+def _cfg_plus_plus(guidance_scale: float, scheduler: Scheduler) -> CFGPlusPlus:
     if not 0 <= guidance_scale <= 1:
         raise InputError(
             f"guidance_scale={guidance_scale:g} must be from 0 to 1 for plus_plus; 0.6 does what 7.5 does without"
@@ -101,7 +101,7 @@ def _plus_plus(guidance_scale: float, scheduler: Scheduler) -> CFGPlusPlus:
     return CFGPlusPlus(guidance_scale)
 
 
-class Guided(NamedTuple):
+class GuidanceCall(NamedTuple):
     """A guidance, and the texts of its rows.
 
     Attributes:
@@ -110,7 +110,7 @@ class Guided(NamedTuple):
     """
 
     guidance: Guidance
-    negatives: tuple[Row, ...]
+    negatives: tuple[PromptInput, ...]
 
 
 def _is_number(value: object, highest: float) -> bool:

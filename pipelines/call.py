@@ -1,0 +1,187 @@
+"""A checked call: the images it asks for, its steps, its first latents and the noise of each image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from latentgen.diffusion.schedule import NoiseLevel
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import InputError
+from latentgen.memory import MemoryPolicy
+from latentgen.models.pixels import ImageDecoder
+from latentgen.models.text import TextEncoder
+from latentgen.models.unet import UNet
+from latentgen.pipelines.arguments import OutputType, check_fraction
+from latentgen.pipelines.conditioning import PromptInput, SizeConditioning
+from latentgen.pipelines.guidance_options import GuidanceCall
+
+if TYPE_CHECKING:
+    from latentgen.pipelines.inpaint import MaskBlend
+
+
+@dataclass(frozen=True)
+class Request:
+    """The images that are to be made, one entry for each.
+
+    Attributes:
+        prompts: what they show.
+        negatives: what guidance leads away from.
+        clip_skip: how many more layers of the text encoder the prompts go without.
+        seeds: of their noise.
+        guidance_scale: of classifier-free guidance.
+    """
+
+    prompts: tuple[PromptInput, ...]
+    negatives: tuple[PromptInput, ...]
+    clip_skip: int
+    seeds: tuple[int, ...]
+    guidance_scale: float
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+class Sampling(NamedTuple):
+    """How a run is sampled.
+
+    Attributes:
+        scheduler: what takes the steps.
+        levels: the noise levels of the whole run, and that at which it ends.
+        steps: the part of the steps over `levels` that is taken.
+    """
+
+    scheduler: Scheduler
+    levels: tuple[NoiseLevel, ...]
+    steps: range
+
+    @property
+    def total(self) -> int:
+        """How many steps the whole run has."""
+        return len(self.levels) - 1
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """The latents that begin a whole run, from standard normal noise of the same shape."""
+        return self.scheduler.initial(noise, self.levels)
+
+    @property
+    def is_from_noise(self) -> bool:
+        """Whether the run begins at its first level, where it knows of nothing but noise."""
+        return self.steps.start == 0
+
+    def noised(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """Clean latents at the level where these steps begin; the noise is standard normal, of the same shape."""
+        level = self.levels[self.steps.start]
+        return level.alpha * x0 + level.sigma * noise
+
+    def with_strength(self, strength: float) -> Sampling:
+        """The last steps of the whole run, `strength` of them rounded down as in diffusers; none at strength 0.
+
+        Raises:
+            InputError: not a number from 0 to 1, or one above 0 that leaves no step.
+        """
+        count = int(self.total * check_fraction("strength", strength))
+        if count == 0 and strength > 0:
+            raise InputError(
+                f"strength={strength} leaves none of the {self.total} steps; use {math.ceil(1000 / self.total) / 1000} "
+                "or more, or more steps"
+            )
+        return self._replace(steps=range(self.total - count, self.total))
+
+
+class Stages(Protocol):
+    """The stages of a pipeline, and where they run."""
+
+    @property
+    def unet(self) -> UNet: ...
+
+    @property
+    def decoder(self) -> ImageDecoder: ...
+
+    @property
+    def text_encoder(self) -> TextEncoder: ...
+
+    @property
+    def memory(self) -> MemoryPolicy: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class ImageNoise:
+    """Standard normal noise of which every image owns its part.
+
+    PromptInput i comes from a CPU generator seeded with seeds[i] alone, so an image depends neither on its neighbours
+    nor on the device. It is what diffusers draws from a list of CPU generators.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._device = device
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        """The next draw of each image, `shape` [C, h, w]: float32 [B, C, h, w] on the device."""
+        # A copy from pinned memory does not wait for the device.
+        noise = torch.empty((len(self._generators), *shape), pin_memory=self._device.type == "cuda")
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.normal_(generator=generator)
+        return noise.to(self._device, non_blocking=True)
+
+
+class InitialLatents(NamedTuple):
+    """What the loop begins with.
+
+    Attributes:
+        latents: float32 [B, C, h, w], standing at the first noise level.
+        channels: what is concatenated to the latents at each step, [B, K, h, w], or where the rows of a guidance differ
+            [rows * B, K, h, w].
+        class_labels: what the UNet is told besides the timestep, [1].
+        mask_blend: the part of an image that is blended in at every step.
+    """
+
+    latents: Tensor
+    channels: Tensor | None = None
+    class_labels: Tensor | None = None
+    mask_blend: MaskBlend | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineCall:
+    """One call, checked.
+
+    Attributes:
+        request: the images that are to be made.
+        sampling: the steps.
+        guidance: how the outputs for one image are combined, and the prompts they are for.
+        shape: of the latents, [B, C, h, w].
+        prepare_latents: makes what the loop begins with; draws its noise from what each image owns.
+        size: height and width in pixels of the images, which are cropped to it.
+        output_type: what becomes of the latents.
+        progress: whether to show a progress bar.
+        size_conditioning: what SDXL is told.
+        composite: what becomes of the images [B, 3, H, W] in 0..1, where they are no result by themselves.
+        tile: side, in latents, of the overlapping tiles in which larger latents are denoised and decoded; each step
+            blends what they give (arXiv:2302.08113), so that neighbours agree. None takes all latents whole.
+    """
+
+    request: Request
+    sampling: Sampling
+    guidance: GuidanceCall
+    shape: tuple[int, int, int, int]
+    prepare_latents: Callable[[ImageNoise], InitialLatents]
+    size: tuple[int, int]
+    output_type: OutputType
+    progress: bool
+    size_conditioning: SizeConditioning = field(default_factory=SizeConditioning)
+    composite: Callable[[Tensor], Tensor] | None = None
+    tile: int | None = None
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the latents are larger than a tile."""
+        return self.tile is not None and max(self.shape[2:]) > self.tile

@@ -1,0 +1,381 @@
+"""Stages from a checkpoint, and stages into a folder in the diffusers layout."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from latentgen.checkpoints.folder import (
+    LAYOUT_VERSION,
+    SCHEDULERS,
+    TOKENIZERS,
+    Checkpoint,
+    save_weights,
+    write_json,
+)
+from latentgen.diffusion.schedule import FlowSchedule
+from latentgen.diffusion.scheduler import Scheduler
+from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
+from latentgen.files import quote
+from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
+from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder, PixelEncoder
+from latentgen.models.text import CLIPText, CLIPTextConfig, TextEncoder, join_towers
+from latentgen.models.unet import UNet
+from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.pipelines.arguments import check_guidance_scale
+
+# Diffusers has no pipelines from CLIP's text to pixels: under these classes it refuses the folder, and misreads none.
+PIXEL_CLASS = "LatentgenPixelPipeline"
+PIXEL_CONCAT_CLASS = "LatentgenPixelPairedPipeline"
+PIXEL_UPSCALE_CLASS = "LatentgenPixelUpscalePipeline"
+PIXEL_CLASSES = (PIXEL_CLASS, PIXEL_CONCAT_CLASS, PIXEL_UPSCALE_CLASS)
+# The guidance scale of most diffusers pipelines, where a call names none.
+DEFAULT_GUIDANCE_SCALE = 7.5
+
+
+class PipelineClass(NamedTuple):
+    """What the `_class_name` of a `model_index.json` says.
+
+    Attributes:
+        readers: the pipelines here that read such a checkpoint; the first does the same task.
+        guidance_scale: the one diffusers uses where a call names none.
+        fixes_scheduler: diffusers corrects settings of old folders that the model was not trained with; see
+            load_scheduler.
+    """
+
+    readers: tuple[str, ...]
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    fixes_scheduler: bool = False
+
+
+# Pipelines whose UNet takes only the noisy latents read each other's checkpoints.
+_FROM_TEXT = ("TextToImagePipeline", "ImageToImagePipeline", "InpaintPipeline")
+_FROM_IMAGE = ("ImageToImagePipeline", "TextToImagePipeline", "InpaintPipeline")
+PIPELINE_CLASSES: Mapping[str, PipelineClass] = {
+    "StableDiffusionPipeline": PipelineClass(_FROM_TEXT, fixes_scheduler=True),
+    "StableDiffusionXLPipeline": PipelineClass(_FROM_TEXT, 5.0),
+    "StableDiffusionImg2ImgPipeline": PipelineClass(_FROM_IMAGE, fixes_scheduler=True),
+    # Also the class of a folder with the SDXL refiner.
+    "StableDiffusionXLImg2ImgPipeline": PipelineClass(_FROM_IMAGE, 5.0),
+    "LatentConsistencyModelPipeline": PipelineClass(_FROM_TEXT, 8.5),
+    PIXEL_CLASS: PipelineClass(_FROM_TEXT),
+    "StableDiffusionInpaintPipeline": PipelineClass(("InpaintPipeline",), fixes_scheduler=True),
+    "StableDiffusionXLInpaintPipeline": PipelineClass(("InpaintPipeline",)),
+    "StableDiffusionInstructPix2PixPipeline": PipelineClass(
+        ("InstructPix2PixPipeline", "ConcatImagePipeline")
+    ),
+    PIXEL_CONCAT_CLASS: PipelineClass(("ConcatImagePipeline",)),
+    "StableDiffusionUpscalePipeline": PipelineClass(("UpscalePipeline",), 9.0),
+    PIXEL_UPSCALE_CLASS: PipelineClass(("UpscalePipeline",), 9.0),
+}
+# A checkpoint's own, in model_index.json; diffusers passes over keys that begin so.
+GUIDANCE_KEY = "_guidance_scale"
+# Components that the pipelines here read, and those that they do without.
+USED = ("unet", "vae", *SCHEDULERS, *TOKENIZERS, *TOKENIZERS.values())
+_IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+
+
+class LoadOptions(NamedTuple):
+    """How stages are loaded: in which dtype, onto which device, which variant of the files, whether to work faster.
+
+    `pack` lets convolutions on a CPU keep a second copy of their weights; see MemoryPolicy. `as_in_file` leaves kernels
+    in the layout of the file, mapped from it where the dtype allows: for networks that work seldom.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    variant: str | None = None
+    pack: bool = False
+    as_in_file: bool = False
+
+
+@contextmanager
+def gc_disabled() -> Iterator[None]:
+    """Keep Python's garbage collector from searching for what loading makes, nearly all of which lives on.
+
+    It would go through every object of all imported libraries as well, which takes longer than loading.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def classes_read_by(pipeline: str) -> tuple[str, ...]:
+    """The classes of checkpoints that a pipeline here reads."""
+    return tuple(name for name, known in PIPELINE_CLASSES.items() if pipeline in known.readers)
+
+
+def check_class(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
+    """Compare what `model_index.json` says the checkpoint is with the classes of diffusers that a pipeline reads.
+
+    Raises:
+        ConfigError: another class of pipeline, or components that this one knows nothing of.
+    """
+    index = f"{quote(checkpoint.path)}, model_index.json"
+    found = checkpoint.model_index.get("_class_name")
+    if found not in classes:
+        known = PIPELINE_CLASSES.get(str(found))
+        fix = f"load it with {known.readers[0]}" if known else f"this pipeline reads {', '.join(classes)}"
+        raise ConfigError(f"{index}: _class_name is {quote(found)}; {fix}")
+    if unknown := [name for name in checkpoint.components if name not in USED + _IGNORED]:
+        raise ConfigError(f"{index}: {quote(unknown[0])} is no component of {found} that is known here")
+
+
+def forces_zeros(checkpoint: Checkpoint) -> bool:
+    """Whether a model was trained with zeros in the place of an empty prompt, as SDXL's are by default."""
+    flag = checkpoint.model_index.get("force_zeros_for_empty_prompt", _is_sdxl(checkpoint))
+    if not isinstance(flag, bool):
+        raise ConfigError(
+            f"{quote(checkpoint.path)}: force_zeros_for_empty_prompt in model_index.json is {quote(flag)}; it must be "
+            "true or false"
+        )
+    return flag and _is_sdxl(checkpoint)
+
+
+def guidance_scale(checkpoint: Checkpoint) -> float:
+    """The guidance scale that a checkpoint asks for, or that of its family.
+
+    Raises:
+        ConfigError: it asks for what is no guidance scale.
+    """
+    usual = default_guidance_scale_of(str(checkpoint.model_index.get("_class_name")))
+    value: Any = checkpoint.model_index.get(GUIDANCE_KEY, usual)
+    try:
+        return check_guidance_scale(value)
+    except InputError as error:
+        raise ConfigError(f"{quote(checkpoint.path)}, {GUIDANCE_KEY} in model_index.json: {error}") from None
+
+
+def default_guidance_scale_of(diffusers_class: str) -> float:
+    """What a pipeline of diffusers guides with where a call names no scale."""
+    known = PIPELINE_CLASSES.get(diffusers_class)
+    return known.guidance_scale if known else DEFAULT_GUIDANCE_SCALE
+
+
+def _is_sdxl(checkpoint: Checkpoint) -> bool:
+    name = checkpoint.model_index.get("_class_name")
+    return name in PIPELINE_CLASSES and "XL" in str(name)
+
+
+def load_unet(checkpoint: Checkpoint, options: LoadOptions) -> UNet:
+    """The UNet of a checkpoint."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_json(checkpoint.config("unet")))
+    _load(unet, checkpoint, "unet", options)
+    return unet
+
+
+def load_decoder(checkpoint: Checkpoint, options: LoadOptions) -> ImageDecoder:
+    """The decoder of a checkpoint's VAE, the encoder's part passed over; that of pixels where there is no VAE."""
+    if _works_on_pixels(checkpoint):
+        return PixelDecoder()
+    with torch.device("meta"):
+        decoder = VAEDecoder(VAEConfig.from_json(checkpoint.config("vae")))
+    _load(decoder, checkpoint, "vae", options, prefixes=DECODER_KEYS, ignored_prefixes=ENCODER_KEYS)
+    return decoder
+
+
+def load_encoder(checkpoint: Checkpoint, options: LoadOptions) -> ImageEncoder:
+    """The encoder of a checkpoint's VAE, the decoder's part passed over; that of pixels where there is no VAE."""
+    if _works_on_pixels(checkpoint):
+        return PixelEncoder()
+    with torch.device("meta"):
+        encoder = VAEEncoder(VAEConfig.from_json(checkpoint.config("vae")))
+    _load(encoder, checkpoint, "vae", options, prefixes=ENCODER_KEYS, ignored_prefixes=DECODER_KEYS)
+    return encoder
+
+
+def _works_on_pixels(checkpoint: Checkpoint) -> bool:
+    name = checkpoint.model_index.get("_class_name")
+    if name not in PIXEL_CLASSES:
+        return False
+    if "vae" in checkpoint.components:
+        raise ConfigError(
+            f"{quote(checkpoint.path)}, model_index.json: a {name} works on pixels and has no vae; remove the "
+            "entry, or correct _class_name"
+        )
+    return True
+
+
+def load_text_encoder(checkpoint: Checkpoint, options: LoadOptions) -> TextEncoder:
+    """The text encoder of a checkpoint, or SDXL's pair, with the tokenizers."""
+    names = [name for name in TOKENIZERS if name in checkpoint.components]
+    if not names:
+        there = ", ".join(checkpoint.components)
+        raise CheckpointNotFoundError(
+            f"{quote(checkpoint.path)} has no text_encoder; its components are: {there}"
+        )
+    return join_towers([_load_tower(checkpoint, name, options) for name in names])
+
+
+def _load_tower(checkpoint: Checkpoint, component: str, options: LoadOptions) -> CLIPText:
+    tower = CLIPText.from_weights(
+        CLIPTextConfig.from_json(checkpoint.config(component)),
+        checkpoint.tokenizer(TOKENIZERS[component]),
+        checkpoint.weights(component, options.variant),
+        layer="penultimate" if _is_sdxl(checkpoint) else "last",
+        dtype=options.dtype,
+        device=options.device,
+    )
+    tower.model.requires_grad_(False)
+    return tower
+
+
+def load_scheduler(checkpoint: Checkpoint) -> Scheduler:
+    """The scheduler of a checkpoint.
+
+    Old folders of Stable Diffusion carry a steps_offset of 0 and clip_sample, which the model was not trained with;
+    diffusers' StableDiffusionPipeline reads them as 1 and false, and so they are read here.
+    """
+    scheduler = Scheduler.from_config(checkpoint.config("scheduler"))
+    known = PIPELINE_CLASSES.get(str(checkpoint.model_index.get("_class_name")))
+    if known is None or not known.fixes_scheduler or isinstance(scheduler.schedule, FlowSchedule):
+        return scheduler
+    return replace(scheduler, steps_offset=1, clipping=replace(scheduler.clipping, clip_sample=False))
+
+
+def weight_bytes(checkpoint: Checkpoint, options: LoadOptions) -> int:
+    """A lower bound of the memory that the stages take: the weights of UNet and text encoders."""
+    names = ("unet", *(name for name in TOKENIZERS if name in checkpoint.components))
+    tensors = (checkpoint.weights(name, options.variant).tensors() for name in names)
+    count = sum(math.prod(info.shape) for infos in tensors for info in infos.values())
+    return count * options.dtype.itemsize
+
+
+def _load(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    component: str,
+    options: LoadOptions,
+    *,
+    prefixes: tuple[str, ...] = ("",),
+    ignored_prefixes: tuple[str, ...] = (),
+) -> None:
+    checkpoint.weights(component, options.variant).load_into(
+        module,
+        prefixes=prefixes,
+        ignored_prefixes=ignored_prefixes,
+        dtype=options.dtype,
+        device=options.device,
+        memory_format=_kernel_layout(options),
+    )
+    module.eval().requires_grad_(False)
+    if options.pack and can_pack(options.dtype):
+        pack_convolutions(module)
+
+
+def _kernel_layout(options: LoadOptions) -> torch.memory_format:
+    """How the kernels of convolutions lie in memory.
+
+    If they do not lie as the images do, kernels rearrange them at every call. Packed ones are not rearranged, and those
+    of float16 on a CPU take no longer for it: both stay mapped from the file.
+    """
+    stays_mapped = options.pack and (can_pack(options.dtype) or options.dtype == torch.float16)
+    return torch.preserve_format if stays_mapped or options.as_in_file else torch.channels_last
+
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+_NONE = [None, None]
+# What diffusers' pipelines of SD and of SDXL can have besides the stages, and have not here.
+SD_INDEX: Mapping[str, object] = {
+    "feature_extractor": _NONE,
+    "safety_checker": _NONE,
+    "requires_safety_checker": False,
+}
+SDXL_INDEX: Mapping[str, object] = {"feature_extractor": _NONE, "image_encoder": _NONE}
+
+
+def img2img_index(towers: int, uses_aesthetic_score: bool) -> dict[str, object]:
+    """What `model_index.json` says besides of a pipeline of SDXL's that begins with an image.
+
+    Args:
+        towers: how many text encoders it has; the refiner has the second one alone.
+        uses_aesthetic_score: see Pipeline.
+    """
+    entries: dict[str, object] = {"requires_aesthetics_score": uses_aesthetic_score}
+    return entries | {"text_encoder": _NONE, "tokenizer": _NONE} if towers == 1 else entries
+
+
+def class_entries(diffusers_class: str, guidance_scale: float | None) -> dict[str, object]:
+    """What `model_index.json` says of the pipeline's class, and of a guidance scale that is not the usual one."""
+    own = guidance_scale not in (None, default_guidance_scale_of(diffusers_class))
+    entries: dict[str, object] = {"_class_name": diffusers_class, **LAYOUT_VERSION}
+    return entries | {GUIDANCE_KEY: guidance_scale} if own else entries
+
+
+def save_folder(
+    folder: Path,
+    *,
+    unet: UNet,
+    encoder: ImageEncoder,
+    decoder: ImageDecoder,
+    text_encoder: TextEncoder,
+    schedulers: Mapping[str, Scheduler],
+    index: Mapping[str, object],
+    variant: str | None,
+) -> None:
+    """Write a folder that diffusers loads; `model_index.json`, which names the pipeline's class, comes last.
+
+    Of what works on pixels there is no `vae`, and diffusers loads no more than the single components.
+
+    Args:
+        folder: where to write; made if need be.
+        unet: a stage, as are the next three.
+        encoder: of the VAE.
+        decoder: of the VAE.
+        text_encoder: one tower, or SDXL's two.
+        schedulers: component -> scheduler.
+        index: what `model_index.json` holds besides the components: `_class_name` and the like. What works on
+            pixels needs one of the classes for it.
+        variant: part of the names of the weight files.
+
+    Raises:
+        InputError: the pipeline works on pixels, and its class needs a VAE; nothing was written.
+        OutputError: a file could not be written; it keeps its old content, as do those that follow it.
+    """
+    if isinstance(decoder, PixelDecoder) and index["_class_name"] not in PIXEL_CLASSES:
+        raise InputError(
+            f"a {index['_class_name']} that works on pixels cannot be saved: that class needs a VAE; text to "
+            "image, paired images and upscaling, without the conditioning of SDXL, have classes for pixels"
+        )
+    save_weights(unet.state_dict(), folder / "unet", WEIGHTS_STEM, variant=variant)
+    write_json(folder / "unet" / "config.json", unet.config.to_json())
+    components: dict[str, object] = {"unet": ["diffusers", "UNet2DConditionModel"]}
+    if not isinstance(decoder, PixelDecoder):
+        vae = {**encoder.state_dict(), **decoder.state_dict()}
+        save_weights(vae, folder / "vae", WEIGHTS_STEM, variant=variant)
+        write_json(folder / "vae" / "config.json", decoder.config.to_json())
+        components["vae"] = ["diffusers", "AutoencoderKL"]
+    for name, tower in named_towers(unet, text_encoder).items():
+        tower.save(folder / name, folder / TOKENIZERS[name], variant=variant)
+        projected = "WithProjection" if tower.config.projects else ""
+        components[name] = ["transformers", f"CLIPTextModel{projected}"]
+        components[TOKENIZERS[name]] = ["transformers", "CLIPTokenizer"]
+    for name, scheduler in schedulers.items():
+        config = scheduler.to_config()
+        write_json(folder / name / "scheduler_config.json", config)
+        components[name] = ["diffusers", config["_class_name"]]
+    write_json(folder / "model_index.json", {**index, **components})
+
+
+def named_towers(unet: UNet, text_encoder: TextEncoder) -> dict[str, CLIPText]:
+    """The component that each tower is: SDXL's refiner has the second one alone."""
+    names = (
+        list(TOKENIZERS)
+        if len(text_encoder.towers) == 2 or not unet.config.addition_embed_type
+        else list(TOKENIZERS)[1:]
+    )
+    return dict(zip(names, text_encoder.towers, strict=False))

@@ -1,0 +1,367 @@
+"""From noise to images: encode the prompts, denoise step by step, decode. The path that every pipeline takes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
+from typing import NamedTuple, ParamSpec
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from latentgen.diffusion.guidance import guided
+from latentgen.diffusion.prediction import Denoiser
+from latentgen.diffusion.schedule import CLEAN, NoiseLevel
+from latentgen.errors import NumericalError
+from latentgen.image import numpy_to_pil, to_unit, unit_to_numpy
+from latentgen.memory import in_tiles, on_device, oom_hint, weight_bytes
+from latentgen.models.unet import AddedConditioning, UNet, UNetConstants
+from latentgen.models.unet_blocks import repeat_rows
+from latentgen.models.vae import VAEDecoder
+from latentgen.pipelines.arguments import OutputType
+from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall, Stages
+from latentgen.pipelines.conditioning import added_conditioning, encode_segments, time_id_count, time_ids
+from latentgen.pipelines.vae_ops import decode_images, dtype_of
+from latentgen.prompt_syntax import PromptSchedule
+
+P = ParamSpec("P")
+
+
+@torch.inference_mode()
+def denoise(stages: Stages, call: PipelineCall) -> Iterator[PipelineStep]:
+    """Yield every step of a call, at least one; the last one has the result.
+
+    Raises:
+        NumericalError: the latents or the images hold NaN or infinity; names the step.
+        MemoryBudgetError: memory ran out; names the arguments that help.
+    """
+    count, _, height, width = call.shape
+    pixels = min(height, call.tile or height) * min(width, call.tile or width)
+    with oom_hint(
+        f"denoising {count} image(s) of {call.size[1]}x{call.size[0]} pixels",
+        partial(denoising_bytes, stages.unet, branches_at_once(stages, call) * count, pixels),
+        'use fewer images at once, a smaller height and width, MemoryPolicy(attention="chunked", '
+        'sequential_guidance=True, offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
+    ):
+        yield from _steps(stages, call)
+
+
+def _steps(stages: Stages, call: PipelineCall) -> Iterator[PipelineStep]:
+    # Draw the noise and prepare the latents [B, C, h, w] at the first noise level.
+    noise = ImageNoise(call.request.seeds, stages.device)
+    initial = call.prepare_latents(noise)
+    latents = initial.latents.contiguous(memory_format=torch.channels_last)
+    scheduler, levels, steps = call.sampling
+    total, check = len(steps), FiniteCheck()
+    finish = partial(_finish, stages, call, check)
+    if not steps:
+        yield PipelineStep(-1, total, latents, latents, call.request.seeds, finish)
+        return
+
+    # Encode the prompts; then the text encoder may leave the device.
+    segments, counter = encode_prompts(stages, call), StepCounter(steps.start)
+
+    last: PipelineStep | None = None
+    with (
+        on_device(stages.unet, stages.device, offload=stages.memory.offload_idle),
+        tqdm(total=total, desc="denoising", disable=not call.progress) as bar,
+    ):
+        # Build the denoiser: x, level -> x0.
+        denoiser = build_denoiser(stages, call, initial, segments, counter)
+        mask_blend = initial.mask_blend
+        if mask_blend is not None:
+            denoiser = mask_blend.wrap(denoiser, levels[steps.start])
+
+        # Take the solver's steps; nothing here waits for the device.
+        draw = partial(noise.draw, call.shape[1:])
+        for step in scheduler.sample(denoiser, latents, levels, draw, start=steps.start, stop=steps.stop):
+            counter.step = step.index + 1
+            check.watch(step.latents)
+            bar.update()
+            index, latents, x0 = step.index - steps.start, step.latents, step.x0
+            if mask_blend is not None:
+                is_last = index == total - 1
+                latents = mask_blend.blend(latents, CLEAN if is_last else step.level)
+                x0 = mask_blend.blend(x0, CLEAN)
+            current = PipelineStep(index, total, latents, x0, call.request.seeds, finish)
+            if current.is_last:
+                last = current
+            else:
+                yield current
+
+    # The UNet has left the device by now, which frees the memory that decoding needs.
+    if last is not None:
+        yield last
+
+
+@torch.inference_mode()
+def _finish(stages: Stages, call: PipelineCall, check: FiniteCheck, latents: Tensor) -> Images:
+    check.verify(len(call.sampling.steps), dtype_of(stages.unet))
+    if call.output_type == "latent":
+        return latents
+    memory = stages.memory
+    if call.is_tiled and memory.decode_tile is None and isinstance(stages.decoder, VAEDecoder):
+        memory = replace(memory, decode_tile=call.tile)
+    images = decode_images(stages.decoder, latents, stages.device, memory)
+    images = to_unit(images[..., : call.size[0], : call.size[1]])
+    return export(images if call.composite is None else call.composite(images), call.output_type)
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineStep:
+    """One denoising step of a call.
+
+    Attributes:
+        index: number of the step, from 0; -1 for a call without steps.
+        total: number of steps.
+        latents: float32 [B, C, h, w], the latents after this step.
+        x0: float32 [B, C, h, w], the denoiser's estimate of the clean latents.
+        seeds: the seed of each image.
+    """
+
+    index: int
+    total: int
+    latents: Tensor
+    x0: Tensor
+    seeds: tuple[int, ...]
+    _finish: Callable[[Tensor], Images]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether `images` gives the result rather than a preview."""
+        return self.index == self.total - 1
+
+    def images(self) -> Images:
+        """The result at the last step, a preview of it before, as the call's `output_type` has it.
+
+        Raises:
+            NumericalError: the latents or the images hold NaN or infinity; names the step.
+        """
+        return self._finish(self.latents if self.is_last else self.x0)
+
+
+def run_to_end(stream: Callable[P, Iterator[PipelineStep]]) -> Callable[P, Output]:
+    """The call of a pipeline, with the arguments of its stream: runs the stream to its end and returns the result."""
+
+    @wraps(stream)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Output:
+        (last,) = deque(stream(*args, **kwargs), maxlen=1)
+        return Output(last.images(), last.seeds)
+
+    return call
+
+
+class FiniteCheck:
+    """Finds the step at which latents stopped being finite, without a host synchronization in the loop."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def watch(self, latents: Tensor) -> None:
+        """Note the latents of the next step; one reduction on the device."""
+        self._sums.append(latents.sum())
+
+    def verify(self, total: int, dtype: torch.dtype) -> None:
+        """Wait for the steps watched so far.
+
+        Raises:
+            NumericalError: naming the first step, of `total`, that gave NaN or infinity.
+        """
+        if not self._sums:
+            return
+        finite = torch.stack(self._sums).isfinite().tolist()
+        if not all(finite):
+            step = finite.index(False) + 1
+            advice = (
+                "check the weights and guidance_scale"
+                if dtype == torch.float32
+                else 'try dtype="bfloat16" or dtype="float32"'
+            )
+            raise NumericalError(f"the latents hold NaN or infinity from step {step} of {total} on; {advice}")
+
+
+def denoising_bytes(unet: UNet, rows: int, pixels: int) -> int:
+    """A lower bound of the memory of a step: the weights, and four feature maps at the highest resolution.
+
+    Args:
+        rows: what the UNet sees at once, two of each image with guidance.
+        pixels: latent pixels of one image.
+    """
+    maps = 4 * rows * pixels * unet.config.block_out_channels[0]
+    return weight_bytes(unet) + maps * unet.conv_in.weight.element_size()
+
+
+# Rows and columns of latents.
+Place = tuple[slice, slice]
+EVERYWHERE: Place = (slice(None), slice(None))
+
+
+class StepConditioning(NamedTuple):
+    """The UNet's conditioning during some steps of a call.
+
+    Attributes:
+        steps: the steps.
+        context: [branches * B, S, D], the least conditioned branch first.
+        added: SDXL's pooled embeddings and time ids, for the same rows.
+    """
+
+    steps: tuple[range, ...]
+    context: Tensor
+    added: AddedConditioning | None
+
+
+@dataclass
+class StepCounter:
+    """The current step. Where prompts switch, the noise level alone does not say which step a solver evaluates for."""
+
+    step: int
+
+
+def encode_prompts(stages: Stages, call: PipelineCall) -> list[StepConditioning]:
+    """The UNet's conditioning: one entry for all steps, or one for each segment where a prompt switches."""
+    request, negatives = call.request, call.guidance.negatives
+    inputs = negatives, request.prompts
+    module = stages.text_encoder.module
+    # A call with ready-made conditioning does not move the text encoder to the device.
+    needed = any(isinstance(item, PromptSchedule) for branch in inputs for item in branch)
+    with on_device(module, stages.device, offload=stages.memory.offload_idle) if needed else nullcontext():
+        segments = encode_segments(
+            stages.text_encoder,
+            *inputs,
+            clip_skip=request.clip_skip,
+            steps=call.sampling.steps,
+            device=stages.device,
+        )
+    ids = time_ids(
+        call.size_conditioning,
+        time_id_count(stages.unet.config, stages.text_encoder.pooled_width),
+        call.size,
+        negatives=len(negatives),
+        prompts=len(request),
+    )
+    return [
+        StepConditioning(steps, conditioning.context, added_conditioning(conditioning.pooled, ids))
+        for steps, conditioning in segments
+    ]
+
+
+def build_denoiser(
+    stages: Stages,
+    call: PipelineCall,
+    initial: InitialLatents,
+    segments: Sequence[StepConditioning],
+    counter: StepCounter,
+) -> Denoiser:
+    """A denoiser for one call; everything constant over the call is computed once.
+
+    Guidance combines the UNet's outputs for its branches; classifier-free guidance (arXiv:2207.12598, eq. 6) has two:
+
+        guided = negative + guidance_scale * (positive - negative)
+
+    Args:
+        initial: image channels to concatenate to the latents, and class labels.
+        segments: the UNet's conditioning at each step.
+        counter: the current step; the caller advances it.
+    """
+    unet, guidance = stages.unet, call.guidance.guidance
+    dtype = dtype_of(unet)
+    constants = [_constants(unet, call, initial, segment) for segment in segments]
+    segment_of = {
+        step: index for index, segment in enumerate(segments) for steps in segment.steps for step in steps
+    }
+    channels = None if initial.channels is None else initial.channels.to(segments[0].context.device, dtype)
+    batch, at_once = len(call.request), branches_at_once(stages, call)
+
+    @cache
+    def inputs_of(segment: int, first: int, last: int) -> tuple[UNetConstants, Tensor | None]:
+        rows = slice(first * batch, last * batch)
+        image = channels if channels is None or len(channels) == batch else channels[rows]
+        return constants[segment][0].part(rows), image
+
+    def predict_branches(x: Tensor, level: NoiseLevel, branches: range, place: Place) -> tuple[Tensor, ...]:
+        segment = segment_of[counter.step]
+        inputs, image = inputs_of(segment, branches.start, branches.stop)
+        if image is not None:  # x [B, C, h, w] -> [branches * B, C + K, h, w]
+            x = torch.cat([repeat_rows(x, len(image)), image[..., *place]], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return unet.step(x, inputs, constants[segment][1][level.timestep]).float().chunk(len(branches))
+
+    def predict_at(x: Tensor, level: NoiseLevel, count: int, place: Place) -> Sequence[Tensor]:
+        x = (x if place is EVERYWHERE else x[..., *place]).to(dtype)
+        total = guidance.num_branches
+        if count <= at_once:
+            return predict_branches(x, level, range(total - count, total), place)
+        parts = (range(first, min(first + at_once, total)) for first in range(total - count, total, at_once))
+        return [output for part in parts for output in predict_branches(x, level, part, place)]
+
+    def predict(x: Tensor, level: NoiseLevel, count: int) -> Sequence[Tensor]:
+        if call.tile is None or not call.is_tiled:
+            return predict_at(x, level, count, EVERYWHERE)
+        return in_tiles(
+            lambda rows, columns: torch.stack(list(predict_at(x, level, count, (rows, columns)))),
+            (count, *x.shape),
+            tile=call.tile,
+            device=x.device,
+        ).unbind()
+
+    return guided(predict, call.sampling.scheduler.prediction_type, guidance)
+
+
+def _constants(
+    unet: UNet, call: PipelineCall, initial: InitialLatents, segment: StepConditioning
+) -> tuple[UNetConstants, dict[float, int]]:
+    """The UNet's constants during a segment, and timestep -> index of its time embedding in them."""
+    scheduler, levels, _ = call.sampling
+    evaluated = dict.fromkeys(
+        level
+        for steps in segment.steps
+        for level in scheduler.evaluation_levels(levels, start=steps.start, stop=steps.stop)
+    )
+    timesteps = [level.timestep for level in evaluated]
+    constants = unet.constants(
+        segment.context.to(dtype_of(unet)),
+        torch.tensor(timesteps, device=segment.context.device),
+        class_labels=initial.class_labels,
+        added=segment.added,
+        guidance_scale=call.request.guidance_scale if unet.config.time_cond_proj_dim else None,
+    )
+    return constants, {timestep: index for index, timestep in enumerate(timesteps)}
+
+
+def branches_at_once(stages: Stages, call: PipelineCall) -> int:
+    """How many guidance branches of an image the UNet evaluates at once."""
+    return 1 if stages.memory.sequential_guidance else call.guidance.guidance.num_branches
+
+
+Images = list[Image.Image] | np.ndarray | Tensor
+
+
+class Output(NamedTuple):
+    """The result of a call.
+
+    Attributes:
+        images: what `output_type` asked for: "pil" a list of images, "np" float32 [B, H, W, 3] in 0..1, "pt"
+            float32 [B, 3, H, W] in 0..1 on the device, "latent" float32 [B, C, h, w] on the device. Prompts
+            come in their order, the images of one prompt together.
+        seeds: the seed of each image, which alone makes that image again.
+    """
+
+    images: Images
+    seeds: tuple[int, ...]
+
+
+def export(images: Tensor, output_type: OutputType) -> Images:
+    """Turn images [B, 3, H, W] in 0..1 into what `output_type` names."""
+    match output_type:
+        case "pil":
+            return numpy_to_pil(unit_to_numpy(images))
+        case "np":
+            return unit_to_numpy(images)
+        case "pt" | "latent":
+            return images
