@@ -200,12 +200,7 @@ def _model_usage(folder: Path, config: TrainConfig) -> _Usage:
     name = str(index["_class_name"])
     if name == "AutoencoderKL":
         return _Usage("An autoencoder", ("autoencoder",), _AUTOENCODER_CODE, _AUTOENCODER_DIFFUSERS_CODE)
-    if config.task.kind == "paired":
-        pipeline = "ConcatImagePipeline"
-    elif "Img2Img" in name:
-        pipeline = "ImageToImagePipeline"
-    else:
-        pipeline = PIPELINE_CLASSES[name].readers[0]
+    pipeline = "ConcatImagePipeline" if config.task.kind == "paired" else PIPELINE_CLASSES[name].readers[0]
     code, diffusers_code = _pipeline_code(config, (pipeline, name), guidance_scale=index.get(GUIDANCE_KEY))
     hub_task = _hub_task(pipeline)
     what = "An upscaler" if pipeline == "UpscalePipeline" else f"A model for {hub_task.replace('-', ' ')}"
