@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -77,23 +76,15 @@ def write_checkpoints(scratch: Path) -> None:
     import torch
     from transformers import CLIPTokenizer
 
-    from latentgen.checkpoints.conversion import convert
-    from latentgen.checkpoints.headers import TensorInfo
-    from latentgen.checkpoints.precision import write_tensors
+    from latentgen.checkpoints.convert import convert
+    from latentgen.checkpoints.io import write_tensors
     from tests.checkpoints.single_files import original_shapes
 
     shapes = original_shapes("SD 1.x")
     torch.manual_seed(0)
+    tensors = {name: torch.randn(shape).mul_(0.02).half() for name, shape in shapes.items()}
     with open(scratch / FILE, "wb") as file:
-        write_tensors(
-            file,
-            {name: TensorInfo("F16", shape, 2 * math.prod(shape)) for name, shape in shapes.items()},
-            {"format": "pt"},
-            lambda name: (torch.randn(math.prod(shapes[name])).mul_(0.02).half(),),
-            dtype=None,
-            source=scratch / FILE,
-            advance=lambda _: None,
-        )
+        write_tensors(file, tensors, {"format": "pt"})
     convert(scratch / FILE, scratch / FOLDER)
     # As on the Hub, in two files that both libraries read faster than the one which is written today.
     tokenizer = scratch / FOLDER / "tokenizer"

@@ -33,13 +33,13 @@ import torch
 from latentgen.adapters.lora_config import PeftConfig
 from latentgen.adapters.lora_files import read_lora
 from latentgen.adapters.textual_inversion import read_embedding
-from latentgen.checkpoints.conversion import convert_pickle
+from latentgen.checkpoints.convert import convert
 from latentgen.checkpoints.folder import CheckpointFolder
-from latentgen.checkpoints.headers import read_header
 from latentgen.checkpoints.inspection import inspect
-from latentgen.checkpoints.original_layout import original_key_maps
+from latentgen.checkpoints.io import read_header, write_tensors
+from latentgen.checkpoints.key_map import original_key_maps
 from latentgen.checkpoints.single_file import SingleFile
-from latentgen.checkpoints.unpickle import read_pickle, write_state
+from latentgen.checkpoints.unpickle import read_pickle
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import LatentgenError
 from latentgen.models.open_clip_text import load_open_clip
@@ -341,7 +341,7 @@ def fuzz_pickle(folder: Path, rng: random.Random) -> None:
     path = folder / "model.ckpt"
     path.write_bytes(pickle_file(rng))
     output = io.BytesIO()
-    write_state(read_pickle(path), output, None, path)
+    write_tensors(output, read_pickle(path).tensors, {"format": "pt"}, checked_source=path)
     (folder / "model.safetensors").write_bytes(output.getvalue())
     try:
         read_header(folder / "model.safetensors")
@@ -352,7 +352,7 @@ def fuzz_pickle(folder: Path, rng: random.Random) -> None:
 def fuzz_child(folder: Path, rng: random.Random) -> None:
     path = folder / "model.ckpt"
     path.write_bytes(pickle_file(rng))
-    convert_pickle(path, folder / "model.safetensors", overwrite=True)
+    convert(path, folder / "model.safetensors", overwrite=True)
 
 
 def fuzz_config(sound: dict[str, Any], read: Callable[[dict[str, Any]], object]) -> Callable[..., None]:

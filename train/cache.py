@@ -16,9 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from latentgen.checkpoints.headers import TensorInfo, encode_header
-from latentgen.checkpoints.mapped_file import MappedFile
-from latentgen.checkpoints.weights import DTYPE_NAMES
+from latentgen.checkpoints.io import MappedFile, write_tensors
 from latentgen.errors import CheckpointCorruptError, CheckpointError
 from latentgen.files import atomic_write, quote
 
@@ -115,17 +113,9 @@ class TensorCache:
         tensors = {
             f"{key}/{name}": tensor for key, entry in self._pending.items() for name, tensor in entry.items()
         }
-        # Wider items first, so that every tensor is aligned to its item size.
-        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-        infos = {
-            name: TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
-            for name, tensor in tensors.items()
-        }
         file = self.folder / f"{secrets.token_hex(16)}{_SUFFIX}"
         with atomic_write(file) as pack:
-            pack.write(encode_header(infos, {name: _checksum(tensor) for name, tensor in tensors.items()}))
-            for tensor in tensors.values():
-                pack.write(_bytes_of(tensor))
+            write_tensors(pack, tensors, {name: _checksum(tensor) for name, tensor in tensors.items()})
         self._known.add(file.name)
         self._open(file)
         self._pending, self._pending_bytes = {}, 0

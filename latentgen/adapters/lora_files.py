@@ -18,8 +18,8 @@ from torch import Tensor
 
 from latentgen.adapters.lora_config import MAX_ALPHA, PeftConfig
 from latentgen.checkpoints.folder import as_path
-from latentgen.checkpoints.headers import Header, TensorInfo, read_header, refuse_pickle
 from latentgen.checkpoints.identify import likely_architecture
+from latentgen.checkpoints.io import Header, TensorInfo, read_header, refuse_pickle
 from latentgen.checkpoints.weights import check_values, first_five
 from latentgen.errors import AdapterError, CheckpointCorruptError, CheckpointNotFoundError, InputError
 from latentgen.files import parse_json_object, quote, read_json, safe_join

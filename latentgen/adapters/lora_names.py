@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from latentgen.checkpoints.original_layout import unet_key_map
+from latentgen.checkpoints.key_map import unet_key_map
 from latentgen.errors import ConfigError
 from latentgen.models.lora import AdaptedLayer
 from latentgen.models.unet import UNet

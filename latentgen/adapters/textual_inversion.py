@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from latentgen.checkpoints.folder import as_path
-from latentgen.checkpoints.headers import Header, TensorInfo, read_header
 from latentgen.checkpoints.identify import likely_architecture
+from latentgen.checkpoints.io import Header, TensorInfo, read_header
 from latentgen.checkpoints.weights import check_values, first_five
 from latentgen.errors import AdapterError, CheckpointCorruptError
 from latentgen.files import quote

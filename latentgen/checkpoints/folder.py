@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from latentgen.checkpoints.headers import PICKLE_SUFFIXES, refuse_pickle
-from latentgen.checkpoints.headers import read_header as read_header
+from latentgen.checkpoints.io import PICKLE_SUFFIXES, refuse_pickle
+from latentgen.checkpoints.io import read_header as read_header
 from latentgen.checkpoints.weights import Weights as Weights
 from latentgen.checkpoints.weights import load_weights as load_weights
 from latentgen.checkpoints.weights import save_weights as save_weights

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from latentgen.checkpoints.headers import TensorInfo
+from latentgen.checkpoints.io import TensorInfo
 
 Kind = Literal[
     "checkpoint", "unet", "vae", "text encoder", "adapter", "embedding", "controlnet", "other model"

@@ -11,7 +11,6 @@ from latentgen.adapters.lora_files import lora_weights, summarize_lora
 from latentgen.adapters.textual_inversion import read_embedding
 from latentgen.checkpoints.families import FAMILIES
 from latentgen.checkpoints.folder import CheckpointFolder, as_path
-from latentgen.checkpoints.headers import TensorInfo, read_header
 from latentgen.checkpoints.identify import (
     identify,
     likely_architecture,
@@ -19,6 +18,7 @@ from latentgen.checkpoints.identify import (
     stated_target,
     unet_kind,
 )
+from latentgen.checkpoints.io import TensorInfo, read_header
 from latentgen.errors import AdapterError, CheckpointNotFoundError, CheckpointValueError
 from latentgen.files import quote
 

@@ -1,15 +1,93 @@
-"""Key maps: where in a file each tensor of the diffusers layout lies, and in which form."""
+"""The original layout of single files (CompVis, Stability AI) as one table: diffusers' names and their sources.
+
+For a configuration, a key map lists every tensor of the diffusers layout with the key that holds it in the
+original layout. It is a bijection, so the same table reads and writes. The layouts were read off the published
+files; the tests compare the tables with diffusers' converters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from latentgen.errors import CheckpointMismatchError
+from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.files import quote
+from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import VAEConfig
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+OPENCLIP_PREFIX = "cond_stage_model.model."
+EMA_PREFIX = "model_ema."
+
+_WEIGHT = ("weight",)
+_BOTH = ("weight", "bias")
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+}
+_UNET_SHORTCUT = {"conv_shortcut": "skip_connection"}
+_UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_TWO_LAYERS = {"linear_1": "label_emb.0.0", "linear_2": "label_emb.0.2"}
+# Inside a transformer both layouts have the same names.
+_BLOCK_BOTH = ("norm1", "attn1.to_out.0", "norm2", "attn2.to_out.0", "norm3", "ff.net.0.proj", "ff.net.2")
+_BLOCK_WEIGHT = tuple(f"attn{i}.to_{part}" for i in (1, 2) for part in "qkv")
+_VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
+_VAE_SHORTCUT = {"conv_shortcut": "nin_shortcut"}
+_VAE_ENDS = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
+_VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_CLIP_LAYER = (
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.q_proj",
+    "self_attn.out_proj",
+    "layer_norm1",
+    "mlp.fc1",
+    "mlp.fc2",
+    "layer_norm2",
+)
+_OPENCLIP_LAYER = {
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "layer_norm2": "ln_2",
+}
+_OPENCLIP_FUSED = ("q_proj", "k_proj", "v_proj")
+
+# What single files hold beside the weights of their components, and nothing here reads. Everything else that has
+# no place in a key map is an error.
+_UNUSED = re.compile(
+    r"""
+    model_ema\..*                                     # read only where the averages are asked for
+    | (first_stage_model\.)?loss\..*                  # the autoencoder's discriminator
+    | (low_scale_model\.)?                            # buffers of the noise schedule
+      ( betas | lvlb_weights | logvar | scale_factor
+      | (sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)? | sqrt_recip(m1)?_alphas_cumprod
+      | posterior_(variance|log_variance_clipped|mean_coef[12]) )
+    | denoiser\.(sigmas|log_sigmas)
+    | (model\.)?(v_pred|ztsnr) | global_step | epoch
+    | (cond_stage_model|conditioner\.embedders\.\d)\.
+      ( (model\.)?logit_scale | model\.attn_mask
+      | transformer\.((text_model\.)?embeddings\.position_ids|text_projection(\.weight)?|logit_scale) )
+    """,
+    re.VERBOSE,
+)
+
+_Pairs = Iterator[tuple[str, str]]
 
 
 class Origin(NamedTuple):
@@ -83,6 +161,222 @@ def to_original(state: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tenso
             first = first[:, :, None, None]
         result.setdefault(origin.key, first)
     return result
+
+
+def original_key_maps(configs: Mapping[str, Mapping[str, object]]) -> dict[str, KeyMap]:
+    """The key map of each component of a single file, with the prefixes that such files have.
+
+    Args:
+        configs: component ("unet", "vae", "text_encoder", "text_encoder_2") -> its `config.json`. Components of
+            other names have no tensors in a single file and are left out of the result.
+
+    Raises:
+        ConfigError: a configuration is not valid, or the original layout has no place for what it asks for.
+    """
+    maps: dict[str, KeyMap] = {}
+    if "unet" in configs:
+        maps["unet"] = with_prefix(unet_key_map(UNetConfig.from_json(configs["unet"])), UNET_PREFIX)
+    if "vae" in configs:
+        maps["vae"] = with_prefix(vae_key_map(VAEConfig.from_json(configs["vae"])), VAE_PREFIX)
+    first, second = configs.get("text_encoder"), configs.get("text_encoder_2")
+    if first is not None and second is not None:
+        maps["text_encoder"] = with_prefix(clip_key_map(first), "conditioner.embedders.0.transformer.")
+    elif first is not None and first.get("hidden_act", "quick_gelu") == "quick_gelu":
+        maps["text_encoder"] = with_prefix(clip_key_map(first), "cond_stage_model.transformer.")
+    elif first is not None:  # OpenAI's towers alone have quick_gelu
+        maps["text_encoder"] = with_prefix(openclip_key_map(first), OPENCLIP_PREFIX)
+    if second is not None:
+        position = 0 if first is None else 1
+        maps["text_encoder_2"] = with_prefix(
+            openclip_key_map(second), f"conditioner.embedders.{position}.model."
+        )
+    return maps
+
+
+def is_unused(key: str, configs: Mapping[str, Mapping[str, object]]) -> bool:
+    """Whether a key of a single file belongs to no component, and is known to be of no use.
+
+    Args:
+        key: as the file has it.
+        configs: as for :func:`original_key_maps`. SD 2.x reads the last block but one of its tower, so what comes
+            after it is unused.
+    """
+    if _UNUSED.fullmatch(key):
+        return True
+    tower = configs.get("text_encoder", {})
+    after = (
+        f"{OPENCLIP_PREFIX}transformer.resblocks.{tower.get('num_hidden_layers')}.",
+        f"{OPENCLIP_PREFIX}text_projection",
+    )
+    return key.startswith(after)
+
+
+def ema_key_map(key_map: KeyMap) -> KeyMap:
+    """The map of the UNet's moving average beside the UNet itself (its keys have lost their dots)."""
+    return {
+        name: origin._replace(key=EMA_PREFIX + origin.key.removeprefix("model.").replace(".", ""))
+        for name, origin in key_map.items()
+    }
+
+
+def unet_key_map(config: UNetConfig) -> KeyMap:
+    """The UNet, without the prefix of single files."""
+    return {name: Origin(key) for name, key in _unet_pairs(config)}
+
+
+def vae_key_map(config: VAEConfig) -> KeyMap:
+    """The autoencoder, without the prefix of single files."""
+    result = {name: Origin(key) for name, key in _vae_pairs(config)}
+    for side in ("encoder", "decoder") if config.mid_block_add_attention else ():
+        block, original = f"{side}.mid_block.attentions.0.", f"{side}.mid.attn_1."
+        result |= {f"{block}group_norm.{kind}": Origin(f"{original}norm.{kind}") for kind in _BOTH}
+        for name, key in _VAE_ATTENTION.items():
+            result[f"{block}{name}.weight"] = Origin(f"{original}{key}.weight", convolution=True)
+            result[f"{block}{name}.bias"] = Origin(f"{original}{key}.bias")
+    return result
+
+
+def clip_key_map(config: Mapping[str, object]) -> KeyMap:
+    """OpenAI's text tower, which single files hold under the names of transformers."""
+    names = ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]
+    for layer in range(_layers(config)):
+        names += (f"encoder.layers.{layer}.{name}.{kind}" for name in _CLIP_LAYER for kind in _BOTH)
+    names += (f"final_layer_norm.{kind}" for kind in _BOTH)
+    return {f"text_model.{name}": Origin(f"text_model.{name}") for name in names}
+
+
+def openclip_key_map(config: Mapping[str, object]) -> KeyMap:
+    """An OpenCLIP text tower, of as many blocks as the configuration asks for."""
+    result = {
+        "text_model.embeddings.token_embedding.weight": Origin("token_embedding.weight"),
+        "text_model.embeddings.position_embedding.weight": Origin("positional_embedding"),
+    }
+    for layer in range(_layers(config)):
+        block, original = f"text_model.encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
+        for third, name in enumerate(_OPENCLIP_FUSED):
+            for kind in _BOTH:
+                key = f"{original}attn.in_proj_{kind}"
+                result[f"{block}self_attn.{name}.{kind}"] = Origin(key, third=third)
+        pairs = _leaves(block, original, _OPENCLIP_LAYER)
+        result |= {name: Origin(key) for name, key in pairs}
+    result |= {f"text_model.final_layer_norm.{kind}": Origin(f"ln_final.{kind}") for kind in _BOTH}
+    if config.get("architectures") == ["CLIPTextModelWithProjection"]:
+        result["text_projection.weight"] = Origin("text_projection", transposed=True)
+    return result
+
+
+def _unet_pairs(config: UNetConfig) -> _Pairs:
+    if config.mid_block_type is None:
+        raise ConfigError(
+            "mid_block_type null: the original layout has no UNet without a middle block; use a folder in the "
+            "diffusers layout"
+        )
+    yield from _leaves("", "", _UNET_ENDS)
+    yield from _conditioning_pairs(config)
+    position, last = 1, len(config.stages) - 1
+    for i, stage in enumerate(config.stages):
+        for j, (inputs, outputs) in enumerate(stage.down):
+            block, original = f"down_blocks.{i}.", f"input_blocks.{position}."
+            yield from _unet_resnet(f"{block}resnets.{j}.", f"{original}0.", inputs != outputs)
+            if stage.down_attention:
+                yield from _transformer(f"{block}attentions.{j}.", f"{original}1.", stage.depth)
+            position += 1
+        if i < last:
+            yield from _leaves(
+                f"down_blocks.{i}.downsamplers.0.", f"input_blocks.{position}.0.", {"conv": "op"}
+            )
+            position += 1
+    yield from _unet_resnet("mid_block.resnets.0.", "middle_block.0.", False)
+    yield from _transformer("mid_block.attentions.0.", "middle_block.1.", config.stages[-1].depth)
+    yield from _unet_resnet("mid_block.resnets.1.", "middle_block.2.", False)
+    position = 0
+    for i, stage in enumerate(reversed(config.stages)):
+        for j, (inputs, outputs) in enumerate(stage.up):
+            block, original = f"up_blocks.{i}.", f"output_blocks.{position}."
+            yield from _unet_resnet(f"{block}resnets.{j}.", f"{original}0.", inputs != outputs)
+            if stage.up_attention:
+                yield from _transformer(f"{block}attentions.{j}.", f"{original}1.", stage.depth)
+            position += 1
+        if i < last:  # the upsampler follows what else the stage's last block holds
+            place = f"output_blocks.{position - 1}.{2 if stage.up_attention else 1}."
+            yield from _leaves(f"up_blocks.{i}.upsamplers.0.", place, {"conv": "conv"})
+
+
+def _conditioning_pairs(config: UNetConfig) -> _Pairs:
+    """The embeddings beside that of the timestep; those that are added to it are all called label_emb."""
+    if config.time_cond_proj_dim is not None:
+        # No original code has it; this is how converters of others call it.
+        yield "time_embedding.cond_proj.weight", "time_embed.cond_proj.weight"
+    by_class = config.class_embed_type in ("timestep", "projection")
+    by_table = config.class_embed_type is None and config.num_class_embeds is not None
+    if config.addition_embed_type is not None and (by_class or by_table):
+        raise ConfigError(
+            "addition_embed_type and a class embedding: the original layout has one label_emb and cannot hold "
+            "both; use a folder in the diffusers layout"
+        )
+    if by_table:
+        yield "class_embedding.weight", "label_emb.weight"
+    elif by_class:
+        yield from _leaves("class_embedding.", "", _TWO_LAYERS)
+    elif config.addition_embed_type is not None:
+        yield from _leaves("add_embedding.", "", _TWO_LAYERS)
+
+
+def _unet_resnet(name: str, key: str, shortcut: bool) -> _Pairs:
+    yield from _leaves(name, key, _UNET_RESNET | (_UNET_SHORTCUT if shortcut else {}))
+
+
+def _transformer(name: str, key: str, depth: int) -> _Pairs:
+    yield from _leaves(name, key, _same(("norm", "proj_in", "proj_out")))
+    for i in range(depth):
+        block = f"transformer_blocks.{i}."
+        yield from _leaves(name + block, key + block, _same(_BLOCK_WEIGHT), _WEIGHT)
+        yield from _leaves(name + block, key + block, _same(_BLOCK_BOTH))
+
+
+def _vae_pairs(config: VAEConfig) -> _Pairs:
+    """All of the autoencoder but the attention of its middle blocks."""
+    yield from _leaves("", "", _same(("quant_conv", "post_quant_conv")))
+    channels = config.block_out_channels
+    layers, last = config.layers_per_block, len(channels) - 1
+    for side in ("encoder", "decoder"):
+        yield from _leaves(f"{side}.", f"{side}.", _VAE_ENDS)
+        for i in (0, 1):
+            yield from _leaves(f"{side}.mid_block.resnets.{i}.", f"{side}.mid.block_{i + 1}.", _VAE_RESNET)
+    for i, width in enumerate(channels):
+        block, original = f"encoder.down_blocks.{i}.", f"encoder.down.{i}."
+        yield from _vae_resnets(block, original, layers, channels[max(i - 1, 0)] != width)
+        if i < last:
+            yield from _leaves(f"{block}downsamplers.0.", f"{original}downsample.", {"conv": "conv"})
+    for i, width in enumerate(reversed(channels)):  # stored from the highest resolution down
+        block, original = f"decoder.up_blocks.{i}.", f"decoder.up.{last - i}."
+        yield from _vae_resnets(block, original, layers + 1, channels[min(last - i + 1, last)] != width)
+        if i < last:
+            yield from _leaves(f"{block}upsamplers.0.", f"{original}upsample.", {"conv": "conv"})
+
+
+def _vae_resnets(block: str, original: str, count: int, widens: bool) -> _Pairs:
+    for i in range(count):
+        names = _VAE_RESNET | (_VAE_SHORTCUT if widens and i == 0 else {})
+        yield from _leaves(f"{block}resnets.{i}.", f"{original}block.{i}.", names)
+
+
+def _leaves(name: str, key: str, modules: Mapping[str, str], kinds: tuple[str, ...] = _BOTH) -> _Pairs:
+    """The tensors of modules that lie under ``name`` in the one layout and under ``key`` in the other."""
+    for module, original in modules.items():
+        for kind in kinds:
+            yield f"{name}{module}.{kind}", f"{key}{original}.{kind}"
+
+
+def _same(names: Iterable[str]) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def _layers(config: Mapping[str, object]) -> int:
+    layers = config.get("num_hidden_layers", 12)
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 1024:
+        raise ConfigError(f"num_hidden_layers is {quote(layers)}; allowed are 1 to 1024")
+    return layers
 
 
 def _compare(found: Mapping[str, Tensor], due: Iterable[str]) -> None:

@@ -7,18 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from latentgen.checkpoints.clip_tokenizer import clip_tokenizer
-from latentgen.checkpoints.families import COMPONENT_CLASSES, FAMILIES, WEIGHT_COMPONENTS
+from latentgen.checkpoints.families import COMPONENT_CLASSES, FAMILIES, WEIGHT_COMPONENTS, clip_tokenizer
 from latentgen.checkpoints.folder import LAYOUT_VERSION, SCHEDULERS, Checkpoint, CheckpointFolder, as_path
-from latentgen.checkpoints.headers import Header, read_header
 from latentgen.checkpoints.identify import (
     StatedPrediction,
     has_zero_terminal_snr,
     identify,
     stated_prediction,
 )
-from latentgen.checkpoints.key_map import KeyMap, with_prefix
-from latentgen.checkpoints.original_layout import ema_key_map, is_unused, original_key_maps, vae_key_map
+from latentgen.checkpoints.io import Header, read_header
+from latentgen.checkpoints.key_map import (
+    KeyMap,
+    ema_key_map,
+    is_unused,
+    original_key_maps,
+    vae_key_map,
+    with_prefix,
+)
 from latentgen.checkpoints.weights import Weights
 from latentgen.errors import CheckpointMismatchError, CheckpointNotFoundError, InputError
 from latentgen.files import quote

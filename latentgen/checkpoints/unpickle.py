@@ -1,6 +1,6 @@
 """The child process that reads a pickle: torch's restricted unpickler, under limits, the tensors to stdout.
 
-:mod:`latentgen.checkpoints.conversion` starts it. The process changes its own limits and refuses most of what a
+:mod:`latentgen.checkpoints.convert` starts it. The process changes its own limits and refuses most of what a
 process can do, so :func:`main` is not for a process that has anything else to do.
 """
 
@@ -14,16 +14,15 @@ import sys
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from latentgen.checkpoints.headers import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo
-from latentgen.checkpoints.precision import NAMES, PIECE_BYTES, write_tensors
+from latentgen.checkpoints.io import DTYPE_NAMES, MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_TENSORS, write_tensors
 from latentgen.errors import CheckpointCorruptError, LatentgenError, UnsafeCheckpointError
 from latentgen.files import quote
 
@@ -82,7 +81,8 @@ def main() -> NoReturn:
         _limit(source.stat().st_size, seconds)
         sys.addaudithook(_refuse)
         state = read_pickle(source)
-        write_state(state, output, next((t for t in NAMES if str(t) == f"torch.{dtype}"), None), source)
+        target = next((known for known in DTYPE_NAMES if str(known) == f"torch.{dtype}"), None)
+        write_tensors(output, state.tensors, {"format": "pt"}, dtype=target, checked_source=source)
         output.flush()
         beyond = len(state.dropped) - _MAX_NAMES
         more = [f"and {beyond:,} more"] if beyond > 0 else []
@@ -125,19 +125,6 @@ def read_pickle(source: Path) -> State:
             f"most {MAX_GROWTH} times the size is written"
         )
     return state
-
-
-def write_state(state: State, output: BinaryIO, dtype: torch.dtype | None, source: Path) -> None:
-    """Write the tensors as a safetensors file; ``source`` is named in errors."""
-    tensors = state.tensors
-    infos = {name: TensorInfo(NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()}
-
-    def pieces(name: str) -> Iterable[Tensor]:
-        return tensors[name].contiguous().view(-1).split(PIECE_BYTES // tensors[name].element_size())
-
-    write_tensors(
-        output, infos, {"format": "pt"}, pieces, dtype=dtype, source=source, advance=lambda nbytes: None
-    )
 
 
 def _limit(size: int, seconds: int) -> None:
@@ -292,7 +279,7 @@ def _plain(name: str, tensor: Tensor, source: Path) -> Tensor:
     """The tensor without its history; a CheckpointCorruptError if it is not dense and within its storage."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         kind = "is sparse, nested or without values"
-    elif tensor.dtype not in NAMES:
+    elif tensor.dtype not in DTYPE_NAMES:
         kind = f"has dtype {tensor.dtype}"
     elif tensor.ndim > MAX_DIMENSIONS:
         kind = f"has {tensor.ndim} dimensions, more than {MAX_DIMENSIONS}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -15,14 +14,20 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from latentgen.checkpoints.headers import MAX_TENSORS, TensorInfo, encode_header, read_header
 from latentgen.checkpoints.identify import likely_architecture
+from latentgen.checkpoints.io import (
+    DTYPE_NAMES,
+    MAX_TENSORS,
+    MappedFile,
+    TensorInfo,
+    check_values,
+    read_header,
+    write_tensors,
+)
 from latentgen.checkpoints.key_map import KeyMap, Origin
-from latentgen.checkpoints.mapped_file import TORCH_DTYPES, MappedFile
 from latentgen.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
-    CheckpointValueError,
     InputError,
     OutputError,
 )
@@ -31,10 +36,6 @@ from latentgen.files import atomic_write, encode_json, quote
 MAX_SHARD_BYTES = 10_000_000_000
 LOADING_THREADS = 4
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,32}")
-_NEVER_SAVED = ("U16", "U32", "U64", "F8_E4M3", "F8_E5M2")
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items() if name not in _NEVER_SAVED}
-_INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)}
-_PIECE_BYTES = 2**20  # stays in a core's cache for the second look
 _LEGACY_VAE_ATTENTION = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
 _LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _VAE_PROJECTION = re.compile(r".*\battentions\.\d+\.to_(q|k|v|out\.0)\.weight")
@@ -189,7 +190,10 @@ def save_weights(
         if len(shards) > 1:
             _write_index(stack.enter_context(atomic_write(index)), names, shards)
         for name, shard in zip(names, shards, strict=True):
-            _write_tensors(stack.enter_context(atomic_write(folder / name)), state, shard, metadata or {})
+            file = stack.enter_context(atomic_write(folder / name))
+            write_tensors(file, {key: state[key] for key in shard}, {"format": "pt", **(metadata or {})})
+            file.flush()
+            os.fsync(file.fileno())  # a full disk has to show before the first of several shards is renamed
     _remove_weights(folder, stem, variant, keep={*names, index.name} if len(shards) > 1 else {*names})
     return [folder / name for name in names]
 
@@ -277,36 +281,6 @@ def _fits(info: TensorInfo, expected: Tensor) -> bool:
     return info.shape == tuple(expected.shape) and same_kind
 
 
-def check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path) -> None:
-    """Refuse NaN, infinity, and what overflows ``dtype``, in one pass that allocates nothing."""
-    if not tensor.is_floating_point():
-        return
-    largest = _largest_magnitude(tensor)
-    where = f"{quote(file)}: tensor {quote(key)}"
-    if not math.isfinite(largest):
-        raise CheckpointValueError(f"{where} holds NaN or infinity: the file is damaged or training diverged")
-    if dtype is not None and largest > torch.finfo(dtype).max:
-        raise CheckpointValueError(
-            f"{where} reaches {largest:.6g}, too large for {dtype}; load it as float32"
-        )
-
-
-def _largest_magnitude(tensor: Tensor) -> float:
-    """The largest magnitude in a floating-point tensor on the CPU; not finite if one value is not.
-
-    Without its sign bit, a number of IEEE 754 is an integer that grows with its magnitude; infinity and then NaN come
-    last. numpy compares integers faster than torch does halves, and starts no threads for a thousand small tensors.
-    """
-    width = tensor.itemsize
-    signed = tensor.detach().contiguous().flatten().view(_INTEGERS[width]).numpy()
-    unsigned, magnitude, largest = signed.view(f"u{width}"), 2 ** (8 * width - 1) - 1, 0
-    for start in range(0, len(signed), _PIECE_BYTES // width):
-        piece = slice(start, start + _PIECE_BYTES // width)
-        # The largest of the positive numbers, then that of the negative ones, where there are any.
-        largest = max(largest, int(signed[piece].max()), int(unsigned[piece].max()) & magnitude)
-    return torch.tensor(largest, dtype=_INTEGERS[width]).view(tensor.dtype).item()
-
-
 def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, TensorInfo]]:
     """Tensors in their order, cut into shards of at most ``max_shard_bytes`` (or of one larger tensor)."""
     shards: list[dict[str, TensorInfo]] = [{}]
@@ -330,20 +304,6 @@ def _write_index(file: BinaryIO, names: Sequence[str], shards: Sequence[Mapping[
     total = sum(info.nbytes for shard in shards for info in shard.values())
     weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     file.write(encode_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
-
-
-def _write_tensors(
-    file: BinaryIO, state: Mapping[str, Tensor], shard: Mapping[str, TensorInfo], metadata: Mapping[str, str]
-) -> None:
-    """Header, then tensor by tensor: the peak is one tensor; safetensors' own writer wants all contiguous."""
-    # Wider items first, so that every tensor is aligned to its item size.
-    widest_first = dict(sorted(shard.items(), key=lambda item: -state[item[0]].element_size()))
-    file.write(encode_header(widest_first, {"format": "pt", **metadata}))
-    for name in widest_first:
-        tensor = state[name].detach().cpu().contiguous().flatten()
-        file.write(tensor.view(torch.uint8).numpy().data)
-    file.flush()
-    os.fsync(file.fileno())  # a full disk has to show before the first of several shards is renamed
 
 
 def _remove_weights(folder: Path, stem: str, variant: str | None, *, keep: Collection[str]) -> None:

@@ -97,7 +97,7 @@ def convert(
     A pickle is read without executing it, in a subprocess with limited memory and time.
     Prints the written path; entries of SOURCE that are left out are listed on stderr.
     """
-    from latentgen.checkpoints.conversion import convert as write
+    from latentgen.checkpoints.convert import convert as write
 
     result = write(
         source,

@@ -14,12 +14,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from latentgen.checkpoints.clip_tokenizer import CLIP_PAD, OPENCLIP_PAD, clip_tokenizer
+from latentgen.checkpoints.families import CLIP_PAD, OPENCLIP_PAD, clip_tokenizer
 from latentgen.checkpoints.folder import as_path
-from latentgen.checkpoints.headers import read_header, refuse_pickle
 from latentgen.checkpoints.identify import identify
-from latentgen.checkpoints.key_map import KeyMap, to_diffusers_names, with_prefix
-from latentgen.checkpoints.original_layout import openclip_key_map
+from latentgen.checkpoints.io import read_header, refuse_pickle
+from latentgen.checkpoints.key_map import KeyMap, openclip_key_map, to_diffusers_names, with_prefix
 from latentgen.checkpoints.weights import Weights, first_five
 from latentgen.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import quote, read_json

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.checkpoints.families import FAMILIES
-from latentgen.checkpoints.headers import ITEM_BYTES, TensorInfo, encode_header
-from latentgen.checkpoints.key_map import to_original
-from latentgen.checkpoints.original_layout import ema_key_map, original_key_maps
+from latentgen.checkpoints.io import ITEM_BYTES, TensorInfo, encode_header
+from latentgen.checkpoints.key_map import ema_key_map, original_key_maps, to_original
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from latentgen.checkpoints.clip_tokenizer import CLIP_PAD, MERGES, OPENCLIP_PAD, clip_tokenizer
+from latentgen.checkpoints.families import CLIP_PAD, MERGES, OPENCLIP_PAD, clip_tokenizer
 
 PROMPTS = [
     "a photo of a cat",

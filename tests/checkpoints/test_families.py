@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from latentgen.checkpoints.clip_tokenizer import MERGES
-from latentgen.checkpoints.families import COMPONENT_CLASSES, FAMILIES
+from latentgen.checkpoints.families import COMPONENT_CLASSES, FAMILIES, MERGES
 from latentgen.checkpoints.folder import SCHEDULERS
-from latentgen.checkpoints.original_layout import ema_key_map, original_key_maps
+from latentgen.checkpoints.key_map import ema_key_map, original_key_maps
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig

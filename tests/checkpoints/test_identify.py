@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from latentgen.checkpoints.families import FAMILIES
-from latentgen.checkpoints.headers import TensorInfo, read_header
 from latentgen.checkpoints.identify import (
     Identity,
     has_zero_terminal_snr,
@@ -17,6 +16,7 @@ from latentgen.checkpoints.identify import (
     stated_target,
     unet_kind,
 )
+from latentgen.checkpoints.io import TensorInfo, read_header
 from tests.checkpoints.single_files import Shapes, diffusers_shapes, leftovers, original_shapes, write_header
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentgen.checkpoints.families import FAMILIES
 from latentgen.checkpoints.folder import CheckpointFolder, load_weights
-from latentgen.checkpoints.original_layout import ema_key_map, original_key_maps
+from latentgen.checkpoints.key_map import ema_key_map, original_key_maps
 from latentgen.checkpoints.single_file import SingleFile, vae_weights, with_vae
 from latentgen.errors import (
     CheckpointCorruptError,

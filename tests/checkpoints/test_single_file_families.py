@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentgen.checkpoints.families import COMPONENT_CLASSES
 from latentgen.checkpoints.folder import write_json
-from latentgen.checkpoints.original_layout import original_key_maps
+from latentgen.checkpoints.key_map import original_key_maps
 from latentgen.checkpoints.single_file import SingleFile
 from latentgen.checkpoints.weights import Weights
 from latentgen.models.unet import UNet

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from latentgen.checkpoints import io as io_module
 from latentgen.checkpoints import unpickle
-from latentgen.checkpoints.precision import NAMES
-from latentgen.checkpoints.unpickle import read_pickle, write_state
+from latentgen.checkpoints.io import DTYPE_NAMES, write_tensors
+from latentgen.checkpoints.unpickle import read_pickle
 from latentgen.errors import CheckpointCorruptError, CheckpointValueError, UnsafeCheckpointError
 from tests.checkpoints.pickles import HEADER, archive, call, legacy, mapping, name, number, tensor, text
 
@@ -42,7 +43,7 @@ def converted(source: Path, dtype: torch.dtype | None = None) -> dict[str, Tenso
     """The tensors after the way through a safetensors file, as safetensors itself reads it."""
     target = source.with_suffix(".safetensors")
     with open(target, "wb") as file:
-        write_state(read_pickle(source), file, dtype, source)
+        write_tensors(file, read_pickle(source).tensors, {"format": "pt"}, dtype=dtype, checked_source=source)
     return load_file(target)
 
 
@@ -55,12 +56,12 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 # Of the dtypes that came later, torch's old format cannot be read back by torch itself.
-OLD_FORMAT = [dtype for dtype in NAMES if not str(dtype).startswith(("torch.float8", "torch.uint"))]
+OLD_FORMAT = [dtype for dtype in DTYPE_NAMES if not str(dtype).startswith(("torch.float8", "torch.uint"))]
 
 
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensor:
-    dtype = draw(st.sampled_from(list(NAMES)))
+    dtype = draw(st.sampled_from(list(DTYPE_NAMES)))
     shape = draw(st.lists(st.integers(1, 4), max_size=4))
     values = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
     result = (values > 0) if dtype == torch.bool else (values.abs() * 10).to(dtype)
@@ -113,7 +114,7 @@ def test_shared_storages_are_written_each_by_value(tmp_path: Path, zipped: bool)
 
 
 def test_pieces_smaller_than_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpickle, "PIECE_BYTES", 64)
+    monkeypatch.setattr(io_module, "PIECE_BYTES", 64)
     state = {"w": torch.randn(33, 5), "ids": torch.arange(100)}
     assert_same_bits(converted(saved(state, tmp_path)), state)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentgen.checkpoints import weights
-from latentgen.checkpoints.mapped_file import MappedFile
+from latentgen.checkpoints.io import MappedFile
 from latentgen.checkpoints.weights import check_values, load_weights, save_weights
 from latentgen.errors import (
     CheckpointCorruptError,

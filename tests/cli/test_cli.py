@@ -306,7 +306,7 @@ def test_help_of_convert_names_every_option(capsys: pytest.CaptureFixture[str]):
 
 
 def test_dtypes_of_convert_are_those_of_the_library():
-    from latentgen.checkpoints.conversion import DTypeName
+    from latentgen.checkpoints.convert import DTypeName
 
     assert set(get_args(DTypeName)) == set(get_args(DType)) - {"auto"}
 

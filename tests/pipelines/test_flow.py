@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
 from latentgen import cli, to_diffusers
-from latentgen.checkpoints.conversion import convert
+from latentgen.checkpoints.convert import convert
 from latentgen.diffusion.schedule import FlowSchedule
 from latentgen.errors import ConfigError
 from latentgen.pipelines.guidance_options import GuidanceOptions

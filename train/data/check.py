@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from latentgen.checkpoints.clip_tokenizer import CLIP_PAD, WINDOW, clip_tokenizer
+from latentgen.checkpoints.families import CLIP_PAD, WINDOW, clip_tokenizer
 from latentgen.train.config import FolderData, HuggingFaceData, ImageData, KohyaData, WebDataset
 from latentgen.train.data import folder, huggingface, shards
 from latentgen.train.data.cropping import Framing, Size, enlargement

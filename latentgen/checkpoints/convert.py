@@ -17,9 +17,16 @@ import torch
 from tqdm import tqdm
 
 from latentgen.checkpoints.folder import CheckpointFolder, as_path
-from latentgen.checkpoints.headers import is_pickle, read_header
 from latentgen.checkpoints.identify import StatedPrediction
-from latentgen.checkpoints.precision import component_files, convert_file, convert_folder
+from latentgen.checkpoints.io import is_pickle, read_header
+from latentgen.checkpoints.rewrite import (
+    Written,
+    component_files,
+    convert_file,
+    convert_folder,
+    write_folder,
+    write_single_file,
+)
 from latentgen.checkpoints.single_file import SingleFile
 from latentgen.checkpoints.weights import variant_infix
 from latentgen.errors import (
@@ -74,72 +81,73 @@ def convert(
 ) -> Conversion:
     """Convert a checkpoint to what ``target`` and ``dtype`` ask for; what ``source`` is decides how.
 
-    A pickle becomes a safetensors file; a single file a folder in the diffusers layout, and a folder a single file; a
-    safetensors file, or a folder, the same in another precision. ``target`` may be left out for a pickle: see
-    :func:`pickle_target`.
+    - A pickle (.ckpt, .pt, .pth, .bin) becomes a safetensors file. A child process with torch's restricted unpickler
+      reads it, under limits of memory, time and open files. It takes tensors by name, also inside ``state_dict``;
+      numbers, texts and the state of training are left out, as are tensors without elements. A textual-inversion
+      embedding becomes one tensor with the name of its token.
+    - A single file becomes a folder in the diffusers layout, and a folder a single file in the original layout.
+    - A safetensors file, or a folder, becomes the same in another precision: integers, metadata and shards stay as
+      they are, and configurations and tokenizers are copied byte for byte.
+
+    Args:
+        target: a folder, or a path that ends in .safetensors; for a pickle None is :func:`pickle_target`.
+        dtype: what floating-point tensors become; None keeps each one's own.
+        variant: for folders, becomes part of the names of the weights ("fp16": ``model.fp16.safetensors``).
+        prediction_type: of a single file of SD 2.x that does not say what its UNet predicts.
+        overwrite: replace a target file that exists; folders are never replaced.
+        progress: show a progress bar.
 
     Raises:
-        InputError: nothing to convert, or a conversion that there is not.
-        CheckpointError, OutputError: as in :func:`convert_pickle` and :func:`convert_precision`.
+        InputError: an argument that is not allowed, or a conversion that does not exist.
+        UnsafeCheckpointError: a pickle asks for something that weights do not need; it was not run.
+        CheckpointCorruptError: the source is damaged, holds no weights, or takes too much time or memory.
+        CheckpointValueError: a weight is NaN or infinite, or too large for ``dtype``.
+        CheckpointError, ConfigError: another problem of the source, in a subclass.
+        OutputError: the target exists or cannot be written; existing files are never damaged.
     """
     source = as_path(source)
     if not source.exists():
         raise CheckpointNotFoundError(f"there is no file or folder {quote(source)}")
-    if source.is_file() and is_pickle(source):
-        if variant is not None:
-            raise InputError(f"variant {quote(variant)} is for folders; {quote(source)} is a file")
-        target = pickle_target(source) if target is None else target
-        return convert_pickle(source, target, dtype=dtype, overwrite=overwrite, progress=progress)
-    if target is not None and _changes_layout(source, target := as_path(target)):
-        return convert_layout(
-            source,
-            target,
-            dtype=dtype,
-            variant=variant,
-            prediction_type=prediction_type,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if target is None or dtype is None:
+    pickled = source.is_file() and is_pickle(source)
+    target = pickle_target(source) if target is None and pickled else target
+    if target is None or not (pickled or dtype is not None or _changes_layout(source, as_path(target))):
         raise InputError(
-            f"{quote(source)} is no pickle: name a target and a dtype (--dtype float16) to change its precision, or a "
-            "folder for a file, a .safetensors file for a folder"
+            f"{quote(source)} is not a pickle: give a target and a dtype (--dtype float16) to change its precision, "
+            "a folder as the target of a file, or a .safetensors file as the target of a folder"
         )
-    return convert_precision(
-        source, target, dtype=dtype, variant=variant, overwrite=overwrite, progress=progress
-    )
+    target = as_path(target)
+    if dtype is not None and not (isinstance(dtype, str) and dtype in _DTYPES):
+        raise InputError(f"dtype is {quote(dtype)}; allowed are {', '.join(get_args(DTypeName))}")
+    variant_infix(variant)
+    writes_file = pickled or target.suffix == ".safetensors"
+    if variant is not None and writes_file:
+        raise InputError(f"variant {quote(variant)} is for folders; {quote(target)} is a file")
+    if writes_file:
+        _check_target(source, target, overwrite)
+    elif source.is_dir():
+        _check_separate(source, target)
+    if pickled:
+        return _convert_pickle(source, target, dtype, progress)
+    torch_dtype = None if dtype is None else _DTYPES[dtype]
+    if source.is_dir():
+        folder = CheckpointFolder.open(source)
+        with _bar(_bytes_of(folder), progress) as bar:
+            if writes_file:
+                written = write_single_file(folder, target, torch_dtype, bar.update)
+            else:
+                written = convert_folder(folder, target, torch_dtype, variant, bar.update)
+    else:
+        with _bar(source.stat().st_size, progress) as bar:
+            if writes_file:
+                written = Written(len(convert_file(source, target, torch_dtype, bar.update)), ())
+            else:
+                file = SingleFile.open(source, prediction_type=prediction_type)
+                written = write_folder(file, target, torch_dtype, variant, bar.update)
+    return Conversion(target, written.tensors, written.left_out)
 
 
-def convert_pickle(
-    source: str | Path,
-    target: str | Path,
-    *,
-    dtype: DTypeName | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
-) -> Conversion:
-    """Write the weights of a pickle (.ckpt, .pt, .pth, .bin) as a safetensors file.
-
-    A child process with torch's restricted unpickler reads the file, under limits of memory, time and open
-    files. It takes tensors by name, also inside ``state_dict``; numbers, texts and the state of training
-    beside them are left out, as are tensors without elements. A textual-inversion embedding becomes one
-    tensor with the name of its token.
-
-    Args:
-        dtype: what floating-point tensors become; None keeps each one's own.
-
-    Raises:
-        UnsafeCheckpointError: the file asks for something that weights do not need; it was not run.
-        CheckpointCorruptError: the file is damaged, holds no weights, or takes too much time or memory.
-        CheckpointValueError: a weight is NaN or infinite, or too large for ``dtype``.
-        CheckpointNotFoundError: there is no such file.
-        InputError: an argument that is not allowed.
-        OutputError: the target exists or cannot be written; what stood there is intact.
-    """
-    source, target = as_path(source), as_path(target)
-    _check_dtype(dtype)
+def _convert_pickle(source: Path, target: Path, dtype: str | None, progress: bool) -> Conversion:
     _check_pickle(source)
-    _check_target(source, target, overwrite)
     size = source.stat().st_size
     seconds = START_SECONDS + size // BYTES_PER_SECOND
     path = json.dumps([os.path.abspath(entry) for entry in sys.path])
@@ -155,89 +163,6 @@ def convert_pickle(
     return Conversion(target, len(header), left_out)
 
 
-def convert_precision(
-    source: str | Path,
-    target: str | Path,
-    *,
-    dtype: DTypeName,
-    variant: str | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
-) -> Conversion:
-    """Write a safetensors file, or a folder in the diffusers layout, with floating-point tensors of ``dtype``.
-
-    Whole numbers and metadata stay as they are; of a folder, configurations and tokenizers are copied byte
-    for byte. Shards stay shards. Memory holds a piece of one tensor.
-
-    Args:
-        variant: for folders, becomes part of the names of the weights ("fp16": ``model.fp16.safetensors``).
-
-    Raises:
-        CheckpointError: one of its subclasses, if the source is missing, damaged or unsafe.
-        CheckpointValueError: a weight is NaN or infinite, or too large for ``dtype``.
-        InputError: an argument that is not allowed, or a conversion that there is not.
-        OutputError: the target exists or cannot be written; what stood there is intact.
-    """
-    source, target = as_path(source), as_path(target)
-    _check_dtype(dtype)
-    variant_infix(variant)
-    if variant is not None and not source.is_dir():
-        raise InputError(f"variant {quote(variant)} is for folders; {quote(source)} is a file")
-    if not source.is_dir():
-        header = read_header(source)
-        _check_target(source, target, overwrite)
-        with _bar(sum(info.nbytes for info in header.values()), progress) as bar:
-            tensors = convert_file(source, target, _DTYPES[dtype], bar.update)
-        return Conversion(target, len(tensors), ())
-    folder = CheckpointFolder.open(source)
-    _check_separate(source, target)
-    with _bar(_bytes_of(folder), progress) as bar:
-        tensors, left_out = convert_folder(folder, target, _DTYPES[dtype], variant, bar.update)
-    return Conversion(target, len(tensors), tuple(left_out))
-
-
-def convert_layout(
-    source: str | Path,
-    target: str | Path,
-    *,
-    dtype: DTypeName | None = None,
-    variant: str | None = None,
-    prediction_type: StatedPrediction | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
-) -> Conversion:
-    """Write a single file as a folder in the diffusers layout, or a folder as a single file.
-
-    Args:
-        dtype: what floating-point tensors become; None keeps each one's own.
-        variant: for folders, becomes part of the names of the weights ("fp16": ``model.fp16.safetensors``).
-        prediction_type: of a single file of SD 2.x that does not say what its UNet predicts.
-
-    Raises:
-        CheckpointError, ConfigError: what is wrong with the source, in a subclass.
-        InputError: an argument that is not allowed, or a file that is no whole checkpoint.
-        OutputError: the target exists or cannot be written; what stood there is intact.
-    """
-    from latentgen.checkpoints.layouts import write_folder, write_single_file
-
-    source, target = as_path(source), as_path(target)
-    _check_dtype(dtype)
-    variant_infix(variant)
-    chosen = None if dtype is None else _DTYPES[dtype]
-    if source.is_dir():
-        if variant is not None:
-            raise InputError(f"variant {quote(variant)} is for folders; {quote(target)} is a file")
-        folder = CheckpointFolder.open(source)
-        _check_target(source, target, overwrite)
-        with _bar(_bytes_of(folder), progress) as bar:
-            written = write_single_file(folder, target, chosen, bar.update)
-    else:
-        file = SingleFile.open(source, prediction_type=prediction_type)
-        with _bar(source.stat().st_size, progress) as bar:
-            written = write_folder(file, target, chosen, variant, bar.update)
-    return Conversion(target, written.tensors, written.left_out)
-
-
 def _bytes_of(folder: CheckpointFolder) -> int:
     files = (file for component in folder.components for file in component_files(folder, component))
     return sum(info.nbytes for file in files for info in read_header(file).values())
@@ -249,11 +174,6 @@ def pickle_target(source: Path) -> Path:
         return source.with_stem(f"{source.stem}-converted")
     stem = source.stem.removeprefix("pytorch_") if source.stem.startswith("pytorch_model") else source.stem
     return source.with_name(f"{stem}.safetensors")
-
-
-def _check_dtype(dtype: object) -> None:
-    if dtype is not None and not (isinstance(dtype, str) and dtype in _DTYPES):
-        raise InputError(f"dtype is {quote(dtype)}; allowed are {', '.join(get_args(DTypeName))}")
 
 
 def _changes_layout(source: Path, target: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: a validating pass of our own before anything is allocated.
+"""Safetensors files: one check of the header, one reader (memory-mapped), one writer (piece by piece).
 
 Layout (https://huggingface.co/docs/safetensors, "Format"): 8 bytes little-endian length N, N bytes of JSON
 that map each tensor's name to its dtype, shape and byte range, then the bytes of all tensors without gaps.
@@ -8,23 +8,39 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import mmap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import BinaryIO, NamedTuple, TypeGuard
 
-from latentgen.errors import CheckpointCorruptError, CheckpointNotFoundError, UnsafeCheckpointError
+import torch
+from torch import Tensor
+
+from latentgen.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    CheckpointValueError,
+    UnsafeCheckpointError,
+)
 from latentgen.files import parse_json_object, quote, wrong_content
 
 MAX_TENSORS = 20_000
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_DIMENSIONS = 8
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8,
+# The format's names.
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "U16": torch.uint16, "I16": torch.int16, "U32": torch.uint32, "I32": torch.int32,
+    "U64": torch.uint64, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)}
+_COMPARED_BYTES = 2**20  # stays in a core's cache for the second look
+PIECE_BYTES = 16 * 2**20
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"})
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -108,6 +124,121 @@ def is_pickle(path: Path) -> bool:
     except OSError as error:
         raise CheckpointNotFoundError(f"{quote(path)} cannot be read: {error.strerror or error}") from error
     return path.suffix.lower() in PICKLE_SUFFIXES or _starts_as_pickle(head)
+
+
+class MappedFile:
+    """A safetensors file whose tensors are read as they are used, and never by loading the whole.
+
+    Writing to a tensor leaves the file as it is, and replacing the file leaves the tensors as they are. They keep the
+    mapping alive.
+
+    Attributes:
+        path: the file.
+        header: what it holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file and validate its header.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: the file cannot be read.
+        """
+        self.path = path
+        self.header = read_header(path)
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise CheckpointNotFoundError(f"{quote(path)} cannot be read: {error}") from error
+        if len(self._map) != self.header.file_bytes:
+            raise CheckpointCorruptError(f"{quote(path)} was changed while it was read; load it again")
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor as a view of the file."""
+        info = self.header[key]
+        dtype = TORCH_DTYPES[info.dtype]
+        count, begin = info.nbytes // dtype.itemsize, self.header.begins[key]
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin).view(info.shape)
+
+    def release(self, key: str) -> None:
+        """Give back the memory that the pages of a tensor take; if it is used again, they are read again."""
+        begin = self.header.begins[key]
+        # Whole pages only: a neighbour on the same page may have been written to.
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (begin + self.header[key].nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def write_tensors(
+    file: BinaryIO,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    dtype: torch.dtype | None = None,
+    checked_source: Path | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> dict[str, TensorInfo]:
+    """Write a safetensors file, one tensor at a time; returns what it holds.
+
+    Args:
+        tensors: of any device and strides; every dtype is one of ``DTYPE_NAMES``.
+        metadata: free text for the header.
+        dtype: what floating-point tensors become; None keeps each one's own.
+        checked_source: named in the error when a value cannot be written; None checks no values.
+        advance: called with the bytes of each piece when it is written.
+
+    Raises:
+        CheckpointValueError: a value is NaN or infinite, or too large for ``dtype``.
+    """
+    targets = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
+    # Wider items first, so that every tensor is aligned to its item size.
+    infos = {
+        name: TensorInfo(
+            DTYPE_NAMES[target], tuple(tensors[name].shape), tensors[name].numel() * target.itemsize
+        )
+        for name, target in sorted(targets.items(), key=lambda item: -item[1].itemsize)
+    }
+    file.write(encode_header(infos, metadata))
+    for name in infos:
+        values = tensors[name].detach().cpu().contiguous().flatten()
+        for piece in values.split(max(1, PIECE_BYTES // values.element_size())):
+            if checked_source is not None:
+                check_values(piece, dtype, name, checked_source)
+            file.write(piece.to(targets[name]).view(torch.uint8).numpy().data)
+            if advance is not None:
+                advance(piece.nbytes)
+    return infos
+
+
+def check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path) -> None:
+    """Refuse NaN, infinity, and what overflows ``dtype``, in one pass that allocates nothing."""
+    if not tensor.is_floating_point():
+        return
+    largest = _largest_magnitude(tensor)
+    where = f"{quote(file)}: tensor {quote(key)}"
+    if not math.isfinite(largest):
+        raise CheckpointValueError(f"{where} holds NaN or infinity: the file is damaged or training diverged")
+    if dtype is not None and largest > torch.finfo(dtype).max:
+        raise CheckpointValueError(
+            f"{where} reaches {largest:.6g}, too large for {dtype}; load it as float32"
+        )
+
+
+def _largest_magnitude(tensor: Tensor) -> float:
+    """The largest magnitude in a floating-point tensor on the CPU; not finite if one value is not.
+
+    Without its sign bit, a number of IEEE 754 is an integer that grows with its magnitude; infinity and then NaN come
+    last. numpy compares integers faster than torch does halves, and starts no threads for a thousand small tensors.
+    """
+    width = tensor.itemsize
+    signed = tensor.detach().contiguous().flatten().view(_INTEGERS[width]).numpy()
+    unsigned, magnitude, largest = signed.view(f"u{width}"), 2 ** (8 * width - 1) - 1, 0
+    for start in range(0, len(signed), _COMPARED_BYTES // width):
+        piece = slice(start, start + _COMPARED_BYTES // width)
+        # The largest of the positive numbers, then that of the negative ones, where there are any.
+        largest = max(largest, int(signed[piece].max()), int(unsigned[piece].max()) & magnitude)
+    return torch.tensor(largest, dtype=_INTEGERS[width]).view(tensor.dtype).item()
 
 
 def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:

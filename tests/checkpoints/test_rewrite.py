@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from latentgen.checkpoints.conversion import convert
+from latentgen.checkpoints.convert import convert
 from latentgen.checkpoints.folder import CheckpointFolder
-from latentgen.checkpoints.layouts import write_folder, write_single_file
+from latentgen.checkpoints.rewrite import write_folder, write_single_file
 from latentgen.checkpoints.single_file import SingleFile
 from latentgen.errors import CheckpointMismatchError, ConfigError, InputError
 from tests.pipelines.sdxl import build_base, build_refiner

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentgen.checkpoints.key_map import KeyMap, to_diffusers_names, to_original, with_prefix
-from latentgen.checkpoints.original_layout import (
+from latentgen.checkpoints.key_map import (
+    KeyMap,
     ema_key_map,
     openclip_key_map,
     original_key_maps,
+    to_diffusers_names,
+    to_original,
     unet_key_map,
     vae_key_map,
+    with_prefix,
 )
 from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.models.unet_config import UNetConfig

@@ -1,0 +1,278 @@
+"""Checkpoints written in another precision or another layout; memory holds a piece of a tensor, never a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentgen.checkpoints.folder import SCHEDULERS, TOKENIZERS, Checkpoint, CheckpointFolder, config_name
+from latentgen.checkpoints.io import MappedFile, TensorInfo, write_tensors
+from latentgen.checkpoints.key_map import original_key_maps, to_original
+from latentgen.checkpoints.single_file import SingleFile
+from latentgen.checkpoints.weights import variant_infix
+from latentgen.diffusion.scheduler_config import prediction_type
+from latentgen.errors import CheckpointCorruptError, CheckpointNotFoundError, ConfigError
+from latentgen.files import atomic_folder, atomic_write, quote, safe_join, write_json
+from latentgen.models.text import CLIPText, CLIPTextConfig, save_tokenizer
+from latentgen.models.unet import UNet
+from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
+
+# What a folder in the diffusers layout holds beside weights, and what its components cannot do without.
+_KNOWN_FILES = frozenset(
+    {
+        *("config.json", "generation_config.json", "scheduler_config.json", "preprocessor_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("vocab.json", "merges.txt", "spiece.model"),
+    }
+)
+
+
+class Written(NamedTuple):
+    """How many tensors were written, and the components of the source that the new layout has no place for."""
+
+    tensors: int
+    left_out: tuple[str, ...]
+
+
+def convert_file(
+    source: Path, target: Path, dtype: torch.dtype | None, advance: Callable[[int], object]
+) -> dict[str, TensorInfo]:
+    """Write a safetensors file in another precision; names, metadata and whole numbers stay as they are.
+
+    Returns:
+        The tensors written.
+
+    Raises:
+        CheckpointError: the file cannot be read, or a value is NaN, infinite or too large for ``dtype``.
+        OutputError: the target cannot be written; what stood there is intact.
+    """
+    mapped = MappedFile(source)
+    tensors = {name: mapped.tensor(name) for name in mapped.header}
+    with atomic_write(target) as file:
+        return write_tensors(
+            file, tensors, mapped.header.metadata, dtype=dtype, checked_source=source, advance=advance
+        )
+
+
+def convert_folder(
+    source: CheckpointFolder,
+    target: Path,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    advance: Callable[[int], object],
+) -> Written:
+    """Write a folder in the diffusers layout in another precision; what is not weights is copied as it is.
+
+    Args:
+        variant: becomes part of the names of the weights ("fp16": ``model.fp16.safetensors``).
+
+    Returns:
+        How many tensors were written, and the files of ``source`` that are not in ``target``.
+
+    Raises:
+        CheckpointError: a file cannot be read, a component has no weights or none that can be chosen, or a
+            value is NaN, infinite or too large for ``dtype``.
+        OutputError: the target exists or cannot be written; nothing is left there.
+    """
+    infix = variant_infix(variant)
+    weights = {component: component_files(source, component) for component in source.components}
+    done = {file for files in weights.values() for file in files}
+    count = 0
+    with atomic_folder(target) as new:
+        for relative in _known_files(source):
+            _copy(safe_join(source.path, relative, quote(source.path)), new / relative)
+            done.add(source.path / relative)
+        for component, files in weights.items():
+            count += _convert_component(files, new / component, dtype, infix, advance)
+    return Written(count, _left_out(source, done))
+
+
+def component_files(folder: CheckpointFolder, component: str) -> list[Path]:
+    """The weights of a component: those without a variant, else those of the only variant that there is.
+
+    None for a component that has no weights: a tokenizer, a scheduler, or one whose folder is not there.
+
+    Raises:
+        CheckpointNotFoundError: there is a configuration and no weights, or several variants to choose from.
+        UnsafeCheckpointError: there are only pickles.
+    """
+    path = folder.folder(component)
+    if not (path / "config.json").is_file():
+        return []
+    variants = folder.variants(component)
+    if len(variants) > 1 and None not in variants:
+        there = ", ".join(quote(variant) for variant in variants)
+        raise CheckpointNotFoundError(
+            f"{quote(path)} has weights of several variants ({there}) and none without: keep one of them"
+        )
+    return folder.weight_files(component, None if None in variants or not variants else variants[0])
+
+
+def _convert_component(
+    files: Sequence[Path],
+    folder: Path,
+    dtype: torch.dtype | None,
+    infix: str,
+    advance: Callable[[int], object],
+) -> int:
+    """Write the weights of one component, shard by shard, with an index of several; returns the number of tensors."""
+    if not files:
+        return 0
+    stem = "model" if files[0].name.startswith("model") else "diffusion_pytorch_model"
+    count = len(files)
+    tensors: dict[str, TensorInfo] = {}
+    weight_map: dict[str, str] = {}
+    for number, file in enumerate(files, start=1):
+        shard = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
+        name = f"{stem}{infix}{shard}.safetensors"
+        written = convert_file(file, folder / name, dtype, advance)
+        if repeated := next((key for key in written if key in tensors), None):
+            raise CheckpointCorruptError(f"{quote(file)} repeats {quote(repeated)} of a shard before it")
+        tensors |= written
+        weight_map |= dict.fromkeys(written, name)
+    if count > 1:
+        total = sum(info.nbytes for info in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / f"{stem}.safetensors.index{infix}.json", index)
+    return len(tensors)
+
+
+def _known_files(folder: CheckpointFolder) -> list[str]:
+    """The files to copy, relative to the folder."""
+    known = ["model_index.json"]
+    for component in folder.components:
+        path = folder.folder(component)
+        names = (
+            sorted(_KNOWN_FILES.intersection(file.name for file in path.iterdir())) if path.is_dir() else []
+        )
+        known += [f"{component}/{name}" for name in names]
+    return known
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{quote(source)} cannot be read: {error.strerror or error}") from error
+    with atomic_write(target) as file:
+        file.write(content)
+
+
+def _left_out(folder: CheckpointFolder, done: set[Path]) -> tuple[str, ...]:
+    """What lies in the folder and its components and was neither copied nor converted."""
+    components = {folder.path / component for component in folder.components}
+    parents = [path for path in (folder.path, *components) if path.is_dir()]
+    files = {file for parent in parents for file in parent.iterdir()} - done - components
+    names = (str(file.relative_to(folder.path)) for file in files)
+    return tuple(sorted(name for name in names if ".safetensors.index" not in name))
+
+
+# How single files say what the UNet predicts.
+_STATED = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+def write_single_file(
+    folder: CheckpointFolder, target: Path, dtype: torch.dtype | None, advance: Callable[[int], object]
+) -> Written:
+    """Write the weights of a folder as one file in the original layout.
+
+    The configurations, which such a file does not hold, are lost: it can be read again if the model is of a published
+    family. What the UNet predicts is kept in the metadata, as `modelspec.prediction_type`.
+
+    Args:
+        dtype: what floating-point tensors become; None keeps each one's own.
+        advance: called with the bytes of each piece when it is written.
+
+    Raises:
+        CheckpointError: the folder's weights are not those of its configurations, or cannot be read.
+        ConfigError: a configuration holds what is not implemented, or what the original layout has no place for.
+        OutputError: the target cannot be written; what stood there is intact.
+    """
+    names = ("unet", "vae", *TOKENIZERS)
+    configs = {name: folder.config(name) for name in names if name in folder.components}
+    state: dict[str, Tensor] = {}
+    for component, key_map in original_key_maps(configs).items():
+        state |= to_original(_state(folder, component), key_map)
+    metadata = {"format": "pt"}
+    if "scheduler" in folder.components:
+        prediction = prediction_type(folder.config("scheduler"))
+        if prediction not in _STATED:
+            raise ConfigError(
+                f"{quote(folder.path)}: prediction_type is {quote(prediction)}; single files have {', '.join(_STATED)}"
+            )
+        metadata["modelspec.prediction_type"] = _STATED[str(prediction)]
+    _write(target, state, metadata, dtype, folder.path, advance)
+    kept = {*configs, *TOKENIZERS.values(), "scheduler"}
+    return Written(len(state), tuple(name for name in folder.components if name not in kept))
+
+
+def write_folder(
+    file: SingleFile,
+    target: Path,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    advance: Callable[[int], object],
+) -> Written:
+    """Write a single file as a new folder in the diffusers layout, with the configurations of its family.
+
+    Args:
+        dtype: what floating-point tensors become; None keeps each one's own.
+        variant: becomes part of the names of the weights ("fp16": ``model.fp16.safetensors``).
+        advance: called with the bytes of each piece when it is written.
+
+    Raises:
+        CheckpointError: the file's weights are not those of its family, or cannot be read.
+        OutputError: the target exists or cannot be written; nothing is left there.
+    """
+    count, infix = 0, variant_infix(variant)
+    with atomic_folder(target) as new:
+        for component in file.components:
+            if component in TOKENIZERS.values():
+                save_tokenizer(file.tokenizer(component), new / component)
+                continue
+            write_json(new / component / config_name(component), file.config(component))
+            if component not in SCHEDULERS:
+                state = _state(file, component)
+                stem = "model" if component in TOKENIZERS else "diffusion_pytorch_model"
+                path = new / component / f"{stem}{infix}.safetensors"
+                _write(path, state, {"format": "pt"}, dtype, file.path, advance)
+                count += len(state)
+        write_json(new / "model_index.json", file.model_index)
+    return Written(count, ())
+
+
+def _state(checkpoint: Checkpoint, component: str) -> dict[str, Tensor]:
+    """The weights of one component by the names of the diffusers layout: views of the file, checked strictly."""
+    config, weights = checkpoint.config(component), checkpoint.weights(component)
+    if component in TOKENIZERS:
+        tokenizer = checkpoint.tokenizer(TOKENIZERS[component])
+        return CLIPText.from_weights(CLIPTextConfig.from_json(config), tokenizer, weights).state_dict()
+    with torch.device("meta"):
+        if component == "unet":
+            unet = UNet(UNetConfig.from_json(config))
+        else:
+            fields = VAEConfig.from_json(config)
+            encoder, decoder = VAEEncoder(fields), VAEDecoder(fields)
+    if component == "unet":
+        weights.load_into(unet)
+        return unet.state_dict()
+    weights.load_into(encoder, prefixes=ENCODER_KEYS, ignored_prefixes=DECODER_KEYS)
+    weights.load_into(decoder, prefixes=DECODER_KEYS, ignored_prefixes=ENCODER_KEYS)
+    return {**encoder.state_dict(), **decoder.state_dict()}
+
+
+def _write(
+    path: Path,
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
+    source: Path,
+    advance: Callable[[int], object],
+) -> None:
+    with atomic_write(path) as file:
+        write_tensors(file, state, metadata, dtype=dtype, checked_source=source, advance=advance)
