@@ -1,4 +1,4 @@
-"""The recipe of a run, in sections: what is learnt, from which images, by which steps."""
+"""The recipe of a run, in sections: what is trained, on which images, by which steps."""
 
 from latentgen.train.config.data import ArchiveData as ArchiveData
 from latentgen.train.config.data import Data as Data

@@ -26,7 +26,7 @@ class EmojiData(Section):
 
 
 class ImageData(Section):
-    """How images of any size become views of the sizes that are trained on, and captions what is told of them.
+    """How images are cropped to the sizes that are trained on, and how captions are changed.
 
     Images are scaled to cover the view and cropped, to the middle or at random, and mirrored half of the time with
     `horizontal_flip`. A view is a square of `image_size`; with `buckets` it is as near to the image's own ratio of
@@ -92,7 +92,7 @@ class FolderData(ImageData):
     Captions stand in a `metadata.jsonl` or `metadata.csv` (`file_name`, relative to the file, and `text` or `caption`),
     or beside an image in a text file of the same stem, where several lines are several captions that are drawn equally
     often. Rows of the metadata may name more images: `mask_file_name` (white where the loss counts) and
-    `before_file_name` (what this one is an edit of); other columns are told of and not read. Names that begin with a
+    `before_file_name` (what this one is an edit of); other columns are ignored with a warning. Names that begin with a
     dot are passed over.
 
     `caption` is that of images that have none, which without it are an error; `repeats` is how often an epoch shows

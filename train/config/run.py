@@ -36,7 +36,7 @@ Rule = tuple[bool, str, str]
 
 
 class Validation(Section):
-    """Images of fixed prompts, and the loss on images that are not learnt from; neither changes what is learnt.
+    """Images of fixed prompts, and the loss on held-out images; neither affects training.
 
     Every `every` steps each of `prompts` is drawn `images_per_prompt` times, from the seeds `seed`, `seed` + 1 and so
     on, into `samples/` of the run's folder. `height` and `width` are by default the size that the model was made for,
@@ -74,7 +74,7 @@ class Validation(Section):
 
 
 class TrainConfig(Section):
-    """One recipe: what is learnt, from what, and how the run goes.
+    """One recipe: what is trained, on what, and how.
 
     `init_from` is a folder in the diffusers layout whose weights training starts from (fine-tuning takes a single
     file, too, and without it the embedded default model); `batch_size` counts the samples

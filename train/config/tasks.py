@@ -57,7 +57,7 @@ class LatentLoss(Section):
 
     `offset_noise` shifts the noise of each channel as a whole (strengths of 0.03 to 0.1 are usual), `pyramid_noise`
     adds coarser noise: both let a model learn brightness and large shapes. `input_perturbation` noises what the UNet
-    sees a little more than it is told (arXiv:2301.11706; 0.1 is usual). `masked` weighs the error by the images'
+    sees a little more than its timestep says (arXiv:2301.11706; 0.1 is usual). `masked` weighs the error by the images'
     masks.
     """
 
@@ -297,7 +297,7 @@ class FinetuneTask(DiffusionTask):
             )
         if self.convert_to is not None and self.method.kind != "full":
             raise ValueError(
-                f"convert_to: the new input channels can only be learnt with method full, not {self.method.kind}"
+                f"convert_to: new input channels can only be trained with method full, not {self.method.kind}"
             )
         if self.prior is not None and self.method.kind == "textual_inversion":
             raise ValueError(

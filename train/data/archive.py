@@ -17,7 +17,7 @@ from latentgen.image_file import read_image_bytes
 from latentgen.prompts import check_prompts
 from latentgen.train.config import ArchiveData
 from latentgen.train.data import Captions, Sample
-from latentgen.train.data.cropping import Framing, Size
+from latentgen.train.data.cropping import Cropper, Size
 
 # Far over every photograph, and little beside the memory that decoding one takes.
 MAX_IMAGE_BYTES = 256 * 2**20
@@ -27,7 +27,7 @@ _LISTED = 50
 _KEPT_SIZES = 2**16
 
 
-class PackedSample(NamedTuple):
+class ArchiveSample(NamedTuple):
     """A sample that can be used.
 
     Attributes:
@@ -41,10 +41,10 @@ class PackedSample(NamedTuple):
     captions: tuple[str, ...]
 
 
-class PackedSurvey(NamedTuple):
+class ArchiveSurvey(NamedTuple):
     """All samples of a set that can be used, and what is wrong with the rest."""
 
-    samples: list[PackedSample]
+    samples: list[ArchiveSample]
     problems: list[str]
 
 
@@ -92,7 +92,7 @@ def text_captions(data: bytes) -> tuple[str, ...]:
         raise InputError(f"it is not in UTF-8: {error}") from None
 
 
-class PackedFraming:
+class ArchiveCropper:
     """What a recipe says of the views and the captions of images that lie in large files.
 
     Attributes:
@@ -100,15 +100,15 @@ class PackedFraming:
     """
 
     def __init__(self, config: ArchiveData) -> None:
-        self._framing = Framing(config)
-        self.varies = self._framing.varies
+        self._cropper = Cropper(config)
+        self.varies = self._cropper.varies
         self._prefix = config.caption_prefix
         self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
-        self._size_for = lru_cache(_KEPT_SIZES)(self._framing.size_for)
+        self._size_for = lru_cache(_KEPT_SIZES)(self._cropper.size_for)
 
     def bucket(self, original: Size) -> Size:
         """Height and width of the views of an image of this size; (0, 0) is one of which nothing is known."""
-        return self._framing.sizes[0] if len(self._framing.sizes) == 1 else self._size_for(original)
+        return self._cropper.sizes[0] if len(self._cropper.sizes) == 1 else self._size_for(original)
 
     def texts(self, captions: Sequence[str]) -> tuple[str, ...]:
         """The captions as they are trained on, but for the order of their parts."""
@@ -117,7 +117,7 @@ class PackedFraming:
     def sample(self, image: Image.Image, captions: Sequence[str], rng: random.Random) -> Sample:
         """The image scaled to cover its rectangle, and cropped; random where the recipe says so."""
         original = (image.height, image.width)
-        frame = self._framing.draw(original, rng)
+        frame = self._cropper.draw(original, rng)
         texts = self.texts(captions)
         drawn = Captions(texts, (1.0,) * len(texts), self._shuffle_after)
         return Sample(frame.show(image), drawn, original, frame.corner)

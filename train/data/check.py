@@ -11,7 +11,7 @@ from typing import NamedTuple
 from latentgen.checkpoints.families import CLIP_PAD, WINDOW, clip_tokenizer
 from latentgen.train.config import FolderData, HuggingFaceData, ImageData, KohyaData, WebDataset
 from latentgen.train.data import folder, huggingface, shards
-from latentgen.train.data.cropping import Framing, Size, enlargement
+from latentgen.train.data.cropping import Cropper, Size, enlargement
 from latentgen.train.data.folder import pixels
 from latentgen.train.data.image_checks import ImageFacts
 from latentgen.train.data.scan import Listing
@@ -84,8 +84,8 @@ def _of_folder(config: FolderData | KohyaData, warned: Sequence[warnings.Warning
 def _report(
     config: ImageData, good: Sequence[_Usable], problems: Sequence[str], notes: Sequence[str]
 ) -> Report:
-    framing = Framing(config)
-    sizes = [framing.size_for(image.size) for image in good]
+    cropper = Cropper(config)
+    sizes = [cropper.size_for(image.size) for image in good]
     images, samples = Counter(sizes), Counter[Size]()
     for image, size in zip(good, sizes, strict=True):
         samples[size] += image.repeats

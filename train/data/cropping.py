@@ -15,7 +15,7 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 
-class Frame(NamedTuple):
+class Crop(NamedTuple):
     """What of an image a view shows.
 
     Attributes:
@@ -41,7 +41,7 @@ class Frame(NamedTuple):
         return scaled.crop((left, top, left + self.size[1], top + self.size[0]))
 
 
-class Framing:
+class Cropper:
     """What a recipe says of sizes and crops.
 
     Attributes:
@@ -64,7 +64,7 @@ class Framing:
         """The size of the views of an image of this size."""
         return nearest_size(original, self.sizes)
 
-    def draw(self, original: Size, rng: random.Random) -> Frame:
+    def draw(self, original: Size, rng: random.Random) -> Crop:
         """A view of an image of this size; random if the recipe asks for random crops or mirroring."""
         size = self.size_for(original)
         scale = enlargement(original, size)
@@ -75,7 +75,7 @@ class Framing:
             corner = (rng.randint(0, room[0]), rng.randint(0, room[1]))
         else:
             corner = (room[0] // 2, room[1] // 2)
-        return Frame((height, width), corner, size, mirrored)
+        return Crop((height, width), corner, size, mirrored)
 
 
 def bucket_sizes(image_size: int, step: int, shortest: int, longest: int) -> tuple[Size, ...]:

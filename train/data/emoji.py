@@ -1,8 +1,8 @@
 """The training set of the embedded default model: Debian's Noto Color Emoji with their names.
 
 Every single-codepoint emoji that the font draws, that Unicode names and that CLDR annotates is one glyph. A sample is a
-glyph, scaled and shifted a little, on a ground of one of eleven colours, with a caption: its Unicode name, its CLDR
-short name or one of its CLDR keywords, and the ground's colour unless it is white.
+glyph, scaled and shifted a little, on a background of one of eleven colors, with a caption: its Unicode name, its CLDR
+short name or one of its CLDR keywords, and the background's color unless it is white.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Glyph:
 
 @dataclass(frozen=True)
 class GlyphPlacement:
-    """Where a glyph stands: the longer side in pixels, the shift of its centre, and the colour of the ground."""
+    """Placement of a glyph: its longer side in pixels, the shift of its center, and the background color."""
 
     size: int
     shift: tuple[int, int] = (0, 0)

@@ -15,7 +15,7 @@ from latentgen.files import quote
 from latentgen.image_file import read_image
 from latentgen.train.config import FolderData, KohyaData
 from latentgen.train.data import Captions, Sample, digest_of
-from latentgen.train.data.cropping import Framing, Size, enlargement
+from latentgen.train.data.cropping import Cropper, Size, enlargement
 from latentgen.train.data.image_checks import ImageFacts, examine
 from latentgen.train.data.scan import Item, Listing, list_folder
 
@@ -85,8 +85,8 @@ class ImageFolder:
 
     def __init__(self, config: FolderData | KohyaData) -> None:
         self.image_size = config.image_size
-        self._framing = Framing(config)
-        self.is_random = self._framing.varies
+        self._cropper = Cropper(config)
+        self.is_random = self._cropper.varies
         self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
         listing, facts, bad = survey(config)
         for columns in listing.unread:
@@ -108,9 +108,9 @@ class ImageFolder:
         self.digest = digest_of(_told(item, listing, facts) for item in good)
         numbers: dict[bytes, int] = {}
         self.images = [numbers.setdefault(facts[item.file].digest, len(numbers)) for item in self._items]
-        self._sizes = [self._framing.size_for(facts[item.file].size) for item in self._items]
+        self._sizes = [self._cropper.size_for(facts[item.file].size) for item in self._items]
         small = sum(
-            enlargement(facts[item.file].size, self._framing.size_for(facts[item.file].size)) > 1
+            enlargement(facts[item.file].size, self._cropper.size_for(facts[item.file].size)) > 1
             for item in good
         )
         if small:
@@ -132,7 +132,7 @@ class ImageFolder:
         item = self._items[index]
         image = read_image(item.file)
         original = (image.height, image.width)
-        frame = self._framing.draw(original, rng)
+        frame = self._cropper.draw(original, rng)
         mask = before = None
         if item.mask is not None:
             # Lanczos would draw rings around the borders of a mask.

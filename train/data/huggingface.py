@@ -18,9 +18,9 @@ from latentgen.train.config import HuggingFaceData
 from latentgen.train.data import Sample, digest_of
 from latentgen.train.data.archive import (
     MAX_IMAGE_BYTES,
-    PackedFraming,
-    PackedSample,
-    PackedSurvey,
+    ArchiveCropper,
+    ArchiveSample,
+    ArchiveSurvey,
     captions_of,
     image_size,
     leave_out,
@@ -57,8 +57,8 @@ class HuggingFaceSet:
 
     def __init__(self, config: HuggingFaceData) -> None:
         self.image_size = config.image_size
-        self._framing = PackedFraming(config)
-        self.is_random = self._framing.varies
+        self._cropper = ArchiveCropper(config)
+        self.is_random = self._cropper.varies
         self._sizes: dict[int, Size] = {}
         self._digests: dict[int, bytes] = {}
         self._contents: list[str] = []
@@ -85,7 +85,7 @@ class HuggingFaceSet:
 
     def bucket(self, index: int) -> Size:
         """Height and width of the views of item `index`."""
-        return self._framing.bucket(self._sizes.get(self._rows[index], (0, 0)))
+        return self._cropper.bucket(self._sizes.get(self._rows[index], (0, 0)))
 
     def sample(self, index: int, rng: random.Random) -> Sample:
         """The image scaled to cover its rectangle, and cropped; random where the recipe says so.
@@ -97,14 +97,14 @@ class HuggingFaceSet:
         fields = self._table[row]
         try:
             image = read_image_bytes(_image_bytes(fields[self._image]), self._image)
-            return self._framing.sample(image, captions_of(fields[self._caption]), rng)
+            return self._cropper.sample(image, captions_of(fields[self._caption]), rng)
         except InputError as error:
             raise DatasetError(f"{self._where}, row {row}: {error}") from error
 
     def captions(self) -> list[str]:
         """All captions of each row."""
         column = self._table[self._caption]
-        return [text for row in self._rows for text in self._framing.texts(captions_of(column[row]))]
+        return [text for row in self._rows for text in self._cropper.texts(captions_of(column[row]))]
 
     def _check(self, config: HuggingFaceData) -> tuple[list[str], dict[int, str]]:
         """What is wrong with captions, and with the images by row."""
@@ -121,23 +121,23 @@ class HuggingFaceSet:
         return captions, images
 
 
-def survey(config: HuggingFaceData) -> PackedSurvey:
+def survey(config: HuggingFaceData) -> ArchiveSurvey:
     """Read every row of a data set.
 
     Raises:
         ConfigError: the `datasets` library is not installed.
         DatasetError: there is no such data set, split or column.
     """
-    samples: list[PackedSample] = []
+    samples: list[ArchiveSample] = []
     problems: list[str] = []
     for row, found in enumerate(_read_rows(_with_columns(_open(config), config), config)):
         wrong = [problem for problem in (found.caption_problem, found.image_problem) if problem]
         problems += [f"row {row}: {problem}" for problem in wrong]
         if found.size is not None and not wrong:
-            samples.append(PackedSample(f"row {row}", found.size, found.captions))
+            samples.append(ArchiveSample(f"row {row}", found.size, found.captions))
     if not samples and not problems:
         problems.append("no row")
-    return PackedSurvey(samples, problems)
+    return ArchiveSurvey(samples, problems)
 
 
 class _Row(NamedTuple):

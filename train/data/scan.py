@@ -82,7 +82,7 @@ def list_folder(config: FolderData | KohyaData) -> Listing:
         else:
             _list_images(listing, list(_walk(config.path)), caption=config.caption, repeats=config.repeats)
     except OSError as error:
-        raise DatasetError(f"{quote(config.path)} cannot be read: {error}; mend its permissions") from error
+        raise DatasetError(f"{quote(config.path)} cannot be read: {error}; fix its permissions") from error
     if config.caption_prefix:
         for place, item in enumerate(listing.items):
             captions = tuple(f"{config.caption_prefix} {caption}".strip() for caption in item.captions)
@@ -140,7 +140,7 @@ def _list_images(listing: Listing, files: list[Path], *, caption: str | None, re
             captions = _captions(listing, file, row, own[file], caption)
             listing.items.append(Item(file, captions, row.mask, row.before, repeats))
         else:
-            # Of an image whose rows all have problems these have been told.
+            # If all rows of an image have problems, these are listed already.
             captions = () if file in metadata.named else _captions(listing, file, None, own[file], caption)
             listing.items.append(Item(file, captions, repeats=repeats))
     used = {*own, *companions, *metadata.named, *own.values()}

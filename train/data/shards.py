@@ -23,7 +23,7 @@ from latentgen.image_file import read_image_bytes
 from latentgen.train.cache import TensorCache, content_key
 from latentgen.train.config import WebDataset
 from latentgen.train.data import Sample, digest_of
-from latentgen.train.data.archive import PackedFraming, PackedSample, PackedSurvey, leave_out, refuse
+from latentgen.train.data.archive import ArchiveCropper, ArchiveSample, ArchiveSurvey, leave_out, refuse
 from latentgen.train.data.cropping import Size
 from latentgen.train.data.sampler import SHARDS_TOGETHER
 from latentgen.train.data.tar_index import (
@@ -62,8 +62,8 @@ class ShardSet:
 
     def __init__(self, config: WebDataset) -> None:
         self.image_size = config.image_size
-        self._framing = PackedFraming(config)
-        self.is_random = self._framing.varies
+        self._cropper = ArchiveCropper(config)
+        self.is_random = self._cropper.varies
         self._paths = expand_shards(config.shards)
         self._stamps = {path: _stamp(path) for path in self._paths}
         surveys = _survey_all(self._paths, config)
@@ -92,7 +92,7 @@ class ShardSet:
         """Height and width of the views of item `index`."""
         shard, place = self._place(index)
         height, width = map(int, self._samples[shard].sizes[place])
-        return self._framing.bucket((height, width))
+        return self._cropper.bucket((height, width))
 
     def sample(self, index: int, rng: random.Random) -> Sample:
         """The image scaled to cover its rectangle, and cropped; random where the recipe says so.
@@ -105,7 +105,7 @@ class ShardSet:
             picture = read_image_bytes(archive.read(image), f"{archive.path}, {image.name}")
         except InputError as error:
             raise DatasetError(str(error)) from error
-        return self._framing.sample(picture, _captions(archive, caption, is_json=is_json), rng)
+        return self._cropper.sample(picture, _captions(archive, caption, is_json=is_json), rng)
 
     def captions(self) -> list[str]:
         """All captions, read for this."""
@@ -113,7 +113,7 @@ class ShardSet:
         return [
             text
             for archive, _, caption, is_json in places
-            for text in self._framing.texts(_captions(archive, caption, is_json=is_json))
+            for text in self._cropper.texts(_captions(archive, caption, is_json=is_json))
         ]
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -143,14 +143,14 @@ class ShardSet:
         )
 
 
-def survey(config: WebDataset) -> PackedSurvey:
+def survey(config: WebDataset) -> ArchiveSurvey:
     """Read every sample of the shards.
 
     Raises:
         DatasetError: a shard is not there.
     """
     paths = expand_shards(config.shards)
-    samples: list[PackedSample] = []
+    samples: list[ArchiveSample] = []
     problems: list[str] = []
     for path, found in zip(paths, _survey_all(paths, config), strict=True):
         problems += [*found.problems, *found.bad_images]
@@ -163,11 +163,11 @@ def survey(config: WebDataset) -> PackedSurvey:
             )
             height, width = map(int, size)
             samples.append(
-                PackedSample(f"{path.name}, image at byte {image_begin:,}", (height, width), captions)
+                ArchiveSample(f"{path.name}, image at byte {image_begin:,}", (height, width), captions)
             )
     if not samples and not problems:
         problems.append(_NO_SAMPLE)
-    return PackedSurvey(samples, problems)
+    return ArchiveSurvey(samples, problems)
 
 
 def _captions(archive: OpenTar, caption: Extent, *, is_json: bool) -> tuple[str, ...]:
@@ -212,7 +212,7 @@ def _survey(path: Path, config: WebDataset, index: TensorCache | None) -> ShardS
 
 
 def _fits_index(survey: ShardSurvey) -> bool:
-    """Whether the index keeps what was found: not what the user is about to mend, and no empty arrays."""
+    """Whether the index stores a survey: none with problems, which the user will fix, and no empty arrays."""
     return not survey.problems and len(survey.samples.json) > 0
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from latentgen.train.config import ImageData
-from latentgen.train.data.cropping import Framing, bucket_sizes, nearest_size
+from latentgen.train.data.cropping import Cropper, bucket_sizes, nearest_size
 
 # Height x width of the buckets of SDXL (arXiv:2307.01952, appendix I), those wider than high.
 SDXL = {
@@ -32,8 +32,8 @@ SDXL = {
 sides = st.integers(1, 5000)
 
 
-def framing(**fields: Any) -> Framing:
-    return Framing(ImageData(**{"image_size": 64, "bucket_step": 16} | fields))
+def cropper(**fields: Any) -> Cropper:
+    return Cropper(ImageData(**{"image_size": 64, "bucket_step": 16} | fields))
 
 
 def test_buckets_are_among_those_of_sdxl():
@@ -42,13 +42,13 @@ def test_buckets_are_among_those_of_sdxl():
     assert set(ours) == {size[::-1] for size in ours}, "each stands upright and lies on its side"
     # Every side of the paper is there; of a side the paper has up to four lengths of the other.
     assert {side for size in ours for side in size} == {side for size in SDXL for side in size}
-    assert Framing(ImageData(image_size=1024, buckets=True)).sizes == ours
+    assert Cropper(ImageData(image_size=1024, buckets=True)).sizes == ours
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
 @pytest.mark.parametrize("flip", [False, True])
 def test_whether_views_differ_is_known_beforehand(crop: str, flip: bool):
-    frames = framing(crop=crop, horizontal_flip=flip)
+    frames = cropper(crop=crop, horizontal_flip=flip)
     drawn = {frames.draw((100, 200), random.Random(seed)) for seed in range(50)}
     assert (len(drawn) > 1) == frames.varies
 
@@ -90,7 +90,7 @@ def test_of_equal_ratios_the_largest_is_taken():
 def test_views_are_covered_and_no_larger_than_need_be(
     height: int, width: int, buckets: bool, crop: str, mirror: bool, seed: int
 ):
-    frames = framing(buckets=buckets, crop=crop, horizontal_flip=mirror)
+    frames = cropper(buckets=buckets, crop=crop, horizontal_flip=mirror)
     frame = frames.draw((height, width), random.Random(seed))
     assert frame.size == frames.size_for((height, width))
     room = [scaled - side for scaled, side in zip(frame.scaled, frame.size, strict=True)]
@@ -108,7 +108,7 @@ def test_views_are_the_scaled_image_mirrored_and_then_cropped():
     """In this order, as diffusers' SDXL script does: the corner that the UNet is told is that in the mirrored image."""
     image = Image.effect_noise((90, 60), 80).convert("RGB")
     scaled = image.resize((96, 64), Image.Resampling.LANCZOS)
-    frames = framing(crop="random", horizontal_flip=True)
+    frames = cropper(crop="random", horizontal_flip=True)
     drawn = [frames.draw((60, 90), random.Random(seed)) for seed in range(6)]
     assert {frame.mirrored for frame in drawn} == {True, False}
     for frame in drawn:
@@ -119,7 +119,7 @@ def test_views_are_the_scaled_image_mirrored_and_then_cropped():
 
 
 def test_random_crops_and_mirrors_are_uniform():
-    frames = framing(crop="random", horizontal_flip=True)
+    frames = cropper(crop="random", horizontal_flip=True)
     drawn = [frames.draw((64, 67), random.Random(seed)) for seed in range(2000)]
     lefts = Counter(frame.corner[1] for frame in drawn)
     assert sorted(lefts) == [0, 1, 2, 3]
@@ -142,7 +142,7 @@ def test_random_crops_and_mirrors_are_uniform():
 )
 def test_recipes_that_make_no_sense(fields: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
-        framing(**fields)
+        cropper(**fields)
 
 
 def test_ratios_beyond_all_buckets_take_the_outermost():

@@ -360,7 +360,7 @@ def test_an_instructed_model_draws_no_class_images(tmp_path: Path):
         ({"method": {"kind": "lora"}, "guidance_scale": 3}, "guidance_scale belongs to a whole model"),
         (
             {"method": {"kind": "lora"}, "convert_to": "instruct"},
-            "can only be learnt with method full, not lora",
+            "convert_to: ",
         ),
         ({"method": FULL, "prior": PRIOR | {"prompt": "a\0b"}}, "NUL at position 1"),
         ({"method": {"kind": "hypernetwork"}}, "'full', 'lora', 'textual_inversion'"),
