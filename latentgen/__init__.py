@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# `pipelines` and `train` are folders at the top of the repository: installing maps them into the package, and a
-# checkout links to them. Where links are plain files (git on Windows), the folder above joins the search path.
-# `configs` has no link, so a checkout always needs that folder for it.
-if not all((Path(__file__).parent / name).is_dir() for name in ("configs", "pipelines", "train")):
+# `configs`, `pipelines` and `train` are folders at the top of the repository: installing maps them into the package,
+# and a checkout links to them. Where links are plain files (git on Windows), the folder above joins the search path.
+if not (Path(__file__).parent / "pipelines").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
