@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from latentgen.checkpoints.folder import CheckpointFolder, as_path
 from latentgen.checkpoints.identify import StatedPrediction
-from latentgen.checkpoints.io import is_pickle, read_header
+from latentgen.checkpoints.io import is_pickle, open_checkpoint, read_header
 from latentgen.checkpoints.rewrite import (
     Written,
     component_files,
@@ -184,11 +184,8 @@ def _changes_layout(source: Path, target: Path) -> bool:
 def _check_pickle(source: Path) -> None:
     if not source.is_file():
         raise CheckpointNotFoundError(f"{quote(source)} is not a file that exists")
-    try:
-        with open(source, "rb") as file:
-            head = file.read(1024)
-    except OSError as error:
-        raise CheckpointNotFoundError(f"{quote(source)} cannot be read: {error.strerror or error}") from error
+    with open_checkpoint(source) as file:
+        head = file.read(1024)
     if problem := wrong_content(head):
         raise CheckpointCorruptError(f"{quote(source)} is {problem}, not a checkpoint; download it again")
     if head[8:9] == b"{":

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeGuard
 
@@ -103,6 +104,14 @@ def read_header(path: str | Path) -> Header:
     return _parse(path, data, size - 8 - length)
 
 
+def open_checkpoint(path: Path) -> BufferedReader:
+    """A file open for reading; CheckpointNotFoundError if it cannot be opened."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{quote(path)} cannot be read: {error.strerror or error}") from error
+
+
 def refuse_pickle(path: Path) -> None:
     """Raise UnsafeCheckpointError if the name of the file says that it is a pickle."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
@@ -118,11 +127,8 @@ def is_pickle(path: Path) -> bool:
     Raises:
         CheckpointNotFoundError: there is no such file, or it cannot be read.
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise CheckpointNotFoundError(f"{quote(path)} cannot be read: {error.strerror or error}") from error
+    with open_checkpoint(path) as file:
+        head = file.read(9)
     return path.suffix.lower() in PICKLE_SUFFIXES or _starts_as_pickle(head)
 
 
@@ -170,6 +176,27 @@ class MappedFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
+def read_pieces(path: Path, header: Header, name: str) -> Iterator[Tensor]:
+    """The values of one tensor in order, as flat tensors of at most ``PIECE_BYTES``.
+
+    They are read, not mapped: if the file is truncated meanwhile, that is an error and not the end of the process.
+
+    Raises:
+        CheckpointNotFoundError: the file cannot be opened.
+        CheckpointCorruptError: the file became shorter.
+    """
+    info, dtype = header[name], TORCH_DTYPES[header[name].dtype]
+    with open_checkpoint(path) as file:
+        file.seek(header.begins[name])
+        for start in range(0, info.nbytes, PIECE_BYTES):
+            buffer = bytearray(min(PIECE_BYTES, info.nbytes - start))
+            if file.readinto(buffer) != len(buffer):
+                raise CheckpointCorruptError(
+                    f"{quote(path)} became shorter while it was read; download it again"
+                )
+            yield torch.frombuffer(buffer, dtype=dtype)
+
+
 def write_tensors(
     file: BinaryIO,
     tensors: Mapping[str, Tensor],
@@ -183,6 +210,35 @@ def write_tensors(
 
     Args:
         tensors: of any device and strides; every dtype is one of ``DTYPE_NAMES``.
+
+    For the other arguments and errors see :func:`write_pieces`.
+    """
+
+    def pieces(name: str) -> Iterable[Tensor]:
+        values = tensors[name].detach().cpu().contiguous().flatten()
+        return values.split(max(1, PIECE_BYTES // values.itemsize))
+
+    infos = {name: TensorInfo(DTYPE_NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()}
+    return write_pieces(
+        file, infos, pieces, metadata, dtype=dtype, checked_source=checked_source, advance=advance
+    )
+
+
+def write_pieces(
+    file: BinaryIO,
+    tensors: Mapping[str, TensorInfo],
+    pieces: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str],
+    *,
+    dtype: torch.dtype | None = None,
+    checked_source: Path | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> dict[str, TensorInfo]:
+    """Write a safetensors file piece by piece; returns what it holds.
+
+    Args:
+        tensors: what to write, before the change of precision.
+        pieces: returns the values of a tensor by its name, in order, as flat tensors on the CPU.
         metadata: free text for the header.
         dtype: what floating-point tensors become; None keeps each one's own.
         checked_source: named in the error when a value cannot be written; None checks no values.
@@ -191,18 +247,20 @@ def write_tensors(
     Raises:
         CheckpointValueError: a value is NaN or infinite, or too large for ``dtype``.
     """
-    targets = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
+    targets: dict[str, torch.dtype] = {}
+    for name, info in tensors.items():
+        own = TORCH_DTYPES[info.dtype]
+        targets[name] = dtype if dtype and own.is_floating_point else own
     # Wider items first, so that every tensor is aligned to its item size.
     infos = {
         name: TensorInfo(
-            DTYPE_NAMES[target], tuple(tensors[name].shape), tensors[name].numel() * target.itemsize
+            DTYPE_NAMES[target], tensors[name].shape, math.prod(tensors[name].shape) * target.itemsize
         )
         for name, target in sorted(targets.items(), key=lambda item: -item[1].itemsize)
     }
     file.write(encode_header(infos, metadata))
     for name in infos:
-        values = tensors[name].detach().cpu().contiguous().flatten()
-        for piece in values.split(max(1, PIECE_BYTES // values.element_size())):
+        for piece in pieces(name):
             if checked_source is not None:
                 check_values(piece, dtype, name, checked_source)
             file.write(piece.to(targets[name]).view(torch.uint8).numpy().data)

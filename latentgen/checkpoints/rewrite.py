@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor
 
 from latentgen.checkpoints.folder import SCHEDULERS, TOKENIZERS, Checkpoint, CheckpointFolder, config_name
-from latentgen.checkpoints.io import MappedFile, TensorInfo, write_tensors
+from latentgen.checkpoints.io import (
+    TensorInfo,
+    open_checkpoint,
+    read_header,
+    read_pieces,
+    write_pieces,
+    write_tensors,
+)
 from latentgen.checkpoints.key_map import original_key_maps, to_original
 from latentgen.checkpoints.single_file import SingleFile
 from latentgen.checkpoints.weights import variant_infix
@@ -51,11 +59,16 @@ def convert_file(
         CheckpointError: the file cannot be read, or a value is NaN, infinite or too large for ``dtype``.
         OutputError: the target cannot be written; what stood there is intact.
     """
-    mapped = MappedFile(source)
-    tensors = {name: mapped.tensor(name) for name in mapped.header}
+    header = read_header(source)
     with atomic_write(target) as file:
-        return write_tensors(
-            file, tensors, mapped.header.metadata, dtype=dtype, checked_source=source, advance=advance
+        return write_pieces(
+            file,
+            header,
+            lambda name: read_pieces(source, header, name),
+            header.metadata,
+            dtype=dtype,
+            checked_source=source,
+            advance=advance,
         )
 
 
@@ -155,12 +168,8 @@ def _known_files(folder: CheckpointFolder) -> list[str]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        raise CheckpointNotFoundError(f"{quote(source)} cannot be read: {error.strerror or error}") from error
-    with atomic_write(target) as file:
-        file.write(content)
+    with open_checkpoint(source) as old, atomic_write(target) as new:
+        shutil.copyfileobj(old, new)
 
 
 def _left_out(folder: CheckpointFolder, done: set[Path]) -> tuple[str, ...]:

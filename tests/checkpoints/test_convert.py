@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import latentgen.checkpoints.convert as conversion
-from latentgen.checkpoints import io
+from latentgen.checkpoints import io, rewrite
 from latentgen.checkpoints.convert import DTypeName, convert, pickle_target
 from latentgen.checkpoints.inspection import inspect
+from latentgen.checkpoints.io import Header, read_header
 from latentgen.checkpoints.weights import save_weights
 from latentgen.errors import (
     CheckpointCorruptError,
@@ -203,6 +204,22 @@ def test_any_file_has_the_bits_that_torch_casts(
         assert reader.metadata() == metadata
 
 
+def test_memory_holds_a_piece_and_not_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    frombuffer = torch.frombuffer
+
+    def watched(buffer: bytearray, *, dtype: torch.dtype) -> Tensor:
+        held.append(len(buffer))
+        return frombuffer(buffer, dtype=dtype)
+
+    monkeypatch.setattr(torch, "frombuffer", watched)
+    monkeypatch.setattr(io, "PIECE_BYTES", 1024)
+    save_file({"w": torch.randn(100, 100)}, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="float16")
+    assert max(held) == 1024
+    assert sum(held) == 40_000
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 70_000.0])
 def test_values_that_do_not_fit_are_named_and_nothing_is_written(tmp_path: Path, value: float) -> None:
     state = {"fine": torch.ones(3), "layer.bias": torch.tensor([1.0, value])}
@@ -212,6 +229,19 @@ def test_values_that_do_not_fit_are_named_and_nothing_is_written(tmp_path: Path,
         convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="float16", overwrite=True)
     assert (tmp_path / "b.safetensors").read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_file_that_shrinks_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"w": torch.randn(100)}, tmp_path / "a.safetensors")
+
+    def shrink(source: Path) -> Header:
+        header = read_header(source)
+        os.truncate(source, 300)
+        return header
+
+    monkeypatch.setattr(rewrite, "read_header", shrink)
+    with pytest.raises(CheckpointCorruptError, match="became shorter"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="float16")
 
 
 @pytest.fixture
