@@ -114,7 +114,7 @@ def test_out_of_memory_images_are_decoded_one_by_one(
 ) -> None:
     starved.error = error
     latents = torch.randn(3, 4, 8, 8)
-    with pytest.warns(UserWarning, match="going on with vae_slicing=True"):
+    with pytest.warns(UserWarning, match="vae_slicing=True"):
         images = decode(starved, latents, MemoryPolicy(vae_slicing=False))
     assert torch.equal(images, decode(decoder, latents, MemoryPolicy()))
 

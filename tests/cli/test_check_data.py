@@ -164,7 +164,7 @@ def test_all_problems_of_a_data_set(pictures: Path, tmp_path: Path, capsys: pyte
     [
         (["--image-size", "4"], "image_size: Input should be greater than or equal to 8"),
         (["--buckets", "--bucket-step", "1024"], "makes a square of 0"),
-        (["--kind", "kohya", "--caption", "x"], "--caption is for --kind imagefolder"),
+        (["--kind", "kohya", "--caption", "x"], "--caption is only for --kind imagefolder"),
         (["--kind", "zip"], "'--kind'"),
         (["--split", "train"], "split"),
     ],
