@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -29,31 +29,19 @@ from latentgen.models.text import TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.pipelines import load_save
 from latentgen.pipelines.arguments import (
-    MAX_CLIP_SKIP,
-    MAX_IMAGES_PER_PROMPT,
-    AnyScheduler,
     DTypeName,
-    OutputType,
-    check_guidance_scale,
-    check_integer,
     check_options,
-    check_output_type,
-    check_seeds,
-    choose_scheduler,
     output_folder,
     resolve_device,
     resolve_dtype,
 )
-from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall, Request, Sampling
+from latentgen.pipelines.call import LatentShape
 from latentgen.pipelines.conditioning import (
     BASE_TIME_IDS,
     REFINER_TIME_IDS,
-    PromptReader,
-    Prompts,
-    SizeConditioning,
+    takes_added_conditioning,
     time_id_count,
 )
-from latentgen.pipelines.guidance_options import GuidanceCall, GuidanceOptions
 from latentgen.pipelines.images import padded
 from latentgen.pipelines.load_save import (
     SD_INDEX,
@@ -63,11 +51,8 @@ from latentgen.pipelines.load_save import (
     named_towers,
     save_folder,
 )
-from latentgen.pipelines.sampling_loop import PipelineStep, denoise
-from latentgen.prompt_syntax import PromptSyntax, read_prompt
 
 DEFAULT_STEPS = 25
-LatentShape = tuple[int, int, int, int]
 _CPU = torch.device("cpu")
 
 
@@ -437,7 +422,7 @@ class Pipeline(ABC):
     @property
     def is_sdxl(self) -> bool:
         """Whether the UNet is told a pooled state and sizes, as SDXL's are."""
-        return self.unet.config.addition_embed_type is not None
+        return takes_added_conditioning(self.unet.config)
 
     @property
     def uses_aesthetic_score(self) -> bool:
@@ -448,113 +433,9 @@ class Pipeline(ABC):
     def _time_ids(self) -> int:
         return time_id_count(self.unet.config, self.text_encoder.pooled_width)
 
-    def _request(
-        self,
-        prompt: Prompts,
-        negative_prompt: Prompts | None,
-        sampling: Sampling,
-        *,
-        prompt_syntax: PromptSyntax,
-        guidance_scale: float | None,
-        num_images_per_prompt: int,
-        seed: int | Sequence[int] | None,
-        clip_skip: int = 0,
-        images: int = 1,
-    ) -> Request:
-        """What is asked for, one entry for each image that is to be made; one prompt serves several `images`."""
-        reader = PromptReader(
-            prompt_syntax,
-            sampling.total,
-            self.text_encoder.context_width,
-            self.text_encoder.pooled_width if self.is_sdxl else None,
-        )
-        prompts = reader.prompts(prompt)
-        prompts *= images if len(prompts) == 1 else 1
-        if images not in (1, len(prompts)):
-            raise InputError(
-                f"image has {images} entries for {len(prompts)} prompts; give one or one for each"
-            )
-        per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
-        if negative_prompt is None and self.force_zeros_for_empty_prompt:
-            negatives = (None,) * len(prompts)
-        else:
-            negatives = reader.negatives("" if negative_prompt is None else negative_prompt, len(prompts))
-        return Request(
-            prompts=tuple(row for row in prompts for _ in range(per_prompt)),
-            negatives=tuple(row for row in negatives for _ in range(per_prompt)),
-            clip_skip=check_integer("clip_skip", clip_skip, 0, MAX_CLIP_SKIP),
-            seeds=check_seeds(seed, len(prompts) * per_prompt),
-            guidance_scale=check_guidance_scale(
-                self.default_guidance_scale if guidance_scale is None else guidance_scale
-            ),
-        )
-
-    def _guided(self, request: Request, options: GuidanceOptions | None, sampling: Sampling) -> GuidanceCall:
-        """Classifier-free guidance with its options; a UNet that is told the scale was distilled from it."""
-        options = check_options("guidance", options, GuidanceOptions, "rescale=0.7")
-        scale = 1.0 if self.unet.config.time_cond_proj_dim else request.guidance_scale
-        guidance = options.guidance(scale, sampling.scheduler)
-        empty = None if self.force_zeros_for_empty_prompt else read_prompt("", "plain", sampling.total)
-        negatives = {1: (), 2: request.negatives, 3: (empty,) * len(request) + request.negatives}
-        return GuidanceCall(guidance, negatives[guidance.num_branches])
-
-    def _sampling(
-        self,
-        scheduler: AnyScheduler | None,
-        num_inference_steps: int,
-        timesteps: Sequence[float] | None,
-        sigmas: Sequence[float] | None,
-    ) -> Sampling:
-        """The whole run that is asked for, with this pipeline's scheduler by default."""
-        scheduler = choose_scheduler(scheduler, self.scheduler, is_sdxl=self.is_sdxl)
-        most_steps = scheduler.schedule.num_train_timesteps
-        if timesteps is None and sigmas is None:
-            levels = scheduler.levels(
-                check_integer("num_inference_steps", num_inference_steps, 1, most_steps)
-            )
-        else:
-            levels = scheduler.levels_at(timesteps=timesteps, sigmas=sigmas)
-        return Sampling(scheduler, levels, range(len(levels) - 1))
-
     def _padded_to_latents(self, images: Tensor, count: int) -> tuple[Tensor, LatentShape]:
         """Images [N, 3, H, W] padded to whole latents, and the shape [B, C, h, w] of the latents of `count` results."""
         config = self.decoder.config
         images = padded(images, config.spatial_factor)
         height, width = (side // config.spatial_factor for side in images.shape[2:])
         return images, (count, config.latent_channels, height, width)
-
-    def _denoise(
-        self,
-        request: Request,
-        sampling: Sampling,
-        shape: LatentShape,
-        prepare_latents: Callable[[ImageNoise], InitialLatents],
-        *,
-        guidance: GuidanceOptions | GuidanceCall | None,
-        size: tuple[int, int],
-        output_type: OutputType,
-        progress: bool,
-        size_conditioning: SizeConditioning | None = None,
-        composite: Callable[[Tensor], Tensor] | None = None,
-        tile: int | None = None,
-    ) -> Iterator[PipelineStep]:
-        """Check the rest of a call's arguments at once, and return its steps; the attributes are PipelineCall's."""
-        if not isinstance(guidance, GuidanceCall):
-            guidance = self._guided(request, guidance, sampling)
-        sizes = check_options(
-            "size_conditioning", size_conditioning, SizeConditioning, "original_size=(1024, 1024)"
-        )
-        call = PipelineCall(
-            request,
-            sampling,
-            guidance,
-            shape,
-            prepare_latents,
-            size,
-            check_output_type(output_type),
-            progress,
-            sizes,
-            composite,
-            tile,
-        )
-        return denoise(self, call)

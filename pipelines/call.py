@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +13,34 @@ from torch import Tensor
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import InputError
-from latentgen.memory import MemoryPolicy
-from latentgen.models.pixels import ImageDecoder
-from latentgen.models.text import TextEncoder
-from latentgen.models.unet import UNet
-from latentgen.pipelines.arguments import OutputType, check_fraction
-from latentgen.pipelines.conditioning import PromptInput, SizeConditioning
-from latentgen.pipelines.guidance_options import GuidanceCall
+from latentgen.pipelines.arguments import (
+    MAX_CLIP_SKIP,
+    MAX_IMAGES_PER_PROMPT,
+    AnyScheduler,
+    OutputType,
+    check_fraction,
+    check_guidance_scale,
+    check_integer,
+    check_options,
+    check_output_type,
+    check_seeds,
+    choose_scheduler,
+)
+from latentgen.pipelines.conditioning import (
+    PromptInput,
+    PromptReader,
+    Prompts,
+    SizeConditioning,
+    takes_added_conditioning,
+)
+from latentgen.pipelines.guidance_options import GuidanceCall, GuidanceOptions
+from latentgen.prompt_syntax import PromptSyntax, read_prompt
 
 if TYPE_CHECKING:
+    from latentgen.pipelines.base import Pipeline
     from latentgen.pipelines.inpaint import MaskBlend
+
+LatentShape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -94,29 +112,10 @@ class Sampling(NamedTuple):
         return self._replace(steps=range(self.total - count, self.total))
 
 
-class Stages(Protocol):
-    """The stages of a pipeline, and where they run."""
-
-    @property
-    def unet(self) -> UNet: ...
-
-    @property
-    def decoder(self) -> ImageDecoder: ...
-
-    @property
-    def text_encoder(self) -> TextEncoder: ...
-
-    @property
-    def memory(self) -> MemoryPolicy: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-
 class ImageNoise:
     """Standard normal noise of which every image owns its part.
 
-    PromptInput i comes from a CPU generator seeded with seeds[i] alone, so an image depends neither on its neighbours
+    Image i's comes from a CPU generator seeded with seeds[i] alone, so an image depends neither on its neighbours
     nor on the device. It is what diffusers draws from a list of CPU generators.
     """
 
@@ -172,16 +171,122 @@ class PipelineCall:
     request: Request
     sampling: Sampling
     guidance: GuidanceCall
-    shape: tuple[int, int, int, int]
+    shape: LatentShape
     prepare_latents: Callable[[ImageNoise], InitialLatents]
     size: tuple[int, int]
     output_type: OutputType
     progress: bool
-    size_conditioning: SizeConditioning = field(default_factory=SizeConditioning)
-    composite: Callable[[Tensor], Tensor] | None = None
-    tile: int | None = None
+    size_conditioning: SizeConditioning
+    composite: Callable[[Tensor], Tensor] | None
+    tile: int | None
 
     @property
     def is_tiled(self) -> bool:
         """Whether the latents are larger than a tile."""
         return self.tile is not None and max(self.shape[2:]) > self.tile
+
+
+def choose_sampling(
+    pipeline: Pipeline,
+    scheduler: AnyScheduler | None,
+    num_inference_steps: int,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+) -> Sampling:
+    """All steps of a run, by the pipeline's own scheduler unless the call names one."""
+    is_sdxl = takes_added_conditioning(pipeline.unet.config)
+    scheduler = choose_scheduler(scheduler, pipeline.scheduler, is_sdxl=is_sdxl)
+    most_steps = scheduler.schedule.num_train_timesteps
+    if timesteps is None and sigmas is None:
+        levels = scheduler.levels(check_integer("num_inference_steps", num_inference_steps, 1, most_steps))
+    else:
+        levels = scheduler.levels_at(timesteps=timesteps, sigmas=sigmas)
+    return Sampling(scheduler, levels, range(len(levels) - 1))
+
+
+def read_request(
+    pipeline: Pipeline,
+    prompt: Prompts,
+    negative_prompt: Prompts | None,
+    sampling: Sampling,
+    *,
+    prompt_syntax: PromptSyntax,
+    guidance_scale: float | None,
+    num_images_per_prompt: int,
+    seed: int | Sequence[int] | None,
+    clip_skip: int = 0,
+    images: int = 1,
+) -> Request:
+    """The prompts, seeds and guidance scale, one entry for each output image; one prompt serves several `images`."""
+    reader = PromptReader(
+        prompt_syntax,
+        sampling.total,
+        pipeline.text_encoder.context_width,
+        pipeline.text_encoder.pooled_width if takes_added_conditioning(pipeline.unet.config) else None,
+    )
+    prompts = reader.prompts(prompt)
+    prompts *= images if len(prompts) == 1 else 1
+    if images not in (1, len(prompts)):
+        raise InputError(f"image has {images} entries for {len(prompts)} prompts; pass one or one for each")
+    per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
+    if negative_prompt is None and pipeline.force_zeros_for_empty_prompt:
+        negatives = (None,) * len(prompts)
+    else:
+        negatives = reader.negatives("" if negative_prompt is None else negative_prompt, len(prompts))
+    return Request(
+        prompts=tuple(row for row in prompts for _ in range(per_prompt)),
+        negatives=tuple(row for row in negatives for _ in range(per_prompt)),
+        clip_skip=check_integer("clip_skip", clip_skip, 0, MAX_CLIP_SKIP),
+        seeds=check_seeds(seed, len(prompts) * per_prompt),
+        guidance_scale=check_guidance_scale(
+            pipeline.default_guidance_scale if guidance_scale is None else guidance_scale
+        ),
+    )
+
+
+def choose_guidance(
+    pipeline: Pipeline, request: Request, options: GuidanceOptions | None, sampling: Sampling
+) -> GuidanceCall:
+    """Classifier-free guidance with its options; none for a distilled UNet that takes the scale as an input."""
+    options = check_options("guidance", options, GuidanceOptions, "rescale=0.7")
+    scale = 1.0 if pipeline.unet.config.time_cond_proj_dim else request.guidance_scale
+    guidance = options.guidance(scale, sampling.scheduler)
+    empty = None if pipeline.force_zeros_for_empty_prompt else read_prompt("", "plain", sampling.total)
+    negatives = {1: (), 2: request.negatives, 3: (empty,) * len(request) + request.negatives}
+    return GuidanceCall(guidance, negatives[guidance.num_branches])
+
+
+def make_call(
+    pipeline: Pipeline,
+    request: Request,
+    sampling: Sampling,
+    shape: LatentShape,
+    prepare_latents: Callable[[ImageNoise], InitialLatents],
+    *,
+    guidance: GuidanceOptions | GuidanceCall | None,
+    size: tuple[int, int],
+    output_type: OutputType,
+    progress: bool,
+    size_conditioning: SizeConditioning | None = None,
+    composite: Callable[[Tensor], Tensor] | None = None,
+    tile: int | None = None,
+) -> PipelineCall:
+    """Check the rest of a call's arguments; they are PipelineCall's attributes."""
+    if not isinstance(guidance, GuidanceCall):
+        guidance = choose_guidance(pipeline, request, guidance, sampling)
+    sizes = check_options(
+        "size_conditioning", size_conditioning, SizeConditioning, "original_size=(1024, 1024)"
+    )
+    return PipelineCall(
+        request,
+        sampling,
+        guidance,
+        shape,
+        prepare_latents,
+        size,
+        check_output_type(output_type),
+        progress,
+        sizes,
+        composite,
+        tile,
+    )

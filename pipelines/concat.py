@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from latentgen.pipelines.arguments import OutputType
-from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.call import ImageNoise, InitialLatents
+from latentgen.pipelines.arguments import AnyScheduler, OutputType
+from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.call import ImageNoise, InitialLatents, choose_sampling, make_call, read_request
 from latentgen.pipelines.conditioning import Prompts
 from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images
 from latentgen.pipelines.load_save import PIXEL_CONCAT_CLASS, classes_read_by
-from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
+from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 from latentgen.pipelines.vae_ops import encode_for_each
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
@@ -73,8 +73,9 @@ class ConcatImagePipeline(Pipeline):
             guidance_scale: how closely the prompt is followed; 1 or less, and half the time, for models without text.
         """
         images = as_images("image", image)
-        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas)
-        request = self._request(
+        sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas)
+        request = read_request(
+            self,
             prompt,
             negative_prompt,
             sampling,
@@ -94,7 +95,8 @@ class ConcatImagePipeline(Pipeline):
                 sampling.initial(noise.draw(shape[1:])), mean / self.decoder.config.scaling_factor
             )
 
-        return self._denoise(
+        call = make_call(
+            self,
             request,
             sampling,
             shape,
@@ -104,5 +106,6 @@ class ConcatImagePipeline(Pipeline):
             output_type=output_type,
             progress=progress,
         )
+        return denoise(self, call)
 
     __call__ = run_to_end(stream)

@@ -195,9 +195,14 @@ def join_contexts(contexts: Sequence[Tensor]) -> Tensor:
     return torch.cat([context.repeat(1, length // context.shape[1], 1) for context in contexts])
 
 
+def takes_added_conditioning(config: UNetConfig) -> bool:
+    """Whether a UNet takes SDXL's added conditioning: pooled embeddings and time ids."""
+    return config.addition_embed_type is not None
+
+
 def time_id_count(config: UNetConfig, pooled_width: int) -> int:
     """How many numbers a UNet with added conditioning is told besides the text; 0 for one without."""
-    if config.addition_embed_type is None:
+    if not takes_added_conditioning(config):
         return 0
     assert config.projection_class_embeddings_input_dim is not None
     assert config.addition_time_embed_dim is not None

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from latentgen.pipelines.arguments import OutputType
-from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.call import ImageNoise, InitialLatents
+from latentgen.pipelines.arguments import AnyScheduler, OutputType
+from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.call import ImageNoise, InitialLatents, choose_sampling, make_call, read_request
 from latentgen.pipelines.conditioning import Prompts, SizeConditioning
 from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images
 from latentgen.pipelines.load_save import classes_read_by
-from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
+from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 from latentgen.pipelines.vae_ops import encode_for_each
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
@@ -74,8 +74,11 @@ class ImageToImagePipeline(Pipeline):
             num_inference_steps: steps of the whole run, of which `strength` are taken.
         """
         images = as_images("image", image)
-        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas).with_strength(strength)
-        request = self._request(
+        sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas).with_strength(
+            strength
+        )
+        request = read_request(
+            self,
             prompt,
             negative_prompt,
             sampling,
@@ -99,7 +102,8 @@ class ImageToImagePipeline(Pipeline):
             x0 = posterior.sample(noise.draw(shape[1:]))
             return InitialLatents(sampling.noised(x0, noise.draw(shape[1:])))
 
-        return self._denoise(
+        call = make_call(
+            self,
             request,
             sampling,
             shape,
@@ -110,5 +114,6 @@ class ImageToImagePipeline(Pipeline):
             progress=progress,
             size_conditioning=size_conditioning,
         )
+        return denoise(self, call)
 
     __call__ = run_to_end(stream)

@@ -20,19 +20,27 @@ from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.errors import InputError
 from latentgen.pipelines.arguments import (
     MAX_SIDE,
+    AnyScheduler,
     OutputType,
     check_blur,
     check_integer,
     check_size,
 )
-from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.call import ImageNoise, InitialLatents, Sampling
+from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.call import (
+    ImageNoise,
+    InitialLatents,
+    Sampling,
+    choose_sampling,
+    make_call,
+    read_request,
+)
 from latentgen.pipelines.conditioning import Prompts, SizeConditioning
 from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_masks, as_unit_images, for_each, padded
 from latentgen.pipelines.inpaint_crop import Canvas
 from latentgen.pipelines.load_save import classes_read_by
-from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
+from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 from latentgen.pipelines.vae_ops import encode_for_each
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
@@ -137,10 +145,13 @@ class InpaintPipeline(Pipeline):
         """
         originals = as_unit_images("image", image)
         masks = as_masks("mask_image", mask_image, originals)
-        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas).with_strength(strength)
+        sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas).with_strength(
+            strength
+        )
         if not sampling.steps:
             raise InputError("strength=0 would paint nothing; it must be above 0")
-        request = self._request(
+        request = read_request(
+            self,
             prompt,
             negative_prompt,
             sampling,
@@ -158,7 +169,8 @@ class InpaintPipeline(Pipeline):
         latent_height, latent_width = latent_masks.shape[2:]
         shape = (len(request), self.decoder.config.latent_channels, latent_height, latent_width)
         prepare_latents = partial(self._prepare_latents, sampling, images, masks, latent_masks, shape)
-        return self._denoise(
+        call = make_call(
+            self,
             request,
             sampling,
             shape,
@@ -170,6 +182,7 @@ class InpaintPipeline(Pipeline):
             size_conditioning=size_conditioning,
             composite=canvas.composite,
         )
+        return denoise(self, call)
 
     __call__ = run_to_end(stream)
 

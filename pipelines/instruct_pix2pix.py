@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 
 from latentgen.diffusion.guidance import ClassifierFree, TextAndImage, is_guided
-from latentgen.pipelines.arguments import OutputType, check_guidance_scale
-from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.call import ImageNoise, InitialLatents
+from latentgen.pipelines.arguments import AnyScheduler, OutputType, check_guidance_scale
+from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.call import ImageNoise, InitialLatents, choose_sampling, make_call, read_request
 from latentgen.pipelines.conditioning import Prompts
 from latentgen.pipelines.guidance_options import GuidanceCall
 from latentgen.pipelines.images import ImagesInput, as_images, for_each
 from latentgen.pipelines.load_save import classes_read_by
-from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
+from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 from latentgen.pipelines.vae_ops import encode_images
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
@@ -72,8 +72,9 @@ class InstructPix2PixPipeline(Pipeline):
             image_guidance_scale: how much of the image is kept; less than 1 is no guidance at all.
         """
         images = as_images("image", image)
-        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas)
-        request = self._request(
+        sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas)
+        request = read_request(
+            self,
             prompt,
             negative_prompt,
             sampling,
@@ -102,7 +103,8 @@ class InstructPix2PixPipeline(Pipeline):
             channels = torch.cat([torch.zeros_like(shown), shown, shown]) if has_guidance else shown
             return InitialLatents(sampling.initial(noise.draw(shape[1:])), channels)
 
-        return self._denoise(
+        call = make_call(
+            self,
             request,
             sampling,
             shape,
@@ -112,5 +114,6 @@ class InstructPix2PixPipeline(Pipeline):
             output_type=output_type,
             progress=progress,
         )
+        return denoise(self, call)
 
     __call__ = run_to_end(stream)

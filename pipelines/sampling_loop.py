@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
-from typing import NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec
 
 import numpy as np
 import torch
@@ -25,16 +25,19 @@ from latentgen.models.unet import AddedConditioning, UNet, UNetConstants
 from latentgen.models.unet_blocks import repeat_rows
 from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.arguments import OutputType
-from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall, Stages
+from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall
 from latentgen.pipelines.conditioning import added_conditioning, encode_segments, time_id_count, time_ids
 from latentgen.pipelines.vae_ops import decode_images, dtype_of
 from latentgen.prompt_syntax import PromptSchedule
+
+if TYPE_CHECKING:
+    from latentgen.pipelines.base import Pipeline
 
 P = ParamSpec("P")
 
 
 @torch.inference_mode()
-def denoise(stages: Stages, call: PipelineCall) -> Iterator[PipelineStep]:
+def denoise(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
     """Yield every step of a call, at least one; the last one has the result.
 
     Raises:
@@ -45,35 +48,35 @@ def denoise(stages: Stages, call: PipelineCall) -> Iterator[PipelineStep]:
     pixels = min(height, call.tile or height) * min(width, call.tile or width)
     with oom_hint(
         f"denoising {count} image(s) of {call.size[1]}x{call.size[0]} pixels",
-        partial(denoising_bytes, stages.unet, branches_at_once(stages, call) * count, pixels),
+        partial(denoising_bytes, pipeline.unet, branches_at_once(pipeline, call) * count, pixels),
         'use fewer images at once, a smaller height and width, MemoryPolicy(attention="chunked", '
         'sequential_guidance=True, offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
     ):
-        yield from _steps(stages, call)
+        yield from _steps(pipeline, call)
 
 
-def _steps(stages: Stages, call: PipelineCall) -> Iterator[PipelineStep]:
+def _steps(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
     # Draw the noise and prepare the latents [B, C, h, w] at the first noise level.
-    noise = ImageNoise(call.request.seeds, stages.device)
+    noise = ImageNoise(call.request.seeds, pipeline.device)
     initial = call.prepare_latents(noise)
     latents = initial.latents.contiguous(memory_format=torch.channels_last)
     scheduler, levels, steps = call.sampling
     total, check = len(steps), FiniteCheck()
-    finish = partial(_finish, stages, call, check)
+    finish = partial(_finish, pipeline, call, check)
     if not steps:
         yield PipelineStep(-1, total, latents, latents, call.request.seeds, finish)
         return
 
     # Encode the prompts; then the text encoder may leave the device.
-    segments, counter = encode_prompts(stages, call), StepCounter(steps.start)
+    segments, counter = encode_prompts(pipeline, call), StepCounter(steps.start)
 
     last: PipelineStep | None = None
     with (
-        on_device(stages.unet, stages.device, offload=stages.memory.offload_idle),
+        on_device(pipeline.unet, pipeline.device, offload=pipeline.memory.offload_idle),
         tqdm(total=total, desc="denoising", disable=not call.progress) as bar,
     ):
         # Build the denoiser: x, level -> x0.
-        denoiser = build_denoiser(stages, call, initial, segments, counter)
+        denoiser = build_denoiser(pipeline, call, initial, segments, counter)
         mask_blend = initial.mask_blend
         if mask_blend is not None:
             denoiser = mask_blend.wrap(denoiser, levels[steps.start])
@@ -101,14 +104,14 @@ def _steps(stages: Stages, call: PipelineCall) -> Iterator[PipelineStep]:
 
 
 @torch.inference_mode()
-def _finish(stages: Stages, call: PipelineCall, check: FiniteCheck, latents: Tensor) -> Images:
-    check.verify(len(call.sampling.steps), dtype_of(stages.unet))
+def _finish(pipeline: Pipeline, call: PipelineCall, check: FiniteCheck, latents: Tensor) -> Images:
+    check.verify(len(call.sampling.steps), dtype_of(pipeline.unet))
     if call.output_type == "latent":
         return latents
-    memory = stages.memory
-    if call.is_tiled and memory.decode_tile is None and isinstance(stages.decoder, VAEDecoder):
+    memory = pipeline.memory
+    if call.is_tiled and memory.decode_tile is None and isinstance(pipeline.decoder, VAEDecoder):
         memory = replace(memory, decode_tile=call.tile)
-    images = decode_images(stages.decoder, latents, stages.device, memory)
+    images = decode_images(pipeline.decoder, latents, pipeline.device, memory)
     images = to_unit(images[..., : call.size[0], : call.size[1]])
     return export(images if call.composite is None else call.composite(images), call.output_type)
 
@@ -223,24 +226,26 @@ class StepCounter:
     step: int
 
 
-def encode_prompts(stages: Stages, call: PipelineCall) -> list[StepConditioning]:
+def encode_prompts(pipeline: Pipeline, call: PipelineCall) -> list[StepConditioning]:
     """The UNet's conditioning: one entry for all steps, or one for each segment where a prompt switches."""
     request, negatives = call.request, call.guidance.negatives
     inputs = negatives, request.prompts
-    module = stages.text_encoder.module
+    module = pipeline.text_encoder.module
     # A call with ready-made conditioning does not move the text encoder to the device.
     needed = any(isinstance(item, PromptSchedule) for branch in inputs for item in branch)
-    with on_device(module, stages.device, offload=stages.memory.offload_idle) if needed else nullcontext():
+    with (
+        on_device(module, pipeline.device, offload=pipeline.memory.offload_idle) if needed else nullcontext()
+    ):
         segments = encode_segments(
-            stages.text_encoder,
+            pipeline.text_encoder,
             *inputs,
             clip_skip=request.clip_skip,
             steps=call.sampling.steps,
-            device=stages.device,
+            device=pipeline.device,
         )
     ids = time_ids(
         call.size_conditioning,
-        time_id_count(stages.unet.config, stages.text_encoder.pooled_width),
+        time_id_count(pipeline.unet.config, pipeline.text_encoder.pooled_width),
         call.size,
         negatives=len(negatives),
         prompts=len(request),
@@ -252,7 +257,7 @@ def encode_prompts(stages: Stages, call: PipelineCall) -> list[StepConditioning]
 
 
 def build_denoiser(
-    stages: Stages,
+    pipeline: Pipeline,
     call: PipelineCall,
     initial: InitialLatents,
     segments: Sequence[StepConditioning],
@@ -269,14 +274,14 @@ def build_denoiser(
         segments: the UNet's conditioning at each step.
         counter: the current step; the caller advances it.
     """
-    unet, guidance = stages.unet, call.guidance.guidance
+    unet, guidance = pipeline.unet, call.guidance.guidance
     dtype = dtype_of(unet)
     constants = [_constants(unet, call, initial, segment) for segment in segments]
     segment_of = {
         step: index for index, segment in enumerate(segments) for steps in segment.steps for step in steps
     }
     channels = None if initial.channels is None else initial.channels.to(segments[0].context.device, dtype)
-    batch, at_once = len(call.request), branches_at_once(stages, call)
+    batch, at_once = len(call.request), branches_at_once(pipeline, call)
 
     @cache
     def inputs_of(segment: int, first: int, last: int) -> tuple[UNetConstants, Tensor | None]:
@@ -334,9 +339,9 @@ def _constants(
     return constants, {timestep: index for index, timestep in enumerate(timesteps)}
 
 
-def branches_at_once(stages: Stages, call: PipelineCall) -> int:
+def branches_at_once(pipeline: Pipeline, call: PipelineCall) -> int:
     """How many guidance branches of an image the UNet evaluates at once."""
-    return 1 if stages.memory.sequential_guidance else call.guidance.guidance.num_branches
+    return 1 if pipeline.memory.sequential_guidance else call.guidance.guidance.num_branches
 
 
 Images = list[Image.Image] | np.ndarray | Tensor

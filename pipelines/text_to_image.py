@@ -10,17 +10,25 @@ from torch import Tensor
 
 from latentgen.errors import InputError
 from latentgen.pipelines.arguments import (
+    AnyScheduler,
     OutputType,
     check_fraction,
     check_latents,
     check_size,
 )
-from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.call import ImageNoise, InitialLatents, Sampling
+from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.call import (
+    ImageNoise,
+    InitialLatents,
+    Sampling,
+    choose_sampling,
+    make_call,
+    read_request,
+)
 from latentgen.pipelines.conditioning import Prompts, SizeConditioning
 from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.load_save import PIXEL_CLASS, classes_read_by
-from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
+from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 
@@ -121,12 +129,13 @@ class TextToImagePipeline(Pipeline):
             MemoryBudgetError: memory ran out; names the arguments that help.
         """
         sampling = part_of_run(
-            self._sampling(scheduler, num_inference_steps, timesteps, sigmas),
+            choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas),
             denoising_start,
             denoising_end,
             latents,
         )
-        request = self._request(
+        request = read_request(
+            self,
             prompt,
             negative_prompt,
             sampling,
@@ -144,7 +153,8 @@ class TextToImagePipeline(Pipeline):
             return InitialLatents(sampling.initial(start) if sampling.steps.start == 0 else start)
 
         factor = self.decoder.config.spatial_factor
-        return self._denoise(
+        call = make_call(
+            self,
             request,
             sampling,
             shape,
@@ -155,6 +165,7 @@ class TextToImagePipeline(Pipeline):
             progress=progress,
             size_conditioning=size_conditioning,
         )
+        return denoise(self, call)
 
     __call__ = run_to_end(stream)
 

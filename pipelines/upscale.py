@@ -23,13 +23,13 @@ from latentgen.models.pixels import PixelConfig, PixelDecoder
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEConfig
 from latentgen.pipelines import load_save
-from latentgen.pipelines.arguments import MAX_SIDE, OutputType, check_integer
-from latentgen.pipelines.base import DEFAULT_STEPS, AnyScheduler, Pipeline
-from latentgen.pipelines.call import ImageNoise, InitialLatents
+from latentgen.pipelines.arguments import MAX_SIDE, AnyScheduler, OutputType, check_integer
+from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.call import ImageNoise, InitialLatents, choose_sampling, make_call, read_request
 from latentgen.pipelines.conditioning import Prompts
 from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images, for_each, padded
-from latentgen.pipelines.sampling_loop import PipelineStep, run_to_end
+from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 DEFAULT_NOISE_LEVEL = 20
@@ -200,8 +200,9 @@ class UpscalePipeline(Pipeline):
                 colour and place, and less forgiving of its flaws.
         """
         images = as_images("image", image)
-        sampling = self._sampling(scheduler, num_inference_steps, timesteps, sigmas)
-        request = self._request(
+        sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas)
+        request = read_request(
+            self,
             prompt,
             negative_prompt,
             sampling,
@@ -231,7 +232,8 @@ class UpscalePipeline(Pipeline):
             channels = as_channels(noised, self._ratio, self.enlargement)
             return InitialLatents(sampling.initial(noise.draw(shape[1:])), channels, label)
 
-        return self._denoise(
+        call = make_call(
+            self,
             request,
             sampling,
             shape,
@@ -243,6 +245,7 @@ class UpscalePipeline(Pipeline):
             composite=partial(back_projected, small=to_unit(unpadded)) if match_input else None,
             tile=tile,
         )
+        return denoise(self, call)
 
     __call__ = run_to_end(stream)
 
