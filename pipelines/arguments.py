@@ -1,7 +1,7 @@
-"""The arguments of a call, checked before anything is computed; each function returns what it accepted.
+"""Checks of the arguments of a call; each function returns the checked value.
 
-All raise InputError (for a path to write, OutputError), which names the argument, the value, what is
-allowed and the fix.
+All raise InputError (OutputError for a path to write to), which names the argument, its value, what is allowed and the
+fix.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 OutputType = Literal["pil", "np", "pt", "latent"]
 
-# The side of the largest image, in pixels; a square of it has the 64 megapixels that no image may exceed.
+# The longest side of an image in pixels; its square is 64 megapixels.
 MAX_SIDE = 8192
 MAX_IMAGES_PER_PROMPT = 1024
 MAX_MASK_BLUR = 256
 MAX_SEED = 2**64 - 1
-# The layers of any text encoder; the encoder itself says how many it can spare.
+# More layers than any text encoder has; the encoder checks for its own number.
 MAX_CLIP_SKIP = 1024
-# Far beyond any use; it keeps the arithmetic finite.
+# Far above any useful value; keeps the arithmetic finite.
 MAX_GUIDANCE_SCALE = 1e6
 
 
@@ -49,25 +49,25 @@ def as_prompts(name: str, prompts: str | Sequence[str]) -> tuple[str, ...]:
     else:
         raise InputError(f"{name} must be a str or a list of str, not {type(prompts).__name__}")
     if not rows:
-        raise InputError(f'{name} is an empty list; give at least one prompt ("" is allowed)')
+        raise InputError(f'{name} is an empty list; pass at least one prompt ("" is allowed)')
     check_prompts(rows)
     return rows
 
 
 def as_negative_prompts(negative_prompt: str | Sequence[str], count: int) -> tuple[str, ...]:
-    """One negative prompt for all of `count` prompts, or one for each."""
+    """A negative prompt for each of `count` prompts; a single str is used for all."""
     negatives = as_prompts("negative_prompt", negative_prompt)
     if isinstance(negative_prompt, str):
         return negatives * count
     if len(negatives) != count:
         raise InputError(
-            f"negative_prompt has {len(negatives)} entries for {count} prompts; give one str or one for each"
+            f"negative_prompt has {len(negatives)} entries for {count} prompts; pass one str or one for each"
         )
     return negatives
 
 
 def check_integer(name: str, value: object, lowest: int, highest: int) -> int:
-    """A whole number in `lowest`..`highest`; bools are no numbers here."""
+    """A whole number in `lowest`..`highest`; bools are refused."""
     number = _as_integer(value)
     if number is None:
         raise InputError(f"{name}={value!r} must be a whole number from {lowest} to {highest}")
@@ -80,7 +80,7 @@ def check_guidance_scale(value: float, *, name: str = "guidance_scale", usual: f
     """A number from 0 to MAX_GUIDANCE_SCALE; up to 1 means no guidance."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputError(f"{name}={value!r} must be a number; {usual:g} is usual, 1 is no guidance")
-    # Compared before the conversion, which overflows for whole numbers beyond the range of a float.
+    # Compare before the conversion, which overflows for large ints.
     if not 0 <= value <= MAX_GUIDANCE_SCALE:
         raise InputError(
             f"{name}={value} must be from 0 to {MAX_GUIDANCE_SCALE:g}; {usual:g} is usual, 1 is no guidance"
@@ -89,14 +89,14 @@ def check_guidance_scale(value: float, *, name: str = "guidance_scale", usual: f
 
 
 def check_fraction(name: str, value: float) -> float:
-    """A number from 0 to 1: how much of the schedule."""
+    """A number from 0 to 1: a fraction of the schedule."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
-        raise InputError(f"{name}={value!r} must be a number from 0 to 1, a share of the schedule")
+        raise InputError(f"{name}={value!r} must be a number from 0 to 1, a fraction of the schedule")
     return float(value)
 
 
 def check_side(name: str, value: int, multiple: int) -> int:
-    """A side of the image in pixels: a multiple of what one latent covers, up to MAX_SIDE."""
+    """A side of the image in pixels: a multiple of `multiple`, up to MAX_SIDE."""
     highest = MAX_SIDE // multiple * multiple
     side = _as_integer(value)
     if side is None:
@@ -114,18 +114,18 @@ def check_side(name: str, value: int, multiple: int) -> int:
 def check_size(
     height: int | None, width: int | None, trained: int | tuple[int, int] | None, factor: int
 ) -> tuple[int, int]:
-    """Height and width in pixels, multiples of `factor`; by default `trained`, which counts latents."""
+    """Height and width in pixels, multiples of `factor`; by default `trained`, in latents."""
     if trained is not None:
         trained_height, trained_width = trained if isinstance(trained, tuple) else (trained, trained)
         height = trained_height * factor if height is None else height
         width = trained_width * factor if width is None else width
     if height is None or width is None:
-        raise InputError("give height and width; the checkpoint does not say at which size it was trained")
+        raise InputError("pass height and width; the checkpoint does not say what size it was trained at")
     return check_side("height", height, factor), check_side("width", width, factor)
 
 
 def check_blur(value: float) -> float:
-    """How far the border of a mask is softened, in pixels."""
+    """The standard deviation in pixels of the blur of a mask."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= MAX_MASK_BLUR:
         raise InputError(
             f"mask_blur={value!r} must be a number of pixels from 0 to {MAX_MASK_BLUR}; 4 is usual"
@@ -134,14 +134,14 @@ def check_blur(value: float) -> float:
 
 
 def check_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """The seeds of `count` images: counted up from one number, or the sequence itself, or drawn at random."""
+    """The seeds of `count` images: consecutive from a number, a sequence as it is, or random."""
     if seed is None:
         first = secrets.randbits(32)
         return tuple(range(first, first + count))
     if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
         if len(seed) != count:
             raise InputError(
-                f"seed has {len(seed)} entries for {count} images; give one number or one for each image"
+                f"seed has {len(seed)} entries for {count} images; pass one number or one for each image"
             )
         return tuple(check_integer(f"seed[{index}]", value, 0, MAX_SEED) for index, value in enumerate(seed))
     first = check_integer("seed", seed, 0, MAX_SEED + 1 - count)
@@ -149,28 +149,28 @@ def check_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]
 
 
 def check_latents(latents: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Standard normal noise of `shape` [B, C, h, w], finite, in place of what the seeds draw."""
+    """Finite latents of `shape` [B, C, h, w], as float32."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
-        found = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
-        raise InputError(f"latents must be a floating-point tensor, not {found}")
+        actual = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+        raise InputError(f"latents must be a floating-point tensor, not {actual}")
     if latents.is_meta:
-        raise InputError("latents stand on the meta device and hold no values; give a tensor of noise")
+        raise InputError("latents are on the meta device, without values; pass a tensor of noise")
     if latents.shape != shape:
         raise InputError(f"latents have shape {list(latents.shape)}; this call needs {list(shape)}")
     if not bool(torch.isfinite(latents).all()):
-        raise InputError("latents hold NaN or infinity; they must be finite")
+        raise InputError("latents have NaN or infinity; they must be finite")
     return latents.float()
 
 
 def check_output_type(value: OutputType) -> OutputType:
-    """One of the kinds of output."""
+    """One of the values of OutputType."""
     if value not in get_args(OutputType):
-        raise InputError(f"output_type={value!r} is not known; choose from {', '.join(get_args(OutputType))}")
+        raise InputError(f"output_type={value!r} is unknown; choose from {', '.join(get_args(OutputType))}")
     return value
 
 
 def check_options(name: str, value: T | None, kind: type[T], example: str) -> T:
-    """An object of options of a kind; None is the defaults."""
+    """An options object of class `kind`; None is the defaults."""
     if value is None:
         return kind()
     if not isinstance(value, kind):
@@ -179,16 +179,16 @@ def check_options(name: str, value: T | None, kind: type[T], example: str) -> T:
 
 
 def output_folder(folder: str | Path) -> Path:
-    """The path of a folder to write; OutputError if it cannot be one."""
+    """The path of a folder to write to; OutputError if it cannot be one."""
     if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
         raise OutputError(
-            f'cannot write to {quote(folder)}: give the path of a folder; "." is the current one'
+            f'cannot write to {quote(folder)}: pass the path of a folder; "." is the current one'
         )
     return Path(folder)
 
 
 def _as_integer(value: object) -> int | None:
-    """The number, if `value` is a whole one of Python or numpy; a bool or a float is none."""
+    """`value` as an int if it is a Python or numpy integer, else None; bools and floats are not."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         return None
     try:
@@ -203,10 +203,10 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that was asked for; "auto" is the best one that the machine has.
+    """The torch device; "auto" is CUDA if there is one, then MPS, then the CPU.
 
     Raises:
-        InputError: the name is not a device, or this machine has none of that kind.
+        InputError: not a device, or this machine does not have it.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -224,13 +224,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
         "mps": int(torch.backends.mps.is_available()),
     }
     if (resolved.index or 0) >= counts.get(resolved.type, 0):
-        there = ", ".join(name for name, count in counts.items() if count)
-        raise InputError(f'device={device!r} is not there; this machine has: {there}. "auto" takes the best')
+        available = ", ".join(name for name, count in counts.items() if count)
+        raise InputError(
+            f'device={device!r} is not available; this machine has {available}; "auto" picks one'
+        )
     return resolved
 
 
 def resolve_dtype(dtype: DTypeName | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the stages; "auto" is float16 on CUDA and float32 elsewhere.
+    """The dtype of the weights; "auto" is float16 on CUDA and float32 elsewhere.
 
     Raises:
         InputError: not one of float32, float16, bfloat16.
@@ -243,16 +245,16 @@ def resolve_dtype(dtype: DTypeName | torch.dtype, device: torch.device) -> torch
     return resolved
 
 
-# What a call takes for its scheduler: the name of a solver, a Scheduler, or a scheduler of diffusers.
+# The scheduler of a call: the name of a solver, a Scheduler, or a diffusers scheduler.
 AnyScheduler: TypeAlias = "str | Scheduler | SchedulerMixin"
 
 
 def choose_scheduler(choice: AnyScheduler | None, own: Scheduler, *, is_sdxl: bool) -> Scheduler:
-    """What a call chooses over the pipeline's own scheduler, of which a name changes the solver alone.
+    """The scheduler of a call; a name replaces only the solver of the pipeline's own scheduler.
 
     Raises:
-        InputError: no such solver, or no scheduler at all.
-        ConfigError: a scheduler of diffusers that is not known here.
+        InputError: an unknown solver, or not a scheduler.
+        ConfigError: a diffusers scheduler that is not supported.
     """
     if choice is None:
         return own
@@ -262,9 +264,9 @@ def choose_scheduler(choice: AnyScheduler | None, own: Scheduler, *, is_sdxl: bo
         return replace(chosen, sigmas="align_your_steps_xl") if aligned_to_sd else chosen
     if isinstance(choice, Scheduler):
         return choice
-    config = getattr(choice, "config", None)  # of diffusers, which need not be installed
+    config = getattr(choice, "config", None)  # a diffusers scheduler, without importing diffusers
     if not isinstance(config, Mapping):
         raise InputError(
-            f"scheduler must be a name, a Scheduler or one of diffusers, not {type(choice).__name__}"
+            f"scheduler must be a name, a Scheduler or a diffusers scheduler, not {type(choice).__name__}"
         )
     return Scheduler.from_config({**config, "_class_name": type(choice).__name__})

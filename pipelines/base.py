@@ -1,4 +1,4 @@
-"""Stages that fit together: loaded from a checkpoint, adapted, saved, and prepared for a call."""
+"""The base of all pipelines: a UNet, a decoder, a text encoder and a scheduler; loading, adapters and saving."""
 
 from __future__ import annotations
 
@@ -58,26 +58,26 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False)
 class Pipeline(ABC):
-    """The stages of a pipeline, and where they run.
+    """The models of a pipeline, and the device that they run on.
 
     Attributes:
-        unet: denoises latents.
+        unet: denoises latents, or pixels.
         decoder: turns latents into images.
-        text_encoder: turns prompts into context, and for SDXL into a pooled state.
+        text_encoder: turns prompts into context, for SDXL also into pooled embeddings.
         scheduler: noise schedule, prediction type and default solver.
-        memory: what to trade for memory.
-        device: where the stages work. They stand there already, or on the CPU if `memory` offloads idle ones.
-        load_encoder: gives the VAE's encoder, on the CPU. What makes images from text alone does without it, until it
-            is saved or handed on.
-        force_zeros_for_empty_prompt: the model was trained with zeros in the place of an empty prompt (SDXL base);
-            without a negative prompt guidance leads away from those.
-        default_guidance_scale: what a call that names none is guided with.
+        memory: how to save memory.
+        device: the device to compute on. The models are there, or on the CPU while idle if `memory.offload_idle`.
+        load_encoder: returns the VAE's encoder, on the CPU; called only when images are encoded or the pipeline is
+            saved.
+        force_zeros_for_empty_prompt: the model was trained with zeros instead of the embeddings of an empty prompt
+            (SDXL base); they are the negative conditioning of a call without a negative prompt.
+        default_guidance_scale: the guidance scale of calls that pass none.
 
     Raises:
-        ConfigError: the stages do not fit together.
+        ConfigError: the models do not match.
     """
 
-    # The classes of diffusers' pipelines whose checkpoints this one reads.
+    # The diffusers pipeline classes (`_class_name`) whose checkpoints this pipeline reads.
     supported_classes: ClassVar[tuple[str, ...]] = ()
 
     unet: UNet
@@ -101,7 +101,7 @@ class Pipeline(ABC):
         if self._time_ids not in (0, REFINER_TIME_IDS, BASE_TIME_IDS):
             raise ConfigError(
                 f"projection_class_embeddings_input_dim {unet.projection_class_embeddings_input_dim} of the UNet must "
-                f"be the {self.text_encoder.pooled_width} channels of the text encoder's pooled state and "
+                f"be the {self.text_encoder.pooled_width} channels of the text encoder's pooled embeddings plus "
                 f"{BASE_TIME_IDS} (SDXL base) or {REFINER_TIME_IDS} (refiner) times addition_time_embed_dim "
                 f"{unet.addition_time_embed_dim}"
             )
@@ -111,12 +111,12 @@ class Pipeline(ABC):
     @property
     @abstractmethod
     def diffusers_class(self) -> str:
-        """The class of diffusers' pipeline over the same stages."""
+        """The name of the diffusers pipeline with the same models."""
 
     @property
     @abstractmethod
     def _image_channels(self) -> int:
-        """How many channels of an image, or of its latents, the UNet is given beside the noisy latents."""
+        """How many channels of a conditioning image the UNet takes, concatenated to the noisy latents."""
 
     @property
     def _takes_noise_level(self) -> bool:
@@ -124,22 +124,26 @@ class Pipeline(ABC):
 
     @property
     def is_pixel_space(self) -> bool:
-        """Whether a class of our own is due, as diffusers has none; SDXL's conditioning has none here either."""
+        """Whether the pipeline denoises pixels and needs a class of our own, which diffusers lacks; never for SDXL."""
         return isinstance(self.decoder, PixelDecoder) and not self.is_sdxl
 
     def _check_channels(self) -> None:
         unet, latent, image = self.unet.config, self.decoder.config.latent_channels, self._image_channels
         if unet.in_channels != latent + image or unet.out_channels != latent:
             raise ConfigError(
-                f"{type(self).__name__} needs a UNet from {latent + image} channels ({latent} of latents or pixels, "
-                f"{image} of an image) to {latent}, not from {unet.in_channels} to {unet.out_channels}: text to image "
-                "has 4 to 4 (on pixels 3 to 3), instruct-pix2pix 8 to 4, inpainting 9 to 4, x4 upscaling 7 to 4, x2 "
-                "upscaling 16 to 4"
+                f"{type(self).__name__} needs a UNet with in_channels {latent + image} ({latent} of latents or pixels, "
+                f"{image} of an image) and out_channels {latent}; this one has {unet.in_channels} and "
+                f"{unet.out_channels}. Text to image has 4 and 4 (in pixel space 3 and 3), "
+                "InstructPix2Pix 8 and 4, inpainting 9 and 4, x4 upscaling 7 and 4, x2 upscaling 16 and 4"
             )
         labelled = bool(unet.class_embed_type or unet.num_class_embeds)
         if labelled != self._takes_noise_level:
-            wanted = "class labels, too" if labelled else "no noise level"
-            raise ConfigError(f"{type(self).__name__} does not fit this UNet, which wants {wanted}")
+            reason = (
+                "also requires class_labels"
+                if labelled
+                else "takes no class_labels, which hold the noise level"
+            )
+            raise ConfigError(f"{type(self).__name__} cannot use this UNet: it {reason}")
 
     @classmethod
     def from_pretrained(
@@ -157,17 +161,17 @@ class Pipeline(ABC):
 
         Args:
             source: a folder, an id on the Hub ("owner/name"), or None for the embedded default model.
-            dtype: of the stages; "auto" is float16 on CUDA and float32 elsewhere.
-            device: "auto" is the best that the machine has.
-            variant: which of several sets of weights, such as "fp16".
+            dtype: of the weights; "auto" is float16 on CUDA and float32 elsewhere.
+            device: "auto" is CUDA if there is one, then MPS, then the CPU.
+            variant: which set of weight files to read, such as "fp16".
             revision: branch, tag or commit on the Hub.
-            vae: a .safetensors file with the VAE to use in place of the folder's.
-            memory: what to trade for memory.
+            vae: a .safetensors file with a VAE to use instead of the folder's.
+            memory: how to save memory.
 
         Raises:
             InputError: an argument is out of bounds.
-            CheckpointError: what is wrong with the folder's files, in a subclass.
-            ConfigError: a configuration holds what is not implemented, or is for another kind of pipeline.
+            CheckpointError: a file is missing or damaged; the subclass says how.
+            ConfigError: a configuration has values that are not supported, or is for another kind of pipeline.
             OfflineError: the Hub is needed and cannot be reached.
             MemoryBudgetError: the weights do not fit into memory.
         """
@@ -182,11 +186,11 @@ class Pipeline(ABC):
 
     @classmethod
     def _embedded(cls) -> Checkpoint:
-        """The model inside the package; InputError where there is none of this kind."""
+        """The model that ships with the package; InputError if there is none of this kind."""
         checkpoint = CheckpointFolder.open(EMBEDDED_DEFAULT)
         if checkpoint.model_index.get("_class_name") not in cls.supported_classes:
             raise InputError(
-                f"the package holds no model for {cls.__name__}: name a folder, a file or a Hub id"
+                f"the package has no model for {cls.__name__}: pass a folder, a file or a Hub id"
             )
         return checkpoint
 
@@ -206,16 +210,16 @@ class Pipeline(ABC):
 
         Args:
             path: the file.
-            prediction_type: "epsilon" or "v_prediction", where the file does not say (SD 2.x).
-            vae: a .safetensors file with the VAE to use in place of the file's own.
-            ema: read the moving averages of the UNet's weights, where the file holds both.
+            prediction_type: "epsilon" or "v_prediction", for files that do not say which (SD 2.x).
+            vae: a .safetensors file with a VAE to use instead of the file's own.
+            ema: read the exponential moving average of the UNet's weights, if the file has both.
             dtype: see :meth:`from_pretrained`.
             device: see :meth:`from_pretrained`.
             memory: see :meth:`from_pretrained`.
 
         Raises:
             InputError: an argument is out of bounds, or the file does not say what its UNet predicts.
-            CheckpointError: what is wrong with the file, in a subclass.
+            CheckpointError: the file is missing or damaged; the subclass says how.
             ConfigError: the file is for another kind of pipeline.
             MemoryBudgetError: the weights do not fit into memory.
         """
@@ -236,7 +240,7 @@ class Pipeline(ABC):
 
         Arguments and errors are those of :meth:`from_pretrained`.
         """
-        # Check the arguments and the checkpoint's class before reading any weight.
+        # Check the arguments and the checkpoint's class before reading weights.
         memory = check_options("memory", memory, MemoryPolicy, "offload_idle=True")
         torch_device = resolve_device(device)
         torch_dtype = resolve_dtype(dtype, torch_device)
@@ -272,7 +276,7 @@ class Pipeline(ABC):
 
     @classmethod
     def from_pipeline(cls, pipeline: Pipeline) -> Self:
-        """A pipeline of this kind over the stages of another, adapters included; they share all weights.
+        """A pipeline of this kind with the models of another, adapters included; they share all weights.
 
         Raises:
             ConfigError: the UNet is for another kind of pipeline.
@@ -282,22 +286,22 @@ class Pipeline(ABC):
 
     @classmethod
     def _own_fields(cls, checkpoint: Checkpoint) -> dict[str, Any]:
-        """The fields that one kind of pipeline has besides, from a checkpoint."""
+        """Fields that only this kind of pipeline has, read from a checkpoint."""
         return {}
 
     def with_lora(
         self, source: str | Path, weight: float = 1.0, *, name: str | None = None, merged: bool = False
     ) -> Self:
-        """The same pipeline with a LoRA (arXiv:2106.09685); this one stays as it is, and they share their weights.
+        """A copy of the pipeline with a LoRA (arXiv:2106.09685). The original is unchanged; they share weights.
 
         Args:
-            source: a file of kohya or diffusers, or a folder of PEFT.
-            weight: what the LoRA is multiplied by; may be negative.
-            name: how to call it later; by default the name of the file.
-            merged: add it to new copies of the weights that it changes: no time at each step, but for good.
+            source: a file in kohya's or diffusers' format, or a PEFT folder.
+            weight: scale of the LoRA; may be negative.
+            name: its name in `loras`; by default the name of the file.
+            merged: merge it into copies of the weights that it changes: no cost per step, but it cannot be removed.
 
         Raises:
-            AdapterError: some of it has no place in this model, does not fit there, or the name is taken.
+            AdapterError: a layer is not in this model or has another shape, or the name is taken.
             CheckpointError: what is wrong with the file, in a subclass.
             InputError: the weight is out of bounds.
         """
@@ -309,10 +313,10 @@ class Pipeline(ABC):
         return copy
 
     def with_lora_weight(self, name: str, weight: float) -> Self:
-        """The same pipeline with another weight for one of its LoRAs; 0 switches it off.
+        """A copy of the pipeline with a new weight for one of its LoRAs; 0 turns it off.
 
         Raises:
-            AdapterError: there is none of that name.
+            AdapterError: no LoRA has that name.
             InputError: the weight is out of bounds.
         """
         copy = self._shared_copy()
@@ -320,24 +324,24 @@ class Pipeline(ABC):
         return copy
 
     def without_lora(self, name: str) -> Self:
-        """The same pipeline without one of its LoRAs: bit for bit what it was before it had it.
+        """A copy of the pipeline without one of its LoRAs, bit for bit as before `with_lora`.
 
         Raises:
-            AdapterError: there is none of that name.
+            AdapterError: no LoRA has that name.
         """
         copy = self._shared_copy()
         loras.detach(copy._components(), name)
         return copy
 
     def with_embedding(self, source: str | Path, *, token: str | None = None) -> Self:
-        """The same pipeline with one more token that prompts can use (textual inversion, arXiv:2208.01618).
+        """A copy of the pipeline whose prompts can use a new token (textual inversion, arXiv:2208.01618).
 
         Args:
-            source: a .safetensors file of diffusers or A1111.
-            token: what prompts write for it; by default its name in the file, or that of the file.
+            source: a .safetensors file in diffusers' or A1111's format.
+            token: the text that prompts use for it; by default its name in the file, or the name of the file.
 
         Raises:
-            AdapterError: it is for another family of models, or the token exists already.
+            AdapterError: it is for another model family, or the token already exists.
             CheckpointError: what is wrong with the file, in a subclass.
         """
         towers = named_towers(self.unet, self.text_encoder)
@@ -350,7 +354,7 @@ class Pipeline(ABC):
         return loras.attached(self._components())
 
     def _shared_copy(self) -> Self:
-        """The same pipeline over new modules, which share all weights with these."""
+        """A copy of the pipeline with new modules that share all weights with these."""
         towers = [tower.with_model(shared_copy(tower.model)) for tower in self.text_encoder.towers]
         return replace(self, unet=shared_copy(self.unet), text_encoder=join_towers(towers))
 
@@ -359,23 +363,23 @@ class Pipeline(ABC):
         return {"unet": self.unet, **{name: tower.model for name, tower in towers.items()}}
 
     def refuse_attached_loras(self) -> None:
-        """Raise InputError if LoRAs are attached: saving or handing on the weights alone would lose them."""
+        """Raise InputError if LoRAs are attached: saving or converting the weights would lose them."""
         if names := self.loras:
             raise InputError(
                 f"the LoRAs {', '.join(map(quote, names))} are attached and would be lost; use with_lora(..., merged="
-                "True) to make them part of the weights, or without_lora(...)"
+                "True) to merge them into the weights, or without_lora(...) to remove them"
             )
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
-        """Write a whole folder in the diffusers layout, which diffusers' pipeline of the same family loads.
+        """Write a folder in the diffusers layout that the matching diffusers pipeline loads.
 
         Args:
-            folder: where to write; made if need be.
-            variant: part of the names of the weight files, such as "fp16".
+            folder: where to write; created if missing.
+            variant: suffix in the names of the weight files, such as "fp16".
 
         Raises:
-            InputError: the pipeline was put together by hand and knows of no encoder, or has LoRAs that are not merged.
-            OutputError: a file could not be written; it keeps its old content, as do those that follow it.
+            InputError: the pipeline has no `load_encoder`, or has LoRAs that are not merged.
+            OutputError: a file could not be written; that file and the ones after it keep their old content.
         """
         target = output_folder(folder)
         self.refuse_attached_loras()
@@ -392,11 +396,11 @@ class Pipeline(ABC):
 
     @property
     def schedulers(self) -> dict[str, Scheduler]:
-        """Component of the diffusers layout -> scheduler."""
+        """Schedulers by their component name in the diffusers layout."""
         return {"scheduler": self.scheduler}
 
     def _index(self) -> dict[str, object]:
-        """What `model_index.json` says besides the class and the components."""
+        """The entries of `model_index.json` other than the class and the components."""
         if self.is_pixel_space:
             return {}
         index = dict(SDXL_INDEX if self.is_sdxl else SD_INDEX)
@@ -407,26 +411,25 @@ class Pipeline(ABC):
         return index
 
     def encoder(self) -> ImageEncoder:
-        """The VAE's encoder, from where the pipeline came from; stands on the CPU.
+        """The VAE's encoder, on the CPU.
 
         Raises:
-            InputError: the pipeline was put together by hand and knows of none.
+            InputError: the pipeline was built without `load_encoder`.
         """
         if self.load_encoder is None:
             raise InputError(
-                "this pipeline was put together by hand, without the VAE's encoder; pass load_encoder=lambda: ... that"
-                " gives it"
+                "this pipeline was built without the VAE's encoder; pass load_encoder=lambda: encoder when you build it"
             )
         return self.load_encoder()
 
     @property
     def is_sdxl(self) -> bool:
-        """Whether the UNet is told a pooled state and sizes, as SDXL's are."""
+        """Whether the UNet takes pooled embeddings and sizes, as SDXL's do."""
         return takes_added_conditioning(self.unet.config)
 
     @property
     def uses_aesthetic_score(self) -> bool:
-        """Whether the UNet is told an aesthetic score beside the sizes, as SDXL's refiner is."""
+        """Whether the UNet takes an aesthetic score in addition to sizes, as SDXL's refiner does."""
         return self._time_ids == REFINER_TIME_IDS
 
     @property
@@ -434,7 +437,7 @@ class Pipeline(ABC):
         return time_id_count(self.unet.config, self.text_encoder.pooled_width)
 
     def _padded_to_latents(self, images: Tensor, count: int) -> tuple[Tensor, LatentShape]:
-        """Images [N, 3, H, W] padded to whole latents, and the shape [B, C, h, w] of the latents of `count` results."""
+        """Images [N, 3, H, W] padded to whole latents, and the shape [B, C, h, w] of the latents of `count` outputs."""
         config = self.decoder.config
         images = padded(images, config.spatial_factor)
         height, width = (side // config.spatial_factor for side in images.shape[2:])

@@ -1,4 +1,4 @@
-"""A checked call: the images it asks for, its steps, its first latents and the noise of each image."""
+"""A pipeline call: check its arguments, choose its steps and guidance, draw the noise of each image."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ LatentShape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Request:
-    """The images that are to be made, one entry for each.
+    """What to generate, one entry for each output image.
 
     Attributes:
-        prompts: what they show.
-        negatives: what guidance leads away from.
-        clip_skip: how many more layers of the text encoder the prompts go without.
-        seeds: of their noise.
-        guidance_scale: of classifier-free guidance.
+        prompts: positive prompts.
+        negatives: negative prompts.
+        clip_skip: how many of the text encoder's last layers to skip for the prompts.
+        seeds: seeds of the noise.
+        guidance_scale: scale of classifier-free guidance.
     """
 
     prompts: tuple[PromptInput, ...]
@@ -66,12 +66,12 @@ class Request:
 
 
 class Sampling(NamedTuple):
-    """How a run is sampled.
+    """The scheduler and the steps of a run.
 
     Attributes:
-        scheduler: what takes the steps.
-        levels: the noise levels of the whole run, and that at which it ends.
-        steps: the part of the steps over `levels` that is taken.
+        scheduler: the solver and its noise schedule.
+        levels: the noise levels of the whole run, one more than it has steps; the last is where it ends.
+        steps: which of the steps between `levels` to take.
     """
 
     scheduler: Scheduler
@@ -80,43 +80,43 @@ class Sampling(NamedTuple):
 
     @property
     def total(self) -> int:
-        """How many steps the whole run has."""
+        """The number of steps of the whole run."""
         return len(self.levels) - 1
 
     def initial(self, noise: Tensor) -> Tensor:
-        """The latents that begin a whole run, from standard normal noise of the same shape."""
+        """The latents at the first noise level, from standard normal noise of the same shape."""
         return self.scheduler.initial(noise, self.levels)
 
     @property
     def is_from_noise(self) -> bool:
-        """Whether the run begins at its first level, where it knows of nothing but noise."""
+        """Whether the run starts from pure noise, at the first level."""
         return self.steps.start == 0
 
     def noised(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """Clean latents at the level where these steps begin; the noise is standard normal, of the same shape."""
+        """Clean latents noised to the level where these steps start; `noise` is standard normal, of their shape."""
         level = self.levels[self.steps.start]
         return level.alpha * x0 + level.sigma * noise
 
     def with_strength(self, strength: float) -> Sampling:
-        """The last steps of the whole run, `strength` of them rounded down as in diffusers; none at strength 0.
+        """The last steps of the run: the share `strength` of them, rounded down as in diffusers; none at strength 0.
 
         Raises:
-            InputError: not a number from 0 to 1, or one above 0 that leaves no step.
+            InputError: not a number from 0 to 1, or above 0 but too small for a single step.
         """
         count = int(self.total * check_fraction("strength", strength))
         if count == 0 and strength > 0:
             raise InputError(
-                f"strength={strength} leaves none of the {self.total} steps; use {math.ceil(1000 / self.total) / 1000} "
-                "or more, or more steps"
+                f"strength={strength} is less than one of the {self.total} steps; use "
+                f"{math.ceil(1000 / self.total) / 1000} or more, or more steps"
             )
         return self._replace(steps=range(self.total - count, self.total))
 
 
 class ImageNoise:
-    """Standard normal noise of which every image owns its part.
+    """Standard normal noise, drawn for each image on its own.
 
-    Image i's comes from a CPU generator seeded with seeds[i] alone, so an image depends neither on its neighbours
-    nor on the device. It is what diffusers draws from a list of CPU generators.
+    Image i's noise comes from a CPU generator seeded with seeds[i] alone, so an image depends neither on the rest of
+    the batch nor on the device. It equals what diffusers draws from a list of CPU generators.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
@@ -133,14 +133,14 @@ class ImageNoise:
 
 
 class InitialLatents(NamedTuple):
-    """What the loop begins with.
+    """The input of the sampling loop.
 
     Attributes:
-        latents: float32 [B, C, h, w], standing at the first noise level.
-        channels: what is concatenated to the latents at each step, [B, K, h, w], or where the rows of a guidance differ
-            [rows * B, K, h, w].
-        class_labels: what the UNet is told besides the timestep, [1].
-        mask_blend: the part of an image that is blended in at every step.
+        latents: float32 [B, C, h, w], at the first noise level.
+        channels: concatenated to the latents at each step, [B, K, h, w], or [branches * B, K, h, w] if the guidance
+            branches differ.
+        class_labels: the UNet's class labels, [1].
+        mask_blend: the part of an image to blend in at every step.
     """
 
     latents: Tensor
@@ -151,21 +151,21 @@ class InitialLatents(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PipelineCall:
-    """One call, checked.
+    """The checked arguments of a call.
 
     Attributes:
-        request: the images that are to be made.
-        sampling: the steps.
-        guidance: how the outputs for one image are combined, and the prompts they are for.
+        request: what to generate.
+        sampling: the scheduler and the steps.
+        guidance: how to combine the UNet's outputs for one image, and the negative prompts.
         shape: of the latents, [B, C, h, w].
-        prepare_latents: makes what the loop begins with; draws its noise from what each image owns.
-        size: height and width in pixels of the images, which are cropped to it.
-        output_type: what becomes of the latents.
+        prepare_latents: makes the input of the loop, with noise from ImageNoise.
+        size: height and width in pixels that the decoded images are cropped to.
+        output_type: the form of the result.
         progress: whether to show a progress bar.
-        size_conditioning: what SDXL is told.
-        composite: what becomes of the images [B, 3, H, W] in 0..1, where they are no result by themselves.
+        size_conditioning: SDXL's sizes, used only by SDXL.
+        composite: turns the decoded images [B, 3, H, W] in 0..1 into the result; None leaves them as they are.
         tile: side, in latents, of the overlapping tiles in which larger latents are denoised and decoded; each step
-            blends what they give (arXiv:2302.08113), so that neighbours agree. None takes all latents whole.
+            blends the tiles' outputs (arXiv:2302.08113). None processes all latents at once.
     """
 
     request: Request

@@ -1,4 +1,4 @@
-"""Cascades: a base model draws the outline, and upscalers add detail, one after the other (arXiv:2106.15282)."""
+"""Cascades: a base model and upscalers that run one after the other (arXiv:2106.15282)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 P = ParamSpec("P")
 
-# So far apart are the seeds of an image's stages, that no stage draws the noise of another.
+# Distance between the seeds of an image's stages, so that no two stages use the same noise.
 _SEED_STRIDE = 0x9E37_79B9_7F4A_7C15
 
 StageKind = Literal["draw", "upscale", "redraw"]
@@ -51,18 +51,18 @@ StagePipeline = TextToImagePipeline | ImageToImagePipeline | UpscalePipeline
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How one stage of a cascade is run.
+    """Settings of one stage of a cascade.
 
     Attributes:
         num_inference_steps: steps of the solver.
-        guidance_scale: of classifier-free guidance; None is the stage's own.
-        scheduler: the name of a solver; None is the stage's own.
-        noise_level: for upscalers, the timestep to which the image of the stage before is noised: higher invents more
-            detail and forgives more mistakes.
-        strength: for image to image, above 0 to 1: how much of it is drawn anew.
+        guidance_scale: scale of classifier-free guidance; None is the pipeline's default.
+        scheduler: the name of a solver; None is the pipeline's own.
+        noise_level: for upscalers, the timestep to noise the previous stage's image to: higher values invent more
+            detail and hide more flaws.
+        strength: for image to image, above 0 to 1, the fraction of the steps to take.
 
     Raises:
-        InputError: a value is out of bounds.
+        InputError: a value is out of range.
     """
 
     num_inference_steps: int = DEFAULT_STEPS
@@ -75,7 +75,7 @@ class StageSettings:
         check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_TRAIN_TIMESTEPS)
         check_integer("noise_level", self.noise_level, 0, MAX_TRAIN_TIMESTEPS - 1)
         if check_fraction("strength", self.strength) == 0:
-            raise InputError("strength=0 would leave a stage nothing to do; it must be above 0")
+            raise InputError("strength=0 would leave the stage's input unchanged; it must be above 0")
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
         if self.scheduler is not None:
@@ -84,12 +84,12 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class CascadeStage:
-    """One stage: how to get its pipeline, and how it is run where a call does not say.
+    """One stage of a cascade: how to load its pipeline, and its default settings.
 
     Attributes:
-        name: what to call it, such as the name of its folder.
-        load: gives the pipeline; the cascade asks when the stage's turn has come, and forgets it afterwards.
-        settings: of its runs.
+        name: its name, such as the name of its folder.
+        load: returns the pipeline; called when the stage runs, and the pipeline is released afterwards.
+        settings: its settings unless a call passes others.
     """
 
     name: str
@@ -98,16 +98,16 @@ class CascadeStage:
 
 
 class StageResult(NamedTuple):
-    """What one stage of a cascade has drawn.
+    """The output of one stage of a cascade.
 
     Attributes:
-        index: of the stage, from 0.
-        total: how many stages there are.
-        name: of the stage.
-        kind: what it did: drew from text, drew what there was larger, or anew at the same size.
-        images: as the call's `output_type` has them; see Output.
-        seeds: the seed of each image, of the whole cascade.
-        settings: how the stage was run, with nothing left open.
+        index: number of the stage, from 0.
+        total: number of stages.
+        name: name of the stage.
+        kind: "draw" is text to image, "redraw" image to image at the same resolution.
+        images: in the form of the call's `output_type`; see Output.
+        seeds: the seed of each image, for the whole cascade.
+        settings: the settings used, without None.
     """
 
     index: int
@@ -120,7 +120,7 @@ class StageResult(NamedTuple):
 
 
 def _last(stream: Callable[P, Iterator[StageResult]]) -> Callable[P, StageResult]:
-    """What runs all stages and gives the result of the last."""
+    """Make a stream a function that runs all stages and returns the last result."""
 
     @wraps(stream)
     def call(*args: P.args, **kwargs: P.kwargs) -> StageResult:
@@ -132,16 +132,16 @@ def _last(stream: Callable[P, Iterator[StageResult]]) -> Callable[P, StageResult
 
 @dataclass(frozen=True, eq=False)
 class CascadePipeline:
-    """Images drawn by several models, each of which sees what the one before has drawn, smaller.
+    """Generates images with several models, each of which takes the output of the one before.
 
-    The first stage draws from text, in latents or in pixels; the others are upscalers, or draw anew at the same size
-    what is not yet good (image to image). Only the stage that works is in memory.
+    The first stage is text to image, in latents or in pixel space; the others are upscalers, or refine at the same
+    resolution (image to image). Only the stage that runs is in memory.
 
     Attributes:
-        stages: in the order in which they draw.
+        stages: in the order in which they run.
 
     Raises:
-        InputError: there is no stage.
+        InputError: there are no stages.
     """
 
     stages: tuple[CascadeStage, ...]
@@ -160,19 +160,19 @@ class CascadePipeline:
         variant: str | None = None,
         memory: MemoryPolicy | None = None,
     ) -> Self:
-        """Open a folder with a `cascade.json`; see :mod:`latentgen.checkpoints.cascade`. Weights are read later.
+        """Open a folder with a `cascade.json`; see :mod:`latentgen.checkpoints.cascade`. Weights are loaded later.
 
         Args:
             source: the folder, or None for the embedded cascade.
-            dtype: of the stages; see :meth:`TextToImagePipeline.from_pretrained`, as for the others.
-            device: where they work.
-            variant: which of several sets of weights.
-            memory: what to trade for memory.
+            dtype: see :meth:`TextToImagePipeline.from_pretrained`, as for the next three.
+            device: device of the models.
+            variant: which set of weight files to read.
+            memory: how to save memory.
 
         Raises:
-            CheckpointError: what is wrong with the folder's files, in a subclass.
-            ConfigError: a stage is of a kind that has no place there, or its settings are out of bounds.
-            InputError: the source is no folder.
+            CheckpointError: a file is missing or damaged; the subclass says how.
+            ConfigError: a stage is of the wrong kind for its place, or its settings are out of range.
+            InputError: the source is not a folder.
         """
         opened = open_cascade(resolve(source, variant=variant))
         stages = []
@@ -192,10 +192,10 @@ class CascadePipeline:
 
     @classmethod
     def from_pipelines(cls, *pipelines: StagePipeline) -> Self:
-        """A cascade of pipelines that are in memory, and stay there.
+        """A cascade of pipelines that stay in memory.
 
         Raises:
-            InputError: there are none, or they are not one that draws from text and then others.
+            InputError: there are none, or the first is not text to image, or another is.
         """
         for index, pipeline in enumerate(pipelines):
             if isinstance(pipeline, TextToImagePipeline) != (index == 0):
@@ -211,7 +211,7 @@ class CascadePipeline:
         )
 
     def loaded(self) -> Self:
-        """The same cascade with all stages in memory, which draws image after image sooner."""
+        """The same cascade with all stages kept in memory, which is faster for several calls."""
         return replace(
             self, stages=tuple(replace(stage, load=partial(_itself, stage.load())) for stage in self.stages)
         )
@@ -228,32 +228,32 @@ class CascadePipeline:
         output_type: OutputType = "pil",
         progress: bool = True,
     ) -> Iterator[StageResult]:
-        """Draw, stage by stage: each result can be looked at, and the last one is that of the cascade.
+        """Generate stage by stage and yield each stage's result; the last one is the cascade's.
 
-        Calling the cascade takes the same arguments and gives the last result. To cancel, stop iterating.
+        Calling the cascade takes the same arguments and returns the last result. To cancel, stop iterating.
 
         Args:
-            prompt: one prompt or several, which every stage is told.
-            negative_prompt: what to lead away from, one for all prompts or one for each.
-            prompt_syntax: see :meth:`TextToImagePipeline.stream`, as for the others.
-            num_images_per_prompt: images of each prompt.
+            prompt: one prompt or several, used by every stage.
+            negative_prompt: one for all prompts or one for each.
+            prompt_syntax: see :meth:`TextToImagePipeline.stream`.
+            num_images_per_prompt: images per prompt.
             seed: image i of the call gets seed + i; or one seed for each image; None draws one at random.
-            settings: how each stage is run, in place of what the cascade says.
+            settings: settings of each stage, instead of the cascade's own.
             output_type: "pil", "np" or "pt"; see Output.
             progress: show a progress bar for each stage.
 
         Raises:
-            InputError: an argument is out of bounds; nothing has been computed.
+            InputError: an argument is invalid; raised before anything is computed.
             NumericalError, MemoryBudgetError, CheckpointError: as for the pipelines of the stages.
         """
         prompts = as_prompts("prompt", prompt)
         negatives = as_negative_prompts(negative_prompt, len(prompts))
         per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
         if check_output_type(output_type) == "latent":
-            raise InputError('output_type="latent" is for one model; a cascade gives "pil", "np" or "pt"')
-        given = [stage.settings for stage in self.stages] if settings is None else list(settings)
-        if len(given) != len(self.stages) or not all(isinstance(item, StageSettings) for item in given):
-            raise InputError(f"settings must hold {len(self.stages)} StageSettings, one for each stage")
+            raise InputError('output_type="latent" is not for cascades; use "pil", "np" or "pt"')
+        chosen = [stage.settings for stage in self.stages] if settings is None else list(settings)
+        if len(chosen) != len(self.stages) or not all(isinstance(item, StageSettings) for item in chosen):
+            raise InputError(f"settings must be {len(self.stages)} StageSettings, one for each stage")
         call = _Call(
             prompts=tuple(text for text in prompts for _ in range(per_prompt)),
             negatives=tuple(text for text in negatives for _ in range(per_prompt)),
@@ -261,7 +261,7 @@ class CascadePipeline:
             seeds=check_seeds(seed, len(prompts) * per_prompt),
             progress=progress,
         )
-        return self._run(call, given, output_type)
+        return self._run(call, chosen, output_type)
 
     def _run(
         self, call: _Call, settings: Sequence[StageSettings], output_type: OutputType
@@ -281,7 +281,7 @@ class CascadePipeline:
 
 @dataclass(frozen=True)
 class _Call:
-    """What all stages of a call are told; one entry for each image."""
+    """The arguments of a call that all stages share; one entry for each image."""
 
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
@@ -298,7 +298,7 @@ class _Call:
         if isinstance(pipeline, TextToImagePipeline):
             call = pipeline
         else:
-            assert images is not None  # the first stage alone draws from text, as the cascade has made sure
+            assert images is not None  # only the first stage is text to image
             call = (
                 partial(pipeline, image=images, noise_level=settings.noise_level)
                 if isinstance(pipeline, UpscalePipeline)
@@ -331,7 +331,7 @@ def _class_of(index: int, entry: StageEntry) -> type[StagePipeline]:
 
 
 def _settings(entry: StageEntry) -> StageSettings:
-    """The settings of an entry; what it leaves out is as usual."""
+    """The settings of an entry; missing ones have their defaults."""
     stated = {
         name: value for name, value in entry.model_dump(exclude={"folder"}).items() if value is not None
     }
@@ -342,7 +342,7 @@ def _settings(entry: StageEntry) -> StageSettings:
 
 
 def _complete(settings: StageSettings, pipeline: StagePipeline) -> StageSettings:
-    """The settings with the stage's own where they leave something open."""
+    """The settings with the pipeline's own values in place of None."""
     scale, scheduler = settings.guidance_scale, settings.scheduler
     return replace(
         settings,

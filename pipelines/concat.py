@@ -1,4 +1,4 @@
-"""Paired image to image: the UNet is shown an image beside the noisy latents (Palette, arXiv:2111.05826)."""
+"""Image to image with an image concatenated to the noisy latents (Palette, arXiv:2111.05826)."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 @dataclass(frozen=True, eq=False)
 class ConcatImagePipeline(Pipeline):
-    """Images out of others that were paired with them in training: colour out of grey, a whole out of a part.
+    """Turns images into their counterparts, learned from pairs: color from grayscale, a whole image from a part.
 
-    The UNet takes twice the channels of the latents. Its second half is the image: the mean of its latents without the
-    scaling factor, as InstructPix2Pix has it, so that diffusers' pipeline of that name reads the checkpoints, too. In
-    contrast to that one guidance has two rows, both of which see the image, and the prompt may be left out. The stages,
-    and how they are loaded, are those of :class:`Pipeline`.
+    The UNet takes twice the channels of the latents. The second half is the image: the mean of its latents without the
+    scaling factor, as in InstructPix2Pix, so that diffusers' pipeline of that name can load the checkpoints. Unlike
+    there, guidance has two branches, both with the image, and the prompt is optional. Attributes and loading are those
+    of :class:`Pipeline`.
     """
 
     supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("ConcatImagePipeline")
 
     @property
     def diffusers_class(self) -> str:
-        """The class of diffusers' pipeline over the same stages; it gives the same with image_guidance_scale=1.
+        """The name of the diffusers pipeline with the same models, equal at image_guidance_scale=1.
 
-        On pixels it is one of our own.
+        In pixel space it is one of our own.
         """
         return PIXEL_CONCAT_CLASS if self.is_pixel_space else "StableDiffusionInstructPix2PixPipeline"
 
@@ -61,16 +61,15 @@ class ConcatImagePipeline(Pipeline):
         output_type: OutputType = "pil",
         progress: bool = True,
     ) -> Iterator[PipelineStep]:
-        """Make the counterparts of images, step by step: each step can show a preview, and the last gives the result.
+        """Generate the counterparts of images step by step: each step has a preview, the last one the result.
 
-        Arguments that are not listed, and the errors, are those of :meth:`TextToImagePipeline.stream`.
+        Other arguments and the errors are those of :meth:`TextToImagePipeline.stream`.
 
         Args:
-            prompt: what the results show, for models that were trained with text; one for all images or one for each.
-            image: what the model was trained to start from; one image for all prompts or one for each: a path, a PIL
-                image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1. It may have any size, which the
-                result has as well.
-            guidance_scale: how closely the prompt is followed; 1 or less, and half the time, for models without text.
+            prompt: for models trained with text; one for all images or one for each.
+            image: the input; one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a
+                tensor [3, H, W] of floats in 0..1. Any size; the result has the same.
+            guidance_scale: scale of classifier-free guidance; use 1 or less for models without text, in half the time.
         """
         images = as_images("image", image)
         sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas)

@@ -21,33 +21,30 @@ from latentgen.prompts import WeightedPrompt
 
 Pair = tuple[int, int]
 
-# What an image is drawn from or led away from: a prompt, the conditioning [1, S, D] that a caller has made of one, or
-# zeros (None), with which SDXL was trained in the place of a prompt.
+# One prompt of a call: text, precomputed embeddings [1, S, D], or None for zeros (SDXL's embeddings of no prompt).
 PromptInput = PromptSchedule | Conditioning | None
 
-# How many numbers SDXL's base model and its refiner are told besides the text.
+# The number of time ids of SDXL's base model and of its refiner.
 BASE_TIME_IDS = 6
 REFINER_TIME_IDS = 5
 _MAX_PIXELS = 2**20
 _MAX_SCORE = 100.0
-# To how many tokens contexts of different lengths may be repeated.
+# The longest context that contexts of different lengths may be repeated to, in tokens.
 _MAX_REPEATED_TOKENS = 2**14
 
 
 @dataclass(frozen=True)
 class SizeConditioning:
-    """What SDXL is told of the sizes of the image that it draws (arXiv:2307.01952, section 2.2).
-
-    Other families are not told of sizes and pass it over.
+    """SDXL's size and crop conditioning (arXiv:2307.01952, section 2.2). Other model families ignore it.
 
     Attributes:
-        original_size: height and width in pixels of the photograph that the image is to look like; small ones look
-            upscaled. None is the image's own size.
-        crops_coords_top_left: from where, in pixels, that photograph was cropped; (0, 0) centres the subject.
-        target_size: height and width in pixels after cropping; None is the image's own size. The refiner has the next
-            two in its place.
-        aesthetic_score: how pleasing the image is to be, about 2 to 7.
-        negative_aesthetic_score: likewise for what guidance leads away from.
+        original_size: height and width in pixels of the photograph before resizing; small values make blurry images.
+            None is the size of the output.
+        crops_coords_top_left: top and left of the crop, in pixels; (0, 0) centers the subject.
+        target_size: height and width in pixels after cropping; None is the size of the output. The refiner takes an
+            aesthetic score instead.
+        aesthetic_score: of the prompt, about 2 to 7.
+        negative_aesthetic_score: of the negative prompt.
 
     Raises:
         InputError: a value is not a pair of numbers, or out of bounds.
@@ -83,7 +80,7 @@ def _check_pair(name: str, pair: object, *, lowest: int) -> None:
 
 
 class PromptSegment(NamedTuple):
-    """Steps of a run during which no prompt switches, and the conditioning [R, S, D] and [R, P] of all its rows."""
+    """Steps during which no prompt switches, and their conditioning: context [R, S, D], pooled embeddings [R, P]."""
 
     steps: tuple[range, ...]
     conditioning: Conditioning
@@ -98,10 +95,10 @@ def encode_segments(
     steps: range,
     device: torch.device,
 ) -> list[PromptSegment]:
-    """The conditioning of the negative prompts and then of the prompts, on the device, over the steps of a run.
+    """Encode the negative prompts and then the prompts for the steps of a run, on the device; one segment per switch.
 
-    Equal rows are encoded once, and a row does not depend on those beside it. `clip_skip` is for the prompts alone, as
-    in diffusers. Without a prompt that switches there is one stretch.
+    Equal prompts are encoded once, and the encoding of one does not depend on the others. `clip_skip` is for the
+    prompts alone, as in diffusers.
     """
     rows = [*((row, 0) for row in negatives), *((row, clip_skip) for row in prompts)]
     changes = {
@@ -112,13 +109,13 @@ def encode_segments(
         texts = tuple(row.at(begin) if isinstance(row, PromptSchedule) else None for row, _ in rows)
         spans.setdefault(texts, []).append(range(begin, end))
     skips = [skip for _, skip in rows]
-    known = _encode_texts(encoder, [wanted for texts in spans for wanted in zip(texts, skips, strict=True)])
+    encoded = _encode_texts(encoder, [text for texts in spans for text in zip(texts, skips, strict=True)])
     return [
         PromptSegment(
             tuple(span),
             _join(
                 [
-                    known[text, skip] if text is not None else _moved(row, device)
+                    encoded[text, skip] if text is not None else _moved(row, device)
                     for text, (row, skip) in zip(texts, rows, strict=True)
                 ]
             ),
@@ -128,28 +125,27 @@ def encode_segments(
 
 
 def _encode_texts(
-    encoder: TextEncoder, wanted: Sequence[tuple[WeightedPrompt | None, int]]
+    encoder: TextEncoder, items: Sequence[tuple[WeightedPrompt | None, int]]
 ) -> dict[tuple[WeightedPrompt, int], Conditioning]:
     """The conditioning [1, S, D] and [1, P] of each text with its clip_skip, S as long as the text needs."""
-    known: dict[tuple[WeightedPrompt, int], Conditioning] = {}
-    for skip in dict.fromkeys(skip for _, skip in reversed(wanted)):
-        texts = list(dict.fromkeys(text for text, of in wanted if of == skip and text is not None))
-        encoded = _encode_apart(encoder, texts, skip) if texts else []
-        known |= {(text, skip): conditioning for text, conditioning in zip(texts, encoded, strict=True)}
-    return known
+    encoded: dict[tuple[WeightedPrompt, int], Conditioning] = {}
+    for skip in dict.fromkeys(skip for _, skip in reversed(items)):
+        texts = list(dict.fromkeys(text for text, its_skip in items if its_skip == skip and text is not None))
+        rows = _encode_each(encoder, texts, skip) if texts else []
+        encoded |= {(text, skip): row for text, row in zip(texts, rows, strict=True)}
+    return encoded
 
 
-def _encode_apart(
-    encoder: TextEncoder, texts: Sequence[WeightedPrompt], clip_skip: int
-) -> list[Conditioning]:
-    together = encoder.encode(texts, clip_skip=clip_skip)
-    if together.context.shape[1] > encoder.window:
+def _encode_each(encoder: TextEncoder, texts: Sequence[WeightedPrompt], clip_skip: int) -> list[Conditioning]:
+    batch = encoder.encode(texts, clip_skip=clip_skip)
+    # A long prompt pads the others of its batch to its length, so encode each on its own.
+    if batch.context.shape[1] > encoder.window:
         return [encoder.encode([text], clip_skip=clip_skip) for text in texts]
-    return conditioning_rows(together)
+    return conditioning_rows(batch)
 
 
 def conditioning_rows(conditioning: Conditioning) -> list[Conditioning]:
-    """Each row by itself, [1, S, D] and [1, P]."""
+    """Split a batch into rows [1, S, D] and [1, P]."""
     contexts, pooled = conditioning.context.split(1), conditioning.pooled
     return [
         Conditioning(context, None if pooled is None else pooled[index : index + 1])
@@ -177,20 +173,20 @@ def _join(parts: Sequence[Conditioning | None]) -> Conditioning:
 
 
 def join_contexts(contexts: Sequence[Tensor]) -> Tensor:
-    """Join contexts [1, S, D] of different lengths S to one batch [B, lcm of S, D].
+    """Join contexts [1, S, D] of different lengths S into one batch [B, lcm of S, D].
 
-    A context is repeated until it is long enough. Attention over keys that are all repeated equally often is
-    unchanged, so an image does not depend on the prompts beside its own, as it would with empty chunks.
+    Each context is repeated to the common length. Attention does not change when all keys are repeated equally often,
+    so an image does not depend on the other prompts of the batch, as it would with padding.
 
     Raises:
-        InputError: that would take far more tokens than any of them has.
+        InputError: the common length would be far longer than any of them.
     """
     lengths = sorted({context.shape[1] for context in contexts})
     length = math.lcm(*lengths)
     if length > max(_MAX_REPEATED_TOKENS, *lengths):
         raise InputError(
             f"prompts and negative prompts of {', '.join(map(str, lengths))} tokens cannot share a call: a common "
-            f"length would be {length:,}; draw those of different lengths in calls of their own"
+            f"length would be {length:,}; use one call for each length"
         )
     return torch.cat([context.repeat(1, length // context.shape[1], 1) for context in contexts])
 
@@ -201,7 +197,7 @@ def takes_added_conditioning(config: UNetConfig) -> bool:
 
 
 def time_id_count(config: UNetConfig, pooled_width: int) -> int:
-    """How many numbers a UNet with added conditioning is told besides the text; 0 for one without."""
+    """The number of time ids that a UNet takes; 0 without added conditioning, -1 if its widths do not match."""
     if not takes_added_conditioning(config):
         return 0
     assert config.projection_class_embeddings_input_dim is not None
@@ -215,10 +211,7 @@ def time_id_count(config: UNetConfig, pooled_width: int) -> int:
 def time_ids(
     sizes: SizeConditioning, count: int, size: Pair, *, negatives: int, prompts: int
 ) -> Tensor | None:
-    """The numbers [negatives + prompts, count] that accompany the rows of images of `size` (height, width) in pixels.
-
-    None where the UNet takes no such numbers (`count` 0).
-    """
+    """SDXL's time ids [negatives + prompts, count] for images of `size` (height, width) pixels; None if count is 0."""
     if count == 0:
         return None
     placed = (*(sizes.original_size or size), *sizes.crops_coords_top_left)
@@ -230,14 +223,14 @@ def time_ids(
 
 
 def added_conditioning(pooled: Tensor | None, ids: Tensor | None) -> AddedConditioning | None:
-    """What SDXL's UNet is given besides the context: `pooled` [R, P] and `ids` [R, K]; None without ids."""
+    """SDXL's added conditioning: pooled embeddings [R, P] and time ids [R, K]; None without ids."""
     if ids is None:
         return None
     assert pooled is not None
     return AddedConditioning(pooled, ids.to(pooled.device))
 
 
-# What a call takes for its prompts.
+# The prompts that a call accepts.
 Prompts = str | Sequence[str] | Conditioning
 
 
@@ -246,10 +239,10 @@ class PromptReader:
     """Reads the prompts of one call.
 
     Attributes:
-        syntax: which of their signs mean something.
-        steps: of the whole run, over which they may switch.
-        context_width: channels D of the context that the UNet takes.
-        pooled_width: channels P of the pooled state that the UNet takes; None if it takes none.
+        syntax: which characters are markup.
+        steps: of the whole run, for prompts that switch.
+        context_width: channels D of the UNet's context.
+        pooled_width: channels P of the UNet's pooled embeddings; None if it takes none.
     """
 
     syntax: PromptSyntax
@@ -258,38 +251,40 @@ class PromptReader:
     pooled_width: int | None
 
     def prompts(self, prompt: Prompts) -> tuple[PromptInput, ...]:
-        """One row for each prompt.
+        """One entry for each prompt.
 
         Raises:
-            InputError: what is wrong with which prompt.
+            InputError: a prompt is invalid; names it.
         """
         if isinstance(prompt, Conditioning):
-            return self._given("prompt", prompt)
+            return self._from_embeddings("prompt", prompt)
         return self._read(as_prompts("prompt", prompt))
 
     def negatives(self, negative_prompt: Prompts, count: int) -> tuple[PromptInput, ...]:
-        """One row for each of `count` prompts; one negative prompt serves all of them.
+        """One entry for each of `count` prompts; a single negative prompt is used for all.
 
         Raises:
-            InputError: what is wrong with which prompt.
+            InputError: a prompt is invalid; names it.
         """
         if not isinstance(negative_prompt, Conditioning):
             return self._read(as_negative_prompts(negative_prompt, count))
-        rows = self._given("negative_prompt", negative_prompt)
+        rows = self._from_embeddings("negative_prompt", negative_prompt)
         if len(rows) not in (1, count):
             raise InputError(
-                f"negative_prompt has {len(rows)} rows for {count} prompts; give one or one for each"
+                f"negative_prompt has {len(rows)} rows for {count} prompts; pass one or one for each"
             )
         return rows * (count if len(rows) == 1 else 1)
 
     def _read(self, texts: Sequence[str]) -> tuple[PromptInput, ...]:
         return tuple(read_prompt(text, self.syntax, self.steps) for text in texts)
 
-    def _given(self, name: str, given: Conditioning) -> tuple[PromptInput, ...]:
-        context = _checked(f"{name}.context", given.context, "[B, S, D]", (None, None, self.context_width))
+    def _from_embeddings(self, name: str, embeddings: Conditioning) -> tuple[PromptInput, ...]:
+        context = _checked(
+            f"{name}.context", embeddings.context, "[B, S, D]", (None, None, self.context_width)
+        )
         if self.pooled_width is None:
             return tuple(conditioning_rows(Conditioning(context)))
-        if given.pooled is None:
+        if embeddings.pooled is None:
             raise InputError(
                 f"{name}.pooled is missing; this model needs Conditioning(context, pooled), in diffusers "
                 "prompt_embeds and pooled_prompt_embeds"
@@ -297,27 +292,24 @@ class PromptReader:
         shape = (context.shape[0], self.pooled_width)
         return tuple(
             conditioning_rows(
-                Conditioning(context, _checked(f"{name}.pooled", given.pooled, "[B, P]", shape))
+                Conditioning(context, _checked(f"{name}.pooled", embeddings.pooled, "[B, P]", shape))
             )
         )
 
 
 def _checked(name: str, tensor: object, layout: str, shape: tuple[int | None, ...]) -> Tensor:
-    """A floating-point tensor of the shape, in which None is any number but 0, and finite."""
+    """Check for a finite floating-point tensor of a shape, in which None is any size above 0."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
-        found = (
-            f"one of {tensor.dtype} on {tensor.device}"
-            if isinstance(tensor, Tensor)
-            else type(tensor).__name__
-        )
-        raise InputError(f"{name} must be a floating-point tensor {layout} with values, not {found}")
-    fits = tensor.ndim == len(shape) and all(
-        size == wanted if wanted is not None else size > 0
-        for size, wanted in zip(tensor.shape, shape, strict=True)
+        is_tensor = isinstance(tensor, Tensor)
+        actual = f"{tensor.dtype} on {tensor.device}" if is_tensor else type(tensor).__name__
+        raise InputError(f"{name} must be a floating-point tensor {layout} with values, not {actual}")
+    matches = tensor.ndim == len(shape) and all(
+        size == expected if expected is not None else size > 0
+        for size, expected in zip(tensor.shape, shape, strict=True)
     )
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise InputError(f"{name} {layout} has the shape {list(tensor.shape)}; this model needs [{wanted}]")
+    if not matches:
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InputError(f"{name} {layout} has the shape {list(tensor.shape)}; this model needs [{expected}]")
     if not bool(torch.isfinite(tensor).all()):
-        raise InputError(f"{name} holds NaN or infinity; it must be finite")
+        raise InputError(f"{name} has NaN or infinity; it must be finite")
     return tensor

@@ -1,4 +1,4 @@
-"""How a call guides, beyond the scale: options, and the guidance that they make."""
+"""Guidance options of a call other than the scale."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from latentgen.errors import InputError
 from latentgen.pipelines.conditioning import PromptInput
 
 WHOLE = (0.0, 1.0)
-# Far beyond any use; it keeps the arithmetic finite.
+# Far above any useful value; keeps the arithmetic finite.
 MAX_NEGATIVE_SCALE = 1e3
 
 
 @dataclass(frozen=True)
 class GuidanceOptions:
-    """What guidance does besides following its scale.
+    """Options of classifier-free guidance.
 
     Attributes:
-        rescale: how far the result keeps the contrast of the unguided one, 0..1, against over-exposure
-            (arXiv:2305.08891, section 3.4); `guidance_rescale` of diffusers. 0.7 is usual for models with
+        rescale: 0..1, how much to rescale the guided prediction to the standard deviation of the positive one, against
+            over-exposure (arXiv:2305.08891, section 3.4); diffusers' `guidance_rescale`. 0.7 is usual for models with
             zero terminal SNR.
-        interval: from which to which share of the schedule to guide, each 0..1 (arXiv:2404.07724); elsewhere a step
-            takes half the time.
-        perpendicular: None, or how strongly to lead away from that part of the negative prompt which does not speak
-            against the prompt (arXiv:2304.04968); 1 is usual. A step takes half as long again.
-        plus_plus: guide by CFG++ (arXiv:2406.08070): guidance_scale is then from 0 to 1, 0.6 is usual, and the solver
-            one of a single evaluation: ddim, ddpm, euler, euler_ancestral. Goes with none of the others.
+        interval: start and end of guidance as fractions of the schedule, 0..1 (arXiv:2404.07724); steps outside take
+            half the time.
+        perpendicular: None, or the scale of the component of the negative direction orthogonal to the positive one
+            (arXiv:2304.04968); 1 is usual. A step takes 1.5 times as long.
+        plus_plus: use CFG++ (arXiv:2406.08070), with guidance_scale from 0 to 1 (0.6 is usual) and a solver of one
+            evaluation per step: ddim, ddpm, euler, euler_ancestral. Cannot be combined with the other options.
 
     Raises:
-        InputError: a value is out of bounds.
+        InputError: a value is out of range.
     """
 
     rescale: float = 0.0
@@ -53,7 +53,7 @@ class GuidanceOptions:
         ends = self.interval if isinstance(self.interval, tuple) else ()
         if len(ends) != 2 or not all(_is_number(end, 1.0) for end in ends) or ends[0] >= ends[1]:
             raise InputError(
-                f"interval={self.interval!r} must be two rising numbers from 0 to 1, such as (0.1, 0.8)"
+                f"interval={self.interval!r} must be two increasing numbers from 0 to 1, such as (0.1, 0.8)"
             )
         if self.perpendicular is not None and not _is_number(self.perpendicular, MAX_NEGATIVE_SCALE):
             raise InputError(
@@ -65,14 +65,14 @@ class GuidanceOptions:
             raise InputError(f"plus_plus={self.plus_plus!r} must be True or False")
         if self.plus_plus and (self.rescale, self.interval, self.perpendicular) != (0.0, WHOLE, None):
             raise InputError(
-                "plus_plus goes with no other option of guidance; leave rescale, interval and so on out"
+                "plus_plus cannot be combined with rescale, interval or perpendicular; remove those"
             )
 
     def guidance(self, guidance_scale: float, scheduler: Scheduler) -> Guidance:
-        """The guidance of these options; no guidance for a scale of 1 or less, but for CFG++.
+        """The guidance for a scale; none for a scale of 1 or less, except with CFG++.
 
         Raises:
-            InputError: CFG++ with a scale above 1, or with a solver that does not allow it.
+            InputError: CFG++ with a scale above 1, or with an unsupported solver.
         """
         if self.plus_plus:
             return _cfg_plus_plus(guidance_scale, scheduler)
@@ -92,21 +92,22 @@ class GuidanceOptions:
 def _cfg_plus_plus(guidance_scale: float, scheduler: Scheduler) -> CFGPlusPlus:
     if not 0 <= guidance_scale <= 1:
         raise InputError(
-            f"guidance_scale={guidance_scale:g} must be from 0 to 1 for plus_plus; 0.6 does what 7.5 does without"
+            f"guidance_scale={guidance_scale:g} must be from 0 to 1 with plus_plus; 0.6 corresponds to 7.5 without"
         )
     if not scheduler.supports_cfg_pp:
         raise InputError(
-            f"plus_plus does not go with the solver {scheduler.name}; use ddim, ddpm, euler or euler_ancestral"
+            f"plus_plus does not support the solver {scheduler.name}; use ddim, ddpm, euler or euler_ancestral"
         )
     return CFGPlusPlus(guidance_scale)
 
 
 class GuidanceCall(NamedTuple):
-    """A guidance, and the texts of its rows.
+    """The guidance of a call and its negative prompts.
 
     Attributes:
-        guidance: what becomes of the outputs for one image.
-        negatives: the text of each row but the last, whose text is the prompt: row by row, one for each image.
+        guidance: combines the UNet's outputs for one image.
+        negatives: the prompts of all branches but the last, which has the positive prompts: branch by branch, one for
+            each image.
     """
 
     guidance: Guidance

@@ -1,4 +1,4 @@
-"""Image to image: an image is noised part of the way and drawn again, as a text says (SDEdit, arXiv:2108.01073)."""
+"""Image to image: noises an image part of the way and denoises it with a prompt (SDEdit, arXiv:2108.01073)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ DEFAULT_STRENGTH = 0.8
 
 @dataclass(frozen=True, eq=False)
 class ImageToImagePipeline(Pipeline):
-    """Images drawn anew from other images and a text.
+    """Generates images from other images and a prompt, with any checkpoint for text to image.
 
-    Every checkpoint for text to image serves. The stages, and how they are loaded, are those of :class:`Pipeline`;
-    `ImageToImagePipeline.from_pipeline(text_to_image)` shares those of a pipeline that is loaded already.
+    Attributes and loading are those of :class:`Pipeline`; `ImageToImagePipeline.from_pipeline(text_to_image)` shares
+    the models of a loaded pipeline.
     """
 
     supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("ImageToImagePipeline")
 
     @property
     def diffusers_class(self) -> str:
-        """The class of diffusers' pipeline over the same stages."""
+        """The name of the diffusers pipeline with the same models."""
         return "StableDiffusionXLImg2ImgPipeline" if self.is_sdxl else "StableDiffusionImg2ImgPipeline"
 
     @property
@@ -60,18 +60,17 @@ class ImageToImagePipeline(Pipeline):
         output_type: OutputType = "pil",
         progress: bool = True,
     ) -> Iterator[PipelineStep]:
-        """Redraw images, step by step: each step can show a preview, and the last one gives the result.
+        """Regenerate images step by step: each step has a preview, the last one the result.
 
-        Arguments that are not listed, and the errors, are those of :meth:`TextToImagePipeline.stream`.
+        Other arguments and the errors are those of :meth:`TextToImagePipeline.stream`.
 
         Args:
-            prompt: what the images are to show; one for all images or one for each.
+            prompt: one for all images or one for each.
             image: one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a tensor
-                [3, H, W] of floats in 0..1. It may have any size, which the result has as well.
-            strength: 0..1, how much is drawn anew: the share of the steps that are taken, the last ones. 1 is text to
-                image, which does not look at the image; 0 is the image as the VAE encodes and decodes it, in a single
-                PipelineStep.
-            num_inference_steps: steps of the whole run, of which `strength` are taken.
+                [3, H, W] of floats in 0..1. Any size; the result has the same.
+            strength: 0..1, the fraction of the steps to take, the last ones. 1.0 ignores the input image, like text to
+                image; 0.0 returns it unchanged but for the VAE's encoding and decoding, in a single PipelineStep.
+            num_inference_steps: steps of the whole run, before `strength`.
         """
         images = as_images("image", image)
         sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas).with_strength(
@@ -98,7 +97,7 @@ class ImageToImagePipeline(Pipeline):
             posterior = encode_for_each(self.encoder(), images, self.device, len(request))
             if not sampling.steps:
                 return InitialLatents(posterior.mean)
-            # The order of diffusers: the posterior is drawn from before the noise.
+            # Sample the posterior before the noise, the order of diffusers.
             x0 = posterior.sample(noise.draw(shape[1:]))
             return InitialLatents(sampling.noised(x0, noise.draw(shape[1:])))
 

@@ -1,6 +1,6 @@
-"""The images and masks that a call is given, checked, as tensors on the CPU.
+"""Checks of the images and masks of a call, and their conversion to tensors on the CPU.
 
-All raise InputError, which names the argument, what was found, what is allowed and the fix.
+All raise InputError, which names the argument, its value, what is allowed and the fix.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ def as_images(name: str, images: ImagesInput) -> Tensor:
     """Images as float32 [B, 3, H, W] in -1..1.
 
     Args:
-        name: of the argument.
-        images: one image, or several of one size. An image is a path, a PIL image, an array [H, W, 3] or a tensor
+        name: name of the argument.
+        images: one image, or several of the same size. An image is a path, a PIL image, an array [H, W, 3] or a tensor
             [3, H, W], of uint8 or of floats in 0..1; arrays and tensors can also hold a batch.
     """
     return as_unit_images(name, images) * 2 - 1
 
 
 def as_unit_images(name: str, images: ImagesInput) -> Tensor:
-    """Images as float32 [B, 3, H, W] in 0..1, of which 8-bit ones are 255ths; arguments are those of `as_images`."""
+    """Images as float32 [B, 3, H, W] in 0..1, 8-bit values divided by 255; the arguments are those of `as_images`."""
     return _joined(name, [_as_unit(name, image) for image in _items(images)])
 
 
 def as_masks(name: str, masks: ImagesInput, images: Tensor) -> Tensor:
-    """The masks of images [B, 3, H, W] as float32 [B, 1, H, W]: 1 where the mask is half or more, 0 elsewhere.
+    """Masks of images [B, 3, H, W] as float32 [B, 1, H, W]: 1 where the mask is 0.5 or more, 0 elsewhere.
 
     Args:
-        name: of the argument.
-        masks: one for all images or one for each, as large as they are. A mask is a path, a PIL image, an array
+        name: name of the argument.
+        masks: one for all images or one for each, of their size. A mask is a path, a PIL image, an array
             [H, W] or [H, W, 1], or a tensor [H, W] or [1, H, W], of bool, of uint8 or of floats in 0..1; arrays
             [B, H, W, 1] and tensors [B, 1, H, W] hold a batch.
-        images: what they are for.
+        images: the images that they belong to.
     """
-    levels = _joined(name, [_as_unit_mask(name, mask) for mask in _items(masks)])
-    if levels.shape[2:] != images.shape[2:]:
+    values = _joined(name, [_as_unit_mask(name, mask) for mask in _items(masks)])
+    if values.shape[2:] != images.shape[2:]:
         raise InputError(
-            f"{name} is {_size(levels)} pixels, the image {_size(images)}; they must be of one size"
+            f"{name} is {_size(values)} pixels, the image {_size(images)}; they must have the same size"
         )
-    if len(levels) not in (1, len(images)):
+    if len(values) not in (1, len(images)):
         raise InputError(
-            f"{name} has {len(levels)} entries for {len(images)} images; give one or one for each"
+            f"{name} has {len(values)} entries for {len(images)} images; pass one or one for each"
         )
-    return (levels >= 0.5).float().expand(len(images), -1, -1, -1)
+    return (values >= 0.5).float().expand(len(images), -1, -1, -1)
 
 
 def padded(images: Tensor, multiple: int) -> Tensor:
-    """Images [B, C, H, W] whose sides are multiples, their right and lower borders repeated as far as that needs."""
+    """Pad images [B, C, H, W] so that their sides are multiples, by repeating the right and lower borders."""
     height, width = images.shape[2:]
     return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
 def for_each(rows: Tensor, count: int) -> Tensor:
-    """Rows [B, ...] repeated to [count, ...]: what belongs to one prompt stands together."""
+    """Repeat rows [B, ...] to [count, ...]; the copies of a row are adjacent."""
     return rows.repeat_interleave(count // len(rows), dim=0)
 
 
@@ -79,10 +79,10 @@ def _items(images: ImagesInput) -> Sequence[ImageInput]:
 
 def _joined(name: str, batches: Sequence[Tensor]) -> Tensor:
     if not batches:
-        raise InputError(f"{name} is an empty list; give at least one")
+        raise InputError(f"{name} is an empty list; pass at least one")
     if len(sizes := {_size(batch): None for batch in batches}) > 1:
         raise InputError(
-            f"{name} holds images of different sizes ({', '.join(sizes)}); call once for each size"
+            f"{name} has images of different sizes ({', '.join(sizes)}); use one call for each size"
         )
     joined = torch.cat(list(batches))
     if not min(joined.shape) > 0 or max(joined.shape[2:]) > MAX_SIDE:
@@ -133,29 +133,29 @@ def _picture(image: str | Path | Image.Image) -> Image.Image:
 
 
 def _from_pil(picture: Image.Image) -> Tensor:
-    levels = np.asarray(picture, dtype=np.float32) / 255
-    return torch.from_numpy(levels.reshape(picture.height, picture.width, -1)).permute(2, 0, 1)[None]
+    values = np.asarray(picture, dtype=np.float32) / 255
+    return torch.from_numpy(values.reshape(picture.height, picture.width, -1)).permute(2, 0, 1)[None]
 
 
 def _values(name: str, image: object) -> Tensor:
-    """An array or tensor as float32 in 0..1."""
+    """Convert an array or tensor to float32 in 0..1."""
     if not isinstance(image, np.ndarray | Tensor):
         raise InputError(
             f"{name} must be a path, a PIL image, an array, a tensor or a list of these, not {type(image).__name__}"
         )
     try:
-        # A copy, because torch takes no array that runs backwards and warns of one that cannot be written.
+        # A copy, because torch refuses arrays with negative strides and warns about read-only ones.
         values = torch.as_tensor(image.copy() if isinstance(image, np.ndarray) else image).detach().cpu()
     except TypeError as error:
-        raise InputError(f"{name} is an array of {image.dtype}, which holds no pixels: {error}") from None
+        raise InputError(f"{name} is an array of {image.dtype}, which cannot hold pixels: {error}") from None
     if values.dtype == torch.uint8:
         return values.float() / 255
     if values.dtype != torch.bool and not values.is_floating_point():
-        raise InputError(f"{name} holds {values.dtype}; give uint8 in 0..255, or floats in 0..1")
+        raise InputError(f"{name} has dtype {values.dtype}; pass uint8 in 0..255, or floats in 0..1")
     values = values.float()
-    # Compared so that NaN fails as well.
+    # Written so that NaN fails too.
     if values.numel() and not bool(((values >= 0) & (values <= 1)).all()):
         raise InputError(
-            f"{name} holds values from {values.min():.4g} to {values.max():.4g}; floats must be finite and in 0..1"
+            f"{name} has values from {values.min():.4g} to {values.max():.4g}; floats must be finite and in 0..1"
         )
     return values

@@ -1,7 +1,7 @@
-"""Inpainting: repaints what a mask marks.
+"""Inpainting: repaints the masked part of an image.
 
-Checkpoints trained for it take the mask as an input (arXiv:2112.10752, section 4.5); with all others the rest of the
-image is blended in at every step.
+Inpainting checkpoints take the mask as an input (arXiv:2112.10752, section 4.5); with others the unmasked part is
+blended in at every step.
 """
 
 from __future__ import annotations
@@ -46,27 +46,27 @@ from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 
 class MaskBlend(NamedTuple):
-    """The latents of an image, of which a run draws a part anew (as in arXiv:2201.09865, without its resampling).
+    """Blends the unmasked part of an image into the latents (as in arXiv:2201.09865, without its resampling).
 
     Attributes:
-        latents: float32 [B, C, h, w], clean.
-        noise: standard normal, of the same shape: what they are noised with at every level.
-        drawn: bool [B, 1, h, w], true where they are not kept.
+        latents: float32 [B, C, h, w], the clean latents of the image.
+        noise: standard normal, of the same shape; the latents are noised with it at every level.
+        repainted: bool [B, 1, h, w], true in the masked part.
     """
 
     latents: Tensor
     noise: Tensor
-    drawn: Tensor
+    repainted: Tensor
 
     def blend(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """What is kept in its place, at the level at which x [B, C, h, w] stands."""
-        return torch.where(self.drawn, x, level.alpha * self.latents + level.sigma * self.noise)
+        """x [B, C, h, w] in the masked part, the image noised to `level` elsewhere."""
+        return torch.where(self.repainted, x, level.alpha * self.latents + level.sigma * self.noise)
 
     def wrap(self, denoiser: Denoiser, first: NoiseLevel) -> Denoiser:
-        """A denoiser that finds it in its place at every level but the first, where a run stands as it began.
+        """A denoiser whose input is blended at every level but the first, which is the start of the run.
 
-        That is enough: solvers work element by element, so what they make of the place of the kept has no influence
-        on the rest but through the network. The results are those of replacing x after every step.
+        It equals blending x after every step: solvers work element by element, so the unmasked part of x influences the
+        rest only through the network.
         """
 
         def denoise(x: Tensor, level: NoiseLevel) -> Tensor | Denoised:
@@ -77,18 +77,18 @@ class MaskBlend(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class InpaintPipeline(Pipeline):
-    """Images in which what a mask marks is painted anew, as a text says.
+    """Repaints the masked part of images with a prompt.
 
-    A UNet of nine channels is told the mask, and the image without what lies beneath it. One of four channels serves as
-    well: wherever it looks, it finds the rest of the image in its place, noised as far as its latents are. The stages,
-    and how they are loaded, are those of :class:`Pipeline`.
+    A UNet with nine input channels takes the mask and the image without the masked part. A UNet with four works too:
+    the unmasked part, noised to the current level, is blended into its input. Attributes and loading are those of
+    :class:`Pipeline`.
     """
 
     supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("InpaintPipeline")
 
     @property
     def diffusers_class(self) -> str:
-        """The class of diffusers' pipeline over the same stages."""
+        """The name of the diffusers pipeline with the same models."""
         return "StableDiffusionXLInpaintPipeline" if self.is_sdxl else "StableDiffusionInpaintPipeline"
 
     @property
@@ -122,26 +122,25 @@ class InpaintPipeline(Pipeline):
         output_type: OutputType = "pil",
         progress: bool = True,
     ) -> Iterator[PipelineStep]:
-        """Repaint images, step by step: each step can show a preview, and the last one gives the result.
+        """Repaint images step by step: each step has a preview, the last one the result.
 
-        Arguments that are not listed, and the errors, are those of :meth:`TextToImagePipeline.stream`.
+        Other arguments and the errors are those of :meth:`TextToImagePipeline.stream`.
 
         Args:
-            prompt: what the whole image is to show; one for all images or one for each.
+            prompt: describes the whole image; one for all images or one for each.
             image: one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a tensor
-                [3, H, W] of floats in 0..1. It may have any size, which the result has as well.
-            mask_image: white, or 1, where the image is painted anew; of the image's size, one for all or one for each.
-                All other pixels of the result are those of the image, to the byte (8 bits, RGB).
-            strength: above 0 to 1, how much is drawn anew: the share of the steps that are taken, the last ones. Below
-                1 the result keeps something of what the mask covers.
-            mask_blur: softens the seam: standard deviation in pixels of a Gaussian over the mask, as which what is
-                painted is laid over the image. It reaches three times as far beyond the mask, and changes those pixels.
-            padding_mask_crop: paint on no more than what the mask marks and so many pixels around it, enlarged to
-                `height` and `width`: small things in fine detail. None paints on the whole image.
-            height: pixels, a multiple of what one latent covers, at which the model works; the result is as large as
-                the image nevertheless. By default that of the image, or with `padding_mask_crop` that at which the
-                model was trained.
-            width: likewise.
+                [3, H, W] of floats in 0..1. Any size; the result has the same.
+            mask_image: white, or 1, where to repaint; of the image's size, one for all or one for each. All other
+                pixels of the result equal the image, to the byte (8 bits, RGB).
+            strength: above 0 to 1, the fraction of the steps to take, the last ones. Below 1 the result keeps traces of
+                the masked part.
+            mask_blur: standard deviation in pixels of a Gaussian blur of the mask with which the result is composited
+                over the image, to soften the seam. Changes pixels up to three times as far outside the mask.
+            padding_mask_crop: crop to the mask plus this many pixels and enlarge the crop to `height` and `width`, for
+                fine detail in small regions. None uses the whole image.
+            height: height in pixels at which the model runs, a multiple of the VAE's factor; the result still has the
+                image's size. By default the image's, or with `padding_mask_crop` the size the model was trained at.
+            width: like `height`.
         """
         originals = as_unit_images("image", image)
         masks = as_masks("mask_image", mask_image, originals)
@@ -149,7 +148,7 @@ class InpaintPipeline(Pipeline):
             strength
         )
         if not sampling.steps:
-            raise InputError("strength=0 would paint nothing; it must be above 0")
+            raise InputError("strength=0 would repaint nothing; it must be above 0")
         request = read_request(
             self,
             prompt,
@@ -195,10 +194,10 @@ class InpaintPipeline(Pipeline):
         padding: int | None,
         blur: float,
     ) -> Canvas:
-        """What of the images the model works on, from arguments of a call."""
+        """The images and masks that the model runs on, from the arguments of a call."""
         for index, mask in enumerate(masks):
             if not mask.any():
-                raise InputError(f"mask_image {index} marks nothing; white, or 1, marks what is painted anew")
+                raise InputError(f"mask_image {index} is empty; paint the part to repaint white, or 1")
         factor, usual, size = self.decoder.config.spatial_factor, self.unet.config.sample_size, None
         if padding is None:
             usual = (-(-originals.shape[2] // factor), -(-originals.shape[3] // factor))
@@ -217,28 +216,28 @@ class InpaintPipeline(Pipeline):
         shape: tuple[int, int, int, int],
         noise: ImageNoise,
     ) -> InitialLatents:
-        """Begin from images [B, 3, H, W] in -1..1 and their masks; drawn is in the order of diffusers."""
-        count, encoder, is_told = shape[0], self.encoder(), self._image_channels > 0
+        """Prepare latents from images [B, 3, H, W] in -1..1 and masks; noise is drawn in the order of diffusers."""
+        count, encoder, takes_mask = shape[0], self.encoder(), self._image_channels > 0
         marked = for_each(latent_masks, count).to(self.device)
         x0 = None
-        if not (is_told and sampling.is_from_noise):
+        if not (takes_mask and sampling.is_from_noise):
             x0 = encode_for_each(encoder, images, self.device, count).sample(noise.draw(shape[1:]))
         drawn = noise.draw(shape[1:])
         latents = (
             sampling.initial(drawn) if sampling.is_from_noise or x0 is None else sampling.noised(x0, drawn)
         )
-        # Diffusers draws these even where it has no use for them.
-        of_posterior = noise.draw(shape[1:])
-        if x0 is not None and not is_told:
+        # Diffusers draws this noise even when it does not use it.
+        posterior_noise = noise.draw(shape[1:])
+        if x0 is not None and not takes_mask:
             return InitialLatents(latents, mask_blend=MaskBlend(x0, drawn, marked > 0))
-        rest = encode_for_each(encoder, images * (1 - masks), self.device, count).sample(of_posterior)
+        rest = encode_for_each(encoder, images * (1 - masks), self.device, count).sample(posterior_noise)
         return InitialLatents(latents, channels=torch.cat([marked, rest], dim=1))
 
 
 def in_latents(masks: Tensor, factor: int) -> Tensor:
-    """Masks [B, 1, H, W] as [B, 1, h, w] by the pixel at the corner of each latent, as diffusers has them.
+    """Resize masks [B, 1, H, W] to [B, 1, h, w] by the top left pixel of each latent, as diffusers does.
 
-    A mask that marks none of these pixels counts for all latents that it touches.
+    A mask without any of these pixels marks all latents that it touches.
     """
     corners, touched = masks[..., ::factor, ::factor], F.max_pool2d(masks, factor)
     return torch.where(corners.amax(dim=(2, 3), keepdim=True) > 0, corners, touched)

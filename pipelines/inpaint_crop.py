@@ -1,4 +1,4 @@
-"""The part of an image that a model paints on, and the way back into the image, whose other pixels stay as they are."""
+"""Crops the part of an image to repaint, and composites the result into the image; other pixels do not change."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Beyond so many standard deviations a blur is exactly nothing.
+# A blur is exactly zero beyond this many standard deviations.
 _BLUR_REACH = 3
 
 Pair = tuple[int, int]
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels."""
+    """A rectangle of an image, in pixels."""
 
     top: int
     left: int
@@ -25,21 +25,21 @@ class Box(NamedTuple):
     width: int
 
     def of(self, images: Tensor) -> Tensor:
-        """The part of images [..., H, W]; a view."""
+        """Crop images [..., H, W]; a view."""
         return images[..., self.top : self.top + self.height, self.left : self.left + self.width]
 
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
-    """What a model is shown of images, and what of its answer returns into them.
+    """Images to repaint: the model's inputs, and how its output is composited into them.
 
     Attributes:
         originals: float32 [B, 3, H, W] in 0..1.
-        masks: float32 [B, 1, H, W], 1 where the images are painted anew, 0 elsewhere.
-        weights: float32 [B, 1, H, W] in 0..1, how much of what was painted shows; where it is 0, pixels stay.
-        boxes: of each image, the part that is shown.
-        size: height and width of what is shown. Smaller parts are resized to fit into it.
-        resizes: whether the parts are resized; else they are of that size.
+        masks: float32 [B, 1, H, W], 1 where the images are repainted, 0 elsewhere.
+        weights: float32 [B, 1, H, W] in 0..1, the opacity of the repainted image; pixels with 0 do not change.
+        boxes: the crop of each image that the model gets.
+        size: height and width of the model's input, which smaller crops are resized to fit into.
+        resizes: whether crops are resized; else they already have that size.
     """
 
     originals: Tensor
@@ -53,25 +53,25 @@ class Canvas:
     def spanned(
         cls, originals: Tensor, masks: Tensor, *, size: Pair | None, padding: int | None, blur: float
     ) -> Canvas:
-        """A canvas over images and masks.
+        """A canvas for images and masks.
 
         Args:
             originals: see Canvas.
-            masks: likewise; none is empty.
-            size: that the images are resized to; None leaves them as they are, if there is no padding.
-            padding: show no more than what the mask marks and so many pixels around it; None shows all.
-            blur: standard deviation in pixels of the Gaussian that softens the border of what is painted.
+            masks: see Canvas; none may be empty.
+            size: the size to resize to; None keeps the size, and needs `padding=None`.
+            padding: crop to the mask plus this many pixels; None does not crop.
+            blur: standard deviation in pixels of the Gaussian blur of `weights`.
         """
         whole = Box(0, 0, originals.shape[2], originals.shape[3])
-        shown = whole[2:] if size is None else size
+        input_size = whole[2:] if size is None else size
         if padding is None:
             boxes = (whole,) * len(originals)
         else:
-            boxes = tuple(mask_bbox(mask[0], padding, shown[1] / shown[0]) for mask in masks)
-        return cls(originals, masks, blurred(masks, blur), boxes, shown, resizes=size is not None)
+            boxes = tuple(mask_bbox(mask[0], padding, input_size[1] / input_size[0]) for mask in masks)
+        return cls(originals, masks, blurred(masks, blur), boxes, input_size, resizes=size is not None)
 
     def model_inputs(self) -> Tensor:
-        """What the model is shown, float32 [B, 3, h, w] in -1..1."""
+        """The crops that the model gets, float32 [B, 3, h, w] in -1..1."""
         parts = [
             self._filled(_resized(box.of(image), self._fit(box)))
             for image, box in zip(self.originals.split(1), self.boxes, strict=True)
@@ -79,7 +79,7 @@ class Canvas:
         return torch.cat(parts) * 2 - 1
 
     def model_masks(self) -> Tensor:
-        """The masks of what is shown, float32 [B, 1, h, w]: 1 where any of the pixels that meet there is marked."""
+        """The masks of the crops, float32 [B, 1, h, w]: 1 where any of the pixels resized to one is marked."""
         parts = [
             self._filled((F.interpolate(box.of(mask), self._fit(box), mode="area") > 0).float())
             for mask, box in zip(self.masks.split(1), self.boxes, strict=True)
@@ -87,38 +87,38 @@ class Canvas:
         return torch.cat(parts)
 
     def composite(self, painted: Tensor) -> Tensor:
-        """The images with what was painted, [N, 3, H, W] in 0..1 on the device of `painted` [N, 3, h, w] in 0..1.
+        """Composite `painted` [N, 3, h, w] in 0..1 into the images: [N, 3, H, W] in 0..1 on the device of `painted`.
 
-        N is a multiple of the number of images; what belongs to one image stands together.
+        N is a multiple of the number of images; the results of one image are adjacent.
         """
         each = len(painted) // len(self.originals)
         results = []
-        for index, answers in enumerate(painted.split(each)):
+        for index, outputs in enumerate(painted.split(each)):
             box = self.boxes[index]
             height, width = self._fit(box)
             original = self.originals[index].to(painted.device)
             results.append(original.repeat(each, 1, 1, 1))
             part = box.of(results[-1])
-            answer = _resized(answers[..., :height, :width], (box.height, box.width))
-            # Exact at weight 0, where the original stays.
-            part.lerp_(answer, box.of(self.weights[index]).to(painted.device))
+            output = _resized(outputs[..., :height, :width], (box.height, box.width))
+            # Exact at weight 0, which leaves the original.
+            part.lerp_(output, box.of(self.weights[index]).to(painted.device))
         return torch.cat(results)
 
     def _fit(self, box: Box) -> Pair:
-        """The size that a part has on the canvas, its aspect ratio kept."""
+        """The size of a crop after resizing, with its aspect ratio."""
         if not self.resizes:
             return box.height, box.width
         scale = min(self.size[0] / box.height, self.size[1] / box.width)
         return max(round(box.height * scale), 1), max(round(box.width * scale), 1)
 
     def _filled(self, part: Tensor) -> Tensor:
-        """A part with its right and lower borders repeated to the size of the canvas."""
+        """Pad a crop to the size of the model's input, by repeating its right and lower borders."""
         missing = (0, self.size[1] - part.shape[3], 0, self.size[0] - part.shape[2])
         return F.pad(part, missing, mode="replicate")
 
 
 def mask_bbox(mask: Tensor, padding: int, ratio: float) -> Box:
-    """What a mask [H, W] marks and so many pixels around it, grown inside the image towards width / height `ratio`."""
+    """The bounding box of a mask [H, W] plus padding, grown inside the image towards width / height = `ratio`."""
     sides = []
     for marked in (mask.any(dim=1), mask.any(dim=0)):
         places = marked.nonzero()
@@ -129,13 +129,13 @@ def mask_bbox(mask: Tensor, padding: int, ratio: float) -> Box:
     height = max(bottom - top, round((right - left) / ratio))
     width = max(right - left, round((bottom - top) * ratio))
     (top, height), (left, width) = (
-        _grown(*side, wanted) for side, wanted in zip(sides, (height, width), strict=True)
+        _grown(*side, target) for side, target in zip(sides, (height, width), strict=True)
     )
     return Box(top, left, height, width)
 
 
 def blurred(masks: Tensor, deviation: float) -> Tensor:
-    """Masks [B, 1, H, W] blurred by a Gaussian of so many pixels; exactly 0 and 1 from thrice as far on."""
+    """Blur masks [B, 1, H, W] with a Gaussian; exactly 0 or 1 beyond three standard deviations."""
     if deviation == 0:
         return masks
     reach = math.ceil(_BLUR_REACH * deviation)
@@ -145,9 +145,9 @@ def blurred(masks: Tensor, deviation: float) -> Tensor:
     return F.conv2d(F.pad(spread, (0, 0, reach, reach), mode="replicate"), kernel.mT).clamp(0, 1)
 
 
-def _grown(start: int, stop: int, limit: int, wanted: int) -> Pair:
-    """Where a stretch of `wanted` pixels around start..stop begins inside of 0..limit, and its length."""
-    length = min(wanted, limit)
+def _grown(start: int, stop: int, limit: int, target: int) -> Pair:
+    """Start and length of an interval of `target` pixels around start..stop, inside 0..limit."""
+    length = min(target, limit)
     begin = start - (length - (stop - start)) // 2
     return min(max(begin, 0), limit - length), length
 

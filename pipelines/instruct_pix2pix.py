@@ -1,4 +1,4 @@
-"""InstructPix2Pix: images edited as a text instructs (arXiv:2211.09800)."""
+"""InstructPix2Pix: edits images by instruction (arXiv:2211.09800)."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ DEFAULT_IMAGE_GUIDANCE = 1.5
 
 @dataclass(frozen=True, eq=False)
 class InstructPix2PixPipeline(Pipeline):
-    """Images edited as a text instructs.
+    """Edits images by instruction.
 
-    The UNet is one of eight channels: it is told the latents of the image. The stages, and how they are loaded, are
-    those of :class:`Pipeline`.
+    The UNet has eight input channels: the noisy latents and the latents of the image. Attributes and loading are those
+    of :class:`Pipeline`.
     """
 
     supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("InstructPix2PixPipeline")
 
     @property
     def diffusers_class(self) -> str:
-        """The class of diffusers' pipeline over the same stages."""
+        """The name of the diffusers pipeline with the same models."""
         return "StableDiffusionInstructPix2PixPipeline"
 
     @property
@@ -60,16 +60,16 @@ class InstructPix2PixPipeline(Pipeline):
         output_type: OutputType = "pil",
         progress: bool = True,
     ) -> Iterator[PipelineStep]:
-        """Edit images, step by step: each step can show a preview, and the last one gives the result.
+        """Edit images step by step: each step has a preview, the last one the result.
 
-        Arguments that are not listed, and the errors, are those of :meth:`TextToImagePipeline.stream`.
+        Other arguments and the errors are those of :meth:`TextToImagePipeline.stream`.
 
         Args:
-            prompt: what is to be done, such as "make it snowy"; one for all images or one for each.
+            prompt: the instruction, such as "make it snowy"; one for all images or one for each.
             image: one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a tensor
-                [3, H, W] of floats in 0..1. It may have any size, which the result has as well.
-            guidance_scale: how closely the instruction is followed; 1 or less is no guidance at all.
-            image_guidance_scale: how much of the image is kept; less than 1 is no guidance at all.
+                [3, H, W] of floats in 0..1. Any size; the result has the same.
+            guidance_scale: how closely to follow the instruction; 1 or less turns all guidance off.
+            image_guidance_scale: how closely to follow the image; less than 1 turns all guidance off.
         """
         images = as_images("image", image)
         sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas)
@@ -99,8 +99,8 @@ class InstructPix2PixPipeline(Pipeline):
             mode = (
                 encode_images(self.encoder(), images, self.device).mean / self.decoder.config.scaling_factor
             )
-            shown = for_each(mode, len(request))
-            channels = torch.cat([torch.zeros_like(shown), shown, shown]) if has_guidance else shown
+            cond = for_each(mode, len(request))
+            channels = torch.cat([torch.zeros_like(cond), cond, cond]) if has_guidance else cond
             return InitialLatents(sampling.initial(noise.draw(shape[1:])), channels)
 
         call = make_call(

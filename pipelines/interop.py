@@ -1,6 +1,6 @@
-"""Pipelines from diffusers and back, alive and with shared weights: what one library lacks stays one call away.
+"""Convert loaded pipelines from and to diffusers, with shared weights.
 
-Needs diffusers (`pip install "latentgen[train]"`), which nothing else at inference does.
+Needs diffusers (`pip install "latentgen[train]"`), unlike the rest of inference.
 """
 
 # diffusers exports its names lazily, which checkers cannot follow.
@@ -85,25 +85,25 @@ def from_diffusers(
     pipe: StableDiffusionUpscalePipeline, *, memory: MemoryPolicy | None = None
 ) -> UpscalePipeline: ...
 def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = None) -> Pipeline:
-    """A pipeline over the very weights of a loaded diffusers pipeline, on its device and in its dtype.
+    """A pipeline that shares the weights of a loaded diffusers pipeline, on its device and in its dtype.
 
-    Nothing is copied: what later changes the weights of one changes the other. `pipe` itself stays as it is.
+    Nothing is copied: later changes of the weights of one change the other. `pipe` itself is not changed.
 
     Args:
-        pipe: a pipeline of diffusers; the result is ours of the same kind. That of another kind over the same weights
-            is one call away: `TextToImagePipeline.from_pipeline(from_diffusers(refiner))`.
-        memory: what to trade for memory; on a CPU, packed copies of convolution kernels are made beside the weights
-            unless it says not to.
+        pipe: a diffusers pipeline; the result is ours for the same task. For another task over the same weights use
+            `from_pipeline`: `TextToImagePipeline.from_pipeline(from_diffusers(refiner))`.
+        memory: how to save memory; on a CPU, convolutions get packed copies of their weights unless
+            `pack_weights=False`.
 
     Raises:
-        InputError: another kind of pipeline, or one whose weights are not all on one device.
-        ConfigError: a configuration holds what is not implemented.
-        CheckpointMismatchError: a module holds other weights than its configuration says, such as those of adapters.
+        InputError: an unsupported class of pipeline, or its weights are not all on one device.
+        ConfigError: a configuration has values that are not supported.
+        CheckpointMismatchError: a module's weights do not match its configuration, such as with adapters loaded.
     """
     name = type(pipe).__name__
     ours = _FROM_DIFFUSERS.get(name)
     if ours is None:
-        raise InputError(f"a {name} cannot be taken over; possible are {', '.join(_FROM_DIFFUSERS)}")
+        raise InputError(f"a {name} cannot be converted; supported are {', '.join(_FROM_DIFFUSERS)}")
     memory = MemoryPolicy() if memory is None else memory
     parts = pipe.components
     device = _one_device(parts)
@@ -139,26 +139,25 @@ def from_diffusers(pipe: DiffusionPipeline, *, memory: MemoryPolicy | None = Non
 
 
 def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
-    """A diffusers pipeline of the same family over the very weights of a pipeline.
+    """A diffusers pipeline of the same family that shares the weights of a pipeline.
 
-    Only the VAE's encoder, which text to image does not hold, may have to be loaded.
+    Only the VAE's encoder, which text to image does not load, may have to be read.
 
     Raises:
-        InputError: the pipeline works on pixels, knows of no VAE encoder, or has LoRAs that are not merged; it is an
-            upscaler whose latents are smaller than its input, which diffusers has no pipeline for; diffusers is not
-            installed.
+        InputError: the pipeline is in pixel space, has no VAE encoder, or has LoRAs that are not merged; it is an
+            upscaler whose latents are smaller than its input, which diffusers lacks; diffusers is not installed.
     """
     decoder = pipeline.decoder
     if isinstance(decoder, PixelDecoder):
         raise InputError(
-            "this pipeline works on pixels, and diffusers has none of that kind: those of Stable Diffusion need a VAE. "
-            "Its UNet, text encoder and scheduler are read by diffusers' and transformers' own classes: "
+            "this pipeline is in pixel space, and diffusers' Stable Diffusion pipelines need a VAE. "
+            "Load its UNet, text encoder and scheduler with diffusers' and transformers' own classes: "
             "save_pretrained(folder), then UNet2DConditionModel.from_pretrained(folder, subfolder='unet') and so on"
         )
     if isinstance(pipeline, UpscalePipeline) and pipeline.scale != decoder.config.spatial_factor:
         raise InputError(
-            f"this UpscalePipeline is shown its input in {pipeline.unet.config.in_channels} channels (space-to-depth); "
-            "diffusers' upscaler takes latents as large as the input alone, so use the pipeline here"
+            f"this UpscalePipeline's UNet takes {pipeline.unet.config.in_channels} channels (space-to-depth); "
+            "diffusers' upscaler supports only latents as large as the input, so use latentgen's pipeline"
         )
     try:
         import diffusers
@@ -182,7 +181,7 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
     }
     if isinstance(pipeline, UpscalePipeline):
         upscaler = diffusers.StableDiffusionUpscalePipeline(**parts, max_noise_level=pipeline.max_noise_level)
-        # It takes every factor but that of the published upscaler for a mistake, and has replaced it.
+        # The constructor replaces every scaling factor other than the published upscaler's.
         vae.register_to_config(scaling_factor=pipeline.decoder.config.scaling_factor)
         return upscaler
     if not pipeline.is_sdxl:
@@ -210,12 +209,12 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
 
 
 def _fields(component: Any) -> dict[str, Any]:
-    """A component's configuration as its file would hold it, which a component made in memory does not name."""
+    """A component's configuration with the _class_name that its file has."""
     return {**component.config, "_class_name": type(component).__name__}
 
 
 def _share(stage: nn.Module, *sources: nn.Module, prefixes: tuple[str, ...] = ("",)) -> None:
-    """Give a stage on the meta device the storage of those weights of the sources that begin with a prefix."""
+    """Assign a module on the meta device the sources' weights whose names begin with a prefix, without copying."""
     state: dict[str, Tensor] = {}
     for source in sources:
         state |= {name: tensor for name, tensor in source.state_dict().items() if name.startswith(prefixes)}
@@ -223,21 +222,21 @@ def _share(stage: nn.Module, *sources: nn.Module, prefixes: tuple[str, ...] = ("
         stage.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise CheckpointMismatchError(
-            f"the weights of the {type(sources[0]).__name__} are not those of its configuration; unload adapters first "
+            f"the weights of the {type(sources[0]).__name__} do not match its configuration; unload adapters first "
             f"(pipe.unload_lora_weights()): {' '.join(str(error).split())[:200]}"
         ) from None
     stage.eval().requires_grad_(False)
 
 
 def _text_encoder(parts: Mapping[str, Any], layer: ContextLayer) -> TextEncoder:
-    """The text encoders of a diffusers pipeline, which are modules of transformers on either side."""
+    """The text encoders of a diffusers pipeline; both libraries use transformers' modules."""
     towers = []
     for name, tokenizer in TOKENIZERS.items():
         if (model := parts.get(name)) is not None:
             fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
             towers.append(CLIPText(CLIPTextConfig.from_json(fields), model, parts[tokenizer], layer=layer))
     if not towers:
-        raise InputError("the diffusers pipeline has no text encoder, so no prompt can be read")
+        raise InputError("the diffusers pipeline has no text encoder; load it with one")
     return join_towers(towers)
 
 
@@ -245,9 +244,9 @@ def _one_device(parts: Mapping[str, Any]) -> torch.device:
     modules = {name: parts[name] for name in load_save.USED if isinstance(parts.get(name), nn.Module)}
     devices = {name: next(module.parameters()).device for name, module in modules.items()}
     if len(set(devices.values())) != 1 or torch.device("meta") in devices.values():
-        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        actual = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise InputError(
-            f"the weights of the diffusers pipeline must stand on one device; found {found}: move it with "
+            f"the weights of the diffusers pipeline must be on one device, not {actual}; move it with "
             "pipe.to(...), without offloading"
         )
     return next(iter(devices.values()))

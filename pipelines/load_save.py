@@ -1,4 +1,4 @@
-"""Stages from a checkpoint, and stages into a folder in the diffusers layout."""
+"""Load models from a checkpoint, and save them in a folder in the diffusers layout."""
 
 from __future__ import annotations
 
@@ -33,23 +33,22 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
 from latentgen.pipelines.arguments import check_guidance_scale
 
-# Diffusers has no pipelines from CLIP's text to pixels: under these classes it refuses the folder, and misreads none.
+# Diffusers has no pixel-space pipelines with CLIP; with these class names it refuses the folder.
 PIXEL_CLASS = "LatentgenPixelPipeline"
 PIXEL_CONCAT_CLASS = "LatentgenPixelPairedPipeline"
 PIXEL_UPSCALE_CLASS = "LatentgenPixelUpscalePipeline"
 PIXEL_CLASSES = (PIXEL_CLASS, PIXEL_CONCAT_CLASS, PIXEL_UPSCALE_CLASS)
-# The guidance scale of most diffusers pipelines, where a call names none.
+# The default guidance scale of most diffusers pipelines.
 DEFAULT_GUIDANCE_SCALE = 7.5
 
 
 class PipelineClass(NamedTuple):
-    """What the `_class_name` of a `model_index.json` says.
+    """Facts about a `_class_name` of `model_index.json`.
 
     Attributes:
-        readers: the pipelines here that read such a checkpoint; the first does the same task.
-        guidance_scale: the one diffusers uses where a call names none.
-        fixes_scheduler: diffusers corrects settings of old folders that the model was not trained with; see
-            load_scheduler.
+        readers: our pipelines that load such a checkpoint; the first one does the same task.
+        guidance_scale: diffusers' default.
+        fixes_scheduler: diffusers corrects the scheduler settings of old folders; see load_scheduler.
     """
 
     readers: tuple[str, ...]
@@ -57,14 +56,14 @@ class PipelineClass(NamedTuple):
     fixes_scheduler: bool = False
 
 
-# Pipelines whose UNet takes only the noisy latents read each other's checkpoints.
+# Pipelines whose UNet takes only the noisy latents can load each other's checkpoints.
 _FROM_TEXT = ("TextToImagePipeline", "ImageToImagePipeline", "InpaintPipeline")
 _FROM_IMAGE = ("ImageToImagePipeline", "TextToImagePipeline", "InpaintPipeline")
 PIPELINE_CLASSES: Mapping[str, PipelineClass] = {
     "StableDiffusionPipeline": PipelineClass(_FROM_TEXT, fixes_scheduler=True),
     "StableDiffusionXLPipeline": PipelineClass(_FROM_TEXT, 5.0),
     "StableDiffusionImg2ImgPipeline": PipelineClass(_FROM_IMAGE, fixes_scheduler=True),
-    # Also the class of a folder with the SDXL refiner.
+    # Also the class of the SDXL refiner.
     "StableDiffusionXLImg2ImgPipeline": PipelineClass(_FROM_IMAGE, 5.0),
     "LatentConsistencyModelPipeline": PipelineClass(_FROM_TEXT, 8.5),
     PIXEL_CLASS: PipelineClass(_FROM_TEXT),
@@ -77,18 +76,18 @@ PIPELINE_CLASSES: Mapping[str, PipelineClass] = {
     "StableDiffusionUpscalePipeline": PipelineClass(("UpscalePipeline",), 9.0),
     PIXEL_UPSCALE_CLASS: PipelineClass(("UpscalePipeline",), 9.0),
 }
-# A checkpoint's own, in model_index.json; diffusers passes over keys that begin so.
+# A checkpoint's own, in model_index.json; diffusers ignores keys that begin with an underscore.
 GUIDANCE_KEY = "_guidance_scale"
-# Components that the pipelines here read, and those that they do without.
+# Components that our pipelines load, and those that they ignore.
 USED = ("unet", "vae", *SCHEDULERS, *TOKENIZERS, *TOKENIZERS.values())
 _IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 
 
 class LoadOptions(NamedTuple):
-    """How stages are loaded: in which dtype, onto which device, which variant of the files, whether to work faster.
+    """How to load models: dtype, device, variant of the files, packing.
 
-    `pack` lets convolutions on a CPU keep a second copy of their weights; see MemoryPolicy. `as_in_file` leaves kernels
-    in the layout of the file, mapped from it where the dtype allows: for networks that work seldom.
+    `pack` makes packed copies of the weights of convolutions on a CPU; see MemoryPolicy. `as_in_file` keeps kernels in
+    the layout of the file, mapped from it if the dtype allows: for networks that rarely run.
     """
 
     dtype: torch.dtype
@@ -100,10 +99,7 @@ class LoadOptions(NamedTuple):
 
 @contextmanager
 def gc_disabled() -> Iterator[None]:
-    """Keep Python's garbage collector from searching for what loading makes, nearly all of which lives on.
-
-    It would go through every object of all imported libraries as well, which takes longer than loading.
-    """
+    """Turn Python's garbage collector off: scanning all objects of all libraries would take longer than loading."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -114,28 +110,28 @@ def gc_disabled() -> Iterator[None]:
 
 
 def classes_read_by(pipeline: str) -> tuple[str, ...]:
-    """The classes of checkpoints that a pipeline here reads."""
+    """The `_class_name`s of the checkpoints that a pipeline of ours loads."""
     return tuple(name for name, known in PIPELINE_CLASSES.items() if pipeline in known.readers)
 
 
 def check_class(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
-    """Compare what `model_index.json` says the checkpoint is with the classes of diffusers that a pipeline reads.
+    """Check that the `_class_name` of a checkpoint is among those that a pipeline loads, and its components.
 
     Raises:
-        ConfigError: another class of pipeline, or components that this one knows nothing of.
+        ConfigError: another class of pipeline, or an unknown component.
     """
     index = f"{quote(checkpoint.path)}, model_index.json"
-    found = checkpoint.model_index.get("_class_name")
-    if found not in classes:
-        known = PIPELINE_CLASSES.get(str(found))
-        fix = f"load it with {known.readers[0]}" if known else f"this pipeline reads {', '.join(classes)}"
-        raise ConfigError(f"{index}: _class_name is {quote(found)}; {fix}")
+    actual = checkpoint.model_index.get("_class_name")
+    if actual not in classes:
+        known = PIPELINE_CLASSES.get(str(actual))
+        fix = f"load it with {known.readers[0]}" if known else f"this pipeline loads {', '.join(classes)}"
+        raise ConfigError(f"{index}: _class_name is {quote(actual)}; {fix}")
     if unknown := [name for name in checkpoint.components if name not in USED + _IGNORED]:
-        raise ConfigError(f"{index}: {quote(unknown[0])} is no component of {found} that is known here")
+        raise ConfigError(f"{index}: {quote(unknown[0])} is not a known component of {actual}")
 
 
 def forces_zeros(checkpoint: Checkpoint) -> bool:
-    """Whether a model was trained with zeros in the place of an empty prompt, as SDXL's are by default."""
+    """Whether a model was trained with zeros for an empty prompt, as SDXL's are by default."""
     flag = checkpoint.model_index.get("force_zeros_for_empty_prompt", _is_sdxl(checkpoint))
     if not isinstance(flag, bool):
         raise ConfigError(
@@ -146,10 +142,10 @@ def forces_zeros(checkpoint: Checkpoint) -> bool:
 
 
 def guidance_scale(checkpoint: Checkpoint) -> float:
-    """The guidance scale that a checkpoint asks for, or that of its family.
+    """The default guidance scale of a checkpoint, else of its pipeline class.
 
     Raises:
-        ConfigError: it asks for what is no guidance scale.
+        ConfigError: the checkpoint's value is invalid.
     """
     usual = default_guidance_scale_of(str(checkpoint.model_index.get("_class_name")))
     value: Any = checkpoint.model_index.get(GUIDANCE_KEY, usual)
@@ -160,7 +156,7 @@ def guidance_scale(checkpoint: Checkpoint) -> float:
 
 
 def default_guidance_scale_of(diffusers_class: str) -> float:
-    """What a pipeline of diffusers guides with where a call names no scale."""
+    """The default guidance scale of a diffusers pipeline."""
     known = PIPELINE_CLASSES.get(diffusers_class)
     return known.guidance_scale if known else DEFAULT_GUIDANCE_SCALE
 
@@ -179,8 +175,8 @@ def load_unet(checkpoint: Checkpoint, options: LoadOptions) -> UNet:
 
 
 def load_decoder(checkpoint: Checkpoint, options: LoadOptions) -> ImageDecoder:
-    """The decoder of a checkpoint's VAE, the encoder's part passed over; that of pixels where there is no VAE."""
-    if _works_on_pixels(checkpoint):
+    """The decoder of a checkpoint's VAE; in pixel space a PixelDecoder."""
+    if _is_pixel_space(checkpoint):
         return PixelDecoder()
     with torch.device("meta"):
         decoder = VAEDecoder(VAEConfig.from_json(checkpoint.config("vae")))
@@ -189,8 +185,8 @@ def load_decoder(checkpoint: Checkpoint, options: LoadOptions) -> ImageDecoder:
 
 
 def load_encoder(checkpoint: Checkpoint, options: LoadOptions) -> ImageEncoder:
-    """The encoder of a checkpoint's VAE, the decoder's part passed over; that of pixels where there is no VAE."""
-    if _works_on_pixels(checkpoint):
+    """The encoder of a checkpoint's VAE; in pixel space a PixelEncoder."""
+    if _is_pixel_space(checkpoint):
         return PixelEncoder()
     with torch.device("meta"):
         encoder = VAEEncoder(VAEConfig.from_json(checkpoint.config("vae")))
@@ -198,14 +194,14 @@ def load_encoder(checkpoint: Checkpoint, options: LoadOptions) -> ImageEncoder:
     return encoder
 
 
-def _works_on_pixels(checkpoint: Checkpoint) -> bool:
+def _is_pixel_space(checkpoint: Checkpoint) -> bool:
     name = checkpoint.model_index.get("_class_name")
     if name not in PIXEL_CLASSES:
         return False
     if "vae" in checkpoint.components:
         raise ConfigError(
-            f"{quote(checkpoint.path)}, model_index.json: a {name} works on pixels and has no vae; remove the "
-            "entry, or correct _class_name"
+            f"{quote(checkpoint.path)}, model_index.json: a {name} is in pixel space and has no vae; remove "
+            "that entry, or correct _class_name"
         )
     return True
 
@@ -214,9 +210,9 @@ def load_text_encoder(checkpoint: Checkpoint, options: LoadOptions) -> TextEncod
     """The text encoder of a checkpoint, or SDXL's pair, with the tokenizers."""
     names = [name for name in TOKENIZERS if name in checkpoint.components]
     if not names:
-        there = ", ".join(checkpoint.components)
+        components = ", ".join(checkpoint.components)
         raise CheckpointNotFoundError(
-            f"{quote(checkpoint.path)} has no text_encoder; its components are: {there}"
+            f"{quote(checkpoint.path)} has no text_encoder; its components are: {components}"
         )
     return join_towers([_load_tower(checkpoint, name, options) for name in names])
 
@@ -237,8 +233,8 @@ def _load_tower(checkpoint: Checkpoint, component: str, options: LoadOptions) ->
 def load_scheduler(checkpoint: Checkpoint) -> Scheduler:
     """The scheduler of a checkpoint.
 
-    Old folders of Stable Diffusion carry a steps_offset of 0 and clip_sample, which the model was not trained with;
-    diffusers' StableDiffusionPipeline reads them as 1 and false, and so they are read here.
+    Old Stable Diffusion folders have steps_offset 0 and clip_sample true, which the model was not trained with; like
+    diffusers' StableDiffusionPipeline, read them as 1 and false.
     """
     scheduler = Scheduler.from_config(checkpoint.config("scheduler"))
     known = PIPELINE_CLASSES.get(str(checkpoint.model_index.get("_class_name")))
@@ -248,7 +244,7 @@ def load_scheduler(checkpoint: Checkpoint) -> Scheduler:
 
 
 def weight_bytes(checkpoint: Checkpoint, options: LoadOptions) -> int:
-    """A lower bound of the memory that the stages take: the weights of UNet and text encoders."""
+    """A lower bound of the memory of a pipeline: the weights of the UNet and the text encoders."""
     names = ("unet", *(name for name in TOKENIZERS if name in checkpoint.components))
     tensors = (checkpoint.weights(name, options.variant).tensors() for name in names)
     count = sum(math.prod(info.shape) for infos in tensors for info in infos.values())
@@ -278,10 +274,10 @@ def _load(
 
 
 def _kernel_layout(options: LoadOptions) -> torch.memory_format:
-    """How the kernels of convolutions lie in memory.
+    """The memory format of convolution weights.
 
-    If they do not lie as the images do, kernels rearrange them at every call. Packed ones are not rearranged, and those
-    of float16 on a CPU take no longer for it: both stay mapped from the file.
+    Weights in another format than the images are converted at every call. Packed ones are not, and for float16 on a CPU
+    it costs no time: both stay mapped from the file.
     """
     stays_mapped = options.pack and (can_pack(options.dtype) or options.dtype == torch.float16)
     return torch.preserve_format if stays_mapped or options.as_in_file else torch.channels_last
@@ -289,7 +285,7 @@ def _kernel_layout(options: LoadOptions) -> torch.memory_format:
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 _NONE = [None, None]
-# What diffusers' pipelines of SD and of SDXL can have besides the stages, and have not here.
+# Optional components of diffusers' SD and SDXL pipelines that ours do not have.
 SD_INDEX: Mapping[str, object] = {
     "feature_extractor": _NONE,
     "safety_checker": _NONE,
@@ -299,10 +295,10 @@ SDXL_INDEX: Mapping[str, object] = {"feature_extractor": _NONE, "image_encoder":
 
 
 def img2img_index(towers: int, uses_aesthetic_score: bool) -> dict[str, object]:
-    """What `model_index.json` says besides of a pipeline of SDXL's that begins with an image.
+    """Further entries of `model_index.json` for SDXL's pipelines that take an image.
 
     Args:
-        towers: how many text encoders it has; the refiner has the second one alone.
+        towers: the number of text encoders; the refiner has only the second one.
         uses_aesthetic_score: see Pipeline.
     """
     entries: dict[str, object] = {"requires_aesthetics_score": uses_aesthetic_score}
@@ -310,7 +306,7 @@ def img2img_index(towers: int, uses_aesthetic_score: bool) -> dict[str, object]:
 
 
 def class_entries(diffusers_class: str, guidance_scale: float | None) -> dict[str, object]:
-    """What `model_index.json` says of the pipeline's class, and of a guidance scale that is not the usual one."""
+    """The entries of `model_index.json` for the class, and for a guidance scale other than the class's default."""
     own = guidance_scale not in (None, default_guidance_scale_of(diffusers_class))
     entries: dict[str, object] = {"_class_name": diffusers_class, **LAYOUT_VERSION}
     return entries | {GUIDANCE_KEY: guidance_scale} if own else entries
@@ -327,29 +323,29 @@ def save_folder(
     index: Mapping[str, object],
     variant: str | None,
 ) -> None:
-    """Write a folder that diffusers loads; `model_index.json`, which names the pipeline's class, comes last.
+    """Write a folder that diffusers loads; `model_index.json` is written last.
 
-    Of what works on pixels there is no `vae`, and diffusers loads no more than the single components.
+    In pixel space there is no `vae`, and diffusers can load only the single components.
 
     Args:
-        folder: where to write; made if need be.
-        unet: a stage, as are the next three.
-        encoder: of the VAE.
-        decoder: of the VAE.
+        folder: where to write; created if missing.
+        unet: the UNet.
+        encoder: the VAE's encoder.
+        decoder: the VAE's decoder.
         text_encoder: one tower, or SDXL's two.
         schedulers: component -> scheduler.
-        index: what `model_index.json` holds besides the components: `_class_name` and the like. What works on
-            pixels needs one of the classes for it.
-        variant: part of the names of the weight files.
+        index: the entries of `model_index.json` other than the components, such as `_class_name`, which in pixel space
+            must be one of PIXEL_CLASSES.
+        variant: suffix in the names of the weight files.
 
     Raises:
-        InputError: the pipeline works on pixels, and its class needs a VAE; nothing was written.
-        OutputError: a file could not be written; it keeps its old content, as do those that follow it.
+        InputError: the pipeline is in pixel space, and its class needs a VAE; nothing was written.
+        OutputError: a file could not be written; that file and the ones after it keep their old content.
     """
     if isinstance(decoder, PixelDecoder) and index["_class_name"] not in PIXEL_CLASSES:
         raise InputError(
-            f"a {index['_class_name']} that works on pixels cannot be saved: that class needs a VAE; text to "
-            "image, paired images and upscaling, without the conditioning of SDXL, have classes for pixels"
+            f"a {index['_class_name']} in pixel space cannot be saved: the class needs a VAE; text to image, image "
+            "concatenation and upscaling without SDXL's conditioning have pixel-space classes"
         )
     save_weights(unet.state_dict(), folder / "unet", WEIGHTS_STEM, variant=variant)
     write_json(folder / "unet" / "config.json", unet.config.to_json())
@@ -372,7 +368,7 @@ def save_folder(
 
 
 def named_towers(unet: UNet, text_encoder: TextEncoder) -> dict[str, CLIPText]:
-    """The component that each tower is: SDXL's refiner has the second one alone."""
+    """Text encoders by component name; SDXL's refiner has only the second one."""
     names = (
         list(TOKENIZERS)
         if len(text_encoder.towers) == 2 or not unet.config.addition_embed_type

@@ -1,4 +1,4 @@
-"""From noise to images: encode the prompts, denoise step by step, decode. The path that every pipeline takes."""
+"""From noise to images: encode the prompts, denoise step by step, decode. Every pipeline uses this loop."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ P = ParamSpec("P")
 
 @torch.inference_mode()
 def denoise(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
-    """Yield every step of a call, at least one; the last one has the result.
+    """Yield every step of a call, at least one; the last one holds the result.
 
     Raises:
-        NumericalError: the latents or the images hold NaN or infinity; names the step.
+        NumericalError: the latents or the images have NaN or infinity; names the step.
         MemoryBudgetError: memory ran out; names the arguments that help.
     """
     count, _, height, width = call.shape
@@ -67,7 +67,7 @@ def _steps(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
         yield PipelineStep(-1, total, latents, latents, call.request.seeds, finish)
         return
 
-    # Encode the prompts; then the text encoder may leave the device.
+    # Encode the prompts; the text encoder is then offloaded if the memory policy says so.
     segments, counter = encode_prompts(pipeline, call), StepCounter(steps.start)
 
     last: PipelineStep | None = None
@@ -81,7 +81,7 @@ def _steps(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
         if mask_blend is not None:
             denoiser = mask_blend.wrap(denoiser, levels[steps.start])
 
-        # Take the solver's steps; nothing here waits for the device.
+        # Take the solver's steps, without waiting for the device.
         draw = partial(noise.draw, call.shape[1:])
         for step in scheduler.sample(denoiser, latents, levels, draw, start=steps.start, stop=steps.stop):
             counter.step = step.index + 1
@@ -98,7 +98,7 @@ def _steps(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
             else:
                 yield current
 
-    # The UNet has left the device by now, which frees the memory that decoding needs.
+    # The last step comes after the UNet is offloaded: its images need the memory to decode.
     if last is not None:
         yield last
 
@@ -137,20 +137,20 @@ class PipelineStep:
 
     @property
     def is_last(self) -> bool:
-        """Whether `images` gives the result rather than a preview."""
+        """Whether `images` returns the result rather than a preview."""
         return self.index == self.total - 1
 
     def images(self) -> Images:
-        """The result at the last step, a preview of it before, as the call's `output_type` has it.
+        """The result at the last step, a preview at earlier ones, in the form of the call's `output_type`.
 
         Raises:
-            NumericalError: the latents or the images hold NaN or infinity; names the step.
+            NumericalError: the latents or the images have NaN or infinity; names the step.
         """
         return self._finish(self.latents if self.is_last else self.x0)
 
 
 def run_to_end(stream: Callable[P, Iterator[PipelineStep]]) -> Callable[P, Output]:
-    """The call of a pipeline, with the arguments of its stream: runs the stream to its end and returns the result."""
+    """Make a pipeline's `stream` into a function of the same arguments that runs it to the end for the result."""
 
     @wraps(stream)
     def call(*args: P.args, **kwargs: P.kwargs) -> Output:
@@ -167,14 +167,14 @@ class FiniteCheck:
         self._sums: list[Tensor] = []
 
     def watch(self, latents: Tensor) -> None:
-        """Note the latents of the next step; one reduction on the device."""
+        """Record the latents of the next step; one reduction on the device."""
         self._sums.append(latents.sum())
 
     def verify(self, total: int, dtype: torch.dtype) -> None:
-        """Wait for the steps watched so far.
+        """Wait for the recorded steps and check them.
 
         Raises:
-            NumericalError: naming the first step, of `total`, that gave NaN or infinity.
+            NumericalError: names the first step, of `total`, with NaN or infinity.
         """
         if not self._sums:
             return
@@ -186,14 +186,14 @@ class FiniteCheck:
                 if dtype == torch.float32
                 else 'try dtype="bfloat16" or dtype="float32"'
             )
-            raise NumericalError(f"the latents hold NaN or infinity from step {step} of {total} on; {advice}")
+            raise NumericalError(f"the latents have NaN or infinity from step {step} of {total} on; {advice}")
 
 
 def denoising_bytes(unet: UNet, rows: int, pixels: int) -> int:
     """A lower bound of the memory of a step: the weights, and four feature maps at the highest resolution.
 
     Args:
-        rows: what the UNet sees at once, two of each image with guidance.
+        rows: the batch size of the UNet, two per image with guidance.
         pixels: latent pixels of one image.
     """
     maps = 4 * rows * pixels * unet.config.block_out_channels[0]
@@ -210,8 +210,8 @@ class StepConditioning(NamedTuple):
 
     Attributes:
         steps: the steps.
-        context: [branches * B, S, D], the least conditioned branch first.
-        added: SDXL's pooled embeddings and time ids, for the same rows.
+        context: [branches * B, S, D], negative branches first.
+        added: SDXL's pooled embeddings and time ids, of the same batch size.
     """
 
     steps: tuple[range, ...]
@@ -221,7 +221,7 @@ class StepConditioning(NamedTuple):
 
 @dataclass
 class StepCounter:
-    """The current step. Where prompts switch, the noise level alone does not say which step a solver evaluates for."""
+    """The current step; the noise level alone does not say which step's prompt a solver's evaluation needs."""
 
     step: int
 
@@ -231,7 +231,7 @@ def encode_prompts(pipeline: Pipeline, call: PipelineCall) -> list[StepCondition
     request, negatives = call.request, call.guidance.negatives
     inputs = negatives, request.prompts
     module = pipeline.text_encoder.module
-    # A call with ready-made conditioning does not move the text encoder to the device.
+    # If all prompts are precomputed embeddings, the text encoder is not moved to the device.
     needed = any(isinstance(item, PromptSchedule) for branch in inputs for item in branch)
     with (
         on_device(module, pipeline.device, offload=pipeline.memory.offload_idle) if needed else nullcontext()
@@ -263,7 +263,7 @@ def build_denoiser(
     segments: Sequence[StepConditioning],
     counter: StepCounter,
 ) -> Denoiser:
-    """A denoiser for one call; everything constant over the call is computed once.
+    """The denoiser of a call: (x, level) -> x0. What is constant over the call is computed once.
 
     Guidance combines the UNet's outputs for its branches; classifier-free guidance (arXiv:2207.12598, eq. 6) has two:
 
@@ -351,10 +351,10 @@ class Output(NamedTuple):
     """The result of a call.
 
     Attributes:
-        images: what `output_type` asked for: "pil" a list of images, "np" float32 [B, H, W, 3] in 0..1, "pt"
-            float32 [B, 3, H, W] in 0..1 on the device, "latent" float32 [B, C, h, w] on the device. Prompts
-            come in their order, the images of one prompt together.
-        seeds: the seed of each image, which alone makes that image again.
+        images: by `output_type`: "pil" a list of images, "np" float32 [B, H, W, 3] in 0..1, "pt" float32 [B, 3, H, W]
+            in 0..1 on the device, "latent" float32 [B, C, h, w] on the device. In the order of the prompts, the images
+            of one prompt together.
+        seeds: the seed of each image; with the same arguments it reproduces that image alone.
     """
 
     images: Images
@@ -362,7 +362,7 @@ class Output(NamedTuple):
 
 
 def export(images: Tensor, output_type: OutputType) -> Images:
-    """Turn images [B, 3, H, W] in 0..1 into what `output_type` names."""
+    """Convert images [B, 3, H, W] in 0..1 to `output_type`."""
     match output_type:
         case "pil":
             return numpy_to_pil(unit_to_numpy(images))

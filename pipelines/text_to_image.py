@@ -1,4 +1,4 @@
-"""Text to image: prompts to context, noise to latents, latents to images (arXiv:2112.10752)."""
+"""Text to image: latent diffusion conditioned on prompts (arXiv:2112.10752)."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 @dataclass(frozen=True, eq=False)
 class TextToImagePipeline(Pipeline):
-    """Images from text: Stable Diffusion 1.x and 2.x, SDXL, its refiner, what was distilled from them, and small models
-    that work on pixels.
+    """Generates images from text: Stable Diffusion 1.x and 2.x, SDXL and its refiner, models distilled from them, and
+    small models in pixel space.
 
-    The stages, and how they are loaded, are those of :class:`Pipeline`; of the VAE only the decoder is.
+    Attributes and loading are those of :class:`Pipeline`.
     """
 
     supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("TextToImagePipeline")
 
     @property
     def diffusers_class(self) -> str:
-        """The class of diffusers' pipeline over the same stages; on pixels one of our own."""
+        """The name of the diffusers pipeline with the same models; in pixel space one of our own."""
         if self.is_pixel_space:
             return PIXEL_CLASS
         if not self.is_sdxl:
@@ -84,48 +84,46 @@ class TextToImagePipeline(Pipeline):
         output_type: OutputType = "pil",
         progress: bool = True,
     ) -> Iterator[PipelineStep]:
-        """Make images of prompts, step by step: each step can show a preview, and the last one gives the result.
+        """Generate images step by step: each step has a preview, the last one the result.
 
-        Calling the pipeline takes the same arguments, runs to the end and gives an :class:`Output`. All arguments are
-        checked at once, before the first step. To cancel, stop iterating.
+        Calling the pipeline takes the same arguments, runs to the end and returns an :class:`Output`. All arguments are
+        checked before the first step. To cancel, stop iterating.
 
         Args:
-            prompt: one prompt or several; of any length, none is cut. Or what a text encoder has made of them already,
+            prompt: one prompt or several, of any length; nothing is truncated. Or precomputed embeddings,
                 `Conditioning(context, pooled)`: in diffusers prompt_embeds and pooled_prompt_embeds.
-            negative_prompt: what to lead away from, likewise: one for all prompts or one for each; None is the empty
-                prompt.
-            prompt_syntax: "explicit" reads `(text:1.2)` as a weight, and `\\(` as a parenthesis; all else is text.
+            negative_prompt: one for all prompts or one for each, or embeddings; None is the empty prompt.
+            prompt_syntax: "explicit" reads `(text:1.2)` as a weight, and `\\(` as a parenthesis; the rest is text.
                 "a1111" also reads `(text)` as 1.1, `[text]` as 1 / 1.1, `BREAK`, `[from:to:when]`, `[to:when]`,
-                `[from::when]` and `[one|other]`; `when` is a number of steps, or a share of them where it has a point.
-                In "plain" every sign is text.
-            height: pixels, a multiple of what one latent covers (8 in Stable Diffusion); by default the size
-                that the model was trained at.
-            width: likewise.
+                `[from::when]` and `[one|other]`; `when` is a number of steps, or with a decimal point a fraction of
+                them. In "plain" every character is text.
+            height: pixels, a multiple of the VAE's factor (8 in Stable Diffusion); by default the size the model was
+                trained at.
+            width: like `height`.
             num_inference_steps: steps of the solver, over the whole schedule.
-            timesteps: falling, one for each step, in place of `num_inference_steps` and of the scheduler's spacing.
-            sigmas: likewise noise levels sigma / alpha, and at the end of the list that where the run ends, mostly 0;
-                of flow-matching models sigma itself, before the shift, and the end may be left out.
+            timesteps: decreasing, one for each step; replaces `num_inference_steps` and the scheduler's spacing.
+            sigmas: decreasing noise levels sigma / alpha, one for each step and one where the run ends, mostly 0;
+                replaces `num_inference_steps`. For flow-matching models sigma before the shift; the end may be omitted.
             guidance_scale: scale of classifier-free guidance (arXiv:2207.12598, eq. 6, as 1 + w); 1 or less
-                is no guidance, in half the time. By default the checkpoint's own, where it has one (the embedded
-                model), else 7.5, or 5 for SDXL, as in diffusers.
-            guidance: what guidance does besides: rescaling, an interval, a perpendicular negative prompt.
-            num_images_per_prompt: images of each prompt.
+                is no guidance, in half the time. By default the checkpoint's own (the embedded model has one), else
+                7.5, or 5 for SDXL, as in diffusers.
+            guidance: further options: rescaling, an interval, a perpendicular negative prompt, CFG++.
+            num_images_per_prompt: images per prompt.
             seed: image i of the call gets seed + i; or one seed for each image; None draws one at random.
-            scheduler: for this call, the name of a solver, a whole Scheduler or one of diffusers; by default the
-                checkpoint's.
-            latents: [B, C, h, w] to start from, in place of what the seeds draw: standard normal noise, or with
-                `denoising_start` what another pipeline ended with.
-            denoising_start: 0..1, at which share of the schedule to begin, with the `latents` of a pipeline whose
-                `denoising_end` was the same; how SDXL's refiner goes on where the base model stops.
-            denoising_end: 0..1, at which share to stop; take `output_type="latent"` with it.
-            clip_skip: how many more layers of the text encoder the prompts go without.
-            size_conditioning: what SDXL is told of sizes.
+            scheduler: the name of a solver, a Scheduler or a diffusers scheduler; by default the checkpoint's.
+            latents: [B, C, h, w] to start from instead of noise from the seeds: standard normal noise, or with
+                `denoising_start` the output of another pipeline.
+            denoising_start: 0..1, the fraction of the schedule to start at, with the `latents` of a pipeline called
+                with the same `denoising_end`: SDXL's refiner continues the base model this way.
+            denoising_end: 0..1, the fraction of the schedule to stop at; use it with `output_type="latent"`.
+            clip_skip: how many of the text encoder's last layers to skip for the prompts.
+            size_conditioning: SDXL's size and crop conditioning.
             output_type: "pil", "np", "pt" or "latent"; see Output.
             progress: show a progress bar.
 
         Raises:
-            InputError: an argument is out of bounds; nothing has been computed.
-            NumericalError: NaN or infinity where an image was due; names the step.
+            InputError: an argument is invalid; raised before anything is computed.
+            NumericalError: the latents or the images have NaN or infinity; names the step.
             MemoryBudgetError: memory ran out; names the arguments that help.
         """
         sampling = part_of_run(
@@ -146,10 +144,10 @@ class TextToImagePipeline(Pipeline):
             clip_skip=clip_skip,
         )
         shape = self._latent_shape(len(request), height, width, latents)
-        given = None if latents is None else check_latents(latents, shape)
+        user_latents = None if latents is None else check_latents(latents, shape)
 
         def prepare_latents(noise: ImageNoise) -> InitialLatents:
-            start = noise.draw(shape[1:]) if given is None else given.to(self.device)
+            start = noise.draw(shape[1:]) if user_latents is None else user_latents.to(self.device)
             return InitialLatents(sampling.initial(start) if sampling.steps.start == 0 else start)
 
         factor = self.decoder.config.spatial_factor
@@ -172,7 +170,7 @@ class TextToImagePipeline(Pipeline):
     def _latent_shape(
         self, count: int, height: int | None, width: int | None, latents: Tensor | None
     ) -> tuple[int, int, int, int]:
-        """[B, C, h, w] from the size asked for, else that of given latents, else that of the training."""
+        """[B, C, h, w] from height and width, else from the latents, else from the size of the training."""
         factor = self.decoder.config.spatial_factor
         size = self.unet.config.sample_size
         if isinstance(latents, Tensor) and latents.ndim == 4:
@@ -184,18 +182,18 @@ class TextToImagePipeline(Pipeline):
 def part_of_run(
     sampling: Sampling, denoising_start: float, denoising_end: float, latents: Tensor | None
 ) -> Sampling:
-    """The part of a run that lies between two shares of the schedule."""
+    """The part of a run between two fractions of the schedule."""
     scheduler, levels, _ = sampling
     start = scheduler.steps_before(levels, check_fraction("denoising_start", denoising_start))
     stop = scheduler.steps_before(levels, check_fraction("denoising_end", denoising_end))
     if start >= stop:
         raise InputError(
-            f"between denoising_start={denoising_start} and denoising_end={denoising_end} lies none of the "
-            f"{len(levels) - 1} steps; use more steps or a wider part"
+            f"none of the {len(levels) - 1} steps is between denoising_start={denoising_start} and "
+            f"denoising_end={denoising_end}; use more steps or a larger interval"
         )
     if start > 0 and latents is None:
         raise InputError(
-            f"denoising_start={denoising_start} needs the latents that it starts from: the output of a pipeline "
-            'with the same denoising_end and output_type="latent"'
+            f"denoising_start={denoising_start} needs latents to start from: the output of a pipeline with the "
+            'same denoising_end and output_type="latent"'
         )
     return sampling._replace(steps=range(start, stop))

@@ -1,4 +1,4 @@
-"""Upscaling by diffusion that is shown the image in low resolution (arXiv:2112.10752, section 4.4)."""
+"""Upscaling by diffusion conditioned on the low-resolution image (arXiv:2112.10752, section 4.4)."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 DEFAULT_NOISE_LEVEL = 20
 MAX_NOISE_LEVEL = 350
 MAX_ENLARGEMENT = 16
-# In model_index.json; diffusers passes over keys that begin so.
+# In model_index.json; diffusers ignores keys that begin with an underscore.
 _ENLARGEMENT_KEY = "_enlargement"
 # Side of the tiles of larger images, in pixels of the input.
 DEFAULT_TILE = 256
 
 
 def low_res_ratio(unet: UNetConfig, vae: VAEConfig | PixelConfig) -> int:
-    """The side of the low-resolution image over that of the latents, as the UNet's channels tell it.
+    """The side of the low-resolution image over the side of the latents, from the UNet's in_channels.
 
-    Of an image that is larger than the latents, squares of ratio x ratio pixels become channels (space-to-depth,
-    arXiv:1609.05158), so that a UNet in use has as many channels as the latents and ratio**2 times those of an image.
+    An image larger than the latents is reshaped by space-to-depth (arXiv:1609.05158): ratio x ratio pixels become
+    channels, so the UNet takes the channels of the latents plus ratio**2 times those of an image.
     """
     return max(1, math.isqrt(max(0, unet.in_channels - vae.latent_channels) // vae.out_channels))
 
 
 def as_channels(images: Tensor, ratio: int, enlargement: int) -> Tensor:
-    """Images in low resolution [B, 3, h, w] as the UNet is shown them, at the resolution of the latents.
+    """Low-resolution images [B, 3, h, w] as the UNet's image channels, at the resolution of the latents.
 
-    They become [B, 3 * ratio**2, h / ratio, w / ratio] by space-to-depth, or on pixels, where ratio is 1,
+    They become [B, 3 * ratio**2, h / ratio, w / ratio] by space-to-depth, or in pixel space, where ratio is 1,
     [B, 3, h * enlargement, w * enlargement] by bicubic interpolation (arXiv:2104.07636, section 2.2).
     """
     if enlargement > 1:
@@ -63,21 +63,21 @@ def as_channels(images: Tensor, ratio: int, enlargement: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class UpscalePipeline(Pipeline):
-    """Images in higher resolution, `scale` times that of the input: four with the checkpoints in use.
+    """Upscales images by `scale`, 4 for the published checkpoints.
 
-    The UNet is shown the image, noised to a level that it is told (noise conditioning augmentation,
-    arXiv:2106.15282): the noisier, the more is invented. Latents are as large as the image, or smaller, which the
-    UNet's channels tell: see :func:`low_res_ratio`. On pixels the UNet takes 6 channels, and is shown the image
-    enlarged. The stages, and how they are loaded, are those of :class:`Pipeline`.
+    The UNet takes the image, noised to a level that it receives as a class label (noise conditioning augmentation,
+    arXiv:2106.15282): the more noise, the more detail is invented. Latents are as large as the image or smaller; see
+    :func:`low_res_ratio`. In pixel space the UNet has 6 input channels and takes the enlarged image. Attributes and
+    loading are those of :class:`Pipeline`.
 
     Attributes:
-        low_res_scheduler: whose noise schedule noises the image.
-        max_noise_level: the highest level that the UNet was trained with.
-        enlargement: on pixels, how many times as large as the input the UNet was trained to be shown it, and `scale`;
-            in latents 1.
+        low_res_scheduler: its noise schedule noises the image.
+        max_noise_level: the highest noise level of the training.
+        enlargement: in pixel space, the factor that the image is enlarged by for the UNet, equal to `scale`; 1 with a
+            VAE.
 
     Raises:
-        ConfigError: the stages do not fit together, or a value is out of bounds.
+        ConfigError: the models do not match, or a value is out of range.
     """
 
     supported_classes: ClassVar[tuple[str, ...]] = load_save.classes_read_by("UpscalePipeline")
@@ -91,12 +91,12 @@ class UpscalePipeline(Pipeline):
         unet, factor = self.unet.config, self.decoder.config.spatial_factor
         if factor % self._ratio:
             raise ConfigError(
-                f"in_channels {unet.in_channels} of the UNet stands for images of {self._ratio} times the latents' "
-                f"side, which must divide {factor}, the factor of the VAE"
+                f"in_channels {unet.in_channels} of the UNet means images {self._ratio} times the latents' side, "
+                f"which must divide {factor}, the factor of the VAE"
             )
         if unet.class_embed_type not in (None, "timestep"):
             raise ConfigError(
-                f"class_embed_type is {quote(unet.class_embed_type)}; an upscaler's UNet is told the noise level, a "
+                f"class_embed_type is {quote(unet.class_embed_type)}; an upscaler's UNet takes the noise level, a "
                 "number, so it must be null (with num_class_embeds) or 'timestep'"
             )
         known = self.low_res_scheduler.schedule.num_train_timesteps
@@ -104,14 +104,14 @@ class UpscalePipeline(Pipeline):
         most = min(known, labels) - 1
         if type(self.max_noise_level) is not int or not 0 <= self.max_noise_level <= most:
             raise ConfigError(
-                f"max_noise_level is {quote(self.max_noise_level)}; it must be a whole number from 0 to {most}, which "
-                "the UNet's class labels and the low_res_scheduler hold"
+                f"max_noise_level is {quote(self.max_noise_level)}; it must be a whole number from 0 to {most}, the "
+                "limit of the UNet's class labels and the low_res_scheduler"
             )
         most = MAX_ENLARGEMENT if isinstance(self.decoder, PixelDecoder) else 1
         if type(self.enlargement) is not int or not 1 <= self.enlargement <= most:
             raise ConfigError(
-                f"enlargement is {quote(self.enlargement)}; on pixels it must be a whole number from 1 to "
-                f"{MAX_ENLARGEMENT}, and with a VAE, whose UNet is shown the image as it is, 1"
+                f"enlargement is {quote(self.enlargement)}; it must be a whole number from 1 to "
+                f"{MAX_ENLARGEMENT} in pixel space, and 1 with a VAE"
             )
 
     @classmethod
@@ -128,17 +128,17 @@ class UpscalePipeline(Pipeline):
 
     @property
     def scale(self) -> int:
-        """How many times as high and wide as the input the result is."""
+        """The factor between the sides of the input and the result."""
         return self.enlargement * self.decoder.config.spatial_factor // self._ratio
 
     @property
     def diffusers_class(self) -> str:
-        """The class of diffusers' pipeline over the same stages; on pixels one of our own."""
+        """The name of the diffusers pipeline with the same models; in pixel space one of our own."""
         return load_save.PIXEL_UPSCALE_CLASS if self.is_pixel_space else "StableDiffusionUpscalePipeline"
 
     @property
     def schedulers(self) -> dict[str, Scheduler]:
-        """Component of the diffusers layout -> scheduler."""
+        """Schedulers by their component name in the diffusers layout."""
         return {**super().schedulers, "low_res_scheduler": self.low_res_scheduler}
 
     @property
@@ -157,7 +157,7 @@ class UpscalePipeline(Pipeline):
         level: dict[str, object] = {"max_noise_level": self.max_noise_level}
         if self.is_pixel_space:
             return level | {_ENLARGEMENT_KEY: self.enlargement}
-        # Unlike the other pipelines of diffusers this one does not know requires_safety_checker.
+        # Unlike diffusers' other pipelines, this one has no requires_safety_checker.
         index = {key: value for key, value in super()._index().items() if key != "requires_safety_checker"}
         return index | {"watermarker": [None, None]} | level
 
@@ -183,21 +183,21 @@ class UpscalePipeline(Pipeline):
         output_type: OutputType = "pil",
         progress: bool = True,
     ) -> Iterator[PipelineStep]:
-        """Upscale images, step by step: each step can show a preview, and the last one gives the result.
+        """Upscale images step by step: each step has a preview, the last one the result.
 
-        Arguments that are not listed, and the errors, are those of :meth:`TextToImagePipeline.stream`.
+        Other arguments and the errors are those of :meth:`TextToImagePipeline.stream`.
 
         Args:
-            prompt: what the image shows; one for all images or one for each.
+            prompt: describes the image; one for all images or one for each.
             image: one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a tensor
                 [3, H, W] of floats in 0..1, of any size.
-            noise_level: timestep to which the image is noised, 0..max_noise_level: higher invents more detail and is
+            noise_level: timestep to noise the image to, 0..max_noise_level: higher values invent more detail and are
                 less faithful.
-            tile: side, in pixels, of the overlapping tiles in which a larger image is worked through; memory then
-                grows with the result alone. Each step blends the tiles (arXiv:2302.08113), so that no border shows.
-                None takes every image whole.
-            match_input: correct the result where, made small again, it is not the input: the most faithful to it in
-                colour and place, and less forgiving of its flaws.
+            tile: side, in input pixels, of the overlapping tiles that a larger image is processed in; memory then
+                grows only with the result. Each step blends the tiles (arXiv:2302.08113), so there are no seams. None
+                processes each image at once.
+            match_input: correct the result so that it equals the input when downscaled: more faithful in color and
+                position, but flaws of the input remain.
         """
         images = as_images("image", image)
         sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas)
@@ -225,9 +225,9 @@ class UpscalePipeline(Pipeline):
 
         def prepare_latents(noise: ImageNoise) -> InitialLatents:
             level = self.low_res_scheduler.schedule.level(noise_level)
-            shown = for_each(images, len(request)).to(self.device)
-            # Drawn before the latents, which is the order of diffusers.
-            noised = level.alpha * shown + level.sigma * noise.draw(shown.shape[1:])
+            low_res = for_each(images, len(request)).to(self.device)
+            # Draw this noise before that of the latents, the order of diffusers.
+            noised = level.alpha * low_res + level.sigma * noise.draw(low_res.shape[1:])
             label = torch.tensor([noise_level], device=self.device)
             channels = as_channels(noised, self._ratio, self.enlargement)
             return InitialLatents(sampling.initial(noise.draw(shape[1:])), channels, label)
@@ -251,10 +251,10 @@ class UpscalePipeline(Pipeline):
 
 
 def back_projected(images: Tensor, small: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in 0..1 whose means over what one pixel of `small` covers come close to that pixel.
+    """Correct images [B, 3, H, W] in 0..1 so that, downscaled by averaging, they are close to `small`.
 
     One step of iterative back-projection (Irani and Peleg, 1991): the difference is enlarged and added. `small` is
-    [b, 3, h, w] in 0..1; each of its images belongs to B / b of the others, which stand together.
+    [b, 3, h, w] in 0..1; each of its images belongs to B / b adjacent images.
     """
     small = for_each(small, len(images)).to(images.device)
     missing = small - F.interpolate(images, small.shape[2:], mode="area")

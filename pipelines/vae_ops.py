@@ -1,4 +1,4 @@
-"""Images to latents and back, as pipelines do it: sparing of memory, and never with NaN in the result."""
+"""Encode images to latents and decode latents, with the memory policy and a check for NaN."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ def decode_images(
 ) -> Tensor:
     """Decode float32 latents [B, C, h, w] to images [B, 3, H, W], nominally in -1..1.
 
-    The decoder of Stable Diffusion can overflow in float16; if it gives infinity or NaN, it runs once more in
-    float32.
+    Stable Diffusion's decoder can overflow in float16; if its output has infinity or NaN, it runs again in float32.
 
     Raises:
         NumericalError: the images are not finite in float32 either.
@@ -35,15 +34,15 @@ def decode_images(
             images = decode(_in_float32(decoder), latents, memory)
     if not _finite(images):
         raise NumericalError(
-            "the decoder gave NaN or infinity, even in float32, for finite latents; check the VAE's weights"
+            "the decoder's output has NaN or infinity, even in float32, for finite latents; check the VAE's weights"
         )
     return images
 
 
 def encode_images(encoder: ImageEncoder, images: Tensor, device: torch.device) -> Gaussian:
-    """Encode images [B, 3, H, W] in -1..1, one after the other, to the float32 distribution of their latents.
+    """Encode images [B, 3, H, W] in -1..1, one by one, to the float32 distribution of their latents.
 
-    The encoder is on the device only while it works. Like the decoder it runs once more in float32 if need be.
+    The encoder is on the device only while it runs. Like the decoder it runs again in float32 if needed.
 
     Raises:
         NumericalError: the latents are not finite in float32 either.
@@ -56,13 +55,13 @@ def encode_images(encoder: ImageEncoder, images: Tensor, device: torch.device) -
             posterior = _encode(_in_float32(encoder), images)
     if not _finite(torch.stack(posterior)):
         raise NumericalError(
-            "the encoder gave NaN or infinity, even in float32, for finite images; check the VAE's weights"
+            "the encoder's output has NaN or infinity, even in float32, for finite images; check the VAE's weights"
         )
     return posterior
 
 
 def encode_for_each(encoder: ImageEncoder, images: Tensor, device: torch.device, count: int) -> Gaussian:
-    """The distribution of the latents of each of `count` results, of which every image has equally many."""
+    """Encode images and repeat their distributions to `count` rows, the same number for each image."""
     mean, logvar = encode_images(encoder, images, device)
     return Gaussian(for_each(mean, count), for_each(logvar, count))
 
@@ -77,7 +76,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _in_float32(stage: Stage) -> Stage:
-    """A copy, because other threads may be working with the original."""
+    """A copy, because other threads may be using the original."""
     with torch.device("meta"):
         copy = type(stage)(stage.config)
     copy.load_state_dict({name: tensor.float() for name, tensor in stage.state_dict().items()}, assign=True)
