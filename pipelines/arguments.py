@@ -72,7 +72,7 @@ def check_integer(name: str, value: object, lowest: int, highest: int) -> int:
     if number is None:
         raise InputError(f"{name}={value!r} must be a whole number from {lowest} to {highest}")
     if not lowest <= number <= highest:
-        raise InputError(f"{name}={number} is out of bounds; it must be from {lowest} to {highest}")
+        raise InputError(f"{name}={number} is out of range; it must be from {lowest} to {highest}")
     return number
 
 

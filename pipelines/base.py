@@ -169,7 +169,7 @@ class Pipeline(ABC):
             memory: how to save memory.
 
         Raises:
-            InputError: an argument is out of bounds.
+            InputError: an argument is out of range.
             CheckpointError: a file is missing or damaged; the subclass says how.
             ConfigError: a configuration has values that are not supported, or is for another kind of pipeline.
             OfflineError: the Hub is needed and cannot be reached.
@@ -218,7 +218,7 @@ class Pipeline(ABC):
             memory: see :meth:`from_pretrained`.
 
         Raises:
-            InputError: an argument is out of bounds, or the file does not say what its UNet predicts.
+            InputError: an argument is out of range, or the file does not say what its UNet predicts.
             CheckpointError: the file is missing or damaged; the subclass says how.
             ConfigError: the file is for another kind of pipeline.
             MemoryBudgetError: the weights do not fit into memory.
@@ -303,7 +303,7 @@ class Pipeline(ABC):
         Raises:
             AdapterError: a layer is not in this model or has another shape, or the name is taken.
             CheckpointError: what is wrong with the file, in a subclass.
-            InputError: the weight is out of bounds.
+            InputError: the weight is out of range.
         """
         lora, copy = read_lora(source), self._shared_copy()
         if merged:
@@ -317,7 +317,7 @@ class Pipeline(ABC):
 
         Raises:
             AdapterError: no LoRA has that name.
-            InputError: the weight is out of bounds.
+            InputError: the weight is out of range.
         """
         copy = self._shared_copy()
         loras.set_weight(copy._components(), name, weight)

@@ -342,7 +342,7 @@ def _settings(entry: StageEntry) -> StageSettings:
 
 
 def _complete(settings: StageSettings, pipeline: StagePipeline) -> StageSettings:
-    """The settings with the pipeline's own values in place of None."""
+    """The settings with the pipeline's own values instead of None."""
     scale, scheduler = settings.guidance_scale, settings.scheduler
     return replace(
         settings,

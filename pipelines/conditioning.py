@@ -47,7 +47,7 @@ class SizeConditioning:
         negative_aesthetic_score: of the negative prompt.
 
     Raises:
-        InputError: a value is not a pair of numbers, or out of bounds.
+        InputError: a value is not a pair of numbers, or out of range.
     """
 
     original_size: Pair | None = None
