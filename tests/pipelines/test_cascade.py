@@ -134,7 +134,7 @@ def test_only_the_stage_that_works_is_in_memory(folder: Path, monkeypatch: pytes
         ({"folder": "../elsewhere"}, UnsafePathError, "elsewhere"),
         ({"folder": "stages/none"}, CheckpointNotFoundError, "none"),
         ({"folder": "stages/base"}, ConfigError, "TextToImagePipeline"),
-        ({"steps": 3}, ConfigError, "steps: unknown field"),
+        ({"steps": 3}, ConfigError, "steps"),
         ({"noise_level": -1}, ConfigError, "noise_level"),
         ({"guidance_scale": "high"}, ConfigError, "guidance_scale"),
         ({"scheduler": "fastest"}, ConfigError, "latentgen schedulers"),
@@ -158,7 +158,7 @@ def test_a_folder_without_an_index_is_told_of(stage_folders: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompt": []}, "empty list"),
+        ({"prompt": []}, "prompt"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"output_type": "latent"}, "latent"),
@@ -216,9 +216,9 @@ def test_a_stage_can_draw_anew_at_the_same_size(stage_folders: Path, folder: Pat
 def test_a_cascade_begins_with_text_and_only_begins_so(stage_folders: Path) -> None:
     upscale = UpscalePipeline.from_pretrained(stage_folders / "upscale")
     base = TextToImagePipeline.from_pretrained(stage_folders / "base")
-    with pytest.raises(InputError, match="stage 1 of a cascade cannot be a TextToImagePipeline"):
+    with pytest.raises(InputError, match=r"stage 1 .*TextToImagePipeline"):
         CascadePipeline.from_pipelines(base, base)
-    with pytest.raises(InputError, match="stage 0 of a cascade cannot be a UpscalePipeline"):
+    with pytest.raises(InputError, match=r"stage 0 .*UpscalePipeline"):
         CascadePipeline.from_pipelines(upscale)
     with pytest.raises(InputError, match="at least one stage"):
         CascadePipeline.from_pipelines()

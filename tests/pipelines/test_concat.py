@@ -108,7 +108,7 @@ def test_folders_and_live_pipelines_go_to_diffusers(ours: ConcatImagePipeline, t
 
 
 def test_what_does_not_fit_is_refused(ours: ConcatImagePipeline, pipeline: TextToImagePipeline) -> None:
-    with pytest.raises(ConfigError, match="ConcatImagePipeline needs a UNet from 8 channels"):
+    with pytest.raises(ConfigError, match=r"ConcatImagePipeline .*in_channels 8"):
         ConcatImagePipeline.from_pipeline(pipeline)
-    with pytest.raises(InputError, match="image must be a path"):
+    with pytest.raises(InputError, match="image "):
         ours.stream(image=3)  # type: ignore[arg-type]

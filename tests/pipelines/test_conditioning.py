@@ -145,12 +145,12 @@ class TestGivenConditioning:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (Conditioning(torch.zeros(77, 32)), r"prompt.context .B, S, D. has the shape .77, 32.; .* needs"),
-            (Conditioning(torch.zeros(1, 77, 31)), r"needs .any, any, 32."),
-            (Conditioning(torch.zeros(0, 77, 32)), "has the shape"),
-            (Conditioning(torch.zeros(1, 77, 32, dtype=torch.int64)), "floating-point tensor .*int64"),
-            (Conditioning(torch.zeros(1, 77, 32, device="meta")), "on meta"),
-            (Conditioning(torch.full((1, 77, 32), torch.nan)), "NaN"),
+            (Conditioning(torch.zeros(77, 32)), r"prompt.context .*\[77, 32\]"),
+            (Conditioning(torch.zeros(1, 77, 31)), r"prompt.context .*any, any, 32"),
+            (Conditioning(torch.zeros(0, 77, 32)), r"prompt.context .*\[0, 77, 32\]"),
+            (Conditioning(torch.zeros(1, 77, 32, dtype=torch.int64)), "prompt.context .*int64"),
+            (Conditioning(torch.zeros(1, 77, 32, device="meta")), "prompt.context .*meta"),
+            (Conditioning(torch.full((1, 77, 32), torch.nan)), "prompt.context .*NaN"),
             (Conditioning("a cat"), "not str"),  # type: ignore[arg-type]
         ],
     )
@@ -161,19 +161,17 @@ class TestGivenConditioning:
             pipeline.stream(given)
 
     def test_a_pooled_state_is_needed_where_the_unet_takes_one(self, sdxl: TextToImagePipeline) -> None:
-        with pytest.raises(InputError, match=r"prompt.pooled is missing.*pooled_prompt_embeds"):
+        with pytest.raises(InputError, match=r"prompt\.pooled .*pooled_prompt_embeds"):
             sdxl.stream(Conditioning(torch.zeros(1, 77, 64)))
-        with pytest.raises(
-            InputError, match=r"negative_prompt.pooled .B, P. has the shape .2, 24.*needs .1, 24"
-        ):
+        with pytest.raises(InputError, match=r"negative_prompt.pooled .*\[2, 24\].*\[1, 24\]"):
             sdxl.stream("cat", negative_prompt=Conditioning(torch.zeros(1, 77, 64), torch.zeros(2, 24)))
 
     def test_negative_rows_have_to_be_one_or_one_for_each(self, pipeline: TextToImagePipeline) -> None:
-        with pytest.raises(InputError, match="negative_prompt has 2 rows for 3 prompts"):
+        with pytest.raises(InputError, match=r"negative_prompt .*2 rows"):
             pipeline.stream(["a", "b", "c"], negative_prompt=Conditioning(torch.zeros(2, 77, 32)))
 
     def test_lengths_without_a_common_one_are_refused(self) -> None:
-        with pytest.raises(InputError, match="of 997, 1000 tokens cannot share a call"):
+        with pytest.raises(InputError, match="997, 1000"):
             join_contexts([torch.zeros(1, 1000, 2), torch.zeros(1, 997, 2)])
         assert join_contexts([torch.zeros(1, 20000, 2)]).shape == (1, 20000, 2)
 

@@ -65,12 +65,12 @@ def test_images_in_memory_are_read_as_files_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ([], "empty"),
+        ([], "image "),
         (7, "not int"),
         (None, "not NoneType"),
         (LEVELS[..., :2], r"shape \[6, 5, 2\]"),
         (LEVELS.astype(np.int64), "int64"),
-        (np.array(["a"]), "no pixels"),
+        (np.array(["a"]), "image .*<U1"),
         (np.full((2, 2, 3), np.nan), "from nan to nan"),
         (LEVELS.astype(np.float32), "in 0..1"),
         (EXPECTED, "in 0..1"),
@@ -88,7 +88,7 @@ def test_what_is_no_image_is_refused(image: Any, message: str) -> None:
 
 
 def test_a_bomb_is_refused() -> None:
-    with pytest.raises(InputError, match="limit of 67,108,864"):
+    with pytest.raises(InputError, match="67,108,864"):
         as_images("image", Image.new("1", (8193, 8192)))
 
 
@@ -116,11 +116,11 @@ def test_every_kind_of_mask_is_the_same_tensor(mask: Any) -> None:
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(InputError, match="mask_image is 4x6 pixels, the image 5x6"):
+    with pytest.raises(InputError, match=r"mask_image .*4x6.*5x6"):
         as_masks("mask_image", MARKED[..., :4], EXPECTED)
-    with pytest.raises(InputError, match="2 entries for 1 images"):
+    with pytest.raises(InputError, match=r"mask_image .*2 .*1 "):
         as_masks("mask_image", MARKED.expand(2, -1, -1, -1), EXPECTED)
-    with pytest.raises(InputError, match="shape"):
+    with pytest.raises(InputError, match=r"mask_image .*shape"):
         as_masks("mask_image", torch.zeros(1, 3, 6, 5), EXPECTED)
 
 

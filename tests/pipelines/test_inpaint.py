@@ -284,18 +284,15 @@ class TestCalls:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (
-                {"mask_image": Image.new("L", (SIDE, SIDE))},
-                "mask_image 0 marks nothing; white, or 1, marks what",
-            ),
-            ({"strength": 0}, "strength=0 would paint nothing"),
-            ({"strength": 0.1}, "strength=0.1 leaves none of the 4 steps; use 0.25"),
-            ({"strength": float("nan")}, "strength=nan must be a number from 0 to 1"),
-            ({"mask_blur": -1}, "mask_blur=-1 must be a number of pixels"),
+            ({"mask_image": Image.new("L", (SIDE, SIDE))}, "mask_image 0"),
+            ({"strength": 0}, "strength=0"),
+            ({"strength": 0.1}, r"strength=0\.1 .*0\.25 "),
+            ({"strength": float("nan")}, "strength=nan"),
+            ({"mask_blur": -1}, "mask_blur=-1"),
             ({"mask_blur": float("nan")}, "mask_blur=nan"),
             ({"padding_mask_crop": -1}, "padding_mask_crop=-1"),
             ({"padding_mask_crop": 2.5}, "padding_mask_crop=2.5"),
-            ({"height": 15}, "height=15 must be a multiple of 2"),
+            ({"height": 15}, "height=15 .*: 14 or 16$"),
         ],
     )
     def test_bad_arguments_are_refused(
@@ -306,7 +303,7 @@ class TestCalls:
             ours.stream("a cat", **shown | given)
 
     def test_other_channels_are_refused(self) -> None:
-        with pytest.raises(ConfigError, match="InpaintPipeline needs a UNet from 9 channels"):
+        with pytest.raises(ConfigError, match=r"InpaintPipeline .*in_channels 9"):
             InpaintPipeline.from_pipeline(from_diffusers(build("SD 1.x instruct-pix2pix")))
 
     def test_the_embedded_model_paints(self) -> None:

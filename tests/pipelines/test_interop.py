@@ -71,7 +71,7 @@ def test_without_packing_no_copy_is_made() -> None:
 def test_what_cannot_be_taken_over_is_named() -> None:
     pipe = build_pipeline()
     other = DDPMPipeline(unet=pipe.unet, scheduler=pipe.scheduler)
-    with pytest.raises(InputError, match="a DDPMPipeline cannot be taken over; possible are Stable"):
+    with pytest.raises(InputError, match=r"DDPMPipeline .*StableDiffusionPipeline"):
         from_diffusers(other)  # type: ignore[call-overload]
     pipe.unet.to("meta")
     with pytest.raises(InputError, match="one device"):
@@ -94,7 +94,7 @@ def test_a_scheduler_of_diffusers_is_taken(tiny_checkpoint: Path, latents: torch
     options: dict[str, Any] = {"num_inference_steps": 4, "seed": 7, "output_type": "np", "progress": False}
     images = ours("a cat", latents=latents, scheduler=theirs.scheduler, **options).images
     assert np.abs(images - draw_theirs(theirs, latents)).max() <= 1e-4
-    with pytest.raises(InputError, match="scheduler must be a name"):
+    with pytest.raises(InputError, match="scheduler "):
         ours("a cat", scheduler=3, **options)
     with pytest.raises(ConfigError, match="EDMEulerScheduler"):
         ours("a cat", scheduler=EDMEulerScheduler(), **options)

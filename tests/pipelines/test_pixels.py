@@ -139,7 +139,7 @@ def test_the_size_is_that_of_the_training_and_any_other_is_allowed(pixels: TextT
     (image,) = pixels("a cat", num_inference_steps=2, progress=False).images
     assert isinstance(image, Image.Image)
     assert image.size == (8, 8)
-    with pytest.raises(InputError, match="height=0 must be a multiple of 1"):
+    with pytest.raises(InputError, match="height=0"):
         pixels.stream("a cat", height=0)
 
 
@@ -188,7 +188,7 @@ def test_diffusers_refuses_the_folder_and_is_given_no_pipeline(
 ) -> None:
     with pytest.raises(AttributeError, match="LatentgenPixelPipeline"):
         DiffusionPipeline.from_pretrained(folder)
-    with pytest.raises(InputError, match=r"works on pixels.*need a VAE"):
+    with pytest.raises(InputError, match=r"pixel space.*VAE"):
         to_diffusers(pixels)
 
 
@@ -216,7 +216,7 @@ def test_images_are_drawn_anew_in_pixels(
 
 def test_a_vae_that_is_named_must_be_there(broken: Path) -> None:
     edit(broken / "model_index.json", vae=["diffusers", "AutoencoderKL"])
-    with pytest.raises(ConfigError, match="works on pixels and has no vae; remove the entry"):
+    with pytest.raises(ConfigError, match=r"LatentgenPixelPipeline .*vae"):
         TextToImagePipeline.from_pretrained(broken)
     edit(broken / "model_index.json", _class_name="StableDiffusionPipeline")
     with pytest.raises(CheckpointNotFoundError, match=r"config\.json"):
@@ -229,7 +229,7 @@ def test_a_latent_checkpoint_without_its_vae_is_no_pixel_model(tiny_checkpoint: 
     with pytest.raises(CheckpointNotFoundError, match="no component 'vae'"):
         TextToImagePipeline.from_pretrained(latent)
     edit(latent / "model_index.json", _class_name="LatentgenPixelPipeline")
-    with pytest.raises(ConfigError, match=r"needs a UNet from 3 channels .* not from 4 to 4"):
+    with pytest.raises(ConfigError, match=r"in_channels 3 .*4 and 4"):
         TextToImagePipeline.from_pretrained(latent)
 
 
@@ -298,7 +298,7 @@ def test_upscaling_in_pixels_is_that_of_a_loop_by_hand(
     assert np.abs(ours - other).max() > 0.01
     with pytest.raises(AttributeError, match="LatentgenPixelUpscalePipeline"):
         DiffusionPipeline.from_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match=r"works on pixels.*need a VAE"):
+    with pytest.raises(InputError, match=r"pixel space.*VAE"):
         to_diffusers(saved)
     with pytest.raises(ConfigError, match="load it with UpscalePipeline"):
         TextToImagePipeline.from_pretrained(tmp_path / "model")
@@ -339,15 +339,13 @@ def test_a_cascade_in_pixels_draws_small_and_then_larger(pixels: TextToImagePipe
 
 @pytest.mark.parametrize("enlargement", [0, 17, 2.0, True, "2"])
 def test_an_enlargement_out_of_bounds_is_refused(pixels: TextToImagePipeline, enlargement: object) -> None:
-    with pytest.raises(ConfigError, match="on pixels it must be a whole number from 1 to 16"):
+    with pytest.raises(ConfigError, match=r"enlargement .*1 to 16"):
         upscaler(pixels, enlargement=enlargement)
 
 
 def test_with_a_vae_the_image_is_shown_as_it_is() -> None:
     latent = UpscalePipeline.from_pretrained(device="cpu")
-    with pytest.raises(
-        ConfigError, match=r"enlargement is 2; .* with a VAE, whose UNet is shown the image as it is, 1"
-    ):
+    with pytest.raises(ConfigError, match=r"enlargement is 2;.*1 with a VAE"):
         replace(latent, enlargement=2)
 
 
@@ -383,8 +381,6 @@ def test_what_has_no_class_on_pixels_is_drawn_but_not_saved(
     (drawn,) = paired("a cat", image=image, num_inference_steps=2, progress=False).images
     assert isinstance(drawn, Image.Image)
     assert drawn.size == (13, 9)
-    with pytest.raises(
-        InputError, match="StableDiffusionInstructPix2PixPipeline that works on pixels cannot"
-    ):
+    with pytest.raises(InputError, match="StableDiffusionInstructPix2PixPipeline"):
         paired.save_pretrained(tmp_path / "model")
     assert not list((tmp_path / "model").glob("*"))

@@ -136,7 +136,7 @@ def test_a_level_that_is_no_class_is_bounded_by_the_schedule(x2: UpscalePipeline
             draw(x2, image=picture(), noise_level=level)
     # diffusers passes over a table beside the other kind of embedding.
     assert with_unet(num_class_embeds=10, class_embed_type="timestep").max_noise_level == 350
-    with pytest.raises(ConfigError, match="max_noise_level is 350; it must be a whole number from 0 to 9"):
+    with pytest.raises(ConfigError, match=r"max_noise_level is 350;.* 9,"):
         with_unet(num_class_embeds=10)
 
 
@@ -149,7 +149,7 @@ def test_saving_and_loading(x2: UpscalePipeline, tmp_path: Any) -> None:
 
 
 def test_diffusers_is_not_handed_what_it_has_no_pipeline_for(x2: UpscalePipeline) -> None:
-    with pytest.raises(InputError, match=r"in 16 channels \(space-to-depth\); diffusers"):
+    with pytest.raises(InputError, match=r"16 channels \(space-to-depth\)"):
         to_diffusers(x2)
 
 
@@ -167,18 +167,12 @@ def test_diffusers_decodes_with_the_scaling_factor_of_the_model() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"in_channels": 4},
-            "needs a UNet from 7 channels .4 of latents or pixels, 3 of an image. to 4, not from 4",
-        ),
-        ({"in_channels": 15}, "needs a UNet from 7 channels .*not from 15"),
-        (
-            {"in_channels": 17},
-            "needs a UNet from 16 channels .*12 of an image.*not from 17.*x2 upscaling 16 to 4",
-        ),
-        ({"in_channels": 31}, "in_channels 31 .* images of 3 times the latents' side, which must divide 4"),
+        ({"in_channels": 4}, "in_channels 7 .*4 of latents or pixels, 3 of an image.* has 4 and 4"),
+        ({"in_channels": 15}, "in_channels 7 .* has 15 and 4"),
+        ({"in_channels": 17}, "in_channels 16 .*12 of an image.* has 17 and 4.*x2 upscaling 16 and 4"),
+        ({"in_channels": 31}, "in_channels 31 .* 3 times the latents' side.* 4,"),
         ({"class_embed_type": "identity"}, "class_embed_type is 'identity'"),
-        ({"num_class_embeds": None}, "does not fit this UNet, which wants no noise level"),
+        ({"num_class_embeds": None}, "class_labels"),
     ],
 )
 def test_a_unet_that_is_no_upscaler_is_refused(fields: dict[str, Any], message: str) -> None:
