@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentgen.checkpoints.folder import CheckpointFolder, resolve
-from latentgen.image import to_pil
 from latentgen.pipelines.load_save import LoadOptions, load_decoder, load_encoder
+from latentgen.pipelines.vae_ops import to_pil
 from latentgen.train.data import to_tensor
 from latentgen.train.data.emoji import EmojiSet, GlyphPlacement
 

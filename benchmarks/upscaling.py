@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentgen import UpscalePipeline
-from latentgen.image import to_pil
+from latentgen.pipelines.vae_ops import to_pil
 from latentgen.train.data import to_tensor
 from latentgen.train.data.emoji import EmojiSet
 

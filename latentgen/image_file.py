@@ -1,23 +1,33 @@
-"""Image files as people have them, read as 8-bit sRGB."""
+"""Read image files as 8-bit sRGB, and write images to files that carry their recipe."""
 
 from __future__ import annotations
 
 import io
+import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
-from latentgen.errors import InputError
-from latentgen.files import quote
+from latentgen.errors import InputError, OutputError
+from latentgen.files import atomic_write, quote
+from latentgen.prompts import check_prompts
+
+if TYPE_CHECKING:
+    from latentgen.recipe import Recipe
 
 # The limit on a decompression bomb: 64 Mi pixels are 192 MiB as RGB.
 MAX_PIXELS = 64 * 2**20
 WHITE = (255, 255, 255)
-# Colour space of an ICC profile -> the mode of Pillow that it applies to.
+# Color space of an ICC profile -> the mode of Pillow that it applies to.
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+# File suffix -> format of PIL.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_LOSSY_QUALITY = 95
 
 
 def read_image(path: Path, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
@@ -116,3 +126,74 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     converted = ImageCms.profileToProfile(image.convert(_MODES[space]), profile, srgb, outputMode="RGB")
     assert converted is not None  # None is for conversions in place
     return converted
+
+
+def check_output(path: str | Path) -> None:
+    """Check that :func:`save_image` can write to ``path``, without leaving anything there.
+
+    Raises:
+        OutputError: no such format, ``path`` is a folder, or its folder cannot be written.
+    """
+    path = Path(path)
+    _format_of(path)
+    try:
+        with suppress(FileNotFoundError):
+            path.stat()  # raises for names that the file system cannot take
+        if path.is_dir():
+            raise OutputError(f"cannot write {quote(path)}: it is a folder; pass the name of a file")
+        # Missing folders are created when the image is saved.
+        nearest = next((folder for folder in path.absolute().parents if folder.exists()), path.parent)
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {quote(path)}: {error}; choose a folder that can be written") from error
+
+
+def save_image(image: Image.Image, path: str | Path, recipe: Recipe | None = None) -> None:
+    """Write an image atomically; the suffix of ``path`` is one of FORMATS.
+
+    The recipe is written where other programs look for it: the text chunk ``parameters`` of a PNG file, the EXIF
+    field UserComment of the others. EXIF, GPS and comments that came with ``image`` are not written.
+
+    Raises:
+        OutputError: no such format, or the file cannot be written; an existing file is never damaged.
+        InputError: the recipe has a NUL or an unpaired surrogate.
+    """
+    path = Path(path)
+    file_format = _format_of(path)
+    text = None
+    if recipe is not None:
+        text = recipe.to_text()
+        check_prompts((text,))
+    with atomic_write(path) as file:
+        if file_format == "PNG":
+            image.save(file, file_format, pnginfo=_png_text(text))
+        else:
+            # Without `comment` Pillow copies the one that came with the image.
+            image.save(file, file_format, quality=_LOSSY_QUALITY, exif=_exif_comment(text), comment=b"")
+
+
+def _format_of(path: Path) -> str:
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise OutputError(
+            f"cannot write {quote(path)}: {path.suffix!r} is not a supported format; use one of {', '.join(FORMATS)}"
+        ) from None
+
+
+def _png_text(text: str | None) -> PngInfo:
+    chunks = PngInfo()
+    if text is not None:
+        chunks.add_text("parameters", text)  # tEXt where Latin-1 suffices, else iTXt in UTF-8
+    return chunks
+
+
+def _exif_comment(text: str | None) -> Image.Exif:
+    exif = Image.Exif()
+    if text is not None:
+        comment = b"UNICODE\0" + text.encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    return exif

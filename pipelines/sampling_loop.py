@@ -19,7 +19,6 @@ from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.prediction import Denoiser
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel
 from latentgen.errors import NumericalError
-from latentgen.image import numpy_to_pil, to_unit, unit_to_numpy
 from latentgen.memory import in_tiles, on_device, oom_hint, weight_bytes
 from latentgen.models.unet import AddedConditioning, UNet, UNetConstants
 from latentgen.models.unet_blocks import repeat_rows
@@ -27,7 +26,7 @@ from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.arguments import OutputType
 from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall
 from latentgen.pipelines.conditioning import added_conditioning, encode_segments, time_id_count, time_ids
-from latentgen.pipelines.vae_ops import decode_images, dtype_of
+from latentgen.pipelines.vae_ops import decode_images, dtype_of, numpy_to_pil, to_unit, unit_to_numpy
 from latentgen.prompt_syntax import PromptSchedule
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
-from latentgen.image import to_unit
 from latentgen.memory import SMALLEST_TILE
 from latentgen.models.pixels import PixelConfig, PixelDecoder
 from latentgen.models.unet_config import UNetConfig
@@ -30,6 +29,7 @@ from latentgen.pipelines.conditioning import Prompts
 from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images, for_each, padded
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
+from latentgen.pipelines.vae_ops import to_unit
 from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 DEFAULT_NOISE_LEVEL = 20

@@ -1,13 +1,15 @@
-"""Encode images to latents and decode latents, with the memory policy and a check for NaN."""
+"""Encode images to latents, decode latents with a check for NaN, and convert images to arrays and PIL images."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from latentgen.errors import NumericalError
+from latentgen.errors import InputError, NumericalError
 from latentgen.memory import MemoryPolicy, decode, on_device
 from latentgen.models.pixels import ImageDecoder, ImageEncoder
 from latentgen.models.vae import Gaussian, VAEDecoder, VAEEncoder
@@ -87,3 +89,44 @@ def _in_float32(stage: Stage) -> Stage:
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype of a module's weights; float32 if it has none."""
     return next((parameter.dtype for parameter in module.parameters()), torch.float32)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in -1..1, of any float dtype, as float32 in 0..1 on the same device.
+
+    Values outside -1..1 are clipped: a decoder overshoots a little at saturated colors.
+    """
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def to_numpy(images: Tensor) -> np.ndarray:
+    """Images [B, 3, H, W] in -1..1 as float32 [B, H, W, 3] in 0..1, clipped.
+
+    Raises:
+        InputError: not a tensor of this shape.
+        NumericalError: the images have NaN or infinity.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"images must have the shape [B, 3, H, W], not {list(images.shape)}")
+    if not images.isfinite().all():
+        raise NumericalError("the images have NaN or infinity; decode them in float32")
+    return unit_to_numpy(to_unit(images.detach()))
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images [B, 3, H, W] in -1..1 as 8-bit RGB, rounded to the nearest level.
+
+    Raises:
+        InputError, NumericalError: as :func:`to_numpy`.
+    """
+    return numpy_to_pil(to_numpy(images))
+
+
+def unit_to_numpy(images: Tensor) -> np.ndarray:
+    """Images [B, 3, H, W] in 0..1 as an array [B, H, W, 3] of the same values."""
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+    """An array [B, H, W, 3] in 0..1 as 8-bit RGB, rounded to the nearest level."""
+    return [Image.fromarray(levels) for levels in (images * 255).round().astype("uint8")]

@@ -10,7 +10,8 @@ import torch
 from PIL import ExifTags, Image
 
 from latentgen.errors import InputError, NumericalError, OutputError
-from latentgen.image import check_output, save_image, to_numpy, to_pil
+from latentgen.image_file import check_output, save_image
+from latentgen.pipelines.vae_ops import to_numpy, to_pil
 from latentgen.recipe import Recipe
 
 RECIPE = Recipe(

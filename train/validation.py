@@ -19,7 +19,7 @@ from latentgen import __version__
 from latentgen.diffusion.solver_names import SAMPLERS
 from latentgen.errors import ConfigError
 from latentgen.files import atomic_folder
-from latentgen.image import save_image
+from latentgen.image_file import save_image
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.concat import ConcatImagePipeline
 from latentgen.pipelines.inpaint import InpaintPipeline

@@ -47,7 +47,7 @@ class Job:
         sampling: SamplingOptions,
         output: OutputOptions,
     ) -> None:
-        from latentgen.image import check_output
+        from latentgen.image_file import check_output
 
         self.prompt, self.model, self.output = prompt, model, output
         self.prompting, self.sampling = prompting, sampling
@@ -72,7 +72,7 @@ class Job:
             denoising_strength: for the recipe.
             settings: further settings for the recipe.
         """
-        from latentgen.image import save_image
+        from latentgen.image_file import save_image
         from latentgen.pipelines.base import DEFAULT_STEPS
 
         prompting, sampling = self.prompting, self.sampling
@@ -138,7 +138,7 @@ def draw_cascade(
     Raises:
         LatentgenError: what is wrong with an option, or with the cascade's files, in a subclass.
     """
-    from latentgen.image import check_output, save_image
+    from latentgen.image_file import check_output, save_image
 
     paths = output.paths(prompting.num_images)
     for path in paths:

@@ -63,6 +63,8 @@ class ForwardState:
     def _run(
         self, layer: nn.Module, hidden: Tensor, constant: Tensor | tuple[ContextKeyValue, ...]
     ) -> Tensor:
+        if not self._checkpointing:
+            return layer(hidden, constant)
         return run_checkpointed(layer, hidden, constant, how=self._checkpointing)
 
 

@@ -112,3 +112,9 @@ def test_what_does_not_fit_is_refused(ours: ConcatImagePipeline, pipeline: TextT
         ConcatImagePipeline.from_pipeline(pipeline)
     with pytest.raises(InputError, match="image "):
         ours.stream(image=3)  # type: ignore[arg-type]
+
+
+def test_the_old_name_still_works() -> None:
+    with pytest.warns(FutureWarning, match="ConcatImagePipeline"):
+        from latentgen import PairedImagePipeline
+    assert PairedImagePipeline is ConcatImagePipeline

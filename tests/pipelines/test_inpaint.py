@@ -13,9 +13,8 @@ from PIL import Image
 
 from latentgen import InpaintPipeline, TextToImagePipeline, from_diffusers, to_diffusers
 from latentgen.errors import ConfigError, InputError
-from latentgen.image import to_unit
 from latentgen.pipelines.images import as_images
-from latentgen.pipelines.vae_ops import decode_images, encode_images
+from latentgen.pipelines.vae_ops import decode_images, encode_images, to_unit
 from tests.conftest import build_pipeline
 from tests.pipelines.families import build
 from tests.pipelines.sdxl import build_base

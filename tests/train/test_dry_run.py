@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from latentgen.errors import DatasetError, ResumeError
-from latentgen.image import save_image
+from latentgen.image_file import save_image
 from latentgen.train.dry_run import DryRunReport, _duration, dry_run
 from latentgen.train.objectives import class_images
 from latentgen.train.trainer import Trainer, train

@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from latentgen.errors import ConfigError, DatasetError
 from latentgen.files import quote
-from latentgen.image import save_image
-from latentgen.image_file import read_image
+from latentgen.image_file import read_image, save_image
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
