@@ -167,7 +167,7 @@ def test_starting_from_a_trained_model(upscale_recipe: MakeRecipe, tmp_path: Pat
     ("override", "message"),
     [
         ("task.unet.in_channels=4", "in_channels is 4; with task.vae it can be 7 for x2, 16 for x1"),
-        ("task.enlargement=2", "with a VAE, whose UNet is shown the image as it is, 1"),
+        ("task.enlargement=2", "enlargement is 2"),
         ("task.unet.in_channels=31", "in_channels is 31; with task.vae it can be 7 for x2, 16 for x1"),
         ("task.unet.out_channels=8", "out_channels is 8, but channels of the latents: 4"),
         (
