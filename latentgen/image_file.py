@@ -148,7 +148,9 @@ def check_output(path: str | Path) -> None:
     except OutputError:
         raise
     except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write {quote(path)}: {error}; choose a folder that can be written") from error
+        raise OutputError(
+            f"cannot write {quote(path)}: {error}; choose a folder that can be written"
+        ) from error
 
 
 def save_image(image: Image.Image, path: str | Path, recipe: Recipe | None = None) -> None:
