@@ -1,4 +1,4 @@
-"""Files of checkpoints and results: safe relative paths, JSON objects, and writes that are all or nothing."""
+"""Files of checkpoints and results: atomic writes, JSON objects, safe relative paths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from latentgen.errors import (
 MAX_JSON_BYTES = 16 * 2**20
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _MARKUP = re.compile(rb"\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
-_MAX_PATH_BYTES = 255  # what every common file system takes for a single name
+_MAX_PATH_BYTES = 255  # the longest name on common file systems
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 200
 _DRIVE_LETTER = re.compile(r"[A-Za-z]:")
@@ -34,10 +34,10 @@ _DRIVE_LETTER = re.compile(r"[A-Za-z]:")
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at ``path`` only when the block ends well; parent folders are made.
+    """A binary file that appears at ``path`` only if the block succeeds; parent folders are created.
 
-    The bytes go to a temporary name in the same folder, reach the disk (fsync) and are then renamed. If
-    anything fails, what stood at ``path`` is untouched and nothing is left beside it.
+    The bytes go to a temporary file in the same folder, are flushed to the disk (fsync) and then renamed. If
+    anything fails, an existing file at ``path`` is untouched and the temporary file is deleted.
 
     Raises:
         OutputError: the folder cannot be written, the disk is full, or ``path`` is a folder.
@@ -68,14 +68,14 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """A new folder that appears at ``path`` only when the block ends well; parent folders are made.
+    """A new folder that appears at ``path`` only if the block succeeds; parent folders are created.
 
-    The block fills a folder of a temporary name next to ``path``, which is then renamed. If anything fails,
-    nothing is left, and a folder at ``path`` is intact.
+    The block fills a temporary folder next to ``path``, which is then renamed. If anything fails, the temporary
+    folder is deleted and an existing folder at ``path`` is untouched.
 
     Args:
         path: the folder.
-        replace: whether a folder at ``path`` is deleted, with all that is in it, to make room for the new one.
+        replace: whether to delete an existing folder at ``path`` with its content.
 
     Raises:
         OutputError: ``path`` exists and is not an empty folder, or the folder cannot be written.
@@ -108,10 +108,10 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder in one step, by renaming it first; warn if what was renamed cannot be deleted.
+    """Delete a folder atomically, by renaming it first; warn if the renamed folder cannot be deleted.
 
     Raises:
-        OutputError: it cannot be renamed; it is intact.
+        OutputError: it cannot be renamed and is untouched.
     """
     temporary = _temporary_name(folder)
     try:
@@ -122,7 +122,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def delete_temporary(folder: Path) -> None:
-    """Delete the temporary files and folders that killed processes have left in ``folder``."""
+    """Delete the temporary files and folders of killed processes in ``folder``."""
     for path in list(folder.iterdir()):
         if _TEMPORARY_NAME.fullmatch(path.name):
             _delete(path)
@@ -154,16 +154,16 @@ def encode_json(data: Mapping[str, object]) -> bytes:
 
 
 def read_json(path: str | Path) -> dict[str, object]:
-    """The JSON object in ``path``. NaN and Infinity are let through: who reads a field judges its bounds.
+    """The JSON object in ``path``; NaN and Infinity are allowed, so check the bounds of a field where it is read.
 
     Raises:
-        CheckpointNotFoundError: there is no such file.
+        CheckpointNotFoundError: the file does not exist.
         CheckpointCorruptError: not UTF-8, not JSON, not an object, with duplicate keys, too deep, or large.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointNotFoundError(
-            f"{quote(path)} is not a file that exists; the checkpoint is incomplete"
+            f"{quote(path)} does not exist or is not a file; the checkpoint is incomplete"
         )
     try:
         with open(path, "rb") as file:
@@ -185,7 +185,7 @@ def parse_json_object(data: bytes, where: str) -> dict[str, object]:
     """Parse a JSON object without duplicate keys; ``where`` names the file in the error.
 
     Raises:
-        CheckpointCorruptError: anything else than such an object.
+        CheckpointCorruptError: anything but such an object.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -212,13 +212,13 @@ def parse_json_object(data: bytes, where: str) -> dict[str, object]:
 
 
 def safe_join(folder: Path, relative: object, field: str) -> Path:
-    """``folder / relative``, where ``relative`` was read from a file and so is not trusted.
+    """``folder / relative``, where ``relative`` comes from a file and is not trusted.
 
-    ``field`` says in the error where it was read. Symlinks may not leave the folder; the one exception is
-    the Hub's cache, whose snapshots link to the blobs of the same repository.
+    ``field`` names its place in errors. Symlinks may not leave the folder, except in the Hub's cache, whose
+    snapshots link to the blobs of the same repository.
 
     Raises:
-        UnsafePathError: not a plain relative path, or it leads out of the folder.
+        UnsafePathError: not a plain relative path, or it leaves the folder.
     """
     problem = _path_problem(relative)
     if problem is None:
@@ -229,7 +229,7 @@ def safe_join(folder: Path, relative: object, field: str) -> Path:
             problem = f"cannot be resolved ({error})"
         else:
             if not any(target.is_relative_to(allowed) for allowed in _allowed_roots(root)):
-                problem = "leads out of the folder through a symlink; copy the file into the folder instead"
+                problem = "leaves the folder through a symlink; copy the file into the folder instead"
     if problem:
         raise UnsafePathError(f"{field}: the path {quote(relative)} {problem}")
     return folder / str(relative)
@@ -249,12 +249,12 @@ def _path_problem(relative: object) -> str | None:
     if relative.startswith("/") or _DRIVE_LETTER.match(relative):
         return "is absolute; allowed are paths inside its folder"
     if ".." in relative.split("/"):
-        return "climbs out of its folder; allowed are paths inside it"
+        return "leaves its folder; allowed are paths inside it"
     return None
 
 
 def _allowed_roots(root: Path) -> list[Path]:
-    """Where the files of a checkpoint at ``root`` may lie: inside, or in the blobs of the Hub's cache."""
+    """The folders that may hold files of a checkpoint at ``root``: itself, and the blobs of the Hub's cache."""
     roots = [root]
     for snapshot in (root, *root.parents):
         if snapshot.parent.name == "snapshots" and snapshot.parent.parent.name.startswith("models--"):
@@ -263,7 +263,7 @@ def _allowed_roots(root: Path) -> list[Path]:
 
 
 def wrong_content(head: bytes) -> str | None:
-    """What a file really is, judged by its first bytes, if it is one of the usual mistakes; else None."""
+    """What a file is, by its first bytes, if it is a common mistake such as an HTML page; else None."""
     if not head:
         return "empty (0 bytes)"
     if not head.strip(b"\0"):
@@ -278,12 +278,12 @@ def wrong_content(head: bytes) -> str | None:
 
 
 def quote(value: object) -> str:
-    """``value`` for an error message: control characters escaped, never longer than a line."""
+    """``value`` for an error message: control characters escaped, long text shortened."""
     return _REPR.repr(str(value) if isinstance(value, Path) else value)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; Windows cannot open folders and needs no such step."""
+    """Make a rename durable; not needed on Windows, which cannot open folders."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -17,7 +17,7 @@ from latentgen.adapters.lora_files import read_lora
 from latentgen.adapters.textual_inversion import read_embedding
 from latentgen.adapters.textual_inversion import with_embedding as with_vectors
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint, CheckpointFolder, resolve
-from latentgen.checkpoints.identify import StatedPrediction
+from latentgen.checkpoints.identify import DeclaredPrediction
 from latentgen.checkpoints.single_file import SingleFile, with_vae
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
@@ -199,7 +199,7 @@ class Pipeline(ABC):
         cls,
         path: str | Path,
         *,
-        prediction_type: StatedPrediction | None = None,
+        prediction_type: DeclaredPrediction | None = None,
         vae: str | Path | None = None,
         ema: bool = False,
         dtype: DTypeName | torch.dtype = "auto",

@@ -178,23 +178,23 @@ def _branch(place: _Place, name: str, weight: float) -> LowRankBranch:
 def _places(components: Components, lora: LoRA) -> list[_Place]:
     """The place of every layer of a LoRA; AdapterError if one has none or does not fit."""
     places: dict[tuple[str, str], _Place] = {}
-    homeless: list[str] = []
-    misfits: list[str] = []
+    unmatched: list[str] = []
+    mismatched: list[str] = []
     for component, layers in lora.components.items():
         module = components.get(component)
         names = {} if module is None else layer_names(module)
         for name, adapter in layers.items():
             path = names.get(flat(name))
             if module is None or path is None or (component, path) in places:
-                homeless.append(f"{component}: {name}")
+                unmatched.append(f"{component}: {name}")
                 continue
             place = _fitted(module, path, adapter)
             if isinstance(place, str):
-                misfits.append(f"{component}: {path} {place}")
+                mismatched.append(f"{component}: {path} {place}")
             else:
                 places[component, path] = place
-    if homeless or misfits:
-        raise AdapterError(_misfit_message(lora, components, homeless, misfits))
+    if unmatched or mismatched:
+        raise AdapterError(_mismatch_message(lora, components, unmatched, mismatched))
     return list(places.values())
 
 
@@ -219,15 +219,15 @@ def _fitted(module: nn.Module, path: str, adapter: LoRALayer) -> _Place | str:
     return _Place(parent, child, layer, down, up, adapter.scale, path)
 
 
-def _misfit_message(
-    lora: LoRA, components: Components, homeless: Sequence[str], misfits: Sequence[str]
+def _mismatch_message(
+    lora: LoRA, components: Components, unmatched: Sequence[str], mismatched: Sequence[str]
 ) -> str:
     total = sum(map(len, lora.components.values()))
     problems = []
-    if homeless:
-        problems.append(f"{len(homeless)} have no place of their own ({first_five(homeless)})")
-    if misfits:
-        problems.append(f"{len(misfits)} have another shape ({first_five(misfits)})")
+    if unmatched:
+        problems.append(f"{len(unmatched)} have no place of their own ({first_five(unmatched)})")
+    if mismatched:
+        problems.append(f"{len(mismatched)} have another shape ({first_five(mismatched)})")
     absent = [name for name in lora.components if name not in components]
     hint = f"; this model has no {', '.join(absent)}" if absent else ""
     return (

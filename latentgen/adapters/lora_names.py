@@ -55,6 +55,6 @@ def original_paths(config: UNetConfig) -> dict[str, str]:
     except ConfigError:
         return {}
     pairs = (
-        (name.removesuffix(".weight"), origin.key.removesuffix(".weight")) for name, origin in key_map.items()
+        (name.removesuffix(".weight"), source.key.removesuffix(".weight")) for name, source in key_map.items()
     )
     return {path: original for path, original in pairs if not path.endswith(".bias")}

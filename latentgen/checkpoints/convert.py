@@ -1,4 +1,4 @@
-"""Conversions of checkpoints: pickles to safetensors in a limited child process, and one precision to another."""
+"""Converts checkpoints: pickles to safetensors in a child process with limits, other layouts, other precisions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from latentgen.checkpoints.folder import CheckpointFolder, as_path
-from latentgen.checkpoints.identify import StatedPrediction
+from latentgen.checkpoints.identify import DeclaredPrediction
 from latentgen.checkpoints.io import is_pickle, open_checkpoint, read_header
 from latentgen.checkpoints.rewrite import (
     Written,
@@ -41,13 +41,12 @@ from latentgen.errors import (
 from latentgen.files import atomic_write, quote, wrong_content
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
-# Processor time of the child: for torch's import, and for each part of the file. On a busy machine the wall
-# clock runs faster than that.
+# CPU time of the child: for importing torch, and for reading the file. The wall clock runs faster on a busy machine.
 START_SECONDS = 120
 BYTES_PER_SECOND = 5_000_000
 WALL_CLOCK = 5
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# The child sees the modules that this process sees, and of its environment what finding libraries takes.
+# The child has this process's sys.path, and only those environment variables that it needs to find libraries.
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
     "from latentgen.checkpoints.unpickle import main; main()"
@@ -62,7 +61,7 @@ _MAX_REPORT_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: a file or a folder, its tensors, and what of the source it does not hold."""
+    """The file or folder written, its number of tensors, and the parts of the source that were left out."""
 
     path: Path
     tensors: int
@@ -75,11 +74,11 @@ def convert(
     *,
     dtype: DTypeName | None = None,
     variant: str | None = None,
-    prediction_type: StatedPrediction | None = None,
+    prediction_type: DeclaredPrediction | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Conversion:
-    """Convert a checkpoint to what ``target`` and ``dtype`` ask for; what ``source`` is decides how.
+    """Convert a checkpoint; the kind of ``source`` and ``target`` decides how.
 
     - A pickle (.ckpt, .pt, .pth, .bin) becomes a safetensors file. A child process with torch's restricted unpickler
       reads it, under limits of memory, time and open files. It takes tensors by name, also inside ``state_dict``;
@@ -90,16 +89,16 @@ def convert(
       they are, and configurations and tokenizers are copied byte for byte.
 
     Args:
-        target: a folder, or a path that ends in .safetensors; for a pickle None is :func:`pickle_target`.
+        target: a folder, or a path that ends in .safetensors; None, for pickles only, is :func:`pickle_target`.
         dtype: what floating-point tensors become; None keeps each one's own.
         variant: for folders, becomes part of the names of the weights ("fp16": ``model.fp16.safetensors``).
-        prediction_type: of a single file of SD 2.x that does not say what its UNet predicts.
+        prediction_type: of a single file of SD 2.x whose metadata does not declare it.
         overwrite: replace a target file that exists; folders are never replaced.
         progress: show a progress bar.
 
     Raises:
-        InputError: an argument that is not allowed, or a conversion that does not exist.
-        UnsafeCheckpointError: a pickle asks for something that weights do not need; it was not run.
+        InputError: an invalid argument, or a conversion that is not supported.
+        UnsafeCheckpointError: a pickle references code that weights do not need; nothing was run.
         CheckpointCorruptError: the source is damaged, holds no weights, or takes too much time or memory.
         CheckpointValueError: a weight is NaN or infinite, or too large for ``dtype``.
         CheckpointError, ConfigError: another problem of the source, in a subclass.
@@ -107,7 +106,7 @@ def convert(
     """
     source = as_path(source)
     if not source.exists():
-        raise CheckpointNotFoundError(f"there is no file or folder {quote(source)}")
+        raise CheckpointNotFoundError(f"{quote(source)} does not exist; give a checkpoint's file or folder")
     pickled = source.is_file() and is_pickle(source)
     target = pickle_target(source) if target is None and pickled else target
     if target is None or not (pickled or dtype is not None or _changes_layout(source, as_path(target))):
@@ -155,11 +154,11 @@ def _convert_pickle(source: Path, target: Path, dtype: str | None, progress: boo
     with atomic_write(target) as file, tempfile.TemporaryFile() as errors:
         with _bar(size, progress) as bar:
             code = _run(command, file, errors, WALL_CLOCK * seconds, bar)
-        left_out = _judge(source, code, errors)
+        left_out = _read_report(source, code, errors)
         try:
             header = read_header(file.name)
         except CheckpointError as error:
-            raise CheckpointCorruptError(f"{quote(source)} makes no sound file: {error}") from error
+            raise CheckpointCorruptError(f"{quote(source)} converts to an invalid file: {error}") from error
     return Conversion(target, len(header), left_out)
 
 
@@ -169,7 +168,7 @@ def _bytes_of(folder: CheckpointFolder) -> int:
 
 
 def pickle_target(source: Path) -> Path:
-    """Where a pickle's weights go by default: beside it, under the name that folders give to such a file."""
+    """The default target for a pickle: next to it, under its name in the diffusers layout."""
     if source.suffix == ".safetensors":
         return source.with_stem(f"{source.stem}-converted")
     stem = source.stem.removeprefix("pytorch_") if source.stem.startswith("pytorch_model") else source.stem
@@ -177,13 +176,13 @@ def pickle_target(source: Path) -> Path:
 
 
 def _changes_layout(source: Path, target: Path) -> bool:
-    """Whether a folder is to become a single file, or a file a folder."""
+    """Whether the target is a single file and the source a folder, or the reverse."""
     return source.is_dir() == (target.suffix == ".safetensors")
 
 
 def _check_pickle(source: Path) -> None:
     if not source.is_file():
-        raise CheckpointNotFoundError(f"{quote(source)} is not a file that exists")
+        raise CheckpointNotFoundError(f"{quote(source)} does not exist or is not a file")
     with open_checkpoint(source) as file:
         head = file.read(1024)
     if problem := wrong_content(head):
@@ -196,9 +195,9 @@ def _check_pickle(source: Path) -> None:
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Refuse a target file that is the source, is there already, or has another format's name."""
+    """Refuse a target file that is the source, exists, or has another suffix."""
     if target.suffix != ".safetensors":
-        raise InputError(f"the target {quote(target)} has to end in .safetensors")
+        raise InputError(f"target {quote(target)} has to end in .safetensors")
     if target.exists():
         if target.samefile(source):
             raise InputError(f"{quote(target)} is the source itself; give another target")
@@ -210,19 +209,19 @@ def _check_separate(source: Path, target: Path) -> None:
     old, new = source.resolve(), target.resolve()
     if new.is_relative_to(old) or old.is_relative_to(new):
         raise InputError(
-            f"the target {quote(target)} and the source {quote(source)} lie in one another; give another target"
+            f"target {quote(target)} and source {quote(source)} contain each other; give another target"
         )
 
 
 def _bar(total: int, progress: bool) -> tqdm:
-    """A bar that shows up after two seconds, if at all."""
+    """A progress bar, shown after two seconds."""
     return tqdm(
         total=total, desc="converting", unit="B", unit_scale=True, delay=2, leave=False, disable=not progress
     )
 
 
 def _run(command: Sequence[str], output: BinaryIO, errors: BinaryIO, seconds: float, bar: tqdm) -> int:
-    """Run the child to its end, or until its time is over; its exit code."""
+    """Run the child until it ends or its time is over; returns its exit code."""
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     deadline = time.monotonic() + seconds
@@ -237,18 +236,18 @@ def _run(command: Sequence[str], output: BinaryIO, errors: BinaryIO, seconds: fl
                     bar.update(os.fstat(output.fileno()).st_size - bar.n)
                 if time.monotonic() > deadline:
                     raise CheckpointCorruptError(
-                        f"reading {quote(command[5])} took longer than {seconds:,} s and was stopped; weights "
-                        "of its size need a fraction of that"
+                        f"reading {quote(command[5])} took longer than {seconds:,} s and was stopped; the "
+                        "file is damaged or hostile"
                     )
         finally:
             child.kill()
 
 
-def _judge(source: Path, code: int, errors: BinaryIO) -> tuple[str, ...]:
-    """What the child left out, or the error that it met, from the last line that it wrote."""
+def _read_report(source: Path, code: int, errors: BinaryIO) -> tuple[str, ...]:
+    """The names that the child left out, or its error, from its last line on stderr."""
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - _MAX_REPORT_BYTES))
     lines = errors.read().decode("utf-8", "replace").splitlines()
-    last = lines[-1] if lines else "nothing was said"
+    last = lines[-1] if lines else "no output"
     try:
         report = json.loads(last)
     except (ValueError, RecursionError):
@@ -259,5 +258,5 @@ def _judge(source: Path, code: int, errors: BinaryIO) -> tuple[str, ...]:
         case {"error": str(kind), "message": str(message)} if kind in _CHILD_ERRORS:
             raise _CHILD_ERRORS[kind](message)
     raise CheckpointCorruptError(
-        f"{quote(source)} could not be read: the process that tried ended with code {code} ({quote(last)})"
+        f"{quote(source)} could not be read: the child process ended with code {code} ({quote(last)})"
     )

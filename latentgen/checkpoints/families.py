@@ -1,7 +1,7 @@
 """The published families of Stable Diffusion: what each is made of, and the configurations inside this package.
 
-A single file holds weights alone. What else a folder in the diffusers layout would hold (configurations, the
-scheduler's settings, the tokenizers' padding) is told by the family.
+A single file holds only weights. The rest of a folder in the diffusers layout (configurations, the scheduler's
+settings, the tokenizers' padding) follows from the family.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentgen.checkpoints.folder import config_name
-from latentgen.checkpoints.identify import StatedPrediction
+from latentgen.checkpoints.identify import DeclaredPrediction
 from latentgen.files import parse_json_object
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 MERGES = Path(__file__).parent / "clip_merges" / "merges.txt.gz"
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
-# What fills a window after the end of the text: in OpenAI's tower, and in those of OpenCLIP.
+# The padding tokens of OpenAI's text encoder and of OpenCLIP's.
 CLIP_PAD = "<|endoftext|>"
 OPENCLIP_PAD = "!"
 WINDOW = 77
 _END_OF_WORD = "</w>"
-# Bytes that stand for themselves; the others are spelt with the characters from U+0100 on.
+# Bytes that are their own character; the others map to the characters from U+0100 on.
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-# The diffusers layout's class of each component; schedulers name theirs in their configuration.
+# Component -> library and class in `model_index.json`; a scheduler's class is in its configuration.
 COMPONENT_CLASSES: Mapping[str, tuple[str, str]] = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -38,7 +38,7 @@ COMPONENT_CLASSES: Mapping[str, tuple[str, str]] = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "tokenizer_2": ("transformers", "CLIPTokenizer"),
 }
-# The parts of a pipeline that have weights in a single file.
+# The components that have weights in a single file.
 WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -47,28 +47,28 @@ class Family:
     """One published family.
 
     Attributes:
-        pipeline_class: the class of diffusers that `model_index.json` names.
-        configs: component -> where its configuration lies under `configs/`.
+        pipeline_class: the diffusers class in `model_index.json`.
+        configs: component -> the folder of its configuration under `configs/`.
         tokenizers: tokenizer -> its padding token.
         prediction_type: what the network predicts; None where both kinds were published.
-        changes: component -> the fields in which its configuration differs from the file.
+        changes: component -> fields that replace those of the file.
         index: further entries of `model_index.json`.
     """
 
     pipeline_class: str
     configs: Mapping[str, str]
     tokenizers: Mapping[str, str]
-    prediction_type: StatedPrediction | None = "epsilon"
+    prediction_type: DeclaredPrediction | None = "epsilon"
     changes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     index: Mapping[str, object] = field(default_factory=dict)
 
     def component_configs(
-        self, prediction_type: StatedPrediction, *, zero_terminal_snr: bool = False
+        self, prediction_type: DeclaredPrediction, *, zero_terminal_snr: bool = False
     ) -> dict[str, dict[str, object]]:
         """Component -> its configuration, schedulers included.
 
         Args:
-            prediction_type: what the weights at hand predict.
+            prediction_type: what the weights predict.
             zero_terminal_snr: the weights were trained with a schedule that ends in pure noise
                 (arXiv:2305.08891, section 3.1).
         """
@@ -79,9 +79,8 @@ class Family:
         for component, changes in self.changes.items():
             configs[component] |= changes
         if self.prediction_type is None and prediction_type == "epsilon":
-            configs["unet"]["sample_size"] = (
-                64  # stable-diffusion-2-base; those of v were trained at 768 pixels
-            )
+            # stable-diffusion-2-base; the v-prediction models were trained at 768 pixels.
+            configs["unet"]["sample_size"] = 64
         configs["scheduler"]["prediction_type"] = prediction_type
         if zero_terminal_snr:
             configs["scheduler"]["rescale_betas_zero_snr"] = True
@@ -146,10 +145,10 @@ def read_config(path: str) -> dict[str, object]:
 
 
 def clip_tokenizer(*, pad_token: str) -> CLIPTokenizer:
-    """The tokenizer that all of CLIP's text towers share (arXiv:2103.00020, section 2.4): 49,408 tokens.
+    """The tokenizer of all CLIP text encoders (arXiv:2103.00020, section 2.4), with 49,408 tokens.
 
     Args:
-        pad_token: ``CLIP_PAD`` or ``OPENCLIP_PAD``, as the tower was trained.
+        pad_token: ``CLIP_PAD`` or ``OPENCLIP_PAD``, as in training.
     """
     from transformers import CLIPTokenizer
 

@@ -1,10 +1,10 @@
-"""Checkpoints: folders in the diffusers layout, their shards and variants, the Hub; safetensors only."""
+"""Checkpoints in the diffusers layout: folders with their shards and variants, and the Hub; safetensors only."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_DEFAULT = Path(__file__).parents[1] / "pretrained"
 
-# The classes that the stages here can take the place of. The name is compared, never looked up and called.
+# The implemented classes of each component. The name is compared, never looked up and called.
 _CLASSES: Mapping[str, tuple[str, ...]] = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
@@ -40,7 +40,7 @@ _CLASSES: Mapping[str, tuple[str, ...]] = {
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 SCHEDULERS = ("scheduler", "low_res_scheduler")
-# What `model_index.json` says of the layout: diffusers' inpainting pipeline loads no folder that is silent on it.
+# The version in `model_index.json`: diffusers' inpainting pipeline loads no folder without it.
 LAYOUT_VERSION: Mapping[str, object] = {"_diffusers_version": "0.38.0"}
 # Each text encoder's tokenizer.
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -50,13 +50,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCI
 
 
 def resolve(source: str | Path | None, *, revision: str | None = None, variant: str | None = None) -> Path:
-    """The local folder of a checkpoint: None is the embedded default, else a folder or a Hub id "owner/name".
+    """The local folder of a checkpoint.
 
-    Of a Hub id, only the files of the stages and of ``variant`` are downloaded, into the Hub's cache;
-    ``revision`` is a branch, tag or commit.
+    Args:
+        source: None for the embedded default, a folder, or a Hub id "owner/name"; of a Hub id, only the files of the
+            components and of ``variant`` are downloaded, into the Hub's cache.
+        revision: a branch, tag or commit of a Hub id.
+        variant: selects the weights, such as "fp16".
 
     Raises:
-        CheckpointNotFoundError: there is no such folder or repository.
+        CheckpointNotFoundError: the folder or repository does not exist.
         UnsafeCheckpointError: the path is a pickle.
         InputError: a single file, or a revision for a local folder.
         OfflineError: the repository has to be downloaded and the Hub cannot be reached.
@@ -78,11 +81,11 @@ def resolve(source: str | Path | None, *, revision: str | None = None, variant: 
 
 
 class Checkpoint(Protocol):
-    """Where the stages of a pipeline come from: a folder, a single file, or parts of several."""
+    """The components of a pipeline on disk: a folder, a single file, or a combination of several."""
 
     @property
     def path(self) -> Path:
-        """What to name in messages."""
+        """The file or folder, for messages."""
         ...
 
     @property
@@ -100,7 +103,7 @@ class Checkpoint(Protocol):
         ...
 
     def weights(self, component: str, variant: str | None = None) -> Weights:
-        """Where the weights of one component lie, and how to load them."""
+        """The files that hold the weights of one component, and how to load them."""
         ...
 
     def tokenizer(self, component: str) -> CLIPTokenizer:
@@ -126,14 +129,14 @@ class CheckpointFolder:
 
         Raises:
             CheckpointNotFoundError: no folder, or no ``model_index.json`` in it.
-            CheckpointCorruptError: the index is not what it should be.
-            UnsafePathError: a component's name is a path that leads elsewhere.
+            CheckpointCorruptError: the index is damaged.
+            UnsafePathError: the path of a component leaves the folder.
         """
         path = Path(path)
         if not (path / "model_index.json").is_file():
             inside = (path / "config.json").is_file()
             hint = "give the folder above it" if inside else "a folder in the diffusers layout is needed"
-            raise CheckpointNotFoundError(f"{quote(path)} holds no model_index.json; {hint}")
+            raise CheckpointNotFoundError(f"{quote(path)} has no model_index.json; {hint}")
         folder = cls(path, read_json(safe_join(path, "model_index.json", "model_index.json")))
         for component in folder.components:
             safe_join(path, component, f"{quote(path / 'model_index.json')}, component")
@@ -141,7 +144,7 @@ class CheckpointFolder:
 
     @property
     def components(self) -> dict[str, str]:
-        """Component -> class name, as in ``model_index.json``; components that are null are left out."""
+        """Component -> class name, as in ``model_index.json``, without those that are null."""
         result: dict[str, str] = {}
         for name, entry in self.model_index.items():
             match entry:
@@ -157,7 +160,7 @@ class CheckpointFolder:
         return result
 
     def folder(self, component: str) -> Path:
-        """The folder of one component; CheckpointNotFoundError if the checkpoint has none of that name."""
+        """The folder of one component; CheckpointNotFoundError if the checkpoint has no such component."""
         if component not in self.components:
             there = ", ".join(quote(name) for name in self.components) or "none"
             raise CheckpointNotFoundError(
@@ -166,12 +169,12 @@ class CheckpointFolder:
         return safe_join(self.path, component, f"{quote(self.path / 'model_index.json')}, component")
 
     def config(self, component: str) -> dict[str, object]:
-        """The JSON configuration of one component; its fields are judged by the stage that reads them.
+        """The JSON configuration of one component; its fields are not validated.
 
         Raises:
             CheckpointNotFoundError: no such component, or no configuration in its folder.
             CheckpointCorruptError: not a JSON object.
-            ConfigError: the class that the checkpoint names is not one that the stage can stand for.
+            ConfigError: the class that the checkpoint names is not implemented.
         """
         path = self._file(component, config_name(component))
         config = read_json(path)
@@ -186,18 +189,14 @@ class CheckpointFolder:
         return config
 
     def weights(self, component: str, variant: str | None = None) -> Weights:
-        """Where the weights of one component lie.
-
-        Raises:
-            CheckpointError: as :meth:`weight_files`.
-        """
+        """The files that hold the weights of one component; errors as :meth:`weight_files`."""
         return Weights(tuple(self.weight_files(component, variant)))
 
     def tokenizer(self, component: str) -> CLIPTokenizer:
         """The tokenizer in the folder of that name.
 
         Raises:
-            CheckpointNotFoundError, CheckpointCorruptError: there is none, or it cannot be read.
+            CheckpointNotFoundError, CheckpointCorruptError: it is missing or cannot be read.
         """
         return load_tokenizer(self.folder(component))
 
@@ -205,9 +204,9 @@ class CheckpointFolder:
         """The safetensors files of one component: one, or the shards that its index names.
 
         Raises:
-            CheckpointNotFoundError: no weights of this variant; the message lists those there are.
+            CheckpointNotFoundError: no weights of this variant; the message lists the variants that exist.
             UnsafeCheckpointError: there are only pickles.
-            CheckpointCorruptError, UnsafePathError: the shard index is not what it should be.
+            CheckpointCorruptError, UnsafePathError: the shard index is damaged or names a path outside the folder.
         """
         infix = variant_infix(variant)
         for stem in _WEIGHT_STEMS:
@@ -223,8 +222,8 @@ class CheckpointFolder:
     def variants(self, component: str) -> list[str | None]:
         """The variants whose weights one component has; None is the default, named without a variant."""
         matches = (_WEIGHT_FILE.fullmatch(name) for name in self._names(component))
-        found = {match.group(2) or "" for match in matches if match}
-        return [infix[1:] or None for infix in sorted(found)]
+        infixes = {match.group(2) or "" for match in matches if match}
+        return [infix[1:] or None for infix in sorted(infixes)]
 
     def _file(self, component: str, name: str) -> Path:
         return safe_join(self.folder(component), name, quote(self.path / component))
@@ -235,17 +234,61 @@ class CheckpointFolder:
 
     def _no_weights(self, component: str, variant: str | None) -> CheckpointError:
         folder, variants = self.path / component, self.variants(component)
-        wanted = "weights without a variant" if variant is None else f"weights of variant {quote(variant)}"
+        missing = "weights without a variant" if variant is None else f"weights of variant {quote(variant)}"
         if variants:
             there = ", ".join(f"variant={quote(name)}" for name in variants)
-            return CheckpointNotFoundError(f"{quote(folder)} has no {wanted}; there is: {there}")
+            return CheckpointNotFoundError(f"{quote(folder)} has no {missing}; it has: {there}")
         pickles = [name for name in self._names(component) if Path(name).suffix in PICKLE_SUFFIXES]
         if pickles:
             return UnsafeCheckpointError(
-                f"{quote(folder)} holds its weights only as a pickle ({quote(pickles[0])}), which can run "
+                f"{quote(folder)} has its weights only as a pickle ({quote(pickles[0])}), which can run "
                 f"code when it is opened: convert it safely with `latentgen convert {folder / pickles[0]}`"
             )
-        return CheckpointNotFoundError(f"{quote(folder)} has no {wanted}: no .safetensors file is there")
+        return CheckpointNotFoundError(f"{quote(folder)} has no {missing}: it holds no .safetensors file")
+
+
+@dataclass(frozen=True)
+class CombinedCheckpoint:
+    """A checkpoint that takes some components, or only their weights, from elsewhere.
+
+    Attributes:
+        base: the checkpoint, whose path and index this one has.
+        components_from: component -> the checkpoint that holds it instead.
+        weights_from: component -> the weights to use instead; its configuration stays.
+    """
+
+    base: Checkpoint
+    components_from: Mapping[str, Checkpoint] = field(default_factory=dict)
+    weights_from: Mapping[str, Weights] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The file or folder of the base."""
+        return self.base.path
+
+    @property
+    def model_index(self) -> Mapping[str, object]:
+        """The content of the base's `model_index.json`."""
+        return self.base.model_index
+
+    @property
+    def components(self) -> dict[str, str]:
+        """Component -> class name."""
+        return self.base.components
+
+    def config(self, component: str) -> dict[str, object]:
+        """The JSON configuration of one component."""
+        return self.components_from.get(component, self.base).config(component)
+
+    def weights(self, component: str, variant: str | None = None) -> Weights:
+        """The weights of one component; replaced weights have no variants."""
+        if component in self.weights_from:
+            return self.weights_from[component]
+        return self.components_from.get(component, self.base).weights(component, variant)
+
+    def tokenizer(self, component: str) -> CLIPTokenizer:
+        """A tokenizer, "tokenizer" or "tokenizer_2"."""
+        return self.components_from.get(component, self.base).tokenizer(component)
 
 
 def config_name(component: str) -> str:
@@ -254,7 +297,7 @@ def config_name(component: str) -> str:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that a shard index names, all of which exist beside it."""
+    """The files that a shard index names, next to it; all of them exist."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointCorruptError(f"{quote(index)} has no weight_map of tensor names to files")
@@ -271,16 +314,14 @@ def _shards(index: Path) -> list[Path]:
 
 
 def as_path(source: str | Path) -> Path:
-    """The path of a checkpoint as a person writes it, "~" included.
+    """The path of a checkpoint as a user writes it, "~" included.
 
     Raises:
         InputError: empty, or of another type.
-        CheckpointNotFoundError: a name that no file system takes.
+        CheckpointNotFoundError: the file system does not accept the name.
     """
     if not isinstance(source, str | Path):
-        raise InputError(
-            f"a checkpoint is named by a str or a Path, not by {quote(source)}; None is the default"
-        )
+        raise InputError(f"a checkpoint has to be a str or a Path, not {quote(source)}; None is the default")
     if not str(source):
         raise InputError("the checkpoint's path is empty; give a folder or a Hub id, or None for the default")
     try:
@@ -302,24 +343,24 @@ def _download(hub_id: str, revision: str | None, infix: str) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_patterns(infix))))
     except GatedRepoError as error:
         raise CheckpointNotFoundError(
-            f"{at} is gated on the Hub: accept its licence on its page, then log in with `hf auth login`"
+            f"{at} is gated on the Hub: accept its license on its page, then log in with `hf auth login`"
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointNotFoundError(
-            f"there is no folder {quote(hub_id)}, and {at} is not on the Hub or is private: check the "
+            f"folder {quote(hub_id)} does not exist, and {at} is not on the Hub or is private: check the "
             "spelling, or log in with `hf auth login`"
         ) from error
-    # Whatever else fails is the network or the cache; the transport's exceptions differ among Hub releases.
+    # Any other failure is the network or the cache; their exceptions differ among releases of huggingface_hub.
     except Exception as error:
         raise OfflineError(
-            f"{at} is not in the local cache and could not be downloaded ({type(error).__name__}). Where "
-            f"there is a connection, run `hf download {hub_id} --local-dir FOLDER`, copy FOLDER here and "
+            f"{at} is not in the local cache and could not be downloaded ({type(error).__name__}). On a "
+            f"connected machine, run `hf download {hub_id} --local-dir FOLDER`, copy FOLDER here and "
             "give its path; or set HF_HOME to a cache that holds it"
         ) from error
 
 
 def _patterns(infix: str) -> Iterator[str]:
-    """The files of a repository that the stages need; nothing of other components, variants or formats."""
+    """The files of a repository to download: no other components, variants or formats."""
     yield "model_index.json"
     for scheduler in SCHEDULERS:
         yield f"{scheduler}/scheduler_config.json"

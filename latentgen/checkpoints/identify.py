@@ -1,4 +1,4 @@
-"""What weights are, judged by the names and shapes in their headers alone."""
+"""Identifies weights by the names and shapes in the header of their file."""
 
 from __future__ import annotations
 
@@ -9,37 +9,45 @@ from typing import Literal, NamedTuple
 from latentgen.checkpoints.io import TensorInfo
 
 Kind = Literal[
-    "checkpoint", "unet", "vae", "text encoder", "adapter", "embedding", "controlnet", "other model"
+    "checkpoint",
+    "unet",
+    "vae",
+    "text encoder",
+    "adapter",
+    "embedding",
+    "controlnet",
+    "other model",
+    "unknown",
 ]
 Layout = Literal["original", "diffusers"]
-# What a single file can say of itself; networks that predict the sample are in no published one.
-StatedPrediction = Literal["epsilon", "v_prediction"]
+# What the metadata of a single file can declare; no published file predicts the sample.
+DeclaredPrediction = Literal["epsilon", "v_prediction"]
 
 # Width of the text context -> family. Sources: the published unet/config.json of each model.
 _FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL base", 1280: "SDXL refiner"}
 # Input channels of the UNet that say what is concatenated to the four latents.
 _TASKS = {5: "depth-to-image", 7: "x4 upscaler", 8: "instruct-pix2pix", 9: "inpainting"}
-# What checkpoints that were once pickles may have around every key; more than two are no checkpoint.
-_WRAPPER = "state_dict."
+# The prefix of every key in checkpoints converted from pickles, once or twice.
+_STATE_DICT = "state_dict."
 _UNET = "model.diffusion_model."
 _VAE_SIGNS: Mapping[Layout, str] = {
     "original": "decoder.norm_out.weight",
     "diffusers": "decoder.conv_norm_out.weight",
 }
 _VAE_PREFIXES = ("", "first_stage_model.", "vae.")
-# open_clip's CLIP has the text tower at the top, its CustomTextCLIP below a name.
+# open_clip's CLIP has the text tower at the top level, its CustomTextCLIP under a name.
 _OPEN_CLIP_PREFIXES = ("", "text.")
-# The specification of these is https://github.com/Stability-AI/ModelSpec; kohya's scripts write them.
-_PREDICTIONS: Mapping[str, StatedPrediction] = {
+# Source: https://github.com/Stability-AI/ModelSpec; kohya's scripts write them.
+_PREDICTIONS: Mapping[str, DeclaredPrediction] = {
     "epsilon": "epsilon",
     "v": "v_prediction",
     "v_prediction": "v_prediction",
 }
-_ARCHITECTURES: Mapping[str, StatedPrediction] = {
+_ARCHITECTURES: Mapping[str, DeclaredPrediction] = {
     "stable-diffusion-v2-512": "epsilon",
     "stable-diffusion-v2-768-v": "v_prediction",
 }
-# How the values of ss_base_model_version and modelspec.architecture begin -> the family.
+# Prefix of ss_base_model_version or modelspec.architecture -> family.
 _TARGETS = {
     "sd_v1": "SD 1.x",
     "stable-diffusion-v1": "SD 1.x",
@@ -52,11 +60,11 @@ _TARGETS = {
     "flux": "Flux",
 }
 
-# Empty tensors by which later files of SDXL say how they were trained.
+# Empty tensors in later files of SDXL that declare how they were trained.
 _V_PREDICTION = {"v_pred", "model.v_pred"}
 _ZERO_SNR = {"ztsnr", "model.ztsnr"}
 
-# Ends of names -> the adapter that has them.
+# Suffixes of names -> adapter.
 _ADAPTERS = {
     (".hada_w1_a",): "a LoHa adapter (LyCORIS)",
     (".lokr_w1", ".lokr_w1_a"): "a LoKr adapter (LyCORIS)",
@@ -69,9 +77,9 @@ _ADAPTERS = {
     ),
 }
 _PEFT = "base_model.model."
-# Ends of the names of the factor that reads a layer's input.
+# Suffixes of the down projection, which reads a layer's input.
 _DOWN = ("down.weight", "lora_A.weight", "lora_A.default.weight")
-# Parts of names -> the model that has them, the special before the general.
+# Substrings of names -> model, specific before general.
 _CONTROL = {
     "control_model.": "a ControlNet in the original layout",
     "input_hint_block.": "a ControlNet in the original layout",
@@ -110,7 +118,7 @@ _OTHERS = {
 
 
 class UNetKind(NamedTuple):
-    """What tells one UNet from another: width of the context (None: unconditional) and input channels."""
+    """What distinguishes UNets: the width of the context (None: unconditional) and the input channels."""
 
     context: int | None
     in_channels: int
@@ -126,70 +134,70 @@ class UNetKind(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """What a file is.
+    """What the weights in a file are.
 
     Attributes:
-        kind: what it can be used as.
-        name: a phrase that says what it is.
-        family: of a checkpoint or UNet, as :class:`UNetKind` names it; or the one that an adapter is for.
-        layout: "original" or "diffusers", where there are both.
-        wrapper: what stands before every key in vain.
-        prefix: what stands before the keys of a VAE, or of the text tower of open_clip.
+        kind: what they can be used as.
+        name: a description, such as "a VAE with 4 latent channels".
+        family: of a checkpoint or UNet, as in :attr:`UNetKind.family`; of an adapter, the family of its base model.
+        layout: "original" or "diffusers", where the kind has both.
+        key_prefix: a prefix of every key that carries no meaning ("state_dict.").
+        component_prefix: the prefix of the keys of a VAE, or of open_clip's text tower.
     """
 
     kind: Kind
     name: str
     family: str | None = None
     layout: Layout | None = None
-    wrapper: str = ""
-    prefix: str = ""
+    key_prefix: str = ""
+    component_prefix: str = ""
 
 
-def identify(tensors: Mapping[str, TensorInfo]) -> Identity | None:
-    """Say what the tensors of a file are; None if nothing known fits."""
-    wrapper = _wrapper(tensors)
-    tensors = {name.removeprefix(wrapper): info for name, info in tensors.items()}
-    for judge in (_adapter, _embedding, _open_clip, _other, _checkpoint, _unet, _vae, _text_encoder):
-        if identity := judge(tensors):
-            return identity._replace(wrapper=wrapper)
-    return None
+def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
+    """Identify the tensors of a file; ``kind`` is "unknown" if no known model matches."""
+    key_prefix = _key_prefix(tensors)
+    tensors = {name.removeprefix(key_prefix): info for name, info in tensors.items()}
+    for match in (_adapter, _embedding, _open_clip, _other, _checkpoint, _unet, _vae, _text_encoder):
+        if identity := match(tensors):
+            return identity._replace(key_prefix=key_prefix)
+    return Identity("unknown", "an unknown architecture", key_prefix=key_prefix)
 
 
 def likely_architecture(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """A phrase that says what ``tensors`` probably are; None if nothing known fits."""
+    """A description of what ``tensors`` probably are; None if no known model matches."""
     identity = identify(tensors)
-    return identity.name if identity else None
+    return None if identity.kind == "unknown" else identity.name
 
 
-def stated_prediction(names: Collection[str], metadata: Mapping[str, str]) -> StatedPrediction | None:
-    """What the network of a single file predicts, if the file says so; weights do not show it."""
+def declared_prediction(names: Collection[str], metadata: Mapping[str, str]) -> DeclaredPrediction | None:
+    """What the network of a single file predicts, if the file declares it; the weights do not show it."""
     if _V_PREDICTION & set(names):
         return "v_prediction"
-    found = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
-    return found or _ARCHITECTURES.get(metadata.get("modelspec.architecture", "").partition("/")[0])
+    declared = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
+    return declared or _ARCHITECTURES.get(metadata.get("modelspec.architecture", "").partition("/")[0])
 
 
-def stated_target(metadata: Mapping[str, str]) -> str | None:
-    """The family that an adapter says it was trained on."""
-    stated = (metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", ""))
+def declared_target(metadata: Mapping[str, str]) -> str | None:
+    """The family that an adapter declares as its base model."""
+    declared = (metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", ""))
     return next(
-        (family for begin, family in _TARGETS.items() if any(s.startswith(begin) for s in stated)), None
+        (family for begin, family in _TARGETS.items() if any(s.startswith(begin) for s in declared)), None
     )
 
 
 def has_zero_terminal_snr(names: Collection[str]) -> bool:
-    """Whether a single file says that its schedule ends in pure noise."""
+    """Whether a single file declares that its schedule ends in pure noise."""
     return bool(_ZERO_SNR & set(names))
 
 
 def unet_kind(tensors: Mapping[str, TensorInfo]) -> UNetKind | None:
-    """The traits of a UNet in the diffusers layout; None if the tensors are not one."""
+    """The kind of a UNet in the diffusers layout; None if the tensors are not one."""
     if not any(name.startswith("down_blocks.") for name in tensors):
         return None
-    return _unet_traits(tensors, "conv_in.weight")
+    return _unet_kind(tensors, "conv_in.weight")
 
 
-def _unet_traits(tensors: Mapping[str, TensorInfo], conv_in: str) -> UNetKind | None:
+def _unet_kind(tensors: Mapping[str, TensorInfo], conv_in: str) -> UNetKind | None:
     shape = _shape(tensors, conv_in)
     if len(shape) != 4:
         return None
@@ -197,11 +205,13 @@ def _unet_traits(tensors: Mapping[str, TensorInfo], conv_in: str) -> UNetKind | 
     return UNetKind(next((shape[-1] for shape in contexts if shape), None), shape[1])
 
 
-def _wrapper(names: Collection[str]) -> str:
-    wrapper = ""
-    while len(wrapper) < 2 * len(_WRAPPER) and any(name.startswith(wrapper + _WRAPPER) for name in names):
-        wrapper += _WRAPPER
-    return wrapper
+def _key_prefix(names: Collection[str]) -> str:
+    key_prefix = ""
+    while len(key_prefix) < 2 * len(_STATE_DICT) and any(
+        name.startswith(key_prefix + _STATE_DICT) for name in names
+    ):
+        key_prefix += _STATE_DICT
+    return key_prefix
 
 
 def _adapter(tensors: Mapping[str, TensorInfo]) -> Identity | None:
@@ -215,7 +225,7 @@ def _adapter(tensors: Mapping[str, TensorInfo]) -> Identity | None:
 
 
 def _adapter_target(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The family that an adapter was made for."""
+    """The family of an adapter's base model."""
     if any("single_transformer_blocks" in key or "double_blocks" in key for key in tensors):
         return "Flux"
     if any("joint_blocks" in key or "add_k_proj" in key for key in tensors):
@@ -248,7 +258,7 @@ def _an_embedding(family: str, vectors: Sequence[int]) -> Identity:
 
 
 def _open_clip(tensors: Mapping[str, TensorInfo]) -> Identity | None:
-    """A model of open_clip, as its library saves it: both towers, or the one for text alone."""
+    """A model saved by open_clip: both towers, or the text tower alone."""
     for prefix in _OPEN_CLIP_PREFIXES:
         embedding = _shape(tensors, f"{prefix}token_embedding.weight")
         if len(embedding) == 2 and f"{prefix}positional_embedding" in tensors:
@@ -256,7 +266,7 @@ def _open_clip(tensors: Mapping[str, TensorInfo]) -> Identity | None:
             name = f"an OpenCLIP text encoder of width {embedding[1]}" + (
                 " with its image encoder" if both else ""
             )
-            return Identity("text encoder", name, layout="original", prefix=prefix)
+            return Identity("text encoder", name, layout="original", component_prefix=prefix)
     return None
 
 
@@ -271,10 +281,10 @@ def _other(tensors: Mapping[str, TensorInfo]) -> Identity | None:
 
 
 def _checkpoint(tensors: Mapping[str, TensorInfo]) -> Identity | None:
-    if kind := _unet_traits(tensors, f"{_UNET}input_blocks.0.0.weight"):
+    if kind := _unet_kind(tensors, f"{_UNET}input_blocks.0.0.weight"):
         name = f"a single file in the original layout, {_described(kind)}"
         return Identity("checkpoint", name, kind.family, "original")
-    if kind := _unet_traits(tensors, "input_blocks.0.0.weight"):
+    if kind := _unet_kind(tensors, "input_blocks.0.0.weight"):
         return Identity("unet", f"a UNet in the original layout, {_described(kind)}", kind.family, "original")
     return None
 
@@ -297,7 +307,7 @@ def _vae(tensors: Mapping[str, TensorInfo]) -> Identity | None:
                 layout for layout, sign in _VAE_SIGNS.items() if prefix + sign in tensors
             ]
             name = f"a VAE with {decoder[1]} latent channels"
-            return Identity("vae", name, layout=layouts[0] if layouts else None, prefix=prefix)
+            return Identity("vae", name, layout=layouts[0] if layouts else None, component_prefix=prefix)
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from headers and configurations alone: milliseconds at any size."""
+"""Inspects checkpoints by their headers and configurations: milliseconds at any size."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from latentgen.adapters.textual_inversion import read_embedding
 from latentgen.checkpoints.families import FAMILIES
 from latentgen.checkpoints.folder import CheckpointFolder, as_path
 from latentgen.checkpoints.identify import (
+    declared_prediction,
+    declared_target,
     identify,
-    likely_architecture,
-    stated_prediction,
-    stated_target,
     unet_kind,
 )
 from latentgen.checkpoints.io import TensorInfo, read_header
 from latentgen.errors import AdapterError, CheckpointNotFoundError, CheckpointValueError
 from latentgen.files import quote
 
-# What the keys of a single file in the original layout begin with -> the component that they belong to.
+# Prefix of the keys of a single file in the original layout -> component.
 _PREFIXES = {
     "model.diffusion_model.": "unet",
     "model_ema.": "unet's moving averages",
@@ -36,8 +35,8 @@ _PREFIXES = {
 
 
 @dataclass(frozen=True)
-class Part:
-    """The weights of one component: counts, size in bytes, and the dtypes by the share that they take."""
+class ComponentSummary:
+    """The weights of one component: counts, size in bytes, and the dtypes by decreasing size."""
 
     architecture: str
     tensors: int
@@ -49,21 +48,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint, or an adapter, is.
+    """Facts about a checkpoint or an adapter.
 
     Attributes:
         path: the file or folder.
-        family: a phrase that names it.
+        family: a description, such as "SDXL base".
         parts: the weights of each component.
-        scheduler: None where there is none.
-        prediction_type: None where the checkpoint does not say.
-        adapter: fact -> value, of a LoRA or an embedding; None for everything else.
-        metadata: the free text that a file carries.
+        scheduler: the class name; None if not stored.
+        prediction_type: None if not stored.
+        adapter: fact -> value, of a LoRA or an embedding; None for anything else.
+        metadata: the text entries in the header of a file.
     """
 
     path: Path
     family: str
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ComponentSummary]
     scheduler: str | None
     prediction_type: str | None
     adapter: Mapping[str, str] | None = None
@@ -75,7 +74,7 @@ class Inspection:
 
     @property
     def nbytes(self) -> int:
-        """Size of the weights in bytes, of one variant each."""
+        """Size of the weights in bytes, counting one variant of each component."""
         return sum(part.nbytes for part in self.parts.values())
 
     @property
@@ -103,17 +102,17 @@ class Inspection:
                 f"{name}: {part.architecture}; {part.parameters:,} parameters in {part.tensors:,} tensors, "
                 f"{', '.join(part.dtypes)}, {_readable(part.nbytes)}; variants: {variants}"
             )
-        # Trainers store whole reports there; a line of each tells what it is.
+        # Trainers store whole reports in the metadata; one line of each is enough.
         lines += (f"metadata {quote(key)[1:-1]}: {quote(text)[1:-1]}" for key, text in self.metadata.items())
         return lines
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Say what a checkpoint folder, the folder of a LoRA, or one safetensors file, holds.
+    """Inspect a checkpoint folder, the folder of a LoRA, or a safetensors file.
 
     Raises:
         CheckpointError: one of its subclasses, if the checkpoint is missing, damaged or unsafe.
-        InputError: the path is empty, or no path at all.
+        InputError: the path is empty or not a path.
     """
     path = as_path(path)
     if not path.is_dir():
@@ -126,22 +125,24 @@ def inspect(path: str | Path) -> Inspection:
 def _inspect_file(path: Path) -> Inspection:
     header = read_header(path)
     identity = identify(header)
-    wrapper = identity.wrapper if identity else ""
-    stated = stated_prediction({key.removeprefix(wrapper) for key in header}, header.metadata)
-    if identity is None or identity.kind != "checkpoint":
-        part, adapter = _part(header), None
-        if identity is not None and identity.kind == "adapter":
-            adapter = _lora_facts(path, identity.family or stated_target(header.metadata))
-        elif identity is not None and identity.kind == "embedding":
+    keys = {key.removeprefix(identity.key_prefix) for key in header}
+    declared = declared_prediction(keys, header.metadata)
+    if identity.kind != "checkpoint":
+        part, adapter = _summary(header), None
+        if identity.kind == "adapter":
+            adapter = _lora_facts(path, identity.family or declared_target(header.metadata))
+        elif identity.kind == "embedding":
             adapter = _embedding_facts(path, identity.family)
-        return Inspection(path, part.architecture, {"weights": part}, None, stated, adapter, header.metadata)
+        return Inspection(
+            path, part.architecture, {"weights": part}, None, declared, adapter, header.metadata
+        )
     family = FAMILIES.get(identity.family or "")
     return Inspection(
         path=path,
         family=f"{identity.family}, a single file in the original layout",
-        parts={name: _part(tensors) for name, tensors in _components(header, wrapper).items()},
+        parts={name: _summary(tensors) for name, tensors in _components(header, identity.key_prefix).items()},
         scheduler=None,
-        prediction_type=stated or (family.prediction_type if family else None),
+        prediction_type=declared or (family.prediction_type if family else None),
         metadata=header.metadata,
     )
 
@@ -149,21 +150,21 @@ def _inspect_file(path: Path) -> Inspection:
 def _inspect_lora_folder(folder: Path, files: Mapping[str, Path]) -> Inspection:
     headers = {name: read_header(file) for name, file in files.items()}
     metadata = {key: text for header in headers.values() for key, text in header.metadata.items()}
-    found = [identity for header in headers.values() if (identity := identify(header))]
-    family = next((identity.family for identity in found if identity.family), None) or stated_target(metadata)
+    identities = [identify(header) for header in headers.values()]
+    family = next((identity.family for identity in identities if identity.family), None)
     return Inspection(
         path=folder,
-        family=found[0].name if found else "an adapter that is not known here",
-        parts={name: _part(header) for name, header in headers.items()},
+        family=min(identities, key=lambda identity: identity.kind == "unknown").name,
+        parts={name: _summary(header) for name, header in headers.items()},
         scheduler=None,
         prediction_type=None,
-        adapter=_lora_facts(folder, family),
+        adapter=_lora_facts(folder, family or declared_target(metadata)),
         metadata=metadata,
     )
 
 
 def _lora_facts(path: Path, target: str | None) -> dict[str, str]:
-    """What a LoRA is, or why it cannot be used."""
+    """Facts about a LoRA, or the reason why it cannot be used."""
     facts = {"target": target or "not stored"}
     try:
         lora = summarize_lora(path)
@@ -180,7 +181,7 @@ def _lora_facts(path: Path, target: str | None) -> dict[str, str]:
 
 
 def _embedding_facts(path: Path, target: str | None) -> dict[str, str]:
-    """What an embedding is, or why it cannot be used."""
+    """Facts about an embedding, or the reason why it cannot be used."""
     facts = {"target": target or "not stored"}
     try:
         embedding = read_embedding(path)
@@ -197,25 +198,25 @@ def _span(low: float, high: float) -> str:
     return f"{low:g}" if f"{low:g}" == f"{high:g}" else f"{low:g} to {high:g}"
 
 
-def _components(tensors: Mapping[str, TensorInfo], wrapper: str) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of a single file by component, under the names that they have in it."""
+def _components(tensors: Mapping[str, TensorInfo], key_prefix: str) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of a single file by component, without the component's prefix."""
     result: dict[str, dict[str, TensorInfo]] = {}
     for key, info in tensors.items():
-        key = key.removeprefix(wrapper)
+        key = key.removeprefix(key_prefix)
         prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
         result.setdefault(_PREFIXES.get(prefix, "other"), {})[key.removeprefix(prefix)] = info
     return result
 
 
 def _inspect_folder(folder: CheckpointFolder) -> Inspection:
-    parts: dict[str, Part] = {}
+    parts: dict[str, ComponentSummary] = {}
     family = "unknown (no UNet)"
     for component in folder.components:
         variants = tuple(folder.variants(component))
         if not variants:
             continue
         tensors = folder.weights(component, variants[0]).tensors()
-        parts[component] = _part(tensors, variants)
+        parts[component] = _summary(tensors, variants)
         if component == "unet" and (kind := unet_kind(tensors)):
             family = kind.family
     if not parts:
@@ -232,12 +233,14 @@ def _inspect_folder(folder: CheckpointFolder) -> Inspection:
     )
 
 
-def _part(tensors: Mapping[str, TensorInfo], variants: tuple[str | None, ...] = (None,)) -> Part:
+def _summary(
+    tensors: Mapping[str, TensorInfo], variants: tuple[str | None, ...] = (None,)
+) -> ComponentSummary:
     nbytes_of: dict[str, int] = {}
     for info in tensors.values():
         nbytes_of[info.dtype] = nbytes_of.get(info.dtype, 0) + info.nbytes
-    return Part(
-        architecture=likely_architecture(tensors) or "an architecture that is not known here",
+    return ComponentSummary(
+        architecture=identify(tensors).name,
         tensors=len(tensors),
         parameters=sum(math.prod(info.shape) for info in tensors.values()),
         nbytes=sum(nbytes_of.values()),

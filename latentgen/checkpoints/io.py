@@ -40,7 +40,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)}
-_COMPARED_BYTES = 2**20  # stays in a core's cache for the second look
+_COMPARED_BYTES = 2**20  # stays in a core's cache for the second pass
 PIECE_BYTES = 16 * 2**20
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"})
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -56,11 +56,11 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Header(Mapping[str, TensorInfo]):
-    """The tensors of one file by name, in the file's order, and the free text that was stored with them.
+    """The tensors of one file by name, in the file's order, and the text metadata stored with them.
 
     Attributes:
-        begins: where in the file the bytes of each tensor begin.
-        file_bytes: the size of the file.
+        begins: the offset of each tensor in the file, in bytes.
+        file_bytes: the size of the file, in bytes.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -82,14 +82,14 @@ def read_header(path: str | Path) -> Header:
     """The validated header of a safetensors file; reads no tensor.
 
     Raises:
-        CheckpointNotFoundError: there is no such file.
+        CheckpointNotFoundError: the file does not exist.
         UnsafeCheckpointError: the file is a pickle.
-        CheckpointCorruptError: the file is truncated, is not safetensors, or its header is impossible.
+        CheckpointCorruptError: the file is truncated, is not safetensors, or has an invalid header.
     """
     path = Path(path)
     refuse_pickle(path)
     if not path.is_file():
-        raise CheckpointNotFoundError(f"{quote(path)} is not a file that exists")
+        raise CheckpointNotFoundError(f"{quote(path)} does not exist or is not a file")
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -113,7 +113,7 @@ def open_checkpoint(path: Path) -> BufferedReader:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise UnsafeCheckpointError if the name of the file says that it is a pickle."""
+    """Raise UnsafeCheckpointError if the suffix of the file is that of a pickle."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise UnsafeCheckpointError(
             f"{quote(path)} is a pickle, which can run code when it is opened; only .safetensors files are "
@@ -122,25 +122,21 @@ def refuse_pickle(path: Path) -> None:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether the name of a file or its first bytes say that it is a pickle.
-
-    Raises:
-        CheckpointNotFoundError: there is no such file, or it cannot be read.
-    """
+    """Whether the suffix of a file or its first bytes are those of a pickle; CheckpointNotFoundError if unreadable."""
     with open_checkpoint(path) as file:
         head = file.read(9)
     return path.suffix.lower() in PICKLE_SUFFIXES or _starts_as_pickle(head)
 
 
 class MappedFile:
-    """A safetensors file whose tensors are read as they are used, and never by loading the whole.
+    """A memory-mapped safetensors file: tensors are read as they are used.
 
-    Writing to a tensor leaves the file as it is, and replacing the file leaves the tensors as they are. They keep the
-    mapping alive.
+    Writing to a tensor does not change the file, and replacing the file does not change the tensors, which keep the
+    mapping alive. Truncating the file in place ends the process when a tensor is used (SIGBUS).
 
     Attributes:
         path: the file.
-        header: what it holds.
+        header: its tensors and metadata.
     """
 
     def __init__(self, path: Path) -> None:
@@ -167,9 +163,9 @@ class MappedFile:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin).view(info.shape)
 
     def release(self, key: str) -> None:
-        """Give back the memory that the pages of a tensor take; if it is used again, they are read again."""
+        """Free the pages of a tensor; they are read again if it is used again."""
         begin = self.header.begins[key]
-        # Whole pages only: a neighbour on the same page may have been written to.
+        # Whole pages only: a neighbor on the same page may have been written to.
         first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (begin + self.header[key].nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if first < last and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
@@ -179,7 +175,7 @@ class MappedFile:
 def read_pieces(path: Path, header: Header, name: str) -> Iterator[Tensor]:
     """The values of one tensor in order, as flat tensors of at most ``PIECE_BYTES``.
 
-    They are read, not mapped: if the file is truncated meanwhile, that is an error and not the end of the process.
+    They are read, not mapped: a file truncated in the meantime is an error and does not end the process.
 
     Raises:
         CheckpointNotFoundError: the file cannot be opened.
@@ -206,12 +202,12 @@ def write_tensors(
     checked_source: Path | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> dict[str, TensorInfo]:
-    """Write a safetensors file, one tensor at a time; returns what it holds.
+    """Write a safetensors file, one tensor at a time; returns its tensors.
 
     Args:
-        tensors: of any device and strides; every dtype is one of ``DTYPE_NAMES``.
+        tensors: on any device, with any strides; every dtype is one of ``DTYPE_NAMES``.
 
-    For the other arguments and errors see :func:`write_pieces`.
+    The other arguments and errors are those of :func:`write_pieces`.
     """
 
     def pieces(name: str) -> Iterable[Tensor]:
@@ -234,15 +230,15 @@ def write_pieces(
     checked_source: Path | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> dict[str, TensorInfo]:
-    """Write a safetensors file piece by piece; returns what it holds.
+    """Write a safetensors file piece by piece; returns its tensors.
 
     Args:
-        tensors: what to write, before the change of precision.
+        tensors: the tensors before the change of precision.
         pieces: returns the values of a tensor by its name, in order, as flat tensors on the CPU.
-        metadata: free text for the header.
+        metadata: text for the header.
         dtype: what floating-point tensors become; None keeps each one's own.
-        checked_source: named in the error when a value cannot be written; None checks no values.
-        advance: called with the bytes of each piece when it is written.
+        checked_source: the file named in errors about values; None checks no values.
+        advance: called with the number of bytes of each piece after it is written.
 
     Raises:
         CheckpointValueError: a value is NaN or infinite, or too large for ``dtype``.
@@ -278,23 +274,21 @@ def check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path
     if not math.isfinite(largest):
         raise CheckpointValueError(f"{where} holds NaN or infinity: the file is damaged or training diverged")
     if dtype is not None and largest > torch.finfo(dtype).max:
-        raise CheckpointValueError(
-            f"{where} reaches {largest:.6g}, too large for {dtype}; load it as float32"
-        )
+        raise CheckpointValueError(f"{where} reaches {largest:.6g}, too large for {dtype}; use float32")
 
 
 def _largest_magnitude(tensor: Tensor) -> float:
-    """The largest magnitude in a floating-point tensor on the CPU; not finite if one value is not.
+    """The largest magnitude in a floating-point tensor on the CPU; not finite if any value is not.
 
-    Without its sign bit, a number of IEEE 754 is an integer that grows with its magnitude; infinity and then NaN come
-    last. numpy compares integers faster than torch does halves, and starts no threads for a thousand small tensors.
+    Without its sign bit, an IEEE 754 number is an integer that grows with its magnitude; infinity and then NaN are the
+    largest. numpy compares integers faster than torch compares halves, and starts no threads for small tensors.
     """
     width = tensor.itemsize
     signed = tensor.detach().contiguous().flatten().view(_INTEGERS[width]).numpy()
     unsigned, magnitude, largest = signed.view(f"u{width}"), 2 ** (8 * width - 1) - 1, 0
     for start in range(0, len(signed), _COMPARED_BYTES // width):
         piece = slice(start, start + _COMPARED_BYTES // width)
-        # The largest of the positive numbers, then that of the negative ones, where there are any.
+        # The largest of the positive numbers, then of the negative ones.
         largest = max(largest, int(signed[piece].max()), int(unsigned[piece].max()) & magnitude)
     return torch.tensor(largest, dtype=_INTEGERS[width]).view(tensor.dtype).item()
 
@@ -394,12 +388,12 @@ def _tensor(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise corrupt(f"has dtype {quote(dtype)}; known are {', '.join(ITEM_BYTES)}")
-    if not _whole_numbers(shape, MAX_DIMENSIONS):
-        raise corrupt(f"has shape {quote(shape)}; allowed are up to {MAX_DIMENSIONS} positive whole numbers")
+    if not _are_sizes(shape, MAX_DIMENSIONS):
+        raise corrupt(f"has shape {quote(shape)}; allowed are up to {MAX_DIMENSIONS} positive integers")
     if 0 in shape:
-        raise corrupt(f"has shape {shape} with a dimension of size zero; a checkpoint has no use for it")
-    if not _whole_numbers(offsets, 2) or len(offsets) < 2:
-        raise corrupt(f"has data_offsets {quote(offsets)}; two whole numbers are needed")
+        raise corrupt(f"has shape {shape} with a dimension of size zero")
+    if not _are_sizes(offsets, 2) or len(offsets) < 2:
+        raise corrupt(f"has data_offsets {quote(offsets)}; two integers are needed")
     info = TensorInfo(dtype, tuple(shape), math.prod(shape) * ITEM_BYTES[dtype])
     begin, end = offsets
     if end - begin != info.nbytes:
@@ -407,8 +401,8 @@ def _tensor(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]
     return info, begin, end
 
 
-def _whole_numbers(value: object, at_most: int) -> TypeGuard[list[int]]:
-    """Whether ``value`` lists up to ``at_most`` integers of 0 to 2**63 - 1 (true and false are none)."""
+def _are_sizes(value: object, at_most: int) -> TypeGuard[list[int]]:
+    """Whether ``value`` lists up to ``at_most`` integers from 0 to 2**63 - 1, and no booleans."""
     if not isinstance(value, list) or len(value) > at_most:
         return False
     return all(type(item) is int and 0 <= item < 2**63 for item in value)

@@ -1,8 +1,8 @@
-"""The original layout of single files (CompVis, Stability AI) as one table: diffusers' names and their sources.
+"""Key maps of the original layout of single files (CompVis, Stability AI): diffusers' names and their sources.
 
 For a configuration, a key map lists every tensor of the diffusers layout with the key that holds it in the
-original layout. It is a bijection, so the same table reads and writes. The layouts were read off the published
-files; the tests compare the tables with diffusers' converters.
+original layout. It is a bijection, so the same map reads and writes. The layouts are those of the published files; the
+tests compare the maps with diffusers' converters.
 """
 
 from __future__ import annotations
@@ -68,11 +68,10 @@ _OPENCLIP_LAYER = {
 }
 _OPENCLIP_FUSED = ("q_proj", "k_proj", "v_proj")
 
-# What single files hold beside the weights of their components, and nothing here reads. Everything else that has
-# no place in a key map is an error.
+# Keys of single files that belong to no component and are ignored. Any other key outside the key maps is an error.
 _UNUSED = re.compile(
     r"""
-    model_ema\..*                                     # read only where the averages are asked for
+    model_ema\..*                                     # read only with ema=True
     | (first_stage_model\.)?loss\..*                  # the autoencoder's discriminator
     | (low_scale_model\.)?                            # buffers of the noise schedule
       ( betas | lvlb_weights | logvar | scale_factor
@@ -90,54 +89,54 @@ _UNUSED = re.compile(
 _Pairs = Iterator[tuple[str, str]]
 
 
-class Origin(NamedTuple):
-    """Where a tensor of the diffusers layout lies in a file.
+class KeySource(NamedTuple):
+    """The source of a tensor of the diffusers layout in a file.
 
     Attributes:
-        key: in the file.
-        third: 0, 1 or 2 for the rows of queries, keys or values in a fused projection; None for the whole.
+        key: its key in the file.
+        qkv_index: 0, 1 or 2 for the rows of queries, keys or values in a fused projection; None for the whole tensor.
         transposed: the file holds the transpose.
         convolution: the file holds a linear layer as a convolution, with a trailing [1, 1] in its shape.
     """
 
     key: str
-    third: int | None = None
+    qkv_index: int | None = None
     transposed: bool = False
     convolution: bool = False
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the tensor, given that of what the file stores."""
-        if self.third is not None and stored and stored[0] % 3 == 0:
+        """The shape of the tensor, from the shape in the file."""
+        if self.qkv_index is not None and stored and stored[0] % 3 == 0:
             return (stored[0] // 3, *stored[1:])
         if self.convolution and stored[2:] == (1, 1):
             return stored[:2]
         return stored[::-1] if self.transposed else stored
 
     def take(self, stored: Tensor) -> Tensor:
-        """The tensor, as a view of what the file stores wherever that is possible."""
+        """The tensor, as a view of the stored one unless it is transposed."""
         shape = self.shape(tuple(stored.shape))
-        if self.third is not None:
-            return stored[self.third * shape[0] : (self.third + 1) * shape[0]]
+        if self.qkv_index is not None:
+            return stored[self.qkv_index * shape[0] : (self.qkv_index + 1) * shape[0]]
         return stored.T.contiguous() if self.transposed else stored.view(shape)
 
 
-# diffusers' name -> its origin, in the order of the pass.
-KeyMap = Mapping[str, Origin]
+# diffusers' name -> its source, in the order of the forward pass.
+KeyMap = Mapping[str, KeySource]
 
 
 def with_prefix(key_map: KeyMap, prefix: str) -> KeyMap:
     """The same map for a file whose keys all begin with ``prefix``."""
-    return {name: origin._replace(key=prefix + origin.key) for name, origin in key_map.items()}
+    return {name: source._replace(key=prefix + source.key) for name, source in key_map.items()}
 
 
 def to_diffusers_names(state: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
-    """Tensors of the original layout under diffusers' names: views, but for those that are transposed.
+    """Tensors of the original layout under diffusers' names; only transposed ones are copied.
 
     Raises:
         CheckpointMismatchError: a key of the map is missing, or ``state`` has another one.
     """
-    _compare(state, {origin.key for origin in key_map.values()})
-    return {name: origin.take(state[origin.key]) for name, origin in key_map.items()}
+    _compare(state, {source.key for source in key_map.values()})
+    return {name: source.take(state[source.key]) for name, source in key_map.items()}
 
 
 def to_original(state: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
@@ -148,30 +147,30 @@ def to_original(state: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tenso
     """
     _compare(state, key_map.keys())
     names: dict[str, list[str]] = {}
-    for name, origin in sorted(key_map.items(), key=lambda item: item[1].third or 0):
-        names.setdefault(origin.key, []).append(name)
+    for name, source in sorted(key_map.items(), key=lambda item: item[1].qkv_index or 0):
+        names.setdefault(source.key, []).append(name)
     result: dict[str, Tensor] = {}
-    for origin in key_map.values():
-        first = state[names[origin.key][0]]
-        if origin.third is not None:
-            first = torch.cat([state[name] for name in names[origin.key]])
-        elif origin.transposed:
+    for source in key_map.values():
+        first = state[names[source.key][0]]
+        if source.qkv_index is not None:
+            first = torch.cat([state[name] for name in names[source.key]])
+        elif source.transposed:
             first = first.T.contiguous()
-        elif origin.convolution:
+        elif source.convolution:
             first = first[:, :, None, None]
-        result.setdefault(origin.key, first)
+        result.setdefault(source.key, first)
     return result
 
 
 def original_key_maps(configs: Mapping[str, Mapping[str, object]]) -> dict[str, KeyMap]:
-    """The key map of each component of a single file, with the prefixes that such files have.
+    """The key map of each component of a single file, with the prefixes of single files.
 
     Args:
-        configs: component ("unet", "vae", "text_encoder", "text_encoder_2") -> its `config.json`. Components of
-            other names have no tensors in a single file and are left out of the result.
+        configs: component ("unet", "vae", "text_encoder", "text_encoder_2") -> its `config.json`. Other components
+            have no tensors in a single file and are ignored.
 
     Raises:
-        ConfigError: a configuration is not valid, or the original layout has no place for what it asks for.
+        ConfigError: a configuration is not valid, or the original layout cannot represent it.
     """
     maps: dict[str, KeyMap] = {}
     if "unet" in configs:
@@ -183,7 +182,7 @@ def original_key_maps(configs: Mapping[str, Mapping[str, object]]) -> dict[str, 
         maps["text_encoder"] = with_prefix(clip_key_map(first), "conditioner.embedders.0.transformer.")
     elif first is not None and first.get("hidden_act", "quick_gelu") == "quick_gelu":
         maps["text_encoder"] = with_prefix(clip_key_map(first), "cond_stage_model.transformer.")
-    elif first is not None:  # OpenAI's towers alone have quick_gelu
+    elif first is not None:  # only OpenAI's text encoders have quick_gelu
         maps["text_encoder"] = with_prefix(openclip_key_map(first), OPENCLIP_PREFIX)
     if second is not None:
         position = 0 if first is None else 1
@@ -194,12 +193,12 @@ def original_key_maps(configs: Mapping[str, Mapping[str, object]]) -> dict[str, 
 
 
 def is_unused(key: str, configs: Mapping[str, Mapping[str, object]]) -> bool:
-    """Whether a key of a single file belongs to no component, and is known to be of no use.
+    """Whether a key of a single file belongs to no component and can be ignored.
 
     Args:
-        key: as the file has it.
-        configs: as for :func:`original_key_maps`. SD 2.x reads the last block but one of its tower, so what comes
-            after it is unused.
+        key: the key in the file.
+        configs: as for :func:`original_key_maps`. SD 2.x reads the penultimate block of its text encoder, so the last
+            block and the projection are unused.
     """
     if _UNUSED.fullmatch(key):
         return True
@@ -212,64 +211,64 @@ def is_unused(key: str, configs: Mapping[str, Mapping[str, object]]) -> bool:
 
 
 def ema_key_map(key_map: KeyMap) -> KeyMap:
-    """The map of the UNet's moving average beside the UNet itself (its keys have lost their dots)."""
+    """The map of the UNet's moving averages, whose keys have no dots."""
     return {
-        name: origin._replace(key=EMA_PREFIX + origin.key.removeprefix("model.").replace(".", ""))
-        for name, origin in key_map.items()
+        name: source._replace(key=EMA_PREFIX + source.key.removeprefix("model.").replace(".", ""))
+        for name, source in key_map.items()
     }
 
 
 def unet_key_map(config: UNetConfig) -> KeyMap:
     """The UNet, without the prefix of single files."""
-    return {name: Origin(key) for name, key in _unet_pairs(config)}
+    return {name: KeySource(key) for name, key in _unet_pairs(config)}
 
 
 def vae_key_map(config: VAEConfig) -> KeyMap:
     """The autoencoder, without the prefix of single files."""
-    result = {name: Origin(key) for name, key in _vae_pairs(config)}
+    result = {name: KeySource(key) for name, key in _vae_pairs(config)}
     for side in ("encoder", "decoder") if config.mid_block_add_attention else ():
         block, original = f"{side}.mid_block.attentions.0.", f"{side}.mid.attn_1."
-        result |= {f"{block}group_norm.{kind}": Origin(f"{original}norm.{kind}") for kind in _BOTH}
+        result |= {f"{block}group_norm.{kind}": KeySource(f"{original}norm.{kind}") for kind in _BOTH}
         for name, key in _VAE_ATTENTION.items():
-            result[f"{block}{name}.weight"] = Origin(f"{original}{key}.weight", convolution=True)
-            result[f"{block}{name}.bias"] = Origin(f"{original}{key}.bias")
+            result[f"{block}{name}.weight"] = KeySource(f"{original}{key}.weight", convolution=True)
+            result[f"{block}{name}.bias"] = KeySource(f"{original}{key}.bias")
     return result
 
 
 def clip_key_map(config: Mapping[str, object]) -> KeyMap:
-    """OpenAI's text tower, which single files hold under the names of transformers."""
+    """OpenAI's text encoder, which has the names of transformers in single files."""
     names = ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]
     for layer in range(_layers(config)):
         names += (f"encoder.layers.{layer}.{name}.{kind}" for name in _CLIP_LAYER for kind in _BOTH)
     names += (f"final_layer_norm.{kind}" for kind in _BOTH)
-    return {f"text_model.{name}": Origin(f"text_model.{name}") for name in names}
+    return {f"text_model.{name}": KeySource(f"text_model.{name}") for name in names}
 
 
 def openclip_key_map(config: Mapping[str, object]) -> KeyMap:
-    """An OpenCLIP text tower, of as many blocks as the configuration asks for."""
+    """An OpenCLIP text encoder with the configuration's number of blocks."""
     result = {
-        "text_model.embeddings.token_embedding.weight": Origin("token_embedding.weight"),
-        "text_model.embeddings.position_embedding.weight": Origin("positional_embedding"),
+        "text_model.embeddings.token_embedding.weight": KeySource("token_embedding.weight"),
+        "text_model.embeddings.position_embedding.weight": KeySource("positional_embedding"),
     }
     for layer in range(_layers(config)):
         block, original = f"text_model.encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
-        for third, name in enumerate(_OPENCLIP_FUSED):
+        for qkv_index, name in enumerate(_OPENCLIP_FUSED):
             for kind in _BOTH:
                 key = f"{original}attn.in_proj_{kind}"
-                result[f"{block}self_attn.{name}.{kind}"] = Origin(key, third=third)
+                result[f"{block}self_attn.{name}.{kind}"] = KeySource(key, qkv_index=qkv_index)
         pairs = _leaves(block, original, _OPENCLIP_LAYER)
-        result |= {name: Origin(key) for name, key in pairs}
-    result |= {f"text_model.final_layer_norm.{kind}": Origin(f"ln_final.{kind}") for kind in _BOTH}
+        result |= {name: KeySource(key) for name, key in pairs}
+    result |= {f"text_model.final_layer_norm.{kind}": KeySource(f"ln_final.{kind}") for kind in _BOTH}
     if config.get("architectures") == ["CLIPTextModelWithProjection"]:
-        result["text_projection.weight"] = Origin("text_projection", transposed=True)
+        result["text_projection.weight"] = KeySource("text_projection", transposed=True)
     return result
 
 
 def _unet_pairs(config: UNetConfig) -> _Pairs:
     if config.mid_block_type is None:
         raise ConfigError(
-            "mid_block_type null: the original layout has no UNet without a middle block; use a folder in the "
-            "diffusers layout"
+            "mid_block_type null: the original layout cannot represent a UNet without a middle block; use a folder "
+            "in the diffusers layout"
         )
     yield from _leaves("", "", _UNET_ENDS)
     yield from _conditioning_pairs(config)
@@ -297,15 +296,15 @@ def _unet_pairs(config: UNetConfig) -> _Pairs:
             if stage.up_attention:
                 yield from _transformer(f"{block}attentions.{j}.", f"{original}1.", stage.depth)
             position += 1
-        if i < last:  # the upsampler follows what else the stage's last block holds
+        if i < last:  # the upsampler is last in the stage's last block
             place = f"output_blocks.{position - 1}.{2 if stage.up_attention else 1}."
             yield from _leaves(f"up_blocks.{i}.upsamplers.0.", place, {"conv": "conv"})
 
 
 def _conditioning_pairs(config: UNetConfig) -> _Pairs:
-    """The embeddings beside that of the timestep; those that are added to it are all called label_emb."""
+    """The embeddings added to that of the timestep, all of which are called label_emb."""
     if config.time_cond_proj_dim is not None:
-        # No original code has it; this is how converters of others call it.
+        # The original code has none; this is the name in other converters.
         yield "time_embedding.cond_proj.weight", "time_embed.cond_proj.weight"
     by_class = config.class_embed_type in ("timestep", "projection")
     by_table = config.class_embed_type is None and config.num_class_embeds is not None
@@ -335,7 +334,7 @@ def _transformer(name: str, key: str, depth: int) -> _Pairs:
 
 
 def _vae_pairs(config: VAEConfig) -> _Pairs:
-    """All of the autoencoder but the attention of its middle blocks."""
+    """The autoencoder without the attention of its middle blocks."""
     yield from _leaves("", "", _same(("quant_conv", "post_quant_conv")))
     channels = config.block_out_channels
     layers, last = config.layers_per_block, len(channels) - 1
@@ -362,7 +361,7 @@ def _vae_resnets(block: str, original: str, count: int, widens: bool) -> _Pairs:
 
 
 def _leaves(name: str, key: str, modules: Mapping[str, str], kinds: tuple[str, ...] = _BOTH) -> _Pairs:
-    """The tensors of modules that lie under ``name`` in the one layout and under ``key`` in the other."""
+    """The tensors of modules under ``name`` in the diffusers layout and under ``key`` in the original one."""
     for module, original in modules.items():
         for kind in kinds:
             yield f"{name}{module}.{kind}", f"{key}{original}.{kind}"
@@ -379,16 +378,16 @@ def _layers(config: Mapping[str, object]) -> int:
     return layers
 
 
-def _compare(found: Mapping[str, Tensor], due: Iterable[str]) -> None:
-    missing = [name for name in due if name not in found]
-    extra = sorted(found.keys() - set(due))
+def _compare(actual: Mapping[str, Tensor], expected: Iterable[str]) -> None:
+    missing = [name for name in expected if name not in actual]
+    extra = sorted(actual.keys() - set(expected))
     problems = [
         f"{len(names)} {what}, such as {quote(names[0])}"
-        for what, names in (("missing", missing), ("too many", extra))
+        for what, names in (("missing", missing), ("extra", extra))
         if names
     ]
     if problems:
         raise CheckpointMismatchError(
-            f"the tensors are not those of the configuration: {' and '.join(problems)}; use the configuration "
-            "made for them"
+            f"the tensors do not match the configuration: {' and '.join(problems)}; use the configuration "
+            "of this model"
         )

@@ -1,4 +1,4 @@
-"""Checkpoints written in another precision or another layout; memory holds a piece of a tensor, never a file."""
+"""Writes checkpoints in another precision or layout; memory holds a piece of a tensor, never a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
 
-# What a folder in the diffusers layout holds beside weights, and what its components cannot do without.
+# The files of a folder in the diffusers layout that are copied, apart from weights.
 _KNOWN_FILES = frozenset(
     {
         *("config.json", "generation_config.json", "scheduler_config.json", "preprocessor_config.json"),
@@ -41,7 +41,7 @@ _KNOWN_FILES = frozenset(
 
 
 class Written(NamedTuple):
-    """How many tensors were written, and the components of the source that the new layout has no place for."""
+    """The number of tensors written, and the files or components of the source that were left out."""
 
     tensors: int
     left_out: tuple[str, ...]
@@ -50,14 +50,14 @@ class Written(NamedTuple):
 def convert_file(
     source: Path, target: Path, dtype: torch.dtype | None, advance: Callable[[int], object]
 ) -> dict[str, TensorInfo]:
-    """Write a safetensors file in another precision; names, metadata and whole numbers stay as they are.
+    """Write a safetensors file in another precision; names, metadata and integers stay as they are.
 
     Returns:
         The tensors written.
 
     Raises:
         CheckpointError: the file cannot be read, or a value is NaN, infinite or too large for ``dtype``.
-        OutputError: the target cannot be written; what stood there is intact.
+        OutputError: the target cannot be written; existing files are never damaged.
     """
     header = read_header(source)
     with atomic_write(target) as file:
@@ -79,7 +79,7 @@ def convert_folder(
     variant: str | None,
     advance: Callable[[int], object],
 ) -> Written:
-    """Write a folder in the diffusers layout in another precision; what is not weights is copied as it is.
+    """Write a folder in the diffusers layout in another precision; other files are copied unchanged.
 
     Args:
         variant: becomes part of the names of the weights ("fp16": ``model.fp16.safetensors``).
@@ -106,12 +106,12 @@ def convert_folder(
 
 
 def component_files(folder: CheckpointFolder, component: str) -> list[Path]:
-    """The weights of a component: those without a variant, else those of the only variant that there is.
+    """The weight files of a component: those without a variant, else those of its only variant.
 
-    None for a component that has no weights: a tokenizer, a scheduler, or one whose folder is not there.
+    Empty for a component without weights: a tokenizer, a scheduler, or one without a folder.
 
     Raises:
-        CheckpointNotFoundError: there is a configuration and no weights, or several variants to choose from.
+        CheckpointNotFoundError: there is a configuration without weights, or several variants.
         UnsafeCheckpointError: there are only pickles.
     """
     path = folder.folder(component)
@@ -121,7 +121,7 @@ def component_files(folder: CheckpointFolder, component: str) -> list[Path]:
     if len(variants) > 1 and None not in variants:
         there = ", ".join(quote(variant) for variant in variants)
         raise CheckpointNotFoundError(
-            f"{quote(path)} has weights of several variants ({there}) and none without: keep one of them"
+            f"{quote(path)} has weights only as several variants ({there}); keep one of them"
         )
     return folder.weight_files(component, None if None in variants or not variants else variants[0])
 
@@ -173,7 +173,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _left_out(folder: CheckpointFolder, done: set[Path]) -> tuple[str, ...]:
-    """What lies in the folder and its components and was neither copied nor converted."""
+    """Files in the folder and its components that were neither copied nor converted."""
     components = {folder.path / component for component in folder.components}
     parents = [path for path in (folder.path, *components) if path.is_dir()]
     files = {file for parent in parents for file in parent.iterdir()} - done - components
@@ -181,8 +181,8 @@ def _left_out(folder: CheckpointFolder, done: set[Path]) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if ".safetensors.index" not in name))
 
 
-# How single files say what the UNet predicts.
-_STATED = {"epsilon": "epsilon", "v_prediction": "v"}
+# prediction_type -> its name in the metadata of single files.
+_DECLARED = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 def write_single_file(
@@ -190,17 +190,17 @@ def write_single_file(
 ) -> Written:
     """Write the weights of a folder as one file in the original layout.
 
-    The configurations, which such a file does not hold, are lost: it can be read again if the model is of a published
-    family. What the UNet predicts is kept in the metadata, as `modelspec.prediction_type`.
+    Configurations are left out, so the file can only be read again if the model is of a published family. The metadata
+    holds the prediction type, as `modelspec.prediction_type`.
 
     Args:
         dtype: what floating-point tensors become; None keeps each one's own.
-        advance: called with the bytes of each piece when it is written.
+        advance: called with the number of bytes of each piece after it is written.
 
     Raises:
-        CheckpointError: the folder's weights are not those of its configurations, or cannot be read.
-        ConfigError: a configuration holds what is not implemented, or what the original layout has no place for.
-        OutputError: the target cannot be written; what stood there is intact.
+        CheckpointError: the folder's weights do not match its configurations, or cannot be read.
+        ConfigError: a configuration is not implemented, or the original layout cannot represent it.
+        OutputError: the target cannot be written; existing files are never damaged.
     """
     names = ("unet", "vae", *TOKENIZERS)
     configs = {name: folder.config(name) for name in names if name in folder.components}
@@ -210,11 +210,12 @@ def write_single_file(
     metadata = {"format": "pt"}
     if "scheduler" in folder.components:
         prediction = prediction_type(folder.config("scheduler"))
-        if prediction not in _STATED:
+        if prediction not in _DECLARED:
             raise ConfigError(
-                f"{quote(folder.path)}: prediction_type is {quote(prediction)}; single files have {', '.join(_STATED)}"
+                f"{quote(folder.path)}: prediction_type {quote(prediction)}; allowed in single files are "
+                f"{', '.join(_DECLARED)}"
             )
-        metadata["modelspec.prediction_type"] = _STATED[str(prediction)]
+        metadata["modelspec.prediction_type"] = _DECLARED[str(prediction)]
     _write(target, state, metadata, dtype, folder.path, advance)
     kept = {*configs, *TOKENIZERS.values(), "scheduler"}
     return Written(len(state), tuple(name for name in folder.components if name not in kept))
@@ -232,10 +233,10 @@ def write_folder(
     Args:
         dtype: what floating-point tensors become; None keeps each one's own.
         variant: becomes part of the names of the weights ("fp16": ``model.fp16.safetensors``).
-        advance: called with the bytes of each piece when it is written.
+        advance: called with the number of bytes of each piece after it is written.
 
     Raises:
-        CheckpointError: the file's weights are not those of its family, or cannot be read.
+        CheckpointError: the file's weights do not match its family, or cannot be read.
         OutputError: the target exists or cannot be written; nothing is left there.
     """
     count, infix = 0, variant_infix(variant)
@@ -256,7 +257,7 @@ def write_folder(
 
 
 def _state(checkpoint: Checkpoint, component: str) -> dict[str, Tensor]:
-    """The weights of one component by the names of the diffusers layout: views of the file, checked strictly."""
+    """The weights of one component under diffusers' names: views of the file, checked strictly."""
     config, weights = checkpoint.config(component), checkpoint.weights(component)
     if component in TOKENIZERS:
         tokenizer = checkpoint.tokenizer(TOKENIZERS[component])

@@ -1,7 +1,7 @@
-"""The child process that reads a pickle: torch's restricted unpickler, under limits, the tensors to stdout.
+"""The child process that reads a pickle with torch's restricted unpickler, under limits, and writes to stdout.
 
-:mod:`latentgen.checkpoints.convert` starts it. The process changes its own limits and refuses most of what a
-process can do, so :func:`main` is not for a process that has anything else to do.
+:mod:`latentgen.checkpoints.convert` starts it. :func:`main` lowers the limits of its process and blocks most system
+calls, so call it only in a process of its own.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from latentgen.checkpoints.io import DTYPE_NAMES, MAX_DIMENSIONS, MAX_HEADER_BYT
 from latentgen.errors import CheckpointCorruptError, LatentgenError, UnsafeCheckpointError
 from latentgen.files import quote
 
-# Views that share a storage are written out one by one: at most so many times the size of the file.
+# Views that share a storage are written separately: at most this many times the size of the file.
 MAX_GROWTH = 4
-_SPARE_BYTES = 512 * 2**20  # of address space, beside what the interpreter has and what the file needs
+_SPARE_BYTES = 512 * 2**20  # of address space, on top of the interpreter's and the file's
 _OPEN_FILES = 64
-_MAX_NAMES = 100  # of what is dropped, in the report
-# Objects in published checkpoints that hold no weights, or hold them in `_parameters`.
+_MAX_NAMES = 100  # of dropped entries, in the report
+# Classes in published checkpoints that hold no weights, or hold them in `_parameters`.
 _STAND_INS = (
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
@@ -42,7 +42,7 @@ _STAND_INS = (
 _REFUSED = re.compile(
     r"GLOBAL ([^\s`]+)|unrecognized function (.+?)(?: which belongs to|\n|$)|`add_safe_globals`,? but got (.+)"
 )
-# Audit events, by their beginnings; https://docs.python.org/3/library/audit_events.html
+# Prefixes of audit events; https://docs.python.org/3/library/audit_events.html
 _FORBIDDEN = (
     *("socket.", "subprocess.", "shutil.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn"),
     *("os.startfile", "os.kill", "os.remove", "os.rename", "os.link", "os.symlink", "os.truncate", "pty."),
@@ -52,14 +52,14 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class State(NamedTuple):
-    """The weights in a pickle, and the names of what is beside them."""
+    """The weights in a pickle, and the names of its other entries."""
 
     tensors: dict[str, Tensor]
     dropped: list[str]
 
 
 class _StandIn:
-    """Takes the place of an object whose class is never imported; keeps its state, does nothing."""
+    """Replaces an object whose class is never imported; stores its state."""
 
     def __init__(self, *arguments: object) -> None:
         self.state: object = None
@@ -69,12 +69,12 @@ class _StandIn:
 
 
 def main() -> NoReturn:
-    """Write the tensors of the pickle ``argv[1]`` to stdout, as ``argv[2]`` (a dtype, or nothing), in
-    ``argv[3]`` seconds of processor time; the last line on stderr is a JSON object: ``dropped``, or ``error``.
+    """Write the tensors of the pickle ``argv[1]`` to stdout, as dtype ``argv[2]`` (empty keeps each one's own), in
+    ``argv[3]`` seconds of CPU time; the last line on stderr is a JSON object with ``dropped`` or ``error``.
     """
     source, dtype, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     output = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else is printed stays out of the file
+    os.dup2(2, 1)  # keeps other output out of the file
     report: dict[str, object]
     try:
         torch.set_num_threads(1)
@@ -93,15 +93,15 @@ def main() -> NoReturn:
         message = f"the weights of {quote(source)} cannot be written: {error.strerror or error}"
         report = {"error": "OutputError", "message": message}
     print(f"\n{json.dumps(report)}", file=sys.stderr, flush=True)
-    os._exit(0)  # tearing down what a hostile file built could take for ever
+    os._exit(0)  # destroying the objects of a hostile file could take forever
 
 
 def read_pickle(source: Path) -> State:
     """The weights in a file that `torch.save` wrote, memory-mapped where its format allows.
 
     Raises:
-        UnsafeCheckpointError: the file asks for something else than tensors and plain values.
-        CheckpointCorruptError: the file is damaged, or is no state dict of dense tensors.
+        UnsafeCheckpointError: the file references more than tensors and plain values.
+        CheckpointCorruptError: the file is damaged, or is not a state dict of dense tensors.
     """
     size = source.stat().st_size
     with open(source, "rb") as file:
@@ -117,21 +117,21 @@ def read_pickle(source: Path) -> State:
     claimed = sum(distinct.values())
     if claimed > size or (records is not None and not records.issuperset(distinct.values())):
         raise CheckpointCorruptError(
-            f"{quote(source)} ({size:,} bytes) announces tensors of {claimed:,} bytes, which it does not hold"
+            f"{quote(source)} ({size:,} bytes) declares tensors of {claimed:,} bytes, which it does not hold"
         )
     if (total := sum(tensor.nbytes for tensor in state.tensors.values())) > MAX_GROWTH * size:
         raise CheckpointCorruptError(
-            f"{quote(source)} ({size:,} bytes) would become {total:,} bytes, since its tensors overlap; at "
-            f"most {MAX_GROWTH} times the size is written"
+            f"{quote(source)} ({size:,} bytes) would become {total:,} bytes, because its tensors overlap; at "
+            f"most {MAX_GROWTH} times the size is allowed"
         )
     return state
 
 
 def _limit(size: int, seconds: int) -> None:
-    """Cap what the process may use, given the size of the file that it reads."""
+    """Limit the resources of the process, given the size of its input."""
     try:
         import resource
-    except ImportError:  # Windows: the parent's clock is the limit
+    except ImportError:  # Windows: the parent's timeout is the only limit
         return
     limits = {
         resource.RLIMIT_CORE: 0,
@@ -139,7 +139,7 @@ def _limit(size: int, seconds: int) -> None:
         resource.RLIMIT_NOFILE: _OPEN_FILES,
         resource.RLIMIT_FSIZE: MAX_GROWTH * size + MAX_HEADER_BYTES,
     }
-    with suppress(OSError):  # Linux alone
+    with suppress(OSError):  # Linux only
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         # The mapped file, one tensor made contiguous and one in another precision.
         limits[resource.RLIMIT_AS] = pages * resource.getpagesize() + 3 * size + _SPARE_BYTES
@@ -150,10 +150,12 @@ def _limit(size: int, seconds: int) -> None:
 
 
 def _refuse(event: str, arguments: tuple[object, ...]) -> None:
-    """An audit hook: a second wall, should a pickle find a hole in torch's restricted unpickler."""
+    """An audit hook, in case a pickle escapes torch's restricted unpickler."""
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING
     if writes or event.startswith(_FORBIDDEN):
-        raise UnsafeCheckpointError(f"the file tried to do what weights never do ({event}); it was stopped")
+        raise UnsafeCheckpointError(
+            f"reading the file triggered {event}, which weights never need; it was stopped"
+        )
 
 
 def _records(source: Path) -> set[int]:
@@ -168,7 +170,7 @@ def _records(source: Path) -> set[int]:
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
             raise CheckpointCorruptError(
-                f"{quote(source)}: the record {quote(record.filename)} is compressed, which torch never does"
+                f"{quote(source)}: the record {quote(record.filename)} is compressed; torch.save never compresses"
             )
     return {0, *(record.file_size for record in records)}
 
@@ -187,7 +189,7 @@ def _load(source: Path, archive: bool) -> object:
             return torch.load(source, map_location="cpu", weights_only=True, mmap=archive)
     except LatentgenError:
         raise
-    except Exception as error:  # what a damaged file raises inside torch has no bounds
+    except Exception as error:  # a damaged file can raise anything inside torch
         raise _explained(source, error) from error
 
 
@@ -204,8 +206,8 @@ def _explained(source: Path, error: Exception) -> LatentgenError:
     if isinstance(error, pickle.UnpicklingError) and (match := _REFUSED.search(message)):
         name = next(group for group in match.groups() if group)
         return UnsafeCheckpointError(
-            f"{quote(source)} asks for {quote(name.strip())}, which is not among what weights need and may run "
-            "code; nothing was run: ask whoever made the file for a .safetensors file"
+            f"{quote(source)} references {quote(name.strip())}, which weights do not need and which may run code; "
+            "nothing was run: ask the author of the file for a .safetensors file"
         )
     reason = message.partition("Check the documentation")[0].strip() or type(error).__name__
     return CheckpointCorruptError(
@@ -215,7 +217,7 @@ def _explained(source: Path, error: Exception) -> LatentgenError:
 
 
 def _extract(loaded: object, source: Path) -> State:
-    """The tensors of a state dict, which may be wrapped in ``state_dict``, or of an embedding.
+    """The tensors of a state dict, which may be inside ``state_dict``, or of an embedding.
 
     Only the slots of the types are used: the attributes of an OrderedDict come from the file.
     """
@@ -245,8 +247,8 @@ def _extract(loaded: object, source: Path) -> State:
             dropped.append(quote(name))
         else:
             raise CheckpointCorruptError(
-                f"{quote(source)}: {quote(name)} holds a {type(value).__name__} where a tensor is due; allowed "
-                "are tensors by name, or these in 'state_dict', no deeper"
+                f"{quote(source)}: {quote(name)} holds a {type(value).__name__} instead of a tensor; allowed are "
+                "tensors by name, directly or in 'state_dict'"
             )
     return State(tensors, dropped)
 
@@ -256,14 +258,14 @@ def _embedding(loaded: dict[object, object], source: Path) -> State:
     vectors = loaded["string_to_param"]
     if isinstance(vectors, _StandIn) and isinstance(vectors.state, dict):
         vectors = dict.get(vectors.state, "_parameters")
-    found = [vectors[token] for token in vectors] if isinstance(vectors, dict) else []
-    if len(found) != 1 or not isinstance(found[0], Tensor):
+    tensors = [vectors[token] for token in vectors] if isinstance(vectors, dict) else []
+    if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
         raise CheckpointCorruptError(f"{quote(source)}: 'string_to_param' does not hold exactly one tensor")
     name = dict.get(loaded, "name")
     if not isinstance(name, str) or not name:
         name = source.stem
     dropped = [quote(key) for key in loaded if key not in ("string_to_param", "name")]
-    return State({_name(name, source): _plain(name, found[0], source)}, dropped)
+    return State({_name(name, source): _plain(name, tensors[0], source)}, dropped)
 
 
 def _name(name: object, source: Path) -> str:
@@ -276,7 +278,7 @@ def _name(name: object, source: Path) -> str:
 
 
 def _plain(name: str, tensor: Tensor, source: Path) -> Tensor:
-    """The tensor without its history; a CheckpointCorruptError if it is not dense and within its storage."""
+    """The detached tensor; CheckpointCorruptError if it is not dense and within its storage."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         kind = "is sparse, nested or without values"
     elif tensor.dtype not in DTYPE_NAMES:

@@ -1,4 +1,4 @@
-"""Weights from safetensors files into modules, memory-mapped and strict, and back, all or nothing."""
+"""Loads safetensors files into modules, memory-mapped and strict, and saves weights atomically."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from latentgen.checkpoints.io import (
     read_header,
     write_tensors,
 )
-from latentgen.checkpoints.key_map import KeyMap, Origin
+from latentgen.checkpoints.key_map import KeyMap, KeySource
 from latentgen.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -43,18 +43,18 @@ _VAE_PROJECTION = re.compile(r".*\battentions\.\d+\.to_(q|k|v|out\.0)\.weight")
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the weights of one component lie.
+    """The files that hold the weights of one component.
 
     Attributes:
         files: one, or several shards.
-        key_map: None where the files are in the diffusers layout.
+        key_map: None if the files are in the diffusers layout.
     """
 
     files: tuple[Path, ...]
     key_map: KeyMap | None = None
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """The tensors by their names in the diffusers layout; reads the headers alone.
+        """The tensors by their names in the diffusers layout; reads only the headers.
 
         Raises:
             CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
@@ -62,11 +62,11 @@ class Weights:
         result: dict[str, TensorInfo] = {}
         for file in self.files:
             header = read_header(file)
-            for name, origin in _origins(header, self.key_map):
-                info = header[origin.key]
+            for name, source in _key_sources(header, self.key_map):
+                info = header[source.key]
                 result[name] = info._replace(
-                    shape=origin.shape(info.shape),
-                    nbytes=info.nbytes if origin.third is None else info.nbytes // 3,
+                    shape=source.shape(info.shape),
+                    nbytes=info.nbytes if source.qkv_index is None else info.nbytes // 3,
                 )
         return result
 
@@ -114,13 +114,13 @@ def load_weights(
     the first assignment, so a failure leaves the module as it was.
 
     Args:
-        prefixes: keys that begin with one of these belong to ``module``; the prefix stays in the name.
-        ignored_prefixes: keys that belong to another part and are passed over; any other key is an error.
+        prefixes: keys with one of these prefixes belong to ``module``; the prefix stays in the name.
+        ignored_prefixes: keys of other components, which are skipped; any other key is an error.
         dtype: what floating-point tensors become; None keeps the dtype of the file.
         memory_format: of tensors with four dimensions, as convolution kernels have.
         rename: maps a key of the file to a name in ``module``, after the selection by prefix.
-        key_map: for files that are not in the diffusers layout: its names stand for the keys in all of the
-            above, and what else a file holds is not looked at.
+        key_map: for files in another layout: its names take the place of the keys in the arguments above, and other
+            keys of a file are ignored.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
@@ -136,20 +136,20 @@ def load_weights(
     mapped = [MappedFile(file) for file in files]
     sources = _match(mapped, expected, prefixes, ignored_prefixes, rename, key_map)
 
-    def load(file: MappedFile, name: str, origin: Origin) -> tuple[str, Tensor]:
-        stored = file.tensor(origin.key)
-        tensor = origin.take(stored)
-        check_values(tensor, dtype, origin.key, file.path)
+    def load(file: MappedFile, name: str, source: KeySource) -> tuple[str, Tensor]:
+        stored = file.tensor(source.key)
+        tensor = source.take(stored)
+        check_values(tensor, dtype, source.key, file.path)
         placed = tensor.to(
             device=device,
             dtype=dtype if tensor.is_floating_point() else None,
             memory_format=memory_format if tensor.ndim == 4 else torch.preserve_format,
         )
         if placed.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
-            file.release(origin.key)
+            file.release(source.key)
         return name, placed
 
-    # Reading pages, looking at values and copying let go of Python's lock.
+    # Reading pages, checking values and copying release the GIL.
     with ThreadPoolExecutor(LOADING_THREADS) as pool:
         state = dict(pool.map(lambda source: load(*source), sources))
     module.load_state_dict(state, strict=True, assign=True)
@@ -168,13 +168,13 @@ def save_weights(
 
     All files reach the disk under temporary names before the first one is renamed; the weights that an
     earlier call left under the same stem and variant are replaced. One tensor at a time is copied to the CPU.
-    ``metadata`` is free text for the header of every file.
+    ``metadata`` is text for the header of every file.
 
     Returns:
         The safetensors files written, in order.
 
     Raises:
-        InputError: a dtype that the format lacks, no tensors, or a bad variant.
+        InputError: a dtype that the format lacks, no tensors, or an invalid variant.
         OutputError: the folder cannot be written; the old files are intact.
     """
     folder, infix = Path(folder), variant_infix(variant)
@@ -186,20 +186,20 @@ def save_weights(
     else:
         names = [f"{stem}{infix}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     index = folder / f"{stem}.safetensors.index{infix}.json"
-    with ExitStack() as stack:  # closes in reverse order: the index appears when all of its shards are there
+    with ExitStack() as stack:  # closes in reverse order: the index appears after all of its shards
         if len(shards) > 1:
             _write_index(stack.enter_context(atomic_write(index)), names, shards)
         for name, shard in zip(names, shards, strict=True):
             file = stack.enter_context(atomic_write(folder / name))
             write_tensors(file, {key: state[key] for key in shard}, {"format": "pt", **(metadata or {})})
             file.flush()
-            os.fsync(file.fileno())  # a full disk has to show before the first of several shards is renamed
+            os.fsync(file.fileno())  # a full disk has to fail before the first of several shards is renamed
     _remove_weights(folder, stem, variant, keep={*names, index.name} if len(shards) > 1 else {*names})
     return [folder / name for name in names]
 
 
 def variant_infix(variant: str | None) -> str:
-    """What a variant adds to a file's name: ".fp16" for "fp16", nothing for None; InputError if malformed."""
+    """The part of a file's name for a variant: ".fp16" for "fp16", nothing for None; InputError if malformed."""
     if variant is None:
         return ""
     if not isinstance(variant, str) or not _VARIANT.fullmatch(variant):
@@ -214,57 +214,57 @@ def _match(
     ignored_prefixes: tuple[str, ...],
     rename: Callable[[str], str] | None,
     key_map: KeyMap | None,
-) -> list[tuple[MappedFile, str, Origin]]:
+) -> list[tuple[MappedFile, str, KeySource]]:
     """The names in the module and where they come from; every name is covered exactly once."""
-    sources: list[tuple[MappedFile, str, Origin]] = []
-    found: dict[str, TensorInfo] = {}
+    sources: list[tuple[MappedFile, str, KeySource]] = []
+    actual: dict[str, TensorInfo] = {}
     extra: dict[str, TensorInfo] = {}
     for file in files:
-        for label, origin in _origins(file.header, key_map):
+        for label, source in _key_sources(file.header, key_map):
             if label.startswith(ignored_prefixes):
                 continue
             name = _current_name(rename(label) if rename else label)
             if key_map is None and _VAE_PROJECTION.fullmatch(name):
-                origin = origin._replace(convolution=True)  # as old files hold them
-            info = file.header[origin.key]
+                source = source._replace(convolution=True)  # as old files hold them
+            info = file.header[source.key]
             if not label.startswith(prefixes) or name not in expected:
-                extra[origin.key] = info
-            elif name in found:
-                raise CheckpointCorruptError(f"{quote(file.path)}: {quote(origin.key)} repeats {quote(name)}")
+                extra[source.key] = info
+            elif name in actual:
+                raise CheckpointCorruptError(f"{quote(file.path)}: {quote(source.key)} repeats {quote(name)}")
             else:
-                sources.append((file, name, origin))
-                found[name] = info._replace(shape=origin.shape(info.shape))
-    if problems := _problems(expected, found, extra):
+                sources.append((file, name, source))
+                actual[name] = info._replace(shape=source.shape(info.shape))
+    if problems := _problems(expected, actual, extra):
         where = ", ".join(quote(file.path) for file in files) or "no file"
-        likely = likely_architecture(found | extra)
-        hint = f". This is probably {likely}; use the configuration made for it" if likely else ""
+        likely = likely_architecture(actual | extra)
+        hint = f". This is probably {likely}; use its configuration" if likely else ""
         raise CheckpointMismatchError(
-            f"{where}: {len(found)} of the {len(expected)} tensors that are due are there: {problems}{hint}"
+            f"{where}: {len(actual)} of the {len(expected)} expected tensors are present: {problems}{hint}"
         )
     return sources
 
 
-def _origins(header: Mapping[str, TensorInfo], key_map: KeyMap | None) -> Iterable[tuple[str, Origin]]:
-    """What a file holds, by the names of the diffusers layout."""
+def _key_sources(header: Mapping[str, TensorInfo], key_map: KeyMap | None) -> Iterable[tuple[str, KeySource]]:
+    """The tensors of a file by their names in the diffusers layout."""
     if key_map is None:
-        return ((key, Origin(key)) for key in header)
-    return ((name, origin) for name, origin in key_map.items() if origin.key in header)
+        return ((key, KeySource(key)) for key in header)
+    return ((name, source) for name, source in key_map.items() if source.key in header)
 
 
 def _current_name(name: str) -> str:
-    """Undo the names that VAE attention has in folders of early diffusers releases."""
+    """The current name of VAE attention, which has other names in folders of early diffusers releases."""
     if match := _LEGACY_VAE_ATTENTION.fullmatch(name):
         block, projection, kind = match.groups()
         return f"{block}{_LEGACY_NAMES[projection]}.{kind}"
     return name
 
 
-def _problems(expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo], extra: Iterable[str]) -> str:
+def _problems(expected: Mapping[str, Tensor], actual: Mapping[str, TensorInfo], extra: Iterable[str]) -> str:
     """How the tensors of the files differ from those expected: counts and the first five; empty if none."""
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in actual]
     misshapen = [
-        f"{name} is {info.dtype} {list(info.shape)} where {list(expected[name].shape)} is due"
-        for name, info in found.items()
+        f"{name} is {info.dtype} {list(info.shape)} where {list(expected[name].shape)} is expected"
+        for name, info in actual.items()
         if not _fits(info, expected[name])
     ]
     kinds = {"missing": missing, "extra": list(extra), "misshapen": misshapen}
@@ -307,7 +307,7 @@ def _write_index(file: BinaryIO, names: Sequence[str], shards: Sequence[Mapping[
 
 
 def _remove_weights(folder: Path, stem: str, variant: str | None, *, keep: Collection[str]) -> None:
-    """Delete what an earlier save left under this stem and variant: it would be read beside the new files."""
+    """Delete the files of an earlier save under this stem and variant, which would be read with the new ones."""
     base, infix = re.escape(stem), re.escape(variant_infix(variant))
     weights = rf"{base}{infix}(-\d{{5}}-of-\d{{5}})?\.safetensors"
     index = rf"{base}(\.safetensors\.index{infix}|{infix}\.safetensors\.index)\.json"

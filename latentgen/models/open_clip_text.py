@@ -1,7 +1,7 @@
-"""OpenCLIP's text towers, from a model of the open_clip library or from a file of its weights.
+"""OpenCLIP's text encoders, from a model of the open_clip library or from a file of its weights.
 
-They become a :class:`CLIPText`: open_clip and transformers compute the same function, so one implementation serves
-both, and LoRAs, embeddings and saving work as for any other tower. open_clip itself is not imported here.
+They become a :class:`CLIPText`: open_clip and transformers compute the same function, so LoRAs, embeddings and saving
+work as for any other text encoder. open_clip itself is not imported here.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 OpenCLIPFamily = Literal["SD 1.x", "SD 2.x", "SDXL"]
 
 CONFIG_FILE = "open_clip_config.json"
-# What open_clip calls its weights on the Hub.
+# The names of open_clip's weights on the Hub.
 _WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 _IMAGE_TOWER = "visual."
 # Parameters of the contrastive objective (arXiv:2103.00020, section 2.3), and the causal mask of older releases.
-_BESIDE_THE_TOWERS = ("logit_scale", "logit_bias", "attn_mask", "text.attn_mask")
+_IGNORED_KEYS = ("logit_scale", "logit_bias", "attn_mask", "text.attn_mask")
 _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
 
 
-class _Reading(NamedTuple):
-    """How a family reads its tower: which layer, how many blocks it drops, whether it projects, and the padding."""
+class _FamilyTower(NamedTuple):
+    """The text encoder of a family: output layer, dropped last blocks, projection, padding token."""
 
     layer: ContextLayer
     dropped: int
@@ -49,19 +49,19 @@ class _Reading(NamedTuple):
     pad_token: str
 
 
-# As the configurations of the published folders have it. The second one's context is the last layer but one,
-# normalised; the third one's is the same without the norm (arXiv:2307.01952, section 2).
-_READINGS: Mapping[OpenCLIPFamily, _Reading] = {
-    "SD 1.x": _Reading("last", 0, False, CLIP_PAD),
-    "SD 2.x": _Reading("last", 1, False, OPENCLIP_PAD),
-    "SDXL": _Reading("penultimate", 0, True, OPENCLIP_PAD),
+# As in the configurations of the published folders. The context of SD 2.x is the penultimate layer, normalized; that of
+# SDXL is the same without the norm (arXiv:2307.01952, section 2).
+_FAMILY_TOWERS: Mapping[OpenCLIPFamily, _FamilyTower] = {
+    "SD 1.x": _FamilyTower("last", 0, False, CLIP_PAD),
+    "SD 2.x": _FamilyTower("last", 1, False, OPENCLIP_PAD),
+    "SDXL": _FamilyTower("penultimate", 0, True, OPENCLIP_PAD),
 }
 
 
 class OpenCLIPTextConfig(StageConfig):
-    """open_clip's `text_cfg`, with `embed_dim` and `quick_gelu`, which stand beside it.
+    """open_clip's `text_cfg`, with `embed_dim` and `quick_gelu` from next to it.
 
-    What transformers' CLIP does not do is refused by the name of its field.
+    Fields that transformers' CLIP does not support allow only their neutral value.
     """
 
     diffusers_class: ClassVar[str] = "open_clip's text tower"
@@ -91,7 +91,7 @@ class OpenCLIPTextConfig(StageConfig):
     scale_attn: Literal[False] = False
     scale_fc: Literal[False] = False
     hf_model_name: None = None
-    # Without effect on a tower of the kind that is left.
+    # Without effect on a text encoder that satisfies the fields above.
     hf_model_pretrained: bool = True
     hf_proj_type: str | None = None
     hf_pooler_type: str | None = None
@@ -103,7 +103,7 @@ class OpenCLIPTextConfig(StageConfig):
     output_tokens: bool = False
 
     def clip_config(self, *, layers: int, projects: bool, eps: float = 1e-5) -> CLIPTextConfig:
-        """The same tower as transformers describes it, of the first `layers` blocks.
+        """The configuration of transformers for the first `layers` blocks.
 
         Raises:
             ConfigError: a value is out of the bounds of CLIP.
@@ -113,7 +113,7 @@ class OpenCLIPTextConfig(StageConfig):
             "architectures": [name],
             "vocab_size": self.vocab_size,
             "hidden_size": self.width,
-            # Rounded down as in open_clip, but for the error of a ratio that was itself divided out.
+            # Rounded down as in open_clip; the term corrects the rounding error of a ratio computed by division.
             "intermediate_size": int(self.width * self.mlp_ratio + 1e-6),
             "num_hidden_layers": layers,
             "num_attention_heads": self.heads,
@@ -132,46 +132,46 @@ def from_open_clip(
     tokenizer: CLIPTokenizer | None = None,
     dtype: torch.dtype | None = None,
 ) -> CLIPText:
-    """The text tower of a model of open_clip as a text encoder, on the model's device and with its weights.
+    """The text tower of an open_clip model as a text encoder, on the same device and with the same weights.
 
-    Nothing is copied but the projection, which transformers holds transposed, and what has another dtype: what later
-    changes the weights of one changes the other. ::
+    Only the projection, which transformers stores transposed, and weights of another dtype are copied; the others are
+    shared, so changing them in one model changes the other. ::
 
         model = open_clip.create_model("ViT-H-14", pretrained="laion2b_s32b_b79k")
         tower = from_open_clip(model, family="SD 2.x")
 
     Args:
-        model: as `open_clip.create_model` gives it; its image tower is not looked at.
-        family: whose way of reading the tower is meant: the last layer, normalised ("SD 1.x"); the last but one,
-            normalised, without the block behind it ("SD 2.x"); or the last but one as it is, with the projection of
-            the end token as pooled state ("SDXL").
-        tokenizer: what the tower was trained with, if not with CLIP's own. That one reads prompts as diffusers does:
-            without open_clip's repair of the text (ftfy, HTML entities), and "!" as padding where that is its token.
-        dtype: of the weights; that of the tower's matrices if None.
+        model: from `open_clip.create_model`; its image tower is ignored.
+        family: how the tower is used: its last layer, normalized ("SD 1.x"); its penultimate layer, normalized, without
+            the last block ("SD 2.x"); or its penultimate layer without the norm, with the projection of the end token
+            as pooled state ("SDXL").
+        tokenizer: the tokenizer of the training; None is CLIP's, which reads prompts as in diffusers: without
+            open_clip's cleaning of the text (ftfy, HTML entities), and with the family's padding token.
+        dtype: of the weights; None keeps that of the tower's matrices.
 
     Raises:
-        InputError: `model` is no model of open_clip with such a tower, or `family` is none of these.
-        ConfigError: the tower computes something that CLIP does not; the message names the field.
-        CheckpointMismatchError: it has other weights than such a tower, or another vocabulary than the tokenizer.
+        InputError: `model` is not an open_clip model with such a tower, or `family` is unknown.
+        ConfigError: the tower differs from CLIP; the message names the field.
+        CheckpointMismatchError: its weights differ from those of CLIP, or its vocabulary from the tokenizer's.
     """
-    reading = _reading(family)
+    family_tower = _family_tower(family)
     tower = _text_tower(model)
     config, eps = _live_config(tower)
     tensors = {
         name: tensor
         for name, tensor in tower.state_dict().items()
-        if not name.startswith(_IMAGE_TOWER) and name not in _BESIDE_THE_TOWERS
+        if not name.startswith(_IMAGE_TOWER) and name not in _IGNORED_KEYS
     }
     _refuse_extra(tensors, config, f"the {type(model).__name__}")
-    clip_config = _clip_config(config, reading, eps)
+    clip_config = _clip_config(config, family_tower, eps)
     key_map = openclip_key_map(clip_config.to_json())
-    used = {origin.key: tensors[origin.key] for origin in key_map.values() if origin.key in tensors}
+    used = {source.key: tensors[source.key] for source in key_map.values() if source.key in tensors}
     if any(tensor.is_meta or not tensor.is_floating_point() for tensor in used.values()):
-        raise InputError("the model's weights must be floating-point numbers, and not on the meta device")
+        raise InputError("the model's weights have to be floating-point numbers, and not on the meta device")
     dtype = tower.transformer.resblocks[0].mlp.c_fc.weight.dtype if dtype is None else dtype
     state = to_diffusers_names({key: tensor.to(dtype) for key, tensor in used.items()}, key_map)
     text = CLIPText.from_tensors(
-        clip_config, _tokenizer(config, reading, tokenizer), state, layer=reading.layer
+        clip_config, _tokenizer(config, family_tower, tokenizer), state, layer=family_tower.layer
     )
     text.model.requires_grad_(False)
     return text
@@ -186,44 +186,43 @@ def load_open_clip(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> CLIPText:
-    """The text tower out of a file of open_clip's weights; those of the image tower are passed over.
+    """The text tower in a file of open_clip's weights; those of the image tower are ignored.
 
     Args:
-        source: a `.safetensors` file, or a folder as open_clip has it on the Hub (`open_clip_model.safetensors` and
+        source: a `.safetensors` file, or a folder in open_clip's layout on the Hub (`open_clip_model.safetensors` and
             `open_clip_config.json`).
         family: as in :func:`from_open_clip`.
-        config: what `open_clip.get_model_config(NAME)` gives; None reads `open_clip_config.json` beside the file.
+        config: from `open_clip.get_model_config(NAME)`; None reads `open_clip_config.json` next to the file.
         tokenizer: as in :func:`from_open_clip`.
-        dtype: of the weights; that of the file if None.
-        device: where the weights go.
+        dtype: of the weights; None keeps that of the file.
+        device: of the weights.
 
     Raises:
-        InputError: the file is something else, there is no configuration, or `family` is unknown.
+        InputError: the file is something else, the configuration is missing, or `family` is unknown.
         CheckpointError: what is wrong with the file, in a subclass.
         ConfigError: as in :func:`from_open_clip`.
     """
-    reading = _reading(family)
+    family_tower = _family_tower(family)
     path = _weights_file(as_path(source))
     header = read_header(path)
     identity = identify(header)
-    if identity is None or identity.kind != "text encoder" or identity.layout != "original":
-        what = identity.name if identity else "nothing that is known here"
+    if identity.kind != "text encoder" or identity.layout != "original":
         raise InputError(
-            f"{quote(path)} is {what}; give a file that open_clip saved, which has keys like "
+            f"{quote(path)} is {identity.name}; give a file saved by open_clip, which has keys like "
             "transformer.resblocks.0.attn.in_proj_weight"
         )
     text_config = _stored_config(path, config)
-    prefix = identity.wrapper + identity.prefix
-    own = {key.removeprefix(identity.wrapper) for key in header}
-    own = {key for key in own if not key.startswith(_IMAGE_TOWER) and key not in _BESIDE_THE_TOWERS}
-    _refuse_extra({key.removeprefix(identity.prefix) for key in own}, text_config, quote(path))
-    clip_config = _clip_config(text_config, reading)
+    prefix = identity.key_prefix + identity.component_prefix
+    own = {key.removeprefix(identity.key_prefix) for key in header}
+    own = {key for key in own if not key.startswith(_IMAGE_TOWER) and key not in _IGNORED_KEYS}
+    _refuse_extra({key.removeprefix(identity.component_prefix) for key in own}, text_config, quote(path))
+    clip_config = _clip_config(text_config, family_tower)
     key_map: KeyMap = with_prefix(openclip_key_map(clip_config.to_json()), prefix)
     text = CLIPText.from_weights(
         clip_config,
-        _tokenizer(text_config, reading, tokenizer),
+        _tokenizer(text_config, family_tower, tokenizer),
         Weights((path,), key_map),
-        layer=reading.layer,
+        layer=family_tower.layer,
         dtype=dtype,
         device=device,
     )
@@ -231,20 +230,20 @@ def load_open_clip(
     return text
 
 
-def _reading(family: OpenCLIPFamily) -> _Reading:
-    if family not in _READINGS:
+def _family_tower(family: OpenCLIPFamily) -> _FamilyTower:
+    if family not in _FAMILY_TOWERS:
         raise InputError(
             f"family={quote(family)} is unknown; choose from {', '.join(get_args(OpenCLIPFamily))}"
         )
-    return _READINGS[family]
+    return _FAMILY_TOWERS[family]
 
 
 def _text_tower(model: Any) -> Any:
-    """The module that owns the text tower: the model itself, or a part of it."""
+    """The module that contains the text tower: the model itself, or a part of it."""
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"a model of open_clip is needed, not {quote(model)}: make one with open_clip.create_model(NAME, "
-            'pretrained=TAG); open_clip comes with pip install "latentgen[openclip]"'
+            f"model has to be an open_clip model, not {quote(model)}: create one with open_clip.create_model(NAME, "
+            'pretrained=TAG); install open_clip with pip install "latentgen[openclip]"'
         )
     tower = model.get_submodule("text") if "text" in dict(model.named_children()) else model
     parts = {name for name, _ in tower.named_children()}
@@ -252,14 +251,14 @@ def _text_tower(model: Any) -> Any:
         tower.transformer, "resblocks"
     ):
         raise InputError(
-            f"the {type(model).__name__} has no text transformer of open_clip's own kind (transformer.resblocks, "
-            "token_embedding, ln_final); towers of other libraries inside of open_clip are not read"
+            f"the {type(model).__name__} has no text transformer of open_clip (transformer.resblocks, "
+            "token_embedding, ln_final); its wrappers of other libraries' text encoders are not supported"
         )
     return tower
 
 
 def _live_config(tower: Any) -> tuple[OpenCLIPTextConfig, float]:
-    """What a tower computes, told by its modules; and the epsilon of its norms."""
+    """The configuration of a tower, from its modules, and the epsilon of its norms."""
     blocks = list(tower.transformer.resblocks)
     vocabulary, width = tower.token_embedding.weight.shape
     projection = tower.text_projection
@@ -273,11 +272,11 @@ def _live_config(tower: Any) -> tuple[OpenCLIPTextConfig, float]:
     heads = {block.attn.num_heads for block in blocks}
     if len(norms) != 1 or len(activations) != 1 or len(heads) != 1:
         raise ConfigError(
-            "the blocks of the text tower differ in heads, activation or epsilon; CLIP's are alike"
+            "the blocks of the text tower differ in heads, activation or epsilon; CLIP's are equal"
         )
     config = OpenCLIPTextConfig.from_json(
         {
-            # A tower without projection has no such width.
+            # Unused without a projection.
             "embed_dim": width if projection is None else _columns(projection),
             "quick_gelu": activations == {"quick_gelu"},
             "context_length": tower.positional_embedding.shape[0],
@@ -289,7 +288,7 @@ def _live_config(tower: Any) -> tuple[OpenCLIPTextConfig, float]:
             "proj_type": "none" if projection is None else "linear",
             "proj_bias": isinstance(projection, nn.Module),
             "no_causal_mask": tower.attn_mask is None,
-            # open_clip's CLIP takes over the parts of its TextTransformer, under another name.
+            # open_clip's CLIP has the attributes of its TextTransformer, under another name.
             "pool_type": tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type,
         }
     )
@@ -308,7 +307,7 @@ def _activation(module: nn.Module) -> str:
 
 
 def _weights_file(path: Path) -> Path:
-    """The file itself, or the one in a folder of the Hub."""
+    """The file itself, or the weights in a folder."""
     if not path.is_dir():
         return path
     for name in _WEIGHTS_FILES:
@@ -317,61 +316,59 @@ def _weights_file(path: Path) -> Path:
     for file in sorted(path.iterdir()):
         refuse_pickle(file)
     raise CheckpointNotFoundError(
-        f"{quote(path)} holds no weights of open_clip; looked for {_WEIGHTS_FILES[0]}"
+        f"{quote(path)} has no weights of open_clip; expected {' or '.join(_WEIGHTS_FILES)}"
     )
 
 
 def _stored_config(path: Path, config: Mapping[str, Any] | None) -> OpenCLIPTextConfig:
-    """The configuration of a model, or the one beside its file; judged by field."""
+    """The validated configuration, or the one next to the weights."""
     where = "config"
     if config is None:
-        beside = path.with_name(CONFIG_FILE)
-        if not beside.is_file():
+        file = path.with_name(CONFIG_FILE)
+        if not file.is_file():
             raise InputError(
-                f"{quote(path)} does not say how many heads its text tower has, nor its activation; give "
-                f"config=open_clip.get_model_config(NAME), or put {CONFIG_FILE} beside the file"
+                f"{quote(path)} does not hold the number of heads and the activation of its text tower; give "
+                f"config=open_clip.get_model_config(NAME), or put {CONFIG_FILE} next to the file"
             )
-        config, where = read_json(beside), quote(beside)
+        config, where = read_json(file), quote(file)
     inner = config.get("model_cfg", config)
     text = inner.get("text_cfg") if isinstance(inner, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(text, Mapping):
-        raise ConfigError(f"{where} has no text_cfg; a configuration of open_clip is needed")
+        raise ConfigError(f"{where} has no text_cfg; give a configuration of open_clip")
     outer = {name: inner[name] for name in ("embed_dim", "quick_gelu") if name in inner}
     return OpenCLIPTextConfig.from_json({**text, **outer})
 
 
-def _clip_config(config: OpenCLIPTextConfig, reading: _Reading, eps: float = 1e-5) -> CLIPTextConfig:
-    if reading.projects and config.proj_type == "none":
-        raise ConfigError(
-            "proj_type none: SDXL needs the projection of the end token, which this tower lacks"
-        )
-    layers = config.layers - reading.dropped
+def _clip_config(config: OpenCLIPTextConfig, family_tower: _FamilyTower, eps: float = 1e-5) -> CLIPTextConfig:
+    if family_tower.projects and config.proj_type == "none":
+        raise ConfigError("proj_type none: SDXL needs the projection of the end token")
+    layers = config.layers - family_tower.dropped
     if layers < 1:
-        raise ConfigError(
-            f"layers {config.layers}: SD 2.x goes without the last block, and this tower has no other"
-        )
-    return config.clip_config(layers=layers, projects=reading.projects, eps=eps)
+        raise ConfigError(f"layers {config.layers}: SD 2.x drops the last block, so at least 2 are needed")
+    return config.clip_config(layers=layers, projects=family_tower.projects, eps=eps)
 
 
 def _refuse_extra(keys: Collection[str], config: OpenCLIPTextConfig, what: str) -> None:
-    """Refuse a tower with parts that a whole tower of this configuration does not have."""
+    """Refuse weights that a complete tower of this configuration does not have."""
     whole = config.clip_config(layers=config.layers, projects=config.proj_type == "linear")
-    due = {origin.key for origin in openclip_key_map(whole.to_json()).values()}
-    if extra := sorted(set(keys) - due):
+    expected = {source.key for source in openclip_key_map(whole.to_json()).values()}
+    if extra := sorted(set(keys) - expected):
         raise CheckpointMismatchError(
-            f"{what}: {len(extra)} weights have no place in a text tower of CLIP ({first_five(extra)}); towers of "
-            "this kind are not read"
+            f"{what}: {len(extra)} weights are not those of a CLIP text encoder ({first_five(extra)}); such towers are "
+            "not supported"
         )
 
 
-def _tokenizer(config: OpenCLIPTextConfig, reading: _Reading, given: CLIPTokenizer | None) -> CLIPTokenizer:
-    if given is not None:
-        return given
-    tokenizer = clip_tokenizer(pad_token=reading.pad_token)
+def _tokenizer(
+    config: OpenCLIPTextConfig, family_tower: _FamilyTower, tokenizer: CLIPTokenizer | None
+) -> CLIPTokenizer:
+    if tokenizer is not None:
+        return tokenizer
+    tokenizer = clip_tokenizer(pad_token=family_tower.pad_token)
     if config.vocab_size != len(tokenizer):
         raise CheckpointMismatchError(
             f"the tower embeds {config.vocab_size:,} tokens, CLIP's tokenizer has {len(tokenizer):,}; give "
-            "tokenizer=, the one that it was trained with"
+            "tokenizer=, the one of its training"
         )
     tokenizer.model_max_length = config.context_length
     return tokenizer

@@ -81,7 +81,7 @@ def test_unet_is_that_of_diffusers(family: str) -> None:
     key_map = original_key_maps({"unet": config})["unet"]
     assert key_map.keys() == expected.keys()
     for keys in (key_map, ema_key_map(key_map)):
-        assert len({origin.key for origin in keys.values()}) == len(expected)
+        assert len({source.key for source in keys.values()}) == len(expected)
 
 
 @pytest.mark.parametrize("family", ["SD 1.x", "SD 2.x", "SDXL base", "SD x4 upscaler"])

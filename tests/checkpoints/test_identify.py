@@ -12,8 +12,8 @@ from latentgen.checkpoints.identify import (
     has_zero_terminal_snr,
     identify,
     likely_architecture,
-    stated_prediction,
-    stated_target,
+    declared_prediction,
+    declared_target,
     unet_kind,
 )
 from latentgen.checkpoints.io import TensorInfo, read_header
@@ -38,11 +38,11 @@ def bare_unet(family: str) -> Shapes:
 @pytest.mark.parametrize("kind", ["whole", "wrapped", "trained", "unet alone", "float32"])
 def test_checkpoints(tmp_path: Path, family: str, kind: str) -> None:
     shapes = original_shapes(family)
-    wrapper = ""
+    key_prefix = ""
     match kind:
         case "wrapped":
-            wrapper = "state_dict."
-            shapes = {wrapper + key: shape for key, shape in shapes.items()}
+            key_prefix = "state_dict."
+            shapes = {key_prefix + key: shape for key, shape in shapes.items()}
         case "trained":
             shapes = {**leftovers(family), **shapes, **original_shapes(family, "unet", ema=True)}
         case "unet alone":
@@ -50,7 +50,7 @@ def test_checkpoints(tmp_path: Path, family: str, kind: str) -> None:
     found = read(tmp_path, shapes, "F32" if kind == "float32" else "F16")
     assert found is not None
     assert (found.kind, found.family, found.layout) == ("checkpoint", family, "original")
-    assert found.wrapper == wrapper
+    assert found.key_prefix == key_prefix
     assert found.name.startswith(f"a single file in the original layout, {family} (")
 
 
@@ -99,17 +99,17 @@ def test_text_encoders(tmp_path: Path, family: str, component: str, width: int, 
     assert found.name.endswith(f"of width {width}")
 
 
-@pytest.mark.parametrize("wrapper", ["", "state_dict."])
+@pytest.mark.parametrize("key_prefix", ["", "state_dict."])
 @pytest.mark.parametrize("prefix", ["", "text."])
 @pytest.mark.parametrize(
     "image_tower", [(), ("visual.transformer.resblocks.0.ln_1.weight",), ("visual.layer1.0.bn1.bias",)]
 )
-def test_models_of_open_clip(tmp_path: Path, wrapper: str, prefix: str, image_tower: tuple[str, ...]) -> None:
+def test_models_of_open_clip(tmp_path: Path, key_prefix: str, prefix: str, image_tower: tuple[str, ...]) -> None:
     keys = original_shapes("SD 2.x", "text_encoder")
-    shapes = {wrapper + prefix + key.partition(".model.")[2]: shape for key, shape in keys.items()}
-    shapes |= {wrapper + key: (1280,) for key in (*image_tower, "logit_scale")}
+    shapes = {key_prefix + prefix + key.partition(".model.")[2]: shape for key, shape in keys.items()}
+    shapes |= {key_prefix + key: (1280,) for key in (*image_tower, "logit_scale")}
     name = "an OpenCLIP text encoder of width 1024" + (" with its image encoder" if image_tower else "")
-    expected = Identity("text encoder", name, layout="original", wrapper=wrapper, prefix=prefix)
+    expected = Identity("text encoder", name, layout="original", key_prefix=key_prefix, prefix=prefix)
     assert read(tmp_path, shapes) == expected
 
 
@@ -308,7 +308,7 @@ def test_what_is_not_known(tmp_path: Path, shapes: Shapes) -> None:
     ],
 )
 def test_stated_predictions(names: tuple[str, ...], metadata: dict[str, str], expected: str | None) -> None:
-    assert stated_prediction(names, metadata) == expected
+    assert declared_prediction(names, metadata) == expected
 
 
 def test_zero_terminal_snr() -> None:
@@ -368,4 +368,4 @@ def test_a_vae_of_another_width(tmp_path: Path) -> None:
     ],
 )
 def test_what_adapters_say_they_were_trained_on(metadata: dict[str, str], family: str | None) -> None:
-    assert stated_target(metadata) == family
+    assert declared_target(metadata) == family

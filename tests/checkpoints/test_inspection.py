@@ -77,10 +77,10 @@ def test_single_file(tmp_path: Path) -> None:
     assert "family: an architecture that is not known here" in found.lines()
 
 
-@pytest.mark.parametrize("wrapper", ["", "state_dict."])
-def test_single_file_in_the_original_layout(tmp_path: Path, wrapper: str) -> None:
+@pytest.mark.parametrize("key_prefix", ["", "state_dict."])
+def test_single_file_in_the_original_layout(tmp_path: Path, key_prefix: str) -> None:
     shapes = {**original_shapes("SDXL base"), **leftovers("SDXL base")}
-    shapes = {wrapper + key: shape for key, shape in shapes.items()}
+    shapes = {key_prefix + key: shape for key, shape in shapes.items()}
     found = inspect(write_header(tmp_path / "xl.safetensors", shapes))
     assert found.family == "SDXL base, a single file in the original layout"
     assert (found.prediction_type, found.dtypes) == ("epsilon", ("F16",))

@@ -156,7 +156,7 @@ def test_places_of_the_components(configs: dict[str, Any], prefixes: dict[str, s
     maps = original_key_maps(configs)
     assert maps.keys() == prefixes.keys()
     for component, key_map in maps.items():
-        assert all(origin.key.startswith(prefixes[component]) for origin in key_map.values())
+        assert all(source.key.startswith(prefixes[component]) for source in key_map.values())
 
 
 def test_moving_averages_have_no_dots() -> None:
@@ -178,7 +178,7 @@ def test_moving_averages_have_no_dots() -> None:
 def test_maps_are_bijections_and_round_trips_the_identity(family: str) -> None:
     fields = FAMILIES[family]
     key_map = unet_key_map(UNetConfig.from_json(fields))
-    assert len({origin.key for origin in key_map.values()}) == len(key_map)
+    assert len({source.key for source in key_map.values()}) == len(key_map)
     state = {name: torch.randn(shape) for name, shape in unet_shapes(fields).items()}
     assert_equal(to_diffusers_names(to_original(state, key_map), key_map), state)
 
@@ -192,7 +192,7 @@ def test_round_trip_of_fused_and_transposed_tensors() -> None:
 
 def test_reading_makes_views() -> None:
     key_map = openclip_key_map(TOWER)
-    original = {origin.key: torch.zeros(24, 8) for origin in key_map.values()}
+    original = {source.key: torch.zeros(24, 8) for source in key_map.values()}
     state = to_diffusers_names(original, key_map)
     for name in ("self_attn.k_proj.weight", "mlp.fc1.weight"):
         name = f"text_model.encoder.layers.0.{name}"
@@ -206,7 +206,7 @@ def test_other_tensors_are_refused() -> None:
     state = {name: torch.zeros(1) for name in key_map}
     with pytest.raises(CheckpointMismatchError, match="1 too many, such as 'more'"):
         to_original({**state, "more": torch.zeros(1)}, key_map)
-    original = {origin.key: torch.zeros(3) for origin in key_map.values()}
+    original = {source.key: torch.zeros(3) for source in key_map.values()}
     del original["ln_final.bias"]
     with pytest.raises(CheckpointMismatchError, match=r"1 missing, such as 'ln_final\.bias'"):
         to_diffusers_names(original, key_map)

@@ -182,12 +182,12 @@ def test_dtype_is_that_of_the_call(tiny_checkpoint: Path, single: Path) -> None:
     assert {tensor.dtype for tensor in unet.state_dict().values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict.", "state_dict.state_dict."])
+@pytest.mark.parametrize("key_prefix", ["state_dict.", "state_dict.state_dict."])
 def test_wrapped_keys(
-    tmp_path: Path, tiny_checkpoint: Path, tensors: dict[str, Tensor], states: dict, wrapper: str
+    tmp_path: Path, tiny_checkpoint: Path, tensors: dict[str, Tensor], states: dict, key_prefix: str
 ) -> None:
     path = tmp_path / "wrapped.safetensors"
-    save_file({"global_step": torch.ones(1)} | {wrapper + key: t for key, t in tensors.items()}, path)
+    save_file({"global_step": torch.ones(1)} | {key_prefix + key: t for key, t in tensors.items()}, path)
     file = SingleFile.open(path, config=tiny_checkpoint)
     assert_loaded(load_unet(file), states["unet"])
     assert_loaded(load_decoder(vae_weights(path, file.config("vae")), file.config("vae")), states["vae"])
