@@ -103,15 +103,13 @@ def test_shards_of_a_variant_are_no_variant(folder: Path) -> None:
 def test_variants(folder: Path) -> None:
     opened = CheckpointFolder.open(folder)
     assert opened.variants("unet") == [None]
-    with pytest.raises(
-        CheckpointNotFoundError, match=r"no weights of variant 'fp16'; there is: variant=None"
-    ):
+    with pytest.raises(CheckpointNotFoundError, match=r"variant 'fp16'.*variant=None"):
         opened.weight_files("unet", "fp16")
     save_weights({"w": torch.ones(3).half()}, folder / "unet", "diffusion_pytorch_model", variant="fp16")
     assert opened.variants("unet") == [None, "fp16"]
     assert opened.weight_files("unet", "fp16") == [folder / "unet/diffusion_pytorch_model.fp16.safetensors"]
     (folder / "unet" / UNET_FILE).unlink()
-    with pytest.raises(CheckpointNotFoundError, match="without a variant; there is: variant='fp16'"):
+    with pytest.raises(CheckpointNotFoundError, match=r"without a variant.*variant='fp16'"):
         opened.weight_files("unet")
 
 

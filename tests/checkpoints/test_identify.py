@@ -9,18 +9,18 @@ import pytest
 from latentgen.checkpoints.families import FAMILIES
 from latentgen.checkpoints.identify import (
     Identity,
+    declared_prediction,
+    declared_target,
     has_zero_terminal_snr,
     identify,
     likely_architecture,
-    declared_prediction,
-    declared_target,
     unet_kind,
 )
 from latentgen.checkpoints.io import TensorInfo, read_header
 from tests.checkpoints.single_files import Shapes, diffusers_shapes, leftovers, original_shapes, write_header
 
 
-def read(tmp_path: Path, shapes: Shapes, dtype: str = "F16") -> Identity | None:
+def read(tmp_path: Path, shapes: Shapes, dtype: str = "F16") -> Identity:
     return identify(read_header(write_header(tmp_path / "some.safetensors", shapes, dtype=dtype)))
 
 
@@ -48,7 +48,6 @@ def test_checkpoints(tmp_path: Path, family: str, kind: str) -> None:
         case "unet alone":
             shapes = original_shapes(family, "unet")
     found = read(tmp_path, shapes, "F32" if kind == "float32" else "F16")
-    assert found is not None
     assert (found.kind, found.family, found.layout) == ("checkpoint", family, "original")
     assert found.key_prefix == key_prefix
     assert found.name.startswith(f"a single file in the original layout, {family} (")
@@ -59,7 +58,6 @@ def test_checkpoints(tmp_path: Path, family: str, kind: str) -> None:
 def test_unets_by_themselves(tmp_path: Path, family: str, layout: str) -> None:
     shapes = diffusers_shapes(family, "unet") if layout == "diffusers" else bare_unet(family)
     found = read(tmp_path, shapes)
-    assert found is not None
     assert (found.kind, found.family, found.layout) == ("unet", family, layout)
 
 
@@ -67,7 +65,9 @@ def test_unets_by_themselves(tmp_path: Path, family: str, layout: str) -> None:
 @pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
 def test_vaes_in_the_original_layout(tmp_path: Path, family: str, prefix: str) -> None:
     found = read(tmp_path, {**vae(family, prefix), f"{prefix}loss.logvar": ()})
-    assert found == Identity("vae", "a VAE with 4 latent channels", layout="original", prefix=prefix)
+    assert found == Identity(
+        "vae", "a VAE with 4 latent channels", layout="original", component_prefix=prefix
+    )
 
 
 @pytest.mark.parametrize("family", ["SD 1.x", "SD x4 upscaler"])
@@ -94,7 +94,6 @@ def test_text_encoders(tmp_path: Path, family: str, component: str, width: int, 
             keys = original_shapes(family, component)
             shapes = {key.partition(".model.")[2]: shape for key, shape in keys.items()}
     found = read(tmp_path, shapes)
-    assert found is not None
     assert found.kind == "text encoder"
     assert found.name.endswith(f"of width {width}")
 
@@ -104,12 +103,16 @@ def test_text_encoders(tmp_path: Path, family: str, component: str, width: int, 
 @pytest.mark.parametrize(
     "image_tower", [(), ("visual.transformer.resblocks.0.ln_1.weight",), ("visual.layer1.0.bn1.bias",)]
 )
-def test_models_of_open_clip(tmp_path: Path, key_prefix: str, prefix: str, image_tower: tuple[str, ...]) -> None:
+def test_models_of_open_clip(
+    tmp_path: Path, key_prefix: str, prefix: str, image_tower: tuple[str, ...]
+) -> None:
     keys = original_shapes("SD 2.x", "text_encoder")
     shapes = {key_prefix + prefix + key.partition(".model.")[2]: shape for key, shape in keys.items()}
     shapes |= {key_prefix + key: (1280,) for key in (*image_tower, "logit_scale")}
     name = "an OpenCLIP text encoder of width 1024" + (" with its image encoder" if image_tower else "")
-    expected = Identity("text encoder", name, layout="original", key_prefix=key_prefix, prefix=prefix)
+    expected = Identity(
+        "text encoder", name, layout="original", key_prefix=key_prefix, component_prefix=prefix
+    )
     assert read(tmp_path, shapes) == expected
 
 
@@ -257,7 +260,6 @@ OTHERS = {
 @pytest.mark.parametrize("key", OTHERS)
 def test_other_models(tmp_path: Path, key: str) -> None:
     found = read(tmp_path, {key: (8,), "another.weight": (8, 8)})
-    assert found is not None
     assert found.name == OTHERS[key]
     assert found.kind in ("controlnet", "other model")
 
@@ -275,7 +277,6 @@ def test_other_models(tmp_path: Path, key: str) -> None:
 def test_relatives_of_the_families_are_told_apart(tmp_path: Path, key: str, name: str) -> None:
     family = "SDXL base" if key == "edm_mean" else "SD 2.x"
     found = read(tmp_path, {**original_shapes(family), key: (4,)})
-    assert found is not None
     assert (found.name, found.family) == (name, None)
 
 
@@ -289,7 +290,7 @@ def test_relatives_of_the_families_are_told_apart(tmp_path: Path, key: str, name
     ],
 )
 def test_what_is_not_known(tmp_path: Path, shapes: Shapes) -> None:
-    assert read(tmp_path, shapes) is None
+    assert read(tmp_path, shapes).kind == "unknown"
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_single_file(tmp_path: Path) -> None:
     found = inspect(path)
     assert (found.parameters, found.nbytes, found.dtypes) == (19, 42, ("F16", "F32"))
     assert found.prediction_type == "v_prediction"
-    assert "family: an architecture that is not known here" in found.lines()
+    assert "family: an unknown architecture" in found.lines()
 
 
 @pytest.mark.parametrize("key_prefix", ["", "state_dict."])

@@ -204,7 +204,7 @@ def test_reading_makes_views() -> None:
 def test_other_tensors_are_refused() -> None:
     key_map = openclip_key_map(TOWER)
     state = {name: torch.zeros(1) for name in key_map}
-    with pytest.raises(CheckpointMismatchError, match="1 too many, such as 'more'"):
+    with pytest.raises(CheckpointMismatchError, match="'more'"):
         to_original({**state, "more": torch.zeros(1)}, key_map)
     original = {source.key: torch.zeros(3) for source in key_map.values()}
     del original["ln_final.bias"]

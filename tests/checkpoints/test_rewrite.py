@@ -92,7 +92,7 @@ class Changed(CheckpointFolder):
 
 def test_what_single_files_cannot_say_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     opened = CheckpointFolder.open(tiny_checkpoint)
-    with pytest.raises(ConfigError, match="prediction_type is 'sample'"):
+    with pytest.raises(ConfigError, match="prediction_type 'sample'"):
         write_single_file(
             Changed(opened.path, opened.model_index), tmp_path / "a.safetensors", None, lambda _: None
         )

@@ -226,17 +226,15 @@ def test_missing_components_are_named_and_can_be_given(
     path, vae = tmp_path / "part.safetensors", tmp_path / "vae.safetensors"
     save_file({key: tensor for key, tensor in tensors.items() if key.startswith("model.")}, path)
     save_file(states["vae"], vae)
-    with pytest.raises(
-        CheckpointNotFoundError, match=r"holds no vae and no text_encoder; give it with rest="
-    ):
+    with pytest.raises(CheckpointNotFoundError, match=r"no vae and no text_encoder.*rest="):
         SingleFile.open(path, config=tiny_checkpoint)
     folder = CheckpointFolder.open(tiny_checkpoint)
-    with pytest.raises(CheckpointNotFoundError, match="holds no text_encoder"):
+    with pytest.raises(CheckpointNotFoundError, match="no text_encoder"):
         SingleFile.open(path, config=tiny_checkpoint, vae=vae)
     file = SingleFile.open(path, config=tiny_checkpoint, rest=folder)
     assert_loaded(load_decoder(file.weights("vae"), file.config("vae")), states["vae"])
     save_file({key: tensor for key, tensor in tensors.items() if not key.startswith("first_")}, path)
-    with pytest.raises(CheckpointNotFoundError, match="holds no vae; give it with vae=FILE"):
+    with pytest.raises(CheckpointNotFoundError, match=r"no vae.*vae=FILE"):
         SingleFile.open(path, config=tiny_checkpoint)
     file = SingleFile.open(path, config=tiny_checkpoint, vae=vae)
     assert file.weights("vae").files == (vae,)
@@ -278,15 +276,13 @@ def test_what_is_no_vae_is_named(tmp_path: Path, tiny_checkpoint: Path, states: 
     shapes = original_shapes("SD 1.x", "vae")
     shapes = {key.removeprefix("first_stage_model."): shape for key, shape in shapes.items()}
     other = write_header(tmp_path / "vae.safetensors", {**shapes, "decoder.more.weight": (3,)})
-    with pytest.raises(CheckpointMismatchError, match=r"belong to no component \(decoder"):
+    with pytest.raises(CheckpointMismatchError, match=r"\(decoder"):
         with_vae(folder, other)
 
 
 def test_extra_keys_are_listed(tmp_path: Path) -> None:
     shapes = {**original_shapes("SD 1.x"), **{f"stray.{i}": (1,) for i in range(7)}}
-    with pytest.raises(
-        CheckpointMismatchError, match=r"7 keys belong to no component \(stray\.0;.*stray\.4; \.\.\."
-    ):
+    with pytest.raises(CheckpointMismatchError, match=r"7 keys .*\(stray\.0;.*stray\.4; \.\.\."):
         SingleFile.open(write_header(tmp_path / "model.safetensors", shapes))
 
 
@@ -358,7 +354,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, single: Path, states: di
     save_file(states["unet"], tmp_path / "unet.safetensors")
     with pytest.raises(InputError, match=r"is a UNet, custom .*; give a whole checkpoint"):
         SingleFile.open(tmp_path / "unet.safetensors")
-    with pytest.raises(InputError, match=r"nothing that is known here; give a whole checkpoint"):
+    with pytest.raises(InputError, match=r"unknown architecture"):
         SingleFile.open(write_header(tmp_path / "x.safetensors", {"a": (1,)}))
     with pytest.raises(InputError, match=r"custom, not one of SD 1\.x.*give config=FOLDER"):
         SingleFile.open(single)

@@ -243,7 +243,7 @@ def test_code_is_named_and_never_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     source = written(wrap(mapping({"x": ATTACKS[attack]})), tmp_path)
-    with pytest.raises(UnsafeCheckpointError, match=re.escape(f"asks for '{attack}'")):
+    with pytest.raises(UnsafeCheckpointError, match=re.escape(f"'{attack}'")):
         read_pickle(source)
     assert list(tmp_path.iterdir()) == [source]
 
@@ -290,7 +290,7 @@ def test_a_tensor_may_not_claim(tmp_path: Path, lie: str) -> None:
 
 def test_a_storage_of_the_old_format_that_is_not_there(tmp_path: Path) -> None:
     lie = mapping({"w": tensor(100_000, (100_000,), (1,), legacy=True)})
-    with pytest.raises(CheckpointCorruptError, match=r"announces tensors of 400,000 bytes"):
+    with pytest.raises(CheckpointCorruptError, match=r"400,000 bytes"):
         read_pickle(written(legacy(lie), tmp_path))
     sound = legacy(mapping({"w": tensor(4, (2, 2), (2, 1), legacy=True)}), {"0": FOUR})
     assert_same_bits(converted(written(sound, tmp_path)), {"w": torch.arange(4.0).view(2, 2)})

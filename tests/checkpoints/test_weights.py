@@ -251,7 +251,7 @@ def wrong_kind(state: dict[str, Tensor]) -> None:
     [
         (drop, r"8 of the 9 tensors .* 1 missing \(0\.bias\)"),
         (add, r"9 of the 9 tensors .* 1 extra \(more\)"),
-        (misshape, r"1 misshapen \(2\.weight is F32 \[4, 5\] where \[5, 4\] is due\)"),
+        (misshape, r"1 misshapen \(2\.weight is F32 \[4, 5\] where \[5, 4\] is expected\)"),
         (wrong_kind, r"1 misshapen \(0\.bias is I32"),
     ],
 )
