@@ -161,7 +161,7 @@ def test_the_case_of_suffixes_does_not_matter(bare_folder: Path):
 def test_files_outside_of_the_folder_are_refused_in_the_words_of_a_data_set(bare_folder: Path):
     write_metadata(bare_folder, {"file_name": "../x.png", "text": "x"})
     told = problems_of(bare_folder, caption="x")
-    assert "the path '../x.png' climbs out of its folder; allowed are paths inside it" in told
+    assert "the path '../x.png' leaves its folder; allowed are paths inside it" in told
 
 
 def test_one_caption_for_all_that_have_none_and_a_prefix_for_all(bare_folder: Path):
@@ -307,14 +307,14 @@ def test_every_problem_is_listed_at_once(bare_folder: Path):
         "file_name 'none.png' is not there",
         "text is null; it must be a string",
         "text is a number; it must be a string",
-        "climbs out of its folder",
+        "leaves its folder",
         "is absolute",
         "file_name is missing",
         "it must be an object",
         "half of a surrogate pair",
         "file_name is null",
         "backslash",
-        "leads out of the folder through a symlink",
+        "leaves the folder through a symlink",
         "before_file_name 'none.png' is not there",
         "mask_file_name is a list",
         "b.png: no caption; write it into b.txt or metadata.jsonl, or set data.caption",
@@ -344,7 +344,7 @@ def test_problems_of_a_table(bare_folder: Path):
         (4, "it has more or fewer cells than the first line"),
         (5, "it has more or fewer cells than the first line"),
         (6, "file_name is missing"),
-        (7, "climbs out of its folder"),
+        (7, "leaves its folder"),
     ):
         assert f"metadata.csv line {line}: " in message
         assert problem in message

@@ -198,7 +198,7 @@ def test_a_data_set_cannot_name_files_outside(tmp_path: Path):
     state = json.loads((tmp_path / "set" / "state.json").read_text("utf-8"))
     state["_data_files"] = [{"filename": "../other/data-00000-of-00001.arrow"}]
     (tmp_path / "set" / "state.json").write_text(json.dumps(state), "utf-8")
-    with pytest.raises(UnsafePathError, match=r"state\.json, _data_files: the path .* climbs out"):
+    with pytest.raises(UnsafePathError, match=r"state\.json, _data_files: the path"):
         open_set(tmp_path / "set")
 
 
