@@ -299,7 +299,7 @@ def hub_error(kind: type[Exception]) -> Exception:
     ("error", "expected", "reason"),
     [
         (hub_error(RepositoryNotFoundError), CheckpointNotFoundError, "check the spelling"),
-        (hub_error(GatedRepoError), CheckpointNotFoundError, "accept its licence"),
+        (hub_error(GatedRepoError), CheckpointNotFoundError, "accept its license"),
         (LocalEntryNotFoundError("offline"), OfflineError, r"owner/name.*hf download owner/name.*HF_HOME"),
         (ConnectionError("reset"), OfflineError, "ConnectionError"),
     ],
