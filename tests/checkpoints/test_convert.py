@@ -123,7 +123,7 @@ def test_time_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("sys.stderr.write('{\"dropped\": []}')", CheckpointCorruptError, r"model\.pt"),
     ],
 )
-def test_whatever_the_child_says_is_judged(
+def test_reports_of_the_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, error: type[Exception], message: str
 ) -> None:
     torch.save(STATE, tmp_path / "model.pt")
@@ -143,7 +143,7 @@ def test_whatever_the_child_says_is_judged(
         ((40).to_bytes(8, "little") + b'{"w":', InputError, r"rename it to 'model\.safetensors'"),
     ],
 )
-def test_files_that_are_no_pickle(
+def test_files_that_are_not_pickles(
     tmp_path: Path, data: bytes, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conversion, "_run", None)  # no process is started
@@ -231,7 +231,7 @@ def test_values_that_do_not_fit_are_named_and_nothing_is_written(tmp_path: Path,
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]
 
 
-def test_a_file_that_shrinks_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_truncated_during_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"w": torch.randn(100)}, tmp_path / "a.safetensors")
 
     def shrink(source: Path) -> Header:

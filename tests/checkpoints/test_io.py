@@ -161,7 +161,7 @@ def test_too_many_tensors(tmp_path: Path) -> None:
         read_header(many(io.MAX_TENSORS + 1))
 
 
-def test_announced_header_is_not_allocated(tmp_path: Path) -> None:
+def test_declared_header_is_not_allocated(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with open(path, "wb") as file:
         file.write((2**40).to_bytes(8, "little") + b"{")
@@ -272,7 +272,7 @@ def test_tensors_need_no_alignment(tmp_path: Path) -> None:
     assert torch.equal(MappedFile(path).tensor("b"), values)
 
 
-def test_writing_stays_in_the_process_until_the_pages_are_given_back(tmp_path: Path) -> None:
+def test_writing_changes_only_this_process_until_the_pages_are_released(tmp_path: Path) -> None:
     state = {name: torch.randn(10_000) for name in "abc"}
     save_file(state, tmp_path / "a.safetensors")
     file = MappedFile(tmp_path / "a.safetensors")
@@ -286,7 +286,7 @@ def test_writing_stays_in_the_process_until_the_pages_are_given_back(tmp_path: P
     assert torch.equal(tensors["b"][1024:-1024], state["b"][1024:-1024])
 
 
-def test_a_file_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"w": torch.randn(100)}, path)
     sizes = {300: CheckpointCorruptError, 0: CheckpointNotFoundError}

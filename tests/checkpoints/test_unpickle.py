@@ -374,11 +374,11 @@ def test_truncated_files(tmp_path: Path, zipped: bool) -> None:
         ("open", ("model.ckpt", None, os.O_RDWR)),
     ],
 )
-def test_the_second_wall(event: str, arguments: tuple[object, ...]) -> None:
+def test_audit_hook_blocks(event: str, arguments: tuple[object, ...]) -> None:
     with pytest.raises(UnsafeCheckpointError, match=event):
         unpickle._refuse(event, arguments)
 
 
-def test_the_second_wall_lets_files_be_read() -> None:
+def test_audit_hook_allows_reading() -> None:
     unpickle._refuse("open", ("model.ckpt", "rb", os.O_RDONLY))
     unpickle._refuse("import", ("torch", None, None, None, None))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -230,37 +229,21 @@ def test_bad_variants(tmp_path: Path, state: dict[str, Tensor], variant: str) ->
         save_weights(state, tmp_path, "model", variant=variant)
 
 
-def drop(state: dict[str, Tensor]) -> None:
-    del state["0.bias"]
-
-
-def add(state: dict[str, Tensor]) -> None:
-    state["more"] = torch.ones(1)
-
-
-def misshape(state: dict[str, Tensor]) -> None:
-    state["2.weight"] = torch.ones(4, 5)
-
-
-def wrong_kind(state: dict[str, Tensor]) -> None:
-    state["0.bias"] = torch.ones(4, dtype=torch.int32)
-
-
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    ("name", "value", "reason"),
     [
-        (drop, r"8 of the 9 tensors .* 1 missing \(0\.bias\)"),
-        (add, r"9 of the 9 tensors .* 1 extra \(more\)"),
-        (misshape, r"1 misshapen \(2\.weight is F32 \[4, 5\] where \[5, 4\] is expected\)"),
-        (wrong_kind, r"1 misshapen \(0\.bias is I32"),
+        ("0.bias", None, r"1 missing \(0\.bias\)"),
+        ("more", torch.ones(1), r"1 extra \(more\)"),
+        ("2.weight", torch.ones(4, 5), r"1 misshapen \(2\.weight .*\[4, 5\].*\[5, 4\]"),
+        ("0.bias", torch.ones(4, dtype=torch.int32), r"1 misshapen \(0\.bias is I32"),
     ],
 )
 def test_mismatch_leaves_the_module_untouched(
-    tmp_path: Path, state: dict[str, Tensor], damage: Callable[[dict[str, Tensor]], None], reason: str
+    tmp_path: Path, state: dict[str, Tensor], name: str, value: Tensor | None, reason: str
 ) -> None:
-    damage(state)
+    damaged = {key: tensor for key, tensor in {**state, name: value}.items() if tensor is not None}
     module = build_on_meta()
-    files = save_weights(state, tmp_path, "model")
+    files = save_weights(damaged, tmp_path, "model")
     with pytest.raises(CheckpointMismatchError, match=reason):
         load_weights(module, files)
     assert is_untouched(module)
