@@ -1,13 +1,24 @@
-"""Reads and compares the files of runs that have ended."""
+"""Starts runs, acts within them, and reads and compares their files."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from latentgen.train.config import TrainConfig
+import pytest
 
+from latentgen.train.config import TrainConfig
+from latentgen.train.data_loader import PlannedBatch
+from latentgen.train.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
 WEIGHTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
@@ -44,8 +55,10 @@ def losses_of(config: TrainConfig) -> list[float]:
 
 
 def assert_same_checkpoint(ours: Path, theirs: Path) -> None:
-    """Weights, moving average and optimizer are equal to the bit."""
-    for name in WEIGHTS:
+    """Weights, optimizer, and the moving average if there is one, are equal to the bit."""
+    names = [name for name in WEIGHTS if (theirs / name).is_file()]
+    assert names == [name for name in WEIGHTS if (ours / name).is_file()]
+    for name in names:
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
 
 
@@ -61,6 +74,65 @@ def content_of(file: Path) -> bytes:
     """The bytes of a file of a trained model; its card without the title, which names the run's folder."""
     title = f"\n# {file.parents[1].name}\n".encode()
     return file.read_bytes().replace(title, b"", 1) if file.name == "README.md" else file.read_bytes()
+
+
+def copy_until(step: int, run: TrainConfig, folder: Path) -> None:
+    """Copy the folder of a run as if it was killed some time after the checkpoint of `step`: its log is longer."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run.output_dir, folder, ignore=shutil.ignore_patterns("checkpoint-*", "model", ".lock"))
+    name = f"checkpoint-{step:08d}"
+    shutil.copytree(run.output_dir / name, folder / name)
+
+
+def on_step(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    before: Callable[[Trainer, int], object] = lambda *_: None,
+    after: Callable[[Trainer, int], object] = lambda *_: None,
+) -> None:
+    """Call these with the trainer and the number of the step, before and after each step of a run."""
+    original = Trainer._update
+
+    def update(self: Trainer, step: int, batches: Iterator[PlannedBatch]) -> Any:
+        before(self, step)
+        losses = original(self, step, batches)
+        after(self, step)
+        return losses
+
+    monkeypatch.setattr(Trainer, "_update", update)
+
+
+def run_command(arguments: list[str], **environment: str) -> subprocess.Popen[bytes]:
+    """Start `python -m ARGUMENTS`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def launch_two(recipe: Path, overrides: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    """Train a recipe in two processes, with torch's launcher."""
+    launch = [
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+    ]
+    settings = [part for override in overrides for part in ("--set", override)]
+    return run_command([*launch, "-m", "latentgen.train", str(recipe), *settings], ACCELERATE_USE_CPU="true")
+
+
+def wait_for_log(config: TrainConfig, process: subprocess.Popen[Any]) -> None:
+    """Wait until a run in another process has logged a step."""
+    log = config.output_dir / "log.jsonl"
+    deadline = time.monotonic() + 300
+    while not (log.is_file() and log.stat().st_size > 0):
+        assert process.poll() is None, f"ended with {process.returncode}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def forget_accelerate() -> None:

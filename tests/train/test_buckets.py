@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 from PIL import Image
 
 from latentgen.train.checkpoint import load_latest
-from latentgen.train.config import TrainConfig
 from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe
+from tests.train.runs import forget_accelerate, losses_of
 
 FIELDS = (
     "data.buckets=true",
@@ -35,19 +34,11 @@ def recipe(autoencoder_recipe: MakeRecipe, image_folder: Path) -> MakeRecipe:
     return lambda *overrides: autoencoder_recipe(*FIELDS, *overrides)
 
 
-def losses_of(config: TrainConfig) -> list[float]:
-    rows = (config.output_dir / "log.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(row)["loss"] for row in rows]
-
-
 def test_accumulating_gradients_changes_no_loss(recipe: MakeRecipe, tmp_path: Path):
-    from accelerate.state import AcceleratorState, GradientState
-
     whole = recipe()
     split = recipe("gradient_accumulation_steps=2", f"output_dir={tmp_path / 'split'}")
     train(whole)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     train(split)
     assert losses_of(split) == pytest.approx(losses_of(whole), rel=1e-4)
 

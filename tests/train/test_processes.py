@@ -23,7 +23,7 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.distributed import check_same_start
 from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe
-from tests.train.runs import losses_of, rows_of
+from tests.train.runs import losses_of, rows_of, wait_for_log
 
 ROOT = Path(__file__).parents[2]
 # AdamW of the same rate in all: torch's Muon makes more of the roundings.
@@ -119,10 +119,8 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
         torch.testing.assert_close(one.weights[name][moved], weight[moved], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["paired_recipe"])
-def test_two_processes_train_as_one(recipe: str, request: pytest.FixtureRequest, tmp_path: Path):
-    make: MakeRecipe = request.getfixturevalue(recipe)
-    compare(make, tmp_path, (1, 1), (2, 1))
+def test_two_processes_train_as_one(paired_recipe: MakeRecipe, tmp_path: Path):
+    compare(paired_recipe, tmp_path, (1, 1), (2, 1))
 
 
 def test_two_processes_share_a_cache_and_one_of_them_measures(paired_recipe: MakeRecipe, tmp_path: Path):
@@ -138,7 +136,9 @@ def test_two_processes_share_a_cache_and_one_of_them_measures(paired_recipe: Mak
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["autoencoder_recipe", "text_to_image_recipe", "paired_recipe"])
+@pytest.mark.parametrize(
+    "recipe", ["autoencoder_recipe", "text_to_image_recipe", "upscale_recipe", "paired_recipe"]
+)
 def test_the_batch_is_the_same_however_it_is_divided(
     recipe: str, request: pytest.FixtureRequest, tmp_path: Path
 ):
@@ -169,15 +169,6 @@ def compare(make: MakeRecipe, tmp_path: Path, *divisions: tuple[int, int]) -> No
         assert_same_training(config.output_dir, first.output_dir)
 
 
-def wait_for_steps(config: TrainConfig, process: subprocess.Popen[str]) -> None:
-    log = config.output_dir / "log.jsonl"
-    deadline = time.monotonic() + 300
-    while not (log.is_file() and log.stat().st_size > 0):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_signal_to_one_process_stops_all_with_one_checkpoint(
     autoencoder_recipe: MakeRecipe, tmp_path: Path
 ):
@@ -185,7 +176,7 @@ def test_a_signal_to_one_process_stops_all_with_one_checkpoint(
     config = autoencoder_recipe(*overrides)
     with launched(tmp_path, Job(2, overrides)) as process:
         children = line_of(process, tmp_path)
-        wait_for_steps(config, process)
+        wait_for_log(config, process)
         os.kill(children[1], signal.SIGTERM)
         assert line_of(process, tmp_path) == [143, 143]
     state = load_latest(config.output_dir)
@@ -204,7 +195,7 @@ def test_a_process_does_not_wait_for_one_that_was_killed(autoencoder_recipe: Mak
     config = autoencoder_recipe(*overrides)
     with launched(tmp_path, Job(2, overrides)) as process:
         children = line_of(process, tmp_path)
-        wait_for_steps(config, process)
+        wait_for_log(config, process)
         os.kill(children[1], signal.SIGKILL)
         killed = time.monotonic()
         code, killed_code = line_of(process, tmp_path)
@@ -233,7 +224,7 @@ def test_sharded_weights_are_trained_saved_and_resumed(
     run_all(tmp_path, *(Job(2, (*on, f"max_steps={steps}"), SHARDED) for steps in (2, 4)))
     assert load_latest(spread).step == 4
     said = run_all(tmp_path, Job(1, (*on, "max_steps=6")))
-    assert "computed by 2 processes and goes on with 1" in said
+    assert "2 processes and continues with 1" in said
     assert losses_of(ours) == pytest.approx(losses_of(theirs), rel=1e-5)
     assert_same_training(spread, alone)
 

@@ -1,4 +1,4 @@
-"""A resumed run is the same run, bit for bit: weights, optimiser, moving average, order of samples and losses.
+"""A resumed run is the same run, bit for bit: weights, optimizer, moving average, order of samples and losses.
 
 The full form cuts every kind of run at 40 steps and takes minutes: `pytest -m slow tests/train/test_resume.py`. There a
 run that is resumed once is compared some steps later, or at its end if that is near.
@@ -6,7 +6,6 @@ run that is resumed once is compared some steps later, or at its end if that is 
 
 from __future__ import annotations
 
-import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,9 @@ from latentgen.train.data import BatchIndices
 from latentgen.train.objectives.base import Loss
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
-from tests.train.runs import assert_same_checkpoint, assert_same_model, forget_accelerate, rows_of
+from tests.train.runs import assert_same_checkpoint, assert_same_model, copy_until, forget_accelerate, rows_of
 
+IN_BACKWARD = ("optimizer.name=adafactor", "optimizer.step_in_backward=true", "optimizer.max_grad_norm=null")
 # What is trained: a recipe of conftest.py, and what is set in it. Dropout draws from torch's generator.
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "all weights": (
@@ -36,7 +36,12 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "some weights": ("paired_recipe", ("optimizer.name=adamw",)),
     "lora": ("lora_recipe", ("optimizer.name=adamw", "optimizer.text_encoder_learning_rate=0.001")),
+    "autoencoder": ("autoencoder_recipe", ()),
+    "upscaler": ("upscale_recipe", ()),
+    "in backward": ("text_to_image_recipe", IN_BACKWARD),
+    "no average": ("text_to_image_recipe", (*IN_BACKWARD, "ema_decay=0")),
 }
+IN_FULL = ("all weights", "some weights", "lora")
 PRECISIONS = ("no", "bf16")
 ACCUMULATIONS = (1, 4)
 WORKERS = (0, 2)
@@ -112,7 +117,7 @@ class Check:
         assert len(order) == steps * parts
         cut = recipe(*common, f"output_dir={self.scratch / 'cut'}", "checkpoint_every=1000", "resume=latest")
         for stops in splits:
-            _copy_until(stops[0], whole, cut)
+            copy_until(stops[0], whole, cut.output_dir)
             end = steps if ahead is None or len(stops) > 1 else min(stops[-1] + ahead, steps)
             resumed = self._order_of(cut, stops, None if end == steps else end)
             assert resumed == [row for row in order if stops[0] <= row[0] < end], stops
@@ -139,16 +144,6 @@ class Check:
         return list(self.watch.order)
 
 
-def _copy_until(step: int, whole: TrainConfig, cut: TrainConfig) -> None:
-    """The folder of a run that was killed some time after the checkpoint of `step`: its log is longer."""
-    shutil.rmtree(cut.output_dir, ignore_errors=True)
-    shutil.copytree(
-        whole.output_dir, cut.output_dir, ignore=shutil.ignore_patterns("checkpoint-*", "model", ".lock")
-    )
-    name = f"checkpoint-{step:08d}"
-    shutil.copytree(whole.output_dir / name, cut.output_dir / name)
-
-
 @pytest.mark.parametrize(
     "kind",
     [
@@ -156,6 +151,10 @@ def _copy_until(step: int, whole: TrainConfig, cut: TrainConfig) -> None:
         ("all weights", "no", 1, 0),
         ("some weights", "no", 4, 0),
         ("lora", "bf16", 4, 2),
+        ("autoencoder", "no", 2, 0),
+        ("upscaler", "no", 2, 0),
+        ("in backward", "bf16", 1, 0),
+        ("no average", "no", 1, 0),
     ],
     ids=str,
 )
@@ -168,6 +167,6 @@ def test_three_resumes_in_a_row(check: Check):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", list(product(RECIPES, PRECISIONS, ACCUMULATIONS, WORKERS)), ids=str)
+@pytest.mark.parametrize("kind", list(product(IN_FULL, PRECISIONS, ACCUMULATIONS, WORKERS)), ids=str)
 def test_at_forty_splits_and_three_in_a_row(kind: tuple[str, str, int, int], check: Check):
     check(kind, 41, [*((step,) for step in range(1, 41)), (7, 19, 33)], AHEAD)
