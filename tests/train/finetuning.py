@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
-from latentgen.train.config import FinetuneTask
+from latentgen.train.config import FinetuneTask, TrainConfig, load_config
 from latentgen.train.data import Captions, Sample
 from latentgen.train.objectives.base import Check, unchecked
 from latentgen.train.objectives.finetune import FinetuneObjective
@@ -22,6 +23,17 @@ from tests.pipelines.sdxl import build_base
 
 SIZE = 16
 CAPTIONS = ("red cat", "a tiger", "cat on a dog", "red red dog", "tiger cat", "zebra")
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"kind": "full", "train_text_encoder": True},
+    "lora": {"kind": "lora", "rank": 2, "dropout": 0.3, "train_text_encoder": True},
+    "textual_inversion": {
+        "kind": "textual_inversion",
+        "token": "disc",
+        "initializer": "cat",
+        "num_vectors": 2,
+    },
+}
+PRIOR = {"prompt": "dog", "images": 4}
 
 
 class Pictures:
@@ -107,10 +119,32 @@ def objective_of(
     )
 
 
-def randomise(objective: FinetuneObjective) -> None:
+def randomize(objective: FinetuneObjective) -> None:
     """Give what learns values at which no gradient vanishes: a LoRA begins with factors of zeros."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             if "lora_" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def finetune_recipe(tmp_path: Path, image_folder: Path, method: str, **fields: Any) -> TrainConfig:
+    """A tiny recipe that fine-tunes the "sd" model with a method, with these fields replaced."""
+    task = {"kind": "finetune", "method": METHODS[method], "views_per_image": 2}
+    content = {
+        "output_dir": str(tmp_path / "run"),
+        "init_from": str(folder_of("sd")),
+        "task": task if method == "textual_inversion" else task | {"prior": PRIOR},
+        "data": {"kind": "imagefolder", "path": str(image_folder), "image_size": 16},
+        "seed": 5,
+        "batch_size": 4,
+        "max_steps": 4,
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2, "decay_fraction": 0.5},
+        "ema_decay": 0.9,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 100,
+        "log_every": 1,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content | fields), "utf-8")
+    return load_config(path)

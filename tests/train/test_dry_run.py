@@ -11,10 +11,10 @@ from latentgen.errors import DatasetError, ResumeError
 from latentgen.image_file import save_image
 from latentgen.train.dry_run import DryRunReport, _duration, dry_run
 from latentgen.train.objectives import class_images
-from latentgen.train.trainer import Trainer, train
+from latentgen.train.trainer import train
+from tests.train.finetuning import METHODS, PRIOR, finetune_recipe
 from tests.train.recipes import MakeRecipe
-from tests.train.runs import files_of
-from tests.train.test_finetune_runs import METHODS, PRIOR, recipe
+from tests.train.runs import files_of, on_step
 
 
 def test_a_dry_run_reports_and_writes_nothing(text_to_image_recipe: MakeRecipe, tmp_path: Path):
@@ -39,16 +39,16 @@ def test_a_dry_run_reports_and_writes_nothing(text_to_image_recipe: MakeRecipe, 
     assert "50; 2 steps an epoch, 25 epochs" in text
 
 
-@pytest.mark.parametrize(("warmup", "told"), [(100, True), (4, True), (3, False), (0, False)])
+@pytest.mark.parametrize(("warmup", "warns"), [(100, True), (4, True), (3, False), (0, False)])
 def test_a_warning_says_if_the_warm_up_outlasts_the_run(
-    warmup: int, told: bool, autoencoder_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+    warmup: int, warns: bool, autoencoder_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
     config = autoencoder_recipe(f"optimizer.warmup_steps={warmup}")
     message = f"optimizer.warmup_steps is {warmup} and max_steps 4: the learning rate rises to"
-    assert any(message in line for line in dry_run(config).lines()) == told
+    assert any(message in line for line in dry_run(config).lines()) == warns
     capsys.readouterr()
     train(config)
-    assert (message in capsys.readouterr().err) == told
+    assert (message in capsys.readouterr().err) == warns
 
 
 def test_class_images_are_generated_for_one_step_and_deleted(
@@ -62,7 +62,7 @@ def test_class_images_are_generated_for_one_step_and_deleted(
 
     monkeypatch.setattr(class_images, "save_image", save_seen)
     task = {"kind": "finetune", "method": METHODS["lora"], "views_per_image": 2}
-    config = recipe(tmp_path, image_folder, "lora", task=task | {"prior": PRIOR | {"images": 100}})
+    config = finetune_recipe(tmp_path, image_folder, "lora", task=task | {"prior": PRIOR | {"images": 100}})
     before = files_of(tmp_path)
     found = dry_run(config)
     assert 0 < found.trained < found.parameters
@@ -85,10 +85,7 @@ def test_a_dry_run_leaves_the_next_run_unchanged(
     config = autoencoder_recipe()
     dry_run(config)
     steps: list[int] = []
-    original = Trainer._update
-    monkeypatch.setattr(
-        Trainer, "_update", lambda self, step, batches: (steps.append(step), original(self, step, batches))[1]
-    )
+    on_step(monkeypatch, before=lambda _, step: steps.append(step))
     train(config)
     assert steps == [0, 1, 2, 3]
 

@@ -6,58 +6,24 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from latentgen.errors import ConfigError
 from latentgen.train.checkpoint import load_latest
-from latentgen.train.config import TrainConfig, load_config
+from latentgen.train.config import load_config
 from latentgen.train.trainer import train
-from tests.train.finetuning import folder_of
+from tests.train.finetuning import METHODS, PRIOR, finetune_recipe
 from tests.train.runs import files_of, losses_of
 
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {"kind": "full", "train_text_encoder": True},
-    "lora": {"kind": "lora", "rank": 2, "dropout": 0.3, "train_text_encoder": True},
-    "textual_inversion": {
-        "kind": "textual_inversion",
-        "token": "disc",
-        "initializer": "cat",
-        "num_vectors": 2,
-    },
-}
-PRIOR = {"prompt": "dog", "images": 4}
 RECIPES = Path(__file__).parents[2] / "configs" / "train"
-
-
-def recipe(tmp_path: Path, image_folder: Path, method: str, **fields: Any) -> TrainConfig:
-    task = {"kind": "finetune", "method": METHODS[method], "views_per_image": 2}
-    content = {
-        "output_dir": str(tmp_path / "run"),
-        "init_from": str(folder_of("sd")),
-        "task": task if method == "textual_inversion" else task | {"prior": PRIOR},
-        "data": {"kind": "imagefolder", "path": str(image_folder), "image_size": 16},
-        "seed": 5,
-        "batch_size": 4,
-        "max_steps": 4,
-        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2, "decay_fraction": 0.5},
-        "ema_decay": 0.9,
-        "checkpoint_every": 1,
-        "keep_checkpoints": 100,
-        "log_every": 1,
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content | fields), "utf-8")
-    return load_config(path)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resuming_at_any_step_changes_nothing(method: str, tmp_path: Path, image_folder: Path):
-    whole = recipe(tmp_path, image_folder, method, gradient_accumulation_steps=2)
+    whole = finetune_recipe(tmp_path, image_folder, method, gradient_accumulation_steps=2)
     train(whole)
     expected = files_of(whole.output_dir)
     class_images = whole.output_dir / "class_images"
@@ -72,7 +38,7 @@ def test_resuming_at_any_step_changes_nothing(method: str, tmp_path: Path, image
             shutil.rmtree(tmp_path / "elsewhere")
         torch.manual_seed(step)
         train(
-            recipe(
+            finetune_recipe(
                 tmp_path,
                 image_folder,
                 method,
@@ -96,7 +62,7 @@ def test_resuming_at_any_step_changes_nothing(method: str, tmp_path: Path, image
 def test_the_loss_falls(method: str, tmp_path: Path, image_folder: Path):
     rate = {"full": 0.002, "lora": 0.02, "textual_inversion": 0.05}[method]
     optimizer = {"learning_rate": rate, "warmup_steps": 2, "weight_decay": 0.0}
-    config = recipe(
+    config = finetune_recipe(
         tmp_path, image_folder, method, max_steps=60, checkpoint_every=60, batch_size=6, optimizer=optimizer
     )
     train(config)
@@ -106,7 +72,7 @@ def test_the_loss_falls(method: str, tmp_path: Path, image_folder: Path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_trains_and_saves_float32(method: str, tmp_path: Path, image_folder: Path):
-    config = recipe(tmp_path, image_folder, method, mixed_precision="bf16", max_steps=2)
+    config = finetune_recipe(tmp_path, image_folder, method, mixed_precision="bf16", max_steps=2)
     model = train(config)
     state = load_latest(config.output_dir)
     assert {tensor.dtype for tensor in (*state.weights.values(), *state.ema.values())} == {torch.float32}
@@ -119,9 +85,11 @@ def test_two_processes_share_the_class_images_and_train_as_one(tmp_path: Path, i
     # Dropout draws for a whole micro-batch, so it depends on their number.
     method = METHODS["lora"] | {"dropout": 0.0}
     task = {"kind": "finetune", "method": method, "prior": PRIOR | {"images": 18}, "views_per_image": 2}
-    one = recipe(tmp_path, image_folder, "lora", task=task, max_steps=6)
+    one = finetune_recipe(tmp_path, image_folder, "lora", task=task, max_steps=6)
     train(one)
-    two = recipe(tmp_path, image_folder, "lora", task=task, max_steps=6, output_dir=str(tmp_path / "two"))
+    two = finetune_recipe(
+        tmp_path, image_folder, "lora", task=task, max_steps=6, output_dir=str(tmp_path / "two")
+    )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     subprocess.run([*launch, "-m", "latentgen.train", str(tmp_path / "recipe.yaml")], check=True, timeout=600)
     assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
@@ -131,9 +99,9 @@ def test_two_processes_share_the_class_images_and_train_as_one(tmp_path: Path, i
 
 
 def test_a_run_may_start_from_a_trained_model(tmp_path: Path, image_folder: Path):
-    first = recipe(tmp_path, image_folder, "full", max_steps=1, ema_decay=0.0)
+    first = finetune_recipe(tmp_path, image_folder, "full", max_steps=1, ema_decay=0.0)
     model = train(first)
-    again = recipe(
+    again = finetune_recipe(
         tmp_path, image_folder, "lora", max_steps=1, init_from=str(model), output_dir=str(tmp_path / "two")
     )
     assert {file.name for file in train(again).iterdir()} == {
@@ -145,7 +113,7 @@ def test_a_run_may_start_from_a_trained_model(tmp_path: Path, image_folder: Path
 
 def test_errors_come_before_class_images_are_generated(tmp_path: Path, image_folder: Path):
     task = {"kind": "finetune", "method": {"kind": "lora", "targets": ["x"]}, "prior": PRIOR}
-    config = recipe(tmp_path, image_folder, "full", task=task)
+    config = finetune_recipe(tmp_path, image_folder, "full", task=task)
     with pytest.raises(ConfigError, match=r"task\.method\.targets: 'x' is no layer"):
         train(config)
     assert not (config.output_dir / "class_images").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +21,9 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.distributed import build_accelerator
 from latentgen.train.metrics import LOG, Metrics, trim_log
 from latentgen.train.objectives.base import Subset
-from latentgen.train.trainer import Trainer, train
+from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe
-from tests.train.runs import events_of, rows_of, scalars_of
+from tests.train.runs import events_of, on_step, rows_of, scalars_of
 
 
 def make_metrics(config: TrainConfig) -> Metrics:
@@ -52,15 +53,9 @@ def test_the_gradient_norm_is_that_before_clipping(
     norms: list[float] = []
 
     def clip(self: Any, parameters: Any, max_norm: float) -> Tensor:
-        grads = [p.grad for p in parameters]
-        norms.append(math.sqrt(sum(float(grad.square().sum()) for grad in grads)))
-        return torch.nn.utils.clip_grad_norm_(self_parameters(grads), max_norm)
-
-    def self_parameters(grads: list[Tensor]) -> list[Tensor]:
-        holders = [torch.nn.Parameter(torch.empty_like(grad)) for grad in grads]
-        for holder, grad in zip(holders, grads, strict=True):
-            holder.grad = grad
-        return list(holders)
+        parameters = list(parameters)
+        norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in parameters)))
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", clip)
     config = autoencoder_recipe("optimizer.max_grad_norm=0.001")
@@ -72,28 +67,18 @@ def test_the_gradient_norm_is_that_before_clipping(
 def test_stopping_within_a_row_does_not_change_the_log(
     autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    import signal
-
     common = ("max_steps=8", "checkpoint_every=100", "log_every=3")
     whole = autoencoder_recipe(*common, f"output_dir={tmp_path / 'whole'}")
     train(whole)
-    original = Trainer._update
-
-    def stop_at(stop: int) -> None:
-        def update(self: Trainer, step: int, batches: Any) -> dict[str, Tensor]:
-            if step == stop:
-                signal.raise_signal(signal.SIGTERM)
-            return original(self, step, batches)
-
-        monkeypatch.setattr(Trainer, "_update", update)
-
     config = autoencoder_recipe(*common)
-    for stop, resume in ((0, "false"), (1, "true"), (4, "true")):
-        stop_at(stop)
+    stops = (0, 1, 4)
+    on_step(
+        monkeypatch, before=lambda _, step: signal.raise_signal(signal.SIGTERM) if step in stops else None
+    )
+    for stop in stops:
         with pytest.raises(SystemExit):
-            train(autoencoder_recipe(*common, f"resume={resume}"))
+            train(autoencoder_recipe(*common, "resume=auto"))
         assert load_latest(config.output_dir).step == stop + 1
-    stop_at(-1)
     train(autoencoder_recipe(*common, "resume=true"))
     assert [row["step"] for row in rows_of(config)] == [3, 6, 8]
     assert rows_of(config) == rows_of(whole)

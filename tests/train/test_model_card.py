@@ -18,7 +18,7 @@ from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TrainConfig
 from latentgen.train.model_card import write_card
 from latentgen.train.trainer import train
-from tests.train.finetuning import SIZE, Pictures, folder_of, objective_of, randomise
+from tests.train.finetuning import SIZE, Pictures, folder_of, objective_of, randomize
 from tests.train.recipes import COLOURS, MakeRecipe
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +150,7 @@ def finetuned(tmp_path: Path, base: Path, method: str, **loss: Any) -> Path:
     task = {"kind": "finetune", "method": METHODS[method], "loss": loss}
     captions = ("red <disc>", "a <disc>")
     objective = objective_of(METHODS[method], base, tmp_path, Pictures(captions), loss=loss)
-    randomise(objective)
+    randomize(objective)
     fields = {
         "output_dir": str(tmp_path),
         "init_from": str(base),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,14 @@ from latentgen.train.data import BatchIndices, open_data, open_splits, sample_rn
 from latentgen.train.objectives.latent_diffusion import middles
 from latentgen.train.objectives.masks import random_mask
 from latentgen.train.trainer import Trainer, train
-from tests.train.finetuning import folder_of
+from tests.train.finetuning import finetune_recipe, folder_of
 from tests.train.recipes import COLOURS, MakeRecipe, without_validation
-from tests.train.runs import rows_of, scalars_of
-from tests.train.test_finetune_runs import recipe as finetuning
-from tests.train.test_trainer import launch_two
+from tests.train.runs import assert_same_checkpoint, launch_two, on_step, rows_of, scalars_of
 
 PROMPTS = "validation.prompts=[red disc, a house]"
 IMAGES = (PROMPTS, "validation.num_inference_steps=2", "validation.every=2", "validation.guidance_scale=3")
 LOSS = ("validation_fraction=0.34", "validation.loss_every=2", "validation.timesteps=3", "validation.seed=9")
 RECIPES = ("autoencoder_recipe", "text_to_image_recipe", "upscale_recipe", "paired_recipe")
-WEIGHTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
 def validation_losses(config: TrainConfig) -> dict[int, float]:
@@ -42,20 +40,12 @@ def validation_losses(config: TrainConfig) -> dict[int, float]:
 
 
 def assert_same_training(ours: TrainConfig, theirs: TrainConfig) -> None:
-    for name in WEIGHTS:
-        last = f"checkpoint-{ours.max_steps:08d}"
-        if (theirs.output_dir / last / name).is_file():
-            assert (ours.output_dir / last / name).read_bytes() == (
-                theirs.output_dir / last / name
-            ).read_bytes()
+    last = f"checkpoint-{ours.max_steps:08d}"
+    assert_same_checkpoint(ours.output_dir / last, theirs.output_dir / last)
     training = [[row for row in rows_of(run) if "loss" in row] for run in (ours, theirs)]
     assert training[0] == training[1]
-    models = [
-        {file.name: file for file in (run.output_dir / "model").rglob("*.safetensors")}
-        for run in (ours, theirs)
-    ]
-    for name, file in models[0].items():
-        assert file.read_bytes() == models[1][name].read_bytes()
+    for file in (theirs.output_dir / "model").rglob("*.safetensors"):
+        assert file.read_bytes() == (ours.output_dir / file.relative_to(theirs.output_dir)).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -69,26 +59,26 @@ def test_validation_does_not_change_the_training(
     # Dropout uses torch's generator in every step, and must be off while images are generated.
     common = (*overrides, "task.text_encoder.attention_dropout=0.3", "validation_fraction=0.34")
     plain = without_validation(text_to_image_recipe(*common, *LOSS))
-    watched = text_to_image_recipe(
-        *common, *IMAGES, *LOSS, "validation.at_start=true", f"output_dir={tmp_path / 'watched'}"
+    validated = text_to_image_recipe(
+        *common, *IMAGES, *LOSS, "validation.at_start=true", f"output_dir={tmp_path / 'validated'}"
     )
     train(plain)
-    train(watched)
-    assert_same_training(watched, plain)
-    samples = sorted(folder.name for folder in (watched.output_dir / "samples").iterdir())
+    train(validated)
+    assert_same_training(validated, plain)
+    samples = sorted(folder.name for folder in (validated.output_dir / "samples").iterdir())
     assert samples == ["step-00000000", "step-00000002", "step-00000004"]
-    assert sorted(validation_losses(watched)) == [0, 2, 4]
+    assert sorted(validation_losses(validated)) == [0, 2, 4]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_task_has_a_validation_loss(name: str, request: pytest.FixtureRequest, tmp_path: Path):
     recipe: MakeRecipe = request.getfixturevalue(name)
     plain = without_validation(recipe(*LOSS))
-    watched = recipe(*LOSS, f"output_dir={tmp_path / 'watched'}")
+    validated = recipe(*LOSS, f"output_dir={tmp_path / 'validated'}")
     train(plain)
-    train(watched)
-    assert_same_training(watched, plain)
-    losses = validation_losses(watched)
+    train(validated)
+    assert_same_training(validated, plain)
+    losses = validation_losses(validated)
     assert sorted(losses) == [2, 4]
     assert losses[2] != losses[4]
 
@@ -125,18 +115,18 @@ def test_image_conditioned_models_transform_validation_images(
     recipe: MakeRecipe = request.getfixturevalue(name)
     plain = without_validation(recipe(*LOSS, "max_steps=2"))
     train(plain)
-    watched = recipe(
+    validated = recipe(
         *(
             "validation_fraction=0.34",
             "max_steps=2",
             "validation.images=2",
             "validation.num_inference_steps=2",
         ),
-        *("validation.seed=4", f"output_dir={tmp_path / 'watched'}"),
+        *("validation.seed=4", f"output_dir={tmp_path / 'validated'}"),
     )
-    model = train(watched)
-    assert_same_training(watched, plain)
-    folder = watched.output_dir / "samples" / "step-00000002"
+    model = train(validated)
+    assert_same_training(validated, plain)
+    folder = validated.output_dir / "samples" / "step-00000002"
     assert len(list(folder.iterdir())) == 2 * 3 + 1
     assert not (model / "sheet.png").exists()
     with Image.open(folder / "image-01-made.png") as image:
@@ -176,7 +166,7 @@ def test_finetuned_models_transform_validation_images(family: str, tmp_path: Pat
         "validation_fraction": 0.34,
         "max_steps": 1,
     }
-    config = finetuning(tmp_path, image_folder, "full", validation=validation, **common)
+    config = finetune_recipe(tmp_path, image_folder, "full", validation=validation, **common)
     plain = without_validation(config.model_copy(update={"output_dir": tmp_path / "plain"}))
     train(plain)
     model = train(config)
@@ -216,7 +206,7 @@ def test_validation_images_need_an_image_before_the_edit(
     row = {"file_name": "a.png", "before_file_name": "before.png", "text": "red disc"}
     (edits / "metadata.jsonl").write_text(json.dumps(row), "utf-8")
     monkeypatch.setattr("latentgen.train.objectives.latent_diffusion.encode_views", None)
-    config = finetuning(
+    config = finetune_recipe(
         tmp_path,
         edits,
         "full",
@@ -245,7 +235,7 @@ def test_validation_images_need_an_image_before_the_edit(
 def test_validation_that_the_model_cannot_do_is_refused_early(
     family: str, validation: dict[str, Any], message: str, tmp_path: Path, image_folder: Path
 ):
-    config = finetuning(
+    config = finetune_recipe(
         tmp_path,
         image_folder,
         "lora",
@@ -296,9 +286,9 @@ def test_the_validation_loss_equals_that_of_diffusers(text_to_image_recipe: Make
     ]
     each = np.mean(losses, axis=0)
     assert validation_losses(config)[4] == pytest.approx(each.mean(), rel=2e-4)
-    told = scalars_of(config)
+    scalars = scalars_of(config)
     for timestep, expected in zip((166, 500, 833), each, strict=True):
-        assert dict(told[f"validation/timestep {timestep}"])[4] == pytest.approx(expected, rel=2e-4)
+        assert dict(scalars[f"validation/timestep {timestep}"])[4] == pytest.approx(expected, rel=2e-4)
 
 
 def test_the_validation_loss_does_not_depend_on_the_batch(text_to_image_recipe: MakeRecipe, tmp_path: Path):
@@ -369,23 +359,13 @@ def test_a_single_image_cannot_be_split(tmp_path: Path):
 def test_a_resumed_run_catches_up_on_validation(
     text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    import signal
-
     common = (*IMAGES, *LOSS, "checkpoint_every=100", "log_every=3", "trackers=[tensorboard]")
     whole = text_to_image_recipe(*common, f"output_dir={tmp_path / 'whole'}")
     train(whole)
-    original = Trainer._update
-
-    def update(self: Trainer, step: int, batches: Any) -> Any:
-        if step == 1:
-            signal.raise_signal(signal.SIGTERM)
-        return original(self, step, batches)
-
     config = text_to_image_recipe(*common)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", update)
-        with pytest.raises(SystemExit):
-            train(config)
+    on_step(monkeypatch, before=lambda _, step: signal.raise_signal(signal.SIGTERM) if step == 1 else None)
+    with pytest.raises(SystemExit):
+        train(config)
     assert load_latest(config.output_dir).step == 2
     assert not (config.output_dir / "samples").exists()
     resumed = text_to_image_recipe(*common, "resume=true")
@@ -395,11 +375,11 @@ def test_a_resumed_run_catches_up_on_validation(
     for file in sorted((whole.output_dir / "samples").rglob("*.png")):
         assert file.read_bytes() == (resumed.output_dir / file.relative_to(whole.output_dir)).read_bytes()
     # Everything but the speed.
-    told = [
+    scalars = [
         {tag: values for tag, values in scalars_of(run).items() if "second" not in tag}
         for run in (resumed, whole)
     ]
-    assert told[0] == told[1]
+    assert scalars[0] == scalars[1]
 
 
 @pytest.mark.parametrize(
@@ -435,10 +415,10 @@ def test_one_of_two_processes_validates(text_to_image_recipe: MakeRecipe, tmp_pa
     )
     one = text_to_image_recipe(*common)
     train(one)
-    options = dict(field.split("=", 1) for field in common) | {"output_dir": tmp_path / "two"}
-    with launch_two(tmp_path, options) as process:
+    divided = (*common, f"output_dir={tmp_path / 'two'}")
+    with launch_two(tmp_path / "recipe.yaml", divided) as process:
         assert process.wait(timeout=600) == 0
-    two = text_to_image_recipe(*common, f"output_dir={tmp_path / 'two'}")
+    two = text_to_image_recipe(*divided)
     assert validation_losses(two) == pytest.approx(validation_losses(one), rel=1e-4)
     assert [step for step, _ in scalars_of(two)["validation/loss"]] == [2, 4]
     for file in (one.output_dir / "samples").rglob("*.png"):

@@ -16,7 +16,7 @@ from latentgen.errors import ConfigError
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.methods.lora import DIFFUSERS_FILE, KOHYA_FILE
 from latentgen.train.objectives.finetune import FinetuneObjective
-from tests.train.finetuning import build, folder_of, objective_of, randomise
+from tests.train.finetuning import build, folder_of, objective_of, randomize
 from tests.train.recipes import plan_for
 
 METHOD = {"kind": "lora", "rank": 3, "alpha": 2.0, "train_text_encoder": True}
@@ -29,7 +29,7 @@ FILES = (DIFFUSERS_FILE, KOHYA_FILE)
 
 def trained(method: dict[str, Any], family: str, tmp_path: Path, **fields: Any) -> FinetuneObjective:
     objective = objective_of(method, folder_of(family), tmp_path, **fields)
-    randomise(objective)
+    randomize(objective)
     return objective
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentgen.train.objectives.finetune import FinetuneObjective
-from tests.train.finetuning import CAPTIONS, SIZE, Pictures, build, folder_of, objective_of, randomise
+from tests.train.finetuning import CAPTIONS, SIZE, Pictures, build, folder_of, objective_of, randomize
 from tests.train.recipes import plan_for
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -143,7 +143,7 @@ def test_full(prediction_type: str, train_text_encoder: bool, tmp_path: Path):
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_lora(prediction_type: str, tmp_path: Path):
     objective = objective_of(LORA, folder_of("sd", prediction_type), tmp_path)
-    randomise(objective)
+    randomize(objective)
     pipe = build("sd", prediction_type)
     with_lora(pipe)
     copy_weights(objective, pipe)
@@ -212,7 +212,7 @@ def test_textual_inversion(prediction_type: str, tmp_path: Path):
 def test_sdxl(method: dict[str, Any], prediction_type: str, tmp_path: Path):
     """As train_text_to_image_sdxl.py and its sibling for LoRA: two text encoders, pooled states and sizes."""
     objective = objective_of(method, folder_of("sdxl", prediction_type), tmp_path)
-    randomise(objective)
+    randomize(objective)
     pipe = build("sdxl", prediction_type)
     if method["kind"] == "lora":
         with_lora(pipe)
