@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+from latentgen.train.checkpoint import flatten_optimizer
 from latentgen.train.config import Optimizer
 from latentgen.train.optimizer import build_optimizer
 
@@ -30,7 +33,7 @@ def gradients(network: nn.Module, step: int) -> dict[str, Tensor]:
 
 
 def build(network: nn.Module, name: str, *, offload: bool = False, **fields: object) -> torch.optim.Optimizer:
-    """A recipe's optimizer. The "text encoder" of a Network is in its middle: `point` and `linear`."""
+    """The optimizer of a recipe. The "text encoder" of a Network is in its middle: `point` and `linear`."""
     config = {"name": name, "learning_rate": RATE, "betas": BETAS, "weight_decay": DECAY, **fields}
     text = (network.point, network.linear) if isinstance(network, Network) else ()
     return build_optimizer(
@@ -39,6 +42,25 @@ def build(network: nn.Module, name: str, *, offload: bool = False, **fields: obj
         [p for part in text for p in part.parameters()],
         offload=offload,
     )
+
+
+def saved_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer as a file holds it, where tensors are contiguous."""
+    return {
+        key: value.cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in flatten_optimizer(optimizer).items()
+    }
+
+
+def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    """All parameters are equal to the bit."""
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(ours.get_parameter(name), parameter), name
+
+
+def changed_weights(network: nn.Module, before: Mapping[str, Tensor]) -> set[str]:
+    """The names of the parameters that differ from an earlier state dict."""
+    return {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
 
 
 def backward(network: Network, number: int) -> None:

@@ -15,7 +15,15 @@ from torch.nn.utils import clip_grad_norm_
 from latentgen.train.checkpoint import flatten_optimizer, restore_optimizer
 from latentgen.train.config import Optimizer
 from latentgen.train.optimizer.offloaded import HostTensor, OffloadedAdamW, OffloadedGradients
-from tests.train.optimized import Network, backward, build, run_backward
+from tests.train.optimized import (
+    Network,
+    assert_same_weights,
+    backward,
+    build,
+    changed_weights,
+    run_backward,
+    saved_state,
+)
 
 
 @pytest.fixture
@@ -33,8 +41,7 @@ def test_stepping_in_the_backward_pass_changes_when_and_not_how(
     other = copy.deepcopy(network)
     run_backward(network, build(network, name), range(3))
     run_backward(other, build(other, name, step_in_backward=True, max_grad_norm=None), range(3))
-    for key, p in network.named_parameters():
-        assert torch.equal(p, other.get_parameter(key)), key
+    assert_same_weights(other, network)
 
 
 def held_gradients(network: Network, offload: bool = False, **fields: object) -> int:
@@ -44,7 +51,7 @@ def held_gradients(network: Network, offload: bool = False, **fields: object) ->
     def look(_: Tensor) -> None:
         held.append(sum(0 if p.grad is None else p.grad.nbytes for p in network.parameters()))
 
-    # Before the optimiser's own hooks, which drop the gradient.
+    # Before the optimizer's own hooks, which drop the gradient.
     for p in network.parameters():
         p.register_post_accumulate_grad_hook(look)
     run_backward(network, build(network, "adafactor", offload=offload, **fields), range(2))
@@ -64,7 +71,7 @@ def test_the_learning_rate_reaches_steps_in_the_backward_pass(network: Network):
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     run_backward(network, optimizer, range(1))
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert not changed_weights(network, before)
 
 
 def clipped_and_accumulated(
@@ -109,9 +116,8 @@ def test_offloaded_gradients_train_to_the_same_bits(
             5.0: {False, True},
             0.01: {True},
         }[max_norm]
-    for key, p in network.named_parameters():
-        assert torch.equal(p, other.get_parameter(key)), key
-        assert other.get_parameter(key).grad is None
+    assert_same_weights(other, network)
+    assert all(p.grad is None for p in other.parameters())
 
 
 AWAY: list[dict[str, object]] = [{}, {"step_in_backward": True, "max_grad_norm": None}]
@@ -132,18 +138,15 @@ def test_an_offloaded_state_is_the_same_and_resumes(
     state, expected = flatten_optimizer(optimizer), flatten_optimizer(stays)
     assert list(state) == list(expected)
     assert all(torch.equal(value, expected[key]) for key, value in state.items())
-    # And goes on, from what a run wrote that kept it on the device.
+    # And it resumes from the state of an optimizer that is not offloaded.
     resumed.load_state_dict(network.state_dict())
     again = build(resumed, name, offload=True, **fields)
-    restore_optimizer(
-        again, {key: value.clone(memory_format=torch.contiguous_format) for key, value in expected.items()}
-    )
+    restore_optimizer(again, saved_state(stays))
     run_backward(other, optimizer, range(3, 5))
     run_backward(network, stays, range(3, 5))
     run_backward(resumed, again, range(3, 5))
-    for key, p in network.named_parameters():
-        assert torch.equal(p, other.get_parameter(key)), key
-        assert torch.equal(p, resumed.get_parameter(key)), key
+    assert_same_weights(other, network)
+    assert_same_weights(resumed, network)
 
 
 def test_moments_are_in_host_memory_between_the_steps(network: Network):
@@ -181,8 +184,7 @@ def test_parameters_without_gradient_stay(network: Network):
     before = copy.deepcopy(network.state_dict())
     network.narrow(torch.randn(2, 16, 3, 3)).mean().backward()
     optimizer.step()
-    changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == {"narrow.weight", "narrow.bias"}
+    assert changed_weights(network, before) == {"narrow.weight", "narrow.bias"}
 
 
 def test_zero_grad_drops_offloaded_gradients(network: Network):
@@ -194,8 +196,7 @@ def test_zero_grad_drops_offloaded_gradients(network: Network):
     optimizer.zero_grad()
     run_backward(other, optimizer, range(1, 2))
     run_backward(network, stays, range(1, 2))
-    for key, p in network.named_parameters():
-        assert torch.equal(p, other.get_parameter(key)), key
+    assert_same_weights(other, network)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -214,11 +215,10 @@ def test_offloading_from_cuda(name: str, network: Network):
     assert all(torch.equal(value.cpu(), there[key].cpu()) for key, value in state.items())
     resumed.load_state_dict(network.state_dict())
     again = build(resumed, name, offload=True)
-    restore_optimizer(again, {key: value.cpu().contiguous() for key, value in there.items()})
+    restore_optimizer(again, saved_state(stays))
     run_backward(other, optimizer, range(3))
     run_backward(resumed, again, range(3))
-    for key, p in other.named_parameters():
-        assert torch.equal(p, resumed.get_parameter(key)), key
+    assert_same_weights(resumed, other)
 
 
 def test_no_gradients_have_no_norm(network: Network):

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from latentgen.errors import ConfigError, InputError, MemoryBudgetError
+from latentgen.errors import ConfigError, InputError, LatentgenError, MemoryBudgetError
 from latentgen.train import memory
 from latentgen.train.data import BatchIndices
 from latentgen.train.memory import batch_shapes, estimate_activations
@@ -36,32 +36,36 @@ def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentgen.train.objectives.class_images.ClassImages.draw", fail)
 
 
-@pytest.mark.usefixtures("nothing_slow")
-@pytest.mark.parametrize("recipe", ["text_to_image_recipe", "lora_recipe"])
-def test_invalid_prompts(recipe: str, request: pytest.FixtureRequest):
-    config = request.getfixturevalue(recipe)("validation={prompts: [x], height: 17}")
-    with pytest.raises(InputError, match="height=17"):
-        train(config)
+TALL = "validation={prompts: [x], height: 17}"
 
 
 @pytest.mark.usefixtures("nothing_slow")
-def test_base_weights_that_are_saved_cannot_be_quantized(lora_recipe: MakeRecipe):
-    config = lora_recipe("task.method={kind: full}", PRIOR, "memory.base_dtype=int8")
-    with pytest.raises(ConfigError, match=r"memory\.base_dtype is int8"):
-        train(config)
-
-
-@pytest.mark.usefixtures("nothing_slow")
-def test_an_optimizer_that_is_not_installed(lora_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "error", "message"),
+    [
+        ("text_to_image_recipe", (TALL,), InputError, "height=17"),
+        ("lora_recipe", (TALL,), InputError, "height=17"),
+        (
+            "lora_recipe",
+            ("task.method={kind: full}", PRIOR, "memory.base_dtype=int8"),
+            ConfigError,
+            r"memory\.base_dtype",
+        ),
+        ("lora_recipe", ("optimizer.name=adamw8bit",), ConfigError, "pip install bitsandbytes"),
+        ("lora_recipe", ("task.loss.masked=true", PRIOR), ConfigError, r"task\.loss\.masked"),
+    ],
+)
+def test_recipes_that_the_model_data_or_machine_does_not_allow(
+    recipe: str,
+    overrides: tuple[str, ...],
+    error: type[LatentgenError],
+    message: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
-        train(lora_recipe("optimizer.name=adamw8bit"))
-
-
-@pytest.mark.usefixtures("nothing_slow")
-def test_masked_loss_needs_masks(lora_recipe: MakeRecipe):
-    with pytest.raises(ConfigError, match="no image of the training set has a mask"):
-        train(lora_recipe("task.loss.masked=true", PRIOR))
+    with pytest.raises(error, match=message):
+        train(request.getfixturevalue(recipe)(*overrides))
 
 
 @pytest.mark.usefixtures("nothing_slow")
