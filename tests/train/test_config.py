@@ -109,8 +109,15 @@ def test_all_problems_are_listed_at_once(fields: dict[str, Any], tmp_path: Path)
     assert "recipe.yaml" in str(caught.value)
 
 
-NETWORKS = "vae: m, text_encoder: {}, unet: {}, scheduler: {}"
-TEXT_TO_IMAGE_TASK = f"task={{kind: text_to_image, {NETWORKS}}}"
+TEXT_TO_IMAGE_TASK = "task={kind: text_to_image, vae: m, text_encoder: {}, unet: {}, scheduler: {}}"
+UPSCALE_TASK = "task={kind: upscale, vae: m, text_encoder: m, unet: {}, scheduler: {}, low_res_scheduler: {}}"
+PAIRED_TASK = "task={kind: paired, vae: m, text_encoder: m, unet: {}, scheduler: {}, degradation: %s}"
+FULL_TASK = "task={kind: finetune, method: {kind: full}}"
+LORA_TASK = "task={kind: finetune, method: {kind: lora}}"
+TOKEN_TASK = "task={kind: finetune, method: {kind: textual_inversion, token: x, initializer: y}}"
+TEXT_RATE = "optimizer.text_encoder_learning_rate=5.0e-6"
+VALIDATION = "validation={loss_every: 9}"
+BUCKETS = "data={kind: kohya, path: img, image_size: 512, buckets: true}"
 
 
 @pytest.mark.parametrize(
@@ -120,27 +127,42 @@ TEXT_TO_IMAGE_TASK = f"task={{kind: text_to_image, {NETWORKS}}}"
         (("task.train_encoder=false",), "task.train_encoder", "init_from=m"),
         ((TEXT_TO_IMAGE_TASK, "task.train_text_encoder=false"), "task.train_text_encoder", "init_from=m"),
         ((TEXT_TO_IMAGE_TASK, "task.reinit_layers=[conv_in]"), "task.reinit_layers", "init_from=m"),
+        ((UPSCALE_TASK, BUCKETS), "data.buckets", "data.buckets=false"),
+        ((PAIRED_TASK % "haze",), "task.paired.degradation", "task.degradation=jpeg"),
+        ((LORA_TASK, TEXT_RATE), TEXT_RATE.partition("=")[0], "task.method.train_text_encoder=true"),
+        ((FULL_TASK, TEXT_RATE), TEXT_RATE.partition("=")[0], "task.method.train_text_encoder=true"),
+        ((TOKEN_TASK, TEXT_RATE), TEXT_RATE.partition("=")[0], "optimizer.text_encoder_learning_rate=null"),
         (
-            (
-                "task={kind: upscale, vae: m, text_encoder: m, unet: {}, scheduler: {}, low_res_scheduler: {}}",
-                "data={kind: kohya, path: img, image_size: 512, buckets: true}",
-            ),
-            "data.buckets",
-            "data.buckets=false",
+            (LORA_TASK, "task.prior={prompt: [dog, cat], path: dogs}"),
+            "task.finetune.prior",
+            "task.prior.prompt=dog",
         ),
+        (
+            ("optimizer.decay_fraction=0.5", "optimizer.schedule=cosine"),
+            "decay_fraction",
+            "optimizer.schedule=warmup_stable_decay",
+        ),
+        # What would do nothing.
+        (("validation_fraction=0.1",), "validation_fraction", VALIDATION),
+        ((TEXT_TO_IMAGE_TASK, "task.loss.huber_c=0.2"), "huber_c", "task.loss.kind=huber"),
+        (("memory.ema_device=cpu", "ema_decay=0"), "memory.ema_device", "ema_decay=0.9"),
+        (
+            (TEXT_TO_IMAGE_TASK, "compile=true", "memory.gradient_checkpointing=selective"),
+            "memory.gradient_checkpointing",
+            "memory.gradient_checkpointing=true",
+        ),
+        (("allow_changes=[seed, sede]",), "'sede'", "allow_changes=[seed]"),
+        (("allow_changes=[task.unet.a, data.sed]",), "'data.sed'", "allow_changes=[data]"),
     ],
 )
 def test_fields_must_agree(
     overrides: tuple[str, ...], field: str, fix: str, fields: dict[str, Any], tmp_path: Path
 ):
-    with pytest.raises(ConfigError, match=rf"cannot be used: {re.escape(field)}: "):
+    with pytest.raises(ConfigError, match=re.escape(field)):
         load(fields, tmp_path, *overrides)
-    load(fields, tmp_path, *overrides, fix)
-
-
-PAIRED_TASK = "task={kind: paired, vae: m, text_encoder: m, unet: {}, scheduler: {}, degradation: %s}"
-FULL_TASK = "task={kind: finetune, method: {kind: full}}"
-VALIDATION = "validation={loss_every: 9}"
+    config = load(fields, tmp_path, *overrides, fix)
+    # Checkpoints hold every field, also those that were not set.
+    assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 @pytest.mark.parametrize(
@@ -183,16 +205,6 @@ def test_a_field_under_both_names_is_refused(fields: dict[str, Any], tmp_path: P
     both = {"held_out": 0.1, "validation_fraction": 0.1}
     with pytest.raises(ConfigError, match=r"held_out.*validation_fraction"):
         load(fields | both, tmp_path)
-
-
-def test_paired_images_need_a_known_degradation(fields: dict[str, Any], tmp_path: Path):
-    finished = {"vae": "model", "text_encoder": "model", "unet": {}, "scheduler": {}}
-    fields["task"] = {"kind": "paired", "degradation": "jpeg", **finished}
-    load(fields, tmp_path, "task.vae=null")
-    with pytest.raises(
-        ConfigError, match=r"degradation: .*'colorization', 'uncropping', 'jpeg' or 'inpainting'"
-    ):
-        load(fields, tmp_path, "task.degradation=haze")
 
 
 def test_overrides_replace_nested_fields_and_are_read_as_yaml(fields: dict[str, Any], tmp_path: Path):
@@ -260,45 +272,6 @@ def test_schedules_are_those_of_diffusers(schedule: str, warmup_steps: int):
         scheduler.step()
 
 
-def test_the_end_of_the_rate_belongs_to_one_schedule(fields: dict[str, Any], tmp_path: Path):
-    end = ("optimizer.decay_fraction=0.5", "optimizer.schedule=cosine")
-    with pytest.raises(
-        ConfigError, match="decay_fraction belongs to schedule warmup_stable_decay, and schedule"
-    ):
-        load(fields, tmp_path, *end)
-    load(fields, tmp_path, end[0])
-    load(fields, tmp_path, end[1])
-
-
-@pytest.mark.parametrize(
-    ("method", "learns"),
-    [
-        ({"kind": "full", "train_text_encoder": True}, True),
-        ({"kind": "lora", "train_text_encoder": True}, True),
-        ({"kind": "lora"}, False),
-        ({"kind": "textual_inversion", "token": "x", "initializer": "y"}, False),
-    ],
-)
-def test_a_rate_for_text_encoders_needs_one_that_learns(
-    method: dict[str, Any], learns: bool, fields: dict[str, Any], tmp_path: Path
-):
-    fields["task"] = {"kind": "finetune", "method": method}
-    rate = "optimizer.text_encoder_learning_rate=5.0e-6"
-    if learns:
-        assert load(fields, tmp_path, rate).optimizer.text_encoder_learning_rate == 5e-6
-        return
-    with pytest.raises(ConfigError, match=r"optimizer\.text_encoder_learning_rate: "):
-        load(fields, tmp_path, rate)
-
-
-def test_class_images_of_ones_own_have_one_prompt(fields: dict[str, Any], tmp_path: Path):
-    prior = {"prompt": ["dog", "cat"], "path": "dogs"}
-    fields["task"] = {"kind": "finetune", "method": {"kind": "lora"}, "prior": prior}
-    with pytest.raises(ConfigError, match=r"task\.finetune\.prior: .*must be one; found 2"):
-        load(fields, tmp_path)
-    assert load(fields, tmp_path, "task.prior.prompt=dog").task.kind == "finetune"
-
-
 def test_the_sections_of_the_page_on_data_load(fields: dict[str, Any], tmp_path: Path):
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
     sections = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
@@ -308,16 +281,16 @@ def test_the_sections_of_the_page_on_data_load(fields: dict[str, Any], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("given", "read"),
+    ("value", "meaning"),
     [("true", "latest"), ("latest", "latest"), ("auto", "auto"), ("no", "no"), ("false", "no")],
 )
-def test_words_for_resuming(given: str, read: str, autoencoder_recipe: MakeRecipe):
-    assert autoencoder_recipe(f"resume={given}").resume == read
-    with pytest.raises(ConfigError, match="resume: Input should be 'no', 'latest' or 'auto'"):
+def test_words_for_resuming(value: str, meaning: str, autoencoder_recipe: MakeRecipe):
+    assert autoencoder_recipe(f"resume={value}").resume == meaning
+    with pytest.raises(ConfigError, match="resume: "):
         autoencoder_recipe("resume=yes please")
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
+def test_a_key_that_is_set_twice_is_refused(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text("seed: 1\ntask:\n  kind: finetune\n  method: {kind: full}\n  kind: paired\n", "utf-8")
     with pytest.raises(
@@ -337,43 +310,6 @@ def test_what_is_merged_may_be_replaced(fields: dict[str, Any], tmp_path: Path):
     )
     config = load_config(path)
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("muon", 2.0)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "fixed", "message"),
-    [
-        (
-            ("validation_fraction=0.1",),
-            "validation.loss_every=2",
-            "validation_fraction: ",
-        ),
-        (("task.loss.huber_c=0.2",), "task.loss.kind=huber", "huber_c is for kind huber and smooth_l1"),
-        (("memory.ema_device=cpu", "ema_decay=0"), "ema_decay=0.9", "memory.ema_device: "),
-        (
-            ("compile=true", "memory.gradient_checkpointing=selective"),
-            "memory.gradient_checkpointing=true",
-            "memory.gradient_checkpointing: ",
-        ),
-        (
-            ("allow_changes=[seed, sede]",),
-            "allow_changes=[seed]",
-            "allow_changes: unknown field 'sede'",
-        ),
-        (
-            ("allow_changes=[task.unet.a, data.sed]",),
-            "allow_changes=[data]",
-            "allow_changes: unknown field 'data.sed'",
-        ),
-    ],
-)
-def test_what_would_do_nothing_is_refused(
-    overrides: tuple[str, ...], fixed: str, message: str, text_to_image_recipe: MakeRecipe
-):
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        text_to_image_recipe(*overrides)
-    config = text_to_image_recipe(*overrides, fixed)
-    # Checkpoints hold every field, also those that were not set.
-    assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_the_fields_that_changes_may_be_allowed_of():
