@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -22,9 +23,6 @@ from latentgen.train.fsdp import check_sharding
 from latentgen.train.optimizer import check_optimizer
 
 T = TypeVar("T")
-
-# Devices whose memory is the host's.
-_HOST_DEVICES = ("cpu", "mps")
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -64,11 +62,14 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             f"{field} works in one process only, because gradients are used or moved before all "
             f"{accelerator.num_processes} processes could average them; leave it out, or train in one process"
         )
-    if config.memory.offload_optimizer and accelerator.device.type in _HOST_DEVICES:
-        raise ConfigError(
-            f"memory.offload_optimizer saves nothing on {accelerator.device.type}, whose memory is the host's; set it "
-            "to false"
+    if config.memory.offload_optimizer:
+        problem = (
+            f"memory.offload_optimizer saves nothing on {accelerator.device.type}, whose memory is the host's"
         )
+        if accelerator.device.type == "mps":
+            raise ConfigError(f"{problem}; set it to false")
+        if accelerator.device.type == "cpu":  # where it once used the disk; runs of that time can be resumed
+            warnings.warn(f"{problem}, and will be an error; set it to false", FutureWarning, stacklevel=2)
     if config.batch_size % (accumulated * accelerator.num_processes):
         raise ConfigError(
             f"batch_size {config.batch_size} is not a multiple of {accumulated} gradient_accumulation_steps x "
@@ -78,7 +79,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def own_share(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of a list that all processes have alike; all of it if there is only one process."""
+    """This process's part of a list that is the same in all processes; all of it if there is only one."""
     if not _is_distributed():
         return items
     return items[dist.get_rank() :: dist.get_world_size()]
