@@ -23,13 +23,13 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(sys.modules, "yaml", None)
-    for module in ("latentgen.train.config", "latentgen.train.config.run"):
+    for module in [name for name in sys.modules if name.startswith("latentgen.train.config")]:
         monkeypatch.delitem(sys.modules, module)
     assert main(["recipe.yaml"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "latentgen: error: training needs the module yaml: pip install 'latentgen[train]'\n"
-    )
+    error = capsys.readouterr().err
+    assert "module yaml" in error
+    assert "latentgen[train]" in error
+    assert error.count("\n") == 1
 
 
 def test_ctrl_c(autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
