@@ -1,4 +1,4 @@
-"""Weights sharded over the processes of a run with FSDP2, made whole for checkpoints and sharded again.
+"""Weights sharded over the processes of a run with FSDP2, gathered for checkpoints and sharded again.
 
 Tensors that are not sharded pass through, so callers need not know. All processes must call, with the same tensors.
 """

@@ -29,10 +29,10 @@ from latentgen.train.host_memory import available_bytes
 from latentgen.train.objectives.base import Objective
 from latentgen.train.optimizer import state_bytes
 
-# A suggestion must save this fraction of the total to be worth a line.
-_WORTH_IT = 0.02
-# Samples that stand for the whole batch: captions of one batch may need different numbers of windows.
-_FEW = 8
+# Suggestions that save a smaller fraction of the total are left out.
+_MIN_SAVING = 0.02
+# The batch is estimated from so many samples: their captions may need different numbers of windows.
+_MAX_SAMPLES = 8
 
 
 class Activations(NamedTuple):
@@ -131,7 +131,7 @@ def _check_step_fits(config: TrainConfig, accelerator: Accelerator, objective: O
         print(_summary(plan, free, device), file=sys.stderr)
     if plan.total > free:
         savings = _savings(config, objective, plan_of, device)
-        raise MemoryBudgetError(_refusal(plan, free, savings))
+        raise MemoryBudgetError(_budget_error(plan, free, savings))
 
 
 def batch_shapes(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> tuple[Tensor, ...]:
@@ -148,7 +148,7 @@ def batch_shapes(config: TrainConfig, accelerator: Accelerator, objective: Objec
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
     )[0]
-    few = replace(plan, samples=plan.samples[:_FEW], items=plan.items[:_FEW])
+    few = replace(plan, samples=plan.samples[:_MAX_SAMPLES], items=plan.items[:_MAX_SAMPLES])
     batch, count = objective.batch(few), len(plan.samples)
     return tuple(torch.empty((count, *t.shape[1:]), dtype=t.dtype, device="meta") for t in batch)
 
@@ -308,10 +308,10 @@ def _summary(plan: MemoryPlan, free: int, device: torch.device) -> str:
     )
 
 
-def _refusal(plan: MemoryPlan, free: int, savings: Mapping[str, int]) -> str:
+def _budget_error(plan: MemoryPlan, free: int, savings: Mapping[str, int]) -> str:
     helpful = sorted(savings.items(), key=lambda item: -item[1])
     advice = "; ".join(
-        f"{change} saves {_size(saved)}" for change, saved in helpful if saved > _WORTH_IT * plan.total
+        f"{change} saves {_size(saved)}" for change, saved in helpful if saved > _MIN_SAVING * plan.total
     )
     parts = ", ".join(f"{name} {_size(size)}" for name, size in plan._asdict().items() if size)
     return (
@@ -332,8 +332,8 @@ def _savings(
         f"optimizer.name={name}": {"optimizer": optimizer.model_copy(update={"name": name})}
         for name in ("adafactor", "adamw8bit")
     } | {
-        f"memory.{field}={shown}": {"memory": memory.model_copy(update={field: value})}
-        for field, shown, value in (
+        f"memory.{field}={text}": {"memory": memory.model_copy(update={field: value})}
+        for field, text, value in (
             ("ema_device", "cpu", "cpu"),
             ("gradient_checkpointing", "selective", "selective"),
             ("gradient_checkpointing", "true", True),

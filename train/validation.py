@@ -204,9 +204,8 @@ def check_validation_prompts(pipeline: Pipeline, validation: Validation) -> None
         InputError: a prompt, the size or another argument is wrong.
     """
     for prompt in validation.prompts:
-        _prompt_stream(
-            pipeline, validation, prompt
-        )  # which checks its arguments, and computes when it is read
+        # It checks its arguments now, and would compute when it is iterated.
+        _prompt_stream(pipeline, validation, prompt)
 
 
 def save_rows(folder: Path, rows: Sequence[Sequence[NamedImage]]) -> None:

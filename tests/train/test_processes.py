@@ -36,12 +36,12 @@ SHARDED = {
     "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-# An AdamW step is as long where the gradient is nothing but roundings, as it is for the biases of attention's keys.
+# AdamW's steps have the same size where the gradient is only rounding errors, as for the biases of attention's keys.
 GRADIENT_FLOOR = 1e-4
 
 
 class Job(NamedTuple):
-    """A run: in how many processes, what its recipe is told, and what `accelerate launch` would tell of sharding."""
+    """A run: its number of processes, overrides of its recipe, and sharding as `accelerate launch` sets it."""
 
     processes: int
     overrides: Sequence[str]
@@ -85,7 +85,7 @@ def line_of(process: subprocess.Popen[str], tmp_path: Path) -> list[int]:
 
 
 def run_all(tmp_path: Path, *jobs: Job) -> str:
-    """Run the jobs, all of which must end well; what they said."""
+    """Run the jobs, all of which must succeed; returns their output."""
     with launched(tmp_path, *jobs) as process:
         for job in jobs:
             line_of(process, tmp_path)
@@ -183,7 +183,7 @@ def test_a_signal_to_one_process_stops_all_with_one_checkpoint(
     assert state.processes == 2
     assert state.step == rows_of(config)[-1]["step"]
     assert len(list(config.output_dir.glob("checkpoint-*"))) == 1
-    # And on, in a single process, which is told.
+    # It can be resumed in a single process, which warns.
     alone = autoencoder_recipe(*COMMON, f"max_steps={state.step + 2}", "resume=latest")
     with pytest.warns(UserWarning, match="the run used 2 processes and continues with 1"):
         train(alone)
@@ -206,12 +206,16 @@ def test_a_process_does_not_wait_for_one_that_was_killed(autoencoder_recipe: Mak
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["text_to_image_recipe", "paired_recipe"])
+@pytest.mark.parametrize(
+    ("recipe", "reshard"),
+    [("text_to_image_recipe", "true"), ("paired_recipe", "true"), ("text_to_image_recipe", "false")],
+)
 def test_sharded_weights_are_trained_saved_and_resumed(
-    recipe: str, request: pytest.FixtureRequest, tmp_path: Path
+    recipe: str, reshard: str, request: pytest.FixtureRequest, tmp_path: Path
 ):
     """In two processes, resumed in two, and once more in one that has all weights: as in one from the beginning."""
     make: MakeRecipe = request.getfixturevalue(recipe)
+    sharding = SHARDED | {"FSDP_RESHARD_AFTER_FORWARD": reshard}
     # A rate that does not fall towards an end, which each part of the run would have elsewhere.
     rates = ["optimizer.decay_fraction=0"]
     if recipe == "text_to_image_recipe":
@@ -221,7 +225,7 @@ def test_sharded_weights_are_trained_saved_and_resumed(
     ours, theirs = (make(f"output_dir={folder}") for folder in (spread, alone))
     run_all(tmp_path, Job(1, (*common, "max_steps=6", f"output_dir={alone}")))
     on = (*common, f"output_dir={spread}", "resume=auto")
-    run_all(tmp_path, *(Job(2, (*on, f"max_steps={steps}"), SHARDED) for steps in (2, 4)))
+    run_all(tmp_path, *(Job(2, (*on, f"max_steps={steps}"), sharding) for steps in (2, 4)))
     assert load_latest(spread).step == 4
     said = run_all(tmp_path, Job(1, (*on, "max_steps=6")))
     assert "2 processes and continues with 1" in said
@@ -229,8 +233,8 @@ def test_sharded_weights_are_trained_saved_and_resumed(
     assert_same_training(spread, alone)
 
 
-def test_processes_that_do_not_share_the_folder_are_told(autoencoder_recipe: MakeRecipe, tmp_path: Path):
-    """As on two machines of which each has a disk of its own."""
+def test_processes_that_do_not_share_the_folder_are_refused(autoencoder_recipe: MakeRecipe, tmp_path: Path):
+    """As on two machines, each with its own disk."""
 
     class Two(Accelerator):
         num_processes = 2  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
