@@ -43,12 +43,12 @@ def test_the_recipes_of_finetuning_find_their_images_from_anywhere(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--example", name]) == 0
     (tmp_path / "mine.yaml").write_text(capsys.readouterr().out, "utf-8")
-    found, due = load_config("mine.yaml"), load_config(ROOT / "configs" / "train" / f"{name}.yaml")
-    assert found.data.kind == due.data.kind == "imagefolder"
-    assert found.data.path.is_dir()
-    assert found.data.path.samefile(ROOT / due.data.path)
-    data = due.data.model_copy(update={"path": found.data.path})
-    assert found == due.model_copy(update={"data": data})
+    actual, expected = load_config("mine.yaml"), load_config(ROOT / "configs" / "train" / f"{name}.yaml")
+    assert actual.data.kind == expected.data.kind == "imagefolder"
+    assert actual.data.path.is_dir()
+    assert actual.data.path.samefile(ROOT / expected.data.path)
+    data = expected.data.model_copy(update={"path": actual.data.path})
+    assert actual == expected.model_copy(update={"data": data})
 
 
 def test_a_path_of_any_name_is_written_so_that_it_is_read_again(tmp_path: Path):

@@ -31,17 +31,17 @@ FRESH = ("task.views_per_image=0",)
 
 
 class Counting(Objective):
-    """Batches that name the process which made them; `spoilt` is the step at which that fails."""
+    """Batches that name the process which made them; at `broken_step` that fails."""
 
     order = BucketSampler([range(5)])
 
-    def __init__(self, spoilt: int = -1, *, kill: bool = False) -> None:
+    def __init__(self, broken_step: int = -1, *, kill: bool = False) -> None:
         super().__init__()
-        self.spoilt = spoilt
+        self.broken_step = broken_step
         self.kill = kill
 
     def batch(self, plan: BatchIndices) -> tuple[Tensor, ...]:
-        if plan.step == self.spoilt:
+        if plan.step == self.broken_step:
             if self.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise DatasetError(f"image {plan.step} is gone")

@@ -28,13 +28,13 @@ def test_a_dry_run_reports_and_writes_nothing(text_to_image_recipe: MakeRecipe, 
         *("validation.prompts=[red disc]", "task.train_text_encoder=true"),
     )
     before = files_of(tmp_path)
-    found = dry_run(config)
+    report = dry_run(config)
     assert files_of(tmp_path) == before
     assert not config.output_dir.exists()
-    assert (found.images, found.held_out, found.samples, found.processes, found.step) == (4, 2, 8, 1, 0)
-    assert 0 < found.trained == found.parameters
-    assert found.seconds_per_step > 0
-    text = "\n".join(found.lines())
+    assert (report.images, report.held_out, report.samples, report.processes, report.step) == (4, 2, 8, 1, 0)
+    assert 0 < report.trained == report.parameters
+    assert report.seconds_per_step > 0
+    text = "\n".join(report.lines())
     assert "4 = 2 samples x 1 processes x 2 accumulated parts" in text
     assert "50; 2 steps an epoch, 25 epochs" in text
 
@@ -64,8 +64,8 @@ def test_class_images_are_generated_for_one_step_and_deleted(
     task = {"kind": "finetune", "method": METHODS["lora"], "views_per_image": 2}
     config = finetune_recipe(tmp_path, image_folder, "lora", task=task | {"prior": PRIOR | {"images": 100}})
     before = files_of(tmp_path)
-    found = dry_run(config)
-    assert 0 < found.trained < found.parameters
+    report = dry_run(config)
+    assert 0 < report.trained < report.parameters
     assert files_of(tmp_path) == before
     assert not config.output_dir.exists()
     assert len(drawn) == config.batch_size
@@ -96,9 +96,9 @@ def test_a_resumed_run_reports_the_remaining_steps(autoencoder_recipe: MakeRecip
     with pytest.raises(ResumeError, match="already holds a run"):
         dry_run(config)
     before = files_of(config.output_dir)
-    found = dry_run(autoencoder_recipe("max_steps=6", "resume=true"))
-    assert found.step == 2
-    assert "6, of which 2 are done" in "\n".join(found.lines())
+    report = dry_run(autoencoder_recipe("max_steps=6", "resume=true"))
+    assert report.step == 2
+    assert "6, of which 2 are done" in "\n".join(report.lines())
     assert files_of(config.output_dir) == before
 
 
@@ -124,7 +124,7 @@ def test_durations(seconds: float, text: str):
 
 def test_the_estimate_counts_the_remaining_steps(autoencoder_recipe: MakeRecipe):
     config = autoencoder_recipe("max_steps=100", "batch_size=4")
-    found = DryRunReport(
+    report = DryRunReport(
         config=config,
         step=40,
         trained=1,
@@ -137,7 +137,7 @@ def test_the_estimate_counts_the_remaining_steps(autoencoder_recipe: MakeRecipe)
         seconds_per_step=2.0,
         peak_bytes=3 * 2**30,
     )
-    text = "\n".join(found.lines())
+    text = "\n".join(report.lines())
     assert "2 min 0 s for 60 steps" in text
     assert "2 s a step, 2 samples/s" in text
     assert "4 steps an epoch, 25 epochs" in text

@@ -47,15 +47,15 @@ def test_resuming_at_any_step_changes_nothing(method: str, tmp_path: Path, image
                 output_dir=str(folder),
             )
         )
-        found = files_of(folder)
-        assert found.keys() == expected.keys()
+        actual = files_of(folder)
+        assert actual.keys() == expected.keys()
         for name, content in expected.items():
             if name.name not in (
                 "state.json",
                 "manifest.json",
                 "README.md",
             ):  # which contain the folder's name
-                assert found[name] == content, name
+                assert actual[name] == content, name
 
 
 @pytest.mark.parametrize("method", METHODS)

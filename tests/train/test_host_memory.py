@@ -1,4 +1,4 @@
-"""What is handed back to the system is no longer resident, and nothing changes by it."""
+"""Memory that is returned to the system is no longer resident, and no value changes."""
 
 from __future__ import annotations
 

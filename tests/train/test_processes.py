@@ -131,8 +131,8 @@ def test_two_processes_share_a_cache_and_one_of_them_measures(paired_recipe: Mak
     run_all(tmp_path, Job(1, one), Job(2, two))
     expected, losses = map(rows_of, configs)
     assert "validation_loss" in expected[-1]
-    for row, due in zip(losses, expected, strict=True):
-        assert row == pytest.approx(due, rel=1e-5)
+    for row, other in zip(losses, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -227,8 +227,8 @@ def test_sharded_weights_are_trained_saved_and_resumed(
     on = (*common, f"output_dir={spread}", "resume=auto")
     run_all(tmp_path, *(Job(2, (*on, f"max_steps={steps}"), sharding) for steps in (2, 4)))
     assert load_latest(spread).step == 4
-    said = run_all(tmp_path, Job(1, (*on, "max_steps=6")))
-    assert "2 processes and continues with 1" in said
+    output = run_all(tmp_path, Job(1, (*on, "max_steps=6")))
+    assert "2 processes and continues with 1" in output
     assert losses_of(ours) == pytest.approx(losses_of(theirs), rel=1e-5)
     assert_same_training(spread, alone)
 

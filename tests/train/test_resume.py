@@ -86,7 +86,7 @@ def check(request: pytest.FixtureRequest, watch: Watch, tmp_path: Path) -> Check
 class Check:
     """`check(kind, steps, splits)` runs a recipe without a stop, and again with stops after each of the splits.
 
-    A resumed run goes on to its end, or if it was resumed once and `ahead` is given, that many steps.
+    A resumed run continues to its end, or if it was resumed once and `ahead` is given, that many steps.
     """
 
     request: pytest.FixtureRequest

@@ -25,10 +25,10 @@ for _ in tqdm(range(10**6), desc="Steps", mininterval=0):
 
 
 def test_counts_of_the_named_bar():
-    said = "Others: 100%|###| 9/9 [00:00<00:00]\nSteps:  40%|####      | 2/5 [00:02<00:03, lr=1]"
-    assert last_count(said, "Steps") == 2
-    assert last_count(said + "\rSteps:  60%|######    | 3/5 [00:03<00:02]", "Steps") == 3
-    assert last_count(said + "\rSteps:  60%|####", "Steps") == 2
+    output = "Others: 100%|###| 9/9 [00:00<00:00]\nSteps:  40%|####      | 2/5 [00:02<00:03, lr=1]"
+    assert last_count(output, "Steps") == 2
+    assert last_count(output + "\rSteps:  60%|######    | 3/5 [00:03<00:02]", "Steps") == 3
+    assert last_count(output + "\rSteps:  60%|####", "Steps") == 2
     assert last_count("Others: 100%|###| 9/9 [00:00<00:00]", "Steps") is None
 
 
