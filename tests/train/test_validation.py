@@ -352,7 +352,7 @@ def test_a_single_image_cannot_be_split(tmp_path: Path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a", "utf-8")
     data = open_data(FolderData(kind="imagefolder", path=tmp_path, image_size=16))
-    with pytest.raises(DatasetError, match="at least one must be left"):
+    with pytest.raises(DatasetError, match="validation_fraction"):
         split(data, 0.1)
 
 
