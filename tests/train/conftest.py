@@ -68,6 +68,18 @@ def lora_recipe(tmp_path: Path, image_folder: Path, tiny_checkpoint: Path) -> Ma
     return _recipes(tmp_path, image_folder, task, init_from=tiny_checkpoint)
 
 
+@pytest.fixture
+def bucket_recipe(autoencoder_recipe: MakeRecipe, image_folder: Path) -> MakeRecipe:
+    """As `autoencoder_recipe`, over three buckets, with random crops."""
+    for number, size in enumerate([(31, 18), (18, 31), (30, 20), (20, 30)]):
+        Image.effect_noise(size, 90).convert("RGB").save(image_folder / f"noise{number}.png")
+    fields = (
+        *("data.buckets=true", "data.bucket_step=4", "data.crop=random", "data.horizontal_flip=true"),
+        *("data.caption=noise", "optimizer.name=adamw", "optimizer.learning_rate=0.001"),
+    )
+    return lambda *overrides: autoencoder_recipe(*fields, *overrides)
+
+
 def _recipes(
     tmp_path: Path, image_folder: Path, task: dict[str, Any], *, init_from: Path | None = None
 ) -> MakeRecipe:

@@ -11,14 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentgen.errors import ConfigError
 from latentgen.train.checkpoint import load_latest
-from latentgen.train.config import load_config
 from latentgen.train.trainer import train
 from tests.train.finetuning import METHODS, PRIOR, finetune_recipe
 from tests.train.runs import files_of, losses_of
-
-RECIPES = Path(__file__).parents[2] / "configs" / "train"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -109,17 +105,3 @@ def test_a_run_may_start_from_a_trained_model(tmp_path: Path, image_folder: Path
         "lora_kohya.safetensors",
         "README.md",
     }
-
-
-def test_errors_come_before_class_images_are_generated(tmp_path: Path, image_folder: Path):
-    task = {"kind": "finetune", "method": {"kind": "lora", "targets": ["x"]}, "prior": PRIOR}
-    config = finetune_recipe(tmp_path, image_folder, "full", task=task)
-    with pytest.raises(ConfigError, match=r"task\.method\.targets: 'x' is no layer"):
-        train(config)
-    assert not (config.output_dir / "class_images").exists()
-
-
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("finetune_*.yaml")), ids=lambda file: file.stem)
-def test_the_sample_recipes_are_valid(file: Path):
-    config = load_config(file)
-    assert config.task.kind == "finetune"

@@ -39,13 +39,3 @@ def test_ctrl_c(autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch,
     autoencoder_recipe()
     monkeypatch.setattr(trainer, "train", interrupted)
     assert main([str(tmp_path / "recipe.yaml")]) == 130
-
-
-def test_trains_with_overrides(
-    autoencoder_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    config = autoencoder_recipe()
-    assert main([str(tmp_path / "recipe.yaml"), "--set", "max_steps=1", "--set", "checkpoint_every=5"]) == 0
-    assert capsys.readouterr().out == f"the model is in {config.output_dir / 'model'}\n"
-    assert (config.output_dir / "model" / "model_index.json").is_file()
-    assert (config.output_dir / "checkpoint-00000001").is_dir()

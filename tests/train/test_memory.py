@@ -194,6 +194,7 @@ def test_the_average_lies_on_the_cpu(text_to_image_recipe: MakeRecipe):
         ((*IN_BACKWARD, "gradient_accumulation_steps=2"), "gradient_accumulation_steps to 1"),
         ((*IN_BACKWARD, "mixed_precision=fp16"), r"optimizer\.step_in_backward: .* fp16"),
         (IN_BACKWARD[:2], "max_grad_norm is 1"),
+        (("optimizer.name=muon", *IN_BACKWARD[1:]), "step_in_backward .* muon"),
     ],
     ids=str,
 )

@@ -8,12 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from latentgen.train.checkpoint import flatten_optimizer, restore_optimizer
-from latentgen.train.config import Optimizer
 from latentgen.train.optimizer.offloaded import HostTensor, OffloadedAdamW, OffloadedGradients
 from tests.train.optimized import (
     Network,
@@ -225,18 +223,3 @@ def test_no_gradients_have_no_norm(network: Network):
     optimizer = build(network, "adamw", offload=True)
     assert isinstance(optimizer, OffloadedGradients)
     assert optimizer.clip_grad_norm(1.0) == 0
-
-
-@pytest.mark.parametrize(
-    ("fields", "problem"),
-    [
-        (
-            {"name": "muon", "step_in_backward": True, "max_grad_norm": None},
-            "step_in_backward .* muon",
-        ),
-        ({"name": "adafactor", "step_in_backward": True}, "max_grad_norm is 1"),
-    ],
-)
-def test_what_cannot_step_in_the_backward_pass(fields: dict[str, object], problem: str):
-    with pytest.raises(ValidationError, match=problem):
-        Optimizer.model_validate(fields)

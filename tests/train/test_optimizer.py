@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
 
-from latentgen.errors import ConfigError
 from latentgen.train.checkpoint import flatten_optimizer, restore_optimizer
 from latentgen.train.config import Optimizer
 from latentgen.train.optimizer import build_optimizer
@@ -252,12 +250,6 @@ def test_a_state_does_not_depend_on_the_rates(name: str, fields: dict[str, objec
     run(network, optimizer, range(2, 4))
     run(resumed, other, range(2, 4))
     assert_same_weights(resumed, network)
-
-
-def test_eight_bits_need_bitsandbytes(network: Network, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
-        build(network, "adamw8bit")
 
 
 @needs_bitsandbytes

@@ -51,6 +51,13 @@ TALL = "validation={prompts: [x], height: 17}"
             ConfigError,
             r"memory\.base_dtype",
         ),
+        ("lora_recipe", ("validation={prompts: ['(a cat:1001)']}",), InputError, "1001"),
+        (
+            "lora_recipe",
+            ("task.method={kind: lora, targets: [x]}", PRIOR),
+            ConfigError,
+            r"task\.method\.targets: 'x'",
+        ),
         ("lora_recipe", ("optimizer.name=adamw8bit",), ConfigError, "pip install bitsandbytes"),
         ("lora_recipe", ("task.loss.masked=true", PRIOR), ConfigError, r"task\.loss\.masked"),
     ],

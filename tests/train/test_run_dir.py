@@ -12,7 +12,7 @@ import pytest
 from latentgen.errors import OutputError, ResumeError, RunLockedError
 from latentgen.train.checkpoint import RunState, save_checkpoint
 from latentgen.train.config import TrainConfig
-from latentgen.train.run_dir import run_lock, state_to_resume
+from latentgen.train.run_dir import check_same_data, run_lock, state_to_resume
 from tests.train.recipes import MakeRecipe
 
 
@@ -168,3 +168,11 @@ def test_a_warning_says_if_the_number_of_processes_changes(
     assert not recwarn.list
     with pytest.warns(UserWarning, match="4 processes .* 2"):
         state_to_resume(autoencoder_recipe("resume=true"), processes=2)
+
+
+def test_checkpoints_without_a_digest_accept_any_data(autoencoder_recipe: MakeRecipe):
+    config = autoencoder_recipe()
+    check_same_data(RunState(3, {}, {}, {}, {}, {}), "0123", config)
+    check_same_data(RunState(3, {}, {}, {}, {}, {}, data_digest="0123"), "0123", config)
+    with pytest.raises(ResumeError, match="data"):
+        check_same_data(RunState(3, {}, {}, {}, {}, {}, data_digest="4567"), "0123", config)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +10,7 @@ import pytest
 from PIL import Image
 
 from latentgen.errors import ResumeError
-from latentgen.train.checkpoint import MANIFEST, load_latest
-from latentgen.train.config import TrainConfig
-from latentgen.train.data import digest_of, open_data
+from latentgen.train.data import digest_of
 from latentgen.train.dry_run import dry_run
 from latentgen.train.trainer import train
 from tests.train.recipes import MakeRecipe
@@ -61,27 +57,6 @@ def test_the_same_images_elsewhere_are_the_same(autoencoder_recipe: MakeRecipe, 
     shutil.copytree(image_folder, moved)
     forget_accelerate()
     train(autoencoder_recipe("resume=latest", f"data.path={moved}", "allow_changes=[data.path]"))
-
-
-def test_checkpoints_without_a_digest_resume(autoencoder_recipe: MakeRecipe, image_folder: Path):
-    config = autoencoder_recipe("max_steps=1")
-    train(config)
-    _forget_data(config)
-    _rewrite(image_folder)
-    forget_accelerate()
-    train(autoencoder_recipe("resume=latest", "max_steps=2"))
-    assert load_latest(config.output_dir).data_digest == open_data(config.data).digest
-
-
-def _forget_data(config: TrainConfig) -> None:
-    """Make it like an old checkpoint, without a digest of the data."""
-    folder = config.output_dir / "checkpoint-00000001"
-    state = json.loads((folder / "state.json").read_text("utf-8"))
-    del state["data_digest"]
-    (folder / "state.json").write_text(json.dumps(state), "utf-8")
-    sums = json.loads((folder / MANIFEST).read_text("utf-8"))
-    sums["state.json"] = hashlib.sha256((folder / "state.json").read_bytes()).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(sums), "utf-8")
 
 
 def test_digests_distinguish_their_parts():

@@ -58,12 +58,6 @@ def test_compiling_changes_no_loss(recipe: MakeRecipe, tmp_path: Path):
     assert ours.keys() == theirs.keys()
 
 
-def test_a_finished_run_can_be_extended(autoencoder_recipe: MakeRecipe):
-    train(autoencoder_recipe("max_steps=2"))
-    train(autoencoder_recipe("max_steps=4", "resume=true"))
-    assert load_latest(autoencoder_recipe().output_dir).step == 4
-
-
 def test_the_model_is_the_moving_average(autoencoder_recipe: MakeRecipe):
     from safetensors.torch import load_file
 
@@ -123,6 +117,15 @@ def test_accumulating_gradients_changes_no_loss(parts: int, recipe: MakeRecipe, 
     weights, others = (load_latest(config.output_dir).weights for config in (whole, split))
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, atol=2e-4, rtol=1e-3)
+
+
+def test_accumulating_gradients_over_buckets_changes_no_loss(bucket_recipe: MakeRecipe, tmp_path: Path):
+    whole = bucket_recipe("max_steps=6")
+    split = bucket_recipe("max_steps=6", "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'split'}")
+    train(whole)
+    forget_accelerate()
+    train(split)
+    assert losses_of(split) == pytest.approx(losses_of(whole), rel=1e-4)
 
 
 def test_the_environment_does_not_change_the_accumulation(

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image, ImageColor
 
-from latentgen.errors import ConfigError, DatasetError, InputError, ResumeError
+from latentgen.errors import ConfigError, DatasetError, ResumeError
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
@@ -380,17 +380,6 @@ def test_a_resumed_run_catches_up_on_validation(
         for run in (resumed, whole)
     ]
     assert scalars[0] == scalars[1]
-
-
-@pytest.mark.parametrize(
-    ("override", "message"), [("height=17", "height=17"), ("prompts=[(a cat:1001)]", "weight 1001")]
-)
-def test_invalid_prompts_are_refused_before_training(
-    override: str, message: str, text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(Trainer, "run", lambda _: pytest.fail("trained"))
-    with pytest.raises(InputError, match=message):
-        train(text_to_image_recipe(*IMAGES, f"validation.{override}"))
 
 
 def test_a_resumed_run_may_change_its_validation_but_not_the_split(
