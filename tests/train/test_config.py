@@ -293,12 +293,10 @@ def test_words_for_resuming(value: str, meaning: str, autoencoder_recipe: MakeRe
 def test_a_key_that_is_set_twice_is_refused(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text("seed: 1\ntask:\n  kind: finetune\n  method: {kind: full}\n  kind: paired\n", "utf-8")
-    with pytest.raises(
-        ConfigError, match=r"recipe\.yaml cannot be read: line 5: kind stands in line 3 already"
-    ):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml cannot be read: line 5: kind is already in line 3"):
         load_config(path)
     path.write_text("seed: 1\n", "utf-8")
-    with pytest.raises(ConfigError, match=r"--set 'data=.*: line 1: kind stands in line 1 already"):
+    with pytest.raises(ConfigError, match=r"--set 'data=.*: line 1: kind is already in line 1"):
         load_config(path, ["data={kind: emoji, kind: kohya}"])
 
 

@@ -1,4 +1,4 @@
-"""What all sections of a recipe are made of."""
+"""The base class and field types of all sections of a recipe."""
 
 from __future__ import annotations
 

@@ -28,10 +28,10 @@ class EmojiData(Section):
 class ImageData(Section):
     """How images are cropped to the sizes that are trained on, and how captions are changed.
 
-    Images are scaled to cover the view and cropped, to the middle or at random, and mirrored half of the time with
-    `horizontal_flip`. A view is a square of `image_size`; with `buckets` it is as near to the image's own ratio of
-    sides as rectangles of at most `image_size` squared come, whose sides are multiples of `bucket_step` from `min_side`
-    to `max_side` (half and double of `image_size` where they are not given).
+    Images are scaled to cover the view and cropped, to the center or at random, and mirrored half of the time with
+    `horizontal_flip`. A view is a square of `image_size`; with `buckets` it is the rectangle nearest to the
+    image's aspect ratio, of an area of at most `image_size` squared and with sides that are multiples of `bucket_step`
+    from `min_side` to `max_side` (half and double of `image_size` by default).
 
     `caption_prefix` is put before every caption. With `caption_shuffle` the parts of a caption between commas are put
     into another order each time it is drawn, all but the first `keep_tokens`.
@@ -84,19 +84,19 @@ class FolderData(ImageData):
       kind: imagefolder
       path: pictures
       image_size: 512
-      buckets: true            # without: square centre crops
+      buckets: true            # without: square center crops
       horizontal_flip: true
       caption: a photo of sks dog    # of the images that have none of their own
     ```
 
-    Captions stand in a `metadata.jsonl` or `metadata.csv` (`file_name`, relative to the file, and `text` or `caption`),
-    or beside an image in a text file of the same stem, where several lines are several captions that are drawn equally
-    often. Rows of the metadata may name more images: `mask_file_name` (white where the loss counts) and
+    Captions are in a `metadata.jsonl` or `metadata.csv` (`file_name`, relative to the file, and `text` or `caption`),
+    or next to an image in a text file of the same stem, where several lines are several captions that are chosen
+    equally often. Rows of the metadata may name more images: `mask_file_name` (white where the loss counts) and
     `before_file_name` (what this one is an edit of); other columns are ignored with a warning. Names that begin with a
-    dot are passed over.
+    dot are ignored.
 
-    `caption` is that of images that have none, which without it are an error; `repeats` is how often an epoch shows
-    each. Images that cannot be read are an error before training begins, or left out with a warning (`skip`).
+    `caption` is for images that have none, which are an error without it; `repeats` is how often an epoch shows each
+    image. Images that cannot be read are an error before training begins, or left out with a warning (`skip`).
     """
 
     kind: Literal["imagefolder"]
@@ -119,8 +119,8 @@ class KohyaData(ImageData):
       keep_tokens: 1
     ```
 
-    An epoch shows each image of a sub-folder so often; its caption is the name, if no text file (`.txt`, `.caption`)
-    stands beside it. The rest is as in FolderData.
+    An epoch shows each image of a sub-folder that many times; its caption is the name, without a text file (`.txt`,
+    `.caption`) next to it. Everything else is as in FolderData.
     """
 
     kind: Literal["kohya"]
@@ -129,11 +129,11 @@ class KohyaData(ImageData):
 
 
 class ArchiveData(ImageData):
-    """What training sets have in common that lie in a few large files.
+    """The common fields of training sets in a few large files.
 
     With `check_images` every sample is read and decoded once before training begins; without it nothing is read ahead,
     and the first sample that cannot be used ends the run with its name. Images that cannot be read are an error, or
-    left out with a warning (`skip`), which `check_images` has to find.
+    left out with a warning (`skip`), which needs `check_images`.
     """
 
     on_bad_image: Literal["error", "skip"] = "error"
@@ -186,9 +186,9 @@ class WebDataset(ArchiveData):
     ```
 
     A sample is an image (`.jpg`, `.jpeg`, `.png` or `.webp`) and its caption: a `.txt`, or a `.json` whose `text` or
-    `caption` is a string or a list of them. Other files are passed over. Shards are files on local or mounted file
-    systems; nothing is unpacked, and images are read where they lie. What is known of each shard (where its samples
-    lie, their sizes, which cannot be used) is kept in `index_dir`, for all runs to share, until the shard changes.
+    `caption` is a string or a list of them. Other files are ignored. Shards are files on local or mounted file
+    systems; nothing is unpacked, and images are read in place. The index of each shard (the offsets and sizes
+    of its samples, which of them are unusable) is kept in `index_dir`, for all runs to share, until the shard changes.
     """
 
     kind: Literal["webdataset"]

@@ -45,7 +45,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key may stand twice, where other loaders take the last."""
+    """YAML in which a key may not appear twice; other loaders take the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -56,7 +56,7 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise yaml.YAMLError(
-                    f"line {line}: {key.value} stands in line {lines[key.value]} already; keep one of them"
+                    f"line {line}: {key.value} is already in line {lines[key.value]}; keep one of them"
                 )
             lines[key.value] = line
         return node
@@ -76,7 +76,7 @@ def in_one_line(error: ValidationError) -> str:
 
 
 def _message(detail: ErrorDetails) -> str:
-    """What is wrong with a field; where a section or a list was due, how it is written."""
+    """The error of a field; where a section or a list is expected, how to write it."""
     kind, found = detail["type"], detail["input"]
     if kind == "value_error":  # one of ours, without pydantic's "Value error, "
         return str(detail.get("ctx", {}).get("error", detail["msg"]))

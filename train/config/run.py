@@ -1,4 +1,4 @@
-"""A whole recipe: its sections, what they must agree on, and which fields a resumed run may change."""
+"""A whole recipe: its sections, their consistency, and which fields a resumed run may change."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Validation(Section):
     `guidance_scale` is its own. `at_start` does this, and what follows, before the first step, too.
 
     For models that make images out of images, as many `images` of those that the loss is measured on are made again: a
-    row shows what the model is shown, what it makes of it, and the truth. A model of inpainting is shown a random mask
-    of each, one that follows instructions the image before the edit, with the caption as the instruction.
+    row shows the input, the output and the target. An inpainting model receives a random mask of each image, an
+    instruction model the image before the edit, with the caption as the instruction.
 
     Every `loss_every` steps the loss is measured on the first `loss_images` images of `data`, or of the recipe's
     `validation_fraction`: the plain mean squared error at `timesteps` timesteps, the middles of as many equal parts of
@@ -78,10 +78,10 @@ class TrainConfig(Section):
 
     `init_from` is a folder in the diffusers layout whose weights training starts from (fine-tuning takes a single
     file, too, and without it the embedded default model); `batch_size` counts the samples
-    of an optimiser step over all processes and accumulated parts; `ema_decay` 0 keeps no moving average; `compile`
+    of an optimizer step over all processes and accumulated parts; `ema_decay` 0 keeps no moving average; `compile`
     takes minutes before the first step and makes the others faster (on a CPU it needs a C++ compiler).
 
-    `workers` processes beside each training process prepare the batches ahead, the same ones bit for bit as with 0.
+    `workers` processes next to each training process prepare the batches ahead, the same ones bit for bit as with 0.
 
     `resume` is `no` (a folder that holds a run is an error), `latest` (a folder that holds none is an error; true says
     the same) or `auto` (go on if there is something to go on from, else begin: for jobs that are started again by

@@ -49,13 +49,13 @@ Weighting = Annotated[
 
 
 class LatentLoss(Section):
-    """What the tasks of diffusion may change about their loss; left out, it is the plain mean squared error.
+    """The loss of the diffusion tasks; by default the plain mean squared error.
 
     `kind` is what is averaged: the squared error, or what grows more slowly beyond `huber_c` (arXiv:2403.16728).
     `weighting` makes some noise levels count more than others. With `zero_terminal_snr` the schedule is rescaled so
     that its last timestep is pure noise (arXiv:2305.08891), and the finished model is sampled so.
 
-    `offset_noise` shifts the noise of each channel as a whole (strengths of 0.03 to 0.1 are usual), `pyramid_noise`
+    `offset_noise` shifts the noise of each channel by a constant (strengths of 0.03 to 0.1 are usual), `pyramid_noise`
     adds coarser noise: both let a model learn brightness and large shapes. `input_perturbation` noises what the UNet
     sees a little more than its timestep says (arXiv:2301.11706; 0.1 is usual). `masked` weighs the error by the images'
     masks.
@@ -102,7 +102,7 @@ class AutoencoderTask(Section):
 
 
 class DiffusionTask(Section):
-    """What all tasks of diffusion in the latents of a finished autoencoder have in common.
+    """The common fields of all diffusion tasks in the latents of a pretrained autoencoder.
 
     `views_per_image` random views of every item are encoded once, before training, and kept in memory or, with
     `cache_dir`, in a folder that all runs may share; 0 draws and encodes new ones in every step. So are the captions
@@ -133,7 +133,7 @@ class LatentTask(DiffusionTask):
 
 
 class TextToImageTask(LatentTask):
-    """Train a UNet and its text encoder jointly in the latents of a finished autoencoder, or in pixels.
+    """Train a UNet and its text encoder jointly in the latents of a pretrained autoencoder, or in pixels.
 
     `vae` is a folder with that autoencoder, or null for pixels; `text_encoder` is the content of a configuration.
     Without `train_text_encoder` the text encoder stays that of `init_from`; `reinit_layers` of the UNet, such as
@@ -148,13 +148,13 @@ class TextToImageTask(LatentTask):
 
 
 class UpscaleTask(LatentTask):
-    """Train a UNet to draw images that it is shown in low resolution, in latents or on pixels.
+    """Train a UNet to upscale low-resolution images, in latents or on pixels.
 
     The low-resolution image is the true one, resampled with a random kernel to `image_size` / scale. The scale follows
     from `unet.in_channels`, which is the channels of the latents and 3 * r * r: it is the autoencoder's factor / r.
-    Without an autoencoder (`vae: null`) the UNet, of 6 channels, works on pixels and is shown the image `enlargement`
-    times as large, which is the scale then. It is told the level, at most `max_noise_level`, to which
-    `low_res_scheduler` noises what it is shown.
+    Without an autoencoder (`vae: null`) the UNet, of 6 channels, works on pixels and receives the image enlarged
+    `enlargement` times, which is the scale then. It also receives the noise level, at most `max_noise_level`, to which
+    `low_res_scheduler` noises its input image.
 
     `text_encoder` is a folder whose text encoder and tokenizer are used as they are. The other fields are those of
     LatentTask.
@@ -169,11 +169,11 @@ class UpscaleTask(LatentTask):
 
 
 class PairedTask(LatentTask):
-    """Train a UNet to undo what was done to the images that it is shown, in latents or, with `vae: null`, on pixels.
+    """Train a UNet to restore degraded images, in latents or, with `vae: null`, on pixels.
 
-    `degradation` is what is done to them: see latentgen.train.objectives.degradation. `unet.in_channels` is twice the
+    `degradation` is how they are degraded: see latentgen.train.objectives.degradation. `unet.in_channels` is twice the
     channels of the latents. With `init_from` the run begins as that model, which may be one of text to image, whose
-    UNet has half of these channels: the others count for nothing at first.
+    UNet has half of these channels: the weights of the others begin at zero.
 
     `text_encoder` is a folder whose text encoder and tokenizer are used as they are. The other fields are those of
     LatentTask.
@@ -196,11 +196,11 @@ class FullMethod(Section):
 
 
 class LoRAMethod(Section):
-    """Train factors of `rank` beside frozen layers (arXiv:2106.09685); saves them as diffusers and as kohya do.
+    """Train factors of `rank` next to frozen layers (arXiv:2106.09685); saves them as diffusers and as kohya do.
 
     `targets` are the ends of the paths of the UNet's layers: `ff.net.0.proj` and `ff.net.2` are those of feed-forward
     layers, `conv1` and `conv2` convolutions. `text_targets` are likewise those of the text encoders, which learn with
-    `train_text_encoder`. What the factors make counts `alpha` / `rank` times; `alpha` is by default the rank.
+    `train_text_encoder`. The output of the factors is scaled by `alpha` / `rank`; `alpha` is by default the rank.
     `init_lora` names a LoRA file, of the same rank and layers, to go on from.
     """
 
@@ -230,7 +230,7 @@ Method = FullMethod | LoRAMethod | TextualInversionMethod
 
 
 class Prior(Section):
-    """Prior preservation (DreamBooth, arXiv:2208.12242, section 3.2): the rest of a class is not to be forgotten.
+    """Prior preservation (DreamBooth, arXiv:2208.12242, section 3.2): the model should not forget the rest of a class.
 
     The model that training starts from draws `images` images of `prompt` before the first step; of several prompts each
     in turn. Each step then sees as many of them as of the training set, and their loss counts `weight` times.
@@ -255,29 +255,29 @@ class Prior(Section):
         if self.path is not None and not isinstance(self.prompt, str):
             raise ValueError(
                 f"prompt: with path it is the caption of all images that have none of their own, and must be one; "
-                f"found {len(self.prompt)}. Write them into text files beside the images, or leave path out"
+                f"found {len(self.prompt)}. Write them into text files next to the images, or leave path out"
             )
         return self
 
     def prompt_of(self, number: int) -> str:
-        """What image `number` is to show."""
+        """The prompt of image `number`."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[number % len(self.prompt)]
 
 
 class FinetuneTask(DiffusionTask):
-    """Teach a finished model something new: `init_from`, or the embedded default model.
+    """Fine-tune a pretrained model: `init_from`, or the embedded default model.
 
-    Networks, schedule and prediction type are those of the checkpoint, which also tells whether it inpaints or follows
-    instructions; `variant` names one of several sets of its weights, such as fp16, and `prediction_type` what a single
-    file of Stable Diffusion 2 does not say. `method` says what is trained, `prior` what else is not to change.
+    Networks, schedule and prediction type are those of the checkpoint, which also determines whether it inpaints or
+    follows instructions; `variant` names one of several sets of its weights, such as fp16, and `prediction_type` what a
+    single file of Stable Diffusion 2 does not say. `method` says what is trained, `prior` what else is not to change.
 
     `convert_to` makes a model of inpainting, or one that follows instructions, out of one of text to image: its UNet
-    gets the input channels that are due, which count for nothing at first (arXiv:2211.09800, section 3.2).
+    gets the additional input channels, whose weights begin at zero (arXiv:2211.09800, section 3.2).
 
     `conditioning_dropout` is for models that follow instructions, in place of `caption_dropout`: how often the
     instruction alone, the image alone, and both are left out (arXiv:2211.09800, section 3.2.1).
 
-    The other fields are those of DiffusionTask; `guidance_scale` is written with a whole model alone.
+    The other fields are those of DiffusionTask; only whole models save a `guidance_scale`.
     """
 
     kind: Literal["finetune"]

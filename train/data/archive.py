@@ -1,37 +1,30 @@
-"""Training sets whose images lie within large files: what is common to all formats."""
+"""Captions and errors of training sets whose images are stored within large files, for all formats."""
 
 from __future__ import annotations
 
 import json
-import random
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
-
-from PIL import Image
 
 from latentgen.errors import DatasetError, InputError
 from latentgen.files import quote
 from latentgen.image_file import read_image_bytes
 from latentgen.prompts import check_prompts
-from latentgen.train.config import ArchiveData
-from latentgen.train.data import Captions, Sample
-from latentgen.train.data.cropping import Cropper, Size
+from latentgen.train.data.cropping import Size
 
-# Far over every photograph, and little beside the memory that decoding one takes.
+# Far above any photograph, and little compared to the memory that decoding one takes.
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_CAPTION_BYTES = 2**20
 CAPTION_KEYS = ("text", "caption")
 _LISTED = 50
-_KEPT_SIZES = 2**16
 
 
 class ArchiveSample(NamedTuple):
-    """A sample that can be used.
+    """A usable sample.
 
     Attributes:
-        name: what to call it.
+        name: its name in messages.
         size: height and width of its image.
         captions: of its image.
     """
@@ -42,7 +35,7 @@ class ArchiveSample(NamedTuple):
 
 
 class ArchiveSurvey(NamedTuple):
-    """All samples of a set that can be used, and what is wrong with the rest."""
+    """All usable samples of a set, and the problems of the others."""
 
     samples: list[ArchiveSample]
     problems: list[str]
@@ -68,12 +61,12 @@ def json_captions(data: bytes) -> tuple[str, ...]:
     """The captions in the JSON of a sample, under the first of `CAPTION_KEYS` that it has.
 
     Raises:
-        InputError: it is no JSON, or has none of them.
+        InputError: it is not JSON, or has none of them.
     """
     try:
         fields = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"it is no JSON: {error}") from None
+        raise InputError(f"it is not valid JSON: {error}") from None
     key = next((key for key in CAPTION_KEYS if isinstance(fields, dict) and key in fields), None)
     if key is None:
         raise InputError(f"it has no {' and no '.join(map(quote, CAPTION_KEYS))}")
@@ -92,39 +85,8 @@ def text_captions(data: bytes) -> tuple[str, ...]:
         raise InputError(f"it is not in UTF-8: {error}") from None
 
 
-class ArchiveCropper:
-    """What a recipe says of the views and the captions of images that lie in large files.
-
-    Attributes:
-        varies: whether two views of an image can differ.
-    """
-
-    def __init__(self, config: ArchiveData) -> None:
-        self._cropper = Cropper(config)
-        self.varies = self._cropper.varies
-        self._prefix = config.caption_prefix
-        self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
-        self._size_for = lru_cache(_KEPT_SIZES)(self._cropper.size_for)
-
-    def bucket(self, original: Size) -> Size:
-        """Height and width of the views of an image of this size; (0, 0) is one of which nothing is known."""
-        return self._cropper.sizes[0] if len(self._cropper.sizes) == 1 else self._size_for(original)
-
-    def texts(self, captions: Sequence[str]) -> tuple[str, ...]:
-        """The captions as they are trained on, but for the order of their parts."""
-        return tuple(f"{self._prefix} {caption}".strip() if self._prefix else caption for caption in captions)
-
-    def sample(self, image: Image.Image, captions: Sequence[str], rng: random.Random) -> Sample:
-        """The image scaled to cover its rectangle, and cropped; random where the recipe says so."""
-        original = (image.height, image.width)
-        frame = self._cropper.draw(original, rng)
-        texts = self.texts(captions)
-        drawn = Captions(texts, (1.0,) * len(texts), self._shuffle_after)
-        return Sample(frame.show(image), drawn, original, frame.corner)
-
-
 def image_size(data: bytes, name: str) -> tuple[int, int]:
-    """Height and width of an image that is decoded for it.
+    """Height and width of an image, by decoding it.
 
     Raises:
         InputError: it cannot be read.
@@ -140,7 +102,7 @@ def leave_out(bad: Sequence[str]) -> None:
 
 
 def refuse(where: str, problems: Sequence[str]) -> None:
-    """Raise DatasetError if there are problems; it names the first fifty and counts all."""
+    """Raise DatasetError if there are problems; the message lists the first fifty and counts all."""
     if problems:
         raise DatasetError(f"{where} has {len(problems):,} problems: {_listed(problems)}")
 

@@ -25,7 +25,7 @@ class BucketCount(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What is in a training set.
+    """The content of a training set.
 
     Attributes:
         images: how many can be used.
@@ -67,7 +67,7 @@ def check(config: FolderData | KohyaData | WebDataset | HuggingFaceData) -> Repo
         else:
             return _of_folder(config, warned)
     good = [_Usable(*sample) for sample in packed.samples]
-    return _report(config, good, packed.problems, _told(warned))
+    return _report(config, good, packed.problems, _messages(warned))
 
 
 def _of_folder(config: FolderData | KohyaData, warned: Sequence[warnings.WarningMessage]) -> Report:
@@ -77,7 +77,7 @@ def _of_folder(config: FolderData | KohyaData, warned: Sequence[warnings.Warning
         for item in listing.items
         if item.captions and item not in bad
     ]
-    notes = [*listing.notes, *listing.unread, *_duplicates(listing, facts), *_told(warned)]
+    notes = [*listing.notes, *listing.unread, *_duplicates(listing, facts), *_messages(warned)]
     return _report(config, good, [*listing.problems, *bad.values()], notes)
 
 
@@ -98,8 +98,8 @@ def _report(
     )
 
 
-def _told(warned: Sequence[warnings.WarningMessage]) -> list[str]:
-    """That an image is animated, for instance. A warning of a decompression bomb is no UserWarning: it is a problem."""
+def _messages(warned: Sequence[warnings.WarningMessage]) -> list[str]:
+    """Warnings such as an animated image. Decompression bombs are no UserWarning: they are listed as problems."""
     return list(dict.fromkeys(str(warning.message) for warning in warned if warning.category is UserWarning))
 
 

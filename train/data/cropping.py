@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
 from latentgen.train.config import ImageData
+from latentgen.train.data import Captions, Sample
 
 Size = tuple[int, int]
 """Height and width in pixels."""
 
 
 class Crop(NamedTuple):
-    """What of an image a view shows.
+    """The part of an image that a view shows.
 
     Attributes:
         scaled: the size that the whole image is scaled to.
         corner: top and left of the view in the scaled image, after mirroring if it is mirrored.
         size: the size of the view.
-        mirrored: whether left and right change sides.
+        mirrored: whether left and right are swapped.
     """
 
     scaled: Size
@@ -42,10 +44,10 @@ class Crop(NamedTuple):
 
 
 class Cropper:
-    """What a recipe says of sizes and crops.
+    """Makes samples as a recipe says: sizes, crops, mirroring, and how captions are changed.
 
     Attributes:
-        sizes: those that views can have.
+        sizes: the sizes that views can have.
         varies: whether two views of an image can differ.
     """
 
@@ -59,10 +61,36 @@ class Cropper:
             else (square,)
         )
         self.varies = config.crop == "random" or config.horizontal_flip
+        self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
 
     def size_for(self, original: Size) -> Size:
-        """The size of the views of an image of this size."""
-        return nearest_size(original, self.sizes)
+        """The size of the views of an image of this size; (0, 0) is an unknown size, allowed without buckets."""
+        return self.sizes[0] if len(self.sizes) == 1 else nearest_size(original, self.sizes)
+
+    def texts(self, captions: Sequence[str]) -> tuple[str, ...]:
+        """The captions with the recipe's prefix."""
+        prefix = self._config.caption_prefix
+        return tuple(f"{prefix} {caption}".strip() if prefix else caption for caption in captions)
+
+    def sample(
+        self,
+        image: Image.Image,
+        texts: tuple[str, ...],
+        rng: random.Random,
+        *,
+        mask: Image.Image | None = None,
+        before: Image.Image | None = None,
+    ) -> Sample:
+        """One crop of an image, of its mask and of the image before the edit, with equally likely captions."""
+        original = (image.height, image.width)
+        crop = self.draw(original, rng)
+        if mask is not None:
+            # Lanczos would draw rings around the borders of a mask.
+            mask = crop.show(mask.convert("L"), Image.Resampling.BILINEAR)
+        if before is not None:
+            before = crop.show(before)
+        captions = Captions(texts, (1.0,) * len(texts), self._shuffle_after)
+        return Sample(crop.show(image), captions, original, crop.corner, mask, before)
 
     def draw(self, original: Size, rng: random.Random) -> Crop:
         """A view of an image of this size; random if the recipe asks for random crops or mirroring."""
@@ -81,8 +109,8 @@ class Cropper:
 def bucket_sizes(image_size: int, step: int, shortest: int, longest: int) -> tuple[Size, ...]:
     """The rectangles with sides of multiples of `step` and an area of at most `image_size` squared.
 
-    They are the square and, for each side from `shortest` to `longest`, the longest other one that the area has room
-    for; with each rectangle there is the one that lies on its side. At 1024 and 64 they are among those of SDXL
+    They are the square and, for each side from `shortest` to `longest`, the longest other side that fits the
+    area; each rectangle is there in portrait and in landscape. At 1024 and 64 they are among those of SDXL
     (arXiv:2307.01952, appendix I).
     """
     multiples = range(-(-shortest // step) * step, longest + 1, step)
@@ -95,10 +123,11 @@ def bucket_sizes(image_size: int, step: int, shortest: int, longest: int) -> tup
     return tuple(sorted(sizes))
 
 
-def nearest_size(original: Size, sizes: Sequence[Size]) -> Size:
-    """The size of the nearest ratio of sides, by quotient so that upright and lying images fare alike.
+@lru_cache(2**16)
+def nearest_size(original: Size, sizes: tuple[Size, ...]) -> Size:
+    """The size of the nearest aspect ratio, by quotient so that portrait and landscape are treated alike.
 
-    Of sizes of one ratio it is the largest.
+    Of sizes of the same ratio it is the largest.
     """
     ratio = math.log(original[0] / original[1])
 
@@ -110,5 +139,5 @@ def nearest_size(original: Size, sizes: Sequence[Size]) -> Size:
 
 
 def enlargement(original: Size, size: Size) -> float:
-    """By how much an image is scaled so that it covers a view: above 1 if it is smaller."""
+    """The factor by which an image is scaled to cover a view: above 1 if it is smaller."""
     return max(size[0] / original[0], size[1] / original[1])

@@ -17,7 +17,7 @@ from latentgen.train.data.sampler import Sharded, sample_rng
 
 
 class Captions(NamedTuple):
-    """What one image may be called.
+    """The possible captions of one image.
 
     Attributes:
         texts: the captions.
@@ -165,7 +165,7 @@ class Subset:
 
 
 class ShardedSubset(Subset):
-    """Some `items` of a set in shards, sorted; `shard_counts` are how many of them lie in each shard."""
+    """Some `items` of a set in shards, sorted; `shard_counts` are how many of them are in each shard."""
 
     def __init__(self, whole: CaptionedDataset, items: Sequence[int], shard_counts: Sequence[int]) -> None:
         super().__init__(whole, items)

@@ -46,7 +46,6 @@ GROUNDS = {
 # A keyword that more glyphs share than this ("face", "person") does not say what to draw.
 COMMON_KEYWORD = 20
 
-
 Part = Literal["training", "held_out"]
 T = TypeVar("T")
 
@@ -58,7 +57,7 @@ class Glyph:
     Attributes:
         character: the codepoint.
         name: its Unicode name in lower case.
-        nicknames: its CLDR short name and telling CLDR keywords, each with how often it is drawn: the rarer a
+        nicknames: its CLDR short name and distinctive CLDR keywords, each with how often it is drawn: the rarer a
             keyword, the more it says.
     """
 
@@ -83,11 +82,11 @@ class EmojiSet:
         font: the `NotoColorEmoji.ttf` of Debian's `fonts-noto-color-emoji`.
         annotations: the `annotations/en.xml` of Debian's `unicode-cldr-core`.
         image_size: side of the square renderings, in pixels.
-        held_out: how many glyphs, spread evenly over the codepoints, are kept out of training.
-        part: which glyphs these are: those to train with, or those kept out.
+        held_out: how many glyphs, spread evenly over the codepoints, are held out of training.
+        part: which glyphs these are: those to train with, or those held out.
 
     Raises:
-        DatasetError: a file is not there, with the package that brings it; or no glyph would be left.
+        DatasetError: a file is not there, naming the package that contains it; or no glyph would be left.
     """
 
     is_random = True
@@ -104,7 +103,7 @@ class EmojiSet:
     ) -> None:
         for path, package in ((font, "fonts-noto-color-emoji"), (annotations, "unicode-cldr-core")):
             if not path.is_file():
-                raise DatasetError(f"{path} is not there: install Debian's {package}")
+                raise DatasetError(f"{path} does not exist: install Debian's {package}")
         self.image_size = image_size
         typeface = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.BASIC)
         drawn = [(glyph, _draw(glyph.character, typeface)) for glyph in _named_glyphs(annotations)]
@@ -166,7 +165,7 @@ def _part(items: Sequence[T], held_out: int, part: Part) -> list[T]:
 
 
 def _draw(character: str, typeface: ImageFont.FreeTypeFont) -> Image.Image:
-    """The glyph's own bitmap, RGBA, centred on a transparent square; nothing if the font has no such glyph."""
+    """The glyph's own bitmap, RGBA, centered on a transparent square; nothing if the font has no such glyph."""
     side = max(GLYPH_SIZE)
     bitmap = Image.new("RGBA", (side, side))
     corner = ((side - GLYPH_SIZE[0]) // 2, (side - GLYPH_SIZE[1]) // 2)

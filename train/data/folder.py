@@ -8,25 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from latentgen.errors import DatasetError
 from latentgen.files import quote
 from latentgen.image_file import read_image
 from latentgen.train.config import FolderData, KohyaData
-from latentgen.train.data import Captions, Sample, digest_of
+from latentgen.train.data import Sample, digest_of
 from latentgen.train.data.cropping import Cropper, Size, enlargement
 from latentgen.train.data.image_checks import ImageFacts, examine
 from latentgen.train.data.scan import Item, Listing, list_folder
 
 
 class Survey(NamedTuple):
-    """What is in a folder, and which of its images can be used.
+    """The content of a folder, and which of its images can be used.
 
     Attributes:
-        listing: what is there.
-        facts: of every image that can be read.
-        bad: what is wrong with items whose images cannot be used.
+        listing: its items.
+        facts: the facts of every readable image.
+        bad: the problems of items whose images cannot be used.
     """
 
     listing: Listing
@@ -58,21 +56,21 @@ def survey(config: FolderData | KohyaData) -> Survey:
     return Survey(listing, facts, bad)
 
 
-def _told(item: Item, listing: Listing, facts: Mapping[Path, ImageFacts]) -> tuple[object, ...]:
-    """All that training makes use of in an item."""
+def _digest_fields(item: Item, listing: Listing, facts: Mapping[Path, ImageFacts]) -> tuple[object, ...]:
+    """Everything in an item that training uses."""
     mask, before = (None if file is None else facts[file].digest for file in (item.mask, item.before))
     return (listing.name(item.file), facts[item.file].digest, mask, before, item.captions, item.repeats)
 
 
 def pixels(size: Size) -> str:
-    """A size for a message, width first, as programs show it."""
+    """A size for a message, width first, as in image viewers."""
     return f"{size[1]}x{size[0]}"
 
 
 class ImageFolder:
-    """A folder of images, as FolderData and KohyaData tell of it.
+    """A folder of images, as described by FolderData and KohyaData.
 
-    Every file is decoded once to begin with. Bad images are an error, or left out with a warning if the recipe says
+    Every file is decoded once at the start. Bad images are an error, or left out with a warning if the recipe says
     so; they are never replaced. An image that an epoch shows several times is as many items.
 
     Attributes:
@@ -87,7 +85,6 @@ class ImageFolder:
         self.image_size = config.image_size
         self._cropper = Cropper(config)
         self.is_random = self._cropper.varies
-        self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
         listing, facts, bad = survey(config)
         for columns in listing.unread:
             warnings.warn(columns, stacklevel=2)
@@ -105,7 +102,7 @@ class ImageFolder:
                 "`latentgen check-data` lists them one a line"
             )
         self._items = [item for item in good for _ in range(item.repeats)]
-        self.digest = digest_of(_told(item, listing, facts) for item in good)
+        self.digest = digest_of(_digest_fields(item, listing, facts) for item in good)
         numbers: dict[bytes, int] = {}
         self.images = [numbers.setdefault(facts[item.file].digest, len(numbers)) for item in self._items]
         self._sizes = [self._cropper.size_for(facts[item.file].size) for item in self._items]
@@ -124,23 +121,14 @@ class ImageFolder:
         return len(self._items)
 
     def bucket(self, index: int) -> Size:
-        """Height and width of the item's views: of all rectangles of the recipe that of the nearest ratio."""
+        """Height and width of the item's views: the bucket of the nearest aspect ratio."""
         return self._sizes[index]
 
     def sample(self, index: int, rng: random.Random) -> Sample:
         """The image scaled to cover its rectangle, and cropped; random where the recipe says so."""
         item = self._items[index]
-        image = read_image(item.file)
-        original = (image.height, image.width)
-        frame = self._cropper.draw(original, rng)
-        mask = before = None
-        if item.mask is not None:
-            # Lanczos would draw rings around the borders of a mask.
-            mask = frame.show(read_image(item.mask).convert("L"), Image.Resampling.BILINEAR)
-        if item.before is not None:
-            before = frame.show(read_image(item.before))
-        captions = Captions(item.captions, (1.0,) * len(item.captions), self._shuffle_after)
-        return Sample(frame.show(image), captions, original, frame.corner, mask, before)
+        mask, before = (None if file is None else read_image(file) for file in (item.mask, item.before))
+        return self._cropper.sample(read_image(item.file), item.captions, rng, mask=mask, before=before)
 
     def captions(self) -> list[str]:
         """All captions of each image."""

@@ -18,7 +18,6 @@ from latentgen.train.config import HuggingFaceData
 from latentgen.train.data import Sample, digest_of
 from latentgen.train.data.archive import (
     MAX_IMAGE_BYTES,
-    ArchiveCropper,
     ArchiveSample,
     ArchiveSurvey,
     captions_of,
@@ -26,7 +25,7 @@ from latentgen.train.data.archive import (
     leave_out,
     refuse,
 )
-from latentgen.train.data.cropping import Size
+from latentgen.train.data.cropping import Cropper, Size
 from latentgen.train.data.image_checks import in_threads
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ _CHECKED_AT_ONCE = 1024
 class HuggingFaceSet:
     """The rows of a data set; see HuggingFaceData for which.
 
-    Images are the bytes that the rows hold. Those that only name a file or an address are refused: what lies there may
+    Images are the bytes that the rows hold. Those that only name a file or an address are refused: what is there may
     have changed, and fetching it is for the one who made the data set.
 
     Attributes:
@@ -57,7 +56,7 @@ class HuggingFaceSet:
 
     def __init__(self, config: HuggingFaceData) -> None:
         self.image_size = config.image_size
-        self._cropper = ArchiveCropper(config)
+        self._cropper = Cropper(config)
         self.is_random = self._cropper.varies
         self._sizes: dict[int, Size] = {}
         self._digests: dict[int, bytes] = {}
@@ -85,7 +84,7 @@ class HuggingFaceSet:
 
     def bucket(self, index: int) -> Size:
         """Height and width of the views of item `index`."""
-        return self._cropper.bucket(self._sizes.get(self._rows[index], (0, 0)))
+        return self._cropper.size_for(self._sizes.get(self._rows[index], (0, 0)))
 
     def sample(self, index: int, rng: random.Random) -> Sample:
         """The image scaled to cover its rectangle, and cropped; random where the recipe says so.
@@ -97,7 +96,7 @@ class HuggingFaceSet:
         fields = self._table[row]
         try:
             image = read_image_bytes(_image_bytes(fields[self._image]), self._image)
-            return self._cropper.sample(image, captions_of(fields[self._caption]), rng)
+            return self._cropper.sample(image, self._cropper.texts(captions_of(fields[self._caption])), rng)
         except InputError as error:
             raise DatasetError(f"{self._where}, row {row}: {error}") from error
 
@@ -107,7 +106,7 @@ class HuggingFaceSet:
         return [text for row in self._rows for text in self._cropper.texts(captions_of(column[row]))]
 
     def _check(self, config: HuggingFaceData) -> tuple[list[str], dict[int, str]]:
-        """What is wrong with captions, and with the images by row."""
+        """The problems of captions, and those of images by row."""
         captions: list[str] = []
         images: dict[int, str] = {}
         for row, found in enumerate(_read_rows(self._table, config)):
@@ -149,7 +148,7 @@ class _Row(NamedTuple):
 
 
 def _read_rows(table: datasets.Dataset, config: HuggingFaceData) -> Iterator[_Row]:
-    """What is in each row, whose image is decoded."""
+    """The content of each row, with its image decoded."""
 
     def read(row: int) -> _Row:
         fields, found = table[row], _Row()

@@ -23,7 +23,7 @@ _HEAD = 512
 
 
 class ImageFacts(NamedTuple):
-    """What is known of an image file.
+    """Facts of an image file.
 
     Attributes:
         size: height and width, upright.

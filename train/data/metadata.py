@@ -25,9 +25,9 @@ class Row(NamedTuple):
     Attributes:
         file: the image, which exists.
         text: its caption, under the first of `CAPTION_COLUMNS` that the row has.
-        mask: an image that tells where the loss counts.
+        mask: an image that is white where the loss counts.
         before: the image that this one is an edit of.
-        unread: its columns that nothing is done with.
+        unread: its columns that are ignored.
     """
 
     file: Path
@@ -38,11 +38,11 @@ class Row(NamedTuple):
 
 
 class Metadata(NamedTuple):
-    """What metadata files say.
+    """The content of metadata files.
 
     Attributes:
         rows: by image file.
-        named: the images of all rows, of those too that have problems.
+        named: the images of all rows, including those with problems.
     """
 
     rows: dict[Path, Row]
@@ -50,10 +50,10 @@ class Metadata(NamedTuple):
 
 
 def read_metadata(file: Path, name: str, found: Metadata, problems: list[str]) -> list[str]:
-    """Add the rows of a file to `found`, and what is wrong with others to `problems`, under the `name` of the file.
+    """Add the valid rows of a file to `found`, and the errors of others to `problems`, under the `name` of the file.
 
     Returns:
-        The columns of these rows that nothing is done with.
+        The columns of these rows that are ignored.
     """
     unread: dict[str, None] = {}
     try:
@@ -67,7 +67,7 @@ def read_metadata(file: Path, name: str, found: Metadata, problems: list[str]) -
         try:
             row = _parse_row(file.parent, fields, found.named)
             if row.file in found.rows:
-                raise ValueError(f"{quote(row.file.name)} has a row already; remove one of them")
+                raise ValueError(f"{quote(row.file.name)} already has a row; remove one of them")
             found.rows[row.file] = row
             unread |= dict.fromkeys(row.unread)
         except (OSError, ValueError, RecursionError, UnsafePathError) as error:
@@ -88,7 +88,7 @@ def _csv_rows(text: str) -> Iterator[tuple[int, Mapping[Any, Any]]]:
     if "file_name" not in columns or len(set(columns)) < len(columns):
         raise ValueError(
             f"its first line names the columns {quote(', '.join(columns))}; file_name must be one of them, and none "
-            "may stand there twice"
+            "may appear twice"
         )
     for row in reader:
         yield reader.line_num, row

@@ -64,7 +64,7 @@ def shard_order(
 
 @runtime_checkable
 class Sharded(Protocol):
-    """A data set whose items lie in shards, one after the other: `shard_counts` are how many lie in each."""
+    """A data set whose items are in shards, one after the other: `shard_counts` are how many each has."""
 
     shard_counts: tuple[int, ...]
 
@@ -82,7 +82,7 @@ class BucketSampler:
 
     Args:
         buckets: the items of each, at least one bucket and none empty.
-        shard_counts: for each bucket, how many of its items that follow each other lie in one shard, if there are
+        shard_counts: for each bucket, how many of its consecutive items are in one shard, if there are
             shards; an epoch then reads from a few at a time.
     """
 

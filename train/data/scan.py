@@ -28,7 +28,7 @@ class Item(NamedTuple):
     Attributes:
         file: the image.
         captions: what it may be called; none if that is among the problems.
-        mask: an image that tells where the loss counts.
+        mask: an image that is white where the loss counts.
         before: the image that this one is an edit of.
         repeats: how often an epoch shows it.
     """
@@ -46,7 +46,7 @@ class Item(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What is in a folder.
+    """The content of a folder.
 
     Attributes:
         folder: names in messages are relative to it.
@@ -148,18 +148,18 @@ def _list_images(listing: Listing, files: list[Path], *, caption: str | None, re
 
 
 def _captions(
-    listing: Listing, file: Path, row: Row | None, beside: Path | None, default: str | None
+    listing: Listing, file: Path, row: Row | None, caption_file: Path | None, default: str | None
 ) -> tuple[str, ...]:
-    """The captions of an image: those of its row, of the file beside it, or of the whole folder; none is a problem."""
+    """The captions of an image: those of its row, of its caption file, or of the whole folder; none is a problem."""
     if row is not None and row.text is not None:
         return (row.text,)
-    if beside is not None:
+    if caption_file is not None:
         try:
-            return read_captions(beside)
+            return read_captions(caption_file)
         except UnicodeDecodeError as error:
-            listing.problems.append(f"{listing.name(beside)}: {error}; save it as UTF-8")
+            listing.problems.append(f"{listing.name(caption_file)}: {error}; save it as UTF-8")
         except (OSError, InputError) as error:
-            listing.problems.append(f"{listing.name(beside)}: {error}")
+            listing.problems.append(f"{listing.name(caption_file)}: {error}")
         return ()
     if default is not None:
         try:
@@ -214,7 +214,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 class CaptionFiles:
-    """Which of some files hold the captions of the images beside them; their suffixes count in any case.
+    """Which of some files hold the captions of the images next to them; their suffixes count in any case.
 
     Args:
         files: paths, sorted: of two that differ in the case of their suffix the last, which is in lower case, counts.

@@ -23,8 +23,8 @@ from latentgen.image_file import read_image_bytes
 from latentgen.train.cache import TensorCache, content_key
 from latentgen.train.config import WebDataset
 from latentgen.train.data import Sample, digest_of
-from latentgen.train.data.archive import ArchiveCropper, ArchiveSample, ArchiveSurvey, leave_out, refuse
-from latentgen.train.data.cropping import Size
+from latentgen.train.data.archive import ArchiveSample, ArchiveSurvey, leave_out, refuse
+from latentgen.train.data.cropping import Cropper, Size
 from latentgen.train.data.sampler import SHARDS_TOGETHER
 from latentgen.train.data.tar_index import (
     Extent,
@@ -46,15 +46,14 @@ _NO_SAMPLE = "no sample: an image (.jpg, .jpeg, .png or .webp) with a .txt or a 
 class ShardSet:
     """The samples of tar files; see WebDataset for what they are.
 
-    To begin with, the headers of all shards are read, and with `check_images` the samples as well: each process of a
-    run does its share if there is an `index_dir`. Then a sample is one read at its place in a shard, which is opened
-    when it is needed.
+    First the headers of all shards are read, and with `check_images` the samples as well; with an `index_dir` each
+    process of a run reads its share. Then a sample is one read at its offset in a shard, which is opened on demand.
 
     Attributes:
         image_size: the side of the views.
         is_random: whether two views of a sample can differ.
         shard_counts: how many samples each shard has, by which items are numbered and sampled.
-        digest: of the sizes of the shards, and of where in them the samples lie.
+        digest: of the sizes of the shards, and of the offsets of the samples in them.
 
     Raises:
         DatasetError: listing what is wrong with the shards.
@@ -62,7 +61,7 @@ class ShardSet:
 
     def __init__(self, config: WebDataset) -> None:
         self.image_size = config.image_size
-        self._cropper = ArchiveCropper(config)
+        self._cropper = Cropper(config)
         self.is_random = self._cropper.varies
         self._paths = expand_shards(config.shards)
         self._stamps = {path: _stamp(path) for path in self._paths}
@@ -92,7 +91,7 @@ class ShardSet:
         """Height and width of the views of item `index`."""
         shard, place = self._place(index)
         height, width = map(int, self._samples[shard].sizes[place])
-        return self._cropper.bucket((height, width))
+        return self._cropper.size_for((height, width))
 
     def sample(self, index: int, rng: random.Random) -> Sample:
         """The image scaled to cover its rectangle, and cropped; random where the recipe says so.
@@ -105,7 +104,8 @@ class ShardSet:
             picture = read_image_bytes(archive.read(image), f"{archive.path}, {image.name}")
         except InputError as error:
             raise DatasetError(str(error)) from error
-        return self._cropper.sample(picture, _captions(archive, caption, is_json=is_json), rng)
+        texts = self._cropper.texts(_captions(archive, caption, is_json=is_json))
+        return self._cropper.sample(picture, texts, rng)
 
     def captions(self) -> list[str]:
         """All captions, read for this."""
@@ -122,7 +122,7 @@ class ShardSet:
         return shard, index - (self._ends[shard] - self.shard_counts[shard])
 
     def _locate(self, index: int) -> tuple[OpenTar, Extent, Extent, bool]:
-        """The shard of a sample, where its image and its caption lie, and whether that is JSON."""
+        """The shard of a sample, the extents of its image and its caption, and whether that is JSON."""
         shard, place = self._place(index)
         samples = self._samples[shard]
         image_begin, image_length, caption_begin, caption_length = map(int, samples.extents[place])
@@ -139,7 +139,7 @@ class ShardSet:
         except (InputError, OSError) as error:
             raise DatasetError(f"{quote(path)} cannot be opened: {error}") from error
         raise DatasetError(
-            f"{quote(path)} was changed while the run used it; resume the run with what it began with"
+            f"{quote(path)} was changed while the run used it; resume the run with the original file"
         )
 
 
@@ -178,7 +178,7 @@ def _captions(archive: OpenTar, caption: Extent, *, is_json: bool) -> tuple[str,
 
 
 def _survey_all(paths: Sequence[Path], config: WebDataset) -> list[ShardSurvey]:
-    """What every shard holds: from `index_dir`, or found out now."""
+    """The samples and problems of every shard: from `index_dir`, or read now."""
     index = None if config.index_dir is None else TensorCache(config.index_dir)
     found: dict[Path, ShardSurvey] = {}
     if index is not None:
@@ -233,7 +233,7 @@ def _bar(paths: Sequence[Path], *, disable: bool = False) -> Iterable[Path]:
 
 
 def expand_shards(names: Sequence[str]) -> list[Path]:
-    """The files that the names of a recipe stand for: `{000..127}` counts, with as many digits, and `*?[]` are globs.
+    """The files that the names of a recipe match: `{000..127}` counts, with as many digits, and `*?[]` are globs.
 
     Raises:
         DatasetError: a file is not there or named twice, or there are too many.
@@ -248,7 +248,7 @@ def expand_shards(names: Sequence[str]) -> list[Path]:
             paths += map(Path, found)
             if len(paths) > _MAX_SHARDS:
                 raise DatasetError(
-                    f"data.shards: {quote(name)} stands for over {_MAX_SHARDS:,} files; name fewer"
+                    f"data.shards: {quote(name)} matches over {_MAX_SHARDS:,} files; name fewer"
                 )
     problems += [f"{quote(path)} is not a file that exists" for path in paths if not path.is_file()]
     seen: set[Path] = set()

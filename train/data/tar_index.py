@@ -1,4 +1,4 @@
-"""Where the samples of a tar file lie, so that each can be read by itself; nothing is ever unpacked."""
+"""The offsets of the samples in a tar file, so that each can be read by itself; nothing is ever unpacked."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TarSample(NamedTuple):
 
     @property
     def has_json(self) -> bool:
-        """Whether the caption lies in JSON."""
+        """Whether the caption is JSON."""
         return self.caption.name.lower().endswith(".json")
 
 
@@ -59,8 +59,8 @@ class Samples(NamedTuple):
 
     Attributes:
         extents: first byte and length of the image, and those of the caption: int64 [samples, 4].
-        json: whether the caption lies in JSON: uint8 [samples].
-        sizes: height and width of the images, 0 if nobody has looked: int32 [samples, 2].
+        json: whether the caption is JSON: uint8 [samples].
+        sizes: height and width of the images, 0 if unknown: int32 [samples, 2].
     """
 
     extents: NDArray[np.int64]
@@ -69,7 +69,7 @@ class Samples(NamedTuple):
 
 
 class ShardSurvey(NamedTuple):
-    """What was found in a shard: its samples, what is wrong with it, and with which images."""
+    """The samples of a shard, its problems, and its bad images."""
 
     samples: Samples
     problems: list[str]
@@ -159,13 +159,13 @@ def decode_captions(data: bytes, *, is_json: bool) -> tuple[str, ...]:
     return json_captions(data) if is_json else text_captions(data)
 
 
-class _Reading(NamedTuple):
+class _DecodedSample(NamedTuple):
     size: tuple[int, int] | None
     image_problem: str | None
     caption_problem: str | None
 
 
-def _read_sample(archive: OpenTar, sample: TarSample) -> _Reading:
+def _read_sample(archive: OpenTar, sample: TarSample) -> _DecodedSample:
     size = image_problem = caption_problem = None
     try:
         size = image_size(archive.read(sample.image), f"{archive.path}, {sample.image.name}")
@@ -175,11 +175,11 @@ def _read_sample(archive: OpenTar, sample: TarSample) -> _Reading:
         decode_captions(archive.read(sample.caption), is_json=sample.has_json)
     except InputError as error:
         caption_problem = f"{quote(archive.path)}, {quote(sample.caption.name)}: {error}"
-    return _Reading(size, image_problem, caption_problem)
+    return _DecodedSample(size, image_problem, caption_problem)
 
 
 def _members(path: Path, problems: list[str]) -> Iterator[Extent]:
-    """The files in a tar file; what is wrong with the archive itself is added to `problems`."""
+    """The files in a tar file; problems of the archive itself are added to `problems`."""
     try:
         with open(path, "rb") as file:
             head = file.read(_BLOCK)
@@ -201,7 +201,7 @@ def _headers(path: Path, problems: list[str]) -> Iterator[Extent]:
     with tarfile.open(path, "r:") as archive:
         end = 0
         while (member := archive.next()) is not None:
-            archive.members = []  # it would remember all of them
+            archive.members = []  # tarfile keeps all of them otherwise
             if archive.offset <= end or member.size < 0:
                 problems.append(f"{quote(path)} is damaged after byte {end:,}; download it again")
                 return
@@ -213,7 +213,9 @@ def _headers(path: Path, problems: list[str]) -> Iterator[Extent]:
             file.seek(archive.offset)
             block = file.read(_BLOCK)
     if not block:
-        problems.append(f"{quote(path)} ends at byte {end:,} without the mark of its end; download it again")
+        problems.append(
+            f"{quote(path)} ends at byte {end:,} without an end-of-archive mark; download it again"
+        )
     elif block.strip(b"\0"):
         problems.append(f"{quote(path)} is damaged at byte {end:,}; download it again")
 

@@ -83,7 +83,7 @@ def test_an_image_goes_to_the_nearest_ratio(height: int, width: int):
 
 
 def test_of_equal_ratios_the_largest_is_taken():
-    assert nearest_size((100, 200), [(32, 64), (64, 128), (48, 96)]) == (64, 128)
+    assert nearest_size((100, 200), ((32, 64), (64, 128), (48, 96))) == (64, 128)
 
 
 @given(sides, sides, st.booleans(), st.sampled_from(["center", "random"]), st.booleans(), st.integers(0, 9))

@@ -42,11 +42,11 @@ def test_captions_name_the_ground():
 
 def test_missing_files_name_their_package(tmp_path: Path):
     with pytest.raises(
-        DatasetError, match=r"font\.ttf is not there: install Debian's fonts-noto-color-emoji"
+        DatasetError, match=r"font\.ttf does not exist: install Debian's fonts-noto-color-emoji"
     ):
         EmojiSet(font=tmp_path / "font.ttf")
     (tmp_path / "font.ttf").touch()
-    with pytest.raises(DatasetError, match=r"en\.xml is not there: install Debian's unicode-cldr-core"):
+    with pytest.raises(DatasetError, match=r"en\.xml does not exist: install Debian's unicode-cldr-core"):
         EmojiSet(font=tmp_path / "font.ttf", annotations=tmp_path / "en.xml")
 
 

@@ -106,7 +106,7 @@ def test_captions_may_be_called_captions(bare_folder: Path):
     assert len(told) == 1
 
 
-def test_columns_that_are_not_known_are_told(bare_folder: Path):
+def test_unknown_columns_are_a_warning(bare_folder: Path):
     """Captions under another name must not give way to the caption of all without a word."""
     rows = [{"file_name": name, "prompt": "lost", "source": "x"} for name in ("a.png", "b.png", "sub/c.png")]
     write_metadata(bare_folder, *rows)
@@ -303,7 +303,7 @@ def test_every_problem_is_listed_at_once(bare_folder: Path):
     for line in range(2, 21):
         assert f"metadata.jsonl line {line}:" in message
     for part in (
-        "'a.png' has a row already",
+        "'a.png' already has a row",
         "file_name 'none.png' is not there",
         "text is null; it must be a string",
         "text is a number; it must be a string",
@@ -340,7 +340,7 @@ def test_problems_of_a_table(bare_folder: Path):
     # Of b.png and sub/c.png nothing is known beside their rows, so they have no caption either.
     assert "7 problems" in message
     for line, problem in (
-        (3, "'a.png' has a row already"),
+        (3, "'a.png' already has a row"),
         (4, "it has more or fewer cells than the first line"),
         (5, "it has more or fewer cells than the first line"),
         (6, "file_name is missing"),
@@ -354,7 +354,7 @@ def test_problems_of_a_table(bare_folder: Path):
     ("content", "problem"),
     [
         (b"name,text\na.png,x\n", "names the columns 'name, text'; file_name must be one of them"),
-        (b"file_name,text,text\na.png,x,y\n", "none may stand there twice"),
+        (b"file_name,text,text\na.png,x,y\n", "none may appear twice"),
         (b"", "names the columns ''"),
         (b'file_name,text\na.png,"never ended\n', "cannot be read"),
         (b"\xff\xfe", "cannot be read"),

@@ -174,7 +174,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path):
             "'latin.txt': it is not in UTF-8",
             "'list.json': the caption is [1]; it must be a string",
             "'nothing.json': it has no 'text' and no 'caption'",
-            "'broken.json': it is no JSON",
+            "'broken.json': it is not valid JSON",
             "'nul.txt':",
             "'long.txt' has 1,048,577 bytes; at most 1,048,576 are read",
         ):
@@ -215,7 +215,7 @@ def _with_bad_header(data: bytes) -> bytes:
     [
         (lambda data: data[:700], "unexpected end of data"),
         (lambda data: data[: data.index(b"blue.png") + 600], "unexpected end of data"),
-        (_without_end, "without the mark of its end"),
+        (_without_end, "without an end-of-archive mark"),
         (_with_bad_header, "is damaged at byte"),
         (lambda data: b"", r"is empty \(0 bytes\)"),
         (lambda data: b"version https://git-lfs.github.com/spec/v1\nsize 99\n", "git-LFS pointer"),
