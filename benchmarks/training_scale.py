@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from latentgen.models.config import VAEConfig
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig, VAEEncoder
+from latentgen.models.vae import VAEEncoder
 from latentgen.train.data import BatchIndices
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "sd15"

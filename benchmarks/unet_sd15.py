@@ -25,11 +25,12 @@ from transformers import CLIPTextModel
 from benchmarks.timing import Work, interleaved, report
 from latentgen.checkpoints.weights import Weights
 from latentgen.files import read_json
+from latentgen.models.config import CLIPTextConfig, VAEConfig
 from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
-from latentgen.models.text import CLIPText, CLIPTextConfig
+from latentgen.models.text import CLIPText
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.models.vae import VAEDecoder, VAEEncoder
 from latentgen.pipelines.text_to_image import DEFAULT_STEPS
 from latentgen.train.objectives.tokenizer import train_tokenizer
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from latentgen.adapters import lora as loras
 from latentgen.adapters.lora_files import read_lora
+from latentgen.adapters.lora_layers import shared_copy
 from latentgen.adapters.textual_inversion import read_embedding
 from latentgen.adapters.textual_inversion import with_embedding as with_vectors
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint, CheckpointFolder, resolve
@@ -23,7 +24,6 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
 from latentgen.memory import MemoryPolicy, oom_hint
-from latentgen.models.lora import shared_copy
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder
 from latentgen.models.text import TextEncoder, join_towers
 from latentgen.models.unet import UNet

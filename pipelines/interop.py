@@ -18,12 +18,13 @@ from latentgen.checkpoints.folder import TOKENIZERS
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointMismatchError, InputError
 from latentgen.memory import MemoryPolicy
+from latentgen.models.config import CLIPTextConfig, VAEConfig
 from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
 from latentgen.models.pixels import PixelDecoder
-from latentgen.models.text import CLIPText, CLIPTextConfig, ContextLayer, TextEncoder, join_towers
+from latentgen.models.text import CLIPText, ContextLayer, TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEDecoder, VAEEncoder
 from latentgen.pipelines import load_save
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.image_to_image import ImageToImagePipeline

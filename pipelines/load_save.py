@@ -25,12 +25,13 @@ from latentgen.diffusion.schedule import FlowSchedule
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import quote
+from latentgen.models.config import CLIPTextConfig, VAEConfig
 from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder, PixelEncoder
-from latentgen.models.text import CLIPText, CLIPTextConfig, TextEncoder, join_towers
+from latentgen.models.text import CLIPText, TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEDecoder, VAEEncoder
 from latentgen.pipelines.arguments import check_guidance_scale
 
 # Diffusers has no pixel-space pipelines with CLIP; with these class names it refuses the folder.

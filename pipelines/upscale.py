@@ -18,9 +18,9 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
 from latentgen.memory import SMALLEST_TILE
+from latentgen.models.config import VAEConfig
 from latentgen.models.pixels import PixelConfig, PixelDecoder
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig
 from latentgen.pipelines import load_save
 from latentgen.pipelines.arguments import MAX_SIDE, AnyScheduler, OutputType, check_integer
 from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline

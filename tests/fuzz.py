@@ -30,8 +30,8 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from latentgen.adapters.lora_config import PeftConfig
 from latentgen.adapters.lora_files import read_lora
+from latentgen.adapters.peft_config import PeftConfig
 from latentgen.adapters.textual_inversion import read_embedding
 from latentgen.checkpoints.convert import convert
 from latentgen.checkpoints.folder import CheckpointFolder
@@ -42,11 +42,11 @@ from latentgen.checkpoints.single_file import SingleFile
 from latentgen.checkpoints.unpickle import read_pickle
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import LatentgenError
+from latentgen.models.config import CLIPTextConfig, VAEConfig
 from latentgen.models.open_clip_text import load_open_clip
-from latentgen.models.text_config import CLIPTextConfig
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.models.vae import VAEDecoder, VAEEncoder
 from latentgen.prompt_syntax import PromptSyntax, read_prompt
 from latentgen.prompts import check_prompts
 

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from latentgen.errors import InputError, MemoryBudgetError
 from latentgen.memory import FALLBACK_TILE, MemoryPolicy, decode, decode_in_tiles, on_device
-from latentgen.models.vae import VAEConfig, VAEDecoder
+from latentgen.models.config import VAEConfig
+from latentgen.models.vae import VAEDecoder
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from latentgen.adapters.lora_files import LoRA, LoRALayer
 from latentgen.adapters.lora_files import read_lora as read_lora
-from latentgen.adapters.lora_names import flat, layer_names
+from latentgen.adapters.lora_layers import AdaptedLayer, LowRankBranch, branches, flat, layer_names
+from latentgen.adapters.lora_layers import shared_copy as shared_copy
 from latentgen.checkpoints.weights import first_five
 from latentgen.errors import AdapterError, InputError
 from latentgen.files import quote
-from latentgen.models.lora import AdaptedLayer, LowRankBranch, branches
-from latentgen.models.lora import shared_copy as shared_copy
 
 Components = Mapping[str, nn.Module]
 _MAX_WEIGHT = 1000.0

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from latentgen.adapters.lora_config import MAX_ALPHA, PeftConfig
+from latentgen.adapters.peft_config import MAX_ALPHA, PeftConfig
 from latentgen.checkpoints.folder import as_path
 from latentgen.checkpoints.identify import likely_architecture
 from latentgen.checkpoints.io import Header, TensorInfo, read_header, refuse_pickle

@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from latentgen.adapters.lora_layers import shared_copy
 from latentgen.checkpoints.folder import as_path
 from latentgen.checkpoints.identify import likely_architecture
 from latentgen.checkpoints.io import Header, TensorInfo, read_header
 from latentgen.checkpoints.weights import check_values, first_five
 from latentgen.errors import AdapterError, CheckpointCorruptError
 from latentgen.files import quote
-from latentgen.models.lora import shared_copy
 from latentgen.models.text import CLIPText
 from latentgen.prompts import token_expansions
 

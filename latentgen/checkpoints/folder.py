@@ -25,7 +25,7 @@ from latentgen.errors import (
 )
 from latentgen.files import quote, read_json, safe_join
 from latentgen.files import write_json as write_json
-from latentgen.models.text import load_tokenizer
+from latentgen.models.text_loading import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

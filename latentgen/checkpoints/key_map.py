@@ -16,8 +16,8 @@ from torch import Tensor
 
 from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.files import quote
+from latentgen.models.config import VAEConfig
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

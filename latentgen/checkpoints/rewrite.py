@@ -25,10 +25,12 @@ from latentgen.checkpoints.weights import variant_infix
 from latentgen.diffusion.scheduler_config import prediction_type
 from latentgen.errors import CheckpointCorruptError, CheckpointNotFoundError, ConfigError
 from latentgen.files import atomic_folder, atomic_write, quote, safe_join, write_json
-from latentgen.models.text import CLIPText, CLIPTextConfig, save_tokenizer
+from latentgen.models.config import CLIPTextConfig, VAEConfig
+from latentgen.models.text import CLIPText
+from latentgen.models.text_loading import save_tokenizer
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEDecoder, VAEEncoder
 
 # The files of a folder in the diffusers layout that are copied, apart from weights.
 _KNOWN_FILES = frozenset(

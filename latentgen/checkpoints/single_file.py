@@ -34,7 +34,7 @@ from latentgen.checkpoints.key_map import (
 from latentgen.checkpoints.weights import Weights, first_five
 from latentgen.errors import CheckpointMismatchError, CheckpointNotFoundError, InputError
 from latentgen.files import quote
-from latentgen.models.vae import VAEConfig
+from latentgen.models.config import VAEConfig
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

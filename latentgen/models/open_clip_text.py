@@ -22,9 +22,8 @@ from latentgen.checkpoints.key_map import KeyMap, openclip_key_map, to_diffusers
 from latentgen.checkpoints.weights import Weights, first_five
 from latentgen.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import quote, read_json
-from latentgen.models.config import StageConfig
+from latentgen.models.config import CLIPTextConfig, Count, StageConfig, Width
 from latentgen.models.text import CLIPText, ContextLayer
-from latentgen.models.text_config import CLIPTextConfig, Count, Width
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -1,11 +1,7 @@
-"""Text encoders: prompts in, conditioning out.
-
-transformers takes seconds to import, so only the functions that make a model or a tokenizer do it.
-"""
+"""Text encoders: prompts in, conditioning out."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -17,24 +13,22 @@ from latentgen.checkpoints.weights import Weights, save_weights
 from latentgen.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
-    CheckpointNotFoundError,
     InputError,
 )
-from latentgen.files import atomic_write, quote, write_json
-from latentgen.models.text_config import CLIPTextConfig as CLIPTextConfig
+from latentgen.files import write_json
+from latentgen.models.config import CLIPTextConfig
+from latentgen.models.text_loading import (
+    OLD_BUFFERS,
+    build_model,
+    empty_model,
+    name_in_files,
+    name_with_prefix,
+    save_tokenizer,
+)
 from latentgen.prompts import WeightedPrompt, as_weighted, chunk_tokens, expand_tokens, token_expansions
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-# Begins the names of the weights up to transformers 5.5, which is also what files on the Hub hold.
-_FILE_PREFIX = "text_model."
-# Stands outside of the prefix, in every version.
-_PROJECTION = "text_projection."
-
-# Written by transformers before 4.31, and the same in every model.
-_OLD_BUFFERS = (f"{_FILE_PREFIX}embeddings.position_ids", "embeddings.position_ids")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 # The mean of hidden states that is not told from zero, as a share of their size.
 _ROUNDING = 1e-5
@@ -130,7 +124,7 @@ class CLIPText:
     @classmethod
     def from_config(cls, config: CLIPTextConfig, tokenizer: CLIPTokenizer) -> CLIPText:
         """Build an encoder with random weights, to be trained."""
-        return cls(config, _build_model(config), tokenizer)
+        return cls(config, build_model(config), tokenizer)
 
     @classmethod
     def from_weights(
@@ -156,13 +150,13 @@ class CLIPText:
         Raises:
             CheckpointError: the subclass says what is wrong with which file.
         """
-        model, prefix = _empty_model(config, torch.device(device))
+        model, prefix = empty_model(config, torch.device(device))
         weights.load_into(
             model,
-            ignored_prefixes=_OLD_BUFFERS,
+            ignored_prefixes=OLD_BUFFERS,
             dtype=dtype,
             device=device,
-            rename=lambda key: _named(key, prefix),
+            rename=lambda key: name_with_prefix(key, prefix),
         )
         return cls(config, model.eval(), tokenizer, layer=layer)
 
@@ -180,10 +174,12 @@ class CLIPText:
         Raises:
             CheckpointMismatchError: they are not those of the configuration.
         """
-        model, prefix = _empty_model(config, next(iter(state.values())).device)
+        model, prefix = empty_model(config, next(iter(state.values())).device)
         try:
             model.load_state_dict(
-                {_named(name, prefix): tensor for name, tensor in state.items()}, strict=True, assign=True
+                {name_with_prefix(name, prefix): tensor for name, tensor in state.items()},
+                strict=True,
+                assign=True,
             )
         except RuntimeError as error:
             raise CheckpointMismatchError(
@@ -322,85 +318,9 @@ def join_towers(towers: Sequence[CLIPText]) -> TextEncoder:
     return CLIPTextPair(*towers) if len(towers) == 2 else towers[0]
 
 
-def _build_model(config: CLIPTextConfig) -> CLIPTextModel | CLIPTextModelWithProjection:
-    import transformers
-
-    fields = config.model_dump(exclude={"architectures", "model_type", "use_attention_mask"})
-    built = transformers.CLIPTextConfig(**fields)
-    return (
-        transformers.CLIPTextModelWithProjection(built)
-        if config.projects
-        else transformers.CLIPTextModel(built)
-    )
-
-
-def _empty_model(
-    config: CLIPTextConfig, device: torch.device
-) -> tuple[CLIPTextModel | CLIPTextModelWithProjection, str]:
-    """A model whose weights are yet to be assigned, and what begins their names in this version of transformers."""
-    with torch.device("meta"):
-        model = _build_model(config)
-    # No file holds this buffer, and the meta device left it empty.
-    for module in model.modules():
-        position_ids = module._buffers.get("position_ids")
-        if position_ids is not None:
-            module.register_buffer(
-                "position_ids", torch.arange(position_ids.shape[-1], device=device)[None], persistent=False
-            )
-    prefixed = any(name.startswith(_FILE_PREFIX) for name in model.state_dict())
-    return model, _FILE_PREFIX if prefixed else ""
-
-
-def _named(key: str, prefix: str) -> str:
-    """The name of a weight with `prefix`, whether or not it has the one of the files."""
-    return key if key.startswith(_PROJECTION) else prefix + key.removeprefix(_FILE_PREFIX)
-
-
-def name_in_files(name: str) -> str:
-    """The name that files have for a weight or a layer, whatever it is in this version of transformers."""
-    return _named(name, _FILE_PREFIX)
-
-
 def _transformer(model: nn.Module) -> Any:
     """The module that owns the layers: inside the model, or the model itself (transformers 5.6 without projection)."""
     return model._modules.get("text_model") or model
-
-
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Load a CLIP tokenizer from `tokenizer.json`, or `vocab.json` and `merges.txt`.
-
-    Raises:
-        CheckpointNotFoundError: the folder holds neither.
-        CheckpointCorruptError: they cannot be read.
-    """
-    from transformers import CLIPTokenizer
-
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointNotFoundError(
-            f"{quote(folder)} holds no tokenizer; looked for {' and '.join(_TOKENIZER_FILES)}"
-        )
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    # The tokenizers library raises bare Exception for a malformed file.
-    except Exception as error:
-        raise CheckpointCorruptError(f"the tokenizer in {quote(folder)} cannot be read: {error}") from error
-    # How it was loaded is no part of what it is, and would be saved with it.
-    for name in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(name, None)
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write a tokenizer's files, each whole or not at all.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
-        for made in sorted(Path(scratch).iterdir()):
-            with atomic_write(folder / made.name) as file:
-                file.write(made.read_bytes())
 
 
 def _special_token(token_id: object, name: str) -> int:

@@ -8,98 +8,20 @@ the UNet works in.
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from latentgen.models.attention import AttentionLayer, AttentionStage, attention
-from latentgen.models.config import StageConfig
+from latentgen.models.config import VAEConfig
 from latentgen.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 
-Channels = Annotated[int, Field(ge=1, le=8192)]
 NORM_EPS = 1e-6
 # What the names of each half's weights begin with in a file of the whole.
 DECODER_KEYS = ("decoder.", "post_quant_conv.")
 ENCODER_KEYS = ("encoder.", "quant_conv.")
-# Over ten times the largest autoencoder in use (Stable Diffusion's, 8.4e7): more is a mistake or an attack.
-MAX_PARAMETERS = 10**9
-
-
-class VAEConfig(StageConfig):
-    """A diffusers `vae/config.json`. Values other than the ones listed are refused by name."""
-
-    diffusers_class: ClassVar[str] = "AutoencoderKL"
-
-    in_channels: Channels = 3
-    out_channels: Channels = 3
-    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
-    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
-    block_out_channels: Annotated[tuple[Channels, ...], Field(min_length=1, max_length=8)] = (64,)
-    layers_per_block: Annotated[int, Field(ge=1, le=16)] = 1
-    act_fn: Literal["silu"] = "silu"
-    latent_channels: Channels = 4
-    norm_num_groups: Annotated[int, Field(ge=1, le=1024)] = 32
-    sample_size: Annotated[int, Field(ge=1, le=65536)] | tuple[int, int] = 32
-    scaling_factor: Annotated[float, Field(gt=0, le=1e4)] = 0.18215
-    shift_factor: None = None
-    latents_mean: None = None
-    latents_std: None = None
-    force_upcast: bool = True
-    use_quant_conv: Literal[True] = True
-    use_post_quant_conv: Literal[True] = True
-    mid_block_add_attention: bool = True
-
-    @property
-    def spatial_factor(self) -> int:
-        """Image pixels per latent pixel, along each side."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    @model_validator(mode="after")
-    def _levels_agree(self) -> Self:
-        levels = len(self.block_out_channels)
-        for name in ("down_block_types", "up_block_types"):
-            if len(getattr(self, name)) != levels:
-                raise ValueError(f"{name} must have one entry for each of the {levels} block_out_channels")
-        for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels: {channels} is not a multiple of norm_num_groups {self.norm_num_groups}"
-                )
-        if (count := parameter_count(self)) > MAX_PARAMETERS:
-            raise ValueError(
-                f"the model would have {count:,} parameters; at most {MAX_PARAMETERS:,} are allowed"
-            )
-        return self
-
-
-def parameter_count(config: VAEConfig) -> int:
-    """Return the exact number of parameters of encoder and decoder together, without building them."""
-    channels, latent = config.block_out_channels, config.latent_channels
-    low, high = channels[0], channels[-1]
-    total = _conv(config.in_channels, low) + _conv(high, 2 * latent) + 2 * high
-    total += _conv(latent, high) + _conv(low, config.out_channels) + 2 * low
-    total += 4 * latent**2 + 2 * latent + latent**2 + latent  # quant_conv, post_quant_conv
-    middle = 2 * _resnet(high, high) + config.mid_block_add_attention * (4 * (high**2 + high) + 2 * high)
-    total += 2 * middle
-    for layers, order in ((config.layers_per_block, channels), (config.layers_per_block + 1, channels[::-1])):
-        for before, width in zip((order[0], *order), order, strict=False):
-            total += _resnet(before, width) + (layers - 1) * _resnet(width, width)
-        total += sum(_conv(width, width) for width in order[:-1])
-    return total
-
-
-def _resnet(inputs: int, outputs: int) -> int:
-    """Count the parameters of a resnet block without time conditioning."""
-    shortcut = inputs * outputs + outputs if inputs != outputs else 0
-    return 2 * (inputs + outputs) + _conv(inputs, outputs) + _conv(outputs, outputs) + shortcut
-
-
-def _conv(inputs: int, outputs: int) -> int:
-    """Count the parameters of a 3x3 convolution."""
-    return 9 * inputs * outputs + outputs
 
 
 class Gaussian(NamedTuple):

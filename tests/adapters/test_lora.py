@@ -23,12 +23,13 @@ from latentgen.adapters.lora import (
     set_weight,
     shared_copy,
 )
+from latentgen.adapters.lora_layers import AdaptedLayer
 from latentgen.checkpoints.folder import CheckpointFolder, load_weights
 from latentgen.errors import AdapterError, InputError
 from latentgen.memory import on_device
-from latentgen.models.lora import AdaptedLayer
+from latentgen.models.config import CLIPTextConfig
 from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
-from latentgen.models.text import CLIPText, CLIPTextConfig
+from latentgen.models.text import CLIPText
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from tests.conftest import build_pipeline

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentgen.adapters.lora_config import PeftConfig
 from latentgen.adapters.lora_files import MAX_RANK, read_lora
+from latentgen.adapters.peft_config import PeftConfig
 from latentgen.errors import (
     AdapterError,
     CheckpointCorruptError,

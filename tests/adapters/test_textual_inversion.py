@@ -15,7 +15,9 @@ from latentgen.adapters.textual_inversion import TextualInversion, read_embeddin
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.checkpoints.weights import Weights
 from latentgen.errors import AdapterError, CheckpointValueError, LatentgenError, UnsafeCheckpointError
-from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer
+from latentgen.models.config import CLIPTextConfig
+from latentgen.models.text import CLIPText
+from latentgen.models.text_loading import load_tokenizer
 from tests.conftest import build_pipeline, build_tokenizer
 
 PROMPTS = ["a <toy> cat", "dog", "<toy>, red <toy> tiger"]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from latentgen.checkpoints.families import FAMILIES
 from latentgen.checkpoints.io import ITEM_BYTES, TensorInfo, encode_header
 from latentgen.checkpoints.key_map import ema_key_map, original_key_maps, to_original
+from latentgen.models.config import VAEConfig
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.models.vae import VAEDecoder, VAEEncoder
 
 Shapes = Mapping[str, tuple[int, ...]]
 

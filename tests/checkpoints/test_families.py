@@ -18,9 +18,10 @@ from latentgen.checkpoints.families import COMPONENT_CLASSES, FAMILIES, MERGES
 from latentgen.checkpoints.folder import SCHEDULERS
 from latentgen.checkpoints.key_map import ema_key_map, original_key_maps
 from latentgen.diffusion.scheduler import Scheduler
+from latentgen.models.config import VAEConfig
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.models.vae import VAEDecoder, VAEEncoder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

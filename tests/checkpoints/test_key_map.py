@@ -21,8 +21,8 @@ from latentgen.checkpoints.key_map import (
     with_prefix,
 )
 from latentgen.errors import CheckpointMismatchError, ConfigError
+from latentgen.models.config import VAEConfig
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig
 from tests.models.conftest import FAMILIES
 
 TOWER = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}

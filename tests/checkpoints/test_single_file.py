@@ -22,10 +22,11 @@ from latentgen.errors import (
     InputError,
     UnsafeCheckpointError,
 )
-from latentgen.models.text import CLIPText, CLIPTextConfig
+from latentgen.models.config import CLIPTextConfig, VAEConfig
+from latentgen.models.text import CLIPText
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.models.vae import VAEDecoder, VAEEncoder
 from tests.checkpoints.single_files import (
     BUFFERS,
     diffusers_shapes,

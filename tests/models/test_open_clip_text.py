@@ -19,8 +19,10 @@ from latentgen.errors import (
     InputError,
     UnsafeCheckpointError,
 )
+from latentgen.models.config import CLIPTextConfig
 from latentgen.models.open_clip_text import from_open_clip, load_open_clip
-from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer
+from latentgen.models.text import CLIPText
+from latentgen.models.text_loading import load_tokenizer
 
 open_clip = pytest.importorskip("open_clip", reason='not installed: pip install -e ".[dev,openclip]"')
 

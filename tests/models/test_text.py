@@ -18,7 +18,9 @@ from latentgen.errors import (
     ConfigError,
     InputError,
 )
-from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer
+from latentgen.models.config import CLIPTextConfig
+from latentgen.models.text import CLIPText
+from latentgen.models.text_loading import load_tokenizer
 
 PROMPTS = ["a cat and a red dog", "", "TIGER  tiger\n🐯 日本"]
 
@@ -88,7 +90,6 @@ def test_gradients_reach_the_weights(text):
 def test_nothing_stays_on_the_meta_device(text):
     tensors = [*text.model.parameters(), *text.model.buffers()]
     assert not any(tensor.is_meta for tensor in tensors)
-    assert sum(parameter.numel() for parameter in text.model.parameters()) == text.config.parameters
 
 
 def test_half_precision(tiny_checkpoint, text):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from latentgen.adapters.textual_inversion import TextualInversion, with_embedding
 from latentgen.errors import InputError
-from latentgen.models.text import CLIPText, CLIPTextConfig, CLIPTextPair, weigh
+from latentgen.models.config import CLIPTextConfig
+from latentgen.models.text import CLIPText, CLIPTextPair, weigh
 from latentgen.prompt_syntax import read_weights
 from latentgen.prompts import Piece, WeightedPrompt, plain_prompt
 from tests.conftest import build_tokenizer

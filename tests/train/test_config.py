@@ -43,9 +43,8 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_builds_its_configurations(path: Path):
     from latentgen.diffusion.scheduler import Scheduler
-    from latentgen.models.text import CLIPTextConfig
+    from latentgen.models.config import CLIPTextConfig, VAEConfig
     from latentgen.models.unet_config import UNetConfig
-    from latentgen.models.vae import VAEConfig
     from latentgen.train.config import AutoencoderTask, TextToImageTask, UpscaleTask
 
     task = load_config(path).task

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.adapters.lora_files import LoRALayer, read_lora
-from latentgen.adapters.lora_names import flat, layer_names, original_paths
+from latentgen.adapters.lora_layers import flat, layer_names, original_paths
 from latentgen.checkpoints.weights import first_five
 from latentgen.errors import ConfigError
 from latentgen.files import quote
-from latentgen.models.text import name_in_files
+from latentgen.models.text_loading import name_in_files
 from latentgen.pipelines.base import Pipeline
 from latentgen.train.config.tasks import LoRAMethod
 from latentgen.train.methods.base import (

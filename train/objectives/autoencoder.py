@@ -15,7 +15,8 @@ from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.checkpoints.weights import load_weights, save_weights
 from latentgen.errors import ConfigError
 from latentgen.files import write_json
-from latentgen.models.vae import VAEConfig, VAEDecoder, VAEEncoder
+from latentgen.models.config import VAEConfig
+from latentgen.models.vae import VAEDecoder, VAEEncoder
 from latentgen.pipelines.load_save import WEIGHTS_STEM
 from latentgen.train.config import AutoencoderTask
 from latentgen.train.data import (

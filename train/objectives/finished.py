@@ -7,10 +7,10 @@ from pathlib import Path
 
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import ConfigError
+from latentgen.models.config import VAEConfig
 from latentgen.models.pixels import RGB, ImageDecoder, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
 from latentgen.models.text import CLIPText
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.load_save import load_decoder, load_encoder, load_text_encoder
 from latentgen.train.data import CaptionedDataset, check_sides
 from latentgen.train.objectives.lent import IDLE

@@ -13,7 +13,9 @@ from latentgen.checkpoints.weights import load_weights
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, ResumeError
 from latentgen.files import quote
-from latentgen.models.text import CLIPText, CLIPTextConfig, load_tokenizer, save_tokenizer
+from latentgen.models.config import CLIPTextConfig
+from latentgen.models.text import CLIPText
+from latentgen.models.text_loading import load_tokenizer, save_tokenizer
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines.text_to_image import TextToImagePipeline

@@ -14,11 +14,11 @@ from latentgen.checkpoints.weights import load_weights
 from latentgen.diffusion.prediction import add_noise
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
+from latentgen.models.config import VAEConfig
 from latentgen.models.pixels import PixelConfig
 from latentgen.models.text import Conditioning
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
-from latentgen.models.vae import VAEConfig
 from latentgen.pipelines.upscale import UpscalePipeline, as_channels, low_res_ratio
 from latentgen.train.config import UpscaleTask
 from latentgen.train.data import BatchIndices, CaptionedDataset, Sample

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentgen.errors import ConfigError
-from latentgen.models.text import load_tokenizer
+from latentgen.models.text_loading import load_tokenizer
 from latentgen.train.objectives.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 if TYPE_CHECKING:

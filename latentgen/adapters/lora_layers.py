@@ -1,4 +1,8 @@
-"""Linear layers and convolutions with low-rank adapters beside them (LoRA, arXiv:2106.09685, section 4.1)."""
+"""Linear layers and convolutions with low-rank adapters next to them (LoRA, arXiv:2106.09685, section 4.1).
+
+Also the names that LoRA files use for these layers. kohya writes a layer's path with underscores for dots, which
+cannot be undone from the name alone; so the table goes from the model's own paths to every name a file may use.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentgen.checkpoints.key_map import unet_key_map
+from latentgen.errors import ConfigError
+from latentgen.models.unet import UNet
+from latentgen.models.unet_config import UNetConfig
+
 M = TypeVar("M", bound=nn.Module)
+
+# Files name the layers of CLIP with this prefix; whether the model has it depends on the version of transformers.
+_TEXT_PREFIX = "text_model."
 
 
 class LowRankBranch(nn.Module):
@@ -49,7 +61,7 @@ class LowRankBranch(nn.Module):
 
 
 class AdaptedLayer(nn.Module):
-    """A layer and the adapters beside it; the layer itself is not touched, and takes its place again afterwards.
+    """A layer with its adapters; the layer itself is unchanged, and replaces this one when they are detached.
 
     Shares the layer's table of parameters: `weight` and `bias` have the same names in a state_dict, and whatever
     replaces or moves them here does so for the layer.
@@ -91,3 +103,45 @@ def shared_copy(module: M) -> M:
     """
     tensors = (*module.parameters(), *module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def flat(path: str) -> str:
+    """A path, dotted or not, as kohya writes it, without the prefix that only some models have."""
+    return path.removeprefix(_TEXT_PREFIX).replace(".", "_").removeprefix(_TEXT_PREFIX.replace(".", "_"))
+
+
+def layer_names(module: nn.Module) -> dict[str, str]:
+    """Flat name -> path, for every linear layer and convolution that an adapter can be attached to.
+
+    A UNet's layers are found under their names in the original layout, too. A name that two layers could claim is
+    left out.
+    """
+    paths = [path for path, layer in module.named_modules() if _is_adaptable(layer)]
+    claims = [(flat(path), path) for path in paths]
+    if isinstance(module, UNet):
+        originals = original_paths(module.config)
+        claims += [(flat(originals[path]), path) for path in paths if path in originals]
+    names: dict[str, str] = {}
+    contested: set[str] = set()
+    for name, path in claims:
+        if names.setdefault(name, path) != path:
+            contested.add(name)
+    return {name: path for name, path in names.items() if name not in contested}
+
+
+def _is_adaptable(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return isinstance(layer, nn.Linear | AdaptedLayer)
+
+
+def original_paths(config: UNetConfig) -> dict[str, str]:
+    """Path here -> path in the original layout, of all layers of a UNet; none where that layout has no such UNet."""
+    try:
+        key_map = unet_key_map(config)
+    except ConfigError:
+        return {}
+    pairs = (
+        (name.removesuffix(".weight"), source.key.removesuffix(".weight")) for name, source in key_map.items()
+    )
+    return {path: original for path, original in pairs if not path.endswith(".bias")}

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentgen.adapters.lora import attach, read_lora
-from latentgen.adapters.lora_names import flat, layer_names, original_paths
-from latentgen.models.lora import AdaptedLayer
+from latentgen.adapters.lora_layers import AdaptedLayer, flat, layer_names, original_paths
 from latentgen.models.unet import AddedConditioning, UNet
 from latentgen.models.unet_config import UNetConfig
 
