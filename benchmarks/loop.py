@@ -26,7 +26,7 @@ from benchmarks.timing import interleaved
 from latentgen import from_diffusers, to_diffusers
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.diffusion.solver_names import SOLVER_NAMES, SOLVER_TABLE
-from latentgen.diffusion.solvers.one_step import TCD_GAMMA
+from latentgen.diffusion.solvers.single_step import TCD_GAMMA
 from latentgen.models.attention import ContextKeyValue
 from latentgen.models.unet import UNetConstants
 from latentgen.pipelines.base import Pipeline

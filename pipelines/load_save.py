@@ -21,7 +21,7 @@ from latentgen.checkpoints.folder import (
     save_weights,
     write_json,
 )
-from latentgen.diffusion.schedule import FlowSchedule
+from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import quote

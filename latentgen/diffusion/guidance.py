@@ -1,11 +1,10 @@
-"""Guidance: from what the network puts out, with and without its conditions, to one denoiser."""
+"""Guidance: combines the network's outputs with and without conditions into the x0 of a denoiser."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,26 +13,27 @@ from latentgen.diffusion.prediction import Denoised, Denoiser, PredictionType, t
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.errors import InputError
 
-# x [B, C, H, W] at a noise level, and how many outputs are wanted -> the raw outputs under so many conditions, each
-# [B, C, H, W], the least conditioned first and the fully conditioned last.
+# x [B, C, H, W], its noise level, the number of branches -> the raw output of each branch, [B, C, H, W], from the least
+# conditioned to the fully conditioned.
 Predict = Callable[[Tensor, NoiseLevel, int], Sequence[Tensor]]
 
 
-class Guidance(Protocol):
-    """How several raw outputs for one image, each under other conditions, become one."""
+class Guidance:
+    """Combines several raw outputs for one image, each under another condition, into one.
 
-    @property
-    def num_branches(self) -> int:
-        """How many outputs there are, the least conditioned first."""
-        ...
+    Attributes:
+        num_branches: how many outputs it combines; the first is the least conditioned.
+    """
+
+    num_branches: int
 
     def branches_at(self, level: NoiseLevel) -> int:
-        """How many of them, the last ones, are looked at at a noise level: all, or 1 where nothing is guided."""
-        ...
+        """How many of the outputs, the last ones, are evaluated at a noise level: all, or 1 without guidance."""
+        return self.num_branches
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs of `branches_at`, each [B, C, H, W]."""
-        ...
+        """Combine the outputs of `branches_at`, each [B, C, H, W], into one [B, C, H, W]."""
+        raise NotImplementedError
 
 
 def is_guided(guidance_scale: float) -> bool:
@@ -47,7 +47,7 @@ def is_guided(guidance_scale: float) -> bool:
 
 
 @dataclass(frozen=True)
-class ClassifierFree:
+class ClassifierFree(Guidance):
     """Classifier-free guidance (arXiv:2207.12598, eq. 6, its w being scale - 1).
 
     Takes the unconditional and the conditional output and gives
@@ -62,12 +62,7 @@ class ClassifierFree:
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_branches", 2 if is_guided(self.scale) else 1)
 
-    def branches_at(self, level: NoiseLevel) -> int:
-        """All."""
-        return self.num_branches
-
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs, each [B, C, H, W]."""
         if self.num_branches == 1:
             (conditional,) = outputs
             return conditional
@@ -76,7 +71,7 @@ class ClassifierFree:
 
 
 @dataclass(frozen=True)
-class TextAndImage:
+class TextAndImage(Guidance):
     """Guidance by an image and by a text, each with a scale of its own (arXiv:2211.09800, eq. 3).
 
     Takes the unconditional output, that for the image alone and that for image and text.
@@ -86,34 +81,23 @@ class TextAndImage:
     image_scale: float
     num_branches: int = 3
 
-    def branches_at(self, level: NoiseLevel) -> int:
-        """All."""
-        return self.num_branches
-
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs, each [B, C, H, W]."""
         unconditional, image, both = outputs
         return unconditional + self.image_scale * (image - unconditional) + self.scale * (both - image)
 
 
 @dataclass(frozen=True)
-class PerpendicularNegative:
-    """Guidance away from a negative prompt only where it does not speak against the prompt (arXiv:2304.04968, eq. 7).
+class PerpendicularNegative(Guidance):
+    """Perp-Neg: the component of the negative direction orthogonal to the positive one (arXiv:2304.04968, eq. 7).
 
-    Takes the output for the empty prompt, that for the negative and that for the prompt. Of the direction to the
-    negative, the part along the direction to the prompt is taken away, so that what both share is kept.
+    Takes the outputs for the empty prompt, the negative prompt and the prompt.
     """
 
     scale: float
     negative_scale: float = 1.0
     num_branches: int = 3
 
-    def branches_at(self, level: NoiseLevel) -> int:
-        """All."""
-        return self.num_branches
-
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs, each [B, C, H, W]."""
         unconditional, negative, conditional = outputs
         towards, away = conditional - unconditional, negative - unconditional
         dims = tuple(range(1, towards.ndim))
@@ -124,78 +108,68 @@ class PerpendicularNegative:
 
 
 @dataclass(frozen=True)
-class Rescaled:
-    """Another guidance whose result keeps the standard deviation of the conditional output.
+class Rescaled(Guidance):
+    """Rescales the result of a guidance to the standard deviation of the conditional output.
 
-    phi is how far (arXiv:2305.08891, eq. 15 and 16): 0 not at all, 1 wholly; 0.7 is the paper's.
+    phi blends the two (arXiv:2305.08891, eq. 15 and 16): 0 leaves the result, 1 rescales it fully; the paper has 0.7.
     """
 
     guidance: Guidance
     phi: float
+    num_branches: int = field(init=False)
 
-    @property
-    def num_branches(self) -> int:
-        """Those of the guidance."""
-        return self.guidance.num_branches
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_branches", self.guidance.num_branches)
 
     def branches_at(self, level: NoiseLevel) -> int:
-        """Those of the guidance."""
         return self.guidance.branches_at(level)
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs, each [B, C, H, W]."""
         guided, dims = self.guidance(outputs), tuple(range(1, outputs[-1].ndim))
         ratio = outputs[-1].std(dims, keepdim=True) / guided.std(dims, keepdim=True)
         return guided * torch.lerp(torch.ones_like(ratio), ratio, self.phi)
 
 
 @dataclass(frozen=True)
-class GuidanceInterval:
-    """Another guidance at some noise levels alone, and none at the others (arXiv:2404.07724).
+class GuidanceInterval(Guidance):
+    """Limits a guidance to an interval of noise levels (arXiv:2404.07724).
 
-    It is at work from below timestep `highest` down to `lowest`; elsewhere only the conditional output is computed.
+    It applies from below timestep `highest` down to `lowest`; elsewhere only the conditional output is computed.
     """
 
     guidance: Guidance
     lowest: float
     highest: float
+    num_branches: int = field(init=False)
 
-    @property
-    def num_branches(self) -> int:
-        """Those of the guidance."""
-        return self.guidance.num_branches
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_branches", self.guidance.num_branches)
 
     def branches_at(self, level: NoiseLevel) -> int:
         """Those of the guidance, or 1 outside."""
         return self.guidance.branches_at(level) if self.lowest <= level.timestep < self.highest else 1
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs, each [B, C, H, W]."""
         return self.guidance(outputs) if len(outputs) == self.num_branches else outputs[-1]
 
 
 @dataclass(frozen=True)
-class CFGPlusPlus:
+class CFGPlusPlus(Guidance):
     """CFG++ (arXiv:2406.08070, algorithm 2): an interpolation, not an extrapolation, of the two outputs.
 
-    scale, the paper's lambda, is 0..1. The unconditional output tells what noise a step keeps, which `guided` sees to.
+    scale, the paper's lambda, is 0..1. A step keeps the noise of the unconditional output; see `guided`.
     """
 
     scale: float
     num_branches: int = 2
 
-    def branches_at(self, level: NoiseLevel) -> int:
-        """All."""
-        return self.num_branches
-
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs, each [B, C, H, W]."""
         unconditional, conditional = outputs
         return torch.lerp(unconditional, conditional, self.scale)
 
 
 def guided(predict: Predict, prediction_type: PredictionType, guidance: Guidance) -> Denoiser:
-    """The denoiser that combines raw outputs and then turns the one they make into x0."""
+    """A denoiser that combines the raw outputs of all branches and converts the result to x0."""
 
     def denoise(x: Tensor, level: NoiseLevel) -> Tensor | Denoised:
         outputs = predict(x, level, guidance.branches_at(level))

@@ -1,4 +1,4 @@
-"""Noise schedules, noise levels and spacings: how much noise there is, and which timesteps a run visits.
+"""Noise levels and the noise schedule of diffusion models: how much noise there is at each timestep.
 
 Everything is ``x = alpha * x0 + sigma * noise``. Diffusion preserves the variance, ``alpha = sqrt(alphas_cumprod)``
 and ``sigma = sqrt(1 - alphas_cumprod)``; flow matching goes straight from noise to data, ``alpha = 1 - sigma``.
@@ -25,9 +25,6 @@ Spacing = Literal["linspace", "leading", "trailing"]
 FloatArray = NDArray[np.floating]
 
 MAX_TRAIN_TIMESTEPS = 100_000
-# Far beyond any use; it keeps the levels of a run apart.
-_MAX_SHIFT = 1000.0
-
 # The alphas_cumprod that stands in for zero where a finite sigma_ve is needed (sigma_ve = 4096).
 _ZERO_SNR_FLOOR = 2.0**-24
 
@@ -36,7 +33,7 @@ class NoiseLevel(NamedTuple):
     """One point of a run: ``x = alpha * x0 + sigma * noise``.
 
     alpha and sigma lie in 0..1, on a NoiseSchedule with ``alpha**2 + sigma**2 == 1``, on a FlowSchedule with
-    ``alpha + sigma == 1``. timestep is what the network is told, not always whole: 0..num_train_timesteps - 1, on a
+    ``alpha + sigma == 1``. timestep is the input of the network, not always whole: 0..num_train_timesteps - 1, on a
     FlowSchedule 0..num_train_timesteps.
     """
 
@@ -90,7 +87,7 @@ class NoiseSchedule:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        _check_train_timesteps(self.num_train_timesteps)
+        check_train_timesteps(self.num_train_timesteps)
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise ConfigError(
                 f"beta_start is {self.beta_start} and beta_end is {self.beta_end}; they must hold "
@@ -153,7 +150,7 @@ class NoiseSchedule:
 
     @property
     def _tables(self) -> tuple[Tensor, Tensor]:
-        # Not kept: made within FakeTensorMode, tensors are good for nothing outside.
+        # Not cached: tensors made within FakeTensorMode cannot be used outside of it.
         alpha = torch.from_numpy(np.sqrt(self.alphas_cumprod)).float()
         return alpha, torch.from_numpy(np.sqrt(1.0 - self.alphas_cumprod)).float()
 
@@ -197,7 +194,7 @@ class NoiseSchedule:
         """The whole timesteps at or below those of `timestep_at`, as diffusers truncates them.
 
         It compares with a logarithm in float32, by whose rounding it may miss the last timestep: on the schedule of
-        Stable Diffusion it tells the network 998 there. On others its own last bits may decide otherwise.
+        Stable Diffusion the network receives 998 there. On others the last bits may decide otherwise.
         """
         last_sigma = self.sigmas_ve[-1].astype(np.float32)
         last = self.num_train_timesteps - 1 - int(math.log(last_sigma) < float(np.log(last_sigma)))
@@ -205,122 +202,8 @@ class NoiseSchedule:
         return np.minimum(np.floor(self.timestep_at(sigmas_ve) + 1e-6), last)
 
 
-@dataclass(frozen=True)
-class FlowSchedule:
-    """The straight path from noise to data that a flow-matching model was trained on; the checkpoint owns it.
-
-    ``x = (1 - sigma) * x0 + sigma * noise`` (arXiv 2403.03206, eq. 13), and the network is told the timestep
-    ``num_train_timesteps * sigma``. shift moves the levels of a run towards noise (above 1) or towards data (below 1),
-    as larger images need more of it (arXiv 2403.03206, eq. 23).
-
-    Raises ConfigError for values outside their bounds.
-    """
-
-    num_train_timesteps: int = 1000
-    shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_train_timesteps(self.num_train_timesteps)
-        if not 1.0 / _MAX_SHIFT <= self.shift <= _MAX_SHIFT:
-            raise ConfigError(f"shift is {self.shift}; it must lie in {1.0 / _MAX_SHIFT:g}..{_MAX_SHIFT:g}")
-
-    def shifted(self, sigmas: FloatArray) -> FloatArray:
-        """Values of sigma in 0..1 after the shift, in 0..1 too."""
-        return self.shift * sigmas / (self.shift * sigmas + (1.0 - sigmas))
-
-    def level(self, timestep: float) -> NoiseLevel:
-        """The noise level at a timestep, whole or not. Raises InputError outside 0..num_train_timesteps."""
-        if not 0.0 <= timestep <= self.num_train_timesteps:
-            raise InputError(f"timestep {timestep:g} is outside the schedule's 0..{self.num_train_timesteps}")
-        sigma = timestep / self.num_train_timesteps
-        return NoiseLevel(1.0 - sigma, sigma, float(timestep))
-
-    def batch(self, timesteps: Tensor) -> BatchNoiseLevel:
-        """The noise levels at timesteps [B] in 0..num_train_timesteps, for training, on their device.
-
-        alpha and sigma come as [B, 1, 1, 1] float32. shift has no part in it: it is for the draw of the timesteps.
-        """
-        sigma = (timesteps.float() / self.num_train_timesteps).view(-1, 1, 1, 1)
-        return BatchNoiseLevel(1.0 - sigma, sigma, timesteps)
-
-    def level_at_sigma_ve(self, sigma_ve: float) -> NoiseLevel:
-        """The noise level whose ``sigma / alpha`` is `sigma_ve`."""
-        return self.level(self.num_train_timesteps * sigma_ve / (1.0 + sigma_ve))
-
-    def cutoff(self, share: float) -> float:
-        """The timestep down to which the first `share` (0..1) of the schedule reaches, that timestep included.
-
-        A share of 0 leaves out even pure noise, where the path begins.
-        """
-        return math.nextafter(self.num_train_timesteps - share * self.num_train_timesteps, math.inf)
-
-
-Schedule = NoiseSchedule | FlowSchedule
-
-
-def _check_train_timesteps(num_train_timesteps: int) -> None:
+def check_train_timesteps(num_train_timesteps: int) -> None:
     if not 2 <= num_train_timesteps <= MAX_TRAIN_TIMESTEPS:
         raise ConfigError(
             f"num_train_timesteps is {num_train_timesteps}; it must lie in 2..{MAX_TRAIN_TIMESTEPS}"
         )
-
-
-def spaced_timesteps(
-    spacing: Spacing,
-    num_train_timesteps: int,
-    num_steps: int,
-    *,
-    steps_offset: int = 0,
-    open_end: bool = False,
-) -> FloatArray:
-    """`num_steps` timesteps, falling, spread over the schedule (arXiv 2305.08891, table 2).
-
-    `linspace` includes both ends and is not rounded; `leading` counts up from steps_offset in whole strides;
-    `trailing` counts down from the last timestep. With open_end the lowest point of `linspace` and `leading`
-    is left out: it is where the run ends, not a timestep that the network sees.
-
-    Raises InputError when so many steps do not fit.
-    """
-    last = num_train_timesteps - 1
-    limit = last if open_end else num_train_timesteps
-    if not 1 <= num_steps <= limit:
-        raise InputError(f"the number of steps is {num_steps}; this scheduler allows 1..{limit}")
-    points = num_steps + 1 if open_end else num_steps
-    if spacing == "linspace":
-        return np.linspace(0.0, last, points)[::-1][:num_steps]
-    if spacing == "trailing":
-        stride = num_train_timesteps / num_steps
-        # arange may be one too long, as the stride is not exact; its rounding is that of the references.
-        return np.round(np.arange(num_train_timesteps, 0, -stride)[:num_steps]) - 1.0
-    timesteps = np.arange(points)[::-1][:num_steps] * (num_train_timesteps // points) + float(steps_offset)
-    if timesteps[0] > last:
-        raise InputError(
-            f"{num_steps} steps with steps_offset {steps_offset} begin at timestep {timesteps[0]:.0f}, but "
-            f"the schedule ends at {last}; use fewer steps"
-        )
-    return timesteps
-
-
-def distilled_timesteps(
-    num_train_timesteps: int, original_inference_steps: int, num_steps: int
-) -> FloatArray:
-    """`num_steps` timesteps, falling, out of the original_inference_steps of a distillation.
-
-    Those end whole strides of the schedule (arXiv 2310.04378, section 4.3), and a run visits as many as it has steps,
-    evenly spread, the last of the schedule first.
-
-    Raises InputError when there are not so many, ConfigError when the schedule has not.
-    """
-    if original_inference_steps > num_train_timesteps:
-        raise ConfigError(
-            f"original_inference_steps is {original_inference_steps}; it must be at most the"
-            f" num_train_timesteps {num_train_timesteps}"
-        )
-    if not 1 <= num_steps <= original_inference_steps:
-        raise InputError(
-            f"the number of steps is {num_steps}; a model distilled on {original_inference_steps} steps"
-            f" (original_inference_steps) allows 1..{original_inference_steps}"
-        )
-    stride = num_train_timesteps // original_inference_steps
-    skipped = np.arange(num_steps) * original_inference_steps // num_steps
-    return (original_inference_steps - skipped) * stride - 1.0

@@ -10,13 +10,20 @@ from typing import Literal, NamedTuple, get_args
 from torch import Tensor
 
 from latentgen.diffusion import scheduler_config
+from latentgen.diffusion.flow_matching import FlowSchedule, FlowTimesteps, Schedule
 from latentgen.diffusion.prediction import Clipping, Denoised, Denoiser, PredictionType
-from latentgen.diffusion.schedule import CLEAN, FlowSchedule, NoiseLevel, NoiseSchedule, Schedule, Spacing
+from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule, Spacing
 from latentgen.diffusion.solver_names import NAMED, SOLVER_TABLE, Sigmas, SolverName, canonical_name
-from latentgen.diffusion.solvers.one_step import ddpm_step, deterministic_step, euler_ancestral_step
-from latentgen.diffusion.solvers.step import Evaluation, History, StepInputs
+from latentgen.diffusion.solvers.single_step import (
+    Evaluation,
+    History,
+    StepInputs,
+    ddpm_step,
+    deterministic_step,
+    euler_ancestral_step,
+)
 from latentgen.diffusion.solvers.table import SOLVERS, Solver
-from latentgen.diffusion.timesteps import DiffusionTimesteps, FlowTimesteps, Layout
+from latentgen.diffusion.timesteps import DiffusionTimesteps
 from latentgen.errors import ConfigError, InputError
 
 
@@ -153,7 +160,7 @@ class Scheduler:
         """
         if isinstance(num_steps, bool) or not isinstance(num_steps, int):
             raise InputError(f"the number of steps is {num_steps!r}; it must be a whole number")
-        levels = self._layout.spaced(num_steps)
+        levels = self._timesteps.spaced(num_steps)
         self._check_start(levels[0])
         return levels
 
@@ -171,9 +178,9 @@ class Scheduler:
         as `levels` does.
         """
         if timesteps is not None and sigmas is None:
-            levels = self._layout.at_timesteps(timesteps)
+            levels = self._timesteps.at_timesteps(timesteps)
         elif sigmas is not None and timesteps is None:
-            levels = self._layout.at_sigmas(sigmas)
+            levels = self._timesteps.at_sigmas(sigmas)
         else:
             raise InputError("a run is laid out by its timesteps or by its sigmas; give one of them")
         self._check_start(levels[0])
@@ -301,7 +308,7 @@ class Scheduler:
         return solver.default_spacing if solver.fixed_spacing else self.spacing or solver.default_spacing
 
     @property
-    def _layout(self) -> Layout:
+    def _timesteps(self) -> DiffusionTimesteps | FlowTimesteps:
         if isinstance(self.schedule, FlowSchedule):
             return FlowTimesteps(self.schedule, self._sigmas)
         return DiffusionTimesteps(

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from latentgen.diffusion.flow_matching import FlowSchedule, Schedule
 from latentgen.diffusion.prediction import Clipping
-from latentgen.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule
+from latentgen.diffusion.schedule import NoiseSchedule
 from latentgen.diffusion.solver_names import SIGMAS, SOLVER_TABLE, SolverName
 from latentgen.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""Spacings of noise levels, which replace one of timesteps: the levels first, their timesteps from these.
+"""Spacings of noise levels (Karras, exponential, beta, ...), which replace a spacing of timesteps.
 
 They are in sigma_ve on a NoiseSchedule, in sigma on a FlowSchedule.
 """
@@ -6,13 +6,18 @@ They are in sigma_ve on a NoiseSchedule, in sigma on a FlowSchedule.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from latentgen.diffusion.schedule import FloatArray, NoiseSchedule
 from latentgen.diffusion.solver_names import Sigmas
+from latentgen.errors import InputError
+from latentgen.files import quote
 
+# The longest list of custom timesteps or sigmas.
+_MAX_LEVELS = 1001
 # The ten steps and the end that arXiv:2404.14507 publishes for SD 1.5 and for SDXL, on the schedule of both.
 _ALIGN_YOUR_STEPS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
 _ALIGN_YOUR_STEPS_XL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
@@ -101,3 +106,25 @@ def beta_quantiles(shares: FloatArray, shape: float) -> FloatArray:
         u = u - (u * series - scale * lower) * (1.0 - x) ** (1.0 - shape)
     x = u ** (1.0 / shape)
     return np.where(shares <= 0.5, x, 1.0 - x)
+
+
+def falling_numbers(name: str, values: Sequence[float], most: float, slack: float = 1.0) -> FloatArray:
+    """Check a custom list: numbers from 0 to `most`, strictly falling. Raises InputError."""
+    try:
+        numbers = np.array([float(value) for value in values])
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name} must be a list of numbers, not {quote(values)}") from None
+    if not 1 <= len(numbers) <= _MAX_LEVELS:
+        raise InputError(f"{name} has {len(numbers)} entries; it needs 1..{_MAX_LEVELS}")
+    outside = ~((numbers >= 0.0) & (numbers <= most * slack))
+    if outside.any():
+        raise InputError(
+            f"{name}[{outside.argmax()}] is {numbers[outside.argmax()]:g}; the schedule has 0..{most:g}"
+        )
+    rises = np.diff(numbers) >= 0.0
+    if rises.any():
+        index = int(rises.argmax())
+        raise InputError(
+            f"{name} must fall, but {numbers[index + 1]:g} follows {numbers[index]:g} at [{index + 1}]"
+        )
+    return numbers

@@ -1,4 +1,4 @@
-"""What people call the solvers and their spacings: this library, diffusers, and A1111 and its relatives.
+"""The names of the solvers and their spacings: in this library, in diffusers, and in A1111 and its relatives.
 
 Imports no torch, so that the command and recipes can use it at no cost.
 """
@@ -43,13 +43,13 @@ Sigmas = Literal["karras", "exponential", "beta", "sgm_uniform", "align_your_ste
 
 @dataclass(frozen=True)
 class SolverNames:
-    """What a solver is called elsewhere, and what it is good for.
+    """The names of a solver elsewhere, and what it is good for.
 
     sampler: its name in A1111 and its relatives, and in recipes.
     diffusers_class: that of diffusers, which some solvers share.
     good_for: one line.
     sigmas: those that may replace its spacing of timesteps.
-    automatic: those that A1111 takes where the schedule type is "Automatic".
+    automatic: those that A1111 uses with the schedule type "Automatic".
     """
 
     sampler: str
@@ -61,7 +61,7 @@ class SolverNames:
 
 @dataclass(frozen=True)
 class SigmasNames:
-    """What a spacing in sigma_ve is called elsewhere, and what it is good for.
+    """The names of a spacing in sigma_ve elsewhere, and what it is good for.
 
     schedule_type: its name in A1111 and its relatives, and in recipes.
     flag: the key of diffusers' ``scheduler_config.json`` that asks for it, if one does.
@@ -93,128 +93,61 @@ SIGMAS: dict[Sigmas, SigmasNames] = {
     "align_your_steps": SigmasNames(
         "Align Your Steps",
         None,
-        "Optimised for SD 1.5 at 10 steps; pipelines of SDXL take the next in its place.",
+        "Optimized for SD 1.5 at 10 steps; SDXL pipelines use align_your_steps_xl instead.",
     ),
-    "align_your_steps_xl": SigmasNames("Align Your Steps XL", None, "Optimised for SDXL at 10 steps."),
+    "align_your_steps_xl": SigmasNames("Align Your Steps XL", None, "Optimized for SDXL at 10 steps."),
 }
 _ANY: tuple[Sigmas, ...] = tuple(SIGMAS)
 # diffusers has no flags for this solver, and ignores those that other classes left in its file.
 _UNFLAGGED: tuple[Sigmas, ...] = tuple(sigmas for sigmas, names in SIGMAS.items() if names.flag is None)
 
+# fmt: off
 SOLVER_TABLE: dict[SolverName, SolverNames] = {
-    "ddpm": SolverNames(
-        "DDPM",
-        "DDPMScheduler",
-        "The sampling of the original paper, with fresh noise; wants hundreds of steps.",
-    ),
-    "ddim": SolverNames(
-        "DDIM", "DDIMScheduler", "Simple, and the same picture each time; image to image and inversion."
-    ),
-    "pndm": SolverNames(
-        "PLMS",
-        "PNDMScheduler",
-        "The default of Stable Diffusion 1.x: better than DDIM from about 20 steps on.",
-    ),
-    "pndm_prk": SolverNames(
-        "PNDM PRK",
-        "PNDMScheduler",
-        "PLMS that begins with Runge-Kutta steps; nine more calls of the network.",
-    ),
-    "euler": SolverNames(
-        "Euler", "EulerDiscreteScheduler", "The default of SDXL: robust, settles within 20 to 30 steps.", _ANY
-    ),
-    "euler_ancestral": SolverNames(
-        "Euler a",
-        "EulerAncestralDiscreteScheduler",
-        "Fresh noise at each step: soft and varied, and more steps change it.",
-        _UNFLAGGED,
-    ),
-    "heun": SolverNames(
-        "Heun",
-        "HeunDiscreteScheduler",
-        "Euler of second order: exact, at two calls of the network for a step.",
-        _ANY,
-    ),
-    "dpm2": SolverNames(
-        "DPM2",
-        "KDPM2DiscreteScheduler",
-        "Second order by a look half way; two calls for a step.",
-        _ANY,
-        "karras",
-    ),
-    "dpm2_ancestral": SolverNames(
-        "DPM2 a",
-        "KDPM2AncestralDiscreteScheduler",
-        "DPM2 with fresh noise at each step: detailed and varied; two calls for a step.",
-        _ANY,
-        "karras",
-    ),
-    "lms": SolverNames(
-        "LMS",
-        "LMSDiscreteScheduler",
-        "Linear multistep of fourth order: smooth; wants 30 steps or more.",
-        _ANY,
-    ),
-    "dpmpp_2m": SolverNames(
-        "DPM++ 2M",
-        "DPMSolverMultistepScheduler",
-        "The one to begin with: sharp within 20 to 25 steps, best with Karras sigmas.",
-        _ANY,
-        "karras",
-    ),
-    "dpmpp_2m_sde": SolverNames(
-        "DPM++ 2M SDE",
-        "DPMSolverMultistepScheduler",
-        "DPM++ 2M with fresh noise: richer texture; wants 25 to 40 steps.",
-        _ANY,
-        "exponential",
-    ),
-    "dpmpp_3m": SolverNames(
-        "DPM++ 3M",
-        "DPMSolverMultistepScheduler",
-        "Third order: the most exact from about 20 steps on, at low guidance.",
-        _ANY,
-    ),
-    "dpmpp_3m_sde": SolverNames(
-        "DPM++ 3M SDE",
-        "DPMSolverMultistepScheduler",
-        "Third order with fresh noise: fine texture; wants 30 steps or more.",
-        _ANY,
-        "exponential",
-    ),
-    "dpmpp_2s": SolverNames(
-        "DPM++ 2S",
-        "DPMSolverSinglestepScheduler",
-        "DPM++ in pairs of steps, without a look further back; steady at high guidance.",
-        _ANY,
-    ),
-    "dpmpp_sde": SolverNames(
-        "DPM++ SDE",
-        "DPMSolverSDEScheduler",
-        "Fresh noise, second order: detailed within 10 to 15 steps; two calls for a step.",
-        _ANY,
-        "karras",
-    ),
-    "deis": SolverNames(
-        "DEIS", "DEISMultistepScheduler", "Exponential integrator: good within 10 to 20 steps.", _ANY
-    ),
-    "unipc": SolverNames(
-        "UniPC",
-        "UniPCMultistepScheduler",
-        "Predicts and corrects: the best where only 5 to 10 steps are affordable.",
-        _ANY,
-    ),
-    "lcm": SolverNames("LCM", "LCMScheduler", "For models and LoRAs distilled for it (LCM): 1 to 8 steps."),
-    "tcd": SolverNames(
-        "TCD", "TCDScheduler", "For models and LoRAs distilled for it (TCD, Hyper-SD): 1 to 8 steps."
-    ),
-    "flow_euler": SolverNames(
-        "Flow Euler",
-        "FlowMatchEulerDiscreteScheduler",
+    "ddpm": SolverNames("DDPM", "DDPMScheduler",
+        "The original DDPM sampling, with fresh noise; needs hundreds of steps."),
+    "ddim": SolverNames("DDIM", "DDIMScheduler",
+        "Simple and deterministic; for img2img and inversion."),
+    "pndm": SolverNames("PLMS", "PNDMScheduler",
+        "The default of Stable Diffusion 1.x: better than DDIM from about 20 steps on."),
+    "pndm_prk": SolverNames("PNDM PRK", "PNDMScheduler",
+        "PLMS that begins with Runge-Kutta steps; nine more calls of the network."),
+    "euler": SolverNames("Euler", "EulerDiscreteScheduler",
+        "The default of SDXL: robust, settles within 20 to 30 steps.", _ANY),
+    "euler_ancestral": SolverNames("Euler a", "EulerAncestralDiscreteScheduler",
+        "Fresh noise at each step: soft and varied, and more steps change it.", _UNFLAGGED),
+    "heun": SolverNames("Heun", "HeunDiscreteScheduler",
+        "Second-order Euler: accurate, at two calls of the network for a step.", _ANY),
+    "dpm2": SolverNames("DPM2", "KDPM2DiscreteScheduler",
+        "Second order with a midpoint; two calls for a step.", _ANY, "karras"),
+    "dpm2_ancestral": SolverNames("DPM2 a", "KDPM2AncestralDiscreteScheduler",
+        "DPM2 with fresh noise at each step: detailed and varied; two calls for a step.", _ANY, "karras"),
+    "lms": SolverNames("LMS", "LMSDiscreteScheduler",
+        "Linear multistep of fourth order: smooth; needs 30 steps or more.", _ANY),
+    "dpmpp_2m": SolverNames("DPM++ 2M", "DPMSolverMultistepScheduler",
+        "The best to start with: sharp within 20 to 25 steps, best with Karras sigmas.", _ANY, "karras"),
+    "dpmpp_2m_sde": SolverNames("DPM++ 2M SDE", "DPMSolverMultistepScheduler",
+        "DPM++ 2M with fresh noise: richer texture; needs 25 to 40 steps.", _ANY, "exponential"),
+    "dpmpp_3m": SolverNames("DPM++ 3M", "DPMSolverMultistepScheduler",
+        "Third order: the most accurate from about 20 steps on, at low guidance.", _ANY),
+    "dpmpp_3m_sde": SolverNames("DPM++ 3M SDE", "DPMSolverMultistepScheduler",
+        "Third order with fresh noise: fine texture; needs 30 steps or more.", _ANY, "exponential"),
+    "dpmpp_2s": SolverNames("DPM++ 2S", "DPMSolverSinglestepScheduler",
+        "DPM++ in pairs of steps, without further history; stable at high guidance.", _ANY),
+    "dpmpp_sde": SolverNames("DPM++ SDE", "DPMSolverSDEScheduler",
+        "Fresh noise, second order: detailed within 10 to 15 steps; two calls for a step.", _ANY, "karras"),
+    "deis": SolverNames("DEIS", "DEISMultistepScheduler",
+        "Exponential integrator: good within 10 to 20 steps.", _ANY),
+    "unipc": SolverNames("UniPC", "UniPCMultistepScheduler",
+        "Predictor-corrector: the best where only 5 to 10 steps are affordable.", _ANY),
+    "lcm": SolverNames("LCM", "LCMScheduler",
+        "For models and LoRAs distilled for it (LCM): 1 to 8 steps."),
+    "tcd": SolverNames("TCD", "TCDScheduler",
+        "For models and LoRAs distilled for it (TCD, Hyper-SD): 1 to 8 steps."),
+    "flow_euler": SolverNames("Flow Euler", "FlowMatchEulerDiscreteScheduler",
         "For models trained by flow matching, and the only one for them; 20 to 30 steps.",
-        ("karras", "exponential", "beta"),
-    ),
+        ("karras", "exponential", "beta")),
 }
+# fmt: on
 
 # The library's own names: solver, or solver and spacing.
 NAMED: dict[str, tuple[SolverName, Sigmas | None]] = {
@@ -245,9 +178,9 @@ _FOLDED = {_folded(spelling): spelling for spelling in _SPELLINGS}
 
 
 def canonical_name(name: str) -> str:
-    """The library's own name of what people call `name`; case and the space around words are forgiven.
+    """The library's name for any known name of a solver; case and extra spaces are ignored.
 
-    Raises InputError for a name that nobody knows, and proposes the nearest.
+    Raises InputError for an unknown name, with the nearest known ones.
     """
     folded = _folded(name)
     if folded in _FOLDED:
@@ -258,11 +191,9 @@ def canonical_name(name: str) -> str:
 
 
 def name_of_sampler(sampler: str, schedule_type: str | None = None) -> str:
-    """The library's own name of a recipe's "Sampler" and "Schedule type".
+    """The library's name for a recipe's "Sampler" and "Schedule type".
 
-    "Automatic" is what A1111 takes for the sampler, "Uniform" the sampler without any other spacing.
-
-    Raises InputError for those that nobody knows.
+    "Automatic" is A1111's choice for the sampler, "Uniform" the sampler's own spacing. Raises InputError for others.
     """
     folded = _folded(schedule_type or "")
     if folded == "automatic":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from latentgen.diffusion.schedule import FlowSchedule, NoiseSchedule
+from latentgen.diffusion.flow_matching import FlowSchedule
+from latentgen.diffusion.schedule import NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.diffusion.solver_names import NAMED
 from latentgen.diffusion.solvers.table import SOLVERS

@@ -17,7 +17,7 @@ from latentgen.diffusion.guidance import ClassifierFree, guided
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.diffusion.solver_names import SolverName
-from latentgen.diffusion.solvers.step import Evaluation, StepInputs
+from latentgen.diffusion.solvers.single_step import Evaluation, StepInputs
 from latentgen.diffusion.solvers.table import SOLVERS
 from tests.diffusion.k_diffusion import BrownianNoise, k_diffusion_or_skip
 from tests.diffusion.references import STABLE_DIFFUSION, network, normal_noise

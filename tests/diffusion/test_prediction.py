@@ -6,8 +6,9 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.diffusion.prediction import Clipping, PredictionType, add_noise, from_x0, target, to_x0
-from latentgen.diffusion.schedule import FlowSchedule, NoiseLevel, NoiseSchedule
+from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule
 from latentgen.errors import ConfigError
 
 SCHEDULE, FLOW = NoiseSchedule(), FlowSchedule()

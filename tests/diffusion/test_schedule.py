@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from latentgen.diffusion.flow_matching import FlowSchedule, Schedule
 from latentgen.diffusion.prediction import add_noise
-from latentgen.diffusion.schedule import (
-    FlowSchedule,
-    NoiseLevel,
-    NoiseSchedule,
-    Schedule,
-    Spacing,
-    distilled_timesteps,
-    spaced_timesteps,
-)
+from latentgen.diffusion.schedule import NoiseLevel, NoiseSchedule, Spacing
+from latentgen.diffusion.timesteps import distilled_timesteps, spaced_timesteps
 from latentgen.errors import ConfigError, InputError
 
 STABLE_DIFFUSION = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

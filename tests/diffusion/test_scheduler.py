@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.diffusion.prediction import PredictionType, add_noise
-from latentgen.diffusion.schedule import CLEAN, FlowSchedule, NoiseLevel, NoiseSchedule
+from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler, Step
 from latentgen.diffusion.solver_names import SOLVER_NAMES, SOLVER_TABLE
 from latentgen.diffusion.solvers.table import SOLVERS

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.diffusion.prediction import Clipping
-from latentgen.diffusion.schedule import FlowSchedule, NoiseSchedule
+from latentgen.diffusion.schedule import NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 

@@ -16,7 +16,12 @@ from latentgen.diffusion.prediction import Denoiser
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule, Spacing
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.diffusion.solvers.multistep import dpmpp_2m_step, dpmpp_3m_sde_step, interpolation_weights
-from latentgen.diffusion.solvers.step import Evaluation, StepInputs, first_order_step, fresh_noise_scale
+from latentgen.diffusion.solvers.single_step import (
+    Evaluation,
+    StepInputs,
+    first_order_step,
+    fresh_noise_scale,
+)
 from latentgen.diffusion.solvers.table import SolverName
 
 STABLE_DIFFUSION = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
 from latentgen import cli, to_diffusers
 from latentgen.checkpoints.convert import convert
-from latentgen.diffusion.schedule import FlowSchedule
+from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.errors import ConfigError
 from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.text_to_image import TextToImagePipeline

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.diffusion.prediction import PredictionType, target
-from latentgen.diffusion.schedule import BatchNoiseLevel, FlowSchedule
+from latentgen.diffusion.schedule import BatchNoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.diffusion.weighting import (
     debiased_weights,

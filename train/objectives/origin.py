@@ -14,7 +14,7 @@ from torch import nn
 
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint, CheckpointFolder, resolve
 from latentgen.checkpoints.single_file import SingleFile
-from latentgen.diffusion.schedule import FlowSchedule
+from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.errors import ConfigError, DatasetError
 from latentgen.files import quote
 from latentgen.memory import MemoryPolicy

@@ -10,8 +10,9 @@ import torch
 from numpy.polynomial.polynomial import Polynomial, polyfromroots
 from torch import Tensor
 
-from latentgen.diffusion.schedule import NoiseLevel, Schedule
-from latentgen.diffusion.solvers.step import (
+from latentgen.diffusion.flow_matching import Schedule
+from latentgen.diffusion.schedule import NoiseLevel
+from latentgen.diffusion.solvers.single_step import (
     Evaluation,
     History,
     StepInputs,
