@@ -12,6 +12,8 @@ from latentgen.models.config import StageConfig
 
 # Four times the largest UNet that the library knows (SDXL base, 2.6e9): more is a mistake or an attack.
 MAX_PARAMETERS = 10**10
+# Over ten times SDXL's 70. Each is some 20 modules, which take time and memory to build however small they are.
+MAX_TRANSFORMER_BLOCKS = 1000
 
 T = TypeVar("T")
 
@@ -199,6 +201,11 @@ class UNetConfig(StageConfig):
                 f"block_out_channels: {self.block_out_channels[0]} is too few for a time embedding"
             )
         self._check_conditioning()
+        if (blocks := _transformer_blocks(self)) > MAX_TRANSFORMER_BLOCKS:
+            raise ValueError(
+                f"transformer_layers_per_block: the model would have {blocks:,} transformer blocks; "
+                f"at most {MAX_TRANSFORMER_BLOCKS:,} are allowed"
+            )
         if (size := _approximate_size(self)) > MAX_PARAMETERS:
             raise ValueError(
                 f"the model would have about {size:,} parameters; at most {MAX_PARAMETERS:,} are allowed"
@@ -238,14 +245,28 @@ def _per_stage(value: T | tuple[T, ...], count: int) -> tuple[T, ...]:
     return value if isinstance(value, tuple) else (value,) * count
 
 
-def _approximate_size(config: UNetConfig) -> int:
-    """The number of parameters without biases, norms and embeddings, which are a few percent of it."""
-    context, total = config.cross_attention_dim, 0
+def _transformer_blocks(config: UNetConfig) -> int:
+    """The transformer blocks of all stages and the middle."""
+    total = config.stages[-1].depth if config.mid_block_type is not None else 0
     for stage in config.stages:
-        width = stage.channels
-        transformer = stage.depth * width * (14 * width + 2 * context)
-        for attends, resnets in ((stage.down_attention, stage.down), (stage.up_attention, stage.up)):
-            total += sum(
-                9 * outputs * (inputs + outputs) + attends * transformer for inputs, outputs in resnets
-            )
+        total += stage.depth * (stage.down_attention * len(stage.down) + stage.up_attention * len(stage.up))
     return total
+
+
+def _approximate_size(config: UNetConfig) -> int:
+    """The number of parameters without biases, norms and the time embedding, which are a few percent of it."""
+    total = config.time_embed_dim * (config.num_class_embeds or 0)
+    for stage in config.stages:
+        for attends, resnets in ((stage.down_attention, stage.down), (stage.up_attention, stage.up)):
+            total += sum(9 * outputs * (inputs + outputs) for inputs, outputs in resnets)
+            total += attends * len(resnets) * _transformer_size(stage, config.cross_attention_dim)
+    if config.mid_block_type is not None:
+        lowest = config.stages[-1]
+        total += 36 * lowest.channels**2 + _transformer_size(lowest, config.cross_attention_dim)
+    return total
+
+
+def _transformer_size(stage: UNetStage, context: int) -> int:
+    """Projections in and out; in each block two attentions and a feed-forward of 4 times the width, gated."""
+    width = stage.channels
+    return 2 * width**2 + stage.depth * width * (18 * width + 2 * context)

@@ -112,9 +112,23 @@ def test_bad_fields_are_named(sd1_fields, field, value):
         UNetConfig.from_json(sd1_fields | {field: value})
 
 
-def test_huge_models_are_refused_before_they_are_built(sd1_fields):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block_out_channels": [16384] * 3},
+        {"block_out_channels": [4096] * 3, "num_class_embeds": 10**6},
+        {"block_out_channels": [64, 64, 8192], "transformer_layers_per_block": 64},
+    ],
+    ids=["stages", "class-table", "middle"],
+)
+def test_huge_models_are_refused_before_they_are_built(sd1_fields, fields):
     with pytest.raises(ConfigError, match="parameters; at most 10,000,000,000"):
-        UNetConfig.from_json(sd1_fields | {"block_out_channels": [16384] * 3})
+        UNetConfig.from_json(sd1_fields | fields)
+
+
+def test_models_of_too_many_blocks_are_refused_before_they_are_built(sd1_fields):
+    with pytest.raises(ConfigError, match=r"transformer_layers_per_block.* 1,216 .* at most 1,000"):
+        UNetConfig.from_json(sd1_fields | {"layers_per_block": 4, "transformer_layers_per_block": 64})
 
 
 def test_too_narrow_a_time_embedding_is_refused(sd1_fields):
