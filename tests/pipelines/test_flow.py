@@ -147,5 +147,5 @@ def test_the_command_says_what_to_use(
 
 
 def test_a_single_file_has_no_word_for_it(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="prediction_type is 'flow_prediction'; single files have epsilon"):
+    with pytest.raises(ConfigError, match="prediction_type 'flow_prediction'"):
         convert(folder, tmp_path / "flow.safetensors")

@@ -118,7 +118,7 @@ class TextCache:
                 by_windows.setdefault(windows, []).append((key, caption))
         if not by_windows:
             return
-        refuse_in_worker(self._device, "a new caption is encoded")
+        refuse_in_worker(self._device, "encoding a new caption")
         self._text.module.eval()
         total = sum(map(len, by_windows.values()))
         bar = tqdm(total=total, desc="encoding the captions", mininterval=1.0)

@@ -110,7 +110,10 @@ def gradients(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
 
 
 def assert_same_step(objective: FinetuneObjective, loss: Tensor, pipe: Any, theirs: Tensor) -> None:
-    """Losses, which parameters get gradients, and the gradients, to 1e-5."""
+    """Losses, which parameters get gradients, and the gradients, to 1e-5 but for the rounding of small ones.
+
+    That is a share of the largest gradient and depends on the processor's kernels.
+    """
     loss.backward()
     theirs.backward()
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
@@ -120,7 +123,7 @@ def assert_same_step(objective: FinetuneObjective, loss: Tensor, pipe: Any, thei
     largest = max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in expected.items():
         error = float((found[name] - gradient).norm())
-        assert error <= 1e-5 * float(gradient.norm()) + 1e-7 * largest, name
+        assert error <= 1e-5 * float(gradient.norm()) + 1e-6 * largest, name
     assert sum(float(gradient.norm()) > 1e-5 * largest for gradient in expected.values()) > len(expected) / 2
 
 
