@@ -225,11 +225,11 @@ def nested(begin: str, end: str) -> str:
     ],
     ids=lambda text: f"{text[:9]}..{text[-5:]}",
 )
-def test_a_megabyte_is_read_in_less_than_two_seconds(text: str, syntax: PromptSyntax):
-    # Of this process alone: the machine may be busy.
+def test_a_megabyte_is_read_in_linear_time(text: str, syntax: PromptSyntax):
+    # One to two seconds on slow processors; quadratic time would be minutes. Of this process alone, on a busy machine.
     begin = time.process_time()
     read_prompt(text, syntax, 50)
-    assert time.process_time() - begin < 2.0
+    assert time.process_time() - begin < 5.0
 
 
 @pytest.mark.parametrize(
