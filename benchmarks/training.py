@@ -143,7 +143,7 @@ def write_checkpoint(folder: Path, size: str, half: bool) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from latentgen.train.objectives.tokenizer import train_tokenizer
+    from latentgen.train.objectives.text_to_image import train_tokenizer
 
     fields = {
         stage: {**read_json(SD15 / stage / "config.json"), **(TINY[stage] if size == "tiny" else {})}

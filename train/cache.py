@@ -1,4 +1,4 @@
-"""Tensors on disk under the hash of what they were computed from, for all runs and processes to share."""
+"""Tensors under the hash of what they were computed from: in memory, or on disk for all runs and processes to share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACK_ENTRIES = 4096
 PACK_SECONDS = 60.0
 _SUFFIX = ".safetensors"
 _NAME = re.compile(r"([0-9a-f]{64})/[a-z_]+")
-# What a process that was killed leaves behind is deleted when nobody can be writing it any more.
+# Temporary files of a killed process are deleted once they are so old that nobody can be writing them.
 _STALE_SECONDS = 24 * 3600.0
 
 
@@ -38,16 +38,19 @@ class _Place(NamedTuple):
 class TensorCache:
     """A folder of entries, each a few tensors under a key from :func:`content_key`; tensors are read memory-mapped.
 
-    Entries lie in packs: safetensors files of up to 64 MiB with random names, as a file for each of a million entries
-    would be slow to list, to copy and to delete. A pack appears when it is whole and is never written again, so that
-    any number of processes may read and write at once; two that compute one entry both write it, which costs space
-    alone. Every tensor has a checksum: a damaged pack is deleted with a warning, and what it held is computed anew.
+    Entries are in packs: safetensors files of up to 64 MiB with random names, as a file for each of a million entries
+    would be slow to list, copy and delete. A pack appears when it is complete and is never written again, so that any
+    number of processes can read and write at once; two that compute the same entry both write it, which only costs
+    space. Every tensor has a checksum: a damaged pack is deleted with a warning, and its entries are computed again.
     The folder may be deleted whenever no run uses it.
 
     An object serves one thread; after a fork, parent and child may both read.
+
+    Args:
+        folder: of the packs, created when the first is written; None keeps the entries in memory.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._known: set[str] = set()
         self._places: dict[str, _Place] = {}
@@ -63,8 +66,8 @@ class TensorCache:
         return len(self._pending.keys() | self._places.keys())
 
     def refresh(self) -> None:
-        """Look for what other processes have written; damaged packs are deleted."""
-        if not self.folder.is_dir():
+        """Find the packs that other processes have written; damaged ones are deleted."""
+        if self.folder is None or not self.folder.is_dir():
             return
         for file in sorted(self.folder.iterdir()):
             if file.suffix == _SUFFIX and file.name not in self._known:
@@ -89,7 +92,7 @@ class TensorCache:
         return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep an entry. It reaches the disk with the pack that it is part of, with :meth:`flush` at the latest.
+        """Store an entry. It reaches the disk with the pack that it is part of, with :meth:`flush` at the latest.
 
         Raises:
             OutputError: a pack cannot be written.
@@ -100,7 +103,7 @@ class TensorCache:
         self._pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
         full = self._pending_bytes >= PACK_BYTES or len(self._pending) >= PACK_ENTRIES
         if full or time.monotonic() - self._pending_since >= PACK_SECONDS:
-            self.flush()
+            self.flush()  # in memory, entries stay pending
 
     def flush(self) -> None:
         """Write what is not on the disk yet.
@@ -108,7 +111,7 @@ class TensorCache:
         Raises:
             OutputError: it cannot be written.
         """
-        if not self._pending:
+        if not self._pending or self.folder is None:
             return
         tensors = {
             f"{key}/{name}": tensor for key, entry in self._pending.items() for name, tensor in entry.items()
@@ -128,11 +131,11 @@ class TensorCache:
             return
         except CheckpointError as error:
             if file.exists():  # else another process has deleted it
-                warnings.warn(f"{quote(file)} of the cache is passed over: {error}", stacklevel=2)
+                warnings.warn(f"{quote(file)} of the cache is ignored: {error}", stacklevel=2)
             return
         matches = {name: _NAME.fullmatch(name) for name in pack.header}
         if not all(matches.values()) or pack.header.metadata.keys() != pack.header.tensors.keys():
-            self._discard(file, "is no pack of this cache")
+            self._discard(file, "not a pack of this cache")
             return
         names: dict[str, tuple[str, ...]] = {}
         for name, match in matches.items():
@@ -142,7 +145,7 @@ class TensorCache:
 
     def _discard(self, file: Path, reason: str) -> None:
         warnings.warn(
-            f"{quote(file)} of the cache is damaged and is deleted; what it held is computed anew ({reason})",
+            f"{quote(file)} of the cache is damaged and is deleted; its entries are computed again ({reason})",
             stacklevel=3,
         )
         self._places = {key: place for key, place in self._places.items() if place.pack.path != file}
@@ -151,7 +154,7 @@ class TensorCache:
 
 
 def content_key(*parts: str | bytes) -> str:
-    """The sha256 of a sequence of texts and bytes, in hexadecimal; other sequences have other keys."""
+    """The sha256 of a sequence of texts and bytes, in hexadecimal; different sequences have different keys."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8") if isinstance(part, str) else part
@@ -161,7 +164,7 @@ def content_key(*parts: str | bytes) -> str:
 
 
 def weights_digest(modules: Iterable[nn.Module]) -> str:
-    """The sha256 of the names, dtypes, shapes and values of all parameters and buffers that files hold."""
+    """The sha256 of the names, dtypes, shapes and values of all parameters and persistent buffers."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):

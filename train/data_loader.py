@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from latentgen.errors import ConfigError, LatentgenError, LostProcessError
-from latentgen.train.data import BatchIndices
+from latentgen.train.data import BatchIndices, Sample
 from latentgen.train.objectives.base import Objective
 
 PlannedBatch = tuple[BatchIndices, tuple[Tensor, ...]]
+_Loaded = tuple[BatchIndices, list[Sample] | None, tuple[Tensor, ...] | None]
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def load_batches(
     it is now, networks included, without a copy, and uses no accelerator. The part that needs one runs in this process.
 
     Args:
-        objective: its `batch` is called here, or its `draw` in a worker followed by `finish` here.
+        objective: its `batch` is called here, or its `prefetch` and `batch` in a worker.
         plans: read a few ahead of the batches.
         workers: number of processes; with 0 each batch is prepared when it is requested.
         pin_memory: whether workers' batches are pinned for fast copies to an accelerator.
@@ -47,7 +48,7 @@ def load_batches(
     # Tokenizers read this at the fork; otherwise they warn about threads that workers do not have.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = DataLoader(
-        _DrawnBatches(objective),
+        _LoadedBatches(objective),
         batch_size=None,
         sampler=plans,
         num_workers=workers,
@@ -71,7 +72,7 @@ def load_batches(
 
 
 def _finished_batches(
-    objective: Objective, items: Iterator[tuple[BatchIndices, Any] | LatentgenError]
+    objective: Objective, items: Iterator[_Loaded | LatentgenError]
 ) -> Iterator[PlannedBatch]:
     """The batches from the workers; errors that they send are raised here."""
     while True:
@@ -83,8 +84,8 @@ def _finished_batches(
             raise _lost_worker(error) from error
         if isinstance(item, LatentgenError):
             raise item
-        plan, drawn = item
-        yield plan, objective.finish(plan, drawn)
+        plan, views, batch = item
+        yield plan, objective.batch(plan, views) if batch is None else batch
 
 
 def _shut_down(items: Any) -> None:
@@ -107,15 +108,16 @@ def _lost_worker(error: Exception) -> LostProcessError:
     )
 
 
-class _DrawnBatches(Dataset[tuple[BatchIndices, Any] | LatentgenError]):
+class _LoadedBatches(Dataset[_Loaded | LatentgenError]):
     """The workers' part of batches, indexed by plan; errors of the library are returned, to be raised unchanged."""
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
 
-    def __getitem__(self, index: Any) -> tuple[BatchIndices, Any] | LatentgenError:
+    def __getitem__(self, index: Any) -> _Loaded | LatentgenError:
         try:
-            return index, self._objective.draw(index)
+            views = self._objective.prefetch(index)
+            return index, views, self._objective.batch(index) if views is None else None
         except LatentgenError as error:
             return error
 

@@ -15,7 +15,7 @@ from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.data import open_splits
 from latentgen.train.distributed import build_accelerator, gather
 from latentgen.train.memory import apply_memory_options
-from latentgen.train.objectives.build import build_objective
+from latentgen.train.objectives import build_objective
 from latentgen.train.preflight import check_objective
 from latentgen.train.run_dir import check_same_data, state_to_resume
 from latentgen.train.trainer import Trainer
@@ -108,7 +108,7 @@ def dry_run(config: TrainConfig) -> DryRunReport:
             device=accelerator.device,
             assets=None if state is None else config.output_dir,
             data=parts.training,
-            check=partial(check_objective, config, accelerator, parts.validation),
+            preflight=partial(check_objective, config, accelerator, parts.validation),
         )
         accelerator.wait_for_everyone()
     apply_memory_options(config, accelerator, objective)

@@ -6,12 +6,16 @@ import ctypes
 import mmap
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
+
+from latentgen.memory import on_device
 
 _CGROUP = Path("/sys/fs/cgroup")
 _LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -60,3 +64,11 @@ def page_out(module: nn.Module) -> None:
             size = storage.data_ptr() + storage.nbytes() - first
             if size > 0:
                 _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_PAGEOUT)
+
+
+@contextmanager
+def temporarily_on(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a network on `device` that is otherwise idle on the CPU, where its memory is returned afterwards."""
+    with on_device(module, device, offload=True):
+        yield
+    page_out(module)

@@ -21,11 +21,12 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentgen.errors import MemoryBudgetError
+from latentgen.errors import ConfigError, MemoryBudgetError
 from latentgen.models.activation_checkpointing import Checkpointing, keeps
-from latentgen.train.config import TrainConfig
+from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.data import plan_step
 from latentgen.train.host_memory import available_bytes
+from latentgen.train.networks import checkpoint_gradients, checkpointed_layers, store_base
 from latentgen.train.objectives.base import Objective
 from latentgen.train.optimizer import state_bytes
 
@@ -88,7 +89,11 @@ def check_memory(config: TrainConfig, accelerator: Accelerator, objective: Objec
             offloaded does not fit into the host's memory.
     """
     if config.memory.base_dtype != "fp32":
-        objective.check_base_storage(config.memory.base_dtype)
+        if not _trains_adapter(config):
+            raise ConfigError(
+                f"memory.base_dtype is {config.memory.base_dtype}, but this task saves all weights, which must keep "
+                "their precision; remove it, or train an adapter"
+            )
     elif config.memory.planner:
         _check_step_fits(config, accelerator, objective)
     if config.memory.offload_optimizer:
@@ -109,11 +114,11 @@ def apply_memory_options(config: TrainConfig, accelerator: Accelerator, objectiv
         MemoryBudgetError: a step does not fit, with the numbers and what would help.
     """
     if config.memory.base_dtype != "fp32":
-        objective.store_base(config.memory.base_dtype)
+        store_base(objective, config.memory.base_dtype)
         if config.memory.planner:
             _check_step_fits(config, accelerator, objective)
     if config.memory.gradient_checkpointing:
-        objective.checkpoint_gradients(config.memory.gradient_checkpointing)
+        checkpoint_gradients(objective, config.memory.gradient_checkpointing)
 
 
 def _check_step_fits(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> None:
@@ -197,7 +202,7 @@ def estimate_activations(
     Nothing is computed or allocated. None if the pass depends on the content of a tensor.
     """
     saved = _SavedTensors()
-    hooks = [hook for layer in objective.checkpointed_layers() for hook in saved.watch(layer)]
+    hooks = [hook for layer in checkpointed_layers(objective) for hook in saved.watch(layer)]
     objective.train()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -354,7 +359,7 @@ def _savings(
         change: plan.total - plan_of(config.model_copy(update=sections)).total
         for change, sections in changes.items()
     }
-    if type(objective).store_base is not Objective.store_base and memory.base_dtype == "fp32":
+    if _trains_adapter(config) and memory.base_dtype == "fp32":
         savings["memory.base_dtype=int8"] = plan.frozen * 3 // 4
     parts = 2 * config.gradient_accumulation_steps
     if config.batch_size % parts == 0 and not optimizer.step_in_backward:
@@ -364,3 +369,7 @@ def _savings(
 
 def _size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _trains_adapter(config: TrainConfig) -> bool:
+    return isinstance(config.task, FinetuneTask) and config.task.trains_adapter

@@ -34,8 +34,9 @@ from latentgen.train.host_memory import release_freed_memory
 from latentgen.train.memory import apply_memory_options
 from latentgen.train.metrics import NAN_ADVICE, Metrics
 from latentgen.train.model_card import write_card
+from latentgen.train.networks import compile_networks, memory_format_for, text_parameters
+from latentgen.train.objectives import build_objective, save_assets
 from latentgen.train.objectives.base import Loss, Objective, Subset
-from latentgen.train.objectives.build import build_objective
 from latentgen.train.optimizer import build_optimizer
 from latentgen.train.optimizer.offloaded import OffloadedGradients
 from latentgen.train.preflight import check_objective
@@ -79,7 +80,7 @@ def train(config: TrainConfig) -> Path:
             device=accelerator.device,
             assets=assets,
             data=parts.training,
-            check=partial(check_objective, config, accelerator, parts.validation),
+            preflight=partial(check_objective, config, accelerator, parts.validation),
         )
         apply_memory_options(config, accelerator, objective)
         trainer = Trainer(config, accelerator, objective, held_out=parts.validation, data_digest=parts.digest)
@@ -87,7 +88,7 @@ def train(config: TrainConfig) -> Path:
             trainer.restore(state)
         if accelerator.is_main_process:
             if state is None:
-                objective.save_assets(output_dir)
+                save_assets(config, objective, output_dir)
             if (unreached := config.optimizer.unreached(config.max_steps)) is not None:
                 print(f"warning: {unreached}", file=sys.stderr)
         trainer.metrics.start(trainer.step)
@@ -124,14 +125,14 @@ class Trainer:
         self.objective = objective
         # Before the optimizer is built, which may hold views of the weights.
         objective.to(accelerator.device)
-        objective.to(memory_format=objective.memory_format)
+        objective.to(memory_format=memory_format_for(objective, accelerator.device))
         self.step = 0
         if config.compile:
-            objective.compile_networks()
+            compile_networks(objective)
         optimizer = build_optimizer(
             objective,
             config.optimizer,
-            objective.text_parameters(),
+            text_parameters(objective),
             offload=config.memory.offload_optimizer,
         )
         self._offloaded = optimizer if isinstance(optimizer, OffloadedGradients) else None
@@ -220,7 +221,7 @@ class Trainer:
                 write_card(
                     written,
                     self.config,
-                    pipeline=self.objective.adapts,
+                    pipeline=self.objective.pipeline(),
                     images=images,
                     parameters=parameters,
                     steps=self.step,

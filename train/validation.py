@@ -30,9 +30,9 @@ from latentgen.pipelines.upscale import UpscalePipeline
 from latentgen.recipe import Recipe
 from latentgen.train.config import TrainConfig, Validation
 from latentgen.train.data import BatchIndices, CaptionedDataset, sample_rng
+from latentgen.train.ema import ema_scope, preview
 from latentgen.train.metrics import Metrics
 from latentgen.train.objectives.base import Example, Objective
-from latentgen.train.objectives.standing_in import standing_in
 
 SHEET = "sheet.png"
 _GAP = 4
@@ -47,7 +47,7 @@ class NamedImage(NamedTuple):
 
 
 class Validator:
-    """The validation of one run. It changes nothing of the training: see `standing_in`.
+    """The validation of one run. It changes nothing of the training: see `ema_scope`.
 
     It uses the moving average of the weights if there is one, as the finished model does. The main process works, the
     others wait; all must call the methods.
@@ -83,11 +83,11 @@ class Validator:
         self._examples: list[Example] = []
         if config.validation is None or data is None:
             return
-        self._loss_objective = objective.over(data, config.validation.seed)
+        self._loss_objective = objective.for_validation(data, config.validation.seed)
         if accelerator.is_main_process:
             for item in range(min(config.validation.images, len(data))):
                 rng = sample_rng(config.validation.seed, "example", item)
-                self._examples.append(objective.example(data.sample(item, rng), rng))
+                self._examples.append(objective.validation_example(data.sample(item, rng), rng))
 
     def start(self, step: int) -> None:
         """Validate before the first step, or what a run that was stopped after `step` has not validated."""
@@ -126,7 +126,9 @@ class Validator:
         return step % every == 0 or step == self._config.max_steps
 
     def _make_images(self, validation: Validation, step: int) -> None:
-        with self._objective.preview(self._ema) as pipeline:
+        pipeline = self._objective.pipeline()
+        assert pipeline is not None  # the preflight has refused such a recipe
+        with preview(self._objective, pipeline, self._ema) as pipeline:
             rows = [
                 self._prompt_row(pipeline, validation, step, number, prompt)
                 for number, prompt in enumerate(validation.prompts)
@@ -182,10 +184,10 @@ class Validator:
         # As many samples at once as in training.
         at_once = config.batch_size // (config.gradient_accumulation_steps * self._accelerator.num_processes)
         means: dict[str, float] = {}
-        with standing_in(objective, self._ema), self._accelerator.autocast():
+        with ema_scope(objective, self._ema), self._accelerator.autocast():
             for items in order.parts(at_once):
                 plan = BatchIndices(validation.seed, 0, len(order), items, items)
-                loss = objective.held_out_loss(plan, validation.timesteps)
+                loss = objective.validation_loss(plan, validation.timesteps)
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     means[name] = means.get(name, 0.0) + len(items) / len(order) * float(value)
         self._metrics.write_validation(step, means.pop("loss"), means)
@@ -194,6 +196,11 @@ class Validator:
 def latest_sheet(output_dir: Path) -> Path | None:
     """The newest sheet of the validation images of a run."""
     return max((output_dir / "samples").glob(f"step-*/{SHEET}"), default=None)
+
+
+def is_image_conditioned(pipeline: Pipeline) -> bool:
+    """Whether the UNet gets an image besides the latents, so that the pipeline cannot draw from a prompt alone."""
+    return pipeline.unet.config.in_channels != pipeline.decoder.config.latent_channels
 
 
 def check_validation_prompts(pipeline: Pipeline, validation: Validation) -> None:

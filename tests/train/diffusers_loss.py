@@ -32,7 +32,7 @@ def assert_the_loss_is_that_of_diffusers(
     objective.save(folder, objective.state_dict())
     plan = plan_for(objective)
     latents, noise, timesteps, _, *shown = batch = objective.batch(plan)
-    tokens = objective._text.towers[0].tokenize(objective._captions(plan))
+    tokens = objective._text.towers[0].tokenize(objective._captions(objective._latents.batch(plan)))
     images, levels = shown[:1], shown[1] if len(shown) > 1 else None
     with torch.no_grad():
         loss = objective(*batch)

@@ -15,9 +15,8 @@ from PIL import Image
 
 from latentgen.train.config import FinetuneTask, TrainConfig, load_config
 from latentgen.train.data import Captions, Sample
-from latentgen.train.objectives.base import Check, unchecked
+from latentgen.train.objectives.base import Preflight
 from latentgen.train.objectives.finetune import FinetuneObjective
-from latentgen.train.objectives.origin import Origin
 from tests.conftest import build_pipeline
 from tests.pipelines.sdxl import build_base
 
@@ -103,7 +102,7 @@ def objective_of(
     scratch: Path,
     data: Pictures | None = None,
     *,
-    check: Check = unchecked,
+    preflight: Preflight | None = None,
     **fields: Any,
 ) -> FinetuneObjective:
     """An objective over the model of a folder, or the embedded one; `fields` are the task's besides the method."""
@@ -114,8 +113,9 @@ def objective_of(
         Pictures() if data is None else data,
         seed=3,
         device=torch.device("cpu"),
-        origin=Origin(folder, scratch / "class_images"),
-        check=check,
+        init_from=folder,
+        class_images=scratch / "class_images",
+        preflight=preflight,
     )
 
 

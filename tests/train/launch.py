@@ -28,7 +28,7 @@ from latentgen.train.data import BatchIndices
 from latentgen.train.objectives.base import Loss
 from latentgen.train.trainer import Trainer
 
-for name in ("torch._dynamo", "torch.distributed", "latentgen.train.objectives.paired"):
+for name in ("torch._dynamo", "torch.distributed", "latentgen.train.objectives.image_conditioned"):
     import_module(name)  # or else each process imports them
 
 

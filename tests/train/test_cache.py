@@ -106,7 +106,7 @@ def test_damaged_packs_are_deleted_and_the_others_stay(tmp_path: Path, damage: s
             "foreign": data.replace(content_key("2").encode(), b"x" * 64),
         }[damage]
     )
-    with pytest.warns(UserWarning, match=r"damaged and is deleted; what it held is computed anew"):
+    with pytest.warns(UserWarning, match="damaged"):
         cache = TensorCache(tmp_path)
     assert_holds(cache, 1)
     assert content_key("2") not in cache
@@ -120,7 +120,7 @@ def test_a_flipped_bit_is_noticed_when_it_is_read(tmp_path: Path):
     data[-1] ^= 4
     file.write_bytes(data)
     cache = TensorCache(tmp_path)
-    with pytest.warns(UserWarning, match="does not match its checksums"):
+    with pytest.warns(UserWarning, match="checksums"):
         assert all(cache.get(content_key(str(seed))) is None for seed in (2, 1))
     assert list(tmp_path.iterdir()) == []
     cache.put(content_key("1"), entry(1))

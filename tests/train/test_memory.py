@@ -21,8 +21,9 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.distributed import build_accelerator
 from latentgen.train.host_memory import available_bytes
 from latentgen.train.memory import Activations, batch_shapes, check_memory, estimate_activations, plan_memory
+from latentgen.train.networks import checkpoint_gradients, checkpointed_layers
+from latentgen.train.objectives import build_objective
 from latentgen.train.objectives.base import Objective
-from latentgen.train.objectives.build import build_objective
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe, plan_for
@@ -80,14 +81,14 @@ def test_checkpointed_gradients_are_the_same_and_less_is_kept(how: Checkpointing
     objective = build(recipe())
     assert isinstance(objective, LatentObjective)
     plain, all_kept = gradients_and_kept(objective)
-    objective.checkpoint_gradients(how)
+    checkpoint_gradients(objective, how)
     again, kept = gradients_and_kept(objective)
     assert plain.keys() == again.keys()
     for name, gradient in plain.items():
         assert torch.equal(again[name], gradient), name
     assert kept < 0.5 * all_kept
-    layers = list(objective.checkpointed_layers())
-    assert bool(objective._told.learns) == any("CLIP" in type(layer).__name__ for layer in layers)
+    layers = list(checkpointed_layers(objective))
+    assert bool(objective._conditioner.trains) == any("CLIP" in type(layer).__name__ for layer in layers)
 
 
 def test_the_autoencoder_cannot(autoencoder_recipe: MakeRecipe):
@@ -302,7 +303,7 @@ def check_estimate(config: TrainConfig) -> None:
     assert activations is not None
     plan = plan_memory(config, objective, activations, CPU)
     if config.memory.gradient_checkpointing:
-        objective.checkpoint_gradients(config.memory.gradient_checkpointing)
+        checkpoint_gradients(objective, config.memory.gradient_checkpointing)
     trainer = Trainer(config, accelerator, objective)
     before = plan.trained + plan.frozen + plan.average
     assert before + measured_peak(trainer) == pytest.approx(plan.total, rel=0.25)

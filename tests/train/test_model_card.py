@@ -163,7 +163,7 @@ def finetuned(tmp_path: Path, base: Path, method: str, **loss: Any) -> Path:
     folder.mkdir()
     objective.save(folder, objective.state_dict())
     config = TrainConfig.model_validate(fields)
-    write_card(folder, config, pipeline=objective.adapts, images=2, parameters=8, steps=1)
+    write_card(folder, config, pipeline=objective.pipeline(), images=2, parameters=8, steps=1)
     return folder
 
 

@@ -15,8 +15,8 @@ from latentgen.errors import ConfigError, InputError, LatentgenError, MemoryBudg
 from latentgen.train import memory
 from latentgen.train.data import BatchIndices
 from latentgen.train.memory import batch_shapes, estimate_activations
+from latentgen.train.objectives import build_objective
 from latentgen.train.objectives.base import Objective
-from latentgen.train.objectives.build import build_objective
 from latentgen.train.trainer import train
 from tests.train.finetuning import Pictures, folder_of, objective_of
 from tests.train.recipes import MakeRecipe, plan_for
@@ -110,7 +110,7 @@ def test_preflight_sees_the_shapes_of_a_real_batch(family: str, views: int, tmp_
         folder_of(family),
         tmp_path,
         Pictures(),
-        check=lambda looked_at: seen.extend(shapes(looked_at)),
+        preflight=lambda looked_at: seen.extend(shapes(looked_at)),
         views_per_image=views,
         prior=prior,
     )
@@ -127,9 +127,9 @@ def test_estimating_memory_builds_only_a_few_samples(
     made: list[int] = []
     original = type(objective).batch
 
-    def batch(self: Any, plan: BatchIndices) -> tuple[Tensor, ...]:
+    def batch(self: Any, plan: BatchIndices, views: Any = None) -> tuple[Tensor, ...]:
         made.append(len(plan.samples))
-        return original(self, plan)
+        return original(self, plan, views)
 
     monkeypatch.setattr(type(objective), "batch", batch)
     shapes = batch_shapes(config, accelerator, objective)

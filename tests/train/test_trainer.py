@@ -16,7 +16,7 @@ from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train import trainer
 from latentgen.train.checkpoint import RunState, load_latest
 from latentgen.train.config import TrainConfig
-from latentgen.train.objectives.build import build_objective
+from latentgen.train.objectives import build_objective
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
 from tests.train.runs import (

@@ -22,8 +22,8 @@ from latentgen.recipe import Recipe
 from latentgen.train.checkpoint import load_latest
 from latentgen.train.config import FolderData, TrainConfig
 from latentgen.train.data import BatchIndices, open_data, open_splits, sample_rng, split, to_tensor
+from latentgen.train.objectives.degradation import random_mask
 from latentgen.train.objectives.latent_diffusion import middles
-from latentgen.train.objectives.masks import random_mask
 from latentgen.train.trainer import Trainer, train
 from tests.train.finetuning import finetune_recipe, folder_of
 from tests.train.recipes import COLOURS, MakeRecipe, without_validation

@@ -289,6 +289,16 @@ class FinetuneTask(DiffusionTask):
     variant: str | None = None
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
 
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the run saves an adapter for the model that it starts from, not a whole model."""
+        return self.method.kind != "full"
+
+    @property
+    def init_lora(self) -> Path | None:
+        """The LoRA file that training starts from."""
+        return self.method.init_lora if isinstance(self.method, LoRAMethod) else None
+
     @model_validator(mode="after")
     def _belong_together(self) -> Self:
         if self.guidance_scale is not None and self.method.kind != "full":

@@ -1,4 +1,4 @@
-"""What a method of fine-tuning is, and what all of them need."""
+"""What a fine-tuning method is; and full fine-tuning, which trains the networks themselves."""
 
 from __future__ import annotations
 
@@ -15,22 +15,17 @@ from latentgen.checkpoints.weights import save_weights
 from latentgen.models.text import CLIPText
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.load_save import named_towers
+from latentgen.train.config.tasks import FullMethod
 
 AnyPipeline = TypeVar("AnyPipeline", bound=Pipeline)
 
 
 class Method(ABC):
-    """A way to teach a model something new.
-
-    Attributes:
-        trains_text: whether gradients are needed of what the text encoders compute.
-    """
-
-    trains_text: bool
+    """A way to fine-tune a model: which weights are trained, and what is saved of them."""
 
     @abstractmethod
-    def put_into(self, pipeline: AnyPipeline) -> AnyPipeline:
-        """The pipeline to train with, whose stages may be those of `pipeline`: what learns requires gradients.
+    def inject(self, pipeline: AnyPipeline) -> AnyPipeline:
+        """The pipeline to train, which may share its stages with `pipeline`: trained parameters require gradients.
 
         Raises:
             ConfigError: the recipe does not fit the model.
@@ -38,10 +33,35 @@ class Method(ABC):
 
     @abstractmethod
     def save(self, pipeline: Pipeline, folder: Path, *, half: bool) -> None:
-        """Write what was learnt, from the pipeline that `put_into` gave, on the CPU; in float16 if `half`.
+        """Write what was trained.
 
-        Training is over: the stages may change.
+        Args:
+            pipeline: from `inject`, on the CPU. Training is over: its stages may change.
+            folder: where to.
+            half: in float16 instead of float32.
         """
+
+
+class FullFinetuning(Method):
+    """Trains all weights of the UNet, and on request of the text encoders; saves the whole model."""
+
+    def __init__(self, config: FullMethod) -> None:
+        self._trains_text = config.train_text_encoder
+
+    def inject(self, pipeline: AnyPipeline) -> AnyPipeline:
+        """Unfreeze the networks."""
+        pipeline.unet.requires_grad_(True)
+        if self._trains_text:
+            pipeline.text_encoder.module.requires_grad_(True)
+            for module in layers_without_gradient(pipeline.text_encoder.towers):
+                module.requires_grad_(False)
+        return pipeline
+
+    def save(self, pipeline: Pipeline, folder: Path, *, half: bool) -> None:
+        """Write a folder in the diffusers layout."""
+        stages = (pipeline.unet, pipeline.text_encoder.module, pipeline.encoder(), pipeline.decoder)
+        nn.ModuleList(stages).to(torch.float16 if half else torch.float32)
+        pipeline.save_pretrained(folder)
 
 
 def towers_of(pipeline: Pipeline) -> dict[str, CLIPText]:
@@ -50,10 +70,10 @@ def towers_of(pipeline: Pipeline) -> dict[str, CLIPText]:
 
 
 def layers_without_gradient(towers: Sequence[CLIPText]) -> list[nn.Module]:
-    """The layers of text encoders that nothing which the UNet is given depends on.
+    """The layers of text encoders on whose output the UNet's conditioning does not depend.
 
-    The context of SDXL leaves out the last layer of each, and the pooled state is the second one's. Parameters that
-    never get gradients would stop a distributed run.
+    The context of SDXL leaves out the last layer of each, and only the second one's pooled state is used. Parameters
+    that never get gradients would stop a distributed run.
     """
     unused: list[nn.Module] = []
     for tower in towers:
@@ -67,10 +87,10 @@ def layers_without_gradient(towers: Sequence[CLIPText]) -> list[nn.Module]:
     return unused
 
 
-def save_learnt(
+def save_adapter(
     file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, half: bool
 ) -> None:
-    """Write what was learnt into a safetensors file, in float32, or in float16 if `half`."""
+    """Write the tensors of an adapter into one safetensors file, in float32, or in float16 if `half`."""
     dtype = torch.float16 if half else torch.float32
     typed = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     save_weights(typed, file.parent, file.stem, max_shard_bytes=sys.maxsize, metadata=metadata)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (arXiv:2106.09685) beside frozen layers, put in by PEFT, saved for diffusers and for kohya."""
+"""Low-rank adapters (arXiv:2106.09685) next to frozen layers, injected by PEFT, saved for diffusers and for kohya."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from latentgen.train.methods.base import (
     AnyPipeline,
     Method,
     layers_without_gradient,
-    save_learnt,
+    save_adapter,
     towers_of,
 )
 
@@ -37,15 +37,15 @@ _FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 class LoRATraining(Method):
-    """Trains factors beside the layers that the recipe names."""
+    """Trains factors next to the layers that the recipe names."""
 
     def __init__(self, config: LoRAMethod) -> None:
         self.config = config
-        self.trains_text = config.train_text_encoder
+        self._trains_text = config.train_text_encoder
         self.alpha = float(config.rank) if config.alpha is None else config.alpha
 
-    def put_into(self, pipeline: AnyPipeline) -> AnyPipeline:
-        """See Method."""
+    def inject(self, pipeline: AnyPipeline) -> AnyPipeline:
+        """Add factors to the layers, which changes the networks of `pipeline`."""
         from peft import inject_adapter_in_model
 
         networks = self._networks(pipeline)
@@ -55,13 +55,13 @@ class LoRATraining(Method):
         for name, network in networks.items():
             inject_adapter_in_model(self._peft_config(name), network, adapter_name=_ADAPTER)
         if self.config.init_lora is not None:
-            self._go_on_from(self.config.init_lora, networks, paths)
+            self._load_init_lora(self.config.init_lora, networks, paths)
         for module in layers_without_gradient(pipeline.text_encoder.towers):
             module.requires_grad_(False)
         return pipeline
 
     def save(self, pipeline: Pipeline, folder: Path, *, half: bool) -> None:
-        """See Method."""
+        """Write one file in the format of diffusers and one in kohya's."""
         networks = self._networks(pipeline)
         factors = {name: dict(_factors(network)) for name, network in networks.items()}
         settings = {
@@ -74,18 +74,18 @@ class LoRATraining(Method):
             for factor, tensor in pair.items()
         }
         metadata = {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
-        save_learnt(folder / DIFFUSERS_FILE, diffusers, metadata, half=half)
+        save_adapter(folder / DIFFUSERS_FILE, diffusers, metadata, half=half)
         metadata = {
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(self.config.rank),
             "ss_network_alpha": str(self.alpha),
         }
-        save_learnt(folder / KOHYA_FILE, self._kohya(factors, pipeline), metadata, half=half)
+        save_adapter(folder / KOHYA_FILE, self._kohya(factors, pipeline), metadata, half=half)
 
     def _kohya(
         self, factors: Mapping[str, Mapping[str, Mapping[str, Tensor]]], pipeline: Pipeline
     ) -> dict[str, Tensor]:
-        """The names of kohya's trainer: of SDXL's UNet those of the original layout, of others those of diffusers."""
+        """The names of kohya's trainer: for SDXL's UNet those of the original layout, else those of diffusers."""
         originals = original_paths(pipeline.unet.config) if pipeline.is_sdxl else {}
         several = len(pipeline.text_encoder.towers) > 1
         prefixes = {
@@ -103,9 +103,9 @@ class LoRATraining(Method):
         return tensors
 
     def _networks(self, pipeline: Pipeline) -> dict[str, nn.Module]:
-        """The networks that learn, by component."""
+        """The networks that get factors, by component."""
         networks: dict[str, nn.Module] = {"unet": pipeline.unet}
-        if self.trains_text:
+        if self._trains_text:
             networks |= {name: tower.model for name, tower in towers_of(pipeline).items()}
         return networks
 
@@ -119,12 +119,12 @@ class LoRATraining(Method):
             paths = [path for path, _ in network.named_modules() if _ends_with(path, target)]
             if wrong := [path for path in paths if path not in adaptable]:
                 raise ConfigError(
-                    f"task.method.{field}: {quote(target)} names what is no linear layer or plain convolution of the "
-                    f"{component} ({first_five(wrong)}); choose from {_endings(adaptable)}"
+                    f"task.method.{field}: {quote(target)} names layers of the {component} that are neither linear nor "
+                    f"plain convolutions ({first_five(wrong)}); choose from {_endings(adaptable)}"
                 )
             if not paths:
                 raise ConfigError(
-                    f"task.method.{field}: {quote(target)} is no layer of the {component}; choose from "
+                    f"task.method.{field}: {quote(target)} is not a layer of the {component}; choose from "
                     f"{_endings(adaptable)}"
                 )
 
@@ -133,27 +133,27 @@ class LoRATraining(Method):
 
         return LoraConfig(
             r=self.config.rank,
-            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType] (a whole number by its annotation alone)
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType] (annotated as int)
             lora_dropout=self.config.dropout,
-            init_lora_weights="gaussian",  # as diffusers' scripts have it
+            init_lora_weights="gaussian",  # as in diffusers' scripts
             target_modules=list(self._targets(component)),
         )
 
     def _settings(self, component: str) -> dict[str, Any]:
-        """PEFT's settings in JSON, by which diffusers knows alpha."""
+        """PEFT's settings for JSON, from which diffusers reads alpha."""
         settings = self._peft_config(component).to_dict()
         return {
             key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()
         } | {"inference_mode": True}
 
     @torch.no_grad()
-    def _go_on_from(
+    def _load_init_lora(
         self,
         source: Path,
         networks: Mapping[str, nn.Module],
         paths: Mapping[str, Mapping[str, str]],
     ) -> None:
-        """Begin with the factors of a file, scaled as this run's alpha needs it."""
+        """Start from the factors of a file, rescaled to this run's alpha."""
         lora = read_lora(source)
         where = f"task.method.init_lora {quote(source)}"
         for component, layers in lora.components.items():
@@ -195,12 +195,12 @@ def _factors(network: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _ends_with(path: str, target: str) -> bool:
-    """Whether PEFT takes a layer for the target."""
+    """Whether PEFT matches a layer with the target."""
     return path == target or path.endswith(f".{target}")
 
 
 def _endings(paths: set[str]) -> str:
-    """The shortest names that layers can be called by: what follows the last number, or the whole."""
+    """The shortest targets that name the layers: what follows the last number, or the whole path."""
     endings: set[str] = set()
     for path in paths:
         parts = path.split(".")

@@ -1,4 +1,4 @@
-"""Textual inversion (arXiv:2208.01618): vectors for a new token, and nothing else, are learnt."""
+"""Textual inversion (arXiv:2208.01618): only the vectors of a new token are trained."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from latentgen.files import quote
 from latentgen.models.text import CLIPText, join_towers
 from latentgen.pipelines.base import Pipeline
 from latentgen.train.config.tasks import TextualInversionMethod
-from latentgen.train.methods.base import AnyPipeline, Method, save_learnt, towers_of
+from latentgen.train.methods.base import AnyPipeline, Method, save_adapter, towers_of
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
-# As A1111 names the vectors of SDXL's two text encoders.
+# A1111's names of the vectors of SDXL's two text encoders.
 SDXL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
-class LearntRows(nn.Module):
-    """A table of embeddings of which some rows learn: they alone are a parameter that gets gradients.
+class TrainableEmbedding(nn.Module):
+    """An embedding table of which only some rows are trained.
 
     Attributes:
-        weight: the whole table [V, D], frozen; its rows from `first` on are not looked at.
-        vectors: the rows that learn [n, D], in float32.
+        weight: the whole table [V, D], frozen; its rows `first` to `first + count - 1` are not used.
+        vectors: the trained rows [n, D], in float32.
     """
 
     def __init__(self, table: nn.Embedding, first: int, count: int) -> None:
@@ -39,29 +39,27 @@ class LearntRows(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Look up token ids [...] as [..., D]."""
         places = ids - self.first
-        learnt = (places >= 0) & (places < self.count)
+        is_new = (places >= 0) & (places < self.count)
         vectors = F.embedding(places.clamp(0, self.count - 1), self.vectors)
-        return torch.where(learnt[..., None], vectors.to(self.weight.dtype), F.embedding(ids, self.weight))
+        return torch.where(is_new[..., None], vectors.to(self.weight.dtype), F.embedding(ids, self.weight))
 
 
 class TextualInversionTraining(Method):
     """Trains the vectors of a new token, in every text encoder of the model."""
 
-    trains_text = True
-
     def __init__(self, config: TextualInversionMethod) -> None:
         self.config = config
 
-    def put_into(self, pipeline: AnyPipeline) -> AnyPipeline:
-        """See Method."""
+    def inject(self, pipeline: AnyPipeline) -> AnyPipeline:
+        """Add the token to the text encoders; those of `pipeline` are not changed."""
         towers = towers_of(pipeline)
         token, count = self.config.token, self.config.num_vectors
         if any(
             len(tower.tokenizer(token, add_special_tokens=False).input_ids) == 1 for tower in towers.values()
         ):
             raise ConfigError(
-                f"task.method.token: {quote(token)} is a word that the model knows already; choose one that it does "
-                f"not, such as {quote(f'<{token}>')}"
+                f"task.method.token: {quote(token)} is a token of the model already; choose another, such as "
+                f"{quote(f'<{token}>')}"
             )
         vectors = {name: self._initial_vectors(tower) for name, tower in towers.items()}
         try:
@@ -71,18 +69,18 @@ class TextualInversionTraining(Method):
         for tower in extended.values():
             table = tower.model.get_input_embeddings()
             assert isinstance(table, nn.Embedding)
-            rows = LearntRows(table, len(tower.tokenizer) - count, count)
+            rows = TrainableEmbedding(table, len(tower.tokenizer) - count, count)
             tower.model.set_input_embeddings(rows)
         return replace(pipeline, text_encoder=join_towers(list(extended.values())))
 
     def _initial_vectors(self, tower: CLIPText) -> Tensor:
-        """The rows [n, D] of the words that the vectors begin as, from the first again where there are fewer."""
+        """The rows [n, D] of the initializer's tokens, repeated where they are fewer than the vectors."""
         config, tokenizer = self.config, tower.tokenizer
         ids = tokenizer(config.initializer, add_special_tokens=False, verbose=False).input_ids
         if not ids or set(ids) & {*tokenizer.all_special_ids}:
             raise ConfigError(
                 f"task.method.initializer: {quote(config.initializer)} is unknown to the model's tokenizer; use a "
-                "plain word, such as the kind of thing that is to be learnt"
+                "plain word, such as the class of what is to be learned"
             )
         if len(ids) > config.num_vectors:
             pieces = ", ".join(map(quote, tokenizer.convert_ids_to_tokens(ids)))
@@ -96,13 +94,13 @@ class TextualInversionTraining(Method):
         return table.weight.detach()[chosen].float()
 
     def save(self, pipeline: Pipeline, folder: Path, *, half: bool) -> None:
-        """See Method."""
+        """Write the vectors as A1111 and diffusers read them."""
         vectors: dict[str, Tensor] = {}
         for name, tower in towers_of(pipeline).items():
             rows = tower.model.get_input_embeddings()
-            assert isinstance(rows, LearntRows)
+            assert isinstance(rows, TrainableEmbedding)
             vectors[name] = rows.vectors
         token = self.config.token
         keys = SDXL_KEYS if len(vectors) > 1 else dict.fromkeys(vectors, token)
         tensors = {keys[name]: tensor for name, tensor in vectors.items()}
-        save_learnt(folder / EMBEDDING_FILE, tensors, {"name": token}, half=half)
+        save_adapter(folder / EMBEDDING_FILE, tensors, {"name": token}, half=half)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +17,7 @@ from latentgen.models.config import VAEConfig
 from latentgen.models.vae import VAEDecoder, VAEEncoder
 from latentgen.pipelines.load_save import WEIGHTS_STEM
 from latentgen.train.config import AutoencoderTask
-from latentgen.train.data import (
-    BatchIndices,
-    BucketSampler,
-    CaptionedDataset,
-    check_sides,
-    sample_rng,
-    to_tensor,
-)
+from latentgen.train.data import BatchIndices, CaptionedDataset, Sample, check_sides, sample_rng, to_tensor
 from latentgen.train.objectives.base import Loss, Objective
 
 _CALIBRATION_IMAGES = 1024
@@ -34,14 +25,14 @@ _CALIBRATION_BATCH = 32
 
 
 class AutoencoderObjective(Objective):
-    """Reconstruction in pixels and in their differences, and a slight pull of the latents to the standard normal.
+    """Reconstruction error in pixels and in their differences, and a small KL term towards the standard normal.
 
-    The pixel differences (edges) weigh what the eye sees: a blurred edge costs little in pixels and much in edges.
+    The pixel differences (edges) penalize blur: a blurred edge costs little in pixels and much in edges.
 
     Args:
         task: what the recipe says.
         data: the images; captions are not used.
-        init_from: a folder with a `vae/` whose weights to begin with, instead of random ones.
+        init_from: a folder with a `vae/` whose weights to start from, instead of random ones.
 
     Raises:
         ConfigError: the VAE's configuration is wrong or does not fit the images.
@@ -51,23 +42,20 @@ class AutoencoderObjective(Objective):
     def __init__(
         self, task: AutoencoderTask, data: CaptionedDataset, *, init_from: Path | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(data)
         self.task = task
-        self.data = data
         self.config = VAEConfig.from_json(task.vae)
         _check_fit(self.config, data)
         self.encoder = VAEEncoder(self.config)
         self.decoder = VAEDecoder(self.config)
         if init_from is not None:
             files = CheckpointFolder.open(init_from).weight_files("vae")
-            load_weights(self, files, dtype=torch.float32, rename=_name_here)
+            load_weights(self, files, dtype=torch.float32, rename=_module_name)
         self.encoder.requires_grad_(task.train_encoder)
-        self.order = BucketSampler.of(data)
 
-    def batch(self, plan: BatchIndices) -> tuple[Tensor, ...]:
+    def batch(self, plan: BatchIndices, views: list[Sample] | None = None) -> tuple[Tensor, ...]:
         """Images [B, 3, H, W] in -1..1 and the posterior's noise [B, C, h, w]."""
-        views = [self.data.sample(item, rng) for item, rng in zip(plan.items, plan.rngs("view"), strict=True)]
-        images = to_tensor([view.image for view in views])
+        (images,) = super().batch(plan, views)
         height, width = (side // self.config.spatial_factor for side in images.shape[2:])
         return images, plan.noise((self.config.latent_channels, height, width), "posterior")
 
@@ -83,22 +71,11 @@ class AutoencoderObjective(Objective):
         total = pixels + self.task.edge_weight * edges + self.task.kl_weight * kl
         return Loss(total, {"pixels": pixels, "edges": edges, "kl": kl})
 
-    def over(self, data: CaptionedDataset, seed: int) -> Self:
-        """As Objective.over; the views follow from the plan."""
-        other = copy.copy(self)
-        other.data, other.order = data, BucketSampler.of(data)
-        return other
-
-    def compile_networks(self) -> None:
-        """Compile both halves."""
-        self.encoder.compile()
-        self.decoder.compile()
-
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write `vae/` in float32; latents that were learnt are brought to unit variance per channel."""
+        """Write `vae/` in float32; latents of a trained encoder are scaled to unit variance per channel."""
         self.load_state_dict(dict(weights))
         if self.task.train_encoder:
-            normalise_latents(self.encoder, self.decoder, self._calibration_batches())
+            normalize_latents(self.encoder, self.decoder, self._calibration_batches())
         state = {**self.encoder.state_dict(), **self.decoder.state_dict()}
         save_weights(state, folder / "vae", WEIGHTS_STEM)
         write_json(folder / "vae" / "config.json", self.config.to_json())
@@ -106,15 +83,15 @@ class AutoencoderObjective(Objective):
         write_json(folder / "model_index.json", index)
 
     def _calibration_batches(self) -> Iterator[Tensor]:
-        """As many random views as there are items, but not over a thousand, evenly over the set."""
-        count = min(_CALIBRATION_IMAGES, len(self.data))
-        items = [round(place * len(self.data) / count) for place in range(count)]
-        for _, of_one_size in groupby(sorted(items, key=self.data.bucket), key=self.data.bucket):
+        """Random views of up to 1024 items, spread evenly over the set."""
+        count = min(_CALIBRATION_IMAGES, len(self._data))
+        items = [round(place * len(self._data) / count) for place in range(count)]
+        for _, of_one_size in groupby(sorted(items, key=self._data.bucket), key=self._data.bucket):
             alike = list(of_one_size)
             for start in range(0, len(alike), _CALIBRATION_BATCH):
                 part = alike[start : start + _CALIBRATION_BATCH]
                 yield to_tensor(
-                    [self.data.sample(item, sample_rng(0, "calibration", item)).image for item in part]
+                    [self._data.sample(item, sample_rng(0, "calibration", item)).image for item in part]
                 )
 
 
@@ -127,23 +104,23 @@ def _check_fit(config: VAEConfig, data: CaptionedDataset) -> None:
     check_sides(data, config.spatial_factor)
 
 
-def _name_here(key: str) -> str:
-    """The name of a VAE's weight in the objective."""
+def _module_name(key: str) -> str:
+    """The name in the objective of a VAE's weight."""
     return f"{'decoder' if key.startswith(('decoder.', 'post_quant_conv.')) else 'encoder'}.{key}"
 
 
 @torch.no_grad()
-def normalise_latents(encoder: VAEEncoder, decoder: VAEDecoder, batches: Iterator[Tensor]) -> None:
+def normalize_latents(encoder: VAEEncoder, decoder: VAEDecoder, batches: Iterator[Tensor]) -> None:
     """Give each latent channel mean 0 and variance 1 over images [B, 3, H, W], without changing a reconstruction.
 
     The affine map is folded into the 1x1 convolutions on either side of the latents, so that the one scaling factor
     (arXiv:2112.10752, appendix G) serves every channel.
     """
-    # Of images of several sizes each pixel of the latents counts alike: [C, pixels].
+    # Each pixel of the latents has the same weight, whatever the size of its image: [C, pixels].
     latents = torch.cat([encoder(batch).mean.transpose(0, 1).flatten(1) for batch in batches], dim=1)
     mean, std = latents.mean(dim=1), latents.std(dim=1)
-    std = torch.where(std > 0, std, 1)  # a channel that nothing varies stays as it is
-    mean = mean / encoder.config.scaling_factor  # from the latents' scale to that of the convolutions
+    std = torch.where(std > 0, std, 1)  # a constant channel is not changed
+    mean = mean / encoder.config.scaling_factor  # undo the scaling factor: to the scale of the convolutions
     quant_weight, quant_bias = _weight_and_bias(encoder.quant_conv)
     post_weight, post_bias = _weight_and_bias(decoder.post_quant_conv)
     # post(z) = W z + b = (W * std) z' + (W @ mean + b) for z' = (z - mean) / std
@@ -156,5 +133,5 @@ def normalise_latents(encoder: VAEEncoder, decoder: VAEDecoder, batches: Iterato
 
 
 def _weight_and_bias(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    assert convolution.bias is not None  # the VAE has no convolution without one
+    assert convolution.bias is not None  # all convolutions of the VAE have one
     return convolution.weight, convolution.bias

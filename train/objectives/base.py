@@ -1,34 +1,32 @@
-"""What is learnt: each objective owns its networks, turns samples into a batch, computes the loss, and saves."""
+"""What is trained: an objective owns its networks, makes batches of samples, and computes the loss."""
 
 from __future__ import annotations
 
+import copy
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from latentgen.checkpoints.weights import save_weights
 from latentgen.errors import ConfigError
-from latentgen.models.activation_checkpointing import Checkpointing
-from latentgen.models.config import StorageDtype
 from latentgen.pipelines.base import Pipeline
-from latentgen.train.data import BatchIndices, BucketSampler, CaptionedDataset, Sample
+from latentgen.train.data import BatchIndices, BucketSampler, CaptionedDataset, Sample, to_tensor
 
 
 class Subset(NamedTuple):
-    """The sum of something over those samples of a batch that it is told of, and their number, which may be 0."""
+    """A sum over some samples of a batch, and how many these are, which may be 0."""
 
     total: Tensor
     count: Tensor
 
 
 class Loss(NamedTuple):
-    """The scalar to minimise, and what to show of it: other means over the batch, and over subsets of its samples."""
+    """The scalar to minimize, and what to log besides: means over the batch, and over subsets of its samples."""
 
     total: Tensor
     parts: Mapping[str, Tensor]
@@ -45,145 +43,101 @@ class Example(NamedTuple):
 
 
 class Objective(nn.Module, ABC):
-    """A module whose `forward` computes the loss; its trainable parameters are those that require gradients."""
+    """A module whose `forward` is the loss of a batch. The parameters that require gradients are trained.
+
+    A subclass needs `forward` alone: batches are then images, and the weights are saved in one file. Its networks are
+    its children; one named `text_encoder` may have a learning rate of its own.
+
+        class Denoiser(Objective):
+            def __init__(self, data: CaptionedDataset) -> None:
+                super().__init__(data)
+                self.network = nn.Conv2d(3, 3, 3, padding=1)
+
+            def forward(self, *batch: Tensor) -> Loss:
+                (images,) = batch
+                return Loss((self.network(images + 0.1 * torch.randn_like(images)) - images).square().mean(), {})
+
+    Args:
+        data: the training set.
+        views: how many views of each item count as samples of their own.
+
+    Attributes:
+        order: the samples of every step; its length is that of an epoch.
+    """
 
     order: BucketSampler
-    """Which items each step shows; its length is how many one epoch shows."""
 
-    memory_format: torch.memory_format = torch.channels_last
-    """How the kernels of the convolutions lie in memory during training."""
+    def __init__(self, data: CaptionedDataset, *, views: int = 1) -> None:
+        super().__init__()
+        self._data = data
+        self.order = BucketSampler.of(data, views=views)
 
-    @abstractmethod
-    def batch(self, plan: BatchIndices) -> tuple[Tensor, ...]:
-        """Everything random or read from the data, as tensors: a function of the plan alone."""
+    def prefetch(self, plan: BatchIndices) -> list[Sample] | None:
+        """What a data loader process reads for `batch`; None if it runs `batch` itself, which uses no accelerator."""
+        return None
 
-    def draw(self, plan: BatchIndices) -> Any:
-        """What a process that prepares batches does of `batch`: all of it, or what comes before the networks, which
-        belong to the process that trains."""
-        return self.batch(plan)
+    def batch(self, plan: BatchIndices, views: list[Sample] | None = None) -> tuple[Tensor, ...]:
+        """The inputs of `forward`: everything that is read or random, a function of the plan alone.
 
-    def finish(self, plan: BatchIndices, drawn: Any) -> tuple[Tensor, ...]:
-        """The rest of `batch`, from what `draw` gave."""
-        return drawn
+        By default images [B, 3, H, W] in -1..1, float32, from one random view of each sample.
+
+        Args:
+            plan: which samples of which step.
+            views: from `prefetch`, where that has returned any.
+        """
+        if views is None:
+            rngs = plan.rngs("view")
+            views = [self._data.sample(item, rng) for item, rng in zip(plan.items, rngs, strict=True)]
+        return (to_tensor([view.image for view in views]),)
 
     @abstractmethod
     def forward(self, *batch: Tensor) -> Loss:
-        """The mean loss of the batch."""
+        """The mean loss of a batch."""
 
-    @abstractmethod
-    def compile_networks(self) -> None:
-        """Let torch.compile fuse the networks that take the time; the names of their weights stay."""
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the trained model; by default `weights` as model.safetensors.
 
-    def checkpointed_layers(self) -> Iterable[nn.Module]:
-        """The layers of which `checkpoint_gradients` keeps the inputs alone; none nests in another."""
-        return ()
-
-    def checkpoint_gradients(self, how: Checkpointing) -> None:
-        """Keep the inputs of the networks' layers, and compute the rest once more in the backward pass, or some of it.
-
-        Raises:
-            ConfigError: the networks cannot.
+        Args:
+            folder: an empty folder.
+            weights: the whole state of this module. Training is over: the objective, which is on the CPU, may change.
         """
-        raise ConfigError("memory.gradient_checkpointing: the networks of this task cannot; leave it out")
+        save_weights(dict(weights), folder, "model")
 
-    def text_parameters(self) -> Iterable[nn.Parameter]:
-        """The parameters of text encoders, which may have a learning rate of their own."""
-        return ()
+    def pipeline(self) -> Pipeline | None:
+        """The pipeline that draws with the networks as they are; None if nothing that draws is trained."""
+        return None
 
-    def store_base(self, storage: StorageDtype) -> None:
-        """Store what is not trained in fewer bits.
+    def for_validation(self, data: CaptionedDataset, seed: int) -> Self:
+        """This objective with other images, one view of each, for `validation_loss`; the networks are shared.
 
-        Raises:
-            ConfigError: as `check_base_storage`.
+        All processes of a run call it. `seed` determines the views.
         """
-        self.check_base_storage(storage)
+        other = copy.copy(self)
+        other._data, other.order = data, BucketSampler.of(data)
+        return other
 
-    def check_base_storage(self, storage: StorageDtype) -> None:
-        """Refuse to store what is not trained in fewer bits, where that cannot be.
-
-        Raises:
-            ConfigError: it is saved with the model, and must stay as it is.
-        """
-        raise ConfigError(
-            f"memory.base_dtype is {storage}, but this task saves all weights, which must stay as they are; leave it "
-            "out, or train adapters"
-        )
-
-    def save_assets(self, folder: Path) -> None:
-        """Write what a resumed run must find as it was, besides the weights, into the run's folder."""
-
-    def over(self, data: CaptionedDataset, seed: int) -> Self:
-        """This objective over other images, one view of each, for `held_out_loss`; the networks are shared.
-
-        Called in all processes of a run, which share the encoding where there is a cache on disk.
-
-        Raises:
-            ConfigError: the task has no such loss.
-        """
-        raise ConfigError(
-            "validation: this task measures no loss on held-out images; leave data and validation_fraction out"
-        )
-
-    def held_out_loss(self, plan: BatchIndices, timesteps: int) -> Loss:
-        """The mean loss of a batch of what was given to `over`, a function of the weights and the plan alone.
+    def validation_loss(self, plan: BatchIndices, timesteps: int) -> Loss:
+        """The mean loss of a batch of validation images, a function of the weights and the plan alone.
 
         Args:
             plan: the batch.
-            timesteps: how many noise levels a loss that depends on one is measured at; its parts are named after them.
+            timesteps: at how many noise levels to measure a loss that depends on one; its parts are named after them.
         """
         device = next(self.parameters()).device
-        # Not through the instance, whose forward Accelerate may have bound to another object.
+        # Not self(...): Accelerate binds the forward of the instance, which for_validation has copied.
         return type(self).forward(self, *(tensor.to(device) for tensor in self.batch(plan)))
 
-    def preview(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[Pipeline]:
-        """A pipeline that draws with `weights` in the place of the trained ones; training goes on afterwards as if it
-        had never been.
+    def validation_example(self, view: Sample, rng: random.Random) -> Example:
+        """The inputs from which an image-conditioned model is to reproduce this view.
 
         Raises:
-            ConfigError: the task trains nothing that draws.
+            ConfigError: the model is not conditioned on an image.
         """
-        raise ConfigError("validation: this task trains nothing that draws; leave prompts and images out")
-
-    @property
-    def remakes(self) -> bool:
-        """Whether the model makes images out of images, which `example` then shows it, and draws none from a prompt."""
-        return False
-
-    def example(self, view: Sample, rng: random.Random) -> Example:
-        """What a model that makes images out of images is shown, and told, where it is to make this one.
-
-        Raises:
-            ConfigError: it is shown nothing.
-        """
-        return Example(view.captions.draw(rng), self.shown(view, rng), view.image)
-
-    def shown(self, view: Sample, rng: random.Random) -> Image.Image:
-        """What a model that makes images out of images is shown where it is to make this one.
-
-        Raises:
-            ConfigError: it is shown nothing.
-        """
-        raise ConfigError("validation.images: this task makes no image out of another; leave it out")
-
-    @property
-    def adapts(self) -> Pipeline | None:
-        """The pipeline whose model is taught something that `save` writes without it; None for a whole model."""
-        return None
-
-    @abstractmethod
-    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the finished model in the diffusers layout, with `weights` for the whole state of this module.
-
-        Training is over: the objective, which must be on the CPU, may change itself.
-        """
+        raise ConfigError("validation.images: this task is not conditioned on images; leave it out")
 
 
-Check = Callable[[Objective], None]
-"""Refuses an objective, by raising an error, before it does what takes long: drawing and encoding images.
+Preflight = Callable[[Objective], None]
+"""Raises an error for a recipe that cannot work, before images are drawn or encoded, which may take hours.
 
-Its networks are those that will be trained, on the CPU; a batch has its shapes, and no true latents.
+The objective's networks are those that will be trained, on the CPU; its batches have the right shapes, but no latents.
 """
-
-
-def unchecked(_: Objective) -> None:
-    """Refuse nothing."""

@@ -1,6 +1,6 @@
-"""What is done to the images that a model is shown in training: it learns to undo it.
+"""What is done to conditioning images in training, which a model learns to undo: degradations, and random masks.
 
-Each is a function of an RGB image and a generator of random numbers, and leaves the image that it is given as it is.
+A degradation is a function of an RGB image and a random generator; it does not change its input.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from latentgen.train.config import Degradation
 
-# Mid-grey stands where something is missing, as 0 does in the model's -1..1: it takes nobody's part.
+# Mid-gray fills what is missing: it is 0 in the model's -1..1.
 MISSING = (128, 128, 128)
 KERNELS = (
     Image.Resampling.BOX,
@@ -21,29 +21,29 @@ KERNELS = (
     Image.Resampling.BICUBIC,
     Image.Resampling.LANCZOS,
 )
-BLURRED = 0.2
+BLUR_RATE = 0.2
 # Standard deviation of the strongest blur, in pixels of the low-resolution image.
 MAX_BLUR = 0.4
 # The lowest is that of Palette (arXiv:2111.05826).
 JPEG_QUALITIES = (5, 40)
-# The widest margin over the side of the image: of an image without its four margins a fifth is left each way.
+# The widest margin as a fraction of the side: with all four, a fifth of each side is left.
 MAX_MARGIN = 0.4
 
 
 def lower_resolution(image: Image.Image, side: int, rng: random.Random) -> Image.Image:
-    """The image in low resolution, as cameras and programs make it: a random kernel, sometimes after a slight blur."""
-    if rng.random() < BLURRED:
+    """The image in low resolution, `side` pixels wide: by a random kernel, sometimes after a slight blur."""
+    if rng.random() < BLUR_RATE:
         blur = rng.uniform(0.0, MAX_BLUR) * image.width / side
         image = image.filter(ImageFilter.GaussianBlur(blur))
     return image.resize((side, side), rng.choice(KERNELS))
 
 
-def without_colour(image: Image.Image, _: random.Random) -> Image.Image:
+def to_gray(image: Image.Image, _: random.Random) -> Image.Image:
     """The image's luma (ITU-R BT.601)."""
     return image.convert("L").convert("RGB")
 
 
-def without_margins(image: Image.Image, rng: random.Random) -> Image.Image:
+def crop_margins(image: Image.Image, rng: random.Random) -> Image.Image:
     """The image within one to four margins of random width, at random sides."""
     width, height = image.size
     margins = dict.fromkeys(("left", "top", "right", "bottom"), 0)
@@ -56,15 +56,15 @@ def without_margins(image: Image.Image, rng: random.Random) -> Image.Image:
     return result
 
 
-def compressed(image: Image.Image, rng: random.Random) -> Image.Image:
-    """The image as a JPEG file of random low quality shows it."""
+def compress_jpeg(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The image compressed to a JPEG of random low quality."""
     file = BytesIO()
     image.save(file, "JPEG", quality=rng.randint(*JPEG_QUALITIES))
     return Image.open(file).convert("RGB")
 
 
-def with_holes(image: Image.Image, rng: random.Random) -> Image.Image:
-    """The image with one to three holes: rectangles, and strokes as of a brush (arXiv:1806.03589)."""
+def cut_holes(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The image with one to three holes: rectangles, and brush strokes (arXiv:1806.03589)."""
     result = image.copy()
     canvas = ImageDraw.Draw(result)
     width, height = image.size
@@ -81,10 +81,49 @@ def with_holes(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 DEGRADATIONS: Mapping[Degradation, Callable[[Image.Image, random.Random], Image.Image]] = {
-    "colorization": without_colour,
-    "uncropping": without_margins,
-    "jpeg": compressed,
-    "inpainting": with_holes,
+    "colorization": to_gray,
+    "uncropping": crop_margins,
+    "jpeg": compress_jpeg,
+    "inpainting": cut_holes,
 }
-# Those that draw no random number: what they make of an image is always the same.
-NOT_RANDOM: frozenset[Degradation] = frozenset({"colorization"})
+# Degradations that use no random numbers.
+DETERMINISTIC: frozenset[Degradation] = frozenset({"colorization"})
+
+# How often the published inpainting models were trained with the whole image masked.
+WHOLE_IMAGE = 0.25
+_MOST_SHAPES = 3
+_WHITE = 255
+
+
+def random_mask(size: tuple[int, int], rng: random.Random) -> Image.Image:
+    """A mask "L" of `size` (width, height), never empty: 255 where the image is to be painted.
+
+    The shapes are those of arXiv:2109.07161 (section 2.3, wide masks): boxes and thick strokes; and ellipses.
+    """
+    if rng.random() < WHOLE_IMAGE:
+        return Image.new("L", size, _WHITE)
+    mask = Image.new("L", size, 0)
+    draw = ImageDraw.Draw(mask)
+    for _ in range(rng.randint(1, _MOST_SHAPES)):
+        shape = rng.choice((draw.rectangle, draw.ellipse, None))
+        if shape is None:
+            _stroke(draw, size, rng)
+        else:
+            shape(_box(size, rng), fill=_WHITE)
+    return mask
+
+
+def _box(size: tuple[int, int], rng: random.Random) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a box from a tenth to two thirds of the image's sides, centered inside it."""
+    sides = [max(1, round(rng.uniform(0.1, 0.67) * side)) for side in size]
+    corner = [rng.randrange(side) - own // 2 for side, own in zip(size, sides, strict=True)]
+    return corner[0], corner[1], corner[0] + sides[0], corner[1] + sides[1]
+
+
+def _stroke(draw: ImageDraw.ImageDraw, size: tuple[int, int], rng: random.Random) -> None:
+    """A bent line of round ends, as thick as a tenth to a quarter of the shorter side."""
+    width = max(1, round(rng.uniform(0.1, 0.25) * min(size)))
+    points = [(rng.randrange(size[0]), rng.randrange(size[1])) for _ in range(rng.randint(2, 5))]
+    draw.line(points, fill=_WHITE, width=width, joint="curve")
+    for x, y in (points[0], points[-1]):
+        draw.ellipse((x - width // 2, y - width // 2, x + width // 2, y + width // 2), fill=_WHITE)

@@ -1,4 +1,4 @@
-"""What diffusion objectives minimise: the error of each sample, and the schedule that it is measured on."""
+"""The loss of diffusion training: the error of each sample, and the schedule that it is measured on."""
 
 from __future__ import annotations
 
@@ -26,31 +26,32 @@ from latentgen.train.objectives.base import Loss, Subset
 def training_scheduler(scheduler: Scheduler, loss: LatentLoss) -> Scheduler:
     """The scheduler whose noise levels a model is trained on, and that it is saved with.
 
-    With zero terminal SNR the schedule is rescaled, if it is not yet, and runs begin at its last timestep
+    With zero terminal SNR the schedule is rescaled, if it is not yet, and sampling starts at its last timestep
     (arXiv:2305.08891, algorithm 1 and section 3.3).
 
     Raises:
-        ConfigError: the loss is not for this schedule, this solver or this prediction type.
+        ConfigError: the loss does not support this schedule, solver or prediction type.
     """
     if isinstance(scheduler.schedule, FlowSchedule):
         if loss.weighting is not None or loss.zero_terminal_snr:
             raise ConfigError(
-                "task.loss: weighting and zero_terminal_snr are for diffusion models, and task.scheduler is one of "
-                "flow matching; leave them out"
+                "task.loss: weighting and zero_terminal_snr are for diffusion models, and task.scheduler is a "
+                "flow-matching scheduler; leave them out"
             )
         return scheduler
     if loss.zero_terminal_snr:
         if not scheduler.stores_zero_snr:
             raise ConfigError(
-                f"task.loss.zero_terminal_snr: no file of task.scheduler, {scheduler.to_config()['_class_name']}, can "
-                "say that the schedule was rescaled; use DDIMScheduler or DDPMScheduler"
+                f"task.loss.zero_terminal_snr: the configuration of task.scheduler, "
+                f"{scheduler.to_config()['_class_name']}, has no rescale_betas_zero_snr; use DDIMScheduler or "
+                "DDPMScheduler"
             )
         schedule = replace(scheduler.schedule, rescale_betas_zero_snr=True)
         scheduler = replace(scheduler, schedule=schedule, spacing="trailing")
     if scheduler.prediction_type == "epsilon" and scheduler.schedule.batch(torch.tensor([-1])).alpha == 0:
         raise ConfigError(
-            "task.scheduler.prediction_type is epsilon, which says nothing about x0 at the last timestep of a schedule "
-            "with zero terminal SNR; use v_prediction, or leave out task.loss.zero_terminal_snr and "
+            "task.scheduler.prediction_type is epsilon, from which x0 cannot be computed at the last timestep of a "
+            "schedule with zero terminal SNR; use v_prediction, or leave out task.loss.zero_terminal_snr and "
             "task.scheduler.rescale_betas_zero_snr"
         )
     return scheduler
@@ -70,16 +71,17 @@ def sample_errors(
     Args:
         output: of the UNet, [B, C, h, w] in any dtype.
         latents: without noise, [B, C, h, w].
-        noise: what was to be predicted, [B, C, h, w].
+        noise: the noise to predict, [B, C, h, w].
         level: of each sample.
         scheduler: its prediction type says what the output means.
         loss: what the recipe says.
-        mask: how much each place counts, [B, 1, h, w] in 0..1. The error is divided by the sum of the mask, as in
-            cloneofsimo's trainer, so that small subjects count as much as large ones; kohya's leaves that out, and so
-            lets a sample count by the share that its mask leaves. A mask that is 0 everywhere leaves no error.
+        mask: the weight of each place, [B, 1, h, w] in 0..1. The error is divided by the mean of the mask, as in
+            cloneofsimo's trainer, so that small subjects have the same weight as large ones; kohya's does not do that.
+            With a mask that is 0 everywhere the error is 0.
     """
-    wanted = target(latents, noise, level, scheduler.prediction_type)
-    errors = elementwise_error(output.float(), wanted, loss.kind, loss.huber_c)
+    # Targets: the noise, v = alpha * noise - sigma * x0 (arXiv:2202.00512, appendix D), or x0.
+    expected = target(latents, noise, level, scheduler.prediction_type)
+    errors = elementwise_error(output.float(), expected, loss.kind, loss.huber_c)
     if mask is None:
         errors = errors.mean(dim=(1, 2, 3))
     else:
@@ -91,7 +93,7 @@ def sample_errors(
 
 
 def level_weights(level: BatchNoiseLevel, prediction_type: PredictionType, loss: LatentLoss) -> Tensor:
-    """How much each sample counts for its noise level, [B] float32."""
+    """The weight of each sample by its noise level, [B] float32."""
     snr = signal_to_noise(level)
     weighting = loss.weighting
     if weighting is None:
@@ -103,14 +105,14 @@ def level_weights(level: BatchNoiseLevel, prediction_type: PredictionType, loss:
     return debiased_weights(snr, prediction_type)
 
 
-def elementwise_error(output: Tensor, wanted: Tensor, kind: ErrorKind, c: float) -> Tensor:
+def elementwise_error(output: Tensor, expected: Tensor, kind: ErrorKind, c: float) -> Tensor:
     """The error of each element, shaped like both.
 
     `l2` is the squared error; `huber` is ``2 c (sqrt(d**2 + c**2) - c)`` of the difference d (pseudo-Huber,
     arXiv:2403.16728): the squared error where d is far below c; `smooth_l1` is that divided by c: twice the absolute
     error where d is far above.
     """
-    squared = F.mse_loss(output, wanted, reduction="none")
+    squared = F.mse_loss(output, expected, reduction="none")
     if kind == "l2":
         return squared
     # 2 (sqrt(d**2 + c**2) - c), without the difference of two numbers that are nearly the same.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,28 +23,35 @@ from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TextToImageTask
 from latentgen.train.data import CaptionedDataset
-from latentgen.train.objectives.base import Check, unchecked
-from latentgen.train.objectives.finished import check_fit, load_vae, open_vae
+from latentgen.train.objectives.base import Preflight
 from latentgen.train.objectives.latent_diffusion import LatentObjective
-from latentgen.train.objectives.tokenizer import train_tokenizer
+from latentgen.train.objectives.pretrained import check_fit, load_vae, open_vae
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 _TOKENIZER = "tokenizer"
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+END_OF_WORD = "</w>"
+# Every byte, alone and at the end of a word, and the two special tokens.
+MIN_VOCAB_SIZE = 2 + 2 * 256
 
 
 class TextToImageObjective(LatentObjective[TextToImageTask]):
-    """A UNet that is shown nothing beside the noisy latents; the text encoder learns along with it, or is frozen.
+    """A UNet conditioned on captions alone; the text encoder is trained along with it, or frozen.
 
     Without an autoencoder the mean of the cached views is the pixels, and their standard deviation 0.
 
     Args:
         task: what the recipe says.
         data: the captioned images.
-        seed: the run's seed, which the cached views follow.
+        seed: the run's seed, which determines the cached views.
         device: where the images are encoded; the objective itself stays on the CPU.
-        init_from: a folder in the diffusers layout whose UNet, text encoder and tokenizer to begin with, instead of
+        init_from: a folder in the diffusers layout whose UNet, text encoder and tokenizer to start from, instead of
             random weights and a tokenizer made from the captions.
-        assets: the folder that `save_assets` wrote to, if the run is resumed.
-        check: looks at this objective before anything is encoded.
+        assets: the folder that `save_tokenizer` wrote to, if the run is resumed.
+        preflight: called with this objective before anything is encoded.
 
     Raises:
         ConfigError: a configuration is wrong, or they do not fit each other.
@@ -59,9 +68,9 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         device: torch.device,
         init_from: Path | None = None,
         assets: Path | None = None,
-        check: Check = unchecked,
+        preflight: Preflight | None = None,
     ) -> None:
-        super().__init__(task, data, device, Scheduler.from_config(task.scheduler))
+        super().__init__(task, data, Scheduler.from_config(task.scheduler))
         unet_config = UNetConfig.from_json(task.unet)
         text_config = CLIPTextConfig.from_json(task.text_encoder)
         vae, vae_config = open_vae(task.vae)
@@ -79,14 +88,15 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         self._text = _text_encoder(text_config, data, origin, assets)
         self._text.module.requires_grad_(task.train_text_encoder)
         self._vae = load_vae(vae)
-        self._look_ahead(data, seed, device, check)
-        self._prepare(data, seed, device)
+        self._preflight(seed, device, preflight)
+        self._prepare(seed, device)
 
-    def save_assets(self, folder: Path) -> None:
-        """Write the tokenizer: the weights are worth nothing with another one."""
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer, without which the weights are useless."""
         save_tokenizer(self._text.towers[0].tokenizer, folder / _TOKENIZER)
 
-    def _pipeline(self) -> TextToImagePipeline:
+    def pipeline(self) -> TextToImagePipeline:
+        """See LatentObjective.pipeline."""
         encoder, decoder = self._vae
         return TextToImagePipeline(
             self.unet,
@@ -99,11 +109,11 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
 
 
 def _load_unet(unet: UNet, origin: CheckpointFolder, reinit_layers: Sequence[str]) -> None:
-    """Give the UNet the weights of `origin`, all but those of its fresh layers, which may have other shapes there."""
+    """Load the weights of `origin`, except those of fresh layers, which may have other shapes there."""
     layers = dict(unet.named_children())
     if unknown := [name for name in reinit_layers if name not in layers]:
         raise ConfigError(
-            f"task.reinit_layers: {quote(unknown[0])} is no layer of this UNet; its layers are: {', '.join(layers)}"
+            f"task.reinit_layers: {quote(unknown[0])} is not a layer of this UNet; its layers are: {', '.join(layers)}"
         )
     kept = nn.ModuleDict({name: layer for name, layer in layers.items() if name not in reinit_layers})
     fresh_prefixes = tuple(f"{name}." for name in reinit_layers)
@@ -113,12 +123,12 @@ def _load_unet(unet: UNet, origin: CheckpointFolder, reinit_layers: Sequence[str
 def _text_encoder(
     config: CLIPTextConfig, data: CaptionedDataset, origin: CheckpointFolder | None, assets: Path | None
 ) -> CLIPText:
-    """The text encoder that the run begins with, and the run's tokenizer."""
+    """The text encoder that the run starts with, and the run's tokenizer."""
     kept = None if assets is None else assets / _TOKENIZER
     if kept is not None and not kept.is_dir():
         raise ResumeError(
-            f"{quote(kept)} is not there, and without the run's own tokenizer its weights are worth nothing: copy it "
-            "from a model that this run has saved, or start a new run"
+            f"{quote(kept)} is missing, and without the run's own tokenizer its weights are useless: copy it from a "
+            "model that this run has saved, or start a new run"
         )
     if origin is not None:
         tokenizer = origin.tokenizer("tokenizer") if kept is None else load_tokenizer(kept)
@@ -133,7 +143,46 @@ def _text_encoder(
         "eos_token_id": (config.eos_token_id, tokenizer.eos_token_id),
         "pad_token_id": (config.pad_token_id, tokenizer.pad_token_id),
     }
-    wrong = [f"{name} is {found} and must be {due}" for name, (found, due) in special.items() if found != due]
+    wrong = [f"{name} is {ours} and must be {its}" for name, (ours, its) in special.items() if ours != its]
     if wrong:
         raise ConfigError(f"task.text_encoder does not fit the tokenizer of the captions: {'; '.join(wrong)}")
     return CLIPText.from_config(config, tokenizer)
+
+
+def train_tokenizer(corpus: Sequence[str], *, vocab_size: int, max_length: int) -> CLIPTokenizer:
+    """A byte-pair tokenizer in CLIP's format: the most common pairs are merged (arXiv:1508.07909) until there are
+    `vocab_size` tokens.
+
+    Every byte is a token, alone and at the end of a word, so that any Unicode text can be tokenized. The same corpus
+    gives the same tokenizer in every process, and so in a resumed run.
+
+    Args:
+        corpus: the captions.
+        vocab_size: tokens at most, the two special ones and the 512 bytes included.
+        max_length: tokens of the text encoder's window.
+
+    Raises:
+        ConfigError: `vocab_size` is too small for the bytes.
+    """
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(
+            f"text_encoder.vocab_size is {vocab_size}; it must be at least {MIN_VOCAB_SIZE}, the number of bytes and "
+            "special tokens"
+        )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        # By default the trainer numbers the ends of words in the order of a hash table that differs in each
+        # process, and breaks the ties between pairs by these numbers. Special tokens are numbered as listed.
+        special_tokens=[BOS, EOS, *alphabet, *(byte + END_OF_WORD for byte in alphabet)],
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+    )
+    learner = CLIPTokenizer().backend_tokenizer
+    learner.train_from_iterator(corpus, trainer)
+    trained = json.loads(learner.to_str())["model"]
+    merges: Any = [(left, right) for left, right in trained["merges"]]
+    return CLIPTokenizer(vocab=trained["vocab"], merges=merges, model_max_length=max_length)

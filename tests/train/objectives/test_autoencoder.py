@@ -14,7 +14,7 @@ from torch import Tensor
 from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.train.config import AutoencoderTask, TrainConfig
 from latentgen.train.data import open_data, plan_step
-from latentgen.train.objectives.autoencoder import AutoencoderObjective, normalise_latents
+from latentgen.train.objectives.autoencoder import AutoencoderObjective, normalize_latents
 from tests.train.recipes import MakeRecipe
 
 
@@ -77,7 +77,7 @@ def test_normalising_changes_the_latents_and_no_reconstruction(
     with torch.no_grad():
         before = decoder(encoder(images).mean), decoder(encoder(images).sample(noise))
         kl = encoder(images).kl().mean()
-    normalise_latents(encoder, decoder, iter(images.split(4)))
+    normalize_latents(encoder, decoder, iter(images.split(4)))
     with torch.no_grad():
         latents = encoder(images).mean
         after = decoder(latents), decoder(encoder(images).sample(noise))
@@ -94,7 +94,7 @@ def test_a_dead_channel_stays_finite(autoencoder_recipe: MakeRecipe):
     with torch.no_grad():
         objective.encoder.quant_conv.weight[2].zero_()
         before = objective.decoder(objective.encoder(images).mean)
-    normalise_latents(objective.encoder, objective.decoder, iter([images]))
+    normalize_latents(objective.encoder, objective.decoder, iter([images]))
     latents = objective.encoder(images).mean
     assert latents[:, 2].abs().max() < 1e-5
     assert relative_error(objective.decoder(latents), before) < 1e-5
@@ -187,7 +187,7 @@ def test_images_of_several_sizes(autoencoder_recipe: MakeRecipe, image_folder: P
     assert shapes == {(16, 16): 6, (20, 12): 2, (12, 20): 1}
     batches = list(objective._calibration_batches())
     assert sum(len(batch) for batch in batches) == 9
-    normalise_latents(objective.encoder, objective.decoder, iter(batches))
+    normalize_latents(objective.encoder, objective.decoder, iter(batches))
     latents = torch.cat([objective.encoder(b).mean.transpose(0, 1).flatten(1) for b in batches], dim=1)
     torch.testing.assert_close(latents.mean(dim=1), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(latents.std(dim=1), torch.ones(4), atol=1e-4, rtol=0)

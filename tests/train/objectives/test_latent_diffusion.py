@@ -7,9 +7,8 @@ import torch
 
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import plan_step
-from latentgen.train.objectives.build import build_objective
-from latentgen.train.objectives.paired import PairedObjective
-from latentgen.train.objectives.upscale import UpscaleObjective
+from latentgen.train.objectives import build_objective
+from latentgen.train.objectives.image_conditioned import PairedObjective, UpscaleObjective
 from tests.train.recipes import COLOURS, MakeRecipe, plan_for
 
 

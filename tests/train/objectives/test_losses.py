@@ -19,7 +19,7 @@ from latentgen.errors import ConfigError
 from latentgen.train.config import LatentLoss
 from latentgen.train.data import Sample
 from latentgen.train.data.folder import ImageFolder
-from latentgen.train.objectives.build import build_objective
+from latentgen.train.objectives import build_objective
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.losses import (
     elementwise_error,
@@ -53,7 +53,7 @@ def gradients(objective: LatentObjective[Any], loss: Tensor) -> list[Tensor]:
 def output_of(objective: LatentObjective[Any], batch: tuple[Tensor, ...], noise: Tensor) -> Tensor:
     latents, _, timesteps, *shown = batch
     level = objective.scheduler.schedule.batch(timesteps)
-    text = objective._told.take(shown)
+    text = objective._conditioner.conditioning(shown)
     return objective._predict(add_noise(latents, noise, level), timesteps, text, *shown)
 
 
@@ -161,7 +161,7 @@ def test_what_does_not_fit_the_scheduler_is_refused():
         training_scheduler(pndm, LatentLoss(zero_terminal_snr=True))
     flow = Scheduler.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
     assert training_scheduler(flow, LatentLoss()) is flow
-    with pytest.raises(ConfigError, match="flow matching"):
+    with pytest.raises(ConfigError, match=r"task\.loss"):
         training_scheduler(flow, LatentLoss(zero_terminal_snr=True))
 
 
@@ -181,13 +181,13 @@ def half_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the images of folders masks: of even items the left half, of odd ones none."""
     original = ImageFolder.sample
 
-    def sample(self: ImageFolder, index: int, rng: Any) -> Sample:
+    def view(self: ImageFolder, index: int, rng: Any) -> Sample:
         seen = original(self, index, rng)
         mask = Image.new("L", seen.image.size, 0)
         mask.paste(255, (0, 0, mask.width // 2, mask.height))
         return seen if index % 2 else seen._replace(mask=mask)
 
-    monkeypatch.setattr(ImageFolder, "sample", sample)
+    monkeypatch.setattr(ImageFolder, "sample", view)
 
 
 def test_the_error_counts_within_the_mask(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):

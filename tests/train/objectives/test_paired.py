@@ -18,9 +18,9 @@ from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.pipelines.concat import ConcatImagePipeline
 from latentgen.train.config import Degradation, TrainConfig
 from latentgen.train.data import open_data, sample_rng, to_tensor
-from latentgen.train.objectives.build import build_objective
+from latentgen.train.objectives import build_objective
 from latentgen.train.objectives.degradation import DEGRADATIONS
-from latentgen.train.objectives.paired import PairedObjective
+from latentgen.train.objectives.image_conditioned import PairedObjective
 from tests.train.diffusers_loss import assert_the_loss_is_that_of_diffusers
 from tests.train.recipes import MakeRecipe, plan_for
 

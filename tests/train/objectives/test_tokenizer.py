@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from latentgen.errors import ConfigError
 from latentgen.models.text_loading import load_tokenizer
-from latentgen.train.objectives.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
+from latentgen.train.objectives.text_to_image import MIN_VOCAB_SIZE, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -76,6 +76,6 @@ def test_loads_in_transformers_from_disk(tokenizer: CLIPTokenizer, tmp_path: Pat
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused():
-    assert len(train_tokenizer(CORPUS, vocab_size=SMALLEST_VOCABULARY, max_length=8)) == SMALLEST_VOCABULARY
+    assert len(train_tokenizer(CORPUS, vocab_size=MIN_VOCAB_SIZE, max_length=8)) == MIN_VOCAB_SIZE
     with pytest.raises(ConfigError, match="vocab_size is 513"):
-        train_tokenizer(CORPUS, vocab_size=SMALLEST_VOCABULARY - 1, max_length=8)
+        train_tokenizer(CORPUS, vocab_size=MIN_VOCAB_SIZE - 1, max_length=8)

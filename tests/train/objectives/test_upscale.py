@@ -17,7 +17,7 @@ from latentgen.pipelines.upscale import UpscalePipeline
 from latentgen.train.config import TrainConfig, UpscaleTask
 from latentgen.train.data import open_data
 from latentgen.train.objectives.degradation import lower_resolution
-from latentgen.train.objectives.upscale import UpscaleObjective
+from latentgen.train.objectives.image_conditioned import UpscaleObjective
 from tests.train.diffusers_loss import assert_the_loss_is_that_of_diffusers
 from tests.train.recipes import MakeRecipe, plan_for
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from latentgen.models.text import CLIPText, Conditioning
 from latentgen.train.config import TrainConfig
-from latentgen.train.objectives import latent_diffusion
-from latentgen.train.objectives.build import build_objective
+from latentgen.train.host_memory import temporarily_on
+from latentgen.train.objectives import build_objective, latent_diffusion
 from latentgen.train.objectives.latent_diffusion import LatentObjective
-from latentgen.train.objectives.lent import lent
 from latentgen.train.trainer import train
 from tests.train.finetuning import CAPTIONS, Pictures, folder_of, objective_of
 from tests.train.recipes import COLOURS, MakeRecipe, plan_for
@@ -143,11 +142,11 @@ def test_processes_that_prepare_batches_change_nothing(
     assert_same_checkpoint(runs[1].output_dir / last, runs[0].output_dir / last)
 
 
-def test_lent_networks_come_back_as_the_same_tensors():
+def test_networks_that_were_on_another_device_have_the_same_tensors():
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     tensors = {name: tensor.data_ptr() for name, tensor in network.state_dict().items()}
     learnt = list(network.parameters())
-    with lent(network, torch.device("meta")):
+    with temporarily_on(network, torch.device("meta")):
         assert all(tensor.is_meta for tensor in network.state_dict().values())
     assert {name: tensor.data_ptr() for name, tensor in network.state_dict().items()} == tensors
     assert all(now is then for now, then in zip(network.parameters(), learnt, strict=True))

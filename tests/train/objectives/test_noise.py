@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from latentgen.train.config import LatentLoss, PyramidNoise
 from latentgen.train.data import BatchIndices, BucketSampler, plan_step
-from latentgen.train.objectives.noising import perturbed_noise, pyramid_noise, training_noise
+from latentgen.train.objectives.noise import perturbed_noise, pyramid_noise, training_noise
 
 SHAPE = (4, 16, 16)
 KINDS = [

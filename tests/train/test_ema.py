@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentgen.train.objectives.standing_in import standing_in
+from latentgen.train.ema import ema_scope
 
 
 def make_model() -> nn.Sequential:
@@ -19,7 +19,7 @@ def test_inside_it_is_the_finished_one():
     model = make_model()
     weights = {"0.bias": torch.arange(4.0, dtype=torch.float64)}
     kernel = model[0].get_parameter("weight").clone()
-    with standing_in(model, weights):
+    with ema_scope(model, weights):
         assert not any(part.training for part in model.modules())
         bias = model[0].get_parameter("bias")
         assert torch.equal(bias, torch.arange(4.0))
@@ -39,7 +39,7 @@ def test_afterwards_it_is_what_it_was_even_after_an_error(fails: bool):
     expected = torch.randn(4)
     torch.manual_seed(3)
     try:
-        with standing_in(model, {name: torch.ones_like(p) for name, p in parameters.items()}):
+        with ema_scope(model, {name: torch.ones_like(p) for name, p in parameters.items()}):
             torch.randn(100)
             if fails:
                 raise ValueError

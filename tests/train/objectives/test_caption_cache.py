@@ -11,7 +11,7 @@ from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import ConfigError, InputError
 from latentgen.models.text import CLIPText, CLIPTextPair, Conditioning, TextEncoder
 from latentgen.pipelines.load_save import LoadOptions, load_text_encoder
-from latentgen.train.objectives.text_cache import TextCache
+from latentgen.train.objectives.text_conditioning import CaptionCache
 from tests.pipelines.sdxl import build_base
 
 CPU = torch.device("cpu")
@@ -44,73 +44,68 @@ def assert_same(ours: Conditioning, theirs: Conditioning) -> None:
 def test_it_is_what_the_encoder_gives(text: TextEncoder, tmp_path: Path):
     expected = text.encode(CAPTIONS)
     for cache_dir in (None, tmp_path):
-        found = TextCache(text, device=CPU, cache_dir=cache_dir).encode(CAPTIONS)
-        assert found.context.shape == expected.context.shape
-        torch.testing.assert_close(found.context, expected.context, atol=2e-6, rtol=1e-5)
-        torch.testing.assert_close(found.pooled, expected.pooled, atol=2e-6, rtol=1e-5)
+        actual = CaptionCache(text, CPU, cache_dir).encode(CAPTIONS)
+        assert actual.context.shape == expected.context.shape
+        torch.testing.assert_close(actual.context, expected.context, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(actual.pooled, expected.pooled, atol=2e-6, rtol=1e-5)
 
 
 def test_a_caption_gives_the_same_whatever_is_beside_it(text: TextEncoder, tmp_path: Path):
-    alone = TextCache(text, device=CPU)
+    alone = CaptionCache(text, CPU)
     for captions in (["tiger"], CAPTIONS, ["dog", "red dog"]):
-        first = TextCache(text, device=CPU, cache_dir=tmp_path)
+        first = CaptionCache(text, CPU, tmp_path)
         first.add(captions)
         assert_same(first.encode(captions), alone.encode(captions))
-    assert_same(TextCache(text, device=CPU, cache_dir=tmp_path).encode(CAPTIONS), alone.encode(CAPTIONS))
+    assert_same(CaptionCache(text, CPU, tmp_path).encode(CAPTIONS), alone.encode(CAPTIONS))
 
 
 def test_each_caption_is_encoded_once(text: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     encoded: list[str] = []
-    encode = TextCache._encode
+    encode = CaptionCache._encode
 
-    def counting(self: TextCache, captions: list[str], keys: list[str]) -> None:
+    def counting(self: CaptionCache, captions: list[str], keys: list[str]) -> None:
         encoded.extend(captions)
         encode(self, captions, keys)
 
-    monkeypatch.setattr(TextCache, "_encode", counting)
-    cache = TextCache(text, device=CPU, cache_dir=tmp_path)
+    monkeypatch.setattr(CaptionCache, "_encode", counting)
+    cache = CaptionCache(text, CPU, tmp_path)
     cache.add(CAPTIONS)
     assert sorted(encoded) == sorted(set(CAPTIONS))
-    TextCache(text, device=CPU, cache_dir=tmp_path).add(CAPTIONS)
+    CaptionCache(text, CPU, tmp_path).add(CAPTIONS)
     cache.encode([*CAPTIONS, "new"])
     assert sorted(encoded) == sorted({*CAPTIONS, "new"})
 
 
-def test_other_weights_layers_and_dtypes_are_kept_apart(text: TextEncoder, tmp_path: Path):
-    first = TextCache(text, device=CPU, cache_dir=tmp_path).encode(["red dog"])
-    skipped = TextCache(text, device=CPU, cache_dir=tmp_path, clip_skip=1).encode(["red dog"])
-    torch.testing.assert_close(skipped.context, text.encode(["red dog"], clip_skip=1).context)
-    assert not torch.equal(skipped.context, first.context)
-    half = TextCache(text, device=CPU, cache_dir=tmp_path, dtype=torch.bfloat16).encode(["red dog"])
-    assert torch.equal(half.context, first.context.bfloat16())
+def test_other_weights_have_other_entries(text: TextEncoder, tmp_path: Path):
+    first = CaptionCache(text, CPU, tmp_path).encode(["red dog"])
     with torch.no_grad():
         next(text.module.parameters()).add_(0.1)
-    changed = TextCache(text, device=CPU, cache_dir=tmp_path).encode(["red dog"])
+    changed = CaptionCache(text, CPU, tmp_path).encode(["red dog"])
     assert not torch.equal(changed.context, first.context)
 
 
-def test_damaged_entries_are_made_anew(text: TextEncoder, tmp_path: Path):
-    expected = TextCache(text, device=CPU, cache_dir=tmp_path).encode(CAPTIONS)
+def test_damaged_entries_are_computed_again(text: TextEncoder, tmp_path: Path):
+    expected = CaptionCache(text, CPU, tmp_path).encode(CAPTIONS)
     for file in tmp_path.rglob("*.safetensors"):
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data)
     with pytest.warns(UserWarning, match="damaged and is deleted"):
-        mended = TextCache(text, device=CPU, cache_dir=tmp_path).encode(CAPTIONS)
-    assert_same(mended, expected)
+        fixed = CaptionCache(text, CPU, tmp_path).encode(CAPTIONS)
+    assert_same(fixed, expected)
 
 
 def test_captions_that_cannot_be_encoded(text: TextEncoder):
     with pytest.raises(InputError, match="NUL"):
-        TextCache(text, device=CPU).add(["a\0b"])
+        CaptionCache(text, CPU).add(["a\0b"])
 
 
 def test_workers_cannot_use_an_accelerator(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     text = load_text_encoder(CheckpointFolder.open(tiny_checkpoint), LoadOptions(torch.float32, CPU))
-    cache = TextCache(text, device=CPU)
+    cache = CaptionCache(text, CPU)
     cache.add(["red dog"])
     monkeypatch.setattr(cache, "_device", torch.device("cuda"))
     monkeypatch.setattr("latentgen.train.distributed.get_worker_info", lambda: "one of two")
     cache.encode(["red dog"])
-    with pytest.raises(ConfigError, match=r"caption.*cuda.*workers"):
+    with pytest.raises(ConfigError, match=r"cuda.*workers"):
         cache.encode(["cat"])
