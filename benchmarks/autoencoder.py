@@ -53,7 +53,7 @@ def main() -> None:
     folder = resolve(options.folder)
     emoji = EmojiSet()
     sets = {
-        "white ground, centred": [emoji.render(i, GlyphPlacement(58)) for i in range(len(emoji))],
+        "white ground, centered": [emoji.render(i, GlyphPlacement(58)) for i in range(len(emoji))],
         "random views": [emoji.sample(i, random.Random(f"evaluation/{i}")).image for i in range(len(emoji))],
     }
     for name, images in sets.items():

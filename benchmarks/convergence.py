@@ -35,14 +35,14 @@ def main() -> int:
     colors = {order: iter(values) for order, values in COLORS.items()}
     for solver, order in ORDERS.items():
         errors = [error(solver, num_steps) for num_steps in STEP_COUNTS]
-        shown = slope(errors)
+        measured = slope(errors)
         least, most = SLOPES[order]
         required = f"{least} to {most}" if math.isfinite(most) else f"at least {least}"
-        _print_row((solver, *(f"{value:.1e}" for value in errors), f"{shown:.2f}", required), widths)
-        if not least <= shown <= most:
+        _print_row((solver, *(f"{value:.1e}" for value in errors), f"{measured:.2f}", required), widths)
+        if not least <= measured <= most:
             missed.append(solver)
         points = list(zip(map(float, STEP_COUNTS), errors, strict=True))
-        lines[f"{solver}  {shown:.2f}"] = (next(colors[order]), points)
+        lines[f"{solver}  {measured:.2f}"] = (next(colors[order]), points)
     if arguments.plot:
         log_log_plot(
             arguments.plot,

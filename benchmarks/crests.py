@@ -1,9 +1,9 @@
-"""A concept that the embedded model does not know: a crest of two colours, drawn with Pillow.
+"""A concept that the embedded model does not know: a crest of two colors, drawn with Pillow.
 
-    python -m benchmarks.crests configs/train/crests      write the training set that lies there
+    python -m benchmarks.crests configs/train/crests      write the training set to that folder
 
 A heater shield, parted per pale teal and orange, with a white star: turned, moved and scaled a little, half of the
-images on white and half on one of five colours.
+images on white and half on one of five colors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FINER = 8
 
 
 class Placement(NamedTuple):
-    """Where the crest stands: its height in pixels, how far from the centre, and how far it is turned, in degrees."""
+    """The crest's height and offset from the center, in pixels, and its rotation, in degrees."""
 
     size: float = 52
     across: float = 0

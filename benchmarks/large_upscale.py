@@ -3,7 +3,7 @@
     python -m benchmarks.large_upscale [--model FOLDER] [--side 1024] [--steps 4] [--output FILE]
 
 The image is a page of emoji of random sizes. At each border of tiles the mean jump between the pixels
-on either side is compared with those between neighbouring pixels nearby. Ends with 1 where one is larger than all of
+on either side is compared with those between neighboring pixels nearby. Ends with 1 where one is larger than all of
 these. Needs Debian's `fonts-noto-color-emoji` and `unicode-cldr-core`, and the `train` extra.
 """
 
@@ -26,7 +26,7 @@ from latentgen.pipelines.upscale import DEFAULT_TILE, UpscalePipeline
 from latentgen.train.data.emoji import GROUNDS, EmojiSet, GlyphPlacement
 
 CELL = 118
-# How many columns or rows on either side of a border are its neighbours.
+# How many columns or rows on either side of a border are its neighbors.
 NEIGHBOURS = 12
 
 
@@ -49,13 +49,13 @@ def main() -> int:
     print(f"{size} in {seconds:.0f} s; peak {peak:.0f} MB, of which before the call {before:.0f} MB")
     ratios = border_jumps(np.asarray(large, dtype=np.float32), arguments.tile, pipeline.scale)
     print(
-        f"jump at a border over the largest beside it: {max(ratios):.2f} at most, over {len(ratios)} borders"
+        f"jump at a border over the largest next to it: {max(ratios):.2f} at most, over {len(ratios)} borders"
     )
     return int(max(ratios) > 1)
 
 
 def page(side: int, seed: int) -> Image.Image:
-    """A square page of emoji on grounds of all colours, whose own edges are at no tile's border."""
+    """A square page of emoji on grounds of all colors, whose own edges are at no tile's border."""
     rng = random.Random(seed)
     emoji = EmojiSet(image_size=CELL)
     paper = Image.new("RGB", (side, side))
@@ -67,7 +67,7 @@ def page(side: int, seed: int) -> Image.Image:
 
 
 def border_jumps(image: np.ndarray, tile: int, scale: int) -> list[float]:
-    """For each border of tiles of an image [H, W, 3]: its mean jump over the largest among its neighbours."""
+    """For each border of tiles of an image [H, W, 3]: its mean jump over the largest among its neighbors."""
     ratios = []
     for axis in (0, 1):
         jumps = np.abs(np.diff(image, axis=axis)).mean(axis=(1 - axis, 2))

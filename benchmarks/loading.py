@@ -1,4 +1,4 @@
-"""Loading Stable Diffusion 1.5 in float16 beside diffusers: seconds, and peak memory over the size of the weights.
+"""Loading Stable Diffusion 1.5 in float16 next to diffusers: seconds, and peak memory over the size of the weights.
 
     python -m benchmarks.loading [--rounds 5] [--scratch FOLDER]
 
@@ -161,7 +161,7 @@ def peak_memory() -> Iterator[dict[str, float]]:
 
     Pages of a mapped file count as far as they were read; the system can drop them and read them again.
     """
-    Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, found, done = _memory(), {}, threading.Event()
     anonymous = [before["RssAnon"]]
 
@@ -209,7 +209,7 @@ def draw_image(scratch: Path) -> None:
 
 
 def _holds(ours: Measures, peer: Measures) -> bool:
-    """Print how the folder stands to its limits, and whether it keeps both."""
+    """Print both ratios next to their limits; whether both hold."""
     limits = {
         "seconds of the call, over those of diffusers": (ours["load"] / peer["load"], MOST_OF_PEER_TIME),
         "peak memory, over the weights": (ours["peak"] / ours["weights"], MOST_OF_WEIGHTS),
@@ -227,7 +227,7 @@ def _in_child(name: str, scratch: Path) -> Measures:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="loading at full Stable Diffusion 1.5 size, beside diffusers"
+        description="loading at full Stable Diffusion 1.5 size, next to diffusers"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

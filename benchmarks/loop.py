@@ -1,12 +1,12 @@
-"""The sampling loop beside diffusers', with networks that give back what they are given: what a step costs besides.
+"""The sampling loop next to diffusers', around identity networks: what a step costs apart from the network.
 
     python -m benchmarks.loop [--solvers euler ddim] [--rounds 9]
 
 Both pipelines run whole on the CPU, text encoder included, with classifier-free guidance and latents of 64x64; the time
 of a step is the difference between a run of many steps and one of few. It is the processor's time, in which a busy
 machine hardly shows. Noise for the stochastic solvers is drawn by the same generator in both, which is most of what
-their steps take: it is told apart. Ends with 1 where the rest of a step takes more than half of diffusers' time. Needs
-the `dev` extra.
+their steps take: it is listed apart. Exits with 1 where the rest of a step takes more than half of diffusers' time.
+Needs the `dev` extra.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _with_scheduler(pipeline: Pipeline, scheduler: Scheduler) -> Pipeline:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="the sampling loop of latentgen beside diffusers'")
+    parser = argparse.ArgumentParser(description="the sampling loop of latentgen next to diffusers'")
     # That of flow matching wants a model of its own; its step is Euler's.
     usual = [name for name in SOLVER_TABLE if name != "flow_euler"]
     parser.add_argument("--solvers", nargs="+", default=usual, choices=SOLVER_NAMES)

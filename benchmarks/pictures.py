@@ -57,23 +57,23 @@ def noise_level_rows() -> list[tuple[str, list[Image.Image]]]:
     """The 64x64 images of a cascade, and a row for each noise level that they are upscaled at."""
     cascade = CascadePipeline.from_pretrained()
     results = cascade.stream(NOISE_PROMPTS, seed=[SEED] * len(NOISE_PROMPTS))
-    shown = next(_pictures(result.images) for result in results if result.index == 2)
+    inputs = next(_pictures(result.images) for result in results if result.index == 2)
     upscale = UpscalePipeline.from_pretrained()
-    rows = [("input", shown)]
+    rows = [("input", inputs)]
     for level in NOISE_LEVELS:
-        output = upscale(list(NOISE_PROMPTS), image=shown, noise_level=level, seed=[SEED] * len(shown))
+        output = upscale(list(NOISE_PROMPTS), image=inputs, noise_level=level, seed=[SEED] * len(inputs))
         images = _pictures(output.images)
         small = [
-            image.resize(one.size, Image.Resampling.BOX) for image, one in zip(images, shown, strict=True)
+            image.resize(one.size, Image.Resampling.BOX) for image, one in zip(images, inputs, strict=True)
         ]
-        error = np.square(np.subtract(np.asarray(small, np.float64), np.asarray(shown, np.float64))).mean()
-        print(f"level {level:3}: made small again, {10 * np.log10(255**2 / error):.1f} dB to the input")
+        error = np.square(np.subtract(np.asarray(small, np.float64), np.asarray(inputs, np.float64))).mean()
+        print(f"level {level:3}: downscaled, {10 * np.log10(255**2 / error):.1f} dB to the input")
         rows.append((f"level {level}", images))
     return rows
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Labelled rows of images, all enlarged to one size without smoothing."""
+    """Labeled rows of images, all enlarged to one size without smoothing."""
     columns = max(len(images) for _, images in rows)
     paper = Image.new("RGB", (MARGIN + columns * (SIDE + GAP), len(rows) * (SIDE + GAP)), PAPER)
     draw = ImageDraw.Draw(paper)

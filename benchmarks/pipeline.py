@@ -1,8 +1,8 @@
-"""The whole text-to-image pipeline beside diffusers' on the same folder, from the prompt to the pixels.
+"""The whole text-to-image pipeline next to diffusers' on the same folder, from the prompt to the pixels.
 
     python -m benchmarks.pipeline [FOLDER] [--steps 25] [--rounds 9]
 
-Both draw the same image, in float32 on the CPU unless told otherwise. diffusers runs in both memory layouts; the
+Both draw the same image, in float32 on the CPU by default. diffusers runs in both memory layouts; the
 ratio is to the faster one. Needs the `dev` extra.
 """
 
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="latentgen beside diffusers, whole pipeline")
+    parser = argparse.ArgumentParser(description="latentgen next to diffusers, whole pipeline")
     parser.add_argument(
         "folder", type=Path, nargs="?", help="diffusers layout; by default the embedded model"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 1000, 700
-# The frame of the plot, in pixels: left, top, right, bottom; the legend stands right of it.
+# The frame of the plot, in pixels: left, top, right, bottom; the legend is to its right.
 FRAME = (90, 30, 770, 620)
 # Drawn at so many times the size, which smooths the lines.
 SCALE = 3

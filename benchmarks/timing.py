@@ -26,7 +26,7 @@ def interleaved(
         run()
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for round_number in range(rounds):
-        # The order turns, so that no one always follows the same neighbour.
+        # The order turns, so that no one always follows the same neighbor.
         names = list(work)[round_number % len(work) :] + list(work)[: round_number % len(work)]
         for name in names:
             _wait()

@@ -1,10 +1,10 @@
-"""Training steps beside diffusers' example scripts: seconds, and peak memory, for the same LoRA and full fine-tuning.
+"""Training steps next to diffusers' example scripts: seconds, and peak memory, for the same LoRA and full fine-tuning.
 
     python -m benchmarks.training --scripts diffusers/examples/text_to_image [--size sd15] [--rounds 3]
 
 `--scripts` is that folder of a checkout of diffusers, at the tag that is installed. Random weights, tiny or of the
 geometry of Stable Diffusion 1.5 (some 5 GB, read from the system's cache), and captioned images are written once; each
-run is a process of its own, both sides in turn with the same batch, resolution, rank, optimiser, clipping and threads.
+run is a process of its own, both sides in turn with the same batch, resolution, rank, optimizer, clipping and threads.
 Here the latents are encoded before the first step, which the column `start` includes; diffusers' scripts encode in
 every step. Both train in float32, or under autocast with `--precision bf16`, in which the script of LoRA holds the
 weights in bf16, too.
@@ -14,7 +14,7 @@ Memory is the peak of resident pages (VmHWM), those of mapped files included: un
 A process is ended once it has counted enough, so what it saves does not count.
 
 Exits with 1 if a step takes more than 0.85 of diffusers' time, or a run more than 0.7 of its memory. Needs Linux, and
-the `dev` extra, torchvision besides.
+the `dev` extra, and torchvision.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BARS = {PEER: "Steps", OURS: "finetune"}
 RATE = 1e-4
 IMAGES = 8
 SUBJECTS = ("slice of pizza", "tiger face", "rocket", "a photograph of an astronaut riding a horse")
-# Steps that a run is told of but never reaches: its last one would include what it saves.
+# More steps than a run reaches: its last one would include saving.
 SPARE = 1000
 COLUMNS, ROWS = 200, 40
 SD15 = Path(__file__).parent.parent / "configs" / "sd15"
@@ -216,7 +216,7 @@ def peer_command(method: str, scratch: Path, output: Path, options: argparse.Nam
 
 
 def our_command(method: str, scratch: Path, output: Path, options: argparse.Namespace) -> list[str]:
-    """The trainer with the same recipe, written beside `output`."""
+    """The trainer with the same recipe, written next to `output`."""
     recipe = {
         "output_dir": str(output),
         "init_from": str(scratch / "model"),
@@ -282,7 +282,7 @@ def watched(command: Sequence[str], environment: Mapping[str, str], bar: str, st
             if count is not None and count > seen:
                 yield Sight(count, now, _seconds_on_a_core(process.pid), _peak_memory(process.pid))
                 if seen < 0:
-                    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # begins the peak anew
+                    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # resets the peak
                 seen = count
     finally:
         process.kill()

@@ -33,7 +33,7 @@ IMAGE_SIDE = 512
 LATENTS = (4, 64, 64)
 TOKENS = 77
 FLOAT, HALF = 4, 2
-# Bytes of an optimiser step for each parameter: AdamW reads four floats and writes three, the moving average reads two
+# Bytes of an optimizer step for each parameter: AdamW reads four floats and writes three, the moving average reads two
 # and writes one, clipping reads the gradient twice and writes it once.
 UPDATE_BYTES = FLOAT * (7 + 3 + 3)
 # Weights, moving average and AdamW's two moments.

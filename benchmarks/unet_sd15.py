@@ -1,4 +1,4 @@
-"""The stages of Stable Diffusion 1.5 beside diffusers and transformers: agreement, and the UNet's time per step.
+"""The stages of Stable Diffusion 1.5 next to diffusers and transformers: agreement, and the UNet's time per step.
 
     python -m benchmarks.unet_sd15 [--config FOLDER] [--rounds 5] [--size 64]
 

@@ -1,4 +1,4 @@
-"""How close an upscaler comes to emoji that its training has not seen, beside Lanczos.
+"""How close an upscaler comes to emoji that its training has not seen, next to Lanczos.
 
     python -m benchmarks.upscaling                                             the embedded model, 200 emoji
     python -m benchmarks.upscaling --model runs/emoji_upscale_128/model        one that was trained
@@ -126,13 +126,13 @@ def main() -> int:
     side = pipeline.unet.config.sample_size
     assert isinstance(side, int), "the recipes train with squares"
     size = side * pipeline.decoder.config.spatial_factor
-    shown = examples(options.count, size, pipeline.scale)
-    truth = to_tensor(shown.images)
-    enlarged = [image.resize((size, size), Image.Resampling.LANCZOS) for image in shown.low_res]
+    samples = examples(options.count, size, pipeline.scale)
+    truth = to_tensor(samples.images)
+    enlarged = [image.resize((size, size), Image.Resampling.LANCZOS) for image in samples.low_res]
     results = {
         "Lanczos": to_tensor(enlarged),
-        "most faithful": upscale(pipeline, shown.low_res, shown.names, FAITHFUL),
-        "usual": upscale(pipeline, shown.low_res, shown.names, USUAL),
+        "most faithful": upscale(pipeline, samples.low_res, samples.names, FAITHFUL),
+        "usual": upscale(pipeline, samples.low_res, samples.names, USUAL),
         "autoencoder alone": reconstruct(pipeline, truth),
     }
     print(f"{options.count} emoji, {size // pipeline.scale} -> {size}; {FAITHFUL}; usual {USUAL}")
@@ -142,9 +142,9 @@ def main() -> int:
         relative = gradient(images) / sharpness
         print(f"{name:18} PSNR {found:5.2f} dB ({found - base:+.2f}), sharpness {relative:.3f}")
     if options.sheet:
-        write_sheet(options.sheet, shown, {"Lanczos": enlarged, "model": to_pil(results["most faithful"])})
+        write_sheet(options.sheet, samples, {"Lanczos": enlarged, "model": to_pil(results["most faithful"])})
     own = psnr(results["most faithful"], truth)
-    turned = upscale(pipeline, shown.low_res[1:] + shown.low_res[:1], shown.names, FAITHFUL)
+    turned = upscale(pipeline, samples.low_res[1:] + samples.low_res[:1], samples.names, FAITHFUL)
     followed, named = psnr(turned, truth.roll(-1, dims=0)), psnr(turned, truth)
     print(
         f"given the next image: PSNR {followed:.2f} dB to that one, {named:.2f} dB to the one that is named"
@@ -152,10 +152,10 @@ def main() -> int:
     return int(own < base + ASKED_GAIN or followed < own - SLACK)
 
 
-def write_sheet(path: Path, shown: Examples, results: Mapping[str, Sequence[Image.Image]]) -> None:
+def write_sheet(path: Path, samples: Examples, results: Mapping[str, Sequence[Image.Image]]) -> None:
     """A row for each of some emoji: the input, the results and the truth, enlarged without smoothing."""
-    columns = [shown.low_res, *results.values(), shown.images]
-    chosen = [place * len(shown.names) // SHEET_IMAGES for place in range(SHEET_IMAGES)]
+    columns = [samples.low_res, *results.values(), samples.images]
+    chosen = [place * len(samples.names) // SHEET_IMAGES for place in range(SHEET_IMAGES)]
     sheet = Image.new("RGB", (len(columns) * SHEET_SIDE, SHEET_IMAGES * SHEET_SIDE))
     for row, index in enumerate(chosen):
         for column, images in enumerate(columns):
