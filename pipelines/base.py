@@ -17,9 +17,9 @@ from latentgen.adapters.lora_files import read_lora
 from latentgen.adapters.lora_layers import shared_copy
 from latentgen.adapters.textual_inversion import read_embedding
 from latentgen.adapters.textual_inversion import with_embedding as with_vectors
-from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint, CheckpointFolder, resolve
+from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, CheckpointFolder, resolve
 from latentgen.checkpoints.identify import DeclaredPrediction
-from latentgen.checkpoints.single_file import SingleFile, with_vae
+from latentgen.checkpoints.single_file import Checkpoint, SingleFile, with_vae
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, InputError
 from latentgen.files import quote
@@ -175,7 +175,6 @@ class Pipeline(ABC):
             OfflineError: the Hub is needed and cannot be reached.
             MemoryBudgetError: the weights do not fit into memory.
         """
-        checkpoint: Checkpoint
         if source is None and revision is None:
             checkpoint = cls._embedded()
         else:
@@ -185,7 +184,7 @@ class Pipeline(ABC):
         return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, variant=variant, memory=memory)
 
     @classmethod
-    def _embedded(cls) -> Checkpoint:
+    def _embedded(cls) -> CheckpointFolder:
         """The model that ships with the package; InputError if there is none of this kind."""
         checkpoint = CheckpointFolder.open(EMBEDDED_DEFAULT)
         if checkpoint.model_index.get("_class_name") not in cls.supported_classes:
@@ -236,7 +235,7 @@ class Pipeline(ABC):
         variant: str | None = None,
         memory: MemoryPolicy | None = None,
     ) -> Self:
-        """Load a pipeline from an opened checkpoint: a CheckpointFolder, a SingleFile, or parts of several.
+        """Load a pipeline from an opened checkpoint: a CheckpointFolder or a SingleFile.
 
         Arguments and errors are those of :meth:`from_pretrained`.
         """

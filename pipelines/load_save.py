@@ -13,18 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from latentgen.checkpoints.folder import (
-    LAYOUT_VERSION,
-    SCHEDULERS,
-    TOKENIZERS,
-    Checkpoint,
-    save_weights,
-    write_json,
-)
+from latentgen.checkpoints.folder import LAYOUT_VERSION, SCHEDULERS, TOKENIZERS
+from latentgen.checkpoints.single_file import Checkpoint
+from latentgen.checkpoints.weights import save_weights
 from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
-from latentgen.files import quote
+from latentgen.files import quote, write_json
 from latentgen.models.config import CLIPTextConfig, VAEConfig
 from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder, PixelEncoder

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentgen.checkpoints.cascade import open_cascade
-from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint
+from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, CheckpointFolder
+from latentgen.checkpoints.single_file import Checkpoint
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
 from latentgen.files import quote
@@ -115,7 +116,7 @@ class UpscalePipeline(Pipeline):
             )
 
     @classmethod
-    def _embedded(cls) -> Checkpoint:
+    def _embedded(cls) -> CheckpointFolder:
         return open_cascade(EMBEDDED_DEFAULT)[-1][1]
 
     @classmethod

@@ -134,7 +134,7 @@ class TensorCache:
                 warnings.warn(f"{quote(file)} of the cache is ignored: {error}", stacklevel=2)
             return
         matches = {name: _NAME.fullmatch(name) for name in pack.header}
-        if not all(matches.values()) or pack.header.metadata.keys() != pack.header.tensors.keys():
+        if not all(matches.values()) or pack.header.metadata.keys() != pack.header.keys():
             self._discard(file, "not a pack of this cache")
             return
         names: dict[str, tuple[str, ...]] = {}

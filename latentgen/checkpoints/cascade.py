@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from latentgen.checkpoints.folder import CheckpointFolder, CombinedCheckpoint
+from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import CheckpointNotFoundError
 from latentgen.files import quote, read_json, safe_join
 from latentgen.models.config import StageConfig
@@ -50,7 +50,7 @@ class CascadeIndex(StageConfig):
     stages: Annotated[tuple[StageEntry, ...], Field(min_length=1, max_length=MAX_STAGES)]
 
 
-def open_cascade(folder: Path) -> list[tuple[StageEntry, CombinedCheckpoint]]:
+def open_cascade(folder: Path) -> list[tuple[StageEntry, CheckpointFolder]]:
     """The stages of a cascade, in the order in which they run; reads no weights.
 
     Raises:
@@ -65,10 +65,7 @@ def open_cascade(folder: Path) -> list[tuple[StageEntry, CombinedCheckpoint]]:
             f"{quote(folder)} has no {INDEX}, which names the folders of a cascade's stages; load a single model with "
             "its own pipeline"
         )
-    stages = []
-    for entry in CascadeIndex.from_json(read_json(path)).stages:
-        own = CheckpointFolder.open(safe_join(folder, entry.folder, f"{quote(path)}, stages"))
-        shared = CheckpointFolder(folder, own.model_index)
-        absent = [name for name in own.components if not own.folder(name).is_dir()]
-        stages.append((entry, CombinedCheckpoint(own, dict.fromkeys(absent, shared))))
-    return stages
+    entries = CascadeIndex.from_json(read_json(path)).stages
+    folders = (safe_join(folder, entry.folder, f"{quote(path)}, stages") for entry in entries)
+    opened = (CheckpointFolder.open(stage, shared=folder) for stage in folders)
+    return list(zip(entries, opened, strict=True))

@@ -1,71 +1,74 @@
-"""Converts checkpoints: pickles to safetensors in a child process with limits, other layouts, other precisions."""
+"""Converts checkpoints: pickles to safetensors, one layout to another, one precision to another.
+
+Weights are mapped and written piece by piece: memory never holds a whole file.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from latentgen.checkpoints.folder import CheckpointFolder, as_path
+from latentgen.checkpoints.folder import SCHEDULERS, TOKENIZERS, CheckpointFolder, as_path, config_name
 from latentgen.checkpoints.identify import DeclaredPrediction
-from latentgen.checkpoints.io import is_pickle, open_checkpoint, read_header
-from latentgen.checkpoints.rewrite import (
-    Written,
-    component_files,
-    convert_file,
-    convert_folder,
-    write_folder,
-    write_single_file,
-)
-from latentgen.checkpoints.single_file import SingleFile
-from latentgen.checkpoints.weights import variant_infix
+from latentgen.checkpoints.io import MappedFile, TensorInfo, is_pickle, open_checkpoint, write_tensors
+from latentgen.checkpoints.key_map import original_key_maps, to_original
+from latentgen.checkpoints.single_file import Checkpoint, SingleFile
+from latentgen.checkpoints.unpickle import unpickle
+from latentgen.checkpoints.weights import encode_index, index_name, shard_names, variant_infix
+from latentgen.diffusion.scheduler_config import prediction_type as scheduler_prediction
 from latentgen.errors import (
     CheckpointCorruptError,
-    CheckpointError,
     CheckpointNotFoundError,
-    CheckpointValueError,
+    ConfigError,
     InputError,
     OutputError,
-    UnsafeCheckpointError,
 )
-from latentgen.files import atomic_write, quote, wrong_content
+from latentgen.files import atomic_folder, atomic_write, quote, safe_join, write_json
+from latentgen.models.config import CLIPTextConfig, VAEConfig
+from latentgen.models.text import CLIPText
+from latentgen.models.text_loading import save_tokenizer
+from latentgen.models.unet import UNet
+from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEDecoder, VAEEncoder
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
-# CPU time of the child: for importing torch, and for reading the file. The wall clock runs faster on a busy machine.
-START_SECONDS = 120
-BYTES_PER_SECOND = 5_000_000
-WALL_CLOCK = 5
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# The child has this process's sys.path, and only those environment variables that it needs to find libraries.
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
-    "from latentgen.checkpoints.unpickle import main; main()"
+# The files of a component that are copied, apart from weights.
+_KNOWN_FILES = (
+    *("config.json", "generation_config.json", "scheduler_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "spiece.model"),
 )
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
-_CHILD_ERRORS = {
-    kind.__name__: kind
-    for kind in (UnsafeCheckpointError, CheckpointCorruptError, CheckpointValueError, OutputError)
-}
-_MAX_REPORT_BYTES = 2**20
+# prediction_type -> its name in the metadata of single files.
+_DECLARED = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
-@dataclass(frozen=True)
-class Conversion:
+class Conversion(NamedTuple):
     """The file or folder written, its number of tensors, and the parts of the source that were left out."""
 
     path: Path
     tensors: int
-    left_out: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+
+class Writing(NamedTuple):
+    """How weights are written.
+
+    Attributes:
+        dtype: what floating-point tensors become; None keeps each one's own.
+        variant: for folders, part of the names of the weights ("fp16": ``model.fp16.safetensors``).
+        advance: called with the number of bytes of each piece after it is written.
+    """
+
+    dtype: torch.dtype | None = None
+    variant: str | None = None
+    advance: Callable[[int], object] | None = None
 
 
 def convert(
@@ -80,10 +83,7 @@ def convert(
 ) -> Conversion:
     """Convert a checkpoint; the kind of ``source`` and ``target`` decides how.
 
-    - A pickle (.ckpt, .pt, .pth, .bin) becomes a safetensors file. A child process with torch's restricted unpickler
-      reads it, under limits of memory, time and open files. It takes tensors by name, also inside ``state_dict``;
-      numbers, texts and the state of training are left out, as are tensors without elements. A textual-inversion
-      embedding becomes one tensor with the name of its token.
+    - A pickle (.ckpt, .pt, .pth, .bin) becomes a safetensors file; see :func:`unpickle`.
     - A single file becomes a folder in the diffusers layout, and a folder a single file in the original layout.
     - A safetensors file, or a folder, becomes the same in another precision: integers, metadata and shards stay as
       they are, and configurations and tokenizers are copied byte for byte.
@@ -109,62 +109,30 @@ def convert(
         raise CheckpointNotFoundError(f"{quote(source)} does not exist; give a checkpoint's file or folder")
     pickled = source.is_file() and is_pickle(source)
     target = pickle_target(source) if target is None and pickled else target
-    if target is None or not (pickled or dtype is not None or _changes_layout(source, as_path(target))):
+    to_file = pickled or str(target).endswith(".safetensors")
+    if target is None or (not pickled and dtype is None and source.is_file() == to_file):
         raise InputError(
             f"{quote(source)} is not a pickle: give a target and a dtype (--dtype float16) to change its precision, "
             "a folder as the target of a file, or a .safetensors file as the target of a folder"
         )
     target = as_path(target)
-    if dtype is not None and not (isinstance(dtype, str) and dtype in _DTYPES):
+    if dtype not in (None, *_DTYPES):
         raise InputError(f"dtype is {quote(dtype)}; allowed are {', '.join(get_args(DTypeName))}")
-    variant_infix(variant)
-    writes_file = pickled or target.suffix == ".safetensors"
-    if variant is not None and writes_file:
-        raise InputError(f"variant {quote(variant)} is for folders; {quote(target)} is a file")
-    if writes_file:
-        _check_target(source, target, overwrite)
-    elif source.is_dir():
-        _check_separate(source, target)
-    if pickled:
-        return _convert_pickle(source, target, dtype, progress)
-    torch_dtype = None if dtype is None else _DTYPES[dtype]
-    if source.is_dir():
-        folder = CheckpointFolder.open(source)
-        with _bar(_bytes_of(folder), progress) as bar:
-            if writes_file:
-                written = write_single_file(folder, target, torch_dtype, bar.update)
-            else:
-                written = convert_folder(folder, target, torch_dtype, variant, bar.update)
-    else:
-        with _bar(source.stat().st_size, progress) as bar:
-            if writes_file:
-                written = Written(len(convert_file(source, target, torch_dtype, bar.update)), ())
-            else:
-                file = SingleFile.open(source, prediction_type=prediction_type)
-                written = write_folder(file, target, torch_dtype, variant, bar.update)
-    return Conversion(target, written.tensors, written.left_out)
-
-
-def _convert_pickle(source: Path, target: Path, dtype: str | None, progress: bool) -> Conversion:
-    _check_pickle(source)
-    size = source.stat().st_size
-    seconds = START_SECONDS + size // BYTES_PER_SECOND
-    path = json.dumps([os.path.abspath(entry) for entry in sys.path])
-    command = [sys.executable, "-I", "-c", _START, path, str(source), dtype or "", str(seconds)]
-    with atomic_write(target) as file, tempfile.TemporaryFile() as errors:
-        with _bar(size, progress) as bar:
-            code = _run(command, file, errors, WALL_CLOCK * seconds, bar)
-        left_out = _read_report(source, code, errors)
-        try:
-            header = read_header(file.name)
-        except CheckpointError as error:
-            raise CheckpointCorruptError(f"{quote(source)} converts to an invalid file: {error}") from error
-    return Conversion(target, len(header), left_out)
-
-
-def _bytes_of(folder: CheckpointFolder) -> int:
-    files = (file for component in folder.components for file in component_files(folder, component))
-    return sum(info.nbytes for file in files for info in read_header(file).values())
+    _check_target(source, target, variant, overwrite, to_file)
+    bar = tqdm(desc="converting", unit="B", unit_scale=True, delay=2, leave=False, disable=not progress)
+    writing = Writing(None if dtype is None else _DTYPES[dtype], variant, bar.update)
+    with bar:
+        if source.is_dir():
+            folder = CheckpointFolder.open(source)
+            files = (file for component in folder.components for file in _weight_files(folder, component))
+            bar.total = sum(file.stat().st_size for file in files)
+            return (write_single_file if to_file else convert_folder)(folder, target, writing)
+        bar.total = source.stat().st_size
+        if pickled:
+            return Conversion(target, *unpickle(source, target, dtype, bar.update))
+        if to_file:
+            return Conversion(target, len(convert_file(source, target, writing)))
+        return write_folder(SingleFile.open(source, prediction_type=prediction_type), target, writing)
 
 
 def pickle_target(source: Path) -> Path:
@@ -175,88 +143,180 @@ def pickle_target(source: Path) -> Path:
     return source.with_name(f"{stem}.safetensors")
 
 
-def _changes_layout(source: Path, target: Path) -> bool:
-    """Whether the target is a single file and the source a folder, or the reverse."""
-    return source.is_dir() == (target.suffix == ".safetensors")
-
-
-def _check_pickle(source: Path) -> None:
-    if not source.is_file():
-        raise CheckpointNotFoundError(f"{quote(source)} does not exist or is not a file")
-    with open_checkpoint(source) as file:
-        head = file.read(1024)
-    if problem := wrong_content(head):
-        raise CheckpointCorruptError(f"{quote(source)} is {problem}, not a checkpoint; download it again")
-    if head[8:9] == b"{":
-        raise InputError(
-            f"{quote(source)} is a safetensors file with the name of a pickle: rename it to "
-            f"{quote(source.stem + '.safetensors')}"
-        )
-
-
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Refuse a target file that is the source, exists, or has another suffix."""
-    if target.suffix != ".safetensors":
-        raise InputError(f"target {quote(target)} has to end in .safetensors")
-    if target.exists():
-        if target.samefile(source):
-            raise InputError(f"{quote(target)} is the source itself; give another target")
-        if not overwrite:
-            raise OutputError(f"{quote(target)} exists; give another target, or overwrite it (--force)")
-
-
-def _check_separate(source: Path, target: Path) -> None:
+def _check_target(source: Path, target: Path, variant: str | None, overwrite: bool, to_file: bool) -> None:
+    """Refuse a target that exists, is the source or lies in it, has another suffix, or has no variants."""
+    variant_infix(variant)
     old, new = source.resolve(), target.resolve()
     if new.is_relative_to(old) or old.is_relative_to(new):
-        raise InputError(
-            f"target {quote(target)} and source {quote(source)} contain each other; give another target"
+        raise InputError(f"{quote(target)} and {quote(source)} contain each other; give another target")
+    if not to_file:
+        return
+    if variant is not None:
+        raise InputError(f"variant {quote(variant)} is for folders; {quote(target)} is a file")
+    if target.suffix != ".safetensors":
+        raise InputError(f"target {quote(target)} has to end in .safetensors")
+    if target.exists() and not overwrite:
+        raise OutputError(f"{quote(target)} exists; give another target, or overwrite it (--force)")
+
+
+def convert_file(source: Path, target: Path, writing: Writing) -> dict[str, TensorInfo]:
+    """Write a safetensors file in another precision; names, metadata and integers stay as they are.
+
+    Returns:
+        The tensors written.
+
+    Raises:
+        CheckpointError: the file cannot be read, or a value is NaN, infinite or too large for the dtype.
+        OutputError: the target cannot be written; existing files are never damaged.
+    """
+    mapped = MappedFile(source)
+    tensors = {name: mapped.tensor(name) for name in mapped.header}
+    return _write(target, tensors, mapped.header.metadata, writing, source)
+
+
+def convert_folder(source: CheckpointFolder, target: Path, writing: Writing) -> Conversion:
+    """Write a folder in the diffusers layout in another precision; other files are copied unchanged.
+
+    Raises:
+        CheckpointError: a file cannot be read, a component has no weights or none that can be chosen, or a
+            value is NaN, infinite or too large for the dtype.
+        OutputError: the target exists or cannot be written; nothing is left there.
+    """
+    weights = {component: _weight_files(source, component) for component in source.components}
+    known = {source.path / component for component in weights}.union(*weights.values())
+    count, left_out = 0, []
+    with atomic_folder(target) as new:
+        for component in ("", *weights):
+            folder = source.path / component
+            copied = _KNOWN_FILES if component else ("model_index.json",)
+            for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+                relative = str(file.relative_to(source.path))
+                if file.name in copied:
+                    path = safe_join(source.path, relative, quote(source.path))
+                    with open_checkpoint(path) as old, atomic_write(new / relative) as copy:
+                        shutil.copyfileobj(old, copy)
+                elif file not in known and ".safetensors.index" not in file.name:
+                    left_out.append(relative)
+        for component, files in weights.items():
+            count += _convert_shards(files, new / component, writing) if files else 0
+    return Conversion(target, count, tuple(sorted(left_out)))
+
+
+def _weight_files(folder: CheckpointFolder, component: str) -> list[Path]:
+    """The weight files of a component: those without a variant, else those of its only variant.
+
+    Empty for a component without weights: a tokenizer, a scheduler, or one without a folder.
+
+    Raises:
+        CheckpointNotFoundError: there is a configuration without weights, or several variants.
+        UnsafeCheckpointError: there are only pickles.
+    """
+    path = folder.folder(component)
+    if not (path / "config.json").is_file():
+        return []
+    variants = folder.variants(component)
+    if len(variants) > 1 and None not in variants:
+        raise CheckpointNotFoundError(
+            f"{quote(path)} has weights only as several variants ({', '.join(map(quote, variants))}); keep one of them"
         )
+    return folder.weight_files(component, None if None in variants or not variants else variants[0])
 
 
-def _bar(total: int, progress: bool) -> tqdm:
-    """A progress bar, shown after two seconds."""
-    return tqdm(
-        total=total, desc="converting", unit="B", unit_scale=True, delay=2, leave=False, disable=not progress
-    )
+def _convert_shards(files: list[Path], folder: Path, writing: Writing) -> int:
+    """Write the weights of one component, with an index of several shards; returns the number of tensors."""
+    stem = "model" if files[0].name.startswith("model") else "diffusion_pytorch_model"
+    infix, total = variant_infix(writing.variant), 0
+    weight_map: dict[str, str] = {}
+    for file, name in zip(files, shard_names(stem + infix, len(files)), strict=True):
+        written = convert_file(file, folder / name, writing)
+        if repeated := written.keys() & weight_map:
+            raise CheckpointCorruptError(f"{quote(file)} repeats {quote(min(repeated))} of a shard before it")
+        weight_map |= dict.fromkeys(written, name)
+        total += sum(info.nbytes for info in written.values())
+    if len(files) > 1:
+        with atomic_write(folder / index_name(stem, infix)) as index:
+            index.write(encode_index(weight_map, total))
+    return len(weight_map)
 
 
-def _run(command: Sequence[str], output: BinaryIO, errors: BinaryIO, seconds: float, bar: tqdm) -> int:
-    """Run the child until it ends or its time is over; returns its exit code."""
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    deadline = time.monotonic() + seconds
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment
-    ) as child:
-        try:
-            while True:
-                try:
-                    return child.wait(timeout=0.1)
-                except subprocess.TimeoutExpired:
-                    bar.update(os.fstat(output.fileno()).st_size - bar.n)
-                if time.monotonic() > deadline:
-                    raise CheckpointCorruptError(
-                        f"reading {quote(command[5])} took longer than {seconds:,} s and was stopped; the "
-                        "file is damaged or hostile"
-                    )
-        finally:
-            child.kill()
+def write_single_file(folder: CheckpointFolder, target: Path, writing: Writing) -> Conversion:
+    """Write the weights of a folder as one file in the original layout.
+
+    Configurations are left out, so the file can only be read again if the model is of a published family. The metadata
+    holds the prediction type, as `modelspec.prediction_type`.
+
+    Raises:
+        CheckpointError: the folder's weights do not match its configurations, or cannot be read.
+        ConfigError: a configuration is not implemented, or the original layout cannot represent it.
+        OutputError: the target cannot be written; existing files are never damaged.
+    """
+    names = ("unet", "vae", *TOKENIZERS)
+    configs = {name: folder.config(name) for name in names if name in folder.components}
+    state: dict[str, Tensor] = {}
+    for component, key_map in original_key_maps(configs).items():
+        state |= to_original(_state(folder, component), key_map)
+    metadata = {"format": "pt"}
+    if "scheduler" in folder.components:
+        prediction = scheduler_prediction(folder.config("scheduler"))
+        if prediction not in _DECLARED:
+            raise ConfigError(
+                f"{quote(folder.path)}: prediction_type {quote(prediction)}; allowed in single files are "
+                f"{', '.join(_DECLARED)}"
+            )
+        metadata["modelspec.prediction_type"] = _DECLARED[str(prediction)]
+    _write(target, state, metadata, writing, folder.path)
+    used = {*configs, *TOKENIZERS.values(), "scheduler"}
+    return Conversion(target, len(state), tuple(name for name in folder.components if name not in used))
 
 
-def _read_report(source: Path, code: int, errors: BinaryIO) -> tuple[str, ...]:
-    """The names that the child left out, or its error, from its last line on stderr."""
-    errors.seek(max(0, errors.seek(0, os.SEEK_END) - _MAX_REPORT_BYTES))
-    lines = errors.read().decode("utf-8", "replace").splitlines()
-    last = lines[-1] if lines else "no output"
-    try:
-        report = json.loads(last)
-    except (ValueError, RecursionError):
-        report = None
-    match report:
-        case {"dropped": list(dropped)} if code == 0:
-            return tuple(map(str, dropped))
-        case {"error": str(kind), "message": str(message)} if kind in _CHILD_ERRORS:
-            raise _CHILD_ERRORS[kind](message)
-    raise CheckpointCorruptError(
-        f"{quote(source)} could not be read: the child process ended with code {code} ({quote(last)})"
-    )
+def write_folder(file: SingleFile, target: Path, writing: Writing) -> Conversion:
+    """Write a single file as a new folder in the diffusers layout, with the configurations of its family.
+
+    Raises:
+        CheckpointError: the file's weights do not match its family, or cannot be read.
+        OutputError: the target exists or cannot be written; nothing is left there.
+    """
+    count = 0
+    with atomic_folder(target) as new:
+        for component in file.components:
+            if component in TOKENIZERS.values():
+                save_tokenizer(file.tokenizer(component), new / component)
+                continue
+            write_json(new / component / config_name(component), file.config(component))
+            if component not in SCHEDULERS:
+                state = _state(file, component)
+                stem = "model" if component in TOKENIZERS else "diffusion_pytorch_model"
+                path = new / component / f"{stem}{variant_infix(writing.variant)}.safetensors"
+                _write(path, state, {"format": "pt"}, writing, file.path)
+                count += len(state)
+        write_json(new / "model_index.json", file.model_index)
+    return Conversion(target, count)
+
+
+def _state(checkpoint: Checkpoint, component: str) -> dict[str, Tensor]:
+    """The weights of one component under diffusers' names: views of the file, checked strictly."""
+    config, weights = checkpoint.config(component), checkpoint.weights(component)
+    if component in TOKENIZERS:
+        tokenizer = checkpoint.tokenizer(TOKENIZERS[component])
+        return CLIPText.from_weights(CLIPTextConfig.from_json(config), tokenizer, weights).state_dict()
+    with torch.device("meta"):
+        if component == "unet":
+            unet = UNet(UNetConfig.from_json(config))
+        else:
+            fields = VAEConfig.from_json(config)
+            encoder, decoder = VAEEncoder(fields), VAEDecoder(fields)
+    if component == "unet":
+        weights.load_into(unet)
+        return unet.state_dict()
+    weights.load_into(encoder, prefixes=ENCODER_KEYS, ignored_prefixes=DECODER_KEYS)
+    weights.load_into(decoder, prefixes=DECODER_KEYS, ignored_prefixes=ENCODER_KEYS)
+    return {**encoder.state_dict(), **decoder.state_dict()}
+
+
+def _write(
+    target: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], writing: Writing, source: Path
+) -> dict[str, TensorInfo]:
+    with atomic_write(target) as file:
+        return write_tensors(
+            file, state, metadata, dtype=writing.dtype, checked_source=source, advance=writing.advance
+        )

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from latentgen.checkpoints.io import PICKLE_SUFFIXES, refuse_pickle
-from latentgen.checkpoints.io import read_header as read_header
-from latentgen.checkpoints.weights import Weights as Weights
-from latentgen.checkpoints.weights import load_weights as load_weights
-from latentgen.checkpoints.weights import save_weights as save_weights
-from latentgen.checkpoints.weights import variant_infix
+from latentgen.checkpoints.weights import Weights, index_name, variant_infix
 from latentgen.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -24,7 +20,6 @@ from latentgen.errors import (
     UnsafeCheckpointError,
 )
 from latentgen.files import quote, read_json, safe_join
-from latentgen.files import write_json as write_json
 from latentgen.models.text_loading import load_tokenizer
 
 if TYPE_CHECKING:
@@ -80,37 +75,6 @@ def resolve(source: str | Path | None, *, revision: str | None = None, variant: 
     return _download(source, revision, infix)
 
 
-class Checkpoint(Protocol):
-    """The components of a pipeline on disk: a folder, a single file, or a combination of several."""
-
-    @property
-    def path(self) -> Path:
-        """The file or folder, for messages."""
-        ...
-
-    @property
-    def model_index(self) -> Mapping[str, object]:
-        """The content of `model_index.json`."""
-        ...
-
-    @property
-    def components(self) -> dict[str, str]:
-        """Component -> class name."""
-        ...
-
-    def config(self, component: str) -> dict[str, object]:
-        """The JSON configuration of one component."""
-        ...
-
-    def weights(self, component: str, variant: str | None = None) -> Weights:
-        """The files that hold the weights of one component, and how to load them."""
-        ...
-
-    def tokenizer(self, component: str) -> CLIPTokenizer:
-        """A tokenizer, "tokenizer" or "tokenizer_2"."""
-        ...
-
-
 @dataclass(frozen=True)
 class CheckpointFolder:
     """A folder in the diffusers layout: ``model_index.json`` and one folder per component.
@@ -118,13 +82,17 @@ class CheckpointFolder:
     Attributes:
         path: the folder.
         model_index: the content of ``model_index.json``.
+        shared: a folder that holds the components that this one lacks.
+        vae: the weights of a VAE to use instead of the folder's own; its configuration stays.
     """
 
     path: Path
     model_index: Mapping[str, object]
+    shared: Path | None = None
+    vae: Weights | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> CheckpointFolder:
+    def open(cls, path: str | Path, *, shared: Path | None = None) -> CheckpointFolder:
         """Read and validate the index of a folder.
 
         Raises:
@@ -137,7 +105,7 @@ class CheckpointFolder:
             inside = (path / "config.json").is_file()
             hint = "give the folder above it" if inside else "a folder in the diffusers layout is needed"
             raise CheckpointNotFoundError(f"{quote(path)} has no model_index.json; {hint}")
-        folder = cls(path, read_json(safe_join(path, "model_index.json", "model_index.json")))
+        folder = cls(path, read_json(safe_join(path, "model_index.json", "model_index.json")), shared)
         for component in folder.components:
             safe_join(path, component, f"{quote(path / 'model_index.json')}, component")
         return folder
@@ -166,7 +134,9 @@ class CheckpointFolder:
             raise CheckpointNotFoundError(
                 f"{quote(self.path)} has no component {quote(component)}; its components are: {there}"
             )
-        return safe_join(self.path, component, f"{quote(self.path / 'model_index.json')}, component")
+        where = f"{quote(self.path / 'model_index.json')}, component"
+        own = safe_join(self.path, component, where)
+        return own if self.shared is None or own.is_dir() else safe_join(self.shared, component, where)
 
     def config(self, component: str) -> dict[str, object]:
         """The JSON configuration of one component; its fields are not validated.
@@ -190,6 +160,8 @@ class CheckpointFolder:
 
     def weights(self, component: str, variant: str | None = None) -> Weights:
         """The files that hold the weights of one component; errors as :meth:`weight_files`."""
+        if component == "vae" and self.vae is not None:
+            return self.vae
         return Weights(tuple(self.weight_files(component, variant)))
 
     def tokenizer(self, component: str) -> CLIPTokenizer:
@@ -213,7 +185,7 @@ class CheckpointFolder:
             whole = self._file(component, f"{stem}{infix}.safetensors")
             if whole.is_file():
                 return [whole]
-            for name in (f"{stem}.safetensors.index{infix}.json", f"{stem}{infix}.safetensors.index.json"):
+            for name in (index_name(stem, infix), index_name(stem + infix, "")):
                 index = self._file(component, name)
                 if index.is_file():
                     return _shards(index)
@@ -226,14 +198,14 @@ class CheckpointFolder:
         return [infix[1:] or None for infix in sorted(infixes)]
 
     def _file(self, component: str, name: str) -> Path:
-        return safe_join(self.folder(component), name, quote(self.path / component))
+        return safe_join(self.folder(component), name, quote(self.folder(component)))
 
     def _names(self, component: str) -> list[str]:
         folder = self.folder(component)
         return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
 
     def _no_weights(self, component: str, variant: str | None) -> CheckpointError:
-        folder, variants = self.path / component, self.variants(component)
+        folder, variants = self.folder(component), self.variants(component)
         missing = "weights without a variant" if variant is None else f"weights of variant {quote(variant)}"
         if variants:
             there = ", ".join(f"variant={quote(name)}" for name in variants)
@@ -245,50 +217,6 @@ class CheckpointFolder:
                 f"code when it is opened: convert it safely with `latentgen convert {folder / pickles[0]}`"
             )
         return CheckpointNotFoundError(f"{quote(folder)} has no {missing}: it holds no .safetensors file")
-
-
-@dataclass(frozen=True)
-class CombinedCheckpoint:
-    """A checkpoint that takes some components, or only their weights, from elsewhere.
-
-    Attributes:
-        base: the checkpoint, whose path and index this one has.
-        components_from: component -> the checkpoint that holds it instead.
-        weights_from: component -> the weights to use instead; its configuration stays.
-    """
-
-    base: Checkpoint
-    components_from: Mapping[str, Checkpoint] = field(default_factory=dict)
-    weights_from: Mapping[str, Weights] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        """The file or folder of the base."""
-        return self.base.path
-
-    @property
-    def model_index(self) -> Mapping[str, object]:
-        """The content of the base's `model_index.json`."""
-        return self.base.model_index
-
-    @property
-    def components(self) -> dict[str, str]:
-        """Component -> class name."""
-        return self.base.components
-
-    def config(self, component: str) -> dict[str, object]:
-        """The JSON configuration of one component."""
-        return self.components_from.get(component, self.base).config(component)
-
-    def weights(self, component: str, variant: str | None = None) -> Weights:
-        """The weights of one component; replaced weights have no variants."""
-        if component in self.weights_from:
-            return self.weights_from[component]
-        return self.components_from.get(component, self.base).weights(component, variant)
-
-    def tokenizer(self, component: str) -> CLIPTokenizer:
-        """A tokenizer, "tokenizer" or "tokenizer_2"."""
-        return self.components_from.get(component, self.base).tokenizer(component)
 
 
 def config_name(component: str) -> str:
@@ -372,5 +300,5 @@ def _patterns(infix: str) -> Iterator[str]:
         for stem in _WEIGHT_STEMS:
             yield f"{component}/{stem}{infix}.safetensors"
             yield f"{component}/{stem}{infix}-*-of-*.safetensors"
-            yield f"{component}/{stem}.safetensors.index{infix}.json"
-            yield f"{component}/{stem}{infix}.safetensors.index.json"
+            yield f"{component}/{index_name(stem, infix)}"
+            yield f"{component}/{index_name(stem + infix, '')}"

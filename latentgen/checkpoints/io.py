@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeGuard
+from typing import BinaryIO, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentgen.errors import (
@@ -24,7 +24,7 @@ from latentgen.errors import (
     CheckpointValueError,
     UnsafeCheckpointError,
 )
-from latentgen.files import parse_json_object, quote, wrong_content
+from latentgen.files import quote, wrong_content
 
 MAX_TENSORS = 20_000
 MAX_HEADER_BYTES = 16 * 2**20
@@ -37,10 +37,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
-ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)}
-_COMPARED_BYTES = 2**20  # stays in a core's cache for the second pass
 PIECE_BYTES = 16 * 2**20
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"})
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -53,29 +50,30 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     nbytes: int
 
+    @classmethod
+    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorInfo:
+        """Of a tensor, or of its copy with another dtype."""
+        dtype = dtype or tensor.dtype
+        return cls(DTYPE_NAMES[dtype], tuple(tensor.shape), tensor.numel() * dtype.itemsize)
 
-@dataclass(frozen=True)
-class Header(Mapping[str, TensorInfo]):
-    """The tensors of one file by name, in the file's order, and the text metadata stored with them.
+
+class Header(dict[str, TensorInfo]):
+    """The tensors of one file by name, in the file's order.
 
     Attributes:
+        metadata: the text stored with them.
         begins: the offset of each tensor in the file, in bytes.
         file_bytes: the size of the file, in bytes.
     """
 
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-    begins: Mapping[str, int]
-    file_bytes: int
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
+    def __init__(self, entries: dict[str, dict], start: int, file_bytes: int) -> None:
+        """Read the entries of a valid header; ``start`` is where the header ends in the file, in bytes."""
+        self.metadata: Mapping[str, str] = entries.pop("__metadata__", None) or {}
+        self.begins = {name: start + entry["data_offsets"][0] for name, entry in entries.items()}
+        self.file_bytes = file_bytes
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            self[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), end - begin)
 
 
 def read_header(path: str | Path) -> Header:
@@ -90,18 +88,30 @@ def read_header(path: str | Path) -> Header:
     refuse_pickle(path)
     if not path.is_file():
         raise CheckpointNotFoundError(f"{quote(path)} does not exist or is not a file")
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            head = file.read(1024)
-            length = int.from_bytes(head[:8], "little")
-            _check_start(path, head, length, size)
+    with open_checkpoint(path) as file:
+        head = file.read(1024)
+        length = int.from_bytes(head[:8], "little")
+        _check_start(path, head, length)
+        try:
+            with safe_open(path, framework="np"):  # checks that the tensors fill the file without gaps
+                pass
             file.seek(8)
-            data = file.read(length)
-    except OSError as error:
-        raise CheckpointNotFoundError(f"{quote(path)} cannot be read: {error.strerror or error}") from error
-    return _parse(path, data, size - 8 - length)
+            header = Header(json.loads(file.read(length)), 8 + length, file.seek(0, 2))
+        except (SafetensorError, ValueError, OSError) as error:
+            raise CheckpointCorruptError(
+                f"{quote(path)} is truncated or damaged ({quote(str(error))}); download the file again"
+            ) from error
+    if len(header) > MAX_TENSORS:
+        raise CheckpointCorruptError(
+            f"{quote(path)} has {len(header):,} tensors; at most {MAX_TENSORS:,} are read"
+        )
+    for name, info in header.items():
+        if info.dtype not in TORCH_DTYPES or len(info.shape) > MAX_DIMENSIONS or not info.nbytes:
+            raise CheckpointCorruptError(
+                f"{quote(path)}: tensor {quote(name)} is {info.dtype} {quote(list(info.shape))}; allowed are "
+                f"1 to {MAX_DIMENSIONS} dimensions, none of size zero, and the dtypes {', '.join(TORCH_DTYPES)}"
+            )
+    return header
 
 
 def open_checkpoint(path: Path) -> BufferedReader:
@@ -172,27 +182,6 @@ class MappedFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-def read_pieces(path: Path, header: Header, name: str) -> Iterator[Tensor]:
-    """The values of one tensor in order, as flat tensors of at most ``PIECE_BYTES``.
-
-    They are read, not mapped: a file truncated in the meantime is an error and does not end the process.
-
-    Raises:
-        CheckpointNotFoundError: the file cannot be opened.
-        CheckpointCorruptError: the file became shorter.
-    """
-    info, dtype = header[name], TORCH_DTYPES[header[name].dtype]
-    with open_checkpoint(path) as file:
-        file.seek(header.begins[name])
-        for start in range(0, info.nbytes, PIECE_BYTES):
-            buffer = bytearray(min(PIECE_BYTES, info.nbytes - start))
-            if file.readinto(buffer) != len(buffer):
-                raise CheckpointCorruptError(
-                    f"{quote(path)} became shorter while it was read; download it again"
-                )
-            yield torch.frombuffer(buffer, dtype=dtype)
-
-
 def write_tensors(
     file: BinaryIO,
     tensors: Mapping[str, Tensor],
@@ -202,39 +191,10 @@ def write_tensors(
     checked_source: Path | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> dict[str, TensorInfo]:
-    """Write a safetensors file, one tensor at a time; returns its tensors.
+    """Write a safetensors file in pieces of at most ``PIECE_BYTES``; returns its tensors.
 
     Args:
         tensors: on any device, with any strides; every dtype is one of ``DTYPE_NAMES``.
-
-    The other arguments and errors are those of :func:`write_pieces`.
-    """
-
-    def pieces(name: str) -> Iterable[Tensor]:
-        values = tensors[name].detach().cpu().contiguous().flatten()
-        return values.split(max(1, PIECE_BYTES // values.itemsize))
-
-    infos = {name: TensorInfo(DTYPE_NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()}
-    return write_pieces(
-        file, infos, pieces, metadata, dtype=dtype, checked_source=checked_source, advance=advance
-    )
-
-
-def write_pieces(
-    file: BinaryIO,
-    tensors: Mapping[str, TensorInfo],
-    pieces: Callable[[str], Iterable[Tensor]],
-    metadata: Mapping[str, str],
-    *,
-    dtype: torch.dtype | None = None,
-    checked_source: Path | None = None,
-    advance: Callable[[int], object] | None = None,
-) -> dict[str, TensorInfo]:
-    """Write a safetensors file piece by piece; returns its tensors.
-
-    Args:
-        tensors: the tensors before the change of precision.
-        pieces: returns the values of a tensor by its name, in order, as flat tensors on the CPU.
         metadata: text for the header.
         dtype: what floating-point tensors become; None keeps each one's own.
         checked_source: the file named in errors about values; None checks no values.
@@ -243,20 +203,14 @@ def write_pieces(
     Raises:
         CheckpointValueError: a value is NaN or infinite, or too large for ``dtype``.
     """
-    targets: dict[str, torch.dtype] = {}
-    for name, info in tensors.items():
-        own = TORCH_DTYPES[info.dtype]
-        targets[name] = dtype if dtype and own.is_floating_point else own
+    targets = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
     # Wider items first, so that every tensor is aligned to its item size.
-    infos = {
-        name: TensorInfo(
-            DTYPE_NAMES[target], tensors[name].shape, math.prod(tensors[name].shape) * target.itemsize
-        )
-        for name, target in sorted(targets.items(), key=lambda item: -item[1].itemsize)
-    }
+    names = sorted(tensors, key=lambda name: -targets[name].itemsize)
+    infos = {name: TensorInfo.of(tensors[name], targets[name]) for name in names}
     file.write(encode_header(infos, metadata))
-    for name in infos:
-        for piece in pieces(name):
+    for name in names:
+        values = tensors[name].detach().cpu().contiguous().flatten()
+        for piece in values.split(max(1, PIECE_BYTES // values.itemsize)):
             if checked_source is not None:
                 check_values(piece, dtype, name, checked_source)
             file.write(piece.to(targets[name]).view(torch.uint8).numpy().data)
@@ -266,31 +220,17 @@ def write_pieces(
 
 
 def check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path) -> None:
-    """Refuse NaN, infinity, and what overflows ``dtype``, in one pass that allocates nothing."""
+    """Refuse NaN, infinity, and what overflows ``dtype``, in one pass."""
     if not tensor.is_floating_point():
         return
-    largest = _largest_magnitude(tensor)
+    values = tensor.float() if tensor.itemsize == 1 else tensor  # torch has no aminmax for float8
+    low, high = torch.aminmax(values.detach())
+    largest = max(-low.item(), high.item())  # both are NaN if any value is
     where = f"{quote(file)}: tensor {quote(key)}"
     if not math.isfinite(largest):
         raise CheckpointValueError(f"{where} holds NaN or infinity: the file is damaged or training diverged")
     if dtype is not None and largest > torch.finfo(dtype).max:
         raise CheckpointValueError(f"{where} reaches {largest:.6g}, too large for {dtype}; use float32")
-
-
-def _largest_magnitude(tensor: Tensor) -> float:
-    """The largest magnitude in a floating-point tensor on the CPU; not finite if any value is not.
-
-    Without its sign bit, an IEEE 754 number is an integer that grows with its magnitude; infinity and then NaN are the
-    largest. numpy compares integers faster than torch compares halves, and starts no threads for small tensors.
-    """
-    width = tensor.itemsize
-    signed = tensor.detach().contiguous().flatten().view(_INTEGERS[width]).numpy()
-    unsigned, magnitude, largest = signed.view(f"u{width}"), 2 ** (8 * width - 1) - 1, 0
-    for start in range(0, len(signed), _COMPARED_BYTES // width):
-        piece = slice(start, start + _COMPARED_BYTES // width)
-        # The largest of the positive numbers, then of the negative ones.
-        largest = max(largest, int(signed[piece].max()), int(unsigned[piece].max()) & magnitude)
-    return torch.tensor(largest, dtype=_INTEGERS[width]).view(tensor.dtype).item()
 
 
 def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -310,99 +250,19 @@ def _starts_as_pickle(head: bytes) -> bool:
     return head.startswith(_PICKLE_STARTS) and head[8:9] != b"{"
 
 
-def _check_start(path: Path, head: bytes, length: int, size: int) -> None:
+def _check_start(path: Path, head: bytes, length: int) -> None:
+    """Refuse other content by the first bytes of a file and the length of the header that they state."""
     if problem := wrong_content(head):
         raise CheckpointCorruptError(
-            f"{quote(path)} is {problem}, not a safetensors file ({size:,} bytes found); download the file "
-            "again"
+            f"{quote(path)} is {problem}, not a safetensors file; download the file again"
         )
     if _starts_as_pickle(head):
         raise UnsafeCheckpointError(
             f"{quote(path)} is a pickle with the name of a safetensors file; it can run code when it is "
             f"opened: convert it safely with `latentgen convert {path.name}`"
         )
-    if size < 10:
-        raise CheckpointCorruptError(f"{quote(path)} holds {size} bytes; a safetensors file has at least 10")
     if length > MAX_HEADER_BYTES:
         raise CheckpointCorruptError(
             f"{quote(path)} is not a safetensors file: its first 8 bytes announce a header of {length:,} "
             f"bytes, at most {MAX_HEADER_BYTES:,} are allowed"
         )
-    if 8 + length > size:
-        raise CheckpointCorruptError(
-            f"{quote(path)} is truncated inside its header: at least {8 + length:,} bytes expected, {size:,} "
-            "found; download the file again"
-        )
-
-
-def _parse(path: Path, data: bytes, data_bytes: int) -> Header:
-    entries = parse_json_object(data, f"{path} (header)")
-    metadata = _metadata(path, entries.pop("__metadata__", {}))
-    if len(entries) > MAX_TENSORS:
-        raise CheckpointCorruptError(
-            f"{quote(path)} has {len(entries):,} tensors; at most {MAX_TENSORS:,} are read"
-        )
-    tensors: dict[str, TensorInfo] = {}
-    ranges: list[tuple[int, int, str]] = []
-    for name, entry in entries.items():
-        info, begin, end = _tensor(path, name, entry)
-        tensors[name] = info
-        ranges.append((begin, end, name))
-    position = 0
-    for begin, end, name in sorted(ranges):
-        if begin != position:
-            kind = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
-            raise CheckpointCorruptError(
-                f"{quote(path)}: tensor {quote(name)} begins at byte {begin:,} of the data, which {kind} "
-                f"(expected {position:,})"
-            )
-        position = end
-    if position != data_bytes:
-        kind = "is truncated" if position > data_bytes else "has bytes after its last tensor"
-        header_bytes = 8 + len(data)
-        raise CheckpointCorruptError(
-            f"{quote(path)} {kind}: {header_bytes + position:,} bytes expected, {header_bytes + data_bytes:,}"
-            " found; download the file again"
-        )
-    start = 8 + len(data)
-    begins = {name: start + begin for begin, _, name in ranges}
-    return Header(tensors, metadata, begins, start + data_bytes)
-
-
-def _metadata(path: Path, value: object) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise CheckpointCorruptError(f"{quote(path)}: __metadata__ has to map names to text")
-    return value
-
-
-def _tensor(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
-    """One entry of the header as its information and its byte range."""
-
-    def corrupt(what: str) -> CheckpointCorruptError:
-        return CheckpointCorruptError(f"{quote(path)}: tensor {quote(name)} {what}")
-
-    if not name or "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
-        raise corrupt("has a name that is empty or not valid text")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise corrupt("needs exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise corrupt(f"has dtype {quote(dtype)}; known are {', '.join(ITEM_BYTES)}")
-    if not _are_sizes(shape, MAX_DIMENSIONS):
-        raise corrupt(f"has shape {quote(shape)}; allowed are up to {MAX_DIMENSIONS} positive integers")
-    if 0 in shape:
-        raise corrupt(f"has shape {shape} with a dimension of size zero")
-    if not _are_sizes(offsets, 2) or len(offsets) < 2:
-        raise corrupt(f"has data_offsets {quote(offsets)}; two integers are needed")
-    info = TensorInfo(dtype, tuple(shape), math.prod(shape) * ITEM_BYTES[dtype])
-    begin, end = offsets
-    if end - begin != info.nbytes:
-        raise corrupt(f"spans {end - begin:,} bytes; {dtype} {quote(shape)} needs {info.nbytes:,}")
-    return info, begin, end
-
-
-def _are_sizes(value: object, at_most: int) -> TypeGuard[list[int]]:
-    """Whether ``value`` lists up to ``at_most`` integers from 0 to 2**63 - 1, and no booleans."""
-    if not isinstance(value, list) or len(value) > at_most:
-        return False
-    return all(type(item) is int and 0 <= item < 2**63 for item in value)

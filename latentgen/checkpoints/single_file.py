@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -11,9 +11,7 @@ from latentgen.checkpoints.families import COMPONENT_CLASSES, FAMILIES, WEIGHT_C
 from latentgen.checkpoints.folder import (
     LAYOUT_VERSION,
     SCHEDULERS,
-    Checkpoint,
     CheckpointFolder,
-    CombinedCheckpoint,
     as_path,
 )
 from latentgen.checkpoints.identify import (
@@ -70,7 +68,6 @@ class SingleFile:
         ema: bool = False,
         config: str | Path | None = None,
         vae: str | Path | None = None,
-        rest: Checkpoint | None = None,
     ) -> SingleFile:
         """Identify the family of a file by its header, and check that every key belongs to a component.
 
@@ -81,7 +78,6 @@ class SingleFile:
             config: a folder in the diffusers layout with the configurations and tokenizers of the file, for a model
                 of no published family; its weights are not read.
             vae: a file that holds the VAE to use; see :func:`vae_weights`.
-            rest: a checkpoint of the same family with the components that the file lacks.
 
         Raises:
             CheckpointError: what is wrong with the file, in a subclass; it may lack a component.
@@ -112,10 +108,7 @@ class SingleFile:
         if vae is not None:
             weights["vae"] = vae_weights(vae, configs["vae"])
         missing = [component for component in key_maps if component not in weights]
-        if rest is None:
-            _refuse_missing(path, family, missing)
-        else:
-            weights |= {component: rest.weights(component) for component in missing}
+        _refuse_missing(path, family, missing)
         return cls(path, family, index, configs, weights, tokenizers)
 
     @property
@@ -162,9 +155,12 @@ class SingleFile:
         return component
 
 
-def with_vae(checkpoint: Checkpoint, path: str | Path) -> CombinedCheckpoint:
-    """The same checkpoint with the VAE of a file; errors as :func:`vae_weights`."""
-    return CombinedCheckpoint(checkpoint, weights_from={"vae": vae_weights(path, checkpoint.config("vae"))})
+Checkpoint = CheckpointFolder | SingleFile
+
+
+def with_vae(folder: CheckpointFolder, path: str | Path) -> CheckpointFolder:
+    """The same folder with the VAE of a file; errors as :func:`vae_weights`."""
+    return replace(folder, vae=vae_weights(path, folder.config("vae")))
 
 
 def vae_weights(path: str | Path, config: Mapping[str, object]) -> Weights:
@@ -283,8 +279,9 @@ def _refuse_extra(path: Path, extra: Sequence[str]) -> None:
 
 def _refuse_missing(path: Path, family: str, missing: Sequence[str]) -> None:
     if missing:
-        names = " and no ".join(missing)
-        argument = "rest=CheckpointFolder.open(FOLDER), a folder of the same family"
-        if missing == ["vae"]:
-            argument = "vae=FILE, a VAE's .safetensors file"
-        raise CheckpointNotFoundError(f"{quote(path)} ({family}) has no {names}; give it with {argument}")
+        hint = (
+            "give it with vae=FILE, a .safetensors file"
+            if missing == ["vae"]
+            else "a whole checkpoint is needed"
+        )
+        raise CheckpointNotFoundError(f"{quote(path)} ({family}) has no {' and no '.join(missing)}; {hint}")

@@ -1,8 +1,4 @@
-"""The child process that reads a pickle with torch's restricted unpickler, under limits, and writes to stdout.
-
-:mod:`latentgen.checkpoints.convert` starts it. :func:`main` lowers the limits of its process and blocks most system
-calls, so call it only in a process of its own.
-"""
+"""Converts pickles in a child process: torch's restricted unpickler under limits of memory, time and system calls."""
 
 from __future__ import annotations
 
@@ -10,22 +6,55 @@ import json
 import os
 import pickle
 import re
+import subprocess
 import sys
-import tarfile
+import tempfile
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from latentgen.checkpoints.io import DTYPE_NAMES, MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_TENSORS, write_tensors
-from latentgen.errors import CheckpointCorruptError, LatentgenError, UnsafeCheckpointError
-from latentgen.files import quote
+from latentgen.checkpoints.io import (
+    DTYPE_NAMES,
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    open_checkpoint,
+    read_header,
+    write_tensors,
+)
+from latentgen.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointValueError,
+    InputError,
+    LatentgenError,
+    OutputError,
+    UnsafeCheckpointError,
+)
+from latentgen.files import atomic_write, quote, wrong_content
 
+# CPU time of the child: for importing torch, and for reading the file. The wall clock runs faster on a busy machine.
+START_SECONDS = 120
+BYTES_PER_SECOND = 5_000_000
+WALL_CLOCK = 5
+# The child has this process's sys.path, and only those environment variables that it needs to find libraries.
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
+    "from latentgen.checkpoints.unpickle import main; main()"
+)
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+_CHILD_ERRORS = {
+    kind.__name__: kind
+    for kind in (UnsafeCheckpointError, CheckpointCorruptError, CheckpointValueError, OutputError)
+}
+_MAX_REPORT_BYTES = 2**20
 # Views that share a storage are written separately: at most this many times the size of the file.
 MAX_GROWTH = 4
 _SPARE_BYTES = 512 * 2**20  # of address space, on top of the interpreter's and the file's
@@ -51,6 +80,94 @@ _FORBIDDEN = (
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
+def unpickle(
+    source: Path, target: Path, dtype: str | None, advance: Callable[[int], object]
+) -> tuple[int, tuple[str, ...]]:
+    """Write the tensors of a pickle to a safetensors file.
+
+    A child process with torch's restricted unpickler reads it, under limits of memory, time and open files. It takes
+    tensors by name, also inside ``state_dict``; numbers, texts and the state of training are left out, as are tensors
+    without elements. A textual-inversion embedding becomes one tensor with the name of its token.
+
+    Args:
+        dtype: what floating-point tensors become, such as "float16"; None keeps each one's own.
+        advance: called with the number of bytes written since the last call.
+
+    Returns:
+        The number of tensors, and the names of the entries that were left out.
+
+    Raises:
+        InputError: the file is a safetensors file.
+        UnsafeCheckpointError: it references code that weights do not need; nothing was run.
+        CheckpointCorruptError: it is damaged, holds no weights, or takes too much time or memory.
+        CheckpointValueError: a weight is NaN or infinite, or too large for ``dtype``.
+        OutputError: the target cannot be written; existing files are never damaged.
+    """
+    with open_checkpoint(source) as file:
+        head = file.read(1024)
+    if problem := wrong_content(head):
+        raise CheckpointCorruptError(f"{quote(source)} is {problem}, not a checkpoint; download it again")
+    if head[8:9] == b"{":
+        raise InputError(
+            f"{quote(source)} is a safetensors file with the name of a pickle: rename it to "
+            f"{quote(source.stem + '.safetensors')}"
+        )
+    with atomic_write(target) as file, tempfile.TemporaryFile() as errors:
+        code = _run_child(source, dtype, file, errors, advance)
+        left_out = _read_report(source, code, errors)
+        try:
+            return len(read_header(file.name)), left_out
+        except CheckpointError as error:
+            raise CheckpointCorruptError(f"{quote(source)} converts to an invalid file: {error}") from error
+
+
+def _run_child(
+    source: Path, dtype: str | None, output: BinaryIO, errors: BinaryIO, advance: Callable[[int], object]
+) -> int:
+    """Run the child until it ends or its time is over; returns its exit code."""
+    seconds = START_SECONDS + source.stat().st_size // BYTES_PER_SECOND
+    path = json.dumps([os.path.abspath(entry) for entry in sys.path])
+    command = [sys.executable, "-I", "-c", _START, path, str(source), dtype or "", str(seconds)]
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    deadline, written = time.monotonic() + WALL_CLOCK * seconds, 0
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment
+    ) as child:
+        try:
+            while time.monotonic() < deadline:
+                with suppress(subprocess.TimeoutExpired):
+                    return child.wait(timeout=0.1)
+                size = os.fstat(output.fileno()).st_size
+                advance(size - written)
+                written = size
+        finally:
+            child.kill()
+    raise CheckpointCorruptError(
+        f"reading {quote(source)} took longer than {WALL_CLOCK * seconds:,} s and was stopped; the file is damaged or "
+        "hostile"
+    )
+
+
+def _read_report(source: Path, code: int, errors: BinaryIO) -> tuple[str, ...]:
+    """The names that the child left out, or its error, from its last line on stderr."""
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - _MAX_REPORT_BYTES))
+    lines = errors.read().decode("utf-8", "replace").splitlines()
+    last = lines[-1] if lines else "no output"
+    try:
+        report = json.loads(last)
+    except (ValueError, RecursionError):
+        report = None
+    match report:
+        case {"dropped": list(dropped)} if code == 0:
+            return tuple(map(str, dropped))
+        case {"error": str(kind), "message": str(message)} if kind in _CHILD_ERRORS:
+            raise _CHILD_ERRORS[kind](message)
+    raise CheckpointCorruptError(
+        f"{quote(source)} could not be read: the child process ended with code {code} ({quote(last)})"
+    )
+
+
 class State(NamedTuple):
     """The weights in a pickle, and the names of its other entries."""
 
@@ -69,8 +186,10 @@ class _StandIn:
 
 
 def main() -> NoReturn:
-    """Write the tensors of the pickle ``argv[1]`` to stdout, as dtype ``argv[2]`` (empty keeps each one's own), in
-    ``argv[3]`` seconds of CPU time; the last line on stderr is a JSON object with ``dropped`` or ``error``.
+    """The child: lower the limits of its process, and write the tensors of a pickle to stdout.
+
+    Its arguments are the pickle, the dtype (empty keeps each tensor's own) and the seconds of CPU time. The last line
+    on stderr is a JSON object with ``dropped`` or ``error``.
     """
     source, dtype, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     output = os.fdopen(os.dup(1), "wb")
@@ -112,7 +231,7 @@ def read_pickle(source: Path) -> State:
         raise CheckpointCorruptError(
             f"{quote(source)} holds {len(state.tensors):,} tensors; 1 to {MAX_TENSORS:,} are converted"
         )
-    storages = [tensor.untyped_storage() for tensor in state.tensors.values()]
+    storages = (tensor.untyped_storage() for tensor in state.tensors.values())
     distinct = {storage.data_ptr(): storage.nbytes() for storage in storages}
     claimed = sum(distinct.values())
     if claimed > size or (records is not None and not records.issuperset(distinct.values())):
@@ -179,26 +298,14 @@ def _load(source: Path, archive: bool) -> object:
     stand_ins: list[Callable[..., object] | tuple[Callable[..., object], str]]
     stand_ins = [(_StandIn, name) for name in _STAND_INS]
     try:
-        if not archive and _is_tar(source):
-            raise CheckpointCorruptError(f"{quote(source)} is in the format of torch before 0.1.10")
         with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
             warnings.simplefilter("ignore")
             if source.suffix == ".safetensors":  # torch goes by the name
                 with open(source, "rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(source, map_location="cpu", weights_only=True, mmap=archive)
-    except LatentgenError:
-        raise
     except Exception as error:  # a damaged file can raise anything inside torch
         raise _explained(source, error) from error
-
-
-def _is_tar(source: Path) -> bool:
-    try:
-        tarfile.open(source, "r:").close()
-    except tarfile.TarError:
-        return False
-    return True
 
 
 def _explained(source: Path, error: Exception) -> LatentgenError:

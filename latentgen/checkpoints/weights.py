@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -81,78 +80,54 @@ class Weights:
         device: str | torch.device = "cpu",
         memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
-        """Load a module, as :func:`load_weights` does."""
-        load_weights(
-            module,
-            self.files,
-            prefixes=prefixes,
-            ignored_prefixes=ignored_prefixes,
-            dtype=dtype,
-            device=device,
-            memory_format=memory_format,
-            rename=rename,
-            key_map=self.key_map,
-        )
+        """Assign the tensors of the files to ``module``, which is best built on the meta device.
 
+        The tensors are views of the memory-mapped files: nothing is copied unless ``dtype``, ``device`` or
+        ``memory_format`` asks for it, and memory then holds a few tensors twice, never all. A failure leaves the module
+        as it was.
 
-def load_weights(
-    module: nn.Module,
-    files: Iterable[Path],
-    *,
-    prefixes: tuple[str, ...] = ("",),
-    ignored_prefixes: tuple[str, ...] = (),
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    memory_format: torch.memory_format = torch.preserve_format,
-    rename: Callable[[str], str] | None = None,
-    key_map: KeyMap | None = None,
-) -> None:
-    """Assign the tensors of safetensors files to ``module``, which is best built on the meta device.
+        Args:
+            prefixes: keys with one of these prefixes belong to ``module``; the prefix stays in the name.
+            ignored_prefixes: keys of other components, which are skipped; any other key is an error.
+            dtype: what floating-point tensors become; None keeps the dtype of the file.
+            memory_format: of tensors with four dimensions, as convolution kernels have.
+            rename: maps a key of the file to a name in ``module``, after the selection by prefix.
 
-    The tensors are views of the memory-mapped files: nothing is copied unless ``dtype``, ``device`` or
-    ``memory_format`` asks for it, and memory then holds a few tensors twice, never all. Everything is checked before
-    the first assignment, so a failure leaves the module as it was.
+        With a key map, its names take the place of the keys in these arguments, and other keys of a file are ignored.
 
-    Args:
-        prefixes: keys with one of these prefixes belong to ``module``; the prefix stays in the name.
-        ignored_prefixes: keys of other components, which are skipped; any other key is an error.
-        dtype: what floating-point tensors become; None keeps the dtype of the file.
-        memory_format: of tensors with four dimensions, as convolution kernels have.
-        rename: maps a key of the file to a name in ``module``, after the selection by prefix.
-        key_map: for files in another layout: its names take the place of the keys in the arguments above, and other
-            keys of a file are ignored.
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
+            CheckpointMismatchError: missing, extra or misshapen keys, or buffers that would stay on meta.
+            CheckpointValueError: a weight is NaN or infinite, or does not fit into ``dtype``.
+        """
+        expected = module.state_dict()
+        if unmade := [
+            name for name, buffer in module.named_buffers() if buffer.is_meta and name not in expected
+        ]:
+            raise CheckpointMismatchError(
+                f"{type(module).__name__} keeps {first_five(unmade)} on the meta device, which no checkpoint "
+                "holds; make these buffers before the weights are loaded"
+            )
+        mapped = [MappedFile(file) for file in self.files]
+        sources = _match(mapped, expected, prefixes, ignored_prefixes, rename, self.key_map)
 
-    Raises:
-        CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
-        CheckpointMismatchError: missing, extra or misshapen keys, or buffers that would stay on meta.
-        CheckpointValueError: a weight is NaN or infinite, or does not fit into ``dtype``.
-    """
-    expected = module.state_dict()
-    if unmade := [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in expected]:
-        raise CheckpointMismatchError(
-            f"{type(module).__name__} keeps {first_five(unmade)} on the meta device, which no checkpoint "
-            "holds; make these buffers before the weights are loaded"
-        )
-    mapped = [MappedFile(file) for file in files]
-    sources = _match(mapped, expected, prefixes, ignored_prefixes, rename, key_map)
+        def load(file: MappedFile, name: str, source: KeySource) -> tuple[str, Tensor]:
+            stored = file.tensor(source.key)
+            tensor = source.take(stored)
+            check_values(tensor, dtype, source.key, file.path)
+            placed = tensor.to(
+                device=device,
+                dtype=dtype if tensor.is_floating_point() else None,
+                memory_format=memory_format if tensor.ndim == 4 else torch.preserve_format,
+            )
+            if placed.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+                file.release(source.key)
+            return name, placed
 
-    def load(file: MappedFile, name: str, source: KeySource) -> tuple[str, Tensor]:
-        stored = file.tensor(source.key)
-        tensor = source.take(stored)
-        check_values(tensor, dtype, source.key, file.path)
-        placed = tensor.to(
-            device=device,
-            dtype=dtype if tensor.is_floating_point() else None,
-            memory_format=memory_format if tensor.ndim == 4 else torch.preserve_format,
-        )
-        if placed.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
-            file.release(source.key)
-        return name, placed
-
-    # Reading pages, checking values and copying release the GIL.
-    with ThreadPoolExecutor(LOADING_THREADS) as pool:
-        state = dict(pool.map(lambda source: load(*source), sources))
-    module.load_state_dict(state, strict=True, assign=True)
+        # Reading pages, checking values and copying release the GIL.
+        with ThreadPoolExecutor(LOADING_THREADS) as pool:
+            state = dict(pool.map(lambda source: load(*source), sources))
+        module.load_state_dict(state, strict=True, assign=True)
 
 
 def save_weights(
@@ -181,21 +156,37 @@ def save_weights(
     if not state or len(state) > MAX_TENSORS:
         raise InputError(f"{len(state):,} tensors cannot be saved; allowed are 1 to {MAX_TENSORS:,}")
     shards = _split(state, max_shard_bytes)
-    if len(shards) == 1:
-        names = [f"{stem}{infix}.safetensors"]
-    else:
-        names = [f"{stem}{infix}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    index = folder / f"{stem}.safetensors.index{infix}.json"
+    names = shard_names(stem + infix, len(shards))
+    index = folder / index_name(stem, infix)
     with ExitStack() as stack:  # closes in reverse order: the index appears after all of its shards
         if len(shards) > 1:
-            _write_index(stack.enter_context(atomic_write(index)), names, shards)
+            weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            total = sum(tensor.nbytes for tensor in state.values())
+            stack.enter_context(atomic_write(index)).write(encode_index(weight_map, total))
         for name, shard in zip(names, shards, strict=True):
             file = stack.enter_context(atomic_write(folder / name))
-            write_tensors(file, {key: state[key] for key in shard}, {"format": "pt", **(metadata or {})})
+            write_tensors(file, shard, {"format": "pt", **(metadata or {})})
             file.flush()
             os.fsync(file.fileno())  # a full disk has to fail before the first of several shards is renamed
-    _remove_weights(folder, stem, variant, keep={*names, index.name} if len(shards) > 1 else {*names})
+    _remove_weights(folder, stem, infix, keep={*names, index.name} if len(shards) > 1 else {*names})
     return [folder / name for name in names]
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """The names of the files with the weights of one component, whose stem includes the variant."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def index_name(stem: str, infix: str) -> str:
+    """The name of the index of several shards; ``infix`` is that of the variant."""
+    return f"{stem}.safetensors.index{infix}.json"
+
+
+def encode_index(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
+    """The content of the index: the shard of each tensor."""
+    return encode_json({"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def variant_infix(variant: str | None) -> str:
@@ -281,9 +272,9 @@ def _fits(info: TensorInfo, expected: Tensor) -> bool:
     return info.shape == tuple(expected.shape) and same_kind
 
 
-def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, TensorInfo]]:
+def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:
     """Tensors in their order, cut into shards of at most ``max_shard_bytes`` (or of one larger tensor)."""
-    shards: list[dict[str, TensorInfo]] = [{}]
+    shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in state.items():
         if tensor.dtype not in DTYPE_NAMES or tensor.numel() == 0 or tensor.is_meta:
@@ -291,24 +282,17 @@ def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, 
                 f"tensor {quote(name)} ({tensor.dtype}, {list(tensor.shape)}, {tensor.device}) cannot be "
                 f"saved: it needs values and one of the dtypes {', '.join(DTYPE_NAMES.values())}"
             )
-        info = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
-        if shards[-1] and size + info.nbytes > max_shard_bytes:
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][name] = info
-        size += info.nbytes
+        shards[-1][name] = tensor
+        size += tensor.nbytes
     return shards
 
 
-def _write_index(file: BinaryIO, names: Sequence[str], shards: Sequence[Mapping[str, TensorInfo]]) -> None:
-    total = sum(info.nbytes for shard in shards for info in shard.values())
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    file.write(encode_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
-
-
-def _remove_weights(folder: Path, stem: str, variant: str | None, *, keep: Collection[str]) -> None:
+def _remove_weights(folder: Path, stem: str, infix: str, *, keep: Collection[str]) -> None:
     """Delete the files of an earlier save under this stem and variant, which would be read with the new ones."""
-    base, infix = re.escape(stem), re.escape(variant_infix(variant))
+    base, infix = re.escape(stem), re.escape(infix)
     weights = rf"{base}{infix}(-\d{{5}}-of-\d{{5}})?\.safetensors"
     index = rf"{base}(\.safetensors\.index{infix}|{infix}\.safetensors\.index)\.json"
     for file in list(folder.iterdir()):

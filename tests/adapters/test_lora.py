@@ -24,7 +24,7 @@ from latentgen.adapters.lora import (
     shared_copy,
 )
 from latentgen.adapters.lora_layers import AdaptedLayer
-from latentgen.checkpoints.folder import CheckpointFolder, load_weights
+from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import AdapterError, InputError
 from latentgen.memory import on_device
 from latentgen.models.config import CLIPTextConfig
@@ -168,7 +168,7 @@ def load(tiny_checkpoint: Path) -> Callable[..., Modules]:
     def load(dtype: torch.dtype = torch.float32, *, pack: bool = False) -> Modules:
         with torch.device("meta"):
             unet = UNet(UNetConfig.from_json(folder.config("unet")))
-        load_weights(unet, folder.weight_files("unet"), dtype=dtype)
+        folder.weights("unet").load_into(unet, dtype=dtype)
         unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         if pack:
             assert can_pack(dtype), "this machine has no packed convolutions to test with"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.checkpoints.families import FAMILIES
-from latentgen.checkpoints.io import ITEM_BYTES, TensorInfo, encode_header
+from latentgen.checkpoints.io import TORCH_DTYPES, TensorInfo, encode_header
 from latentgen.checkpoints.key_map import ema_key_map, original_key_maps, to_original
 from latentgen.models.config import VAEConfig
 from latentgen.models.unet import UNet
@@ -67,7 +67,7 @@ def write_header(
 ) -> Path:
     """A valid file with these tensors; a hole stands for their bytes."""
     tensors = {
-        name: TensorInfo(dtype, tuple(shape), math.prod(shape) * ITEM_BYTES[dtype])
+        name: TensorInfo(dtype, tuple(shape), math.prod(shape) * TORCH_DTYPES[dtype].itemsize)
         for name, shape in shapes.items()
     }
     head = encode_header(tensors, metadata or {})

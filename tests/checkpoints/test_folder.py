@@ -13,7 +13,9 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from latentgen.checkpoints import folder as checkpoint
-from latentgen.checkpoints.folder import CheckpointFolder, read_header, resolve, save_weights, write_json
+from latentgen.checkpoints.folder import CheckpointFolder, resolve
+from latentgen.checkpoints.io import read_header
+from latentgen.checkpoints.weights import save_weights
 from latentgen.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -23,6 +25,7 @@ from latentgen.errors import (
     UnsafeCheckpointError,
     UnsafePathError,
 )
+from latentgen.files import write_json
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 

@@ -1,4 +1,4 @@
-"""The validating pass over safetensors headers, with the library itself as the oracle for sound files."""
+"""Headers and tensors of safetensors files, with the library itself as the oracle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from latentgen.checkpoints import io
 from latentgen.checkpoints.io import (
-    ITEM_BYTES,
     TORCH_DTYPES,
     Header,
     MappedFile,
@@ -87,8 +86,8 @@ def test_a_length_that_looks_like_another_format_is_no_obstacle(tmp_path: Path, 
         (b"<!DOCTYPE html>\n<html><head>", "HTML"),
         (b"\n <html lang=en>", "HTML"),
         (b'<?xml version="1.0"?>', "HTML or XML"),
-        (b"\x01\0\0", "3 bytes; a safetensors file has at least 10"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(500), "not a safetensors file.*announce a header"),
+        (b"\x01\0\0", ""),
+        (b"\x89PNG\r\n\x1a\n" + bytes(500), "header of"),
     ],
 )
 def test_other_content_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -98,56 +97,36 @@ def test_other_content_is_named(tmp_path: Path, content: bytes, reason: str) -> 
         read_header(path)
 
 
-def test_every_truncation_names_both_sizes(tmp_path: Path) -> None:
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(4), "b": torch.ones(3)}, path)
     whole = path.read_bytes()
-    for size in range(10, len(whole)):
+    for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointCorruptError, match="truncated") as caught:
+        with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors"):
             read_header(path)
-        assert f"{size:,} found" in str(caught.value)
-    assert f"{len(whole):,} bytes expected" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("header", "reason"),
+    ("header", "named"),
     [
-        (b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}' * 2, "not valid JSON"),
-        (b"[]", "JSON list"),
-        (b'{"w": 1, "w": 1}', "repeats the key 'w'"),
-        (b'{"w": {"dtype": "F32", "dtype": "F32"}}', "repeats the key 'dtype'"),
-        (b'{"w":' * 50_000 + b"1" + b"}" * 50_000, "nested too deeply"),
-        ({"w": 1}, "needs exactly"),
-        ({"w": {**ENTRY, "more": 1}}, "needs exactly"),
-        ({"w": {**ENTRY, "dtype": "F31"}}, "dtype 'F31'; known are"),
-        ({"w": {**ENTRY, "dtype": ["F32"]}}, "dtype"),
-        ({"w": {**ENTRY, "shape": [0]}}, "size zero"),
-        ({"w": {**ENTRY, "shape": [2, 0, 3]}}, "size zero"),
-        ({"w": {**ENTRY, "shape": [-2]}}, "shape"),
-        ({"w": {**ENTRY, "shape": [2.0]}}, "shape"),
-        ({"w": {**ENTRY, "shape": [True, 2]}}, "shape"),
-        ({"w": {**ENTRY, "shape": 2}}, "shape"),
-        ({"w": {**ENTRY, "shape": [1] * 9}}, "shape"),
-        ({"w": {**ENTRY, "shape": [2**62, 2**62]}}, "spans 8 bytes"),
-        ({"w": {**ENTRY, "data_offsets": [8, 0]}}, "spans -8 bytes"),
-        ({"w": {**ENTRY, "data_offsets": [0, 8, 8]}}, "data_offsets"),
-        ({"w": {**ENTRY, "data_offsets": [0]}}, "data_offsets"),
-        ({"w": {**ENTRY, "data_offsets": [4, 12]}}, "leaves a gap"),
-        ({"w": ENTRY, "v": ENTRY}, "overlaps"),
-        ({"w": {**ENTRY, "shape": [1], "data_offsets": [0, 4]}}, "bytes after its last tensor"),
-        ({"w": {**ENTRY, "shape": [4], "data_offsets": [0, 16]}}, "truncated"),
-        ({"": ENTRY}, "name"),
-        ({"a\0b": ENTRY}, "name"),
-        (b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "name"),
-        ({"__metadata__": {"a": 1}, "w": ENTRY}, "__metadata__"),
-        ({"__metadata__": "a", "w": ENTRY}, "__metadata__"),
+        (b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}' * 2, "JSON"),
+        (b'{"w":' * 50_000 + b"1" + b"}" * 50_000, "recursion"),
+        ({"w": {**ENTRY, "dtype": "F31"}}, "F31"),
+        ({"w": {**ENTRY, "dtype": "F8_E8M0", "shape": [8]}}, "'w'.*F8_E8M0"),
+        ({"w": ENTRY, "v": {**ENTRY, "shape": [2, 0, 3], "data_offsets": [0, 0]}}, r"'v'.*\[2, 0, 3\]"),
+        ({"w": {**ENTRY, "shape": [2, *[1] * 8]}}, "'w'"),
+        ({"w": {**ENTRY, "shape": [2**62, 2**62]}}, "overflow"),
+        ({"w": {**ENTRY, "data_offsets": [4, 12]}}, "`w`"),
+        ({"w": ENTRY, "v": ENTRY}, "`v`"),
+        ({"w": {**ENTRY, "shape": [1], "data_offsets": [0, 4]}}, "not fully covered"),
+        ({"__metadata__": {"a": 1}, "w": ENTRY}, "expected a string"),
+        ({"w" * 10_000: {**ENTRY, "data_offsets": [4, 12]}}, "w{50}"),
     ],
 )
-def test_impossible_headers(tmp_path: Path, header: object, reason: str) -> None:
-    with pytest.raises(CheckpointCorruptError, match=reason) as caught:
+def test_impossible_headers(tmp_path: Path, header: object, named: str) -> None:
+    with pytest.raises(CheckpointCorruptError, match=rf"model\.safetensors.*{named}") as caught:
         read_header(raw_file(tmp_path / "model.safetensors", header))
-    assert "model.safetensors" in str(caught.value)
     assert len(str(caught.value)) < 600
 
 
@@ -157,7 +136,7 @@ def test_too_many_tensors(tmp_path: Path) -> None:
         return raw_file(tmp_path / "model.safetensors", entries, bytes(count))
 
     assert len(read_header(many(io.MAX_TENSORS))) == io.MAX_TENSORS
-    with pytest.raises(CheckpointCorruptError, match="20,001 tensors; at most 20,000"):
+    with pytest.raises(CheckpointCorruptError, match="20,001"):
         read_header(many(io.MAX_TENSORS + 1))
 
 
@@ -166,7 +145,7 @@ def test_declared_header_is_not_allocated(tmp_path: Path) -> None:
     with open(path, "wb") as file:
         file.write((2**40).to_bytes(8, "little") + b"{")
         file.truncate(2**41)  # sparse: the file is as long as it says
-    with pytest.raises(CheckpointCorruptError, match="announce a header of 1,099,511,627,776 bytes"):
+    with pytest.raises(CheckpointCorruptError, match="1,099,511,627,776"):
         read_header(path)
 
 
@@ -191,29 +170,8 @@ def test_missing_file(tmp_path: Path) -> None:
             read_header(path)
 
 
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=8,
-)
-ENTRIES = st.fixed_dictionaries(
-    {},
-    optional={
-        "dtype": st.sampled_from([*io.ITEM_BYTES, "F4"]) | JSON_VALUES,
-        "shape": st.lists(st.integers(-1, 3), max_size=3) | JSON_VALUES,
-        "data_offsets": st.lists(st.integers(0, 16), min_size=2, max_size=2) | JSON_VALUES,
-    },
-)
-FUZZ = settings(
-    max_examples=200,
-    deadline=2000,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
 def agrees_with_the_library(path: Path) -> None:
-    """Our pass raises typed errors only, and what it lets through the library reads alike."""
+    """The header is refused with a typed error, or is what the library reads."""
     try:
         header = read_header(path)
     except CheckpointError:
@@ -224,16 +182,12 @@ def agrees_with_the_library(path: Path) -> None:
             assert tuple(file.get_slice(name).get_shape()) == info.shape
 
 
-@FUZZ
-@given(
-    header=st.dictionaries(st.text(max_size=5), ENTRIES | JSON_VALUES, max_size=3),
-    data=st.binary(max_size=16),
+@settings(
+    max_examples=100,
+    deadline=2000,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_fuzzed_header_objects(tmp_path: Path, header: dict[str, object], data: bytes) -> None:
-    agrees_with_the_library(raw_file(tmp_path / "model.safetensors", header, data))
-
-
-@FUZZ
 @given(position=st.integers(0, 200), replacement=st.binary(max_size=12), removed=st.integers(0, 12))
 def test_fuzzed_bytes_of_a_sound_file(
     tmp_path: Path, position: int, replacement: bytes, removed: int
@@ -250,7 +204,6 @@ def test_fuzzed_bytes_of_a_sound_file(
 
 
 def test_tensors_are_those_that_the_library_reads(tmp_path: Path) -> None:
-    assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == ITEM_BYTES
     state = {name: torch.randint(0, 2, (3, 5)).to(dtype) for name, dtype in TORCH_DTYPES.items()} | {
         "scalar": torch.tensor(2.5)
     }

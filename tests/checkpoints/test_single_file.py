@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentgen.checkpoints.families import FAMILIES
-from latentgen.checkpoints.folder import CheckpointFolder, load_weights
+from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.checkpoints.key_map import ema_key_map, original_key_maps
 from latentgen.checkpoints.single_file import SingleFile, vae_weights, with_vae
 from latentgen.errors import (
@@ -223,19 +223,16 @@ def test_oldest_names_of_text_encoders(
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
 
 
-def test_missing_components_are_named_and_can_be_supplied(
+def test_missing_components_are_named(
     tmp_path: Path, tiny_checkpoint: Path, tensors: dict[str, Tensor], states: dict
 ) -> None:
     path, vae = tmp_path / "part.safetensors", tmp_path / "vae.safetensors"
     save_file({key: tensor for key, tensor in tensors.items() if key.startswith("model.")}, path)
     save_file(states["vae"], vae)
-    with pytest.raises(CheckpointNotFoundError, match=r"no vae and no text_encoder.*rest="):
+    with pytest.raises(CheckpointNotFoundError, match="no vae and no text_encoder"):
         SingleFile.open(path, config=tiny_checkpoint)
-    folder = CheckpointFolder.open(tiny_checkpoint)
     with pytest.raises(CheckpointNotFoundError, match="no text_encoder"):
         SingleFile.open(path, config=tiny_checkpoint, vae=vae)
-    file = SingleFile.open(path, config=tiny_checkpoint, rest=folder)
-    assert_loaded(load_decoder(file.weights("vae"), file.config("vae")), states["vae"])
     save_file({key: tensor for key, tensor in tensors.items() if not key.startswith("first_")}, path)
     with pytest.raises(CheckpointNotFoundError, match=r"no vae.*vae=FILE"):
         SingleFile.open(path, config=tiny_checkpoint)
@@ -360,7 +357,7 @@ def test_other_files_are_named(tmp_path: Path, single: Path, states: dict) -> No
     with pytest.raises(UnsafeCheckpointError, match="latentgen convert"):
         SingleFile.open(tmp_path / "model.ckpt")
     (tmp_path / "cut.safetensors").write_bytes(single.read_bytes()[:-9])
-    with pytest.raises(CheckpointCorruptError, match="truncated"):
+    with pytest.raises(CheckpointCorruptError, match=r"cut\.safetensors"):
         SingleFile.open(tmp_path / "cut.safetensors")
 
 
@@ -377,6 +374,6 @@ def test_folders_and_single_files_load_the_same(tiny_checkpoint: Path, single: P
     folder, file = CheckpointFolder.open(tiny_checkpoint), SingleFile.open(single, config=tiny_checkpoint)
     first, second = (on_meta(UNet, UNetConfig.from_json(source.config("unet"))) for source in (folder, file))
     folder.weights("unet").load_into(first)
-    load_weights(second, file.weights("unet").files, key_map=file.weights("unet").key_map)
+    file.weights("unet").load_into(second)
     assert_loaded(second, first.state_dict())
     assert folder.weights("unet").tensors() == file.weights("unet").tensors()

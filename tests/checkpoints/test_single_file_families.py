@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentgen.checkpoints.families import COMPONENT_CLASSES
-from latentgen.checkpoints.folder import write_json
 from latentgen.checkpoints.key_map import original_key_maps
 from latentgen.checkpoints.single_file import SingleFile
 from latentgen.checkpoints.weights import Weights
+from latentgen.files import write_json
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from tests.checkpoints.single_files import to_original_file

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from latentgen.checkpoints import io as io_module
 from latentgen.checkpoints import unpickle
 from latentgen.checkpoints.io import DTYPE_NAMES, write_tensors
 from latentgen.checkpoints.unpickle import read_pickle
-from latentgen.errors import CheckpointCorruptError, CheckpointValueError, UnsafeCheckpointError
+from latentgen.errors import CheckpointCorruptError, UnsafeCheckpointError
 from tests.checkpoints.pickles import HEADER, archive, call, legacy, mapping, name, number, tensor, text
 
 FOUR = bytes(torch.arange(4.0).numpy().data)
@@ -39,11 +38,11 @@ def written(data: bytes, folder: Path) -> Path:
     return folder / "model.ckpt"
 
 
-def converted(source: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def converted(source: Path) -> dict[str, Tensor]:
     """The tensors after the way through a safetensors file, as safetensors itself reads it."""
     target = source.with_suffix(".safetensors")
     with open(target, "wb") as file:
-        write_tensors(file, read_pickle(source).tensors, {"format": "pt"}, dtype=dtype, checked_source=source)
+        write_tensors(file, read_pickle(source).tensors, {"format": "pt"}, checked_source=source)
     return load_file(target)
 
 
@@ -99,24 +98,11 @@ def test_any_state_dict_has_the_bits_that_torch_loads(
         assert_same_bits(converted(source), {key: value.detach() for key, value in expected.items()})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_dtype_is_that_of_torch_for_floating_point_alone(tmp_path: Path, dtype: torch.dtype) -> None:
-    state = {"w": torch.randn(50, 3), "half": torch.randn(7).half(), "ids": torch.arange(9)}
-    expected = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-    assert_same_bits(converted(saved(state, tmp_path), dtype), expected)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_shared_storages_are_written_each_by_value(tmp_path: Path, zipped: bool) -> None:
     base = torch.randn(4, 6)
     state = {"tied": base, "again": base, "row": base[2], "column": base[:, 1], "turned": base.T}
     assert_same_bits(converted(saved(state, tmp_path, zipped=zipped)), state)
-
-
-def test_pieces_smaller_than_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(io_module, "PIECE_BYTES", 64)
-    state = {"w": torch.randn(33, 5), "ids": torch.arange(100)}
-    assert_same_bits(converted(saved(state, tmp_path)), state)
 
 
 def test_bytes_in_the_other_order_are_swapped(tmp_path: Path) -> None:
@@ -205,24 +191,6 @@ def test_embeddings_keep_the_name_of_their_token(tmp_path: Path, module: bool) -
 def test_no_state_dict_of_dense_tensors(tmp_path: Path, value: object) -> None:
     with pytest.raises(CheckpointCorruptError, match=r"model\.ckpt"):
         read_pickle(saved(value, tmp_path))
-
-
-@pytest.mark.filterwarnings("ignore:.*quantize.*")
-def test_quantised_tensors_are_refused(tmp_path: Path) -> None:
-    quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
-    with pytest.raises(CheckpointCorruptError, match=r"dtype torch\.qint8"):
-        read_pickle(saved({"w": quantised}, tmp_path))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nonfinite_weights_are_named(tmp_path: Path, value: float) -> None:
-    with pytest.raises(CheckpointValueError, match=r"model\.ckpt': tensor 'w' holds NaN or infinity"):
-        converted(saved({"w": torch.tensor([1, value])}, tmp_path))
-
-
-def test_overflow_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointValueError, match="tensor 'w' reaches 70000"):
-        converted(saved({"w": torch.tensor([1, -70_000.0])}, tmp_path), torch.float16)
 
 
 ATTACKS = {
@@ -348,7 +316,7 @@ def test_archives_of_other_programs(tmp_path: Path) -> None:
         read_pickle(written(file.getvalue(), tmp_path))
     with tarfile.open(tmp_path / "model.ckpt", "w") as old:
         old.add(__file__, "pickle")
-    with pytest.raises(CheckpointCorruptError, match=r"before 0\.1\.10"):
+    with pytest.raises(CheckpointCorruptError, match=r"model\.ckpt"):
         read_pickle(tmp_path / "model.ckpt")
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from latentgen.checkpoints import weights
 from latentgen.checkpoints.io import MappedFile
-from latentgen.checkpoints.weights import check_values, load_weights, save_weights
+from latentgen.checkpoints.weights import Weights, check_values, save_weights
 from latentgen.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -40,6 +42,10 @@ def build_on_meta() -> nn.Module:
 def state() -> dict[str, Tensor]:
     torch.manual_seed(0)
     return build().state_dict()
+
+
+def load_weights(module: nn.Module, files: Sequence[Path], **options: Any) -> None:
+    Weights(tuple(files)).load_into(module, **options)
 
 
 def is_untouched(module: nn.Module) -> bool:

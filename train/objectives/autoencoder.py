@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.checkpoints.folder import CheckpointFolder
-from latentgen.checkpoints.weights import load_weights, save_weights
+from latentgen.checkpoints.weights import save_weights
 from latentgen.errors import ConfigError
 from latentgen.files import write_json
 from latentgen.models.config import VAEConfig
@@ -49,8 +49,8 @@ class AutoencoderObjective(Objective):
         self.encoder = VAEEncoder(self.config)
         self.decoder = VAEDecoder(self.config)
         if init_from is not None:
-            files = CheckpointFolder.open(init_from).weight_files("vae")
-            load_weights(self, files, dtype=torch.float32, rename=_module_name)
+            weights = CheckpointFolder.open(init_from).weights("vae")
+            weights.load_into(self, dtype=torch.float32, rename=_module_name)
         self.encoder.requires_grad_(task.train_encoder)
 
     def batch(self, plan: BatchIndices, views: list[Sample] | None = None) -> tuple[Tensor, ...]:

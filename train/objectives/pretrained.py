@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, Checkpoint, CheckpointFolder, resolve
-from latentgen.checkpoints.single_file import SingleFile
+from latentgen.checkpoints.folder import EMBEDDED_DEFAULT, CheckpointFolder, resolve
+from latentgen.checkpoints.single_file import Checkpoint, SingleFile
 from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.errors import ConfigError, DatasetError
 from latentgen.files import quote

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from latentgen.checkpoints.folder import CheckpointFolder
-from latentgen.checkpoints.weights import load_weights
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError, ResumeError
 from latentgen.files import quote
@@ -117,7 +116,7 @@ def _load_unet(unet: UNet, origin: CheckpointFolder, reinit_layers: Sequence[str
         )
     kept = nn.ModuleDict({name: layer for name, layer in layers.items() if name not in reinit_layers})
     fresh_prefixes = tuple(f"{name}." for name in reinit_layers)
-    load_weights(kept, origin.weight_files("unet"), ignored_prefixes=fresh_prefixes, dtype=torch.float32)
+    origin.weights("unet").load_into(kept, ignored_prefixes=fresh_prefixes, dtype=torch.float32)
 
 
 def _text_encoder(
