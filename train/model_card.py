@@ -61,19 +61,21 @@ _TEMPLATE = """\
 
 Only those who trained this model know its license, what it is good for, and what it must not be used for.
 
-{samples}## Use
+{samples}{use}{diffusers}## Recipe
+
+```yaml
+{recipe}```
+"""
+_SAMPLES = "## Samples\n\n![One image of each prompt, in this order]({sheet})\n\n{prompts}\n\n"
+_USE = """\
+## Use
 
 Run this in the folder of this card, or replace `.` with the path of the folder.
 
 ```python
 {code}```
 
-{diffusers}## Recipe
-
-```yaml
-{recipe}```
 """
-_SAMPLES = "## Samples\n\n![One image of each prompt, in this order]({sheet})\n\n{prompts}\n\n"
 _DIFFUSERS = "With diffusers:\n\n```python\n{code}```\n\n"
 
 _CODE = """\
@@ -107,7 +109,7 @@ vae = AutoencoderKL.from_pretrained(".", subfolder="vae")
 
 
 class _Usage(NamedTuple):
-    """What kind of model a folder holds, and code that uses it; `diffusers_code` is "" where diffusers cannot."""
+    """What kind of model a folder holds, and code that uses it; "" where there is none."""
 
     title: str
     tags: tuple[str, ...]
@@ -162,7 +164,7 @@ def write_card(
         averaged=", averaged over the steps" if config.ema_decay else "",
         seed=config.seed,
         samples="" if sheet is None else _SAMPLES.format(sheet=SHEET, prompts="\n".join(numbered)),
-        code=usage.code,
+        use=_USE.format(code=usage.code) if usage.code else "",
         diffusers=_DIFFUSERS.format(code=usage.diffusers_code) if usage.diffusers_code else "",
         recipe=yaml.safe_dump(_public(config.model_dump(exclude=set(_OMITTED_FIELDS))), sort_keys=False),
     )
@@ -196,6 +198,8 @@ def _usage(folder: Path, config: TrainConfig, base: Pipeline | None) -> _Usage:
 
 
 def _model_usage(folder: Path, config: TrainConfig) -> _Usage:
+    if not (folder / "model_index.json").is_file():  # an objective that saves its weights alone
+        return _Usage("A model", (), "", "")
     index = read_json(folder / "model_index.json")
     name = str(index["_class_name"])
     if name == "AutoencoderKL":

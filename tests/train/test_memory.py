@@ -92,7 +92,7 @@ def test_checkpointed_gradients_are_the_same_and_less_is_kept(how: Checkpointing
 
 
 def test_the_autoencoder_cannot(autoencoder_recipe: MakeRecipe):
-    with pytest.raises(ConfigError, match=r"memory\.gradient_checkpointing: .*leave it out"):
+    with pytest.raises(ConfigError, match=r"memory\.gradient_checkpointing"):
         train(autoencoder_recipe(CHECKPOINTING))
 
 

@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from latentgen.errors import ConfigError, NumericalError, ResumeError
 from latentgen.train import trainer
 from latentgen.train.checkpoint import RunState, load_latest
 from latentgen.train.config import TrainConfig
+from latentgen.train.data import CaptionedDataset
 from latentgen.train.objectives import build_objective
+from latentgen.train.objectives.base import Loss, Objective
 from latentgen.train.trainer import Trainer, train
 from tests.train.recipes import MakeRecipe
 from tests.train.runs import (
@@ -45,6 +49,34 @@ def test_the_loss_falls(recipe: MakeRecipe):
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 
 
+class Denoiser(Objective):
+    """The example in the docstring of Objective."""
+
+    def __init__(self, data: CaptionedDataset) -> None:
+        super().__init__(data)
+        self.network = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, *batch: Tensor) -> Loss:
+        (images,) = batch
+        return Loss((self.network(images + 0.1 * torch.randn_like(images)) - images).square().mean(), {})
+
+
+def test_an_objective_of_one_loss_is_trained_validated_and_saved(
+    autoencoder_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trainer, "build_objective", lambda _, *, data, **__: Denoiser(data))
+    validation = ("validation_fraction=0.34", "validation={loss_every: 10}")
+    config = autoencoder_recipe("max_steps=20", "ema_decay=0", *validation)
+    model = train(config)
+    losses = [row["loss"] for row in rows_of(config) if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    assert [row["step"] for row in rows_of(config) if "validation_loss" in row] == [10, 20]
+    weights = load_latest(config.output_dir).weights
+    for name, weight in load_file(model / "model.safetensors").items():
+        assert torch.equal(weight, weights[name])
+    assert "kind: autoencoder" in (model / "README.md").read_text("utf-8")
+
+
 @pytest.mark.slow
 def test_compiling_changes_no_loss(recipe: MakeRecipe, tmp_path: Path):
     if shutil.which("g++") is None:
@@ -59,8 +91,6 @@ def test_compiling_changes_no_loss(recipe: MakeRecipe, tmp_path: Path):
 
 
 def test_the_model_is_the_moving_average(autoencoder_recipe: MakeRecipe):
-    from safetensors.torch import load_file
-
     # With a frozen encoder nothing is normalized, so the file holds the averaged decoder as it is.
     first = autoencoder_recipe("max_steps=1")
     model = train(first)

@@ -217,7 +217,7 @@ def test_validation_images_need_an_image_before_the_edit(
             "data": {"kind": "imagefolder", "path": str(image_folder), "image_size": 16},
         },
     )
-    with pytest.raises(DatasetError, match="no image that it is an edit of"):
+    with pytest.raises(DatasetError, match="`before`"):
         train(config)
 
 
