@@ -75,13 +75,16 @@ class Cropper:
     def sample(
         self,
         image: Image.Image,
-        texts: tuple[str, ...],
+        captions: Sequence[str],
         rng: random.Random,
         *,
         mask: Image.Image | None = None,
         before: Image.Image | None = None,
     ) -> Sample:
-        """One crop of an image, of its mask and of the image before the edit, with equally likely captions."""
+        """One crop of an image, of its mask and of the image before the edit, with equally likely captions.
+
+        The crop is random if the recipe asks for random crops or mirroring.
+        """
         original = (image.height, image.width)
         crop = self.draw(original, rng)
         if mask is not None:
@@ -89,8 +92,9 @@ class Cropper:
             mask = crop.show(mask.convert("L"), Image.Resampling.BILINEAR)
         if before is not None:
             before = crop.show(before)
-        captions = Captions(texts, (1.0,) * len(texts), self._shuffle_after)
-        return Sample(crop.show(image), captions, original, crop.corner, mask, before)
+        texts = self.texts(captions)
+        drawn_from = Captions(texts, (1.0,) * len(texts), self._shuffle_after)
+        return Sample(crop.show(image), drawn_from, original, crop.corner, mask, before)
 
     def draw(self, original: Size, rng: random.Random) -> Crop:
         """A view of an image of this size; random if the recipe asks for random crops or mirroring."""

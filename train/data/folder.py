@@ -1,29 +1,39 @@
-"""A training set of the user's own: a folder of images with their captions."""
+"""Training sets of images and captions in a folder."""
 
 from __future__ import annotations
 
+import hashlib
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from latentgen.errors import DatasetError
-from latentgen.files import quote
+from latentgen.errors import InputError
+from latentgen.files import quote, wrong_content
 from latentgen.image_file import read_image
 from latentgen.train.config import FolderData, KohyaData
 from latentgen.train.data import Sample, digest_of
 from latentgen.train.data.cropping import Cropper, Size, enlargement
-from latentgen.train.data.image_checks import ImageFacts, examine
+from latentgen.train.data.sample_checks import in_threads, refuse, warn_skipped
 from latentgen.train.data.scan import Item, Listing, list_folder
 
+_HEAD_BYTES = 512
 
-class Survey(NamedTuple):
-    """The content of a folder, and which of its images can be used.
+
+class ImageFacts(NamedTuple):
+    """Height and width of an upright image, and the digest of its file."""
+
+    size: Size
+    digest: bytes
+
+
+class FolderSurvey(NamedTuple):
+    """The content of a folder.
 
     Attributes:
         listing: its items.
-        facts: the facts of every readable image.
+        facts: of every readable image.
         bad: the problems of items whose images cannot be used.
     """
 
@@ -32,7 +42,7 @@ class Survey(NamedTuple):
     bad: Mapping[Item, str]
 
 
-def survey(config: FolderData | KohyaData) -> Survey:
+def survey(config: FolderData | KohyaData) -> FolderSurvey:
     """List a folder and decode all of its images once.
 
     Raises:
@@ -43,23 +53,37 @@ def survey(config: FolderData | KohyaData) -> Survey:
     facts, problems = examine(files)
     bad: dict[Item, str] = {}
     for item in listing.items:
-        found = [problems[file] for file in item.files if file in problems]
-        if not found:
-            found = [
-                f"{listing.name(file)} is {pixels(facts[file].size)}, and {listing.name(item.file)} is "
-                f"{pixels(facts[item.file].size)}; both must be of one size"
-                for file in item.files
-                if facts[file].size != facts[item.file].size
-            ]
+        found = [problems[file] for file in item.files if file in problems] or [
+            f"{listing.name(file)} is {pixels(facts[file].size)}, and {listing.name(item.file)} is "
+            f"{pixels(facts[item.file].size)}; both must be of one size"
+            for file in item.files
+            if facts[file].size != facts[item.file].size
+        ]
         if found:
             bad[item] = "; ".join(found)
-    return Survey(listing, facts, bad)
+    return FolderSurvey(listing, facts, bad)
 
 
-def _digest_fields(item: Item, listing: Listing, facts: Mapping[Path, ImageFacts]) -> tuple[object, ...]:
-    """Everything in an item that training uses."""
-    mask, before = (None if file is None else facts[file].digest for file in (item.mask, item.before))
-    return (listing.name(item.file), facts[item.file].digest, mask, before, item.captions, item.repeats)
+def examine(files: Sequence[Path]) -> tuple[Mapping[Path, ImageFacts], Mapping[Path, str]]:
+    """Decode all files: the facts of those that can be read, and the problems of the others."""
+    found = dict(zip(files, in_threads(_examine, files, title="reading the images"), strict=True))
+    facts = {file: result for file, result in found.items() if not isinstance(result, str)}
+    return facts, {file: result for file, result in found.items() if isinstance(result, str)}
+
+
+def _examine(file: Path) -> ImageFacts | str:
+    try:
+        with file.open("rb") as stream:
+            if problem := wrong_content(stream.read(_HEAD_BYTES)):
+                return f"{quote(file)} is {problem}; replace or remove it"
+            stream.seek(0)
+            digest = hashlib.file_digest(stream, "sha256").digest()
+        image = read_image(file)
+    except OSError as error:
+        return f"{quote(file)} cannot be read: {error.strerror or error}"
+    except InputError as error:
+        return str(error)
+    return ImageFacts((image.height, image.width), digest)
 
 
 def pixels(size: Size) -> str:
@@ -89,28 +113,29 @@ class ImageFolder:
         for columns in listing.unread:
             warnings.warn(columns, stacklevel=2)
         problems = list(listing.problems)
-        if config.on_bad_image == "skip" and bad:
-            warnings.warn(f"{len(bad)} images are left out: {'; '.join(bad.values())}", stacklevel=2)
+        if config.on_bad_image == "skip":
+            warn_skipped(list(bad.values()))
         else:
             problems += bad.values()
         good = [item for item in listing.items if item not in bad]
         if not good and not problems:
             problems.append("no image that can be used")
-        if problems:
-            raise DatasetError(
-                f"{quote(config.path)} has {len(problems)} problems: {'; '.join(problems)}; "
-                "`latentgen check-data` lists them one a line"
-            )
+        refuse(quote(config.path), problems)
         self._items = [item for item in good for _ in range(item.repeats)]
-        self.digest = digest_of(_digest_fields(item, listing, facts) for item in good)
+        self._sizes = [self._cropper.size_for(facts[item.file].size) for item in self._items]
         numbers: dict[bytes, int] = {}
         self.images = [numbers.setdefault(facts[item.file].digest, len(numbers)) for item in self._items]
-        self._sizes = [self._cropper.size_for(facts[item.file].size) for item in self._items]
-        small = sum(
-            enlargement(facts[item.file].size, self._cropper.size_for(facts[item.file].size)) > 1
+        digests = {file: facts[file].digest for file in facts}
+        self.digest = digest_of(
+            (
+                listing.name(item.file),
+                *(digests[item.file], item.mask and digests[item.mask], item.before and digests[item.before]),
+                *(self._cropper.texts(item.captions), item.repeats),
+            )
             for item in good
         )
-        if small:
+        sizes = [facts[item.file].size for item in good]
+        if small := sum(enlargement(size, self._cropper.size_for(size)) > 1 for size in sizes):
             warnings.warn(
                 f"{small} of {len(good)} images are smaller than their views and are enlarged; "
                 "`latentgen check-data` names them",
@@ -132,4 +157,4 @@ class ImageFolder:
 
     def captions(self) -> list[str]:
         """All captions of each image."""
-        return [text for item in self._items for text in item.captions]
+        return [text for item in self._items for text in self._cropper.texts(item.captions)]

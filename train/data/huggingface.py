@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -16,17 +15,18 @@ from latentgen.files import quote, read_json, safe_join
 from latentgen.image_file import read_image_bytes
 from latentgen.train.config import HuggingFaceData
 from latentgen.train.data import Sample, digest_of
-from latentgen.train.data.archive import (
-    MAX_IMAGE_BYTES,
-    ArchiveSample,
-    ArchiveSurvey,
-    captions_of,
-    image_size,
-    leave_out,
-    refuse,
-)
 from latentgen.train.data.cropping import Cropper, Size
-from latentgen.train.data.image_checks import in_threads
+from latentgen.train.data.sample_checks import (
+    MAX_IMAGE_BYTES,
+    CheckedSample,
+    DataSurvey,
+    UsableSample,
+    captions_of,
+    check_sample,
+    in_threads,
+    refuse,
+    warn_skipped,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -38,7 +38,7 @@ _CHECKED_AT_ONCE = 1024
 
 
 class HuggingFaceSet:
-    """The rows of a data set; see HuggingFaceData for which.
+    """The rows of a data set, as described by HuggingFaceData.
 
     Images are the bytes that the rows hold. Those that only name a file or an address are refused: what is there may
     have changed, and fetching it is for the one who made the data set.
@@ -58,26 +58,33 @@ class HuggingFaceSet:
         self.image_size = config.image_size
         self._cropper = Cropper(config)
         self.is_random = self._cropper.varies
-        self._sizes: dict[int, Size] = {}
-        self._digests: dict[int, bytes] = {}
-        self._contents: list[str] = []
         self._where = quote(config.path) + (f", split {quote(config.split)}" if config.split else "")
         self._image, self._caption = config.image_column, config.caption_column
-        self._table = _with_columns(_open(config), config)
-        self._rows: range | list[int] = range(len(self._table))
-        if config.check_images:
-            captions, images = self._check(config)
-            if config.on_bad_image == "skip":
-                leave_out(list(images.values()))
-                self._rows = [row for row in self._rows if row not in images]
-            else:
-                captions += images.values()
-            refuse(self._where, captions)
+        self._table = _open(config)
+        self._sizes: dict[int, Size] = {}
+        contents: list[str] = []
+        digests: dict[int, bytes] = {}
+        problems: list[str] = []
+        bad: dict[int, str] = {}
+        for row, sample in enumerate(_check_rows(self._table, config) if config.check_images else ()):
+            contents.append(digest_of(sample))
+            if sample.caption_problem:
+                problems.append(f"row {row}: {sample.caption_problem}")
+            if sample.image_problem:
+                bad[row] = f"row {row}: {sample.image_problem}"
+            if sample.size is not None:
+                self._sizes[row], digests[row] = sample.size, sample.digest
+        if config.on_bad_image == "skip":
+            warn_skipped(list(bad.values()))
+        else:
+            problems += bad.values()
+        refuse(self._where, problems)
+        self._rows = [row for row in range(len(self._table)) if row not in bad]
         if not self._rows:
             raise DatasetError(f"{self._where} has no row that can be used")
-        self.digest = digest_of((len(self._table), *self._contents))
+        self.digest = digest_of((len(self._table), *contents))
         numbers: dict[bytes | int, int] = {}
-        self.images = [numbers.setdefault(self._digests.get(row, row), len(numbers)) for row in self._rows]
+        self.images = [numbers.setdefault(digests.get(row, row), len(numbers)) for row in self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -96,7 +103,7 @@ class HuggingFaceSet:
         fields = self._table[row]
         try:
             image = read_image_bytes(_image_bytes(fields[self._image]), self._image)
-            return self._cropper.sample(image, self._cropper.texts(captions_of(fields[self._caption])), rng)
+            return self._cropper.sample(image, captions_of(fields[self._caption]), rng)
         except InputError as error:
             raise DatasetError(f"{self._where}, row {row}: {error}") from error
 
@@ -105,67 +112,38 @@ class HuggingFaceSet:
         column = self._table[self._caption]
         return [text for row in self._rows for text in self._cropper.texts(captions_of(column[row]))]
 
-    def _check(self, config: HuggingFaceData) -> tuple[list[str], dict[int, str]]:
-        """The problems of captions, and those of images by row."""
-        captions: list[str] = []
-        images: dict[int, str] = {}
-        for row, found in enumerate(_read_rows(self._table, config)):
-            self._contents.append(digest_of(found))
-            if found.caption_problem:
-                captions.append(f"row {row}: {found.caption_problem}")
-            if found.image_problem:
-                images[row] = f"row {row}: {found.image_problem}"
-            if found.size is not None:
-                self._sizes[row], self._digests[row] = found.size, found.digest
-        return captions, images
 
-
-def survey(config: HuggingFaceData) -> ArchiveSurvey:
+def survey(config: HuggingFaceData) -> DataSurvey:
     """Read every row of a data set.
 
     Raises:
         ConfigError: the `datasets` library is not installed.
         DatasetError: there is no such data set, split or column.
     """
-    samples: list[ArchiveSample] = []
+    samples: list[UsableSample] = []
     problems: list[str] = []
-    for row, found in enumerate(_read_rows(_with_columns(_open(config), config), config)):
-        wrong = [problem for problem in (found.caption_problem, found.image_problem) if problem]
-        problems += [f"row {row}: {problem}" for problem in wrong]
-        if found.size is not None and not wrong:
-            samples.append(ArchiveSample(f"row {row}", found.size, found.captions))
+    for row, sample in enumerate(_check_rows(_open(config), config)):
+        found = [problem for problem in (sample.caption_problem, sample.image_problem) if problem]
+        problems += [f"row {row}: {problem}" for problem in found]
+        if sample.size is not None and not found:
+            samples.append(UsableSample(f"row {row}", sample.size, sample.captions))
     if not samples and not problems:
         problems.append("no row")
-    return ArchiveSurvey(samples, problems)
+    return DataSurvey(samples, problems)
 
 
-class _Row(NamedTuple):
-    captions: tuple[str, ...] = ()
-    size: Size | None = None
-    digest: bytes = b""
-    caption_problem: str | None = None
-    image_problem: str | None = None
-
-
-def _read_rows(table: datasets.Dataset, config: HuggingFaceData) -> Iterator[_Row]:
-    """The content of each row, with its image decoded."""
-
-    def read(row: int) -> _Row:
-        fields, found = table[row], _Row()
-        try:
-            found = found._replace(captions=captions_of(fields[config.caption_column]))
-        except InputError as error:
-            found = found._replace(caption_problem=str(error))
-        try:
-            image = _image_bytes(fields[config.image_column])
-            size = image_size(image, config.image_column)
-            return found._replace(size=size, digest=hashlib.sha256(image).digest())
-        except InputError as error:
-            return found._replace(image_problem=str(error))
+def _check_rows(table: datasets.Dataset, config: HuggingFaceData) -> Iterator[CheckedSample]:
+    def check(row: int) -> CheckedSample:
+        fields = table[row]
+        return check_sample(
+            config.image_column,
+            lambda: _image_bytes(fields[config.image_column]),
+            lambda: captions_of(fields[config.caption_column]),
+        )
 
     starts = range(0, len(table), _CHECKED_AT_ONCE)
     for start in tqdm(starts, desc="reading the data set", mininterval=1.0):
-        yield from in_threads(read, range(start, min(start + _CHECKED_AT_ONCE, len(table))))
+        yield from in_threads(check, range(start, min(start + _CHECKED_AT_ONCE, len(table))))
 
 
 def _image_bytes(value: Any) -> bytes:
@@ -181,12 +159,14 @@ def _image_bytes(value: Any) -> bytes:
 
 
 def _open(config: HuggingFaceData) -> datasets.Dataset:
+    """The image column, as the bytes that it stores, and the caption column."""
     path = config.path
     if not path.is_dir():
         raise DatasetError(
             f"{quote(path)} is not a folder; data.path names one on this machine: download a data set of the Hub with "
             "datasets.load_dataset(...).save_to_disk(...)"
         )
+    table: Any
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -195,19 +175,31 @@ def _open(config: HuggingFaceData) -> datasets.Dataset:
         ) from None
     try:
         if (path / "dataset_dict.json").is_file():
-            names = sorted(child.name for child in path.iterdir() if (child / _STATE).is_file())
-            path = path / _chosen(config, names)
+            path = path / _chosen_split(
+                config, sorted(state.parent.name for state in path.glob(f"*/{_STATE}"))
+            )
         if (path / _STATE).is_file():
             _check_state(path)
-            return datasets.Dataset.load_from_disk(str(path))
-        files = _parquet_files(config)
-        table: Any = datasets.Dataset.from_parquet([str(file) for file in files])
-        return table
+            table = datasets.Dataset.load_from_disk(str(path))
+        else:
+            table = datasets.Dataset.from_parquet(list(map(str, _parquet_files(config))))
     except LatentgenError:
         raise
     # Whatever parsing of JSON, Arrow and parquet ran into.
     except Exception as error:
         raise DatasetError(f"{quote(path)} cannot be read as a data set: {error}") from error
+    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
+    if missing := [field for field, column in columns.items() if column not in table.column_names]:
+        names = " and ".join(f"data.{field} {quote(columns[field])}" for field in missing)
+        raise DatasetError(f"{quote(path)} lacks {names}; its columns are: {', '.join(table.column_names)}")
+    table = table.select_columns(list(dict.fromkeys(columns.values())))
+    try:
+        return table.cast_column(config.image_column, datasets.Image(decode=False))
+    except Exception as error:  # pyarrow's errors share no other base
+        raise DatasetError(
+            f"{quote(path)}, column {quote(config.image_column)} holds no images but "
+            f"{table.features[config.image_column]}"
+        ) from error
 
 
 def _check_state(folder: Path) -> None:
@@ -221,52 +213,23 @@ def _check_state(folder: Path) -> None:
 
 def _parquet_files(config: HuggingFaceData) -> list[Path]:
     """The parquet files of the split: those named after it, as on the Hub, or all if none is named after any."""
-    files = sorted(config.path.rglob("*.parquet"))
-    if not files:
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(config.path.rglob("*.parquet")):
+        match = _SPLIT_FILE.match(file.stem)
+        splits.setdefault(match[1] if match else "", []).append(file)
+    if not splits:
         raise DatasetError(
             f"{quote(config.path)} holds neither a data set made by save_to_disk nor parquet files"
         )
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        match = _SPLIT_FILE.match(file.stem)
-        splits.setdefault(match[1] if match else "", []).append(file)
-    if set(splits) == {""} and config.split is None:
-        return files
-    return splits[_chosen(config, sorted(splits))]
+    return splits[_chosen_split(config, sorted(splits))]
 
 
-def _chosen(config: HuggingFaceData, names: list[str]) -> str:
-    """The split that the recipe names, or the only one."""
-    named = [name for name in names if name]
+def _chosen_split(config: HuggingFaceData, names: list[str]) -> str:
+    """The split that the recipe names, or the only one; "" is that of parquet files without a split in their names."""
     if config.split is None and len(names) == 1:
         return names[0]
     if config.split is None or config.split not in names:
-        found = "nothing" if config.split is None else quote(config.split)
-        raise DatasetError(
-            f"data.split names {found}; the splits of {quote(config.path)} are: {', '.join(named) or 'none'}"
-        )
+        actual = "nothing" if config.split is None else quote(config.split)
+        splits = ", ".join(name for name in names if name) or "none"
+        raise DatasetError(f"data.split names {actual}; the splits of {quote(config.path)} are: {splits}")
     return config.split
-
-
-def _with_columns(table: datasets.Dataset, config: HuggingFaceData) -> datasets.Dataset:
-    """The two columns, images as the bytes that they are stored as."""
-    from datasets import Image
-
-    names = (config.image_column, config.caption_column)
-    fields = ("image_column", "caption_column")
-    if missing := [
-        f"data.{field} {quote(name)}"
-        for field, name in zip(fields, names, strict=True)
-        if name not in table.column_names
-    ]:
-        raise DatasetError(
-            f"{quote(config.path)} lacks {' and '.join(missing)}; its columns are: {', '.join(table.column_names)}"
-        )
-    table = table.select_columns(list(dict.fromkeys(names)))
-    try:
-        return table.cast_column(config.image_column, Image(decode=False))
-    except Exception as error:  # pyarrow's errors share no other base
-        raise DatasetError(
-            f"{quote(config.path)}, column {quote(config.image_column)} holds no images but "
-            f"{table.features[config.image_column]}"
-        ) from error

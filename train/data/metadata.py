@@ -1,4 +1,4 @@
-"""`metadata.jsonl` and `metadata.csv`: rows that name an image, its caption and what belongs to it."""
+"""`metadata.jsonl` and `metadata.csv`: rows that name an image, its caption, its mask and the image that it edits."""
 
 from __future__ import annotations
 
@@ -37,23 +37,15 @@ class Row(NamedTuple):
     unread: tuple[str, ...]
 
 
-class Metadata(NamedTuple):
-    """The content of metadata files.
-
-    Attributes:
-        rows: by image file.
-        named: the images of all rows, including those with problems.
-    """
-
-    rows: dict[Path, Row]
-    named: set[Path]
+Rows = dict[Path, Row | None]
+"""The row of each image; None for an image all of whose rows have problems."""
 
 
-def read_metadata(file: Path, name: str, found: Metadata, problems: list[str]) -> list[str]:
-    """Add the valid rows of a file to `found`, and the errors of others to `problems`, under the `name` of the file.
+def read_metadata(file: Path, name: str, rows: Rows, problems: list[str]) -> list[str]:
+    """Add the rows of a file to `rows`, and their errors to `problems`, under the `name` of the file.
 
     Returns:
-        The columns of these rows that are ignored.
+        The columns of the valid rows that are ignored.
     """
     unread: dict[str, None] = {}
     try:
@@ -65,10 +57,10 @@ def read_metadata(file: Path, name: str, found: Metadata, problems: list[str]) -
         return []
     for number, fields in lines:
         try:
-            row = _parse_row(file.parent, fields, found.named)
-            if row.file in found.rows:
+            row = _parse_row(file.parent, fields, rows)
+            if rows[row.file] is not None:
                 raise ValueError(f"{quote(row.file.name)} already has a row; remove one of them")
-            found.rows[row.file] = row
+            rows[row.file] = row
             unread |= dict.fromkeys(row.unread)
         except (OSError, ValueError, RecursionError, UnsafePathError) as error:
             problems.append(f"{name} line {number}: {error}")
@@ -87,34 +79,34 @@ def _csv_rows(text: str) -> Iterator[tuple[int, Mapping[Any, Any]]]:
     columns = list(reader.fieldnames or ())
     if "file_name" not in columns or len(set(columns)) < len(columns):
         raise ValueError(
-            f"its first line names the columns {quote(', '.join(columns))}; file_name must be one of them, and none "
-            "may appear twice"
+            f"its columns are {quote(', '.join(columns))}; file_name must be one of them, and none may appear twice"
         )
     for row in reader:
         yield reader.line_num, row
 
 
-def _parse_row(folder: Path, fields: str | Mapping[Any, Any], named: set[Path]) -> Row:
+def _parse_row(folder: Path, fields: str | Mapping[Any, Any], rows: Rows) -> Row:
+    """A row; `rows` gets an entry for its image even if the rest of it has a problem."""
     if isinstance(fields, str):
         fields = json.loads(fields)
     elif None in fields or None in fields.values():
         raise ValueError("it has more or fewer cells than the first line; put texts with commas in quotes")
     else:
-        # A cell cannot be left out; that of a file which is not there is empty.
+        # A cell cannot be left out: without a file it is empty.
         fields = {name: value for name, value in fields.items() if value or not name.endswith("file_name")}
     if not isinstance(fields, dict):
         raise ValueError('it must be an object, {"file_name": "...", "text": "..."}')
     file = _file(folder, fields, "file_name")
     if file is None:
         raise ValueError("file_name is missing")
-    named.add(file)
+    rows.setdefault(file, None)
     column = next((name for name in CAPTION_COLUMNS if name in fields), None)
     text = None if column is None else _string(fields, column)
     if text is not None:
         check_prompts([text])
     # Tables that hold masks for some of the images have null for the others.
     optional = {name: value for name, value in fields.items() if value is not None}
-    mask, before = (_file(folder, optional, f"{kind}_file_name") for kind in ("mask", "before"))
+    mask, before = (_file(folder, optional, name) for name in _FILE_COLUMNS[1:])
     unread = tuple(name for name in fields if name != column and name not in _FILE_COLUMNS)
     return Row(file, text, mask, before, unread)
 
@@ -125,14 +117,16 @@ def _file(folder: Path, fields: Mapping[str, object], field: str) -> Path | None
         return None
     file = safe_join(folder, name, field)
     if not file.is_file():
-        raise ValueError(f"{field} {quote(name)} is not there")
+        raise ValueError(f"{field} {quote(name)} does not exist")
     return file
 
 
 def _string(fields: Mapping[str, object], field: str) -> str | None:
-    """A field that must be a string if it is there."""
-    value = fields.get(field, "")
+    """The value of a field, which must be a string; None if there is no such field."""
+    if field not in fields:
+        return None
+    value = fields[field]
     if not isinstance(value, str):
         kind = "null" if value is None else _KINDS[type(value)]
         raise ValueError(f"{field} is {kind}; it must be a string")
-    return value if field in fields else None
+    return value

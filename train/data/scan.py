@@ -1,11 +1,11 @@
-"""Which images a folder holds, and what each is called: without decoding any."""
+"""Lists the images of a folder and their captions, without decoding any image."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from latentgen.errors import DatasetError, InputError
 from latentgen.files import quote
 from latentgen.prompts import check_prompts
 from latentgen.train.config import FolderData, KohyaData
-from latentgen.train.data.metadata import CAPTION_COLUMNS, METADATA, Metadata, Row, read_metadata
+from latentgen.train.data.metadata import CAPTION_COLUMNS, METADATA, Row, Rows, read_metadata
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
@@ -27,7 +27,7 @@ class Item(NamedTuple):
 
     Attributes:
         file: the image.
-        captions: what it may be called; none if that is among the problems.
+        captions: all of its captions; empty if these have problems.
         mask: an image that is white where the loss counts.
         before: the image that this one is an edit of.
         repeats: how often an epoch shows it.
@@ -51,9 +51,9 @@ class Listing(NamedTuple):
     Attributes:
         folder: names in messages are relative to it.
         items: in the order of their names.
-        problems: what keeps it from being trained on.
-        notes: what may not be as it was meant.
-        unread: columns of metadata that nothing is done with.
+        problems: what prevents training.
+        notes: what may be unintended.
+        unread: columns of metadata that are ignored.
     """
 
     folder: Path
@@ -83,10 +83,6 @@ def list_folder(config: FolderData | KohyaData) -> Listing:
             _list_images(listing, list(_walk(config.path)), caption=config.caption, repeats=config.repeats)
     except OSError as error:
         raise DatasetError(f"{quote(config.path)} cannot be read: {error}; fix its permissions") from error
-    if config.caption_prefix:
-        for place, item in enumerate(listing.items):
-            captions = tuple(f"{config.caption_prefix} {caption}".strip() for caption in item.captions)
-            listing.items[place] = item._replace(captions=captions)
     edits = [item.before is not None for item in listing.items if item.captions]
     if any(edits) and not all(edits):
         listing.problems.append(
@@ -106,12 +102,10 @@ def _list_kohya(listing: Listing) -> None:
         name = _KOHYA_FOLDER.fullmatch(entry.name)
         if not entry.is_dir() or name is None:
             stray += [file for file in files if file.suffix.lower() in SUFFIXES]
-            continue
-        repeats, caption = int(name[1]), name[2]
-        if not 1 <= repeats <= _MOST_REPEATS:
+        elif not 1 <= int(name[1]) <= _MOST_REPEATS:
             listing.problems.append(f"{listing.name(entry)}: allowed are 1 to {_MOST_REPEATS:,} repeats")
-            continue
-        _list_images(listing, files, caption=caption, repeats=repeats)
+        else:
+            _list_images(listing, files, caption=name[2], repeats=int(name[1]))
     for file in stray:
         listing.problems.append(
             f'{listing.name(file)}: not in a sub-folder named as in "10_sks dog" (repeats and caption); move it there'
@@ -120,30 +114,31 @@ def _list_kohya(listing: Listing) -> None:
 
 def _list_images(listing: Listing, files: list[Path], *, caption: str | None, repeats: int) -> None:
     """Add the images among some files; `caption` is that of images that have none of their own."""
-    metadata = Metadata({}, set())
+    rows: Rows = {}
     for file in files:
         if file.name in METADATA:
             name = listing.name(file)
-            if unread := read_metadata(file, name, metadata, listing.problems):
+            if unread := read_metadata(file, name, rows, listing.problems):
+                captions_from = " or ".join(CAPTION_COLUMNS)
                 listing.unread.append(
-                    f"{name}: nothing is done with {_columns(unread)}; captions are read from "
-                    f"{' or '.join(CAPTION_COLUMNS)}"
+                    f"{name}: columns ignored: {first_five(unread)}; captions are read from {captions_from}"
                 )
-    rows = metadata.rows
-    companions = {file for row in rows.values() for file in (row.mask, row.before) if file is not None}
-    images = {file for file in files if file.suffix.lower() in SUFFIXES}
-    captions_beside = CaptionFiles(file for file in files if file.suffix.lower() in CAPTION_SUFFIXES)
-    own = {file: captions_beside.of(file) for file in images | metadata.named}
-    for file in sorted(images - companions | metadata.named):
+    referenced = {file for row in rows.values() if row for file in (row.mask, row.before) if file}
+    images = {file for file in files if file.suffix.lower() in SUFFIXES} | referenced | rows.keys()
+    # Of two text files that differ in the case of their suffix the last counts, which is in lower case.
+    texts = {(file.with_suffix(""), file.suffix.lower()): file for file in files}
+    caption_files = {
+        image: texts.get((image.with_suffix(""), ".txt")) or texts.get((image.with_suffix(""), ".caption"))
+        for image in images
+    }
+    for file in sorted(images - (referenced - rows.keys())):
         row = rows.get(file)
-        if row is not None:
-            captions = _captions(listing, file, row, own[file], caption)
-            listing.items.append(Item(file, captions, row.mask, row.before, repeats))
-        else:
-            # If all rows of an image have problems, these are listed already.
-            captions = () if file in metadata.named else _captions(listing, file, None, own[file], caption)
-            listing.items.append(Item(file, captions, repeats=repeats))
-    used = {*own, *companions, *metadata.named, *own.values()}
+        # If all rows of an image have problems, these are listed already.
+        has_problems = row is None and file in rows
+        captions = () if has_problems else _captions(listing, file, row, caption_files[file], caption)
+        mask, before = (None, None) if row is None else (row.mask, row.before)
+        listing.items.append(Item(file, captions, mask, before, repeats))
+    used = {*caption_files, *caption_files.values()}
     _note_others(listing, [file for file in files if file not in used and file.name not in METADATA])
 
 
@@ -153,38 +148,28 @@ def _captions(
     """The captions of an image: those of its row, of its caption file, or of the whole folder; none is a problem."""
     if row is not None and row.text is not None:
         return (row.text,)
-    if caption_file is not None:
-        try:
+    name = listing.name(file)
+    try:
+        if caption_file is not None:
+            name = listing.name(caption_file)
             return read_captions(caption_file)
-        except UnicodeDecodeError as error:
-            listing.problems.append(f"{listing.name(caption_file)}: {error}; save it as UTF-8")
-        except (OSError, InputError) as error:
-            listing.problems.append(f"{listing.name(caption_file)}: {error}")
-        return ()
-    if default is not None:
-        try:
+        if default is not None:
             check_prompts([default])
             return (default,)
-        except InputError as error:
-            listing.problems.append(f"{listing.name(file)}: its caption {quote(default)}: {error}")
-        return ()
-    if row is not None and row.unread:
-        remedy = (
-            f"its row has {_columns(row.unread)}: name the one that holds the caption {CAPTION_COLUMNS[0]}"
-        )
-    else:
-        remedy = f"write it into {file.with_suffix('.txt').name} or metadata.jsonl, or set data.caption"
-    listing.problems.append(f"{listing.name(file)}: no caption; {remedy}")
+        if row is not None and row.unread:
+            remedy = f"rename the column that holds it to {CAPTION_COLUMNS[0]}: {first_five(row.unread)}"
+        else:
+            remedy = f"write it into {file.with_suffix('.txt').name} or metadata.jsonl, or set data.caption"
+        listing.problems.append(f"{name}: no caption; {remedy}")
+    except UnicodeDecodeError as error:
+        listing.problems.append(f"{name}: {error}; save it as UTF-8")
+    except (OSError, InputError) as error:
+        listing.problems.append(f"{name}: {error}")
     return ()
 
 
-def _columns(names: Sequence[str]) -> str:
-    """Columns for a message."""
-    return f"the column{'s' * (len(names) > 1)} {first_five(names)}"
-
-
 def _note_others(listing: Listing, files: list[Path]) -> None:
-    """Note the files that nothing was done with."""
+    """Note the files that are not used."""
     others: Counter[str] = Counter()
     for file in files:
         if file.suffix.lower() in CAPTION_SUFFIXES:
@@ -193,11 +178,11 @@ def _note_others(listing: Listing, files: list[Path]) -> None:
             others[file.suffix.lower() or "without a suffix"] += 1
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-        listing.notes.append(f"files that are no images of a known kind and not used: {kinds}")
+        listing.notes.append(f"files that are not images of a known kind, and are not used: {kinds}")
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder, sorted, through links to folders too; names that begin with a dot are passed over."""
+    """All files below a folder, sorted, through links to folders too, without names that begin with a dot."""
     entered: set[str] = set()
 
     def fail(error: OSError) -> None:
@@ -213,29 +198,12 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent) / name for name in sorted(files) if not name.startswith("."))
 
 
-class CaptionFiles:
-    """Which of some files hold the captions of the images next to them; their suffixes count in any case.
-
-    Args:
-        files: paths, sorted: of two that differ in the case of their suffix the last, which is in lower case, counts.
-    """
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._files = {(file.with_suffix(""), file.suffix.lower()): file for file in files}
-
-    def of(self, image: Path) -> Path | None:
-        """The file with the captions of an image, if there is one."""
-        stem = image.with_suffix("")
-        found = (self._files.get((stem, suffix)) for suffix in CAPTION_SUFFIXES)
-        return next((file for file in found if file is not None), None)
-
-
 def read_captions(file: Path) -> tuple[str, ...]:
-    """The captions in a file, one a line; blank lines are none, and a file without any other holds the empty caption.
+    """The captions in a file, one a line; blank lines are ignored, and a file of nothing else holds the empty caption.
 
     Raises:
         OSError, UnicodeDecodeError: it cannot be read.
-        InputError: a caption holds what no tokenizer can read.
+        InputError: no tokenizer can read a caption.
     """
     # splitlines() would cut captions at U+2028.
     lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n")]

@@ -8,12 +8,12 @@ import json
 import random
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,17 +23,10 @@ from latentgen.image_file import read_image_bytes
 from latentgen.train.cache import TensorCache, content_key
 from latentgen.train.config import WebDataset
 from latentgen.train.data import Sample, digest_of
-from latentgen.train.data.archive import ArchiveSample, ArchiveSurvey, leave_out, refuse
 from latentgen.train.data.cropping import Cropper, Size
+from latentgen.train.data.sample_checks import DataSurvey, UsableSample, refuse, warn_skipped
 from latentgen.train.data.sampler import SHARDS_TOGETHER
-from latentgen.train.data.tar_index import (
-    Extent,
-    OpenTar,
-    Samples,
-    ShardSurvey,
-    decode_captions,
-    survey_shard,
-)
+from latentgen.train.data.tar_index import Member, OpenTar, ShardSurvey, survey_shard
 from latentgen.train.distributed import gather, own_share
 
 _OPEN_FILES = 4 * SHARDS_TOGETHER
@@ -44,10 +37,10 @@ _NO_SAMPLE = "no sample: an image (.jpg, .jpeg, .png or .webp) with a .txt or a 
 
 
 class ShardSet:
-    """The samples of tar files; see WebDataset for what they are.
+    """The samples of tar files, as described by WebDataset.
 
-    First the headers of all shards are read, and with `check_images` the samples as well; with an `index_dir` each
-    process of a run reads its share. Then a sample is one read at its offset in a shard, which is opened on demand.
+    First the headers of all shards are read, and with `check_images` the samples as well; each process of a run reads
+    its share. Then a sample is one read at its offset in a shard, which is opened on demand.
 
     Attributes:
         image_size: the side of the views.
@@ -69,16 +62,16 @@ class ShardSet:
         problems = [problem for survey in surveys for problem in survey.problems]
         bad = [problem for survey in surveys for problem in survey.bad_images]
         if config.on_bad_image == "skip":
-            leave_out(bad)
+            warn_skipped(bad)
         else:
             problems += bad
         self._samples = [survey.samples for survey in surveys]
-        self.shard_counts = tuple(len(samples.json) for samples in self._samples)
+        self.shard_counts = tuple(map(len, self._samples))
         if not any(self.shard_counts) and not problems:
             problems.append(_NO_SAMPLE)
         refuse(f"data.shards ({len(self._paths):,} files)", problems)
         self.digest = digest_of(
-            (self._stamps[path][0], hashlib.sha256(samples.extents.tobytes()).digest())
+            (self._stamps[path][0], hashlib.sha256(samples[:, :4].tobytes()).digest())
             for path, samples in zip(self._paths, self._samples, strict=True)
         )
         self._ends = list(accumulate(self.shard_counts))
@@ -89,9 +82,8 @@ class ShardSet:
 
     def bucket(self, index: int) -> Size:
         """Height and width of the views of item `index`."""
-        shard, place = self._place(index)
-        height, width = map(int, self._samples[shard].sizes[place])
-        return self._cropper.size_for((height, width))
+        _, row = self._row(index)
+        return self._cropper.size_for((row[5], row[6]))
 
     def sample(self, index: int, rng: random.Random) -> Sample:
         """The image scaled to cover its rectangle, and cropped; random where the recipe says so.
@@ -99,127 +91,92 @@ class ShardSet:
         Raises:
             DatasetError: the sample cannot be used.
         """
-        archive, image, caption, is_json = self._locate(index)
+        path, row = self._row(index)
+        archive = self._open(path)
+        image = Member(f"image at byte {row[0]:,}", row[0], row[1])
         try:
-            picture = read_image_bytes(archive.read(image), f"{archive.path}, {image.name}")
+            picture = read_image_bytes(archive.read(image), f"{path}, {image.name}")
         except InputError as error:
             raise DatasetError(str(error)) from error
-        texts = self._cropper.texts(_captions(archive, caption, is_json=is_json))
-        return self._cropper.sample(picture, texts, rng)
+        return self._cropper.sample(picture, _captions(archive, row), rng)
 
     def captions(self) -> list[str]:
         """All captions, read for this."""
-        places = (self._locate(index) for index in range(len(self)))
-        return [
-            text
-            for archive, _, caption, is_json in places
-            for text in self._cropper.texts(_captions(archive, caption, is_json=is_json))
-        ]
+        rows = (self._row(index) for index in range(len(self)))
+        return [text for path, row in rows for text in self._cropper.texts(_captions(self._open(path), row))]
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """The shard of a sample, and its number in it."""
+    def _row(self, index: int) -> tuple[Path, list[int]]:
+        """The shard of a sample, and its row of `ShardSurvey.samples`."""
         shard = bisect_right(self._ends, index)
-        return shard, index - (self._ends[shard] - self.shard_counts[shard])
-
-    def _locate(self, index: int) -> tuple[OpenTar, Extent, Extent, bool]:
-        """The shard of a sample, the extents of its image and its caption, and whether that is JSON."""
-        shard, place = self._place(index)
-        samples = self._samples[shard]
-        image_begin, image_length, caption_begin, caption_length = map(int, samples.extents[place])
-        archive = self._open(self._paths[shard])
-        image = Extent(f"image at byte {image_begin:,}", image_begin, image_length)
-        caption = Extent(f"caption at byte {caption_begin:,}", caption_begin, caption_length)
-        return archive, image, caption, bool(samples.json[place])
+        place = index - (self._ends[shard] - self.shard_counts[shard])
+        return self._paths[shard], self._samples[shard][place].tolist()
 
     def _open_unchanged(self, path: Path) -> OpenTar:
-        try:
-            archive = OpenTar(path)
-            if _stamp(path) == self._stamps[path]:
-                return archive
-        except (InputError, OSError) as error:
-            raise DatasetError(f"{quote(path)} cannot be opened: {error}") from error
-        raise DatasetError(
-            f"{quote(path)} was changed while the run used it; resume the run with the original file"
-        )
+        archive = OpenTar(path)
+        if _stamp(path) != self._stamps[path]:
+            raise DatasetError(
+                f"{quote(path)} was changed while the run used it; resume the run with the original file"
+            )
+        return archive
 
 
-def survey(config: WebDataset) -> ArchiveSurvey:
+def survey(config: WebDataset) -> DataSurvey:
     """Read every sample of the shards.
 
     Raises:
-        DatasetError: a shard is not there.
+        DatasetError: a shard does not exist.
     """
     paths = expand_shards(config.shards)
-    samples: list[ArchiveSample] = []
+    open_tar = lru_cache(1)(OpenTar)
+    samples: list[UsableSample] = []
     problems: list[str] = []
-    for path, found in zip(paths, _survey_all(paths, config), strict=True):
-        problems += [*found.problems, *found.bad_images]
-        archive = OpenTar(path) if len(found.samples.json) else None
-        for extents, is_json, size in zip(*found.samples, strict=True):
-            assert archive is not None  # there are samples
-            image_begin, _, begin, length = map(int, extents)
-            captions = _captions(
-                archive, Extent(f"caption at byte {begin:,}", begin, length), is_json=bool(is_json)
-            )
-            height, width = map(int, size)
-            samples.append(
-                ArchiveSample(f"{path.name}, image at byte {image_begin:,}", (height, width), captions)
-            )
+    for path, shard in zip(paths, _survey_all(paths, config), strict=True):
+        problems += [*shard.problems, *shard.bad_images]
+        rows: list[list[int]] = shard.samples.tolist()
+        for row in rows:
+            name = f"{path.name}, image at byte {row[0]:,}"
+            samples.append(UsableSample(name, (row[5], row[6]), _captions(open_tar(path), row)))
     if not samples and not problems:
         problems.append(_NO_SAMPLE)
-    return ArchiveSurvey(samples, problems)
+    return DataSurvey(samples, problems)
 
 
-def _captions(archive: OpenTar, caption: Extent, *, is_json: bool) -> tuple[str, ...]:
-    try:
-        return decode_captions(archive.read(caption), is_json=is_json)
-    except InputError as error:
-        raise DatasetError(f"{quote(archive.path)}, {caption.name}: {error}") from error
+def _captions(archive: OpenTar, row: Sequence[int]) -> tuple[str, ...]:
+    member = Member(f"caption at byte {row[2]:,}", row[2], row[3])
+    return archive.captions(member, is_json=bool(row[4]))
 
 
 def _survey_all(paths: Sequence[Path], config: WebDataset) -> list[ShardSurvey]:
-    """The samples and problems of every shard: from `index_dir`, or read now."""
-    index = None if config.index_dir is None else TensorCache(config.index_dir)
-    found: dict[Path, ShardSurvey] = {}
-    if index is not None:
-        shared = {path: _survey(path, config, index) for path in _bar(own_share(paths))}
-        index.flush()
-        found = dict(gather([(path, survey) for path, survey in shared.items() if not _fits_index(survey)]))
-        index.refresh()
-    left = [path for path in paths if path not in found]
-    found |= {path: _survey(path, config, index) for path in _bar(left, disable=index is not None)}
-    if index is not None:
-        index.flush()  # on a machine that does not see the folder of the others
-    return [found[path] for path in paths]
+    """The content of every shard. Processes share the work if they share an `index_dir`."""
+    index = TensorCache(config.index_dir)
+    own = {path: _survey(path, config, index) for path in _bar(own_share(paths))}
+    index.flush()
+    unindexed = dict(gather([(path, shard) for path, shard in own.items() if not _fits_index(shard)]))
+    index.refresh()
+    surveys = [unindexed.get(path) or _survey(path, config, index) for path in _bar(paths)]
+    index.flush()  # on a machine that does not see the folder of the others
+    return surveys
 
 
-def _survey(path: Path, config: WebDataset, index: TensorCache | None) -> ShardSurvey:
-    if index is None:
-        return survey_shard(path, decode=config.check_images)
-    keys = _index_keys(path)
-    for decoded in (True, False):
-        if decoded or not config.check_images:
-            entry = index.get(keys[decoded])
-            if entry is not None:
-                samples = Samples(*(entry[name].numpy() for name in Samples._fields))
-                return ShardSurvey(samples, [], json.loads(entry["bad_images"].numpy().tobytes()))
+def _survey(path: Path, config: WebDataset, index: TensorCache) -> ShardSurvey:
+    """The content of a shard: from the index if it has the shard as it is now, else read."""
+    shard = ("shard samples", str(path.resolve()), *map(str, _stamp(path)))
+    checked, unchecked = (content_key(*shard, decoded) for decoded in ("decoded", "headers"))
+    for key in (checked,) if config.check_images else (checked, unchecked):
+        if (entry := index.get(key)) is not None:
+            bad_images = json.loads(entry["bad_images"].numpy().tobytes())
+            return ShardSurvey(entry["samples"].numpy(), [], bad_images)
     survey = survey_shard(path, decode=config.check_images)
     if _fits_index(survey):
-        arrays = {name: torch.from_numpy(array) for name, array in survey.samples._asdict().items()}
-        bad = torch.from_numpy(np.frombuffer(json.dumps(survey.bad_images).encode(), np.uint8).copy())
-        index.put(keys[config.check_images], {**arrays, "bad_images": bad})
+        bad = torch.frombuffer(bytearray(json.dumps(survey.bad_images).encode()), dtype=torch.uint8)
+        samples = torch.from_numpy(survey.samples)
+        index.put(checked if config.check_images else unchecked, {"samples": samples, "bad_images": bad})
     return survey
 
 
 def _fits_index(survey: ShardSurvey) -> bool:
     """Whether the index stores a survey: none with problems, which the user will fix, and no empty arrays."""
-    return not survey.problems and len(survey.samples.json) > 0
-
-
-def _index_keys(path: Path) -> dict[bool, str]:
-    """The keys of a shard, as it is now, in the index: with its samples decoded, and without."""
-    parts = ("shard", str(path.resolve()), *map(str, _stamp(path)))
-    return {decoded: content_key(*parts, str(decoded)) for decoded in (True, False)}
+    return not survey.problems and len(survey.samples) > 0
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -228,15 +185,15 @@ def _stamp(path: Path) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-def _bar(paths: Sequence[Path], *, disable: bool = False) -> Iterable[Path]:
-    return tqdm(paths, desc="reading the shards", unit="shard", mininterval=1.0, disable=disable)
+def _bar(paths: Sequence[Path]) -> Iterable[Path]:
+    return tqdm(paths, "reading the shards", unit="shard", mininterval=1.0, delay=1.0)
 
 
 def expand_shards(names: Sequence[str]) -> list[Path]:
     """The files that the names of a recipe match: `{000..127}` counts, with as many digits, and `*?[]` are globs.
 
     Raises:
-        DatasetError: a file is not there or named twice, or there are too many.
+        DatasetError: a file does not exist or is named twice, or there are too many.
     """
     problems: list[str] = []
     paths: list[Path] = []
@@ -251,11 +208,7 @@ def expand_shards(names: Sequence[str]) -> list[Path]:
                     f"data.shards: {quote(name)} matches over {_MAX_SHARDS:,} files; name fewer"
                 )
     problems += [f"{quote(path)} is not a file that exists" for path in paths if not path.is_file()]
-    seen: set[Path] = set()
-    for path in paths:
-        if path in seen:
-            problems.append(f"{quote(path)} is named twice")
-        seen.add(path)
+    problems += [f"{quote(path)} is named twice" for path, count in Counter(paths).items() if count > 1]
     refuse("data.shards", problems)
     return paths
 

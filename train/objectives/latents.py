@@ -20,7 +20,7 @@ from latentgen.files import quote
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.cache import TensorCache
 from latentgen.train.data import BatchIndices, CaptionedDataset, Captions, Sample, sample_rng, to_tensor
-from latentgen.train.data.image_checks import THREADS, in_threads
+from latentgen.train.data.sample_checks import THREADS, in_threads
 
 # How many images are encoded at once: an autoencoder needs several GB for each megapixel, next to the model.
 ENCODING_BATCH = 32

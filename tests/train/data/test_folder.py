@@ -86,52 +86,30 @@ def test_captions_in_metadata(bare_folder: Path):
         {"file_name": "sub/c.png", "text": ""},
         {"file_name": "a.png", "text": "é 🍕"},
     )
-    assert open_folder(bare_folder).captions() == ["é 🍕", "two\u2028lines", ""]
+    with pytest.warns(UserWarning, match=r"metadata\.jsonl: .* more;"):
+        assert open_folder(bare_folder).captions() == ["é 🍕", "two\u2028lines", ""]
 
 
-def test_captions_in_a_table(bare_folder: Path):
-    rows = (("a.png", 'said "é, 🍕"', "1"), ("b.png", "two\nlines", ""), ("sub/c.png", "", "x"))
-    write_csv(bare_folder, ("file_name", "text", "more"), *rows)
-    assert open_folder(bare_folder).captions() == ['said "é, 🍕"', "two\nlines", ""]
-
-
-def test_captions_may_be_called_captions(bare_folder: Path):
-    write_csv(bare_folder, ("file_name", "caption"), ("a.png", "first"), ("b.png", "second"))
+def test_captions_in_tables(bare_folder: Path):
+    """Of any column order, also in sub-folders, whose paths are relative to them."""
+    write_csv(bare_folder, ("caption", "file_name"), ('said "é, 🍕"', "a.png"), ("two\nlines", "./b.png"))
     both = {"file_name": "c.png", "caption": "not this", "text": "third"}
     write_metadata(bare_folder / "sub", both)
-    with pytest.warns(
-        UserWarning, match=r"sub/metadata\.jsonl: nothing is done with the column caption;"
-    ) as told:
-        assert open_folder(bare_folder, caption="x").captions() == ["first", "second", "third"]
-    assert len(told) == 1
+    with pytest.warns(UserWarning, match=r"sub/metadata\.jsonl: .* caption;") as warned:
+        assert open_folder(bare_folder, caption="x").captions() == ['said "é, 🍕"', "two\nlines", "third"]
+    assert len(warned) == 1
 
 
 def test_unknown_columns_are_a_warning(bare_folder: Path):
     """Captions under another name must not give way to the caption of all without a word."""
     rows = [{"file_name": name, "prompt": "lost", "source": "x"} for name in ("a.png", "b.png", "sub/c.png")]
     write_metadata(bare_folder, *rows)
-    message = "metadata.jsonl: nothing is done with the columns prompt; source; captions are read from text or caption"
-    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+    message = r"metadata\.jsonl: .* prompt; source;"
+    with pytest.warns(UserWarning, match=message):
         assert open_folder(bare_folder, caption="x").captions() == ["x"] * 3
-    config = FolderData(kind="imagefolder", path=bare_folder, image_size=8, caption="x")
-    assert message in check(config).notes
-    told = problems_of(bare_folder)
-    assert (
-        "a.png: no caption; its row has the columns prompt; source: name the one that holds the caption text"
-        in told
-    )
-    rows[0] |= {str(number): "x" for number in range(10)}
-    write_metadata(bare_folder, *rows)
-    with pytest.warns(
-        UserWarning, match=r"the columns prompt; source; 0; 1; 2; \.\.\.; captions are read from"
-    ):
-        open_folder(bare_folder, caption="x")
-
-
-def test_metadata_in_sub_folders_name_files_beside_them(bare_folder: Path):
-    write_csv(bare_folder, ("text", "file_name"), ("first", "a.png"), ("second", "./b.png"))
-    write_metadata(bare_folder / "sub", {"file_name": "c.png", "text": "third"})
-    assert open_folder(bare_folder).captions() == ["first", "second", "third"]
+    notes = check(FolderData(kind="imagefolder", path=bare_folder, image_size=8, caption="x")).notes
+    assert any(re.match(message, note) for note in notes)
+    assert re.search(r"a\.png: no caption; .* text: prompt; source", problems_of(bare_folder))
 
 
 def test_the_lines_of_a_text_file_are_captions_drawn_equally_often(bare_folder: Path):
@@ -158,23 +136,13 @@ def test_the_case_of_suffixes_does_not_matter(bare_folder: Path):
     assert "lonely.TXT: there is no image of this name" in notes
 
 
-def test_files_outside_of_the_folder_are_refused_in_the_words_of_a_data_set(bare_folder: Path):
-    write_metadata(bare_folder, {"file_name": "../x.png", "text": "x"})
-    told = problems_of(bare_folder, caption="x")
-    assert "the path '../x.png' leaves its folder; allowed are paths inside it" in told
-
-
 def test_one_caption_for_all_that_have_none_and_a_prefix_for_all(bare_folder: Path):
     (bare_folder / "b.txt").write_text("asleep", "utf-8")
     write_metadata(bare_folder, {"file_name": "sub/c.png"})
-    data = open_folder(bare_folder, caption="a photo of sks dog", caption_prefix="sks,")
-    assert data.captions() == ["sks, a photo of sks dog", "sks, asleep", "sks, a photo of sks dog"]
-
-
-def test_repeats(bare_folder: Path):
-    data = open_folder(bare_folder, caption="x", repeats=3)
-    assert len(data) == 9
-    assert len({data.bucket(index) for index in range(9)}) == 1
+    data = open_folder(bare_folder, caption="a dog", caption_prefix="sks,", repeats=2)
+    texts = ["sks, a dog"] * 2 + ["sks, asleep"] * 2 + ["sks, a dog"] * 2
+    assert data.captions() == texts
+    assert [data.sample(item, random.Random(0)).captions.texts[0] for item in range(6)] == texts
 
 
 def test_captions_are_shuffled_as_in_kohyas_trainers(bare_folder: Path):
@@ -230,8 +198,8 @@ def test_companions_must_be_of_one_size_and_edits_of_all_images(tmp_path: Path):
     write_csv(tmp_path, ("file_name", "text", "mask_file_name", "before_file_name"), *rows)
     message = problems_of(tmp_path)
     assert "2 problems" in message
-    assert "mask.png is 30x10, and a.png is 20x10; both must be of one size" in message
-    assert "1 of 2 images have a before_file_name; give it to all or to none" in message
+    assert "mask.png is 30x10, and a.png is 20x10" in message
+    assert "1 of 2 images have a before_file_name" in message
 
 
 def test_buckets_by_ratio(tmp_path: Path):
@@ -245,7 +213,7 @@ def test_buckets_by_ratio(tmp_path: Path):
 
 
 def test_small_images_are_told_of(bare_folder: Path):
-    with pytest.warns(UserWarning, match="3 of 3 images are smaller than their views and are enlarged"):
+    with pytest.warns(UserWarning, match="3 of 3 images are smaller"):
         open_folder(bare_folder, caption="x", image_size=64)
 
 
@@ -263,8 +231,8 @@ def test_kohyas_folders(tmp_path: Path):
         open_kohya(tmp_path)
     message = str(caught.value)
     assert "3 problems" in message
-    assert "log/stray.png: not in a sub-folder named as in" in message
-    assert "0_none: allowed are 1 to 10,000 repeats" in message
+    for name in ("log/stray.png", " stray.png", "0_none"):
+        assert f"{name}: " in message
 
 
 def test_every_problem_is_listed_at_once(bare_folder: Path):
@@ -302,26 +270,7 @@ def test_every_problem_is_listed_at_once(bare_folder: Path):
     assert "23 problems" in message
     for line in range(2, 21):
         assert f"metadata.jsonl line {line}:" in message
-    for part in (
-        "'a.png' already has a row",
-        "file_name 'none.png' is not there",
-        "text is null; it must be a string",
-        "text is a number; it must be a string",
-        "leaves its folder",
-        "is absolute",
-        "file_name is missing",
-        "it must be an object",
-        "half of a surrogate pair",
-        "file_name is null",
-        "backslash",
-        "leaves the folder through a symlink",
-        "before_file_name 'none.png' is not there",
-        "mask_file_name is a list",
-        "b.png: no caption; write it into b.txt or metadata.jsonl, or set data.caption",
-        "latin.txt:",
-        "save it as UTF-8",
-        "cut.png",
-    ):
+    for part in ("b.png: no caption", "latin.txt: ", "cut.png"):
         assert part in message
     assert "line 1:" not in message
 
@@ -339,37 +288,24 @@ def test_problems_of_a_table(bare_folder: Path):
     message = problems_of(bare_folder)
     # Of b.png and sub/c.png nothing is known beside their rows, so they have no caption either.
     assert "7 problems" in message
-    for line, problem in (
-        (3, "'a.png' already has a row"),
-        (4, "it has more or fewer cells than the first line"),
-        (5, "it has more or fewer cells than the first line"),
-        (6, "file_name is missing"),
-        (7, "leaves its folder"),
-    ):
+    for line in range(3, 8):
         assert f"metadata.csv line {line}: " in message
-        assert problem in message
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"),
+    ("name", "content"),
     [
-        (b"name,text\na.png,x\n", "names the columns 'name, text'; file_name must be one of them"),
-        (b"file_name,text,text\na.png,x,y\n", "none may appear twice"),
-        (b"", "names the columns ''"),
-        (b'file_name,text\na.png,"never ended\n', "cannot be read"),
-        (b"\xff\xfe", "cannot be read"),
+        ("metadata.csv", b"name,text\na.png,x\n"),
+        ("metadata.csv", b"file_name,text,text\na.png,x,y\n"),
+        ("metadata.csv", b""),
+        ("metadata.csv", b'file_name,text\na.png,"never ended\n'),
+        ("metadata.csv", b"\xff\xfe"),
+        ("metadata.jsonl", b"\xff\xfe"),
     ],
 )
-def test_tables_that_cannot_be_read(content: bytes, problem: str, bare_folder: Path):
-    (bare_folder / "metadata.csv").write_bytes(content)
-    message = problems_of(bare_folder, caption="x")
-    assert "1 problems: metadata.csv cannot be read" in message
-    assert problem in message
-
-
-def test_metadata_that_is_not_text(bare_folder: Path):
-    (bare_folder / "metadata.jsonl").write_bytes(b"\xff\xfe")
-    assert "metadata.jsonl cannot be read" in problems_of(bare_folder)
+def test_metadata_that_cannot_be_read(name: str, content: bytes, bare_folder: Path):
+    (bare_folder / name).write_bytes(content)
+    assert f"1 problems: {name} cannot be read" in problems_of(bare_folder, caption="x")
 
 
 def truncated_jpeg(path: Path) -> None:
@@ -384,12 +320,11 @@ def bomb(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "spoil", "problem"),
     [
-        ("cut.jpg", truncated_jpeg, "cannot be read as an image"),
-        ("empty.png", Path.touch, "is empty (0 bytes)"),
-        ("zeros.png", lambda path: path.write_bytes(bytes(999)), "is filled with zero bytes"),
-        ("page.jpg", lambda path: path.write_bytes(b"<!DOCTYPE html><p>404"), "is an HTML or XML page"),
-        ("text.webp", lambda path: path.write_bytes(b"not an image"), "cannot be read as an image"),
-        ("bomb.png", bomb, "8193x8192 pixels, over the limit"),
+        ("cut.jpg", truncated_jpeg, "cannot be read"),
+        ("empty.png", Path.touch, "empty"),
+        ("page.jpg", lambda path: path.write_bytes(b"<!DOCTYPE html><p>404"), "HTML"),
+        ("text.webp", lambda path: path.write_bytes(b"not an image"), "cannot be read"),
+        ("bomb.png", bomb, "8193x8192 pixels"),
     ],
 )
 def test_bad_images_are_an_error_or_skipped_with_a_warning(
@@ -440,17 +375,18 @@ def test_images_of_all_kinds_are_read_upright_as_srgb(tmp_path: Path):
 
 def test_missing_captions_are_never_skipped(image_folder: Path):
     (image_folder / "red.txt").unlink()
-    with pytest.raises(DatasetError, match=r"red\.png: no caption; write it into red\.txt"):
+    with pytest.raises(DatasetError, match=r"red\.png: no caption"):
         open_folder(image_folder, on_bad_image="skip")
 
 
 def test_nothing_to_learn_from(tmp_path: Path):
-    with pytest.raises(DatasetError, match="no image that can be used"):
-        open_folder(tmp_path)
-    with pytest.raises(DatasetError, match="no image that can be used"):
-        open_kohya(tmp_path)
-    with pytest.raises(DatasetError, match="is not a folder of images"):
-        open_folder(tmp_path / "none")
+    for open_set, folder, problem in (
+        (open_folder, tmp_path, "no image"),
+        (open_kohya, tmp_path, "no image"),
+        (open_folder, tmp_path / "none", "not a folder"),
+    ):
+        with pytest.raises(DatasetError, match=problem):
+            open_set(folder)
 
 
 def test_links_to_folders_are_followed_once(bare_folder: Path, tmp_path: Path):

