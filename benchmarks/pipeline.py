@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from benchmarks.timing import Work, interleaved, report
 from latentgen import TextToImagePipeline
 from latentgen.checkpoints.folder import resolve
-from latentgen.pipelines.text_to_image import DEFAULT_STEPS
+from latentgen.pipelines.call import DEFAULT_STEPS
 
 SEED = 7
 PROMPTS = ("slice of pizza", "tiger face", "red heart", "snowman")

@@ -31,7 +31,7 @@ from latentgen.models.text import CLIPText
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEDecoder, VAEEncoder
-from latentgen.pipelines.text_to_image import DEFAULT_STEPS
+from latentgen.pipelines.call import DEFAULT_STEPS
 from latentgen.train.objectives.text_to_image import train_tokenizer
 
 PROMPTS = ("slice of pizza", "a photograph of an astronaut riding a horse")

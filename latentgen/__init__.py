@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from latentgen.pipelines.cascade import CascadePipeline as CascadePipeline
     from latentgen.pipelines.cascade import StageSettings as StageSettings
     from latentgen.pipelines.concat import ConcatImagePipeline as ConcatImagePipeline
-    from latentgen.pipelines.conditioning import SizeConditioning as SizeConditioning
     from latentgen.pipelines.guidance_options import GuidanceOptions as GuidanceOptions
     from latentgen.pipelines.image_to_image import ImageToImagePipeline as ImageToImagePipeline
     from latentgen.pipelines.inpaint import InpaintPipeline as InpaintPipeline
     from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline as InstructPix2PixPipeline
     from latentgen.pipelines.interop import from_diffusers as from_diffusers
     from latentgen.pipelines.interop import to_diffusers as to_diffusers
+    from latentgen.pipelines.size_conditioning import SizeConditioning as SizeConditioning
     from latentgen.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from latentgen.pipelines.upscale import UpscalePipeline as UpscalePipeline
 
@@ -50,7 +50,7 @@ _PUBLIC = {
     "MemoryPolicy": "latentgen.memory",
     "ConcatImagePipeline": "latentgen.pipelines.concat",
     "Scheduler": "latentgen.diffusion.scheduler",
-    "SizeConditioning": "latentgen.pipelines.conditioning",
+    "SizeConditioning": "latentgen.pipelines.size_conditioning",
     "StageSettings": "latentgen.pipelines.cascade",
     "TextToImagePipeline": "latentgen.pipelines.text_to_image",
     "UNet": "latentgen.models.unet",

@@ -28,31 +28,13 @@ from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder
 from latentgen.models.text import TextEncoder, join_towers
 from latentgen.models.unet import UNet
 from latentgen.pipelines import load_save
-from latentgen.pipelines.arguments import (
-    DTypeName,
-    check_options,
-    output_folder,
-    resolve_device,
-    resolve_dtype,
-)
+from latentgen.pipelines.arguments import check_options
 from latentgen.pipelines.call import LatentShape
-from latentgen.pipelines.conditioning import (
-    BASE_TIME_IDS,
-    REFINER_TIME_IDS,
-    takes_added_conditioning,
-    time_id_count,
-)
+from latentgen.pipelines.conditioning import is_sdxl
 from latentgen.pipelines.images import padded
-from latentgen.pipelines.load_save import (
-    SD_INDEX,
-    SDXL_INDEX,
-    class_entries,
-    img2img_index,
-    named_towers,
-    save_folder,
-)
+from latentgen.pipelines.load_save import ABSENT, DTypeName, named_towers, save_folder
+from latentgen.pipelines.size_conditioning import BASE_TIME_IDS, REFINER_TIME_IDS, time_id_count
 
-DEFAULT_STEPS = 25
 _CPU = torch.device("cpu")
 
 
@@ -240,9 +222,9 @@ class Pipeline(ABC):
         Arguments and errors are those of :meth:`from_pretrained`.
         """
         # Check the arguments and the checkpoint's class before reading weights.
-        memory = check_options("memory", memory, MemoryPolicy, "offload_idle=True")
-        torch_device = resolve_device(device)
-        torch_dtype = resolve_dtype(dtype, torch_device)
+        memory = check_options("memory", memory, MemoryPolicy) or MemoryPolicy()
+        torch_device = load_save.resolve_device(device)
+        torch_dtype = load_save.resolve_dtype(dtype, torch_device)
         load_save.check_class(checkpoint, cls.supported_classes)
         options = load_save.LoadOptions(
             torch_dtype,
@@ -380,18 +362,8 @@ class Pipeline(ABC):
             InputError: the pipeline has no `load_encoder`, or has LoRAs that are not merged.
             OutputError: a file could not be written; that file and the ones after it keep their old content.
         """
-        target = output_folder(folder)
         self.refuse_attached_loras()
-        save_folder(
-            target,
-            unet=self.unet,
-            encoder=self.encoder(),
-            decoder=self.decoder,
-            text_encoder=self.text_encoder,
-            schedulers=self.schedulers,
-            index=self._index() | class_entries(self.diffusers_class, self.default_guidance_scale),
-            variant=variant,
-        )
+        save_folder(self, folder, self._index(), variant)
 
     @property
     def schedulers(self) -> dict[str, Scheduler]:
@@ -402,11 +374,17 @@ class Pipeline(ABC):
         """The entries of `model_index.json` other than the class and the components."""
         if self.is_pixel_space:
             return {}
-        index = dict(SDXL_INDEX if self.is_sdxl else SD_INDEX)
-        if self.is_sdxl:
-            index["force_zeros_for_empty_prompt"] = self.force_zeros_for_empty_prompt
+        if not self.is_sdxl:
+            return {"feature_extractor": ABSENT, "safety_checker": ABSENT, "requires_safety_checker": False}
+        index: dict[str, object] = {
+            "feature_extractor": ABSENT,
+            "image_encoder": ABSENT,
+            "force_zeros_for_empty_prompt": self.force_zeros_for_empty_prompt,
+        }
         if self.diffusers_class in ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"):
-            index |= img2img_index(len(self.text_encoder.towers), self.uses_aesthetic_score)
+            index["requires_aesthetics_score"] = self.uses_aesthetic_score
+            if len(self.text_encoder.towers) == 1:
+                index |= {"text_encoder": ABSENT, "tokenizer": ABSENT}
         return index
 
     def encoder(self) -> ImageEncoder:
@@ -424,7 +402,7 @@ class Pipeline(ABC):
     @property
     def is_sdxl(self) -> bool:
         """Whether the UNet takes pooled embeddings and sizes, as SDXL's do."""
-        return takes_added_conditioning(self.unet.config)
+        return is_sdxl(self.unet.config)
 
     @property
     def uses_aesthetic_score(self) -> bool:

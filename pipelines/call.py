@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
+from latentgen.diffusion.guidance import ClassifierFree, Guidance
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import InputError
 from latentgen.pipelines.arguments import (
     MAX_CLIP_SKIP,
     MAX_IMAGES_PER_PROMPT,
-    AnyScheduler,
     OutputType,
     check_fraction,
     check_guidance_scale,
@@ -24,45 +24,70 @@ from latentgen.pipelines.arguments import (
     check_options,
     check_output_type,
     check_seeds,
-    choose_scheduler,
+    match_count,
 )
-from latentgen.pipelines.conditioning import (
-    PromptInput,
-    PromptReader,
-    Prompts,
-    SizeConditioning,
-    takes_added_conditioning,
-)
-from latentgen.pipelines.guidance_options import GuidanceCall, GuidanceOptions
-from latentgen.prompt_syntax import PromptSyntax, read_prompt
+from latentgen.pipelines.conditioning import PromptInput, Prompts, is_sdxl, read_prompts
+from latentgen.pipelines.guidance_options import GuidanceOptions
+from latentgen.pipelines.size_conditioning import SizeConditioning
+from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax, read_prompt
 
 if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
     from latentgen.pipelines.base import Pipeline
     from latentgen.pipelines.inpaint import MaskBlend
 
+DEFAULT_STEPS = 25
 LatentShape = tuple[int, int, int, int]
+# The scheduler of a call: the name of a solver, a Scheduler, or a diffusers scheduler.
+AnyScheduler: TypeAlias = "str | Scheduler | SchedulerMixin"
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to generate, one entry for each output image.
+class UnguidedOptions(TypedDict, total=False):
+    """The arguments that all pipelines take; see CallOptions."""
+
+    negative_prompt: Prompts | None
+    prompt_syntax: PromptSyntax
+    num_inference_steps: int
+    timesteps: Sequence[float] | None
+    sigmas: Sequence[float] | None
+    guidance_scale: float | None
+    num_images_per_prompt: int
+    seed: int | Sequence[int] | None
+    scheduler: AnyScheduler | None
+    clip_skip: int
+    size_conditioning: SizeConditioning | None
+    output_type: OutputType
+    progress: bool
+
+
+class CallOptions(UnguidedOptions, total=False):
+    """The arguments that pipelines share; `read_request` has their defaults.
 
     Attributes:
-        prompts: positive prompts.
-        negatives: negative prompts.
+        negative_prompt: one for all prompts or one for each, or embeddings; None is the empty prompt.
+        prompt_syntax: "explicit" reads `(text:1.2)` as a weight, and `\\(` as a parenthesis; the rest is text.
+            "a1111" also reads `(text)` as 1.1, `[text]` as 1 / 1.1, `BREAK`, `[from:to:when]`, `[to:when]`,
+            `[from::when]` and `[one|other]`; `when` is a number of steps, or with a decimal point a fraction of
+            them. In "plain" every character is text.
+        num_inference_steps: steps of the solver, over the whole schedule.
+        timesteps: decreasing, one for each step; replaces `num_inference_steps` and the scheduler's spacing.
+        sigmas: decreasing noise levels sigma / alpha, one for each step and one where the run ends, mostly 0;
+            replaces `num_inference_steps`. For flow-matching models sigma before the shift; the end may be omitted.
+        guidance_scale: scale of classifier-free guidance (arXiv:2207.12598, eq. 6, as 1 + w); 1 or less
+            is no guidance, in half the time. By default the checkpoint's own (the embedded model has one), else
+            7.5, or 5 for SDXL, as in diffusers.
+        guidance: further options: rescaling, an interval, a perpendicular negative prompt, CFG++.
+        num_images_per_prompt: images per prompt.
+        seed: image i of the call gets seed + i; or one seed for each image; None draws one at random.
+        scheduler: the name of a solver, a Scheduler or a diffusers scheduler; by default the checkpoint's.
         clip_skip: how many of the text encoder's last layers to skip for the prompts.
-        seeds: seeds of the noise.
-        guidance_scale: scale of classifier-free guidance.
+        size_conditioning: SDXL's size and crop conditioning; other models ignore it.
+        output_type: "pil", "np", "pt" or "latent"; see Output.
+        progress: show a progress bar.
     """
 
-    prompts: tuple[PromptInput, ...]
-    negatives: tuple[PromptInput, ...]
-    clip_skip: int
-    seeds: tuple[int, ...]
-    guidance_scale: float
-
-    def __len__(self) -> int:
-        return len(self.prompts)
+    guidance: GuidanceOptions | None
 
 
 class Sampling(NamedTuple):
@@ -98,7 +123,7 @@ class Sampling(NamedTuple):
         return level.alpha * x0 + level.sigma * noise
 
     def with_strength(self, strength: float) -> Sampling:
-        """The last steps of the run: the share `strength` of them, rounded down as in diffusers; none at strength 0.
+        """The last steps of the run: the fraction `strength`, rounded down as in diffusers; none at strength 0.
 
         Raises:
             InputError: not a number from 0 to 1, or above 0 but too small for a single step.
@@ -110,6 +135,38 @@ class Sampling(NamedTuple):
                 f"{math.ceil(1000 / self.total) / 1000} or more, or more steps"
             )
         return self._replace(steps=range(self.total - count, self.total))
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The checked arguments that pipelines share; prompts and seeds have one entry for each output image.
+
+    Attributes:
+        prompts: positive prompts.
+        negatives: the prompts of all guidance branches but the last, which has the positive ones; branch by branch.
+        sampling: the scheduler and all steps of the run.
+        guidance: combines the UNet's outputs for one image.
+        guidance_scale: an input of distilled UNets, which need no `guidance`.
+        clip_skip: how many of the text encoder's last layers to skip for the positive prompts.
+        seeds: seeds of the noise.
+        size_conditioning: SDXL's sizes; None for the defaults.
+        output_type: the form of the result.
+        progress: whether to show a progress bar.
+    """
+
+    prompts: tuple[PromptInput, ...]
+    negatives: tuple[PromptInput, ...]
+    sampling: Sampling
+    guidance: Guidance
+    guidance_scale: float
+    clip_skip: int
+    seeds: tuple[int, ...]
+    size_conditioning: SizeConditioning | None
+    output_type: OutputType
+    progress: bool
+
+    def __len__(self) -> int:
+        return len(self.prompts)
 
 
 class ImageNoise:
@@ -151,18 +208,14 @@ class InitialLatents(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PipelineCall:
-    """The checked arguments of a call.
+    """A call that is ready to run.
 
     Attributes:
         request: what to generate.
-        sampling: the scheduler and the steps.
-        guidance: how to combine the UNet's outputs for one image, and the negative prompts.
+        sampling: the scheduler and the steps to take.
         shape: of the latents, [B, C, h, w].
         prepare_latents: makes the input of the loop, with noise from ImageNoise.
         size: height and width in pixels that the decoded images are cropped to.
-        output_type: the form of the result.
-        progress: whether to show a progress bar.
-        size_conditioning: SDXL's sizes, used only by SDXL.
         composite: turns the decoded images [B, 3, H, W] in 0..1 into the result; None leaves them as they are.
         tile: side, in latents, of the overlapping tiles in which larger latents are denoised and decoded; each step
             blends the tiles' outputs (arXiv:2302.08113). None processes all latents at once.
@@ -170,20 +223,80 @@ class PipelineCall:
 
     request: Request
     sampling: Sampling
-    guidance: GuidanceCall
     shape: LatentShape
     prepare_latents: Callable[[ImageNoise], InitialLatents]
     size: tuple[int, int]
-    output_type: OutputType
-    progress: bool
-    size_conditioning: SizeConditioning
-    composite: Callable[[Tensor], Tensor] | None
-    tile: int | None
+    composite: Callable[[Tensor], Tensor] | None = None
+    tile: int | None = None
 
     @property
     def is_tiled(self) -> bool:
         """Whether the latents are larger than a tile."""
         return self.tile is not None and max(self.shape[2:]) > self.tile
+
+
+def read_request(
+    pipeline: Pipeline,
+    prompt: Prompts,
+    *,
+    images: int = 1,
+    negative_prompt: Prompts | None = None,
+    prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
+    num_inference_steps: int = DEFAULT_STEPS,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    guidance_scale: float | None = None,
+    guidance: GuidanceOptions | None = None,
+    num_images_per_prompt: int = 1,
+    seed: int | Sequence[int] | None = None,
+    scheduler: AnyScheduler | None = None,
+    clip_skip: int = 0,
+    size_conditioning: SizeConditioning | None = None,
+    output_type: OutputType = "pil",
+    progress: bool = True,
+) -> Request:
+    """Check the arguments of CallOptions. One prompt serves several input `images`."""
+    sampling = choose_sampling(pipeline, scheduler, num_inference_steps, timesteps, sigmas)
+    prompts = read_prompts(pipeline, "prompt", prompt, prompt_syntax, sampling.total)
+    prompts *= images if len(prompts) == 1 else 1
+    if images not in (1, len(prompts)):
+        raise InputError(f"image has {images} entries for {len(prompts)} prompts; pass one or one for each")
+    no_prompt = (
+        None if pipeline.force_zeros_for_empty_prompt else read_prompt("", prompt_syntax, sampling.total)
+    )
+    if negative_prompt is None:
+        negatives: tuple[PromptInput, ...] = (no_prompt,)
+    else:
+        negatives = read_prompts(pipeline, "negative_prompt", negative_prompt, prompt_syntax, sampling.total)
+    negatives = match_count("negative_prompt", negatives, len(prompts))
+    per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
+    prompts = tuple(row for row in prompts for _ in range(per_prompt))
+    negatives = tuple(row for row in negatives for _ in range(per_prompt))
+
+    scale = check_guidance_scale(
+        pipeline.default_guidance_scale if guidance_scale is None else guidance_scale
+    )
+    # A distilled UNet takes the scale as an input instead.
+    combined_scale = 1.0 if pipeline.unet.config.time_cond_proj_dim else scale
+    options = check_options("guidance", guidance, GuidanceOptions)
+    combine = (
+        ClassifierFree(combined_scale)
+        if options is None
+        else options.guidance(combined_scale, sampling.scheduler)
+    )
+    branches = {1: (), 2: negatives, 3: (no_prompt,) * len(prompts) + negatives}
+    return Request(
+        prompts,
+        branches[combine.num_branches],
+        sampling,
+        combine,
+        scale,
+        check_integer("clip_skip", clip_skip, 0, MAX_CLIP_SKIP),
+        check_seeds(seed, len(prompts)),
+        check_options("size_conditioning", size_conditioning, SizeConditioning),
+        check_output_type(output_type),
+        progress,
+    )
 
 
 def choose_sampling(
@@ -194,99 +307,33 @@ def choose_sampling(
     sigmas: Sequence[float] | None,
 ) -> Sampling:
     """All steps of a run, by the pipeline's own scheduler unless the call names one."""
-    is_sdxl = takes_added_conditioning(pipeline.unet.config)
-    scheduler = choose_scheduler(scheduler, pipeline.scheduler, is_sdxl=is_sdxl)
-    most_steps = scheduler.schedule.num_train_timesteps
+    chosen = choose_scheduler(scheduler, pipeline)
     if timesteps is None and sigmas is None:
-        levels = scheduler.levels(check_integer("num_inference_steps", num_inference_steps, 1, most_steps))
+        most_steps = chosen.schedule.num_train_timesteps
+        levels = chosen.levels(check_integer("num_inference_steps", num_inference_steps, 1, most_steps))
     else:
-        levels = scheduler.levels_at(timesteps=timesteps, sigmas=sigmas)
-    return Sampling(scheduler, levels, range(len(levels) - 1))
+        levels = chosen.levels_at(timesteps=timesteps, sigmas=sigmas)
+    return Sampling(chosen, levels, range(len(levels) - 1))
 
 
-def read_request(
-    pipeline: Pipeline,
-    prompt: Prompts,
-    negative_prompt: Prompts | None,
-    sampling: Sampling,
-    *,
-    prompt_syntax: PromptSyntax,
-    guidance_scale: float | None,
-    num_images_per_prompt: int,
-    seed: int | Sequence[int] | None,
-    clip_skip: int = 0,
-    images: int = 1,
-) -> Request:
-    """The prompts, seeds and guidance scale, one entry for each output image; one prompt serves several `images`."""
-    reader = PromptReader(
-        prompt_syntax,
-        sampling.total,
-        pipeline.text_encoder.context_width,
-        pipeline.text_encoder.pooled_width if takes_added_conditioning(pipeline.unet.config) else None,
-    )
-    prompts = reader.prompts(prompt)
-    prompts *= images if len(prompts) == 1 else 1
-    if images not in (1, len(prompts)):
-        raise InputError(f"image has {images} entries for {len(prompts)} prompts; pass one or one for each")
-    per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
-    if negative_prompt is None and pipeline.force_zeros_for_empty_prompt:
-        negatives = (None,) * len(prompts)
-    else:
-        negatives = reader.negatives("" if negative_prompt is None else negative_prompt, len(prompts))
-    return Request(
-        prompts=tuple(row for row in prompts for _ in range(per_prompt)),
-        negatives=tuple(row for row in negatives for _ in range(per_prompt)),
-        clip_skip=check_integer("clip_skip", clip_skip, 0, MAX_CLIP_SKIP),
-        seeds=check_seeds(seed, len(prompts) * per_prompt),
-        guidance_scale=check_guidance_scale(
-            pipeline.default_guidance_scale if guidance_scale is None else guidance_scale
-        ),
-    )
+def choose_scheduler(choice: AnyScheduler | None, pipeline: Pipeline) -> Scheduler:
+    """The scheduler of a call; a name replaces only the solver of the pipeline's own scheduler.
 
-
-def choose_guidance(
-    pipeline: Pipeline, request: Request, options: GuidanceOptions | None, sampling: Sampling
-) -> GuidanceCall:
-    """Classifier-free guidance with its options; none for a distilled UNet that takes the scale as an input."""
-    options = check_options("guidance", options, GuidanceOptions, "rescale=0.7")
-    scale = 1.0 if pipeline.unet.config.time_cond_proj_dim else request.guidance_scale
-    guidance = options.guidance(scale, sampling.scheduler)
-    empty = None if pipeline.force_zeros_for_empty_prompt else read_prompt("", "plain", sampling.total)
-    negatives = {1: (), 2: request.negatives, 3: (empty,) * len(request) + request.negatives}
-    return GuidanceCall(guidance, negatives[guidance.num_branches])
-
-
-def make_call(
-    pipeline: Pipeline,
-    request: Request,
-    sampling: Sampling,
-    shape: LatentShape,
-    prepare_latents: Callable[[ImageNoise], InitialLatents],
-    *,
-    guidance: GuidanceOptions | GuidanceCall | None,
-    size: tuple[int, int],
-    output_type: OutputType,
-    progress: bool,
-    size_conditioning: SizeConditioning | None = None,
-    composite: Callable[[Tensor], Tensor] | None = None,
-    tile: int | None = None,
-) -> PipelineCall:
-    """Check the rest of a call's arguments; they are PipelineCall's attributes."""
-    if not isinstance(guidance, GuidanceCall):
-        guidance = choose_guidance(pipeline, request, guidance, sampling)
-    sizes = check_options(
-        "size_conditioning", size_conditioning, SizeConditioning, "original_size=(1024, 1024)"
-    )
-    return PipelineCall(
-        request,
-        sampling,
-        guidance,
-        shape,
-        prepare_latents,
-        size,
-        check_output_type(output_type),
-        progress,
-        sizes,
-        composite,
-        tile,
-    )
+    Raises:
+        InputError: an unknown solver, or not a scheduler.
+        ConfigError: a diffusers scheduler that is not supported.
+    """
+    if choice is None:
+        return pipeline.scheduler
+    if isinstance(choice, str):
+        chosen = pipeline.scheduler.with_solver(choice)
+        aligned_to_sd = is_sdxl(pipeline.unet.config) and chosen.sigmas == "align_your_steps"
+        return replace(chosen, sigmas="align_your_steps_xl") if aligned_to_sd else chosen
+    if isinstance(choice, Scheduler):
+        return choice
+    config = getattr(choice, "config", None)  # a diffusers scheduler, without importing diffusers
+    if not isinstance(config, Mapping):
+        raise InputError(
+            f"scheduler must be a name, a Scheduler or a diffusers scheduler, not {type(choice).__name__}"
+        )
+    return Scheduler.from_config({**config, "_class_name": type(choice).__name__})

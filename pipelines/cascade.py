@@ -22,19 +22,18 @@ from latentgen.memory import MemoryPolicy
 from latentgen.pipelines.arguments import (
     MAX_IMAGES_PER_PROMPT,
     MAX_SEED,
-    DTypeName,
     OutputType,
-    as_negative_prompts,
     as_prompts,
     check_fraction,
     check_guidance_scale,
     check_integer,
     check_output_type,
     check_seeds,
+    match_count,
 )
-from latentgen.pipelines.base import DEFAULT_STEPS
+from latentgen.pipelines.call import DEFAULT_STEPS
 from latentgen.pipelines.image_to_image import DEFAULT_STRENGTH, ImageToImagePipeline
-from latentgen.pipelines.load_save import check_class
+from latentgen.pipelines.load_save import DTypeName, check_class
 from latentgen.pipelines.sampling_loop import Images, Output, export
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import DEFAULT_NOISE_LEVEL, UpscalePipeline
@@ -247,7 +246,9 @@ class CascadePipeline:
             NumericalError, MemoryBudgetError, CheckpointError: as for the pipelines of the stages.
         """
         prompts = as_prompts("prompt", prompt)
-        negatives = as_negative_prompts(negative_prompt, len(prompts))
+        negatives = match_count(
+            "negative_prompt", as_prompts("negative_prompt", negative_prompt), len(prompts)
+        )
         per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
         if check_output_type(output_type) == "latent":
             raise InputError('output_type="latent" is not for cascades; use "pil", "np" or "pt"')

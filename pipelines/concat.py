@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
-from latentgen.pipelines.arguments import AnyScheduler, OutputType
-from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
-from latentgen.pipelines.call import ImageNoise, InitialLatents, choose_sampling, make_call, read_request
+from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.call import CallOptions, ImageNoise, InitialLatents, PipelineCall, read_request
 from latentgen.pipelines.conditioning import Prompts
-from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images
 from latentgen.pipelines.load_save import PIXEL_CONCAT_CLASS, classes_read_by
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 from latentgen.pipelines.vae_ops import encode_for_each
-from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,23 +44,11 @@ class ConcatImagePipeline(Pipeline):
         prompt: Prompts = "",
         *,
         image: ImagesInput,
-        negative_prompt: Prompts | None = None,
-        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
-        num_inference_steps: int = DEFAULT_STEPS,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float | None = None,
-        guidance: GuidanceOptions | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
-        scheduler: AnyScheduler | None = None,
-        clip_skip: int = 0,
-        output_type: OutputType = "pil",
-        progress: bool = True,
+        **options: Unpack[CallOptions],
     ) -> Iterator[PipelineStep]:
         """Generate the counterparts of images step by step: each step has a preview, the last one the result.
 
-        Other arguments and the errors are those of :meth:`TextToImagePipeline.stream`.
+        Other arguments: :class:`CallOptions`. Errors: :meth:`TextToImagePipeline.stream`.
 
         Args:
             prompt: for models trained with text; one for all images or one for each.
@@ -72,39 +57,15 @@ class ConcatImagePipeline(Pipeline):
             guidance_scale: scale of classifier-free guidance; use 1 or less for models without text, in half the time.
         """
         images = as_images("image", image)
-        sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas)
-        request = read_request(
-            self,
-            prompt,
-            negative_prompt,
-            sampling,
-            prompt_syntax=prompt_syntax,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            clip_skip=clip_skip,
-            images=len(images),
-        )
-        size = (images.shape[2], images.shape[3])
-        images, shape = self._padded_to_latents(images, len(request))
+        request = read_request(self, prompt, images=len(images), **options)
+        padded, shape = self._padded_to_latents(images, len(request))
 
         def prepare_latents(noise: ImageNoise) -> InitialLatents:
-            mean = encode_for_each(self.encoder(), images, self.device, len(request)).mean
-            return InitialLatents(
-                sampling.initial(noise.draw(shape[1:])), mean / self.decoder.config.scaling_factor
-            )
+            mean = encode_for_each(self.encoder(), padded, self.device, len(request)).mean
+            latents = request.sampling.initial(noise.draw(shape[1:]))
+            return InitialLatents(latents, mean / self.decoder.config.scaling_factor)
 
-        call = make_call(
-            self,
-            request,
-            sampling,
-            shape,
-            prepare_latents,
-            guidance=guidance,
-            size=size,
-            output_type=output_type,
-            progress=progress,
-        )
-        return denoise(self, call)
+        size = (images.shape[2], images.shape[3])
+        return denoise(self, PipelineCall(request, request.sampling, shape, prepare_latents, size))
 
     __call__ = run_to_end(stream)

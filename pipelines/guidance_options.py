@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from latentgen.diffusion.guidance import (
     CFGPlusPlus,
@@ -16,7 +15,7 @@ from latentgen.diffusion.guidance import (
 )
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import InputError
-from latentgen.pipelines.conditioning import PromptInput
+from latentgen.pipelines.arguments import check_number
 
 WHOLE = (0.0, 1.0)
 # Far above any useful value; keeps the arithmetic finite.
@@ -48,19 +47,16 @@ class GuidanceOptions:
     plus_plus: bool = False
 
     def __post_init__(self) -> None:
-        if not _is_number(self.rescale, 1.0):
-            raise InputError(f"rescale={self.rescale!r} must be a number from 0 to 1; 0.7 is usual")
+        check_number("rescale", self.rescale, 0, 1, "0.7 is usual")
         ends = self.interval if isinstance(self.interval, tuple) else ()
-        if len(ends) != 2 or not all(_is_number(end, 1.0) for end in ends) or ends[0] >= ends[1]:
+        for end in ends:
+            check_number("interval", end, 0, 1, "(0.1, 0.8) is usual")
+        if len(ends) != 2 or ends[0] >= ends[1]:
             raise InputError(
                 f"interval={self.interval!r} must be two increasing numbers from 0 to 1, such as (0.1, 0.8)"
             )
-        if self.perpendicular is not None and not _is_number(self.perpendicular, MAX_NEGATIVE_SCALE):
-            raise InputError(
-                f"perpendicular={self.perpendicular!r} must be None or a number from 0 to {MAX_NEGATIVE_SCALE:g}; 1 is "
-                "usual"
-            )
-
+        if self.perpendicular is not None:
+            check_number("perpendicular", self.perpendicular, 0, MAX_NEGATIVE_SCALE, "1 is usual")
         if not isinstance(self.plus_plus, bool):
             raise InputError(f"plus_plus={self.plus_plus!r} must be True or False")
         if self.plus_plus and (self.rescale, self.interval, self.perpendicular) != (0.0, WHOLE, None):
@@ -75,7 +71,12 @@ class GuidanceOptions:
             InputError: CFG++ with a scale above 1, or with an unsupported solver.
         """
         if self.plus_plus:
-            return _cfg_plus_plus(guidance_scale, scheduler)
+            check_number("guidance_scale", guidance_scale, 0, 1, "0.6 with plus_plus is like 7.5 without")
+            if not scheduler.supports_cfg_pp:
+                raise InputError(
+                    f"plus_plus does not support the solver {scheduler.name}; use ddim, ddpm, euler or euler_ancestral"
+                )
+            return CFGPlusPlus(guidance_scale)
         guidance: Guidance = ClassifierFree(guidance_scale)
         if not is_guided(guidance_scale):
             return guidance
@@ -87,32 +88,3 @@ class GuidanceOptions:
             highest, lowest = (scheduler.schedule.cutoff(share) for share in self.interval)
             guidance = GuidanceInterval(guidance, lowest, highest)
         return guidance
-
-
-def _cfg_plus_plus(guidance_scale: float, scheduler: Scheduler) -> CFGPlusPlus:
-    if not 0 <= guidance_scale <= 1:
-        raise InputError(
-            f"guidance_scale={guidance_scale:g} must be from 0 to 1 with plus_plus; 0.6 corresponds to 7.5 without"
-        )
-    if not scheduler.supports_cfg_pp:
-        raise InputError(
-            f"plus_plus does not support the solver {scheduler.name}; use ddim, ddpm, euler or euler_ancestral"
-        )
-    return CFGPlusPlus(guidance_scale)
-
-
-class GuidanceCall(NamedTuple):
-    """The guidance of a call and its negative prompts.
-
-    Attributes:
-        guidance: combines the UNet's outputs for one image.
-        negatives: the prompts of all branches but the last, which has the positive prompts: branch by branch, one for
-            each image.
-    """
-
-    guidance: Guidance
-    negatives: tuple[PromptInput, ...]
-
-
-def _is_number(value: object, highest: float) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= highest

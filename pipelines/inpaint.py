@@ -6,10 +6,10 @@ blended in at every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -18,31 +18,25 @@ from torch import Tensor
 from latentgen.diffusion.prediction import Denoised, Denoiser
 from latentgen.diffusion.schedule import NoiseLevel
 from latentgen.errors import InputError
-from latentgen.pipelines.arguments import (
-    MAX_SIDE,
-    AnyScheduler,
-    OutputType,
-    check_blur,
-    check_integer,
-    check_size,
-)
-from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
+from latentgen.pipelines.arguments import MAX_SIDE, check_integer, check_number, check_size
+from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.call import (
+    CallOptions,
     ImageNoise,
     InitialLatents,
+    LatentShape,
+    PipelineCall,
     Sampling,
-    choose_sampling,
-    make_call,
     read_request,
 )
-from latentgen.pipelines.conditioning import Prompts, SizeConditioning
-from latentgen.pipelines.guidance_options import GuidanceOptions
+from latentgen.pipelines.conditioning import Prompts
 from latentgen.pipelines.images import ImagesInput, as_masks, as_unit_images, for_each, padded
 from latentgen.pipelines.inpaint_crop import Canvas
 from latentgen.pipelines.load_save import classes_read_by
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 from latentgen.pipelines.vae_ops import encode_for_each
-from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
+
+MAX_MASK_BLUR = 256
 
 
 class MaskBlend(NamedTuple):
@@ -107,24 +101,11 @@ class InpaintPipeline(Pipeline):
         padding_mask_crop: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        negative_prompt: Prompts | None = None,
-        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
-        num_inference_steps: int = DEFAULT_STEPS,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float | None = None,
-        guidance: GuidanceOptions | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
-        scheduler: AnyScheduler | None = None,
-        clip_skip: int = 0,
-        size_conditioning: SizeConditioning | None = None,
-        output_type: OutputType = "pil",
-        progress: bool = True,
+        **options: Unpack[CallOptions],
     ) -> Iterator[PipelineStep]:
         """Repaint images step by step: each step has a preview, the last one the result.
 
-        Other arguments and the errors are those of :meth:`TextToImagePipeline.stream`.
+        Other arguments: :class:`CallOptions`. Errors: :meth:`TextToImagePipeline.stream`.
 
         Args:
             prompt: describes the whole image; one for all images or one for each.
@@ -144,23 +125,10 @@ class InpaintPipeline(Pipeline):
         """
         originals = as_unit_images("image", image)
         masks = as_masks("mask_image", mask_image, originals)
-        sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas).with_strength(
-            strength
-        )
+        request = read_request(self, prompt, images=len(originals), **options)
+        sampling = request.sampling.with_strength(strength)
         if not sampling.steps:
             raise InputError("strength=0 would repaint nothing; it must be above 0")
-        request = read_request(
-            self,
-            prompt,
-            negative_prompt,
-            sampling,
-            prompt_syntax=prompt_syntax,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            clip_skip=clip_skip,
-            images=len(originals),
-        )
         canvas = self._canvas(originals, masks, height, width, padding_mask_crop, mask_blur)
         factor = self.decoder.config.spatial_factor
         images, masks = padded(canvas.model_inputs(), factor), padded(canvas.model_masks(), factor)
@@ -168,19 +136,7 @@ class InpaintPipeline(Pipeline):
         latent_height, latent_width = latent_masks.shape[2:]
         shape = (len(request), self.decoder.config.latent_channels, latent_height, latent_width)
         prepare_latents = partial(self._prepare_latents, sampling, images, masks, latent_masks, shape)
-        call = make_call(
-            self,
-            request,
-            sampling,
-            shape,
-            prepare_latents,
-            guidance=guidance,
-            size=canvas.size,
-            output_type=output_type,
-            progress=progress,
-            size_conditioning=size_conditioning,
-            composite=canvas.composite,
-        )
+        call = PipelineCall(request, sampling, shape, prepare_latents, canvas.size, canvas.composite)
         return denoise(self, call)
 
     __call__ = run_to_end(stream)
@@ -205,7 +161,8 @@ class InpaintPipeline(Pipeline):
             padding = check_integer("padding_mask_crop", padding, 0, MAX_SIDE)
         if (height, width, padding) != (None, None, None):
             size = check_size(height, width, usual, factor)
-        return Canvas.spanned(originals, masks, size=size, padding=padding, blur=check_blur(blur))
+        blur = check_number("mask_blur", blur, 0, MAX_MASK_BLUR, "in pixels; 4 is usual")
+        return Canvas.spanned(originals, masks, size=size, padding=padding, blur=blur)
 
     def _prepare_latents(
         self,
@@ -213,7 +170,7 @@ class InpaintPipeline(Pipeline):
         images: Tensor,
         masks: Tensor,
         latent_masks: Tensor,
-        shape: tuple[int, int, int, int],
+        shape: LatentShape,
         noise: ImageNoise,
     ) -> InitialLatents:
         """Prepare latents from images [B, 3, H, W] in -1..1 and masks; noise is drawn in the order of diffusers."""

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Unpack
 
 import torch
 
 from latentgen.diffusion.guidance import ClassifierFree, TextAndImage, is_guided
-from latentgen.pipelines.arguments import AnyScheduler, OutputType, check_guidance_scale
-from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
-from latentgen.pipelines.call import ImageNoise, InitialLatents, choose_sampling, make_call, read_request
+from latentgen.pipelines.arguments import check_guidance_scale
+from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall, UnguidedOptions, read_request
 from latentgen.pipelines.conditioning import Prompts
-from latentgen.pipelines.guidance_options import GuidanceCall
-from latentgen.pipelines.images import ImagesInput, as_images, for_each
+from latentgen.pipelines.images import ImagesInput, as_images
 from latentgen.pipelines.load_save import classes_read_by
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
-from latentgen.pipelines.vae_ops import encode_images
-from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
+from latentgen.pipelines.vae_ops import encode_for_each
 
 DEFAULT_IMAGE_GUIDANCE = 1.5
 
@@ -47,22 +45,12 @@ class InstructPix2PixPipeline(Pipeline):
         prompt: Prompts,
         *,
         image: ImagesInput,
-        negative_prompt: Prompts | None = None,
-        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
-        num_inference_steps: int = DEFAULT_STEPS,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float | None = None,
         image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
-        scheduler: AnyScheduler | None = None,
-        output_type: OutputType = "pil",
-        progress: bool = True,
+        **options: Unpack[UnguidedOptions],
     ) -> Iterator[PipelineStep]:
         """Edit images step by step: each step has a preview, the last one the result.
 
-        Other arguments and the errors are those of :meth:`TextToImagePipeline.stream`.
+        Other arguments: :class:`UnguidedOptions`. Errors: :meth:`TextToImagePipeline.stream`.
 
         Args:
             prompt: the instruction, such as "make it snowy"; one for all images or one for each.
@@ -72,48 +60,24 @@ class InstructPix2PixPipeline(Pipeline):
             image_guidance_scale: how closely to follow the image; less than 1 turns all guidance off.
         """
         images = as_images("image", image)
-        sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas)
-        request = read_request(
-            self,
-            prompt,
-            negative_prompt,
-            sampling,
-            prompt_syntax=prompt_syntax,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            images=len(images),
-        )
+        request = read_request(self, prompt, images=len(images), guidance=None, **options)
         image_scale = check_guidance_scale(
             image_guidance_scale, name="image_guidance_scale", usual=DEFAULT_IMAGE_GUIDANCE
         )
         has_guidance = is_guided(request.guidance_scale) and image_scale >= 1
-        guided = GuidanceCall(ClassifierFree(1.0), ())
-        if has_guidance:
-            guided = GuidanceCall(TextAndImage(request.guidance_scale, image_scale), request.negatives * 2)
-        size = (images.shape[2], images.shape[3])
-        images, shape = self._padded_to_latents(images, len(request))
+        guidance = TextAndImage(request.guidance_scale, image_scale) if has_guidance else ClassifierFree(1.0)
+        negatives = request.negatives * 2 if has_guidance else ()
+        request = replace(request, guidance=guidance, negatives=negatives)
+        padded, shape = self._padded_to_latents(images, len(request))
 
         def prepare_latents(noise: ImageNoise) -> InitialLatents:
             # The UNet was trained on the mode of the posterior, without the scaling factor.
-            mode = (
-                encode_images(self.encoder(), images, self.device).mean / self.decoder.config.scaling_factor
-            )
-            cond = for_each(mode, len(request))
+            mode = encode_for_each(self.encoder(), padded, self.device, len(request)).mean
+            cond = mode / self.decoder.config.scaling_factor
             channels = torch.cat([torch.zeros_like(cond), cond, cond]) if has_guidance else cond
-            return InitialLatents(sampling.initial(noise.draw(shape[1:])), channels)
+            return InitialLatents(request.sampling.initial(noise.draw(shape[1:])), channels)
 
-        call = make_call(
-            self,
-            request,
-            sampling,
-            shape,
-            prepare_latents,
-            guidance=guided,
-            size=size,
-            output_type=output_type,
-            progress=progress,
-        )
-        return denoise(self, call)
+        size = (images.shape[2], images.shape[3])
+        return denoise(self, PipelineCall(request, request.sampling, shape, prepare_latents, size))
 
     __call__ = run_to_end(stream)

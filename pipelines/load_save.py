@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from latentgen.checkpoints.single_file import Checkpoint
 from latentgen.checkpoints.weights import save_weights
 from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError
+from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError, OutputError
 from latentgen.files import quote, write_json
 from latentgen.models.config import CLIPTextConfig, VAEConfig
 from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
@@ -28,6 +28,13 @@ from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import DECODER_KEYS, ENCODER_KEYS, VAEDecoder, VAEEncoder
 from latentgen.pipelines.arguments import check_guidance_scale
+
+if TYPE_CHECKING:
+    from latentgen.pipelines.base import Pipeline
+
+VAEPart = TypeVar("VAEPart", VAEDecoder, VAEEncoder)
+DTypeName = Literal["auto", "float32", "float16", "bfloat16"]
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Diffusers has no pixel-space pipelines with CLIP; with these class names it refuses the folder.
 PIXEL_CLASS = "LatentgenPixelPipeline"
@@ -91,6 +98,45 @@ class LoadOptions(NamedTuple):
     variant: str | None = None
     pack: bool = False
     as_in_file: bool = False
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The torch device; "auto" is CUDA if there is one, then MPS, then the CPU.
+
+    Raises:
+        InputError: not a device, or this machine does not have it.
+    """
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    available = [name for name, count in counts.items() if count]
+    if device == "auto":
+        return torch.device(available[0])
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        resolved = None
+    if resolved is None or (resolved.index or 0) >= counts.get(resolved.type, 0):
+        raise InputError(
+            f'device={device!r} is not available; this machine has {", ".join(available)}; "auto" picks one'
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: DTypeName | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the weights; "auto" is float16 on CUDA and float32 elsewhere.
+
+    Raises:
+        InputError: not one of float32, float16, bfloat16.
+    """
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in _DTYPES.values():
+        raise InputError(f"dtype={dtype!r} is not supported; choose from auto, {', '.join(_DTYPES)}")
+    return resolved
 
 
 @contextmanager
@@ -174,20 +220,27 @@ def load_decoder(checkpoint: Checkpoint, options: LoadOptions) -> ImageDecoder:
     """The decoder of a checkpoint's VAE; in pixel space a PixelDecoder."""
     if _is_pixel_space(checkpoint):
         return PixelDecoder()
-    with torch.device("meta"):
-        decoder = VAEDecoder(VAEConfig.from_json(checkpoint.config("vae")))
-    _load(decoder, checkpoint, "vae", options, prefixes=DECODER_KEYS, ignored_prefixes=ENCODER_KEYS)
-    return decoder
+    return _load_vae(VAEDecoder, checkpoint, options, DECODER_KEYS, ENCODER_KEYS)
 
 
 def load_encoder(checkpoint: Checkpoint, options: LoadOptions) -> ImageEncoder:
     """The encoder of a checkpoint's VAE; in pixel space a PixelEncoder."""
     if _is_pixel_space(checkpoint):
         return PixelEncoder()
+    return _load_vae(VAEEncoder, checkpoint, options, ENCODER_KEYS, DECODER_KEYS)
+
+
+def _load_vae(
+    part: type[VAEPart],
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    keys: tuple[str, ...],
+    ignored: tuple[str, ...],
+) -> VAEPart:
     with torch.device("meta"):
-        encoder = VAEEncoder(VAEConfig.from_json(checkpoint.config("vae")))
-    _load(encoder, checkpoint, "vae", options, prefixes=ENCODER_KEYS, ignored_prefixes=DECODER_KEYS)
-    return encoder
+        module = part(VAEConfig.from_json(checkpoint.config("vae")))
+    _load(module, checkpoint, "vae", options, prefixes=keys, ignored_prefixes=ignored)
+    return module
 
 
 def _is_pixel_space(checkpoint: Checkpoint) -> bool:
@@ -210,20 +263,20 @@ def load_text_encoder(checkpoint: Checkpoint, options: LoadOptions) -> TextEncod
         raise CheckpointNotFoundError(
             f"{quote(checkpoint.path)} has no text_encoder; its components are: {components}"
         )
-    return join_towers([_load_tower(checkpoint, name, options) for name in names])
-
-
-def _load_tower(checkpoint: Checkpoint, component: str, options: LoadOptions) -> CLIPText:
-    tower = CLIPText.from_weights(
-        CLIPTextConfig.from_json(checkpoint.config(component)),
-        checkpoint.tokenizer(TOKENIZERS[component]),
-        checkpoint.weights(component, options.variant),
-        layer="penultimate" if _is_sdxl(checkpoint) else "last",
-        dtype=options.dtype,
-        device=options.device,
-    )
-    tower.model.requires_grad_(False)
-    return tower
+    towers = [
+        CLIPText.from_weights(
+            CLIPTextConfig.from_json(checkpoint.config(name)),
+            checkpoint.tokenizer(TOKENIZERS[name]),
+            checkpoint.weights(name, options.variant),
+            layer="penultimate" if _is_sdxl(checkpoint) else "last",
+            dtype=options.dtype,
+            device=options.device,
+        )
+        for name in names
+    ]
+    for tower in towers:
+        tower.model.requires_grad_(False)
+    return join_towers(towers)
 
 
 def load_scheduler(checkpoint: Checkpoint) -> Scheduler:
@@ -256,118 +309,77 @@ def _load(
     prefixes: tuple[str, ...] = ("",),
     ignored_prefixes: tuple[str, ...] = (),
 ) -> None:
+    # Convolution weights in another memory format than the images are converted at every call. Packed ones are not, and
+    # for float16 on a CPU it costs no time: both stay mapped from the file.
+    stays_mapped = options.pack and (can_pack(options.dtype) or options.dtype == torch.float16)
     checkpoint.weights(component, options.variant).load_into(
         module,
         prefixes=prefixes,
         ignored_prefixes=ignored_prefixes,
         dtype=options.dtype,
         device=options.device,
-        memory_format=_kernel_layout(options),
+        memory_format=(torch.preserve_format if stays_mapped or options.as_in_file else torch.channels_last),
     )
     module.eval().requires_grad_(False)
     if options.pack and can_pack(options.dtype):
         pack_convolutions(module)
 
 
-def _kernel_layout(options: LoadOptions) -> torch.memory_format:
-    """The memory format of convolution weights.
-
-    Weights in another format than the images are converted at every call. Packed ones are not, and for float16 on a CPU
-    it costs no time: both stay mapped from the file.
-    """
-    stays_mapped = options.pack and (can_pack(options.dtype) or options.dtype == torch.float16)
-    return torch.preserve_format if stays_mapped or options.as_in_file else torch.channels_last
-
-
 WEIGHTS_STEM = "diffusion_pytorch_model"
-_NONE = [None, None]
-# Optional components of diffusers' SD and SDXL pipelines that ours do not have.
-SD_INDEX: Mapping[str, object] = {
-    "feature_extractor": _NONE,
-    "safety_checker": _NONE,
-    "requires_safety_checker": False,
-}
-SDXL_INDEX: Mapping[str, object] = {"feature_extractor": _NONE, "image_encoder": _NONE}
-
-
-def img2img_index(towers: int, uses_aesthetic_score: bool) -> dict[str, object]:
-    """Further entries of `model_index.json` for SDXL's pipelines that take an image.
-
-    Args:
-        towers: the number of text encoders; the refiner has only the second one.
-        uses_aesthetic_score: see Pipeline.
-    """
-    entries: dict[str, object] = {"requires_aesthetics_score": uses_aesthetic_score}
-    return entries | {"text_encoder": _NONE, "tokenizer": _NONE} if towers == 1 else entries
-
-
-def class_entries(diffusers_class: str, guidance_scale: float | None) -> dict[str, object]:
-    """The entries of `model_index.json` for the class, and for a guidance scale other than the class's default."""
-    own = guidance_scale not in (None, default_guidance_scale_of(diffusers_class))
-    entries: dict[str, object] = {"_class_name": diffusers_class, **LAYOUT_VERSION}
-    return entries | {GUIDANCE_KEY: guidance_scale} if own else entries
+# In model_index.json, an optional component of diffusers' pipelines that ours do not have.
+ABSENT = [None, None]
 
 
 def save_folder(
-    folder: Path,
-    *,
-    unet: UNet,
-    encoder: ImageEncoder,
-    decoder: ImageDecoder,
-    text_encoder: TextEncoder,
-    schedulers: Mapping[str, Scheduler],
-    index: Mapping[str, object],
-    variant: str | None,
+    pipeline: Pipeline, folder: str | Path, index: Mapping[str, object], variant: str | None
 ) -> None:
     """Write a folder that diffusers loads; `model_index.json` is written last.
 
     In pixel space there is no `vae`, and diffusers can load only the single components.
 
     Args:
+        pipeline: its models and schedulers are written.
         folder: where to write; created if missing.
-        unet: the UNet.
-        encoder: the VAE's encoder.
-        decoder: the VAE's decoder.
-        text_encoder: one tower, or SDXL's two.
-        schedulers: component -> scheduler.
-        index: the entries of `model_index.json` other than the components, such as `_class_name`, which in pixel space
-            must be one of PIXEL_CLASSES.
+        index: further entries of `model_index.json`.
         variant: suffix in the names of the weight files.
 
     Raises:
         InputError: the pipeline is in pixel space, and its class needs a VAE; nothing was written.
         OutputError: a file could not be written; that file and the ones after it keep their old content.
     """
-    if isinstance(decoder, PixelDecoder) and index["_class_name"] not in PIXEL_CLASSES:
+    if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
+        raise OutputError(f"cannot write to {quote(folder)}: pass the path of a folder")
+    name, folder = pipeline.diffusers_class, Path(folder)
+    encoder, decoder = pipeline.encoder(), pipeline.decoder
+    if isinstance(decoder, PixelDecoder) and name not in PIXEL_CLASSES:
         raise InputError(
-            f"a {index['_class_name']} in pixel space cannot be saved: the class needs a VAE; text to image, image "
+            f"a {name} in pixel space cannot be saved: the class needs a VAE; text to image, image "
             "concatenation and upscaling without SDXL's conditioning have pixel-space classes"
         )
-    save_weights(unet.state_dict(), folder / "unet", WEIGHTS_STEM, variant=variant)
-    write_json(folder / "unet" / "config.json", unet.config.to_json())
+    save_weights(pipeline.unet.state_dict(), folder / "unet", WEIGHTS_STEM, variant=variant)
+    write_json(folder / "unet" / "config.json", pipeline.unet.config.to_json())
     components: dict[str, object] = {"unet": ["diffusers", "UNet2DConditionModel"]}
     if not isinstance(decoder, PixelDecoder):
         vae = {**encoder.state_dict(), **decoder.state_dict()}
         save_weights(vae, folder / "vae", WEIGHTS_STEM, variant=variant)
         write_json(folder / "vae" / "config.json", decoder.config.to_json())
         components["vae"] = ["diffusers", "AutoencoderKL"]
-    for name, tower in named_towers(unet, text_encoder).items():
-        tower.save(folder / name, folder / TOKENIZERS[name], variant=variant)
+    for component, tower in named_towers(pipeline.unet, pipeline.text_encoder).items():
+        tower.save(folder / component, folder / TOKENIZERS[component], variant=variant)
         projected = "WithProjection" if tower.config.projects else ""
-        components[name] = ["transformers", f"CLIPTextModel{projected}"]
-        components[TOKENIZERS[name]] = ["transformers", "CLIPTokenizer"]
-    for name, scheduler in schedulers.items():
+        components[component] = ["transformers", f"CLIPTextModel{projected}"]
+        components[TOKENIZERS[component]] = ["transformers", "CLIPTokenizer"]
+    for component, scheduler in pipeline.schedulers.items():
         config = scheduler.to_config()
-        write_json(folder / name / "scheduler_config.json", config)
-        components[name] = ["diffusers", config["_class_name"]]
-    write_json(folder / "model_index.json", {**index, **components})
+        write_json(folder / component / "scheduler_config.json", config)
+        components[component] = ["diffusers", config["_class_name"]]
+    entries: dict[str, object] = {"_class_name": name, **LAYOUT_VERSION}
+    if pipeline.default_guidance_scale != default_guidance_scale_of(name):
+        entries[GUIDANCE_KEY] = pipeline.default_guidance_scale
+    write_json(folder / "model_index.json", {**index, **entries, **components})
 
 
 def named_towers(unet: UNet, text_encoder: TextEncoder) -> dict[str, CLIPText]:
     """Text encoders by component name; SDXL's refiner has only the second one."""
-    names = (
-        list(TOKENIZERS)
-        if len(text_encoder.towers) == 2 or not unet.config.addition_embed_type
-        else list(TOKENIZERS)[1:]
-    )
-    return dict(zip(names, text_encoder.towers, strict=False))
+    is_refiner = len(text_encoder.towers) == 1 and unet.config.addition_embed_type
+    return dict(zip(list(TOKENIZERS)[1 if is_refiner else 0 :], text_encoder.towers, strict=False))

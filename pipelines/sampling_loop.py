@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec
@@ -20,14 +19,13 @@ from latentgen.diffusion.prediction import Denoiser
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel
 from latentgen.errors import NumericalError
 from latentgen.memory import in_tiles, on_device, oom_hint, weight_bytes
-from latentgen.models.unet import AddedConditioning, UNet, UNetConstants
+from latentgen.models.unet import UNet, UNetConstants
 from latentgen.models.unet_blocks import repeat_rows
 from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.arguments import OutputType
 from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall
-from latentgen.pipelines.conditioning import added_conditioning, encode_segments, time_id_count, time_ids
+from latentgen.pipelines.conditioning import PromptSegment, encode_prompts
 from latentgen.pipelines.vae_ops import decode_images, dtype_of, numpy_to_pil, to_unit, unit_to_numpy
-from latentgen.prompt_syntax import PromptSchedule
 
 if TYPE_CHECKING:
     from latentgen.pipelines.base import Pipeline
@@ -72,7 +70,7 @@ def _steps(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
     last: PipelineStep | None = None
     with (
         on_device(pipeline.unet, pipeline.device, offload=pipeline.memory.offload_idle),
-        tqdm(total=total, desc="denoising", disable=not call.progress) as bar,
+        tqdm(total=total, desc="denoising", disable=not call.request.progress) as bar,
     ):
         # Build the denoiser: x, level -> x0.
         denoiser = build_denoiser(pipeline, call, initial, segments, counter)
@@ -105,14 +103,14 @@ def _steps(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
 @torch.inference_mode()
 def _finish(pipeline: Pipeline, call: PipelineCall, check: FiniteCheck, latents: Tensor) -> Images:
     check.verify(len(call.sampling.steps), dtype_of(pipeline.unet))
-    if call.output_type == "latent":
+    if call.request.output_type == "latent":
         return latents
     memory = pipeline.memory
     if call.is_tiled and memory.decode_tile is None and isinstance(pipeline.decoder, VAEDecoder):
         memory = replace(memory, decode_tile=call.tile)
     images = decode_images(pipeline.decoder, latents, pipeline.device, memory)
     images = to_unit(images[..., : call.size[0], : call.size[1]])
-    return export(images if call.composite is None else call.composite(images), call.output_type)
+    return export(images if call.composite is None else call.composite(images), call.request.output_type)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,20 +202,6 @@ Place = tuple[slice, slice]
 EVERYWHERE: Place = (slice(None), slice(None))
 
 
-class StepConditioning(NamedTuple):
-    """The UNet's conditioning during some steps of a call.
-
-    Attributes:
-        steps: the steps.
-        context: [branches * B, S, D], negative branches first.
-        added: SDXL's pooled embeddings and time ids, of the same batch size.
-    """
-
-    steps: tuple[range, ...]
-    context: Tensor
-    added: AddedConditioning | None
-
-
 @dataclass
 class StepCounter:
     """The current step; the noise level alone does not say which step's prompt a solver's evaluation needs."""
@@ -225,41 +209,11 @@ class StepCounter:
     step: int
 
 
-def encode_prompts(pipeline: Pipeline, call: PipelineCall) -> list[StepConditioning]:
-    """The UNet's conditioning: one entry for all steps, or one for each segment where a prompt switches."""
-    request, negatives = call.request, call.guidance.negatives
-    inputs = negatives, request.prompts
-    module = pipeline.text_encoder.module
-    # If all prompts are precomputed embeddings, the text encoder is not moved to the device.
-    needed = any(isinstance(item, PromptSchedule) for branch in inputs for item in branch)
-    with (
-        on_device(module, pipeline.device, offload=pipeline.memory.offload_idle) if needed else nullcontext()
-    ):
-        segments = encode_segments(
-            pipeline.text_encoder,
-            *inputs,
-            clip_skip=request.clip_skip,
-            steps=call.sampling.steps,
-            device=pipeline.device,
-        )
-    ids = time_ids(
-        call.size_conditioning,
-        time_id_count(pipeline.unet.config, pipeline.text_encoder.pooled_width),
-        call.size,
-        negatives=len(negatives),
-        prompts=len(request),
-    )
-    return [
-        StepConditioning(steps, conditioning.context, added_conditioning(conditioning.pooled, ids))
-        for steps, conditioning in segments
-    ]
-
-
 def build_denoiser(
     pipeline: Pipeline,
     call: PipelineCall,
     initial: InitialLatents,
-    segments: Sequence[StepConditioning],
+    segments: Sequence[PromptSegment],
     counter: StepCounter,
 ) -> Denoiser:
     """The denoiser of a call: (x, level) -> x0. What is constant over the call is computed once.
@@ -273,7 +227,7 @@ def build_denoiser(
         segments: the UNet's conditioning at each step.
         counter: the current step; the caller advances it.
     """
-    unet, guidance = pipeline.unet, call.guidance.guidance
+    unet, guidance = pipeline.unet, call.request.guidance
     dtype = dtype_of(unet)
     constants = [_constants(unet, call, initial, segment) for segment in segments]
     segment_of = {
@@ -318,7 +272,7 @@ def build_denoiser(
 
 
 def _constants(
-    unet: UNet, call: PipelineCall, initial: InitialLatents, segment: StepConditioning
+    unet: UNet, call: PipelineCall, initial: InitialLatents, segment: PromptSegment
 ) -> tuple[UNetConstants, dict[float, int]]:
     """The UNet's constants during a segment, and timestep -> index of its time embedding in them."""
     scheduler, levels, _ = call.sampling
@@ -340,7 +294,7 @@ def _constants(
 
 def branches_at_once(pipeline: Pipeline, call: PipelineCall) -> int:
     """How many guidance branches of an image the UNet evaluates at once."""
-    return 1 if pipeline.memory.sequential_guidance else call.guidance.guidance.num_branches
+    return 1 if pipeline.memory.sequential_guidance else call.request.guidance.num_branches
 
 
 Images = list[Image.Image] | np.ndarray | Tensor

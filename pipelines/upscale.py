@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,13 @@ from latentgen.models.config import VAEConfig
 from latentgen.models.pixels import PixelConfig, PixelDecoder
 from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines import load_save
-from latentgen.pipelines.arguments import MAX_SIDE, AnyScheduler, OutputType, check_integer
-from latentgen.pipelines.base import DEFAULT_STEPS, Pipeline
-from latentgen.pipelines.call import ImageNoise, InitialLatents, choose_sampling, make_call, read_request
+from latentgen.pipelines.arguments import MAX_SIDE, check_integer
+from latentgen.pipelines.base import Pipeline
+from latentgen.pipelines.call import CallOptions, ImageNoise, InitialLatents, PipelineCall, read_request
 from latentgen.pipelines.conditioning import Prompts
-from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.images import ImagesInput, as_images, for_each, padded
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 from latentgen.pipelines.vae_ops import to_unit
-from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
 
 DEFAULT_NOISE_LEVEL = 20
 MAX_NOISE_LEVEL = 350
@@ -160,7 +158,7 @@ class UpscalePipeline(Pipeline):
             return level | {_ENLARGEMENT_KEY: self.enlargement}
         # Unlike diffusers' other pipelines, this one has no requires_safety_checker.
         index = {key: value for key, value in super()._index().items() if key != "requires_safety_checker"}
-        return index | {"watermarker": [None, None]} | level
+        return index | {"watermarker": load_save.ABSENT} | level
 
     def stream(
         self,
@@ -168,25 +166,13 @@ class UpscalePipeline(Pipeline):
         *,
         image: ImagesInput,
         noise_level: int = DEFAULT_NOISE_LEVEL,
-        negative_prompt: Prompts | None = None,
-        prompt_syntax: PromptSyntax = DEFAULT_SYNTAX,
-        num_inference_steps: int = DEFAULT_STEPS,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float | None = None,
-        guidance: GuidanceOptions | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
-        scheduler: AnyScheduler | None = None,
-        clip_skip: int = 0,
         tile: int | None = DEFAULT_TILE,
         match_input: bool = False,
-        output_type: OutputType = "pil",
-        progress: bool = True,
+        **options: Unpack[CallOptions],
     ) -> Iterator[PipelineStep]:
         """Upscale images step by step: each step has a preview, the last one the result.
 
-        Other arguments and the errors are those of :meth:`TextToImagePipeline.stream`.
+        Other arguments: :class:`CallOptions`. Errors: :meth:`TextToImagePipeline.stream`.
 
         Args:
             prompt: describes the image; one for all images or one for each.
@@ -201,50 +187,28 @@ class UpscalePipeline(Pipeline):
                 position, but flaws of the input remain.
         """
         images = as_images("image", image)
-        sampling = choose_sampling(self, scheduler, num_inference_steps, timesteps, sigmas)
-        request = read_request(
-            self,
-            prompt,
-            negative_prompt,
-            sampling,
-            prompt_syntax=prompt_syntax,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            clip_skip=clip_skip,
-            images=len(images),
-        )
+        request = read_request(self, prompt, images=len(images), **options)
         if tile is not None:
             tile = check_integer("tile", tile, SMALLEST_TILE * self._ratio, MAX_SIDE)
             tile = tile * self.enlargement // self._ratio
         noise_level = check_integer("noise_level", noise_level, 0, self.max_noise_level)
-        unpadded = images
-        size = (images.shape[2] * self.scale, images.shape[3] * self.scale)
-        images = padded(images, self._ratio)
-        height, width = (side * self.enlargement // self._ratio for side in images.shape[2:])
+        whole = padded(images, self._ratio)
+        height, width = (side * self.enlargement // self._ratio for side in whole.shape[2:])
         shape = (len(request), self.decoder.config.latent_channels, height, width)
 
         def prepare_latents(noise: ImageNoise) -> InitialLatents:
             level = self.low_res_scheduler.schedule.level(noise_level)
-            low_res = for_each(images, len(request)).to(self.device)
+            low_res = for_each(whole, len(request)).to(self.device)
             # Draw this noise before that of the latents, the order of diffusers.
             noised = level.alpha * low_res + level.sigma * noise.draw(low_res.shape[1:])
             label = torch.tensor([noise_level], device=self.device)
             channels = as_channels(noised, self._ratio, self.enlargement)
-            return InitialLatents(sampling.initial(noise.draw(shape[1:])), channels, label)
+            return InitialLatents(request.sampling.initial(noise.draw(shape[1:])), channels, label)
 
-        call = make_call(
-            self,
-            request,
-            sampling,
-            shape,
-            prepare_latents,
-            guidance=guidance,
-            size=size,
-            output_type=output_type,
-            progress=progress,
-            composite=partial(back_projected, small=to_unit(unpadded)) if match_input else None,
-            tile=tile,
+        size = (images.shape[2] * self.scale, images.shape[3] * self.scale)
+        composite = partial(back_projected, small=to_unit(images)) if match_input else None
+        call = PipelineCall(
+            request, request.sampling, shape, prepare_latents, size, composite=composite, tile=tile
         )
         return denoise(self, call)
 

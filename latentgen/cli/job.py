@@ -73,7 +73,7 @@ class Job:
             settings: further settings for the recipe.
         """
         from latentgen.image_file import save_image
-        from latentgen.pipelines.base import DEFAULT_STEPS
+        from latentgen.pipelines.call import DEFAULT_STEPS
 
         prompting, sampling = self.prompting, self.sampling
         steps = DEFAULT_STEPS if sampling.steps is None else sampling.steps

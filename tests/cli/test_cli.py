@@ -66,8 +66,8 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]):
 
 
 def test_help_of_text2img_names_every_option_and_its_default(capsys: pytest.CaptureFixture[str]):
+    from latentgen.pipelines.call import DEFAULT_STEPS
     from latentgen.pipelines.load_save import DEFAULT_GUIDANCE_SCALE
-    from latentgen.pipelines.text_to_image import DEFAULT_STEPS
 
     assert cli.main(["text2img", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -79,7 +79,7 @@ def test_help_of_text2img_names_every_option_and_its_default(capsys: pytest.Capt
 
 
 def test_choices_are_those_of_the_library():
-    from latentgen.pipelines.arguments import DTypeName
+    from latentgen.pipelines.load_save import DTypeName
 
     assert get_args(DType) == get_args(DTypeName)
 

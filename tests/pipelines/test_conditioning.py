@@ -161,13 +161,13 @@ class TestGivenConditioning:
             pipeline.stream(given)
 
     def test_a_pooled_state_is_needed_where_the_unet_takes_one(self, sdxl: TextToImagePipeline) -> None:
-        with pytest.raises(InputError, match=r"prompt\.pooled .*pooled_prompt_embeds"):
+        with pytest.raises(InputError, match=r"prompt\.pooled"):
             sdxl.stream(Conditioning(torch.zeros(1, 77, 64)))
         with pytest.raises(InputError, match=r"negative_prompt.pooled .*\[2, 24\].*\[1, 24\]"):
             sdxl.stream("cat", negative_prompt=Conditioning(torch.zeros(1, 77, 64), torch.zeros(2, 24)))
 
     def test_negative_rows_have_to_be_one_or_one_for_each(self, pipeline: TextToImagePipeline) -> None:
-        with pytest.raises(InputError, match=r"negative_prompt .*2 rows"):
+        with pytest.raises(InputError, match="negative_prompt"):
             pipeline.stream(["a", "b", "c"], negative_prompt=Conditioning(torch.zeros(2, 77, 32)))
 
     def test_lengths_without_a_common_one_are_refused(self) -> None:

@@ -12,7 +12,7 @@ from diffusers.schedulers import AysSchedules
 
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import ConfigError, InputError
-from latentgen.pipelines.conditioning import SizeConditioning
+from latentgen.pipelines.size_conditioning import SizeConditioning
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from tests.pipelines.sdxl import build_base, build_refiner
 
