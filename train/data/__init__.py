@@ -17,13 +17,12 @@ from latentgen.train.data.dataset import to_tensor as to_tensor
 from latentgen.train.data.dataset import unique_items
 from latentgen.train.data.sampler import BatchIndices as BatchIndices
 from latentgen.train.data.sampler import BucketSampler as BucketSampler
-from latentgen.train.data.sampler import item_at as item_at
 from latentgen.train.data.sampler import plan_step as plan_step
 from latentgen.train.data.sampler import sample_rng as sample_rng
 
 
 class Splits(NamedTuple):
-    """The images to train on, and those to validate on, if there are any; `digest` is that of the recipe's `data`."""
+    """The images to train on, those to validate on, if any, and the digest of the recipe's `data`."""
 
     training: CaptionedDataset
     validation: CaptionedDataset | None
@@ -38,18 +37,18 @@ def open_splits(config: TrainConfig) -> Splits:
     Raises:
         DatasetError: listing all errors of a data set.
     """
-    whole = open_data(config.data)
-    training: CaptionedDataset = whole
+    data = open_data(config.data)
+    training: CaptionedDataset = data
     held_out: CaptionedDataset | None = None
     validation = config.validation
     if config.validation_fraction:
-        training, held_out = split(whole, config.validation_fraction)
+        training, held_out = split(data, config.validation_fraction)
     elif validation is not None and validation.data is not None:
         other = open_data(validation.data)
         held_out = Subset(other, unique_items(other))
     if validation is not None and held_out is not None:
         held_out = Subset(held_out, range(min(validation.loss_images, len(held_out))))
-    return Splits(training, held_out, whole.digest)
+    return Splits(training, held_out, data.digest)
 
 
 def open_data(config: Data) -> TrainingSet:

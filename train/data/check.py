@@ -84,8 +84,7 @@ def _data_survey(survey: FolderSurvey) -> DataSurvey:
         if item.file in facts:
             alike.setdefault(facts[item.file].digest, []).append(listing.name(item.file))
     twins = [f"{first}: the same image as {', '.join(rest)}" for first, *rest in alike.values() if rest]
-    notes = [*listing.notes, *listing.unread, *twins]
-    return DataSurvey(samples, [*listing.problems, *bad.values()], notes)
+    return DataSurvey(samples, [*listing.problems, *bad.values()], [*listing.notes, *twins])
 
 
 def _notes(samples: Sequence[UsableSample], sizes: Sequence[Size]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Views of images of any size: which rectangle an image goes to, and how it is scaled, mirrored and cropped to it."""
+"""Views of images of any size: the rectangle of an image, and how it is scaled, mirrored and cropped to it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,14 @@ Size = tuple[int, int]
 
 
 class Crop(NamedTuple):
-    """The part of an image that a view shows.
-
-    Attributes:
-        scaled: the size that the whole image is scaled to.
-        corner: top and left of the view in the scaled image, after mirroring if it is mirrored.
-        size: the size of the view.
-        mirrored: whether left and right are swapped.
-    """
+    """A view of an image: scaled to a size, mirrored or not, and then cropped at a corner (top, left) to a size."""
 
     scaled: Size
     corner: Size
     size: Size
     mirrored: bool
 
-    def show(
+    def apply(
         self, image: Image.Image, resampling: Image.Resampling = Image.Resampling.LANCZOS
     ) -> Image.Image:
         """The view of an image, or of a mask of the same size."""
@@ -44,10 +37,10 @@ class Crop(NamedTuple):
 
 
 class Cropper:
-    """Makes samples as a recipe says: sizes, crops, mirroring, and how captions are changed.
+    """Makes samples as a recipe says: sizes, crops, mirroring, and changes of captions.
 
     Attributes:
-        sizes: the sizes that views can have.
+        sizes: the possible sizes of views.
         varies: whether two views of an image can differ.
     """
 
@@ -89,12 +82,12 @@ class Cropper:
         crop = self.draw(original, rng)
         if mask is not None:
             # Lanczos would draw rings around the borders of a mask.
-            mask = crop.show(mask.convert("L"), Image.Resampling.BILINEAR)
+            mask = crop.apply(mask.convert("L"), Image.Resampling.BILINEAR)
         if before is not None:
-            before = crop.show(before)
+            before = crop.apply(before)
         texts = self.texts(captions)
         drawn_from = Captions(texts, (1.0,) * len(texts), self._shuffle_after)
-        return Sample(crop.show(image), drawn_from, original, crop.corner, mask, before)
+        return Sample(crop.apply(image), drawn_from, original, crop.corner, mask, before)
 
     def draw(self, original: Size, rng: random.Random) -> Crop:
         """A view of an image of this size; random if the recipe asks for random crops or mirroring."""

@@ -22,8 +22,8 @@ class Captions(NamedTuple):
     Attributes:
         texts: the captions.
         weights: how often each is drawn.
-        shuffle_after: how many of the parts between commas stay at the beginning of a caption while the others change
-            places each time it is drawn, as in kohya's trainers; None to leave captions as they are.
+        shuffle_after: how many of the parts between commas keep their place while the others are shuffled each time
+            the caption is drawn, as in kohya's trainers; None to leave captions as they are.
     """
 
     texts: tuple[str, ...]
@@ -31,7 +31,7 @@ class Captions(NamedTuple):
     shuffle_after: int | None = None
 
     def draw(self, rng: random.Random) -> str:
-        """One of the captions, drawn by weight, its parts shuffled if they are to be."""
+        """One of the captions, drawn by weight."""
         text = rng.choices(self.texts, weights=self.weights)[0]
         if self.shuffle_after is None:
             return text
@@ -42,15 +42,15 @@ class Captions(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One rendering or crop of an item, and what is known of it.
+    """One rendering or crop of an item.
 
     Attributes:
         image: RGB, of the size that the item's views have.
-        captions: what it may be called.
+        captions: its possible captions.
         original_size: height and width of the whole image, before it was scaled and cropped; None if it is the same.
         crop_corner: top and left of the crop in the scaled image, in pixels.
         mask: where the loss counts, "L", as large as the image; None for everywhere.
-        before: the image that this one is an edit of, RGB, as large; None where nothing was edited.
+        before: the image that this one is an edit of, RGB, as large; None if it is not an edit.
     """
 
     image: Image.Image
@@ -65,7 +65,7 @@ class CaptionedDataset(Protocol):
     """A set of items, each seen through random views.
 
     Attributes:
-        image_size: the side of the views if they are square, else that of a square of the area that they have at most.
+        image_size: the side of square views; of others the side of a square of their largest area.
     """
 
     image_size: int
@@ -86,7 +86,7 @@ class CaptionedDataset(Protocol):
         ...
 
     def captions(self) -> list[str]:
-        """The captions that a tokenizer for this set is made from."""
+        """All captions, for a tokenizer."""
         ...
 
 
@@ -94,14 +94,14 @@ class TrainingSet(CaptionedDataset, Protocol):
     """A set that was opened from a recipe.
 
     Attributes:
-        digest: changes with what is in it, as far as opening it has looked.
+        digest: of its content, as far as opening it has read.
     """
 
     digest: str
 
 
 def digest_of(parts: Iterable[object]) -> str:
-    """A digest of what `repr` shows of some numbers, texts, bytes, and tuples of them, in their order."""
+    """A digest of the `repr` of some numbers, texts, bytes, and tuples of them, in their order."""
     total = hashlib.sha256()
     for part in parts:
         total.update(repr(part).encode("utf-8", "surrogatepass") + b"\0")
@@ -131,12 +131,9 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
 
 @runtime_checkable
 class Repeating(Protocol):
-    """A data set in which several items may show one image: `images` has a number for the image of each item."""
+    """A data set in which several items may be of one image: `images` has a number for the image of each item."""
 
-    @property
-    def images(self) -> Sequence[int]:
-        """Equal numbers for equal images."""
-        ...
+    images: Sequence[int]
 
 
 class Subset:
@@ -174,10 +171,10 @@ class ShardedSubset(Subset):
 
 
 def split(data: CaptionedDataset, fraction: float) -> tuple[CaptionedDataset, CaptionedDataset]:
-    """The items to train on, and one item of each held-out image: at least one image, whatever the run's seed is.
+    """The items to train on, and one item of each validation image, of which there is at least one.
 
-    Which images are held out depends on their number alone, by a shuffle: periodic data (frames of one scene, views of
-    one object) is not held out in step with its period. All items of a held-out image are excluded from training.
+    The validation images depend on the number of images alone, by a shuffle: periodic data (frames of one scene, views
+    of one object) is not sampled in step with its period. None of their items is trained on.
 
     Raises:
         DatasetError: there are fewer than two images.

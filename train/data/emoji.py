@@ -12,10 +12,9 @@ import random
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -25,7 +24,7 @@ from latentgen.train.data import Captions, Sample, digest_of
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ANNOTATIONS = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
 
-# The font holds bitmaps of this one size; asking for another size of type is an error.
+# The font has bitmaps of this one size; another is an error.
 STRIKE = 109
 GLYPH_SIZE = (136, 128)
 
@@ -47,18 +46,13 @@ GROUNDS = {
 COMMON_KEYWORD = 20
 
 Part = Literal["training", "held_out"]
-T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Glyph:
-    """One emoji.
+class Glyph(NamedTuple):
+    """One emoji: a codepoint and its Unicode name in lower case.
 
-    Attributes:
-        character: the codepoint.
-        name: its Unicode name in lower case.
-        nicknames: its CLDR short name and distinctive CLDR keywords, each with how often it is drawn: the rarer a
-            keyword, the more it says.
+    `nicknames` are its CLDR short name and distinctive CLDR keywords, each with its weight when captions are drawn: the
+    rarer a keyword, the more it says.
     """
 
     character: str
@@ -66,8 +60,7 @@ class Glyph:
     nicknames: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class GlyphPlacement:
+class GlyphPlacement(NamedTuple):
     """Placement of a glyph: its longer side in pixels, the shift of its center, and the background color."""
 
     size: int
@@ -83,14 +76,13 @@ class EmojiSet:
         annotations: the `annotations/en.xml` of Debian's `unicode-cldr-core`.
         image_size: side of the square renderings, in pixels.
         held_out: how many glyphs, spread evenly over the codepoints, are held out of training.
-        part: which glyphs these are: those to train with, or those held out.
+        part: whether the set has the glyphs to train with, or those held out.
 
     Raises:
-        DatasetError: a file is not there, naming the package that contains it; or no glyph would be left.
+        DatasetError: a file does not exist, naming the package that contains it; or no glyph is left.
     """
 
     is_random = True
-    digest: str
 
     def __init__(
         self,
@@ -108,7 +100,12 @@ class EmojiSet:
         typeface = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.BASIC)
         drawn = [(glyph, _draw(glyph.character, typeface)) for glyph in _named_glyphs(annotations)]
         drawn = [(glyph, bitmap) for glyph, bitmap in drawn if bitmap.getbbox() is not None]
-        drawn = _part(drawn, held_out, part)
+        count = len(drawn)
+        places = {number * count // held_out for number in range(held_out)}
+        is_held_out = part == "held_out"
+        drawn = [pair for place, pair in enumerate(drawn) if (place in places) == is_held_out]
+        if not drawn:
+            raise DatasetError(f"data.held_out is {held_out} of {count} emoji, which leaves none for {part}")
         self.glyphs = tuple(glyph for glyph, _ in drawn)
         self.digest = digest_of((hashlib.sha256(font.read_bytes()).digest(), *self.glyphs))
         self._bitmaps = [bitmap for _, bitmap in drawn]
@@ -128,11 +125,11 @@ class EmojiSet:
         return len(self.glyphs)
 
     def bucket(self, index: int) -> tuple[int, int]:
-        """The square that all are drawn in."""
+        """Height and width of every rendering."""
         return self.image_size, self.image_size
 
     def sample(self, index: int, rng: random.Random) -> Sample:
-        """A random placement of glyph `index`: nearly as large as the image, half of the grounds white.
+        """A random placement of glyph `index`, nearly as large as the image; half of the grounds are white.
 
         Half of the captions are the Unicode name, the others nicknames.
         """
@@ -150,18 +147,9 @@ class EmojiSet:
         return Sample(self.render(index, placement), Captions(texts, weights))
 
     def captions(self) -> list[str]:
-        """Every name and nickname, and the words for every ground: what the tokenizer is made from."""
+        """Every name and nickname, and the words for every ground, for a tokenizer."""
         names = {name for glyph in self.glyphs for name in (glyph.name, *glyph.nicknames)}
         return sorted(names) + [caption_on("", ground) for ground in GROUNDS]
-
-
-def _part(items: Sequence[T], held_out: int, part: Part) -> list[T]:
-    """The training items, or the `held_out` ones that are spread evenly between them."""
-    kept_out = {number * len(items) // held_out for number in range(held_out)}
-    chosen = [item for place, item in enumerate(items) if (place in kept_out) == (part == "held_out")]
-    if not chosen:
-        raise DatasetError(f"data.held_out is {held_out} of {len(items)} emoji, which leaves none for {part}")
-    return chosen
 
 
 def _draw(character: str, typeface: ImageFont.FreeTypeFont) -> Image.Image:
@@ -175,7 +163,7 @@ def _draw(character: str, typeface: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def caption_on(name: str, ground: str | None) -> str:
-    """The caption of something on a ground: "slice of pizza on a teal background", or the name alone on white."""
+    """The caption of a thing on a ground: "slice of pizza on a teal background", or the name alone on white."""
     if ground is None:
         return name
     article = "an" if ground[0] in "aeiou" else "a"

@@ -110,8 +110,6 @@ class ImageFolder:
         self._cropper = Cropper(config)
         self.is_random = self._cropper.varies
         listing, facts, bad = survey(config)
-        for columns in listing.unread:
-            warnings.warn(columns, stacklevel=2)
         problems = list(listing.problems)
         if config.on_bad_image == "skip":
             warn_skipped(list(bad.values()))

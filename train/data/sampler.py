@@ -22,35 +22,20 @@ if TYPE_CHECKING:
 
 # How many shards are shuffled together, and so are read from at the same time.
 SHARDS_TOGETHER = 8
-_KEPT_EPOCHS = 2  # a batch may end one epoch and begin the next
 
 
 def sample_rng(seed: int, *position: int | str) -> random.Random:
-    """The generator of one position of a run, for instance (step, sample): the same wherever and whenever asked."""
+    """The generator of one position of a run, for instance (step, sample): a function of its arguments alone."""
     return random.Random("/".join(map(str, (seed, *position))))
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> tuple[int, ...]:
-    order = list(range(count))
-    sample_rng(seed, "epoch", epoch).shuffle(order)
-    return tuple(order)
-
-
-def item_at(seed: int, position: int, count: int) -> int:
-    """The item at a position of the endless shuffled sequence, in which each epoch shows every item once."""
-    epoch, place = divmod(position, count)
-    return _permutation(seed, epoch, count)[place]
 
 
 def shard_order(
     seed: int, epoch: int, counts: Sequence[int], *, together: int = SHARDS_TOGETHER, bucket: int = 0
 ) -> NDArray[np.int64]:
-    """The order in which an epoch shows the items of shards that hold `counts` of them: each item once.
+    """The order of the items in an epoch over shards that hold `counts` of them: a function of the arguments alone.
 
     The shards are shuffled, and then the items of every `together` shards that follow each other, so that no more than
-    these are read from at a time. It is a function of its arguments alone: a run that resumes goes on in it. Buckets,
-    for sets whose images have several sizes, have orders of their own.
+    these are read from at a time. Each `bucket`, where images have several sizes, has its own order.
     """
     generator = np.random.RandomState(sample_rng(seed, "shards", epoch, bucket).getrandbits(32))
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
@@ -72,13 +57,12 @@ class Sharded(Protocol):
 class BucketSampler:
     """The items of every step.
 
-    Items are grouped in buckets, whose images have one size and so make one tensor. Each bucket has an endless shuffled
-    sequence of its own, in which every epoch shows every item once; a step takes the next `batch_size` of one bucket.
+    Items are grouped in buckets, whose images have one size and so make one tensor. Each bucket has its own endless
+    shuffled sequence, in which every epoch has every item once; a step takes the next `batch_size` of one bucket.
     Buckets take turns: a round gives each of them turns in proportion to its items, evenly spread from a random start.
     So every item is seen equally often in the long run: exactly `batch_size` times in as many steps as there are items.
 
-    No step needs the steps before it: the turns of a round are laid out when one of its steps is asked for, and the
-    epochs of a bucket when one of their items is, which costs time in proportion to their length, once.
+    No step needs the steps before it: rounds and epochs are computed on demand, in time proportional to their length.
 
     Args:
         buckets: the items of each, at least one bucket and none empty.
@@ -94,13 +78,12 @@ class BucketSampler:
         counts = [len(bucket) for bucket in self._buckets]
         common = math.gcd(*counts)
         self._turns = tuple(count // common for count in counts)
-        self._epochs: list[dict[tuple[int, int], Sequence[int] | NDArray[np.int64]]] = [
-            {} for _ in self._buckets
-        ]
+        # Two of each bucket: a batch may end one epoch and begin the next.
+        self._epoch = lru_cache(2 * len(counts))(self._shuffled)
 
     @classmethod
     def of(cls, data: CaptionedDataset, *, views: int = 1) -> BucketSampler:
-        """The order of a data set of which each item has `views` views, item `i` the numbers from `i * views` on."""
+        """The order of a data set with `views` views per item; those of item `i` are numbered from `i * views`."""
         sizes = [data.bucket(item) for item in range(len(data))]
         distinct = sorted(set(sizes))
         shards = data.shard_counts if isinstance(data, Sharded) else None
@@ -117,7 +100,7 @@ class BucketSampler:
         return cls(buckets, [np.diff(np.searchsorted(bucket, edges)).tolist() for bucket in buckets])
 
     def __len__(self) -> int:
-        """How many items one epoch shows."""
+        """The number of items in an epoch."""
         return sum(map(len, self._buckets))
 
     def parts(self, size: int) -> Iterator[tuple[int, ...]]:
@@ -129,14 +112,12 @@ class BucketSampler:
     def items(self, seed: int, step: int, batch_size: int, samples: Sequence[int]) -> tuple[int, ...]:
         """The items of some `samples` (positions within the global batch) of a step."""
         bucket, turn = self._turn(seed, step)
-        positions = [turn * batch_size + sample for sample in samples]
         members = self._buckets[bucket]
-        if len(self._buckets) == 1 and self._shard_counts is None:
-            return tuple(members[item_at(seed, position, len(members))] for position in positions)
-        return tuple(members[self._place(seed, bucket, position)] for position in positions)
+        places = (divmod(turn * batch_size + sample, len(members)) for sample in samples)
+        return tuple(members[self._epoch(seed, epoch, bucket)[place]] for epoch, place in places)
 
     def _turn(self, seed: int, step: int) -> tuple[int, int]:
-        """Whose turn a step is, and how many this bucket has had before."""
+        """The bucket of a step, and how many turns it had before."""
         if len(self._buckets) == 1:
             return 0, step
         number, place = divmod(step, sum(self._turns))
@@ -144,24 +125,14 @@ class BucketSampler:
         bucket = int(buckets[place])
         return bucket, number * self._turns[bucket] + int(turns[place])
 
-    def _place(self, seed: int, bucket: int, position: int) -> int:
-        """As item_at, in the sequence of one bucket; each keeps its own epochs, as the turns change."""
-        epoch, place = divmod(position, len(self._buckets[bucket]))
-        epochs = self._epochs[bucket]
-        permutation = epochs.get((seed, epoch))
-        if permutation is None:
-            permutation = self._shuffled(seed, epoch, bucket)
-            for oldest in list(epochs)[: 1 - _KEPT_EPOCHS]:
-                epochs.pop(oldest, None)
-            epochs[seed, epoch] = permutation
-        return int(permutation[place])
-
-    def _shuffled(self, seed: int, epoch: int, bucket: int) -> Sequence[int] | NDArray[np.int64]:
+    def _shuffled(self, seed: int, epoch: int, bucket: int) -> list[int]:
+        """The places within a bucket in the order of an epoch."""
         if self._shard_counts is not None:
-            return shard_order(seed, epoch, self._shard_counts[bucket], bucket=bucket)
-        permutation = list(range(len(self._buckets[bucket])))
-        sample_rng(seed, "epoch", epoch, bucket).shuffle(permutation)
-        return permutation
+            return shard_order(seed, epoch, self._shard_counts[bucket], bucket=bucket).tolist()
+        places = list(range(len(self._buckets[bucket])))
+        position = (epoch,) if len(self._buckets) == 1 else (epoch, bucket)
+        sample_rng(seed, "epoch", *position).shuffle(places)
+        return places
 
 
 @lru_cache(maxsize=2)
@@ -179,11 +150,11 @@ def _round(seed: int, number: int, turns: tuple[int, ...]) -> tuple[NDArray[np.i
 
 @dataclass(frozen=True)
 class BatchIndices:
-    """Which samples of which step one process computes together.
+    """The samples of a step that one process computes together.
 
     Attributes:
         seed: the run's seed.
-        step: the optimiser step, from 0.
+        step: the optimizer step, from 0.
         batch_size: samples of the step in all processes together.
         samples: positions within the step's global batch.
         items: the item of each sample.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,14 +54,12 @@ class Listing(NamedTuple):
         items: in the order of their names.
         problems: what prevents training.
         notes: what may be unintended.
-        unread: columns of metadata that are ignored.
     """
 
     folder: Path
     items: list[Item]
     problems: list[str]
     notes: list[str]
-    unread: list[str]
 
     def name(self, file: Path) -> str:
         """A file for a message, control characters escaped, without quotes that would make long lists hard to read."""
@@ -68,12 +67,12 @@ class Listing(NamedTuple):
 
 
 def list_folder(config: FolderData | KohyaData) -> Listing:
-    """The images that a recipe names.
+    """The images that a recipe names; a warning says which columns of metadata are ignored.
 
     Raises:
         DatasetError: there is no such folder, or it cannot be read.
     """
-    listing = Listing(config.path, [], [], [], [])
+    listing = Listing(config.path, [], [], [])
     if not config.path.is_dir():
         raise DatasetError(f"{quote(config.path)} is not a folder of images; set data.path in the recipe")
     try:
@@ -94,22 +93,21 @@ def list_folder(config: FolderData | KohyaData) -> Listing:
 
 
 def _list_kohya(listing: Listing) -> None:
-    stray: list[Path] = []
     for entry in sorted(listing.folder.iterdir()):
         if entry.name.startswith("."):
             continue
         files = list(_walk(entry)) if entry.is_dir() else [entry]
         name = _KOHYA_FOLDER.fullmatch(entry.name)
         if not entry.is_dir() or name is None:
-            stray += [file for file in files if file.suffix.lower() in SUFFIXES]
+            listing.problems.extend(
+                f'{listing.name(file)}: not in a sub-folder named as in "10_sks dog" (repeats and caption); move it'
+                for file in files
+                if file.suffix.lower() in SUFFIXES
+            )
         elif not 1 <= int(name[1]) <= _MOST_REPEATS:
             listing.problems.append(f"{listing.name(entry)}: allowed are 1 to {_MOST_REPEATS:,} repeats")
         else:
             _list_images(listing, files, caption=name[2], repeats=int(name[1]))
-    for file in stray:
-        listing.problems.append(
-            f'{listing.name(file)}: not in a sub-folder named as in "10_sks dog" (repeats and caption); move it there'
-        )
 
 
 def _list_images(listing: Listing, files: list[Path], *, caption: str | None, repeats: int) -> None:
@@ -119,10 +117,8 @@ def _list_images(listing: Listing, files: list[Path], *, caption: str | None, re
         if file.name in METADATA:
             name = listing.name(file)
             if unread := read_metadata(file, name, rows, listing.problems):
-                captions_from = " or ".join(CAPTION_COLUMNS)
-                listing.unread.append(
-                    f"{name}: columns ignored: {first_five(unread)}; captions are read from {captions_from}"
-                )
+                columns = f"{first_five(unread)}; captions are read from {' or '.join(CAPTION_COLUMNS)}"
+                warnings.warn(f"{name}: columns ignored: {columns}", stacklevel=4)
     referenced = {file for row in rows.values() if row for file in (row.mask, row.before) if file}
     images = {file for file in files if file.suffix.lower() in SUFFIXES} | referenced | rows.keys()
     # Of two text files that differ in the case of their suffix the last counts, which is in lower case.

@@ -115,7 +115,7 @@ def test_views_are_the_scaled_image_mirrored_and_then_cropped():
         assert frame.scaled == (64, 96)
         whole = np.asarray(ImageOps.mirror(scaled) if frame.mirrored else scaled)
         top, left = frame.corner
-        np.testing.assert_array_equal(np.asarray(frame.show(image)), whole[top : top + 64, left : left + 64])
+        np.testing.assert_array_equal(np.asarray(frame.apply(image)), whole[top : top + 64, left : left + 64])
 
 
 def test_random_crops_and_mirrors_are_uniform():
