@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from latentgen.cli.options import one_line
+from latentgen.cli.options import one_line, spread
 from latentgen.errors import ConfigError, DatasetError
 from latentgen.files import quote
 
@@ -17,6 +18,58 @@ if TYPE_CHECKING:
     from latentgen.train.data.check import Report
 
 
+@dataclass(frozen=True)
+class CropOptions:
+    """How images are cropped: fields of `data` in a recipe."""
+
+    image_size: Annotated[
+        int,
+        typer.Option(
+            metavar="PIXELS", help="Side of the square crops, and of a square with the buckets' area."
+        ),
+    ] = 512
+    buckets: Annotated[
+        bool, typer.Option("--buckets", help="Use aspect-ratio buckets instead of square crops.")
+    ] = False
+    bucket_step: Annotated[
+        int, typer.Option(metavar="PIXELS", help="Sides of buckets are multiples of this.")
+    ] = 64
+    min_side: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="The shortest side of a bucket. [default: half of --image-size]",
+            show_default=False,
+        ),
+    ] = None
+    max_side: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="The longest side of a bucket. [default: twice --image-size]",
+            show_default=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class HuggingFaceOptions:
+    """The part of a huggingface dataset to use: fields of `data` in a recipe."""
+
+    split: Annotated[str | None, typer.Option(help="Split of a huggingface dataset.", show_default=False)] = (
+        None
+    )
+    image_column: Annotated[
+        str | None,
+        typer.Option(help="Image column of a huggingface dataset. [default: image]", show_default=False),
+    ] = None
+    caption_column: Annotated[
+        str | None,
+        typer.Option(help="Caption column of a huggingface dataset. [default: text]", show_default=False),
+    ] = None
+
+
+@spread
 def check_data(
     folder: Annotated[
         Path,
@@ -25,40 +78,12 @@ def check_data(
             help="The folder of the images; for webdataset also a pattern such as '{000..127}.tar'.",
         ),
     ],
+    crops: CropOptions,
+    huggingface: HuggingFaceOptions,
     kind: Annotated[
         Literal["imagefolder", "kohya", "webdataset", "huggingface"],
         typer.Option(help="Its layout: data.kind of a recipe."),
     ] = "imagefolder",
-    image_size: Annotated[
-        int,
-        typer.Option(
-            metavar="PIXELS",
-            help="Side of the square crops, and of a square with the buckets' area.",
-        ),
-    ] = 512,
-    buckets: Annotated[
-        bool,
-        typer.Option("--buckets", help="Use aspect-ratio buckets instead of square crops."),
-    ] = False,
-    bucket_step: Annotated[
-        int, typer.Option(metavar="PIXELS", help="Sides of buckets are multiples of this.")
-    ] = 64,
-    min_side: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            help="The shortest side of a bucket. [default: half of --image-size]",
-            show_default=False,
-        ),
-    ] = None,
-    max_side: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            help="The longest side of a bucket. [default: twice --image-size]",
-            show_default=False,
-        ),
-    ] = None,
     caption: Annotated[
         str | None,
         typer.Option(
@@ -67,18 +92,6 @@ def check_data(
             "[default: such images are an error]",
             show_default=False,
         ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split of a huggingface dataset.", show_default=False),
-    ] = None,
-    image_column: Annotated[
-        str | None,
-        typer.Option(help="Image column of a huggingface dataset. [default: image]", show_default=False),
-    ] = None,
-    caption_column: Annotated[
-        str | None,
-        typer.Option(help="Caption column of a huggingface dataset. [default: text]", show_default=False),
     ] = None,
 ) -> None:
     """Report every problem of a training set, and its buckets.
@@ -114,16 +127,8 @@ def check_data(
             f"check-data needs the module {error.name}: pip install 'latentgen[train]'"
         ) from None
 
-    fields: dict[str, Any] = {"image_size": image_size, "buckets": buckets, "bucket_step": bucket_step}
-    own = {
-        "min_side": min_side,
-        "max_side": max_side,
-        "caption": caption,
-        "split": split,
-        "image_column": image_column,
-        "caption_column": caption_column,
-    }
-    fields |= {name: value for name, value in own.items() if value is not None}
+    options: dict[str, Any] = {**vars(crops), **vars(huggingface), "caption": caption}
+    fields = {name: value for name, value in options.items() if value is not None}
     report = check(_config(kind, folder, fields))
     for line in _lines(report):
         print(line)

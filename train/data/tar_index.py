@@ -139,7 +139,7 @@ def _members(path: Path, problems: list[str]) -> Iterator[Member]:
         with open(path, "rb") as file:
             head = file.read(_BLOCK)
             if head.startswith(_COMPRESSED):
-                raise tarfile.ReadError("it is compressed; decompress it, so that each sample can be read")
+                raise tarfile.ReadError("it is compressed")
             if (problem := wrong_content(head)) and (head.strip(b"\0") or not head):
                 raise tarfile.ReadError(f"it is {problem}")
             file.seek(0)
@@ -160,7 +160,9 @@ def _members(path: Path, problems: list[str]) -> Iterator[Member]:
             if block.strip(b"\0"):
                 raise tarfile.ReadError(f"it is damaged at byte {end:,}")
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        problems.append(f"{quote(path)} cannot be read as a tar file ({error}); download it again")
+        problems.append(
+            f"{quote(path)} cannot be read as a tar file ({error}); decompress it, or download it again"
+        )
 
 
 def _pair(path: Path, members: Iterable[Member], problems: list[str]) -> list[tuple[Member, Member]]:
