@@ -66,7 +66,7 @@ def _xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @cache
 def resolve_backend(name: AttentionBackend, device: torch.device) -> AttentionBackend:
-    """Return the backend that runs when `name` is asked for on `device`.
+    """Return the backend that `name` means on `device`.
 
     "auto" is "sdpa" where torch has a fused kernel for the device, and "chunked" elsewhere.
     "xformers" becomes "sdpa", with one warning, where its kernels do not run.
@@ -106,7 +106,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class ContextKeyValue(NamedTuple):
-    """What the context adds to one transformer block: keys and values [B, S, C] of its attentions.
+    """The keys and values [B, S, C] of the context for the attentions of one transformer block.
 
     `attn1` is None where the first attention is self-attention.
     """
@@ -115,13 +115,13 @@ class ContextKeyValue(NamedTuple):
     attn2: KeyValue
 
     def part(self, rows: slice) -> ContextKeyValue:
-        """Those of some of the rows; views, not copies."""
+        """The keys and values of some of the rows, as views."""
         first, (key, value) = self.attn1, self.attn2
         return ContextKeyValue(first and (first[0][rows], first[1][rows]), (key[rows], value[rows]))
 
 
 class AttentionLayer(nn.Module):
-    """A layer that computes attention; `backend` names the kernel that it uses."""
+    """A layer that computes attention with the kernel named `backend`."""
 
     backend: AttentionBackend = "auto"
 
@@ -159,7 +159,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU of four times the width and a linear layer back; `net.1` is the dropout's place in the file."""
+    """GEGLU of four times the width and a linear layer back; `net.1` is the dropout in diffusers."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -172,9 +172,9 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each on normalised input and added to its input.
+    """Self-attention, cross-attention and feed-forward, each on normalized input and added to its input.
 
-    With `only_cross_attention` the first attention reads the context too.
+    With `only_cross_attention` the first attention is over the context, too.
     """
 
     def __init__(self, channels: int, heads: int, context_dim: int, only_cross_attention: bool) -> None:
@@ -188,7 +188,7 @@ class BasicTransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def context_key_value(self, context: Tensor) -> ContextKeyValue:
-        """Return all that the block takes from a context [B, S, context_dim]; constant over a run."""
+        """Return the keys and values of a context [B, S, context_dim], which are constant over a run."""
         first = self.attn1.key_value(context) if self.only_cross_attention else None
         return ContextKeyValue(first, self.attn2.key_value(context))
 
@@ -217,11 +217,15 @@ class Transformer2DModel(nn.Module):
         super().__init__()
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = _projection(channels, linear_projection)
+        self.proj_in = (
+            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        )
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(channels, heads, context_dim, only_cross_attention) for _ in range(depth)
         )
-        self.proj_out = _projection(channels, linear_projection)
+        self.proj_out = (
+            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        )
 
     def context_key_values(self, context: Tensor) -> tuple[ContextKeyValue, ...]:
         """Return the keys and values of a context [B, S, context_dim] for every block."""
@@ -240,12 +244,8 @@ class Transformer2DModel(nn.Module):
         return residual + hidden
 
 
-def _projection(channels: int, linear: bool) -> nn.Module:
-    return nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-
-
 def _to_tokens(feature_map: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H * W, C]: a view if the map is channels_last, else a copy that later layers gain by."""
+    """[B, C, H, W] -> [B, H * W, C]: a view if the map is channels_last, else a contiguous copy."""
     return feature_map.flatten(2).transpose(1, 2).contiguous()
 
 
@@ -254,31 +254,24 @@ def _to_map(tokens: Tensor, size: torch.Size) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, size)
 
 
-def set_attention_backend(module: nn.Module, backend: AttentionBackend) -> None:
-    """Make every attention inside `module` use `backend`, now and for all later calls.
-
-    Nothing runs yet: whether the kernel works is found out on the device of the first call.
-
-    Raises:
-        InputError: `backend` is not one of the backends.
-    """
-    _check_backend(backend)
-    for child in module.modules():
-        if isinstance(child, AttentionLayer):
-            child.backend = backend
-
-
 class AttentionStage(nn.Module):
-    """A stage with attention somewhere inside, all of which uses one kernel."""
+    """A stage whose attention layers all use one backend."""
 
     _attention_backend: AttentionBackend = "auto"
 
     @property
     def attention_backend(self) -> AttentionBackend:
-        """The kernel that every attention uses; assign to change it."""
+        """The backend of every attention layer; assign to change it. It first runs in the next call.
+
+        Raises:
+            InputError: not one of the backends.
+        """
         return self._attention_backend
 
     @attention_backend.setter
     def attention_backend(self, backend: AttentionBackend) -> None:
-        set_attention_backend(self, backend)
+        _check_backend(backend)
         self._attention_backend = backend
+        for child in self.modules():
+            if isinstance(child, AttentionLayer):
+                child.backend = backend

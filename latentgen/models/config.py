@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,10 +22,9 @@ StorageDtype = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 
 
 class StageConfig(BaseModel):
-    """A stage's `config.json`: the names of the JSON kept, unknown fields and wrong types refused.
+    """A stage's `config.json`, by the names of the JSON; unknown fields and wrong types are refused.
 
-    Underscored keys (`_class_name`, `_diffusers_version`, ...) are metadata of the file and not part of the
-    configuration.
+    Keys with an underscore (`_class_name`, `_diffusers_version`, ...) are metadata of the file and ignored.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -67,8 +67,8 @@ def _describe(name: str, error: ValidationError) -> str:
     return f"the configuration of {name} cannot be used: " + "; ".join(problems)
 
 
-def _check_size(parameters: int, limit: int) -> None:
-    """Refuse a model of far too many parameters before it is built; norms and biases are not counted."""
+def check_size(parameters: int, limit: int) -> None:
+    """Refuse a model of far too many parameters before it is built."""
     if parameters > limit:
         raise ValueError(
             f"the model would have about {parameters:,} parameters; at most {limit:,} are allowed"
@@ -76,7 +76,7 @@ def _check_size(parameters: int, limit: int) -> None:
 
 
 class VAEConfig(StageConfig):
-    """A diffusers `vae/config.json`. Values other than the ones listed are refused by name."""
+    """A diffusers `vae/config.json`."""
 
     diffusers_class: ClassVar[str] = "AutoencoderKL"
 
@@ -99,7 +99,7 @@ class VAEConfig(StageConfig):
     use_post_quant_conv: Literal[True] = True
     mid_block_add_attention: bool = True
 
-    @property
+    @cached_property
     def spatial_factor(self) -> int:
         """Image pixels per latent pixel, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
@@ -119,15 +119,15 @@ class VAEConfig(StageConfig):
         convolutions = 8 * self.block_out_channels[-1] ** 2
         for width in self.block_out_channels:
             convolutions += (4 * self.layers_per_block + 2) * width**2
-        _check_size(9 * convolutions, _MAX_VAE_PARAMETERS)
+        check_size(9 * convolutions, _MAX_VAE_PARAMETERS)
         return self
 
 
 class CLIPTextConfig(StageConfig):
     """The fields of a CLIP `text_encoder/config.json` that the model is built from.
 
-    Unlike in the other stages unknown fields are passed over: every version of transformers adds bookkeeping.
-    `architectures` says whether the pooled state is projected.
+    Unlike in the other stages unknown fields are ignored: every version of transformers adds some. `architectures`
+    says whether the pooled state is projected.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -169,5 +169,5 @@ class CLIPTextConfig(StageConfig):
             )
         layer = self.hidden_size * (4 * self.hidden_size + 2 * self.intermediate_size)
         embeddings = (self.vocab_size + self.max_position_embeddings) * self.hidden_size
-        _check_size(embeddings + self.num_hidden_layers * layer, _MAX_TEXT_PARAMETERS)
+        check_size(embeddings + self.num_hidden_layers * layer, _MAX_TEXT_PARAMETERS)
         return self

@@ -14,15 +14,11 @@ from torch import Tensor, nn
 
 
 class ResnetBlock2D(nn.Module):
-    """Two normalised 3x3 convolutions with a skip connection, optionally conditioned on the timestep.
+    """Two normalized 3x3 convolutions with a skip connection, optionally conditioned on the timestep.
 
     Args:
-        in_channels: channels that come in; a 1x1 convolution adapts the skip connection where they differ.
-        out_channels: channels that go out.
         temb_channels: width of the time embedding, or None for a block without time conditioning.
-        groups: groups of both normalisations.
-        eps: added to the variance of both normalisations.
-        scale_shift: modulate the second normalisation (FiLM, arXiv:2105.05233 eq. 13) instead of adding to the
+        scale_shift: modulate the second normalization (FiLM, arXiv:2105.05233 eq. 13) instead of adding to the
             features (arXiv:2006.11239, appendix B).
     """
 
@@ -46,15 +42,11 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def project_time(self, emb: Tensor) -> Tensor:
-        """Project the activated time embedding [..., temb_channels] to what `forward` takes as `temb`."""
-        return self.time_emb_proj(emb)
-
     def forward(self, hidden: Tensor, temb: Tensor | None = None) -> Tensor:
         """Map features [B, in, H, W] to [B, out, H, W].
 
-        `temb` is the projected time embedding, [B or 1, out], or [B or 1, 2 * out] (scale, then shift) with
-        `scale_shift`.
+        `temb` is the activated time embedding after `time_emb_proj`: [B or 1, out], or with `scale_shift`
+        [B or 1, 2 * out] (scale, then shift).
         """
         residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
         hidden = self.conv1(F.silu(self.norm1(hidden)))
@@ -70,26 +62,21 @@ class ResnetBlock2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Enlarge features twofold (nearest neighbour), then smooth them with a 3x3 convolution."""
+    """Doubles the resolution (nearest neighbor), then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Map [B, C, H, W] to [B, C, 2H, 2W], or to `size` where a skip connection of odd size must be met."""
+        """Map [B, C, H, W] to [B, C, 2H, 2W], or to `size`, that of a skip connection whose side may be odd."""
         if size is None:
             size = (2 * hidden.shape[2], 2 * hidden.shape[3])
         return self.conv(F.interpolate(hidden, size=size, mode="nearest"))
 
 
 class Downsample2D(nn.Module):
-    """Halve features with a strided 3x3 convolution.
-
-    Args:
-        channels: channels in and out.
-        padding: 1 pads all sides (UNet); 0 pads the bottom and right side alone (VAE).
-    """
+    """Halves the resolution with a strided 3x3 convolution; `padding` 0 pads only the bottom and right (VAE)."""
 
     def __init__(self, channels: int, *, padding: int = 1) -> None:
         super().__init__()
@@ -106,10 +93,7 @@ class Downsample2D(nn.Module):
 class TimestepEmbedding(nn.Module):
     """The two-layer perceptron over a sinusoidal or additive embedding: [..., in] to [..., out].
 
-    Args:
-        in_channels: channels that come in.
-        out_channels: channels that go out.
-        cond_channels: channels of a condition that is projected and added to what comes in, if there is one.
+    A condition of `cond_channels` channels is projected and added to the input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, cond_channels: int | None = None) -> None:
@@ -119,7 +103,7 @@ class TimestepEmbedding(nn.Module):
         self.cond_proj = nn.Linear(cond_channels, in_channels, bias=False) if cond_channels else None
 
     def forward(self, embedding: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Map [..., in_channels], with a condition [..., cond_channels] where it has one, to [..., out_channels]."""
+        """Map [..., in_channels], and the condition [..., cond_channels] if there is one, to [..., out_channels]."""
         if self.cond_proj is not None:
             embedding = embedding + self.cond_proj(condition)
         return self.linear_2(F.silu(self.linear_1(embedding)))
@@ -133,8 +117,8 @@ def timestep_embedding(
     Args:
         timesteps: any shape [...], any dtype.
         dim: channels of the embedding.
-        flip_sin_to_cos: cosines first, as Stable Diffusion has it.
-        freq_shift: 0 ends the frequencies just short of 1/10000, 1 exactly there.
+        flip_sin_to_cos: cosines first, as in Stable Diffusion.
+        freq_shift: 0 ends the frequencies just above 1/10000, 1 exactly there.
 
     Returns:
         float32 [..., dim] in -1..1.

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from latentgen.checkpoints.weights import Weights, save_weights
-from latentgen.errors import (
-    CheckpointCorruptError,
-    CheckpointMismatchError,
-    InputError,
-)
+from latentgen.errors import CheckpointCorruptError, CheckpointMismatchError, InputError
 from latentgen.files import write_json
 from latentgen.models.config import CLIPTextConfig
 from latentgen.models.text_loading import (
@@ -30,69 +26,38 @@ from latentgen.prompts import WeightedPrompt, as_weighted, chunk_tokens, expand_
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-# The mean of hidden states that is not told from zero, as a share of their size.
+# A mean of hidden states below this fraction of their size counts as zero.
 _ROUNDING = 1e-5
 
-# Which hidden states are the context: the last, normalised (SD 1.x and 2.x), or those before the last layer, as they
-# are (SDXL, arXiv:2307.01952, section 2).
+# Which hidden states are the context: the last, normalized (SD 1.x and 2.x), or those before the last layer, without
+# the norm (SDXL, arXiv:2307.01952, section 2).
 ContextLayer = Literal["last", "penultimate"]
 
 
 class Conditioning(NamedTuple):
-    """What a text encoder makes of B prompts; pipelines also take one in the place of prompts.
+    """The output of a text encoder for B prompts; pipelines also accept one in place of prompts.
 
-    `context` [B, S, D] holds one vector per token, for cross-attention; `pooled` [B, P] one per prompt. They are what
-    diffusers calls `prompt_embeds` and `pooled_prompt_embeds`; only SDXL needs the second.
+    `context` [B, S, D] has one vector per token, for cross-attention; `pooled` [B, P] one per prompt. In diffusers they
+    are `prompt_embeds` and `pooled_prompt_embeds`; only SDXL needs the second.
     """
 
     context: Tensor
     pooled: Tensor | None = None
 
 
-class TextEncoder(Protocol):
-    """Turns prompts into conditioning.
-
-    Attributes:
-        towers: the text transformers that it is made of.
-        module: all of their weights, to be moved and counted together.
-        window: tokens that are read at once, special tokens included.
-        context_width: channels D of the context.
-        pooled_width: channels P of the pooled state.
-    """
-
-    @property
-    def towers(self) -> tuple[CLIPText, ...]: ...
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def window(self) -> int: ...
-
-    @property
-    def context_width(self) -> int: ...
-
-    @property
-    def pooled_width(self) -> int: ...
-
-    def encode(self, prompts: Sequence[str | WeightedPrompt], *, clip_skip: int = 0) -> Conditioning:
-        """Encode B prompts; all rows get the same number of tokens S. A str is text without any weights.
-
-        Raises:
-            InputError: there is no prompt, one is not text, holds NUL, or holds half of a surrogate pair; or there are
-                not so many layers to skip.
-        """
-        ...
-
-
 class CLIPText:
     """CLIP's text transformer and its tokenizer (arXiv 2103.00020, section 2.4), run by transformers.
 
     Attributes:
-        config: what the model was built from.
+        config: the configuration of the model.
         model: the transformer; move it, train it and evaluate it like any module.
-        tokenizer: turns text into token ids.
+        tokenizer: of the model's training.
         layer: which hidden states are the context.
+        towers: the text transformers of this encoder, here itself.
+        module: all weights of this encoder.
+        window: tokens that are encoded at once, special tokens included.
+        context_width: channels D of the context.
+        pooled_width: channels P of the pooled state.
     """
 
     def __init__(
@@ -115,6 +80,7 @@ class CLIPText:
         self.towers = (self,)
         self.context_width = config.hidden_size
         self.pooled_width = config.projection_dim if config.projects else config.hidden_size
+        self._pooled = "text_embeds" if config.projects else "pooler_output"
         self.window = min(tokenizer.model_max_length, config.max_position_embeddings)
         self._bos = _special_token(tokenizer.bos_token_id, "bos_token")
         self._eos = _special_token(tokenizer.eos_token_id, "eos_token")
@@ -137,15 +103,7 @@ class CLIPText:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> CLIPText:
-        """Load an encoder strictly; nothing is initialised first.
-
-        Args:
-            config: from `text_encoder/config.json`.
-            tokenizer: the one that the encoder was trained with.
-            weights: where the weights lie.
-            layer: which hidden states are the context.
-            dtype: of the weights; that of the files if None.
-            device: where the weights go.
+        """Load an encoder strictly, without initializing it first; `dtype` None is that of the files.
 
         Raises:
             CheckpointError: the subclass says what is wrong with which file.
@@ -169,10 +127,10 @@ class CLIPText:
         *,
         layer: ContextLayer = "last",
     ) -> CLIPText:
-        """An encoder over the very tensors of `state`, which have the names of files and stand on one device.
+        """An encoder that shares the tensors of `state`, named as in files and all on one device.
 
         Raises:
-            CheckpointMismatchError: they are not those of the configuration.
+            CheckpointMismatchError: they do not match the configuration.
         """
         model, prefix = empty_model(config, next(iter(state.values())).device)
         try:
@@ -194,15 +152,16 @@ class CLIPText:
     def encode(self, prompts: Sequence[str | WeightedPrompt], *, clip_skip: int = 0) -> Conditioning:
         """Encode B prompts to hidden states [B, S, D] and the pooled state [B, P] of the end token.
 
-        S is a multiple of the window: longer prompts take several windows, each encoded by itself, and the other rows
-        are filled up with empty ones. The pooled state is that of the first window, without weights; see :func:`weigh`.
+        S is a multiple of the window: a longer prompt is encoded in several windows, one by one, and the other rows
+        are padded with empty ones. The pooled state is that of the first window, without weights; see :func:`weigh`.
 
         Args:
             prompts: of any length; a str is text without any weights.
-            clip_skip: how many more layers, at the end, the context goes without.
+            clip_skip: how many more of the last layers the context skips.
 
         Raises:
-            InputError: as :class:`TextEncoder` says.
+            InputError: there is no prompt; one is not text, or contains NUL or half of a surrogate pair; or the model
+                has too few layers to skip.
         """
         ids, weights = self._tokens(prompts)
         encoded = self.encode_tokens(ids.to(self.model.device), clip_skip=clip_skip)
@@ -247,12 +206,12 @@ class CLIPText:
         context = output.hidden_states[-1 - unused] if unused else output.last_hidden_state
         if unused and self.layer == "last":
             context = _transformer(self.model).final_layer_norm(context)
-        pooled = output.text_embeds if self.config.projects else output.pooler_output
+        pooled = output[self._pooled]
         context = context.unflatten(0, ids.shape[:2]).flatten(1, 2)
         return Conditioning(context, pooled.unflatten(0, ids.shape[:2])[:, 0])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights by the names that files have, whatever those of this version of transformers are."""
+        """The weights, named as in files, whatever this version of transformers names them."""
         return {name_in_files(name): tensor for name, tensor in self.model.state_dict().items()}
 
     def save(self, text_encoder_folder: Path, tokenizer_folder: Path, *, variant: str | None = None) -> None:
@@ -267,10 +226,9 @@ class CLIPText:
 
 
 class CLIPTextPair:
-    """SDXL's two text encoders (arXiv:2307.01952, section 2): their contexts side by side, the second one's pooled.
+    """SDXL's two text encoders (arXiv:2307.01952, section 2): contexts concatenated, the pooled state of the second.
 
-    Attributes:
-        towers: the two, in the order of their channels.
+    Attributes are those of :class:`CLIPText`.
     """
 
     def __init__(self, first: CLIPText, second: CLIPText) -> None:
@@ -286,9 +244,9 @@ class CLIPTextPair:
         self.pooled_width = second.pooled_width
 
     def encode(self, prompts: Sequence[str | WeightedPrompt], *, clip_skip: int = 0) -> Conditioning:
-        """Encode B prompts to a context [B, S, D1 + D2] and the pooled state [B, P2]; see :class:`TextEncoder`.
+        """Encode B prompts to a context [B, S, D1 + D2] and the pooled state [B, P2], as :meth:`CLIPText.encode` does.
 
-        Weights act on each tower's hidden states by themselves.
+        Each tower's hidden states are weighted separately.
         """
         first, second = (tower.encode(prompts, clip_skip=clip_skip) for tower in self.towers)
         if first.context.shape[1] != second.context.shape[1]:
@@ -301,20 +259,23 @@ class CLIPTextPair:
 def weigh(context: Tensor, weights: Tensor) -> Tensor:
     """Multiply hidden states [B, chunks * window, D] by the weights [B, chunks, window] of their tokens.
 
-    Each chunk is then scaled to the mean over tokens and channels that it had, as A1111 does (its "original" emphasis),
-    unless one of the means is no more than rounding and says nothing. In float32; a chunk whose weights are all 1 stays
-    as it is, bit for bit.
+    Each chunk is then scaled to its previous mean over tokens and channels, as in A1111 (its "original" emphasis),
+    unless one of the means is within rounding of zero. In float32; a chunk whose weights are all 1 is unchanged to the
+    bit.
     """
     chunks = context.float().unflatten(1, weights.shape[1:])
     weighted = chunks * weights[..., None]
     before, after = (states.mean((-2, -1), keepdim=True) for states in (chunks, weighted))
     rounding = _ROUNDING * weighted.abs().mean((-2, -1), keepdim=True)
-    says_something = (before.abs() > rounding) & (after.abs() > rounding)
-    return (weighted * torch.where(says_something, before / after, 1.0)).flatten(1, 2).to(context.dtype)
+    above_rounding = (before.abs() > rounding) & (after.abs() > rounding)
+    return (weighted * torch.where(above_rounding, before / after, 1.0)).flatten(1, 2).to(context.dtype)
+
+
+TextEncoder: TypeAlias = CLIPText | CLIPTextPair
 
 
 def join_towers(towers: Sequence[CLIPText]) -> TextEncoder:
-    """One tower, or two side by side."""
+    """One tower, or the pair of two."""
     return CLIPTextPair(*towers) if len(towers) == 2 else towers[0]
 
 

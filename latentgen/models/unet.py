@@ -1,8 +1,8 @@
 """The UNet (arXiv:2112.10752, section 3.3): noisy latents, a timestep and a context in, the model output out.
 
-What stays constant over a run (keys and values of the context, time embeddings of all steps) is computed by
-:meth:`UNet.constants`; :meth:`UNet.step` is what remains to be done at each step. Attribute names are those
-of diffusers, so that a folder loads with no key map.
+What is constant over a run (keys and values of the context, time embeddings of all steps) is computed by
+:meth:`UNet.constants`, the rest at each step by :meth:`UNet.step`. Attribute names are those of diffusers, so that a
+folder loads with no key map.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class AddedConditioning(NamedTuple):
-    """What SDXL adds to the time embedding (arXiv:2307.01952, section 2.2).
+    """SDXL's conditioning that is added to the time embedding (arXiv:2307.01952, section 2.2).
 
     `text_embeds` is the pooled text [B, P]. `time_ids` [B, K] are, for the base model, original height and
     width, top and left of the crop, target height and width, in pixels; the refiner has an aesthetic score in
@@ -43,7 +43,7 @@ class AddedConditioning(NamedTuple):
 
 
 class UNetConstants(NamedTuple):
-    """All that :meth:`UNet.step` needs besides the latents.
+    """The inputs of :meth:`UNet.step` besides the latents.
 
     `times[i][j]` is the time embedding of step i projected by resnet block j, [1 or B, C]; `contexts[j]`
     holds the keys and values of transformer j.
@@ -53,7 +53,7 @@ class UNetConstants(NamedTuple):
     contexts: tuple[tuple[ContextKeyValue, ...], ...]
 
     def part(self, rows: slice) -> UNetConstants:
-        """The constants of some of the rows; views, not copies."""
+        """The constants of some of the rows, as views."""
         times = tuple(tuple(_rows(time, rows) for time in step) for step in self.times)
         contexts = tuple(tuple(block.part(rows) for block in layer) for layer in self.contexts)
         return UNetConstants(times, contexts)
@@ -112,11 +112,11 @@ class UNet(AttentionStage):
             class_labels: integers [B] for a class table, scalars [B] for class_embed_type "timestep", vectors
                 [B, D] for "projection" and "identity".
             added: the added conditioning of SDXL.
-            guidance_scale: of a UNet that was distilled from guided ones and is told it (time_cond_proj_dim, as
-                latent consistency models have it): one for all samples, or [B].
+            guidance_scale: the input of a UNet that was distilled from a guided one (time_cond_proj_dim, as in latent
+                consistency models): one for all samples, or [B].
 
         Raises:
-            InputError: conditioning that this UNet requires is missing, or some that it cannot take is given.
+            InputError: conditioning that this UNet requires is missing, or one that it does not have is given.
         """
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(1, -1)
         constants = self.constants(
@@ -133,7 +133,7 @@ class UNet(AttentionStage):
         added: AddedConditioning | None = None,
         guidance_scale: Tensor | float | None = None,
     ) -> UNetConstants:
-        """Compute what does not depend on the latents, for all steps of a run.
+        """Compute everything that does not depend on the latents, for all steps of a run.
 
         Args:
             context: text embedding [B, S, cross_attention_dim].
@@ -155,7 +155,7 @@ class UNet(AttentionStage):
         if (added_emb := self._added_emb(added)) is not None:
             emb = emb + added_emb
         emb = F.silu(emb)
-        projected = [resnet.project_time(emb).unbind(0) for resnet in self._layers(ResnetBlock2D)]
+        projected = [resnet.time_emb_proj(emb).unbind(0) for resnet in self._layers(ResnetBlock2D)]
         contexts = tuple(layer.context_key_values(context) for layer in self._layers(Transformer2DModel))
         return UNetConstants(tuple(zip(*projected, strict=True)), contexts)
 
@@ -199,10 +199,10 @@ class UNet(AttentionStage):
         width = self.config.time_cond_proj_dim
         if width is None:
             if guidance_scale is not None:
-                raise InputError("guidance_scale: this UNet is not told it; leave it out")
+                raise InputError("guidance_scale: this UNet has no input for it; leave it out")
             return None
         if guidance_scale is None:
-            raise InputError("guidance_scale: this UNet is told it (time_cond_proj_dim) and requires it")
+            raise InputError("guidance_scale: this UNet requires it (time_cond_proj_dim)")
         w = torch.as_tensor(guidance_scale, dtype=torch.float32, device=device).reshape(-1) - 1.0
         embedding = timestep_embedding(1000.0 * w, width, flip_sin_to_cos=False, freq_shift=1)
         return embedding.to(self.conv_in.weight.dtype)

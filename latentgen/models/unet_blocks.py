@@ -1,4 +1,4 @@
-"""The blocks that the UNet is made of, and what flows through them in one pass."""
+"""The blocks of the UNet, and the state of one forward pass."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from latentgen.models.unet_config import UNetConfig, UNetStage
 
 
 class ForwardState:
-    """One pass through the UNet: hands each layer its share of the constants, and keeps the skip connections.
+    """One pass through the UNet: passes each layer its part of the constants, and stores the skip connections.
 
-    Rows that differ in their context alone (the two of classifier-free guidance) are one row until the first
-    transformer tells them apart.
+    Rows that differ in their context alone (the two of classifier-free guidance) are one row up to the first
+    transformer.
 
     Args:
         times: the projected time embedding of every resnet block, in the order of the pass.
         contexts: the keys and values of every transformer, in the order of the pass.
-        checkpointing: what of the inside of each layer is computed once more in the backward pass.
+        checkpointing: which activations of each layer are recomputed in the backward pass.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class ForwardState:
         return self._run(layer, repeat_rows(hidden, contexts[0].attn2[0].shape[0]), contexts)
 
     def keep(self, hidden: Tensor) -> None:
-        """Keep a feature map as a skip connection."""
+        """Store a feature map as a skip connection."""
         self._skips.append(hidden)
 
     def join(self, hidden: Tensor) -> Tensor:
-        """Append the channels of the last skip connection that is left."""
+        """Append the channels of the last remaining skip connection."""
         return torch.cat([hidden, repeat_rows(self._skips.pop(), hidden.shape[0])], dim=1)
 
     def next_size(self) -> tuple[int, int]:
@@ -69,7 +69,7 @@ class ForwardState:
 
 
 def repeat_rows(tensor: Tensor, rows: int) -> Tensor:
-    """Repeat a tensor [b, ...] to [rows, ...], the whole of it each time; memory layout is kept."""
+    """Repeat a whole tensor [b, ...] to [rows, ...]; the memory layout stays."""
     return tensor if tensor.shape[0] == rows else torch.cat([tensor] * (rows // tensor.shape[0]))
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from latentgen.models.config import StageConfig
+from latentgen.models.config import StageConfig, check_size
 
 # Four times the largest UNet that the library knows (SDXL base, 2.6e9): more is a mistake or an attack.
 MAX_PARAMETERS = 10**10
@@ -180,49 +180,37 @@ class UNetConfig(StageConfig):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         self._check_lengths()
-        groups = self.norm_num_groups
-        for stage in self.stages:
+        stages, groups = self.stages, self.norm_num_groups
+        for stage in stages:
             if stage.channels % groups:
                 raise ValueError(
                     f"block_out_channels: {stage.channels} is not a multiple of norm_num_groups {groups}"
                 )
-            attends = stage.down_attention or stage.up_attention
+            in_middle = self.mid_block_type is not None and stage is stages[-1]
+            attends = stage.down_attention or stage.up_attention or in_middle
             if attends and stage.channels % stage.heads:
                 raise ValueError(
                     f"attention_head_dim: {stage.heads} heads do not divide the {stage.channels} channels"
                 )
-        lowest = self.stages[-1]
-        if self.mid_block_type and lowest.channels % lowest.heads:
-            raise ValueError(
-                f"attention_head_dim: {lowest.heads} heads do not divide the {lowest.channels} channels"
-            )
         if self.block_out_channels[0] // 2 <= self.freq_shift:
             raise ValueError(
                 f"block_out_channels: {self.block_out_channels[0]} is too few for a time embedding"
             )
         self._check_conditioning()
-        if (blocks := _transformer_blocks(self)) > MAX_TRANSFORMER_BLOCKS:
-            raise ValueError(
-                f"transformer_layers_per_block: the model would have {blocks:,} transformer blocks; "
-                f"at most {MAX_TRANSFORMER_BLOCKS:,} are allowed"
-            )
-        if (size := _approximate_size(self)) > MAX_PARAMETERS:
-            raise ValueError(
-                f"the model would have about {size:,} parameters; at most {MAX_PARAMETERS:,} are allowed"
-            )
+        self._check_size()
         return self
 
     def _check_lengths(self) -> None:
         count = len(self.block_out_channels)
-        lists = {
-            "down_block_types": self.down_block_types,
-            "up_block_types": self.up_block_types,
-            "layers_per_block": self.layers_per_block,
-            "attention_head_dim": self.attention_head_dim,
-            "transformer_layers_per_block": self.transformer_layers_per_block,
-            "only_cross_attention": self.only_cross_attention,
-        }
-        for name, value in lists.items():
+        for name in (
+            "down_block_types",
+            "up_block_types",
+            "layers_per_block",
+            "attention_head_dim",
+            "transformer_layers_per_block",
+            "only_cross_attention",
+        ):
+            value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != count:
                 raise ValueError(f"{name}: {len(value)} entries for the {count} block_out_channels")
 
@@ -232,38 +220,38 @@ class UNetConfig(StageConfig):
             raise ValueError(
                 "projection_class_embeddings_input_dim is required by class_embed_type 'projection'"
             )
-        if self.addition_embed_type == "text_time" and (
-            width is None or self.addition_time_embed_dim is None
-        ):
+        if self.addition_embed_type == "text_time" and None in (width, self.addition_time_embed_dim):
             raise ValueError(
                 "addition_time_embed_dim and projection_class_embeddings_input_dim are required by"
                 " addition_embed_type 'text_time'"
             )
 
+    def _check_size(self) -> None:
+        """Limit the number of transformer blocks and parameters; biases, norms and time embedding are not counted."""
+        resnets = [pair for stage in self.stages for pair in (*stage.down, *stage.up)]
+        transformers = [
+            stage
+            for stage in self.stages
+            for attends, pairs in ((stage.down_attention, stage.down), (stage.up_attention, stage.up))
+            if attends
+            for _ in pairs
+        ]
+        if self.mid_block_type is not None:
+            transformers.append(self.stages[-1])
+            resnets += [(self.stages[-1].channels,) * 2] * 2
+        if (blocks := sum(stage.depth for stage in transformers)) > MAX_TRANSFORMER_BLOCKS:
+            raise ValueError(
+                f"transformer_layers_per_block: the model would have {blocks:,} transformer blocks; "
+                f"at most {MAX_TRANSFORMER_BLOCKS:,} are allowed"
+            )
+        parameters = self.time_embed_dim * (self.num_class_embeds or 0)
+        parameters += sum(9 * outputs * (inputs + outputs) for inputs, outputs in resnets)
+        parameters += sum(_transformer_size(stage, self.cross_attention_dim) for stage in transformers)
+        check_size(parameters, MAX_PARAMETERS)
+
 
 def _per_stage(value: T | tuple[T, ...], count: int) -> tuple[T, ...]:
     return value if isinstance(value, tuple) else (value,) * count
-
-
-def _transformer_blocks(config: UNetConfig) -> int:
-    """The transformer blocks of all stages and the middle."""
-    total = config.stages[-1].depth if config.mid_block_type is not None else 0
-    for stage in config.stages:
-        total += stage.depth * (stage.down_attention * len(stage.down) + stage.up_attention * len(stage.up))
-    return total
-
-
-def _approximate_size(config: UNetConfig) -> int:
-    """The number of parameters without biases, norms and the time embedding, which are a few percent of it."""
-    total = config.time_embed_dim * (config.num_class_embeds or 0)
-    for stage in config.stages:
-        for attends, resnets in ((stage.down_attention, stage.down), (stage.up_attention, stage.up)):
-            total += sum(9 * outputs * (inputs + outputs) for inputs, outputs in resnets)
-            total += attends * len(resnets) * _transformer_size(stage, config.cross_attention_dim)
-    if config.mid_block_type is not None:
-        lowest = config.stages[-1]
-        total += 36 * lowest.channels**2 + _transformer_size(lowest, config.cross_attention_dim)
-    return total
 
 
 def _transformer_size(stage: UNetStage, context: int) -> int:

@@ -8,6 +8,7 @@ the UNet works in.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -73,19 +74,14 @@ class VAEDecoder(AttentionStage):
 class _Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        channels = config.block_out_channels
+        channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            _DownBlock(
-                channels[max(level - 1, 0)],
-                channels[level],
-                config,
-                downsample=level < len(channels) - 1,
-            )
-            for level in range(len(channels))
+            _Block(*widths, config.layers_per_block, groups, downsample=level < len(channels) - 1)
+            for level, widths in enumerate(pairwise((channels[0], *channels)))
         )
         self.mid_block = _MidBlock(channels[-1], config)
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -98,19 +94,14 @@ class _Encoder(nn.Module):
 class _Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        channels = config.block_out_channels[::-1]
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = _MidBlock(channels[0], config)
         self.up_blocks = nn.ModuleList(
-            _UpBlock(
-                channels[max(level - 1, 0)],
-                channels[level],
-                config,
-                upsample=level < len(channels) - 1,
-            )
-            for level in range(len(channels))
+            _Block(*widths, config.layers_per_block + 1, groups, upsample=level < len(channels) - 1)
+            for level, widths in enumerate(pairwise((channels[0], *channels)))
         )
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -121,34 +112,30 @@ class _Decoder(nn.Module):
 
 
 def _resnets(in_channels: int, out_channels: int, count: int, groups: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        ResnetBlock2D(in_channels if i == 0 else out_channels, out_channels, groups=groups, eps=NORM_EPS)
-        for i in range(count)
-    )
+    widths = pairwise((in_channels, *(out_channels,) * count))
+    return nn.ModuleList(ResnetBlock2D(*pair, groups=groups, eps=NORM_EPS) for pair in widths)
 
 
-class _DownBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, downsample: bool) -> None:
+class _Block(nn.Module):
+    """Resnet blocks, then a halving or a doubling of the resolution."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        count: int,
+        groups: int,
+        *,
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
         super().__init__()
-        self.resnets = _resnets(in_channels, out_channels, config.layers_per_block, config.norm_num_groups)
+        self.resnets = _resnets(in_channels, out_channels, count, groups)
         self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding=0)] if downsample else [])
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            hidden = layer(hidden)
-        return hidden
-
-
-class _UpBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, upsample: bool) -> None:
-        super().__init__()
-        self.resnets = _resnets(
-            in_channels, out_channels, config.layers_per_block + 1, config.norm_num_groups
-        )
         self.upsamplers = nn.ModuleList([Upsample2D(out_channels)] if upsample else [])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
             hidden = layer(hidden)
         return hidden
 
@@ -162,10 +149,9 @@ class _MidBlock(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = self.resnets[0](hidden)
-        for layer in self.attentions:
+        for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
             hidden = layer(hidden)
-        return self.resnets[1](hidden)
+        return hidden
 
 
 class _PixelAttention(AttentionLayer):

@@ -10,7 +10,7 @@ from diffusers import Transformer2DModel as OracleTransformer
 
 from latentgen.errors import InputError
 from latentgen.models import attention as attention_module
-from latentgen.models.attention import Attention, Transformer2DModel, attention, set_attention_backend
+from latentgen.models.attention import Transformer2DModel, attention
 
 HEADS = 3
 
@@ -70,15 +70,6 @@ def test_xformers_falls_back_with_one_warning(tensors):
 def test_unknown_backend_is_refused():
     with pytest.raises(InputError, match=r"'flash'.*auto, sdpa, xformers, chunked"):
         attention_module.resolve_backend("flash", torch.device("cpu"))
-
-
-def test_set_attention_backend_reaches_every_attention():
-    transformer = Transformer2DModel(8, 2, 2, 6, 4, linear_projection=True, only_cross_attention=False)
-    set_attention_backend(transformer, "chunked")
-    backends = [module.backend for module in transformer.modules() if isinstance(module, Attention)]
-    assert backends == ["chunked"] * 4
-    with pytest.raises(InputError):
-        set_attention_backend(transformer, "flash")
 
 
 @pytest.mark.parametrize("linear", [False, True])

@@ -19,7 +19,7 @@ from latentgen.errors import ConfigError, DatasetError
 from latentgen.files import quote
 from latentgen.memory import MemoryPolicy
 from latentgen.models.config import VAEConfig
-from latentgen.models.pixels import RGB, ImageDecoder, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
+from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelConfig, PixelDecoder, PixelEncoder
 from latentgen.models.text import CLIPText
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
@@ -173,7 +173,7 @@ def own_memory(module: nn.Module) -> None:
 def open_vae(path: Path | None) -> tuple[CheckpointFolder | None, VAEConfig | PixelConfig]:
     """The folder of a pretrained autoencoder and its configuration; for None that of pixel space."""
     if path is None:
-        return None, RGB
+        return None, PixelConfig()
     folder = CheckpointFolder.open(path)
     return folder, VAEConfig.from_json(folder.config("vae"))
 
