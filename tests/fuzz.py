@@ -30,8 +30,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from latentgen.adapters.lora_files import read_lora
-from latentgen.adapters.peft_config import PeftConfig
+from latentgen.adapters.lora_files import PeftConfig, read_lora
 from latentgen.adapters.textual_inversion import read_embedding
 from latentgen.checkpoints.convert import convert
 from latentgen.checkpoints.folder import CheckpointFolder
@@ -411,7 +410,7 @@ TARGETS: dict[str, Callable[[Path, random.Random], None]] = {
     "unet": fuzz_config(UNET, build_unet),
     "vae": fuzz_config(VAE, build_vae),
     "text_encoder": fuzz_config(TEXT, CLIPTextConfig.from_json),
-    "peft": fuzz_config(PEFT, lambda config: PeftConfig.from_json(config, "fuzz")),
+    "peft": fuzz_config(PEFT, lambda config: PeftConfig.read(config, "fuzz")),
     "scheduler": fuzz_config(SCHEDULER, Scheduler.from_config),
     "prompt": fuzz_prompt,
 }

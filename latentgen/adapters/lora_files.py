@@ -1,31 +1,34 @@
 """LoRA files in the formats of kohya, diffusers and PEFT; safetensors only.
 
-What is read here knows no model: layers keep the names that the file gives them. Finding their places is the work
-of :mod:`latentgen.adapters.lora`.
+Layers keep the names that the file gives them; :mod:`latentgen.adapters.lora` finds these layers in a model.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from safetensors import SafetensorError, safe_open
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from latentgen.adapters.peft_config import MAX_ALPHA, PeftConfig
 from latentgen.checkpoints.folder import as_path
-from latentgen.checkpoints.identify import likely_architecture
-from latentgen.checkpoints.io import Header, TensorInfo, read_header, refuse_pickle
-from latentgen.checkpoints.weights import check_values, first_five
-from latentgen.errors import AdapterError, CheckpointCorruptError, CheckpointNotFoundError, InputError
+from latentgen.checkpoints.identify import UNSUPPORTED_ADAPTERS, likely_architecture
+from latentgen.checkpoints.io import Header, MappedFile, check_values, refuse_pickle
+from latentgen.checkpoints.weights import first_five
+from latentgen.errors import AdapterError, CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import parse_json_object, quote, read_json, safe_join
+from latentgen.models.config import StageConfig
 
 Format = Literal["kohya", "diffusers", "peft"]
 Role = Literal["down", "up", "alpha"]
+MAX_ALPHA = 1e6
+Alpha = Annotated[float, Field(ge=-MAX_ALPHA, le=MAX_ALPHA)]
+# PEFT takes regular expressions; only names are read, because an expression from a file may never end.
+LayerName = Annotated[str, Field(pattern=r"\A\^?[A-Za-z0-9_.-]+\z")]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 MAX_RANK = 4096
@@ -48,19 +51,6 @@ _ROLES: Mapping[str, Role] = {
     "_lora.down.weight": "down", "_lora.up.weight": "up",
     ".alpha": "alpha",
 }  # fmt: skip
-# How the end of a key tells of a kind of adapter that is not read.
-_NOT_IMPLEMENTED = {
-    r"\.dora_scale|\.lora_magnitude_vector(\.weight)?": "DoRA",
-    r"\.hada_(w1|w2|t1|t2)(_[ab])?": "LoHa",
-    r"\.lokr_(w1|w2|t1|t2)(_[ab])?": "LoKr",
-    r"\.lora_mid\.weight": "LoCon in CP decomposition",
-    r"\.(diff|diff_b|w_norm|b_norm)": "full differences of weights",
-    r"\.(on_input|ia3_l)": "IA3",
-    r"\.(oft_blocks|oft_diag|oft_r(\.weight)?)": "OFT",
-    r"\.[ab][12]\.weight": "GLoRA",
-    r"\.lora_embedding_[AB]": "LoRA of an embedding",
-    r"\.(lora_up|lora_B)\.bias": "LoRA with a bias",
-}
 # Early diffusers named the projections of an attention after the UNet's, in text encoders too.
 _LEGACY_PROJECTION = re.compile(r"(.*\.)?(to_q|to_k|to_v|to_out)")
 _LEGACY_NAMES = {
@@ -69,6 +59,74 @@ _LEGACY_NAMES = {
 }
 _UNET_START = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b")
 _TEXT_START = re.compile(r"(text_model\.)?(encoder\.layers|text_projection)\b")
+
+
+class PeftConfig(StageConfig):
+    """The fields of PEFT's `adapter_config.json` that set the scale of each layer.
+
+    Other fields must be off, except those that matter only in training.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+    diffusers_class: ClassVar[str] = "PEFT's LoraConfig"
+    training_fields: ClassVar[frozenset[str]] = frozenset(
+        {
+            "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+            "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+            "lora_dropout", "lora_ga_config", "megatron_core", "parent_library", "peft_version", "qalora_group_size",
+            "revision", "runtime_config", "target_modules", "task_type",
+        }
+    )  # fmt: skip
+
+    peft_type: Literal["LORA"] = "LORA"
+    r: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
+    lora_alpha: Alpha = 8
+    use_rslora: bool = False
+    rank_pattern: dict[LayerName, Alpha] | None = None
+    alpha_pattern: dict[LayerName, Alpha] | None = None
+    # The others change the weights of the base model, which the file does not hold.
+    init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] = True
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any], where: str) -> Self:
+        """Validate a config; `where` names it in errors.
+
+        Raises:
+            AdapterError: another kind of adapter than a plain LoRA, or a field out of bounds.
+        """
+        for name in fields.keys() - cls.model_fields.keys() - cls.training_fields:
+            if fields[name] not in (None, False, "none", [], {}):
+                raise AdapterError(
+                    f"{where}: {quote(name)} is {quote(fields[name])}, which is not implemented"
+                )
+        try:
+            return cls.from_json(fields)
+        except ConfigError as error:
+            raise AdapterError(f"{where}: {error}") from None
+
+    def scale(self, layer: str, rank: int, where: str) -> float:
+        """alpha / rank of a layer, or alpha / sqrt(rank) (arXiv:2312.03732) with `use_rslora`.
+
+        Raises:
+            AdapterError: the layer's tensors have another rank than the config says.
+        """
+        expected = _look_up(self.rank_pattern, layer, self.r)
+        if expected != rank:
+            raise AdapterError(
+                f"{where}: {quote(layer)} has rank {rank}, but its config says {expected:g}; they belong to "
+                "different adapters"
+            )
+        alpha = _look_up(self.alpha_pattern, layer, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _look_up(pattern: Mapping[str, float] | None, layer: str, default: float) -> float:
+    """The value of the first entry that names the layer or the end of its path."""
+    for name, value in (pattern or {}).items():
+        anchored = name.removeprefix("^")
+        if layer == anchored or (anchored == name and layer.endswith(f".{name}")):
+            return value
+    return default
 
 
 class LoRALayer(NamedTuple):
@@ -88,119 +146,66 @@ class LoRALayer(NamedTuple):
 
 @dataclass(frozen=True)
 class LoRA:
-    """The content of a LoRA file; nothing changes it, and any number of models may use it.
+    """The content of a LoRA file.
 
     Attributes:
-        name: what the adapter is called where no other name is given: the file's, without its suffix.
+        name: the default name of the adapter: the file's, without its suffix.
         format: "kohya", "diffusers" or "peft".
         components: component ("unet", "text_encoder", "text_encoder_2") -> name of a layer in the file's own
             scheme -> its adapter. The tensors are views of the memory-mapped file.
-        metadata: the free text that was stored with the tensors.
     """
 
     name: str
     format: Format
     components: Mapping[str, Mapping[str, LoRALayer]]
-    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def ranks(self) -> tuple[int, int]:
-        """The smallest and the largest rank."""
-        ranks = [layer.rank for layers in self.components.values() for layer in layers.values()]
-        return min(ranks), max(ranks)
-
-
-class LoRASummary(NamedTuple):
-    """What a LoRA is, without its values.
-
-    Attributes:
-        format: as in :class:`LoRA`.
-        layers: component -> how many of its layers are adapted.
-        ranks: the smallest and the largest rank.
-        alphas: the smallest and the largest alpha; where none is stored, it is the rank.
-    """
-
-    format: Format
-    layers: Mapping[str, int]
-    ranks: tuple[int, int]
-    alphas: tuple[float, float]
+    def layers(self) -> list[LoRALayer]:
+        """The adapters of all layers."""
+        return [layer for layers in self.components.values() for layer in layers.values()]
 
 
 class _Key(NamedTuple):
-    """A key of a file: the layer that it belongs to, and what it holds of it."""
+    """A key of a file: its layer, and which tensor of the layer it is."""
 
     component: str
     layer: str
     role: Role
 
 
-def read_lora(source: str | Path, *, component: str | None = None) -> LoRA:
+# (component, layer) -> the key of each of its tensors.
+_Layers = dict[tuple[str, str], dict[Role, str]]
+
+
+def read_lora(source: str | Path, *, component: str | None = None, check_factors: bool = True) -> LoRA:
     """Read a LoRA.
 
     Args:
         source: a kohya or diffusers file; a diffusers folder with `pytorch_lora_weights.safetensors`; a PEFT folder
             with `adapter_config.json` and `adapter_model.safetensors`, or a folder of such folders, each named
             after its component.
-        component: what the LoRA adapts, for files that do not say so: those of PEFT. None judges by the names of
-            the layers, which tell a UNet from a text encoder, but not one text encoder from the other.
+        component: what the LoRA adapts, for PEFT files, which do not name it. None infers it from the names of the
+            layers, which distinguish a UNet from a text encoder, but not one text encoder from the other.
+        check_factors: read all values, and refuse NaN and infinity.
 
     Raises:
         CheckpointNotFoundError: there is no such file, or no LoRA in the folder.
         CheckpointCorruptError: a file is damaged.
         UnsafeCheckpointError: the file is a pickle.
         CheckpointValueError: the LoRA holds NaN or infinity.
-        AdapterError: not a LoRA, one of a kind that is not implemented, or one whose parts do not fit together.
+        AdapterError: not a LoRA, one of a kind that is not implemented, or one with mismatched tensors.
         InputError: `component` is not the name of a component.
     """
-    return _read(source, component, checked=True)
-
-
-def summarize_lora(source: str | Path) -> LoRASummary:
-    """Say what a LoRA is; its factors are not read, and so are not known to be finite.
-
-    Raises:
-        CheckpointError: as :func:`read_lora`.
-    """
-    lora = _read(source, None, checked=False)
-    alphas = [layer.scale * layer.rank for layers in lora.components.values() for layer in layers.values()]
-    counts = {name: len(lora.components[name]) for name in COMPONENTS if name in lora.components}
-    return LoRASummary(lora.format, counts, lora.ranks, (min(alphas), max(alphas)))
-
-
-def lora_weights(folder: Path) -> dict[str, Path]:
-    """The weights in the folder of a LoRA: those of each component, or "weights"; empty where there is no LoRA.
-
-    Raises:
-        UnsafeCheckpointError: they are a pickle.
-        UnsafePathError: a file lies outside of the folder.
-    """
-    if (diffusers_file := safe_join(folder, _DIFFUSERS_FILE, "LoRA folder")).is_file():
-        return {"weights": diffusers_file}
-    parts = {name: safe_join(folder, name, "LoRA folder") for name in COMPONENTS}
-    parts = {name: part for name, part in parts.items() if _is_peft(part)}
-    parts = {"weights": folder} if _is_peft(folder) else parts
-    for part in parts.values():
-        if not (part / _PEFT_FILES[1]).is_file():
-            _refuse_pickles(part)
-    return {name: safe_join(part, _PEFT_FILES[1], "LoRA folder") for name, part in parts.items()}
-
-
-def _read(source: str | Path, component: str | None, *, checked: bool) -> LoRA:
     path = as_path(source)
     if component is not None and component not in COMPONENTS:
         raise InputError(f"component={quote(component)} is unknown; choose from {', '.join(COMPONENTS)}")
     if not path.is_dir():
-        return _read_file(path, path.stem, component, None, checked)
-    parts = [
-        _read_file(
-            file,
-            path.name,
-            component if name == "weights" else name,
-            None if file.name == _DIFFUSERS_FILE else _peft_config(file.parent),
-            checked,
-        )
-        for name, file in lora_weights(path).items()
-    ]
+        return _read_file(path, path.stem, component, None, check_factors)
+    parts = []
+    for name, file in lora_weights(path).items():
+        owner = component if name == "weights" else name
+        config = None if file.name == _DIFFUSERS_FILE else _peft_config(file.parent)
+        parts.append(_read_file(file, path.name, owner, config, check_factors))
     if not parts:
         _refuse_pickles(path)
         raise CheckpointNotFoundError(
@@ -208,80 +213,99 @@ def _read(source: str | Path, component: str | None, *, checked: bool) -> LoRA:
             f"folders {', '.join(COMPONENTS)} with these"
         )
     components = {name: layers for part in parts for name, layers in part.components.items()}
-    metadata = {key: text for part in parts for key, text in part.metadata.items()}
-    return LoRA(path.name, parts[0].format, components, metadata)
+    return LoRA(path.name, parts[0].format, components)
 
 
-def _is_peft(folder: Path) -> bool:
-    return (folder / _PEFT_FILES[0]).is_file()
+def lora_weights(folder: Path) -> dict[str, Path]:
+    """The weights in the folder of a LoRA: those of each component, or "weights"; empty if there is no LoRA.
+
+    Raises:
+        UnsafeCheckpointError: they are a pickle.
+        UnsafePathError: a file lies outside of the folder.
+    """
+    if (diffusers_file := safe_join(folder, _DIFFUSERS_FILE, "LoRA folder")).is_file():
+        return {"weights": diffusers_file}
+    config, weights = _PEFT_FILES
+    parts = {"weights": folder}
+    if not (folder / config).is_file():
+        parts = {name: safe_join(folder, name, "LoRA folder") for name in COMPONENTS}
+        parts = {name: part for name, part in parts.items() if (part / config).is_file()}
+    for part in parts.values():
+        if not (part / weights).is_file():
+            _refuse_pickles(part)
+    return {name: safe_join(part, weights, "LoRA folder") for name, part in parts.items()}
 
 
 def _refuse_pickles(folder: Path) -> None:
-    """Where no LoRA is found, say so if it lies there as a pickle."""
     for file in sorted(folder.iterdir()):
         refuse_pickle(file)
 
 
 def _peft_config(folder: Path) -> PeftConfig:
     file = safe_join(folder, _PEFT_FILES[0], "LoRA folder")
-    return PeftConfig.from_json(read_json(file), quote(file))
+    return PeftConfig.read(read_json(file), quote(file))
 
 
 def _read_file(
-    path: Path, name: str, component: str | None, config: PeftConfig | None, checked: bool
+    path: Path, name: str, component: str | None, config: PeftConfig | None, check_factors: bool
 ) -> LoRA:
-    header = read_header(path)
-    keys = _parse(header, component, quote(path))
-    _check_whole(keys.values(), quote(path))
-    configs = _metadata_configs(header, quote(path))
+    mapped, where = MappedFile(path), quote(path)
+    configs = _metadata_configs(mapped.header, where)
     components: dict[str, dict[str, LoRALayer]] = {}
-    by_layer = {key: source for source, key in keys.items()}
-    try:
-        with safe_open(path, framework="pt", device="cpu") as reader:
-            for key, source in by_layer.items():
-                if key.role != "down":
-                    continue
-                up_source, alpha_source = (by_layer.get(key._replace(role=role)) for role in ("up", "alpha"))
-                assert up_source is not None
-                down, up = reader.get_tensor(source), reader.get_tensor(up_source)
-                if checked:
-                    check_values(down, None, source, path)
-                    check_values(up, None, up_source, path)
-                if alpha_source is not None:
-                    scale = _alpha(reader.get_tensor(alpha_source), alpha_source, path) / down.shape[0]
-                else:
-                    chosen = config or configs.get(key.component)
-                    scale = chosen.scale(key.layer, down.shape[0], quote(path)) if chosen else 1.0
-                components.setdefault(key.component, {})[key.layer] = LoRALayer(down, up, scale)
-    except SafetensorError as error:
-        raise CheckpointCorruptError(f"{quote(path)} cannot be read: {error}") from error
-    return LoRA(name, _format(keys, config), components, header.metadata)
+    for (owner, layer), keys in _layers(mapped.header, component, where).items():
+        tensors = {role: mapped.tensor(key) for role, key in keys.items()}
+        for role, tensor in tensors.items():
+            if check_factors or role == "alpha":
+                check_values(tensor, None, keys[role], path)
+        rank, scale, layer_config = len(tensors["down"]), 1.0, config or configs.get(owner)
+        if "alpha" in tensors:
+            alpha = float(tensors["alpha"])
+            if abs(alpha) > MAX_ALPHA:
+                raise AdapterError(
+                    f"{where}: {quote(keys['alpha'])} is {alpha:g}; allowed are up to {MAX_ALPHA:g}"
+                )
+            scale = alpha / rank
+        elif layer_config is not None:
+            scale = layer_config.scale(layer, rank, where)
+        components.setdefault(owner, {})[layer] = LoRALayer(tensors["down"], tensors["up"], scale)
+    return LoRA(name, "peft" if config else _format(mapped.header), components)
 
 
-def _parse(header: Header, component: str | None, where: str) -> dict[str, _Key]:
-    """What each key of the file is; all are known, with shapes and dtypes that are possible."""
-    for pattern, kind in _NOT_IMPLEMENTED.items():
-        if ours := [key for key in header if re.search(rf"({pattern})\Z", key)]:
+def _layers(header: Header, component: str | None, where: str) -> _Layers:
+    """The layers of a file: all of its keys are known, and every layer is complete, with possible shapes and dtypes."""
+    for kind, ends in UNSUPPORTED_ADAPTERS.items():
+        if matches := [key for key in header if key.endswith(ends)]:
             raise AdapterError(
-                f"{where} is a {kind} adapter ({len(ours)} such keys: {first_five(ours)}), which is not "
+                f"{where} is a {kind} adapter ({len(matches)} such keys: {first_five(matches)}), which is not "
                 "implemented; merge it into a checkpoint with the program that made it"
             )
-    keys = {key: parsed for key in header if (parsed := _parse_key(key, component)) is not None}
-    if unknown := [key for key in header if key not in keys]:
-        likely = likely_architecture(header) if not keys else None
+    layers: _Layers = {}
+    unknown = []
+    for key in header:
+        if (parsed := _parse_key(key, component)) is None:
+            unknown.append(key)
+            continue
+        keys = layers.setdefault(parsed[:2], {})
+        if parsed.role in keys:
+            raise AdapterError(f"{where}: {quote(keys[parsed.role])} and {quote(key)} mean the same tensor")
+        keys[parsed.role] = key
+    if unknown or not layers:
+        likely = None if layers else likely_architecture(header)
         hint = f". The file is probably {likely}" if likely else ""
         raise AdapterError(
             f"{where}: {len(unknown)} of its {len(header)} keys are not those of a LoRA "
             f"({first_five(unknown)}){hint}"
         )
-    repeated = {parsed: key for key, parsed in keys.items()}
-    if len(repeated) < len(keys):
-        twice = next(key for key, parsed in keys.items() if repeated[parsed] != key)
-        raise AdapterError(f"{where}: {quote(twice)} and {quote(repeated[keys[twice]])} mean the same tensor")
-    infos = {parsed: header[key] for key, parsed in keys.items()}
-    if wrong := [f"{key}: {what}" for key, parsed in keys.items() if (what := _shape_problem(parsed, infos))]:
-        raise AdapterError(f"{where}: {len(wrong)} tensors are not as they have to be ({first_five(wrong)})")
-    return keys
+    if broken := [
+        f"{owner}: {layer}" for (owner, layer), keys in layers.items() if not {"down", "up"} <= keys.keys()
+    ]:
+        raise AdapterError(
+            f"{where}: {len(broken)} of {len(layers)} layers lack one of their two factors "
+            f"({first_five(broken)}); download the file again"
+        )
+    if wrong := [problem for keys in layers.values() if (problem := _shape_problem(keys, header))]:
+        raise AdapterError(f"{where}: {len(wrong)} layers cannot be read ({first_five(wrong)})")
+    return layers
 
 
 def _parse_key(key: str, component: str | None) -> _Key | None:
@@ -295,91 +319,55 @@ def _parse_key(key: str, component: str | None) -> _Key | None:
             return _Key(owner, name.removeprefix(prefix), _ROLES[suffix])
     named = next((owner for owner in COMPONENTS if name.startswith(f"{owner}.")), None)
     name = name.removeprefix(f"{named}." if named else _PEFT_PREFIX)
-    owner = named or component or _owner(name)
+    owner = named or component
+    if owner is None and _UNET_START.match(name):
+        owner = "unet"
+    elif owner is None and _TEXT_START.match(name):
+        owner = "text_encoder"
     if owner is None or not name:
         return None
-    if suffix.startswith("_lora"):
-        name = _modern_name(name, owner)
+    legacy = _LEGACY_PROJECTION.fullmatch(name) if suffix.startswith("_lora") else None
+    if legacy:
+        start, projection = legacy.groups(default="")
+        name = start + _LEGACY_NAMES["unet" if owner == "unet" else "text"].get(projection, projection)
     return _Key(owner, name, _ROLES[suffix])
 
 
-def _owner(layer: str) -> str | None:
-    """Which component a layer belongs to, where a file does not say it."""
-    if _UNET_START.match(layer):
-        return "unet"
-    return "text_encoder" if _TEXT_START.match(layer) else None
-
-
-def _modern_name(layer: str, owner: str) -> str:
-    match = _LEGACY_PROJECTION.fullmatch(layer)
-    if not match:
-        return layer
-    names = _LEGACY_NAMES["unet" if owner == "unet" else "text"]
-    return f"{match.group(1) or ''}{names.get(match.group(2), match.group(2))}"
-
-
-def _shape_problem(key: _Key, infos: Mapping[_Key, TensorInfo]) -> str | None:
-    """What is wrong with the dtype or shape of a tensor, alone or beside its other factor."""
-    info = infos[key]
-    allowed = _ALPHA_DTYPES if key.role == "alpha" else _FACTOR_DTYPES
-    if info.dtype not in allowed:
-        return f"dtype {info.dtype}; allowed are {', '.join(allowed)}"
-    if key.role == "alpha":
-        return None if math.prod(info.shape) == 1 else f"shape {list(info.shape)}; alpha is one number"
-    if len(info.shape) not in (2, 4):
-        return f"shape {list(info.shape)}; a factor has 2 or 4 dimensions"
-    if key.role == "down":
-        rank = info.shape[0]
-        return None if rank <= MAX_RANK else f"rank {rank:,}; allowed are 1 to {MAX_RANK:,}"
-    if info.shape[2:] not in ((), (1, 1)):
-        return f"shape {list(info.shape)}; the factor that leads up is a matrix or a 1x1 convolution"
-    down = infos.get(key._replace(role="down"))
-    if down is not None and down.shape[:1] != info.shape[1:2]:
-        return f"shape {list(info.shape)} beside {list(down.shape)}; their ranks differ"
+def _shape_problem(keys: Mapping[Role, str], header: Header) -> str | None:
+    """What is wrong with the dtype or shape of the tensors of a layer."""
+    for role, key in keys.items():
+        allowed = _ALPHA_DTYPES if role == "alpha" else _FACTOR_DTYPES
+        if header[key].dtype not in allowed:
+            return f"{key}: dtype {header[key].dtype}; allowed are {', '.join(allowed)}"
+    down, up = header[keys["down"]].shape, header[keys["up"]].shape
+    if "alpha" in keys and math.prod(header[keys["alpha"]].shape) != 1:
+        return f"{keys['alpha']}: shape {list(header[keys['alpha']].shape)}; alpha is one number"
+    if len(down) not in (2, 4) or down[0] > MAX_RANK:
+        return (
+            f"{keys['down']}: shape {list(down)}; it has 2 or 4 dimensions and a rank of at most {MAX_RANK:,}"
+        )
+    if len(up) not in (2, 4) or up[1] != down[0] or up[2:] not in ((), (1, 1)):
+        return f"{keys['up']}: shape {list(up)}; a matrix or 1x1 convolution of rank {down[0]} is expected"
     return None
 
 
-def _check_whole(keys: Iterable[_Key], where: str) -> None:
-    """Refuse layers of which a factor is missing."""
-    roles: dict[tuple[str, str], set[Role]] = {}
-    for key in keys:
-        roles.setdefault((key.component, key.layer), set()).add(key.role)
-    if not roles:
-        raise AdapterError(f"{where} holds no tensors; a LoRA has two for every layer that it adapts")
-    if broken := [f"{owner}: {layer}" for (owner, layer), has in roles.items() if not {"down", "up"} <= has]:
-        raise AdapterError(
-            f"{where}: {len(broken)} of {len(roles)} layers lack one of their two factors "
-            f"({first_five(broken)}); download the file again"
-        )
-
-
-def _alpha(tensor: Tensor, key: str, path: Path) -> float:
-    check_values(tensor, None, key, path)
-    alpha = float(tensor)
-    if abs(alpha) > MAX_ALPHA:
-        raise AdapterError(f"{quote(path)}: {quote(key)} is {alpha:g}; allowed are up to {MAX_ALPHA:g}")
-    return alpha
-
-
 def _metadata_configs(header: Header, where: str) -> dict[str, PeftConfig]:
-    """PEFT's settings of each component, which diffusers may store in the metadata, prefixed by its name."""
-    text = header.metadata.get("lora_adapter_metadata")
-    if text is None:
-        return {}
+    """PEFT's config of each component, which diffusers may store in the metadata, prefixed by its name."""
+    text = header.metadata.get("lora_adapter_metadata", "{}")
     where = f"{where}, lora_adapter_metadata"
-    settings = parse_json_object(text.encode("utf-8", "surrogatepass"), where)
-    return {
-        name: PeftConfig.from_json(own, f"{where}, {name}")
-        for name in COMPONENTS
-        if (own := dict(_under(settings, f"{name}.")))
+    fields = parse_json_object(text.encode("utf-8", "surrogatepass"), where)
+    own = {
+        component: {
+            name.removeprefix(f"{component}."): value
+            for name, value in fields.items()
+            if name.startswith(f"{component}.")
+        }
+        for component in COMPONENTS
     }
+    return {name: PeftConfig.read(fields, f"{where}, {name}") for name, fields in own.items() if fields}
 
 
-def _under(settings: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
-    return ((name.removeprefix(prefix), value) for name, value in settings.items() if name.startswith(prefix))
-
-
-def _format(keys: Mapping[str, _Key], config: PeftConfig | None) -> Format:
-    if config is not None or any(key.startswith(_PEFT_PREFIX) for key in keys):
+def _format(header: Header) -> Format:
+    if any(key.startswith(_PEFT_PREFIX) for key in header):
         return "peft"
-    return "kohya" if any(key.startswith(tuple(_KOHYA_PREFIXES)) for key in keys) else "diffusers"
+    return "kohya" if any(key.startswith(tuple(_KOHYA_PREFIXES)) for key in header) else "diffusers"

@@ -1,7 +1,7 @@
 """Linear layers and convolutions with low-rank adapters next to them (LoRA, arXiv:2106.09685, section 4.1).
 
-Also the names that LoRA files use for these layers. kohya writes a layer's path with underscores for dots, which
-cannot be undone from the name alone; so the table goes from the model's own paths to every name a file may use.
+Also the names that LoRA files use for these layers. kohya replaces the dots of a layer's path by underscores, which
+cannot be reversed from the name alone; so the table maps every name that a file may use to the model's own path.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ _TEXT_PREFIX = "text_model."
 
 
 class LowRankBranch(nn.Module):
-    """The adapter of one layer: an input is projected down to `rank` channels, and up to the layer's output.
+    """The adapter of one layer: projects the input down to `rank` channels, and up to the layer's output.
 
-    The two factors are buffers that no state_dict holds, so that they move with the layer and are never saved as
-    a part of it.
+    The two factors are non-persistent buffers: they move with the layer and are not in its state_dict.
 
     Attributes:
-        name: of the adapter that the branch belongs to.
-        scale: alpha / rank, as the adapter was trained.
-        weight: what the user multiplies it by; 0 leaves the branch out.
+        name: of the adapter.
+        scale: alpha / rank, as in training.
+        weight: the user's factor; 0 skips the branch.
     """
 
     down: Tensor
@@ -49,7 +48,7 @@ class LowRankBranch(nn.Module):
         self.register_buffer("up", up, persistent=False)
 
     def add_to(self, output: Tensor, input: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
-        """Return `output`, which `layer` made of `input`, plus what the branch makes of it."""
+        """`output`, which is layer(input), plus the branch's output for the same input."""
         if self.weight == 0:
             return output
         if isinstance(layer, nn.Conv2d):
@@ -63,8 +62,8 @@ class LowRankBranch(nn.Module):
 class AdaptedLayer(nn.Module):
     """A layer with its adapters; the layer itself is unchanged, and replaces this one when they are detached.
 
-    Shares the layer's table of parameters: `weight` and `bias` have the same names in a state_dict, and whatever
-    replaces or moves them here does so for the layer.
+    It shares the layer's parameter dict: `weight` and `bias` have the same names in a state_dict, and replacing
+    or moving them here does so in the layer.
     """
 
     weight: nn.Parameter
@@ -73,7 +72,7 @@ class AdaptedLayer(nn.Module):
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self._parameters = layer._parameters
-        # In a tuple the layer is no submodule, which would change the names of its parameters.
+        # In a tuple, because a submodule would change the names of the layer's parameters.
         self._layer = (layer,)
         self.branches = nn.ModuleList()
 
@@ -83,7 +82,7 @@ class AdaptedLayer(nn.Module):
         return self._layer[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map what the layer maps: [..., in] to [..., out], or [B, in, H, W] to [B, out, H', W']."""
+        """[..., in] to [..., out], or [B, in, H, W] to [B, out, H', W']."""
         output = self.layer(input)
         for branch in branches(self):
             output = branch.add_to(output, input, self.layer)
@@ -96,37 +95,34 @@ def branches(module: nn.Module) -> Iterator[LowRankBranch]:
 
 
 def shared_copy(module: M) -> M:
-    """A copy of a module whose parameters and buffers are those of the original: no weight is copied.
+    """A copy of a module that shares the parameters and buffers of the original.
 
-    Adapters that are attached to the copy, or detached from it, leave the original as it is. Convolutions with
-    packed weights (:mod:`latentgen.models.mkldnn_conv`) pack them once more for the copy.
+    Attaching adapters to the copy, or detaching them, does not change the original. Convolutions with packed weights
+    (:mod:`latentgen.models.mkldnn_conv`) are packed again for the copy.
     """
     tensors = (*module.parameters(), *module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def flat(path: str) -> str:
-    """A path, dotted or not, as kohya writes it, without the prefix that only some models have."""
+    """A path, dotted or not, in kohya's form, without the prefix that only some models have."""
     return path.removeprefix(_TEXT_PREFIX).replace(".", "_").removeprefix(_TEXT_PREFIX.replace(".", "_"))
 
 
 def layer_names(module: nn.Module) -> dict[str, str]:
     """Flat name -> path, for every linear layer and convolution that an adapter can be attached to.
 
-    A UNet's layers are found under their names in the original layout, too. A name that two layers could claim is
-    left out.
+    A UNet's layers also have their names in the original layout. Names of two layers are left out.
     """
     paths = [path for path, layer in module.named_modules() if _is_adaptable(layer)]
     claims = [(flat(path), path) for path in paths]
     if isinstance(module, UNet):
         originals = original_paths(module.config)
         claims += [(flat(originals[path]), path) for path in paths if path in originals]
-    names: dict[str, str] = {}
-    contested: set[str] = set()
+    names: dict[str, set[str]] = {}
     for name, path in claims:
-        if names.setdefault(name, path) != path:
-            contested.add(name)
-    return {name: path for name, path in names.items() if name not in contested}
+        names.setdefault(name, set()).add(path)
+    return {name: min(paths) for name, paths in names.items() if len(paths) == 1}
 
 
 def _is_adaptable(layer: nn.Module) -> bool:
@@ -136,7 +132,7 @@ def _is_adaptable(layer: nn.Module) -> bool:
 
 
 def original_paths(config: UNetConfig) -> dict[str, str]:
-    """Path here -> path in the original layout, of all layers of a UNet; none where that layout has no such UNet."""
+    """Path -> path in the original layout, of all layers of a UNet; empty if that layout cannot represent it."""
     try:
         key_map = unet_key_map(config)
     except ConfigError:

@@ -1,8 +1,7 @@
-"""Textual inversion (arXiv:2208.01618): new tokens, each with vectors of its own, for a text encoder.
+"""Textual inversion (arXiv:2208.01618): new tokens with their own vectors for a text encoder.
 
 Files come in two formats, as safetensors: diffusers' single tensor under the name of the token, and A1111's
-`emb_params`, of which SDXL has a pair, `clip_l` and `clip_g`. A1111's older pickles become the latter when they
-are converted.
+`emb_params`; for SDXL it is a pair, `clip_l` and `clip_g`.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from latentgen.adapters.lora_layers import shared_copy
 from latentgen.checkpoints.folder import as_path
 from latentgen.checkpoints.identify import likely_architecture
-from latentgen.checkpoints.io import Header, TensorInfo, read_header
-from latentgen.checkpoints.weights import check_values, first_five
-from latentgen.errors import AdapterError, CheckpointCorruptError
+from latentgen.checkpoints.io import Header, MappedFile, check_values
+from latentgen.checkpoints.weights import first_five
+from latentgen.errors import AdapterError
 from latentgen.files import quote
 from latentgen.models.text import CLIPText
 from latentgen.prompts import token_expansions
@@ -43,9 +41,9 @@ class TextualInversion:
     """The content of an embedding file.
 
     Attributes:
-        token: what a prompt writes for the embedding.
-        vectors: component -> [n, D], one row per vector. A file for a single text encoder does not say for which;
-            its vectors are those of "text_encoder".
+        token: the word for the embedding in a prompt.
+        vectors: component -> [n, D], one row per vector. A file for a single text encoder does not name it; its
+            vectors are those of "text_encoder".
     """
 
     token: str
@@ -57,7 +55,7 @@ def read_embedding(source: str | Path, *, token: str | None = None) -> TextualIn
 
     Args:
         source: a `.safetensors` file.
-        token: what prompts will write for it; None takes the name in the file, or else the name of the file.
+        token: the word for it in prompts; None takes the name in the file, or else the name of the file.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError: the file cannot be read.
@@ -66,7 +64,8 @@ def read_embedding(source: str | Path, *, token: str | None = None) -> TextualIn
         AdapterError: it is not an embedding, or the token cannot be one.
     """
     path = as_path(source)
-    header = read_header(path)
+    mapped = MappedFile(path)
+    header = mapped.header
     keys = _components(header, path)
     single = next(iter(keys), "")
     if token is None:
@@ -74,14 +73,10 @@ def read_embedding(source: str | Path, *, token: str | None = None) -> TextualIn
         token = single if named else header.metadata.get("name", path.stem)
     _check_token(token, quote(path))
     vectors: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt", device="cpu") as reader:
-            for key, component in keys.items():
-                tensor = reader.get_tensor(key)
-                check_values(tensor, None, key, path)
-                vectors[component] = tensor.reshape(-1, tensor.shape[-1])
-    except SafetensorError as error:
-        raise CheckpointCorruptError(f"{quote(path)} cannot be read: {error}") from error
+    for key, component in keys.items():
+        tensor = mapped.tensor(key)
+        check_values(tensor, None, key, path)
+        vectors[component] = tensor.reshape(-1, tensor.shape[-1])
     if len({len(rows) for rows in vectors.values()}) > 1:
         counts = ", ".join(f"{len(rows)} for {component}" for component, rows in vectors.items())
         raise AdapterError(f"{quote(path)} has different numbers of vectors for its text encoders: {counts}")
@@ -89,7 +84,7 @@ def read_embedding(source: str | Path, *, token: str | None = None) -> TextualIn
 
 
 def _components(header: Header, path: Path) -> dict[str, str]:
-    """Which component each tensor of the file is for; AdapterError if it is no embedding."""
+    """The component of each tensor of the file; AdapterError if it is not an embedding."""
     if len(header) == 1 or (header and header.keys() <= _SDXL_KEYS.keys()):
         keys = {key: _SDXL_KEYS.get(key, "text_encoder") for key in header}
     else:
@@ -100,17 +95,13 @@ def _components(header: Header, path: Path) -> dict[str, str]:
             f"tensor, or {' and '.join(_SDXL_KEYS)}, are needed{hint}"
         )
     for key in keys:
-        if problem := _problem(header[key]):
-            raise AdapterError(f"{quote(path)}: the embedding {quote(key)} has {problem}")
+        dtype, shape, _ = header[key]
+        if dtype not in _DTYPES or len(shape) not in (1, 2) or math.prod(shape[:-1]) > MAX_VECTORS:
+            raise AdapterError(
+                f"{quote(path)}: the embedding {quote(key)} is {dtype} {list(shape)}; allowed are [D] and [n, D] with "
+                f"n up to {MAX_VECTORS:,}, in {', '.join(_DTYPES)}"
+            )
     return keys
-
-
-def _problem(info: TensorInfo) -> str | None:
-    if info.dtype not in _DTYPES:
-        return f"dtype {info.dtype}; allowed are {', '.join(_DTYPES)}"
-    if len(info.shape) not in (1, 2) or math.prod(info.shape[:-1]) > MAX_VECTORS:
-        return f"shape {list(info.shape)}; allowed are [D] and [n, D] with n up to {MAX_VECTORS:,}"
-    return None
 
 
 def _check_token(token: str, where: str) -> None:
@@ -123,17 +114,17 @@ def _check_token(token: str, where: str) -> None:
 
 
 def with_embedding(encoders: Mapping[str, CLIPText], embedding: TextualInversion) -> dict[str, CLIPText]:
-    """Copies of the text encoders of a model that know one more token; the originals stay as they are.
+    """Copies of the text encoders of a model with one more token; the originals are unchanged.
 
     A token with n vectors becomes n tokens, "<cat>", "<cat>_1", ..., as in diffusers; a prompt writes the first. The
-    copies share all weights but the table of embeddings, whose dtype and device the new rows take.
+    copies share all weights but the table of embeddings; the new rows have its dtype and device.
 
     Args:
-        encoders: text encoders by component; each needs vectors of its own.
+        encoders: text encoders by component; each needs its own vectors.
         embedding: from :func:`read_embedding`.
 
     Raises:
-        AdapterError: the embedding is for other encoders, its width is another, or its token exists already.
+        AdapterError: the embedding is for other encoders, it has another width, or its token exists already.
     """
     vectors = embedding.vectors
     if len(vectors) == len(encoders) == 1:
@@ -161,7 +152,7 @@ def _extended(encoder: CLIPText, token: str, vectors: Tensor) -> CLIPText:
         raise AdapterError(
             f"embedding {quote(token)} has values too large for {new.dtype}; load the model in float32"
         )
-    # The ids of the new tokens follow those of the tokenizer, which the table may have rows to spare for.
+    # The ids of the new tokens follow those of the tokenizer; the table may already have rows for them.
     size, first = max(len(table.weight), len(tokenizer)), len(tokenizer) - len(new)
     weight = new.new_zeros(size, width)
     weight[: len(table.weight)] = table.weight.detach()
@@ -177,7 +168,7 @@ def _extended(encoder: CLIPText, token: str, vectors: Tensor) -> CLIPText:
 
 
 def _with_tokens(tokenizer: CLIPTokenizer, token: str, count: int) -> CLIPTokenizer:
-    """A copy of a tokenizer with `count` new tokens, whose ids follow those that it has."""
+    """A copy of a tokenizer with `count` new tokens, whose ids follow the existing ones."""
     tokens = [token, *(f"{token}_{index}" for index in range(1, count))]
     vocabulary = tokenizer.get_vocab()
     if clash := [name for name in tokens if name in vocabulary]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Literal, NamedTuple
 
 from latentgen.checkpoints.io import TensorInfo
@@ -64,12 +64,22 @@ _TARGETS = {
 _V_PREDICTION = {"v_pred", "model.v_pred"}
 _ZERO_SNR = {"ztsnr", "model.ztsnr"}
 
+# Adapters that are not read -> suffixes of their names.
+UNSUPPORTED_ADAPTERS: Mapping[str, tuple[str, ...]] = {
+    "LoHa": tuple(f".hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+    "LoKr": tuple(f".lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")),
+    "OFT": (".oft_blocks", ".oft_diag", ".oft_r", ".oft_R.weight"),
+    "DoRA": (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+    "LoCon (CP decomposition)": (".lora_mid.weight",),
+    "full difference": (".diff", ".diff_b", ".w_norm", ".b_norm"),
+    "IA3": (".on_input", ".ia3_l"),
+    "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
+    "LoRA of an embedding": (".lora_embedding_A", ".lora_embedding_B"),
+    "LoRA with a bias": (".lora_up.bias", ".lora_B.bias"),
+}
 # Suffixes of names -> adapter.
 _ADAPTERS = {
-    (".hada_w1_a",): "a LoHa adapter (LyCORIS)",
-    (".lokr_w1", ".lokr_w1_a"): "a LoKr adapter (LyCORIS)",
-    (".oft_blocks", ".oft_diag", ".oft_R.weight"): "an OFT adapter",
-    (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"): "a DoRA adapter",
+    **{ends: f"an unsupported adapter ({kind})" for kind, ends in UNSUPPORTED_ADAPTERS.items()},
     (".lora_down.weight",): "a LoRA adapter in kohya's format",
     (".lora_A.weight", ".lora_A.default.weight"): "a LoRA adapter in the {} format",
     (".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight"): (
@@ -132,6 +142,10 @@ class UNetKind(NamedTuple):
         task = _TASKS.get(self.in_channels)
         return f"{family} {task}" if task else family
 
+    def __str__(self) -> str:
+        context = "no context" if self.context is None else f"context {self.context}"
+        return f"{self.family} ({self.in_channels} input channels, {context})"
+
 
 class Identity(NamedTuple):
     """What the weights in a file are.
@@ -157,7 +171,7 @@ def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
     """Identify the tensors of a file; ``kind`` is "unknown" if no known model matches."""
     key_prefix = _key_prefix(tensors)
     tensors = {name.removeprefix(key_prefix): info for name, info in tensors.items()}
-    for match in (_adapter, _embedding, _open_clip, _other, _checkpoint, _unet, _vae, _text_encoder):
+    for match in (_adapter, _embedding, _open_clip, _other, _unet, _vae, _text_encoder):
         if identity := match(tensors):
             return identity._replace(key_prefix=key_prefix)
     return Identity("unknown", "an unknown architecture", key_prefix=key_prefix)
@@ -206,22 +220,19 @@ def _unet_kind(tensors: Mapping[str, TensorInfo], conv_in: str) -> UNetKind | No
 
 
 def _key_prefix(names: Collection[str]) -> str:
-    key_prefix = ""
-    while len(key_prefix) < 2 * len(_STATE_DICT) and any(
-        name.startswith(key_prefix + _STATE_DICT) for name in names
-    ):
-        key_prefix += _STATE_DICT
-    return key_prefix
+    prefixes = (_STATE_DICT * 2, _STATE_DICT)
+    return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), "")
 
 
 def _adapter(tensors: Mapping[str, TensorInfo]) -> Identity | None:
-    for ends, name in _ADAPTERS.items():
-        if any(key.endswith(ends) for key in tensors):
-            peft = any(key.startswith(_PEFT) for key in tensors)
-            phrase = name.format("peft" if peft else "diffusers")
-            target = _adapter_target(tensors)
-            return Identity("adapter", f"{phrase}, for {target}" if target else phrase, target)
-    return None
+    name = next(
+        (name for ends, name in _ADAPTERS.items() if any(key.endswith(ends) for key in tensors)), None
+    )
+    if name is None:
+        return None
+    name = name.format("peft" if any(key.startswith(_PEFT) for key in tensors) else "diffusers")
+    target = _adapter_target(tensors)
+    return Identity("adapter", f"{name}, for {target}" if target else name, target)
 
 
 def _adapter_target(tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -240,21 +251,16 @@ def _adapter_target(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 def _embedding(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     """Textual inversion (arXiv:2208.01618): a vector for each token, for one tower or for both of SDXL."""
-    if tensors.keys() == {"clip_l", "clip_g"}:
-        *vectors, _ = tensors["clip_l"].shape or (0,)
-        return _an_embedding("SDXL base", vectors)
-    names = [name for name in tensors if name.startswith("string_to_param.")]
+    is_pair = tensors.keys() == {"clip_l", "clip_g"}
+    names = ["clip_g"] if is_pair else [name for name in tensors if name.startswith("string_to_param.")]
     names = names or (list(tensors) if len(tensors) == 1 else [])
     *vectors, width = (_shape(tensors, names[0]) if len(names) == 1 else ()) or (0,)
-    if len(vectors) <= 1 and width in _FAMILIES:
-        return _an_embedding("SDXL base" if width == 1280 else _FAMILIES[width], vectors)
-    return None
-
-
-def _an_embedding(family: str, vectors: Sequence[int]) -> Identity:
+    if len(vectors) > 1 or width not in _FAMILIES:
+        return None
+    family = "SDXL base" if width == 1280 else _FAMILIES[width]
     count = math.prod(vectors)
-    phrase = f"{count} vector{'' if count == 1 else 's'} per token"
-    return Identity("embedding", f"a textual-inversion embedding for {family}, {phrase}", family)
+    name = f"a textual-inversion embedding for {family}, {count} vector{'' if count == 1 else 's'} per token"
+    return Identity("embedding", name, family)
 
 
 def _open_clip(tensors: Mapping[str, TensorInfo]) -> Identity | None:
@@ -262,10 +268,8 @@ def _open_clip(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     for prefix in _OPEN_CLIP_PREFIXES:
         embedding = _shape(tensors, f"{prefix}token_embedding.weight")
         if len(embedding) == 2 and f"{prefix}positional_embedding" in tensors:
-            both = any(key.startswith("visual.") for key in tensors)
-            name = f"an OpenCLIP text encoder of width {embedding[1]}" + (
-                " with its image encoder" if both else ""
-            )
+            images = " with its image encoder" if any(key.startswith("visual.") for key in tensors) else ""
+            name = f"an OpenCLIP text encoder of width {embedding[1]}{images}"
             return Identity("text encoder", name, layout="original", component_prefix=prefix)
     return None
 
@@ -280,34 +284,25 @@ def _other(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     return None
 
 
-def _checkpoint(tensors: Mapping[str, TensorInfo]) -> Identity | None:
-    if kind := _unet_kind(tensors, f"{_UNET}input_blocks.0.0.weight"):
-        name = f"a single file in the original layout, {_described(kind)}"
-        return Identity("checkpoint", name, kind.family, "original")
-    if kind := _unet_kind(tensors, "input_blocks.0.0.weight"):
-        return Identity("unet", f"a UNet in the original layout, {_described(kind)}", kind.family, "original")
-    return None
-
-
 def _unet(tensors: Mapping[str, TensorInfo]) -> Identity | None:
-    kind = unet_kind(tensors)
-    return Identity("unet", f"a UNet, {_described(kind)}", kind.family, "diffusers") if kind else None
-
-
-def _described(kind: UNetKind) -> str:
-    context = "no context" if kind.context is None else f"context {kind.context}"
-    return f"{kind.family} ({kind.in_channels} input channels, {context})"
+    if kind := _unet_kind(tensors, f"{_UNET}input_blocks.0.0.weight"):
+        return Identity(
+            "checkpoint", f"a single file in the original layout, {kind}", kind.family, "original"
+        )
+    if kind := _unet_kind(tensors, "input_blocks.0.0.weight"):
+        return Identity("unet", f"a UNet in the original layout, {kind}", kind.family, "original")
+    if kind := unet_kind(tensors):
+        return Identity("unet", f"a UNet, {kind}", kind.family, "diffusers")
+    return None
 
 
 def _vae(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     for prefix in _VAE_PREFIXES:
         decoder = _shape(tensors, f"{prefix}decoder.conv_in.weight")
         if len(decoder) == 4:
-            layouts: list[Layout] = [
-                layout for layout, sign in _VAE_SIGNS.items() if prefix + sign in tensors
-            ]
+            layout = next((layout for layout, sign in _VAE_SIGNS.items() if prefix + sign in tensors), None)
             name = f"a VAE with {decoder[1]} latent channels"
-            return Identity("vae", name, layout=layouts[0] if layouts else None, component_prefix=prefix)
+            return Identity("vae", name, layout=layout, component_prefix=prefix)
     return None
 
 

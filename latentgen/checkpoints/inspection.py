@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from latentgen.adapters.lora_files import lora_weights, summarize_lora
+from latentgen.adapters.lora_files import COMPONENTS, lora_weights, read_lora
 from latentgen.adapters.textual_inversion import read_embedding
 from latentgen.checkpoints.families import FAMILIES
 from latentgen.checkpoints.folder import CheckpointFolder, as_path
-from latentgen.checkpoints.identify import (
-    declared_prediction,
-    declared_target,
-    identify,
-    unet_kind,
-)
-from latentgen.checkpoints.io import TensorInfo, read_header
+from latentgen.checkpoints.identify import declared_prediction, declared_target, identify, unet_kind
+from latentgen.checkpoints.io import Header, TensorInfo, read_header
 from latentgen.errors import AdapterError, CheckpointNotFoundError, CheckpointValueError
 from latentgen.files import quote
 
@@ -45,6 +41,22 @@ class ComponentSummary:
     dtypes: tuple[str, ...]
     variants: tuple[str | None, ...] = (None,)
 
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, TensorInfo], variants: tuple[str | None, ...] = (None,)
+    ) -> ComponentSummary:
+        nbytes_of: Counter[str] = Counter()
+        for info in tensors.values():
+            nbytes_of[info.dtype] += info.nbytes
+        return cls(
+            architecture=identify(tensors).name,
+            tensors=len(tensors),
+            parameters=sum(math.prod(info.shape) for info in tensors.values()),
+            nbytes=nbytes_of.total(),
+            dtypes=tuple(dtype for dtype, _ in nbytes_of.most_common()),
+            variants=variants,
+        )
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -54,18 +66,14 @@ class Inspection:
         path: the file or folder.
         family: a description, such as "SDXL base".
         parts: the weights of each component.
-        scheduler: the class name; None if not stored.
-        prediction_type: None if not stored.
-        adapter: fact -> value, of a LoRA or an embedding; None for anything else.
+        facts: "scheduler" and "prediction type" of a checkpoint; others of a LoRA or an embedding.
         metadata: the text entries in the header of a file.
     """
 
     path: Path
     family: str
     parts: Mapping[str, ComponentSummary]
-    scheduler: str | None
-    prediction_type: str | None
-    adapter: Mapping[str, str] | None = None
+    facts: Mapping[str, str]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -90,12 +98,8 @@ class Inspection:
             f"parameters: {self.parameters:,}",
             f"dtype: {', '.join(self.dtypes) or 'no weights'}",
             f"size: {_readable(self.nbytes)}",
+            *(f"{fact}: {value}" for fact, value in self.facts.items()),
         ]
-        if self.adapter is None:
-            lines.append(f"scheduler: {self.scheduler or 'not stored'}")
-            lines.append(f"prediction type: {self.prediction_type or 'not stored'}")
-        else:
-            lines += (f"{fact}: {value}" for fact, value in self.adapter.items())
         for name, part in self.parts.items():
             variants = ", ".join(variant or "default" for variant in part.variants)
             lines.append(
@@ -115,97 +119,49 @@ def inspect(path: str | Path) -> Inspection:
         InputError: the path is empty or not a path.
     """
     path = as_path(path)
-    if not path.is_dir():
-        return _inspect_file(path)
-    if not (path / "model_index.json").is_file() and (files := lora_weights(path)):
-        return _inspect_lora_folder(path, files)
-    return _inspect_folder(CheckpointFolder.open(path))
-
-
-def _inspect_file(path: Path) -> Inspection:
+    if path.is_dir():
+        if not (path / "model_index.json").is_file() and (files := lora_weights(path)):
+            return _inspect_weights(path, {name: read_header(file) for name, file in files.items()})
+        return _inspect_folder(CheckpointFolder.open(path))
     header = read_header(path)
+    if identify(header).kind == "checkpoint":
+        return _inspect_single_file(path, header)
+    return _inspect_weights(path, {"weights": header})
+
+
+def _inspect_single_file(path: Path, header: Header) -> Inspection:
     identity = identify(header)
-    keys = {key.removeprefix(identity.key_prefix) for key in header}
-    declared = declared_prediction(keys, header.metadata)
-    if identity.kind != "checkpoint":
-        part, adapter = _summary(header), None
-        if identity.kind == "adapter":
-            adapter = _lora_facts(path, identity.family or declared_target(header.metadata))
-        elif identity.kind == "embedding":
-            adapter = _embedding_facts(path, identity.family)
-        return Inspection(
-            path, part.architecture, {"weights": part}, None, declared, adapter, header.metadata
-        )
+    keys = {key.removeprefix(identity.key_prefix): info for key, info in header.items()}
+    components: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in keys.items():
+        prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+        components.setdefault(_PREFIXES.get(prefix, "other"), {})[key.removeprefix(prefix)] = info
     family = FAMILIES.get(identity.family or "")
+    prediction = declared_prediction(keys, header.metadata) or (family and family.prediction_type)
     return Inspection(
-        path=path,
-        family=f"{identity.family}, a single file in the original layout",
-        parts={name: _summary(tensors) for name, tensors in _components(header, identity.key_prefix).items()},
-        scheduler=None,
-        prediction_type=declared or (family.prediction_type if family else None),
-        metadata=header.metadata,
+        path,
+        f"{identity.family}, a single file in the original layout",
+        {name: ComponentSummary.of(tensors) for name, tensors in components.items()},
+        _checkpoint_facts(None, prediction),
+        header.metadata,
     )
 
 
-def _inspect_lora_folder(folder: Path, files: Mapping[str, Path]) -> Inspection:
-    headers = {name: read_header(file) for name, file in files.items()}
+def _inspect_weights(path: Path, headers: Mapping[str, Header]) -> Inspection:
+    """Inspect a LoRA, an embedding, or the weights of one component."""
     metadata = {key: text for header in headers.values() for key, text in header.metadata.items()}
     identities = [identify(header) for header in headers.values()]
+    identity = min(identities, key=lambda identity: identity.kind == "unknown")
     family = next((identity.family for identity in identities if identity.family), None)
-    return Inspection(
-        path=folder,
-        family=min(identities, key=lambda identity: identity.kind == "unknown").name,
-        parts={name: _summary(header) for name, header in headers.items()},
-        scheduler=None,
-        prediction_type=None,
-        adapter=_lora_facts(folder, family or declared_target(metadata)),
-        metadata=metadata,
-    )
-
-
-def _lora_facts(path: Path, target: str | None) -> dict[str, str]:
-    """Facts about a LoRA, or the reason why it cannot be used."""
-    facts = {"target": target or "not stored"}
-    try:
-        lora = summarize_lora(path)
-    except (AdapterError, CheckpointValueError) as error:
-        return {**facts, "problem": str(error)}
-    counts = ", ".join(f"{count} in {component}" for component, count in lora.layers.items())
-    return {
-        **facts,
-        "format": lora.format,
-        "rank": _span(*lora.ranks),
-        "alpha": _span(*lora.alphas),
-        "layers": f"{sum(lora.layers.values())} ({counts})",
-    }
-
-
-def _embedding_facts(path: Path, target: str | None) -> dict[str, str]:
-    """Facts about an embedding, or the reason why it cannot be used."""
-    facts = {"target": target or "not stored"}
-    try:
-        embedding = read_embedding(path)
-    except (AdapterError, CheckpointValueError) as error:
-        return {**facts, "problem": str(error)}
-    widths = ", ".join(
-        f"{rows.shape[1]} ({component})" for component, rows in sorted(embedding.vectors.items())
-    )
-    count = len(next(iter(embedding.vectors.values())))
-    return {**facts, "token": embedding.token, "vectors per token": str(count), "width": widths}
-
-
-def _span(low: float, high: float) -> str:
-    return f"{low:g}" if f"{low:g}" == f"{high:g}" else f"{low:g} to {high:g}"
-
-
-def _components(tensors: Mapping[str, TensorInfo], key_prefix: str) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of a single file by component, without the component's prefix."""
-    result: dict[str, dict[str, TensorInfo]] = {}
-    for key, info in tensors.items():
-        key = key.removeprefix(key_prefix)
-        prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
-        result.setdefault(_PREFIXES.get(prefix, "other"), {})[key.removeprefix(prefix)] = info
-    return result
+    if identity.kind == "adapter" or path.is_dir():
+        facts = _adapter_facts(_lora_facts, path, family or declared_target(metadata))
+    elif identity.kind == "embedding":
+        facts = _adapter_facts(_embedding_facts, path, family)
+    else:
+        keys = {key.removeprefix(identity.key_prefix) for header in headers.values() for key in header}
+        facts = _checkpoint_facts(None, declared_prediction(keys, metadata))
+    parts = {name: ComponentSummary.of(header) for name, header in headers.items()}
+    return Inspection(path, identity.name, parts, facts, metadata)
 
 
 def _inspect_folder(folder: CheckpointFolder) -> Inspection:
@@ -216,7 +172,7 @@ def _inspect_folder(folder: CheckpointFolder) -> Inspection:
         if not variants:
             continue
         tensors = folder.weights(component, variants[0]).tensors()
-        parts[component] = _summary(tensors, variants)
+        parts[component] = ComponentSummary.of(tensors, variants)
         if component == "unet" and (kind := unet_kind(tensors)):
             family = kind.family
     if not parts:
@@ -224,33 +180,51 @@ def _inspect_folder(folder: CheckpointFolder) -> Inspection:
             f"no component of {quote(folder.path)} has weights in .safetensors files"
         )
     config = folder.config("scheduler") if "scheduler" in folder.components else {}
-    return Inspection(
-        path=folder.path,
-        family=family,
-        parts=parts,
-        scheduler=_text(config.get("_class_name")),
-        prediction_type=_text(config.get("prediction_type")),
-    )
+    facts = _checkpoint_facts(config.get("_class_name"), config.get("prediction_type"))
+    return Inspection(folder.path, family, parts, facts)
 
 
-def _summary(
-    tensors: Mapping[str, TensorInfo], variants: tuple[str | None, ...] = (None,)
-) -> ComponentSummary:
-    nbytes_of: dict[str, int] = {}
-    for info in tensors.values():
-        nbytes_of[info.dtype] = nbytes_of.get(info.dtype, 0) + info.nbytes
-    return ComponentSummary(
-        architecture=identify(tensors).name,
-        tensors=len(tensors),
-        parameters=sum(math.prod(info.shape) for info in tensors.values()),
-        nbytes=sum(nbytes_of.values()),
-        dtypes=tuple(sorted(nbytes_of, key=lambda dtype: -nbytes_of[dtype])),
-        variants=variants,
-    )
+def _checkpoint_facts(scheduler: object, prediction_type: object) -> dict[str, str]:
+    facts = {"scheduler": scheduler, "prediction type": prediction_type}
+    return {
+        fact: value if isinstance(value, str) and value.isprintable() else "not stored"
+        for fact, value in facts.items()
+    }
 
 
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value.isprintable() else None
+def _adapter_facts(read: Callable[[Path], dict[str, str]], path: Path, target: str | None) -> dict[str, str]:
+    """Facts about an adapter, or the reason why it cannot be used."""
+    facts = {"target": target or "not stored"}
+    try:
+        return facts | read(path)
+    except (AdapterError, CheckpointValueError) as error:
+        return facts | {"problem": str(error)}
+
+
+def _lora_facts(path: Path) -> dict[str, str]:
+    lora = read_lora(path, check_factors=False)
+    counts = {name: len(lora.components[name]) for name in COMPONENTS if name in lora.components}
+    return {
+        "format": lora.format,
+        "rank": _span([layer.rank for layer in lora.layers]),
+        "alpha": _span([layer.scale * layer.rank for layer in lora.layers]),
+        "layers": f"{len(lora.layers)} ({', '.join(f'{count} in {name}' for name, count in counts.items())})",
+    }
+
+
+def _embedding_facts(path: Path) -> dict[str, str]:
+    embedding = read_embedding(path)
+    vectors = dict(sorted(embedding.vectors.items()))
+    return {
+        "token": embedding.token,
+        "vectors per token": str(len(next(iter(vectors.values())))),
+        "width": ", ".join(f"{rows.shape[1]} ({component})" for component, rows in vectors.items()),
+    }
+
+
+def _span(values: list[float]) -> str:
+    low, high = f"{min(values):g}", f"{max(values):g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _readable(nbytes: int) -> str:

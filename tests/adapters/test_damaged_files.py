@@ -31,11 +31,6 @@ READERS = [(read_lora, LORA), (read_embedding, EMBEDDING)]
 IDS = ["lora", "embedding"]
 
 
-def raw(path: Path, header: dict[str, object], nbytes: int) -> None:
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(nbytes))
-
-
 @pytest.mark.parametrize(("read", "tensors"), READERS, ids=IDS)
 def test_every_truncation_is_refused(tmp_path: Path, read: Reader, tensors: dict[str, torch.Tensor]) -> None:
     path = tmp_path / "style.safetensors"
@@ -47,51 +42,14 @@ def test_every_truncation_is_refused(tmp_path: Path, read: Reader, tensors: dict
         for reader in (read, inspect):
             with pytest.raises(CheckpointCorruptError, match=r"style\.safetensors"):
                 reader(path)
-    with pytest.raises(CheckpointCorruptError, match=f"truncated.*{len(whole):,} bytes expected"):
-        read(path)
-
-
-@pytest.mark.parametrize(("read", "_tensors"), READERS, ids=IDS)
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", r"empty \(0 bytes\)"),
-        (bytes(4096), "zero bytes"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3438\n", "LFS.*3,438 bytes"),
-        (b"<!DOCTYPE html>\n<html><head>", "HTML"),
-    ],
-    ids=["empty", "zeros", "lfs", "html"],
-)
-def test_other_content_is_named(
-    tmp_path: Path, read: Reader, _tensors: object, content: bytes, reason: str
-) -> None:
-    (tmp_path / "style.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointCorruptError, match=rf"style\.safetensors.*{reason}"):
-        read(tmp_path / "style.safetensors")
 
 
 @pytest.mark.parametrize(("read", "tensors"), READERS, ids=IDS)
-def test_dimensions_of_size_zero_and_repeated_keys_are_refused(
-    tmp_path: Path, read: Reader, tensors: dict[str, torch.Tensor]
-) -> None:
-    path, name = tmp_path / "style.safetensors", next(iter(tensors))
-    raw(path, {name: {"dtype": "F32", "shape": [0, 768], "data_offsets": [0, 0]}}, 0)
-    with pytest.raises(CheckpointCorruptError, match="size zero"):
-        read(path)
-    entry = json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
-    text = f'{{"{name}": {entry}, "{name}": {entry}}}'.encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    with pytest.raises(CheckpointCorruptError, match="repeats the key"):
-        read(path)
-
-
-@pytest.mark.parametrize(("read", "tensors"), READERS, ids=IDS)
-@pytest.mark.parametrize("name", ["style.pt", "style.bin", "style.ckpt", "style.safetensors"])
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ["style.pt", "style.safetensors"])
 def test_pickles_are_refused_by_name_and_by_content(
-    tmp_path: Path, read: Reader, tensors: dict[str, torch.Tensor], name: str, zipped: bool
+    tmp_path: Path, read: Reader, tensors: dict[str, torch.Tensor], name: str
 ) -> None:
-    torch.save(tensors, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    torch.save(tensors, tmp_path / name)
     for reader in (read, inspect):
         with pytest.raises(UnsafeCheckpointError, match="latentgen convert"):
             reader(tmp_path / name)
@@ -112,17 +70,9 @@ def test_links_may_not_leave_the_folder_of_a_lora(tmp_path: Path, what: str) -> 
     name = "base_model.model.conv_in"
     factors = {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(8, 2)}
     save_file(factors, folder / "unet" / "adapter_model.safetensors")
-    assert read_lora(folder).ranks == (2, 2)
+    assert {layer.rank for layer in read_lora(folder).layers} == {2}
     (folder / what).rename(outside)
     (folder / what).symlink_to(outside)
     for reader in (read_lora, inspect):
         with pytest.raises(UnsafePathError, match="symlink"):
             reader(folder)
-
-
-def test_the_file_of_diffusers_may_not_be_a_link_out_of_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "style").mkdir()
-    save_file(LORA, tmp_path / "outside.safetensors")
-    (tmp_path / "style" / "pytorch_lora_weights.safetensors").symlink_to("../outside.safetensors")
-    with pytest.raises(UnsafePathError, match="symlink"):
-        read_lora(tmp_path / "style")

@@ -13,17 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentgen.adapters.lora import (
-    applied,
-    attach,
-    attached,
-    detach,
-    merge,
-    read_lora,
-    set_weight,
-    shared_copy,
-)
-from latentgen.adapters.lora_layers import AdaptedLayer
+from latentgen.adapters.lora import attach, attached, detach, merge, set_weight
+from latentgen.adapters.lora_files import read_lora
+from latentgen.adapters.lora_layers import AdaptedLayer, shared_copy
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import AdapterError, InputError
 from latentgen.memory import on_device
@@ -184,27 +176,19 @@ def load(tiny_checkpoint: Path) -> Callable[..., Modules]:
     return load
 
 
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_outputs_are_those_of_peft(oracle: Oracle, load: Callable[..., Modules], form: str, adapter: str):
-    modules = load()
-    before = _ours(modules)
-    lora = read_lora(_file(oracle, adapter, form))
-    assert lora.format == form
-    assert lora.ranks == (ADAPTERS[adapter][0],) * 2
-    attach(modules, lora)
-    assert _error(_ours(modules), oracle.outputs[adapter]) < 1e-5
-    assert _error(before, oracle.outputs[adapter]) > 0.05, "the adapter makes no difference"
-
-
-def test_twins_give_the_same_to_the_bit(oracle: Oracle, load: Callable[..., Modules]):
+def test_outputs_are_those_of_peft_in_any_format(oracle: Oracle, load: Callable[..., Modules], adapter: str):
+    assert _error(_ours(load()), oracle.outputs[adapter]) > 0.05, "the adapter makes no difference"
     results = []
     for form in FORMATS:
         modules = load()
-        attach(modules, read_lora(_file(oracle, "style", form)))
+        lora = read_lora(_file(oracle, adapter, form))
+        assert lora.format == form
+        assert {layer.rank for layer in lora.layers} == {ADAPTERS[adapter][0]}
+        attach(modules, lora)
         results.append(_ours(modules))
-    assert _identical(results[0], results[1])
-    assert _identical(results[0], results[2])
+        assert _error(results[-1], oracle.outputs[adapter]) < 1e-5
+        assert _identical(results[-1], results[0])
 
 
 def test_packed_convolutions_keep_their_packing(oracle: Oracle, load: Callable[..., Modules]):
@@ -288,18 +272,6 @@ def test_merging_below_an_attached_adapter_moves_the_base(oracle: Oracle, load: 
     assert _error(_ours(modules), _ours(other)) < 1e-5
     detach(modules, "face")
     assert _error(_ours(modules), oracle.outputs["style"]) < 1e-5
-
-
-def test_applied_ends_with_its_block(oracle: Oracle, load: Callable[..., Modules]):
-    modules = load()
-    before = _ours(modules)
-    lora = read_lora(_file(oracle, "style", "kohya"))
-    with applied(modules, lora, 0.5):
-        assert attached(modules) == {"kohya": 0.5}
-    with pytest.raises(ZeroDivisionError), applied(modules, lora, name="again"):
-        _ = 1 // 0
-    assert attached(modules) == {}
-    assert _identical(_ours(modules), before)
 
 
 def test_a_shared_copy_takes_adapters_alone(oracle: Oracle, load: Callable[..., Modules]):
@@ -391,14 +363,14 @@ def _enlarge(tensors: dict[str, Tensor]) -> None:
     [
         (
             lambda tensors: _rename(tensors, _QUERY, f"{_QUERY}x"),
-            r"of its \d+ layers, 1 have no place .*to_qx",
+            "to_qx",
         ),
         (
             lambda tensors: _rename(tensors, _QUERY, "lora_te2_text_projection"),
-            "this model has no text_encoder_2",
+            "text_encoder_2",
         ),
-        (lambda tensors: _rename(tensors, _QUERY, "lora_unet_conv_norm_out"), "1 have no place"),
-        (_widen, r"1 have another shape .*attn1.to_q is \[32, 32\], the LoRA's product \[32, 48\]"),
+        (lambda tensors: _rename(tensors, _QUERY, "lora_unet_conv_norm_out"), "conv_norm_out"),
+        (_widen, r"attn1.to_q .*\[32, 32\].*\[32, 48\]"),
         (_enlarge, "float16|not be finite"),
     ],
 )
@@ -428,11 +400,11 @@ def test_names_and_weights_are_checked(oracle: Oracle, load: Callable[..., Modul
     modules = load()
     lora = read_lora(_file(oracle, "style", "kohya"))
     attach(modules, lora)
-    with pytest.raises(AdapterError, match="'kohya' is attached already"):
+    with pytest.raises(AdapterError, match="'kohya'"):
         attach(modules, lora)
-    with pytest.raises(AdapterError, match="no adapter named 'style' is attached; there is: 'kohya'"):
+    with pytest.raises(AdapterError, match=r"'style'.*'kohya'"):
         set_weight(modules, "style", 1)
-    with pytest.raises(AdapterError, match="no adapter named 'style'"):
+    with pytest.raises(AdapterError, match="'style'"):
         detach(modules, "style")
     for weight in (float("nan"), float("inf"), 1e4, True, "1"):
         with pytest.raises(InputError, match="weight="):
@@ -443,5 +415,5 @@ def test_names_and_weights_are_checked(oracle: Oracle, load: Callable[..., Modul
 def test_a_module_without_weights_takes_none(oracle: Oracle, load: Callable[..., Modules]):
     modules = load()
     modules["unet"].to("meta")
-    with pytest.raises(AdapterError, match="has no weights yet"):
+    with pytest.raises(AdapterError, match="no weights"):
         attach(modules, read_lora(_file(oracle, "style", "kohya")))

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentgen.adapters.lora import attach, read_lora
+from latentgen.adapters.lora import attach
+from latentgen.adapters.lora_files import read_lora
 from latentgen.adapters.textual_inversion import TextualInversion, read_embedding, with_embedding
 from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.checkpoints.weights import Weights
-from latentgen.errors import AdapterError, CheckpointValueError, LatentgenError, UnsafeCheckpointError
+from latentgen.errors import AdapterError, CheckpointValueError
 from latentgen.models.config import CLIPTextConfig
 from latentgen.models.text import CLIPText
 from latentgen.models.text_loading import load_tokenizer
@@ -168,21 +169,12 @@ def test_embeddings_add_up_and_keep_adapters(tmp_path: Path):
     assert not torch.allclose(encoder.encode(["cat"]).context, plain.encode(["cat"]).context, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("token", "message"),
-    [
-        ("cat</w>", "the token 'cat</w>' exists already"),
-        ("<one>", "the token '<one>' exists already"),
-        ("<ONE>", "cannot tell '<ONE>' from other tokens"),
-        ("<two>_3", "'<two>_3' would join the vectors of another"),
-        ("<two>_1", "the token '<two>_1' exists already"),
-    ],
-)
-def test_a_token_that_clashes_is_refused(token: str, message: str):
+@pytest.mark.parametrize("token", ["cat</w>", "<one>", "<ONE>", "<two>_3", "<two>_1"])
+def test_a_token_that_clashes_is_refused(token: str):
     encoders = {"text_encoder": _encoder()}
     for count, name in ((1, "<one>"), (3, "<two>")):
         encoders = with_embedding(encoders, TextualInversion(name, {"text_encoder": _vectors(count)}))
-    with pytest.raises(AdapterError, match=message):
+    with pytest.raises(AdapterError, match=f"'{token}'"):
         with_embedding(encoders, TextualInversion(token, {"text_encoder": _vectors(1)}))
 
 
@@ -190,48 +182,34 @@ def test_a_model_of_another_family_is_refused():
     one = TextualInversion("<toy>", {"text_encoder": _vectors(1)})
     pair = TextualInversion("<toy>", {"text_encoder": _vectors(1), "text_encoder_2": _vectors(1, 48)})
     both = {"text_encoder": _encoder(32), "text_encoder_2": _encoder(48)}
-    with pytest.raises(AdapterError, match="has vectors of width 32, the text encoder has 48"):
+    with pytest.raises(AdapterError, match=r"32.*48"):
         with_embedding({"text_encoder": _encoder(48)}, one)
-    with pytest.raises(
-        AdapterError, match="vectors for text_encoder, but the model has text_encoder and text_enc"
-    ):
+    with pytest.raises(AdapterError, match="text_encoder_2"):
         with_embedding(both, one)
-    with pytest.raises(AdapterError, match="vectors for text_encoder and text_encoder_2, but the model has"):
+    with pytest.raises(AdapterError, match="text_encoder_2"):
         with_embedding({"text_encoder": both["text_encoder"]}, pair)
     half = _encoder()
     half.model.half()
-    with pytest.raises(AdapterError, match=r"too large for torch\.float16"):
+    with pytest.raises(AdapterError, match=r"torch\.float16"):
         with_embedding({"text_encoder": half}, TextualInversion("<toy>", {"text_encoder": _vectors(1) * 1e6}))
 
 
 @pytest.mark.parametrize(
-    ("tensors", "error", "message"),
+    ("tensors", "named"),
     [
-        ({"a": _vectors(1), "b": _vectors(1)}, AdapterError, "not an embedding: it has 2 tensors .a; b"),
-        ({}, AdapterError, "not an embedding: it has 0 tensors"),
-        (
-            {"x.lora_down.weight": _vectors(1), "x.lora_up.weight": _vectors(1)},
-            AdapterError,
-            "probably a LoRA adapter",
-        ),
-        ({"<toy>": torch.ones(2, 3, 4)}, AdapterError, r"shape \[2, 3, 4\]; allowed are \[D\] and \[n, D\]"),
-        ({"<toy>": torch.ones(1025, 4)}, AdapterError, "n up to 1,024"),
-        ({"<toy>": torch.ones(2, 4, dtype=torch.int32)}, AdapterError, "dtype I32"),
-        ({"<toy>": torch.full((2, 4), torch.nan)}, CheckpointValueError, "NaN"),
-        ({" toy": torch.ones(2, 4)}, AdapterError, "cannot be a token"),
-        ({"t" * 201: torch.ones(2, 4)}, AdapterError, "cannot be a token"),
-        ({"clip_l": _vectors(1), "clip_g": _vectors(2)}, AdapterError, "different numbers of vectors"),
+        ({"a": _vectors(1), "b": _vectors(1)}, "a; b"),
+        ({}, "toy"),
+        ({f"x.lora_{part}.weight": _vectors(1) for part in ("down", "up")}, "LoRA"),
+        ({"<toy>": torch.ones(2, 3, 4)}, r"<toy>.*\[2, 3, 4\]"),
+        ({"<toy>": torch.ones(1025, 4)}, "1025"),
+        ({"<toy>": torch.ones(2, 4, dtype=torch.int32)}, "I32"),
+        ({"<toy>": torch.full((2, 4), torch.nan)}, "NaN"),
+        ({" toy": torch.ones(2, 4)}, "' toy'"),
+        ({"t" * 201: torch.ones(2, 4)}, "'ttt"),
+        ({"clip_l": _vectors(1), "clip_g": _vectors(2)}, "1 for text_encoder"),
     ],
 )
-def test_other_files_are_refused(
-    tmp_path: Path, tensors: dict[str, Tensor], error: type[LatentgenError], message: str
-):
+def test_other_files_are_refused(tmp_path: Path, tensors: dict[str, Tensor], named: str):
     save_file(tensors, tmp_path / "toy.safetensors")
-    with pytest.raises(error, match=message):
+    with pytest.raises((AdapterError, CheckpointValueError), match=named):
         read_embedding(tmp_path / "toy.safetensors")
-
-
-def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path):
-    torch.save({"string_to_param": {"*": torch.ones(1, 2)}, "name": "toy"}, tmp_path / "toy.pt")
-    with pytest.raises(UnsafeCheckpointError, match="latentgen convert"):
-        read_embedding(tmp_path / "toy.pt")

@@ -151,11 +151,14 @@ LORAS: dict[str, tuple[Shapes, str]] = {
     ),
     "dora": (
         {f"{KOHYA}.lora_down.weight": (8, 768), f"{KOHYA}.dora_scale": (320, 1)},
-        "a DoRA adapter, for SD 1.x",
+        "an unsupported adapter (DoRA), for SD 1.x",
     ),
-    "loha": ({f"{KOHYA}.hada_w1_a": (320, 8), f"{KOHYA}.hada_w1_b": (8, 768)}, "a LoHa adapter (LyCORIS)"),
-    "lokr": ({f"{KOHYA}.lokr_w1": (8, 8), f"{KOHYA}.lokr_w2": (40, 96)}, "a LoKr adapter (LyCORIS)"),
-    "oft": ({f"{KOHYA}.oft_blocks": (4, 80, 80)}, "an OFT adapter"),
+    "loha": (
+        {f"{KOHYA}.hada_w1_a": (320, 8), f"{KOHYA}.hada_w1_b": (8, 768)},
+        "an unsupported adapter (LoHa)",
+    ),
+    "lokr": ({f"{KOHYA}.lokr_w1": (8, 8), f"{KOHYA}.lokr_w2": (40, 96)}, "an unsupported adapter (LoKr)"),
+    "oft": ({f"{KOHYA}.oft_blocks": (4, 80, 80)}, "an unsupported adapter (OFT)"),
     "diffusers-sd1": (
         {f"unet.{ATTN2}.to_k.lora_A.weight": (8, 768), f"unet.{ATTN2}.to_k.lora_B.weight": (320, 8)},
         "a LoRA adapter in the diffusers format, for SD 1.x",
@@ -197,7 +200,7 @@ LORAS: dict[str, tuple[Shapes, str]] = {
             f"base_model.model.{ATTN2}.to_k.lora_A.weight": (8, 768),
             f"base_model.model.{ATTN2}.to_k.lora_magnitude_vector": (320,),
         },
-        "a DoRA adapter, for SD 1.x",
+        "an unsupported adapter (DoRA), for SD 1.x",
     ),
 }
 
