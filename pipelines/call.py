@@ -29,7 +29,7 @@ from latentgen.pipelines.arguments import (
 from latentgen.pipelines.conditioning import PromptInput, Prompts, is_sdxl, read_prompts
 from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.size_conditioning import SizeConditioning
-from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax, read_prompt
+from latentgen.prompts import DEFAULT_SYNTAX, PromptSyntax, read_prompt
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin

@@ -37,7 +37,7 @@ from latentgen.pipelines.load_save import DTypeName, check_class
 from latentgen.pipelines.sampling_loop import Images, Output, export
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import DEFAULT_NOISE_LEVEL, UpscalePipeline
-from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
+from latentgen.prompts import DEFAULT_SYNTAX, PromptSyntax
 
 P = ParamSpec("P")
 

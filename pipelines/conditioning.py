@@ -18,8 +18,7 @@ from latentgen.models.unet import AddedConditioning
 from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines.arguments import as_prompts, check_tensor
 from latentgen.pipelines.size_conditioning import SizeConditioning, time_id_count, time_ids
-from latentgen.prompt_syntax import PromptSchedule, PromptSyntax, read_prompt
-from latentgen.prompts import WeightedPrompt
+from latentgen.prompts import PromptSchedule, PromptSyntax, WeightedPrompt, read_prompt
 
 if TYPE_CHECKING:
     from latentgen.pipelines.base import Pipeline

@@ -46,8 +46,7 @@ from latentgen.models.open_clip_text import load_open_clip
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEDecoder, VAEEncoder
-from latentgen.prompt_syntax import PromptSyntax, read_prompt
-from latentgen.prompts import check_prompts
+from latentgen.prompts import PromptSyntax, check_prompts, read_prompt
 
 SECONDS = 2.0
 

@@ -13,7 +13,7 @@ import typer
 
 from latentgen.diffusion.solver_names import canonical_name
 from latentgen.errors import InputError
-from latentgen.prompt_syntax import DEFAULT_SYNTAX, PromptSyntax
+from latentgen.prompts import DEFAULT_SYNTAX, PromptSyntax
 
 if TYPE_CHECKING:
     from latentgen.pipelines.base import Pipeline

@@ -16,8 +16,7 @@ from latentgen.adapters.textual_inversion import TextualInversion, with_embeddin
 from latentgen.errors import InputError
 from latentgen.models.config import CLIPTextConfig
 from latentgen.models.text import CLIPText, CLIPTextPair, weigh
-from latentgen.prompt_syntax import read_weights
-from latentgen.prompts import Piece, WeightedPrompt, plain_prompt
+from latentgen.prompts import Piece, WeightedPrompt, plain_prompt, read_weights
 from tests.conftest import build_tokenizer
 
 BOS, EOS = 522, 523

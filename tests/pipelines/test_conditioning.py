@@ -16,7 +16,7 @@ from latentgen.memory import MemoryPolicy
 from latentgen.models.unet import UNet, UNetConstants
 from latentgen.pipelines.conditioning import join_contexts
 from latentgen.pipelines.text_to_image import TextToImagePipeline
-from latentgen.prompt_syntax import read_weights
+from latentgen.prompts import read_weights
 from tests.diffusion.checkpoints import scheduler_named
 from tests.pipelines.sdxl import build_base
 

@@ -17,7 +17,7 @@ from latentgen import (
     from_diffusers,
 )
 from latentgen.errors import ConfigError, InputError
-from latentgen.prompt_syntax import read_weights
+from latentgen.prompts import read_weights
 from tests.pipelines.families import arguments, build, composited, save
 
 NAMES = {
