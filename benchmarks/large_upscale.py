@@ -21,7 +21,7 @@ from PIL import Image
 
 from latentgen.checkpoints.cascade import open_cascade
 from latentgen.checkpoints.folder import EMBEDDED_DEFAULT
-from latentgen.memory import tile_starts
+from latentgen.pipelines.tiles import tile_starts
 from latentgen.pipelines.upscale import DEFAULT_TILE, UpscalePipeline
 from latentgen.train.data.emoji import GROUNDS, EmojiSet, GlyphPlacement
 

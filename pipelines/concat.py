@@ -9,10 +9,9 @@ from typing import ClassVar, Unpack
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.call import CallOptions, ImageNoise, InitialLatents, PipelineCall, read_request
 from latentgen.pipelines.conditioning import Prompts
-from latentgen.pipelines.images import ImagesInput, as_images
+from latentgen.pipelines.images import ImagesInput, as_images, encode_images
 from latentgen.pipelines.load_save import PIXEL_CONCAT_CLASS, classes_read_by
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
-from latentgen.pipelines.vae_ops import encode_for_each
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +60,7 @@ class ConcatImagePipeline(Pipeline):
         padded, shape = self._padded_to_latents(images, len(request))
 
         def prepare_latents(noise: ImageNoise) -> InitialLatents:
-            mean = encode_for_each(self.encoder(), padded, self.device, len(request)).mean
+            mean = encode_images(self.encoder(), padded, self.device, len(request)).mean
             latents = request.sampling.initial(noise.draw(shape[1:]))
             return InitialLatents(latents, mean / self.decoder.config.scaling_factor)
 

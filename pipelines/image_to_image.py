@@ -9,10 +9,9 @@ from typing import ClassVar, Unpack
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.call import CallOptions, ImageNoise, InitialLatents, PipelineCall, read_request
 from latentgen.pipelines.conditioning import Prompts
-from latentgen.pipelines.images import ImagesInput, as_images
+from latentgen.pipelines.images import ImagesInput, as_images, encode_images
 from latentgen.pipelines.load_save import classes_read_by
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
-from latentgen.pipelines.vae_ops import encode_for_each
 
 DEFAULT_STRENGTH = 0.8
 
@@ -64,7 +63,7 @@ class ImageToImagePipeline(Pipeline):
         def prepare_latents(noise: ImageNoise) -> InitialLatents:
             if sampling.is_from_noise:
                 return InitialLatents(sampling.initial(noise.draw(shape[1:])))
-            posterior = encode_for_each(self.encoder(), padded, self.device, len(request))
+            posterior = encode_images(self.encoder(), padded, self.device, len(request))
             if not sampling.steps:
                 return InitialLatents(posterior.mean)
             # Sample the posterior before the noise, the order of diffusers.

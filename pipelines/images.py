@@ -1,6 +1,6 @@
-"""Checks of the images and masks of a call, and their conversion to tensors on the CPU.
+"""The images and masks of a call: check them, convert them to tensors on the CPU, and encode them to latents.
 
-All raise InputError, which names the argument, its value, what is allowed and the fix.
+Checks raise InputError, which names the argument, its value, what is allowed and the fix.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from latentgen.errors import InputError
+from latentgen.errors import InputError, NumericalError
 from latentgen.image_file import read_image, to_rgb
+from latentgen.memory import on_device
+from latentgen.models.pixels import ImageEncoder
+from latentgen.models.vae import Gaussian, VAEEncoder
 from latentgen.pipelines.arguments import MAX_SIDE
+from latentgen.pipelines.vae_ops import dtype_of, in_float32, is_finite
 
 ImageInput = str | Path | Image.Image | np.ndarray | Tensor
 ImagesInput = ImageInput | Sequence[ImageInput]
@@ -69,6 +73,37 @@ def padded(images: Tensor, multiple: int) -> Tensor:
 def for_each(rows: Tensor, count: int) -> Tensor:
     """Repeat rows [B, ...] to [count, ...]; the copies of a row are adjacent."""
     return rows.repeat_interleave(count // len(rows), dim=0)
+
+
+def encode_images(encoder: ImageEncoder, images: Tensor, device: torch.device, count: int) -> Gaussian:
+    """Encode images [B, 3, H, W] in -1..1, one by one, to the float32 distribution of their latents.
+
+    It has `count` rows, the same number for each image. The encoder is on the device only while it runs. Like the
+    decoder it runs again in float32 if needed.
+
+    Raises:
+        NumericalError: the latents are not finite in float32 either.
+    """
+    dtype = dtype_of(encoder)
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    with on_device(encoder, device, offload=True):
+        posterior = _encode(encoder, images.to(dtype))
+        if (
+            isinstance(encoder, VAEEncoder)
+            and dtype != torch.float32
+            and not is_finite(torch.stack(posterior))
+        ):
+            posterior = _encode(in_float32(encoder), images)
+    if not is_finite(torch.stack(posterior)):
+        raise NumericalError(
+            "the encoder's output has NaN or infinity, even in float32, for finite images; check the VAE's weights"
+        )
+    return Gaussian(for_each(posterior.mean, count), for_each(posterior.logvar, count))
+
+
+def _encode(encoder: ImageEncoder, images: Tensor) -> Gaussian:
+    means, logvars = zip(*(encoder(image) for image in images.split(1)), strict=True)
+    return Gaussian(torch.cat(means).float(), torch.cat(logvars).float())
 
 
 def _items(images: ImagesInput) -> Sequence[ImageInput]:

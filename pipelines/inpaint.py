@@ -30,11 +30,10 @@ from latentgen.pipelines.call import (
     read_request,
 )
 from latentgen.pipelines.conditioning import Prompts
-from latentgen.pipelines.images import ImagesInput, as_masks, as_unit_images, for_each, padded
+from latentgen.pipelines.images import ImagesInput, as_masks, as_unit_images, encode_images, for_each, padded
 from latentgen.pipelines.inpaint_crop import Canvas
 from latentgen.pipelines.load_save import classes_read_by
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
-from latentgen.pipelines.vae_ops import encode_for_each
 
 MAX_MASK_BLUR = 256
 
@@ -178,7 +177,7 @@ class InpaintPipeline(Pipeline):
         marked = for_each(latent_masks, count).to(self.device)
         x0 = None
         if not (takes_mask and sampling.is_from_noise):
-            x0 = encode_for_each(encoder, images, self.device, count).sample(noise.draw(shape[1:]))
+            x0 = encode_images(encoder, images, self.device, count).sample(noise.draw(shape[1:]))
         drawn = noise.draw(shape[1:])
         latents = (
             sampling.initial(drawn) if sampling.is_from_noise or x0 is None else sampling.noised(x0, drawn)
@@ -187,7 +186,7 @@ class InpaintPipeline(Pipeline):
         posterior_noise = noise.draw(shape[1:])
         if x0 is not None and not takes_mask:
             return InitialLatents(latents, mask_blend=MaskBlend(x0, drawn, marked > 0))
-        rest = encode_for_each(encoder, images * (1 - masks), self.device, count).sample(posterior_noise)
+        rest = encode_images(encoder, images * (1 - masks), self.device, count).sample(posterior_noise)
         return InitialLatents(latents, channels=torch.cat([marked, rest], dim=1))
 
 

@@ -13,10 +13,9 @@ from latentgen.pipelines.arguments import check_guidance_scale
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall, UnguidedOptions, read_request
 from latentgen.pipelines.conditioning import Prompts
-from latentgen.pipelines.images import ImagesInput, as_images
+from latentgen.pipelines.images import ImagesInput, as_images, encode_images
 from latentgen.pipelines.load_save import classes_read_by
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
-from latentgen.pipelines.vae_ops import encode_for_each
 
 DEFAULT_IMAGE_GUIDANCE = 1.5
 
@@ -72,7 +71,7 @@ class InstructPix2PixPipeline(Pipeline):
 
         def prepare_latents(noise: ImageNoise) -> InitialLatents:
             # The UNet was trained on the mode of the posterior, without the scaling factor.
-            mode = encode_for_each(self.encoder(), padded, self.device, len(request)).mean
+            mode = encode_images(self.encoder(), padded, self.device, len(request)).mean
             cond = mode / self.decoder.config.scaling_factor
             channels = torch.cat([torch.zeros_like(cond), cond, cond]) if has_guidance else cond
             return InitialLatents(request.sampling.initial(noise.draw(shape[1:])), channels)

@@ -18,13 +18,14 @@ from latentgen.diffusion.guidance import guided
 from latentgen.diffusion.prediction import Denoiser
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel
 from latentgen.errors import NumericalError
-from latentgen.memory import in_tiles, on_device, oom_hint, weight_bytes
+from latentgen.memory import on_device, oom_hint, weight_bytes
 from latentgen.models.unet import UNet, UNetConstants
 from latentgen.models.unet_blocks import repeat_rows
 from latentgen.models.vae import VAEDecoder
 from latentgen.pipelines.arguments import OutputType
 from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall
 from latentgen.pipelines.conditioning import PromptSegment, encode_prompts
+from latentgen.pipelines.tiles import in_tiles
 from latentgen.pipelines.vae_ops import decode_images, dtype_of, numpy_to_pil, to_unit, unit_to_numpy
 
 if TYPE_CHECKING:

@@ -1,7 +1,11 @@
-"""Encode images to latents, decode latents with a check for NaN, and convert images to arrays and PIL images."""
+"""Decode latents to images, with retries when memory or float16 does not suffice; convert images to arrays and PIL."""
 
 from __future__ import annotations
 
+import math
+import warnings
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -10,12 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentgen.errors import InputError, NumericalError
-from latentgen.memory import MemoryPolicy, decode, on_device
-from latentgen.models.pixels import ImageDecoder, ImageEncoder
-from latentgen.models.vae import Gaussian, VAEDecoder, VAEEncoder
-from latentgen.pipelines.images import for_each
+from latentgen.memory import MemoryPolicy, is_out_of_memory, on_device, oom_hint, weight_bytes
+from latentgen.models.pixels import ImageDecoder
+from latentgen.models.vae import VAEDecoder, VAEEncoder
+from latentgen.pipelines.tiles import in_tiles
 
-Stage = TypeVar("Stage", VAEDecoder, VAEEncoder)
+VAEPart = TypeVar("VAEPart", VAEDecoder, VAEEncoder)
+
+# Side of the tiles of the retry after running out of memory: 512 pixels at eight pixels a latent.
+FALLBACK_TILE = 64
 
 
 def decode_images(
@@ -27,62 +34,98 @@ def decode_images(
 
     Raises:
         NumericalError: the images are not finite in float32 either.
+        MemoryBudgetError: memory runs out, see :func:`decode`.
     """
     dtype = dtype_of(decoder)
     latents = latents.contiguous(memory_format=torch.channels_last)
     with on_device(decoder, device, offload=memory.offload_idle):
         images = decode(decoder, latents.to(dtype), memory)
-        if isinstance(decoder, VAEDecoder) and dtype != torch.float32 and not _finite(images):
-            images = decode(_in_float32(decoder), latents, memory)
-    if not _finite(images):
+        if isinstance(decoder, VAEDecoder) and dtype != torch.float32 and not is_finite(images):
+            images = decode(in_float32(decoder), latents, memory)
+    if not is_finite(images):
         raise NumericalError(
             "the decoder's output has NaN or infinity, even in float32, for finite latents; check the VAE's weights"
         )
     return images
 
 
-def encode_images(encoder: ImageEncoder, images: Tensor, device: torch.device) -> Gaussian:
-    """Encode images [B, 3, H, W] in -1..1, one by one, to the float32 distribution of their latents.
+def decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Tensor:
+    """Decode latents [B, C, h, w] to images [B, 3, H, W] in -1..1, as `policy` says.
 
-    The encoder is on the device only while it runs. Like the decoder it runs again in float32 if needed.
+    If memory runs out, retries once, with a warning: one image at a time, or else in tiles.
 
     Raises:
-        NumericalError: the latents are not finite in float32 either.
+        MemoryBudgetError: memory runs out again.
     """
-    dtype = dtype_of(encoder)
-    images = images.to(device).contiguous(memory_format=torch.channels_last)
-    with on_device(encoder, device, offload=True):
-        posterior = _encode(encoder, images.to(dtype))
-        if isinstance(encoder, VAEEncoder) and dtype != torch.float32 and not _finite(torch.stack(posterior)):
-            posterior = _encode(_in_float32(encoder), images)
-    if not _finite(torch.stack(posterior)):
-        raise NumericalError(
-            "the encoder's output has NaN or infinity, even in float32, for finite images; check the VAE's weights"
+    batch, _, height, width = latents.shape
+    fallback = policy
+    if batch > 1 and not policy.vae_slicing:
+        fallback = replace(policy, vae_slicing=True)
+    elif max(height, width) > FALLBACK_TILE and policy.decode_tile is None:
+        fallback = replace(policy, decode_tile=FALLBACK_TILE)
+    if fallback != policy:
+        try:
+            return _decode(decoder, latents, policy)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler: its exception would keep the tensors of the first attempt alive.
+        warnings.warn(
+            f"out of memory while decoding; retrying with vae_slicing={fallback.vae_slicing}, "
+            f"decode_tile={fallback.decode_tile}",
+            stacklevel=2,
         )
-    return posterior
+    factor = decoder.config.spatial_factor
+    with oom_hint(
+        f"decoding {batch} image(s) of {width * factor}x{height * factor} pixels",
+        partial(_decoder_bytes, decoder, latents, fallback),
+        "use MemoryPolicy(offload_idle=True, vae_slicing=True, decode_tile=...) with a small tile such as "
+        '32, a smaller height and width, or dtype="bfloat16"',
+    ):
+        return _decode(decoder, latents, fallback)
 
 
-def encode_for_each(encoder: ImageEncoder, images: Tensor, device: torch.device, count: int) -> Gaussian:
-    """Encode images and repeat their distributions to `count` rows, the same number for each image."""
-    mean, logvar = encode_images(encoder, images, device)
-    return Gaussian(for_each(mean, count), for_each(logvar, count))
+def _decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Tensor:
+    tile, rows = policy.decode_tile, latents.split(1 if policy.vae_slicing else len(latents))
+    if tile is None or max(latents.shape[2:]) <= tile:
+        images = [decoder(row) for row in rows]
+    else:
+        warnings.warn(
+            f"decoding in tiles of {tile} latents is approximate: tone may drift between tiles", stacklevel=3
+        )
+        images = [
+            in_tiles(
+                lambda down, across, row=row: decoder(row[..., down, across]),
+                (len(row), decoder.config.out_channels, *row.shape[2:]),
+                tile=tile,
+                device=row.device,
+                factor=decoder.config.spatial_factor,
+            )
+            for row in rows
+        ]
+    return images[0] if len(images) == 1 else torch.cat(images)
 
 
-def _encode(encoder: ImageEncoder, images: Tensor) -> Gaussian:
-    means, logvars = zip(*(encoder(image) for image in images.split(1)), strict=True)
-    return Gaussian(torch.cat(means).float(), torch.cat(logvars).float())
+def _decoder_bytes(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> int:
+    """A lower bound: the weights, and the widest resnet block's input, skip and output at full resolution."""
+    tile = policy.decode_tile or max(latents.shape[2:])
+    pixels = math.prod(min(side, tile) * decoder.config.spatial_factor for side in latents.shape[2:])
+    rows = 1 if policy.vae_slicing else len(latents)
+    channels = sum(decoder.config.block_out_channels[:2])
+    return weight_bytes(decoder) + rows * pixels * channels * latents.element_size()
 
 
-def _finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has no NaN and no infinity."""
     return bool(torch.isfinite(tensor).all())
 
 
-def _in_float32(stage: Stage) -> Stage:
-    """A copy, because other threads may be using the original."""
+def in_float32(part: VAEPart) -> VAEPart:
+    """A copy in float32; other threads may be using the original."""
     with torch.device("meta"):
-        copy = type(stage)(stage.config)
-    copy.load_state_dict({name: tensor.float() for name, tensor in stage.state_dict().items()}, assign=True)
-    copy.attention_backend = stage.attention_backend
+        copy = type(part)(part.config)
+    copy.load_state_dict({name: tensor.float() for name, tensor in part.state_dict().items()}, assign=True)
+    copy.attention_backend = part.attention_backend
     return copy.eval()
 
 

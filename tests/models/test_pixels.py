@@ -7,7 +7,8 @@ import torch
 
 from latentgen.memory import MemoryPolicy
 from latentgen.models.pixels import PixelDecoder, PixelEncoder
-from latentgen.pipelines.vae_ops import decode_images, encode_images
+from latentgen.pipelines.images import encode_images
+from latentgen.pipelines.vae_ops import decode_images
 
 CPU = torch.device("cpu")
 
@@ -23,7 +24,7 @@ def test_every_sample_of_the_posterior_is_the_image(dtype: torch.dtype) -> None:
 
 def test_pipelines_encode_and_decode_without_loss() -> None:
     images = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
-    posterior = encode_images(PixelEncoder(), images, CPU)
+    posterior = encode_images(PixelEncoder(), images, CPU, len(images))
     sampled = posterior.sample(torch.randn(images.shape))
     for memory in (MemoryPolicy(), MemoryPolicy(offload_idle=True, vae_slicing=False)):
         assert torch.equal(decode_images(PixelDecoder(), sampled, CPU, memory), images)

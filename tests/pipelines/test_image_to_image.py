@@ -13,8 +13,8 @@ from PIL import Image
 
 from latentgen import ImageToImagePipeline, TextToImagePipeline, UpscalePipeline, from_diffusers, to_diffusers
 from latentgen.errors import ConfigError, InputError
-from latentgen.pipelines.images import as_images
-from latentgen.pipelines.vae_ops import decode_images, encode_images
+from latentgen.pipelines.images import as_images, encode_images
+from latentgen.pipelines.vae_ops import decode_images
 from tests.pipelines.families import build, save
 from tests.pipelines.sdxl import build_base, build_refiner
 
@@ -177,7 +177,7 @@ class TestStrength:
         finally:
             hook.remove()
         assert (step.index, step.total, step.is_last) == (-1, 0, True)
-        mean = encode_images(ours.encoder(), as_images("image", picture(0, 18, 14)), ours.device).mean
+        mean = encode_images(ours.encoder(), as_images("image", picture(0, 18, 14)), ours.device, 1).mean
         assert torch.equal(step.latents, mean)
         expected = decode_images(ours.decoder, mean, ours.device, ours.memory) / 2 + 0.5
         assert torch.equal(torch.as_tensor(step.images()), expected.clamp(0, 1))

@@ -13,8 +13,8 @@ from PIL import Image
 
 from latentgen import InpaintPipeline, TextToImagePipeline, from_diffusers, to_diffusers
 from latentgen.errors import ConfigError, InputError
-from latentgen.pipelines.images import as_images
-from latentgen.pipelines.vae_ops import decode_images, encode_images, to_unit
+from latentgen.pipelines.images import as_images, encode_images
+from latentgen.pipelines.vae_ops import decode_images, to_unit
 from tests.conftest import build_pipeline
 from tests.pipelines.families import build
 from tests.pipelines.sdxl import build_base
@@ -237,7 +237,7 @@ class TestCalls:
 
     def test_little_strength_keeps_what_the_mask_covers(self, either: InpaintPipeline) -> None:
         image = Image.new("RGB", (SIDE, SIDE), (200, 30, 90))
-        mean = encode_images(either.encoder(), as_images("image", image), either.device).mean
+        mean = encode_images(either.encoder(), as_images("image", image), either.device, 1).mean
         through = to_unit(decode_images(either.decoder, mean, either.device, either.memory))
         painted = ~unmasked(MASKS[0])
         changes = [

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentgen.memory import in_tiles
+from latentgen.pipelines.tiles import in_tiles
 
 CPU = torch.device("cpu")
 
