@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import Literal, NamedTuple, ParamSpec, Self, cast
+from typing import Literal, NamedTuple, ParamSpec, Self, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from latentgen.pipelines.arguments import (
     check_seeds,
     match_count,
 )
-from latentgen.pipelines.call import DEFAULT_STEPS
+from latentgen.pipelines.call import DEFAULT_STEPS, CallOptions
 from latentgen.pipelines.image_to_image import DEFAULT_STRENGTH, ImageToImagePipeline
 from latentgen.pipelines.load_save import DTypeName, check_class
 from latentgen.pipelines.sampling_loop import Images, Output, export
@@ -204,15 +204,14 @@ class CascadePipeline:
                 )
         return cls(
             tuple(
-                CascadeStage(f"stage {index}", partial(_itself, pipeline))
-                for index, pipeline in enumerate(pipelines)
+                CascadeStage(f"stage {index}", _returns(pipeline)) for index, pipeline in enumerate(pipelines)
             )
         )
 
     def loaded(self) -> Self:
         """The same cascade with all stages kept in memory, which is faster for several calls."""
         return replace(
-            self, stages=tuple(replace(stage, load=partial(_itself, stage.load())) for stage in self.stages)
+            self, stages=tuple(replace(stage, load=_returns(stage.load())) for stage in self.stages)
         )
 
     def stream(
@@ -255,68 +254,50 @@ class CascadePipeline:
         chosen = [stage.settings for stage in self.stages] if settings is None else list(settings)
         if len(chosen) != len(self.stages) or not all(isinstance(item, StageSettings) for item in chosen):
             raise InputError(f"settings must be {len(self.stages)} StageSettings, one for each stage")
-        call = _Call(
-            prompts=tuple(text for text in prompts for _ in range(per_prompt)),
-            negatives=tuple(text for text in negatives for _ in range(per_prompt)),
+        seeds = check_seeds(seed, len(prompts) * per_prompt)
+        return self._run(
+            [text for text in prompts for _ in range(per_prompt)],
+            seeds,
+            chosen,
+            output_type,
+            negative_prompt=[text for text in negatives for _ in range(per_prompt)],
             prompt_syntax=prompt_syntax,
-            seeds=check_seeds(seed, len(prompts) * per_prompt),
             progress=progress,
         )
-        return self._run(call, chosen, output_type)
 
     def _run(
-        self, call: _Call, settings: Sequence[StageSettings], output_type: OutputType
+        self,
+        prompts: Sequence[str],
+        seeds: tuple[int, ...],
+        settings: Sequence[StageSettings],
+        output_type: OutputType,
+        **options: Unpack[CallOptions],
     ) -> Iterator[StageResult]:
         images: Tensor | None = None
         for index, (stage, chosen) in enumerate(zip(self.stages, settings, strict=True)):
             pipeline = stage.load()
-            kind = _kind_of(pipeline)
-            chosen = _complete(chosen, pipeline)
-            images = call.draw(pipeline, index, chosen, images)
-            del pipeline  # before the next is loaded
-            result = export(images, output_type)
-            yield StageResult(index, len(self.stages), stage.name, kind, result, call.seeds, chosen)
+            kind, chosen = _kind_of(pipeline), _complete(chosen, pipeline)
+            call: Callable[..., Output] = pipeline
+            if kind == "upscale":
+                call = partial(pipeline, image=images, noise_level=chosen.noise_level)
+            elif kind == "redraw":
+                call = partial(pipeline, image=images, strength=chosen.strength)
+            output = call(
+                prompts,
+                num_inference_steps=chosen.num_inference_steps,
+                guidance_scale=chosen.guidance_scale,
+                scheduler=chosen.scheduler,
+                seed=[(seed + index * _SEED_STRIDE) % (MAX_SEED + 1) for seed in seeds],
+                output_type="pt",
+                **options,
+            )
+            images = cast(Tensor, output.images)
+            del pipeline, call  # before the next is loaded
+            yield StageResult(
+                index, len(self.stages), stage.name, kind, export(images, output_type), seeds, chosen
+            )
 
     __call__ = _last(stream)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of a call that all stages share; one entry for each image."""
-
-    prompts: tuple[str, ...]
-    negatives: tuple[str, ...]
-    prompt_syntax: PromptSyntax
-    seeds: tuple[int, ...]
-    progress: bool
-
-    def draw(
-        self, pipeline: StagePipeline, index: int, settings: StageSettings, images: Tensor | None
-    ) -> Tensor:
-        """The images [B, 3, H, W] in 0..1 of a stage, from those of the stage before."""
-        seeds = [(seed + index * _SEED_STRIDE) % (MAX_SEED + 1) for seed in self.seeds]
-        call: Callable[..., Output]
-        if isinstance(pipeline, TextToImagePipeline):
-            call = pipeline
-        else:
-            assert images is not None  # only the first stage is text to image
-            call = (
-                partial(pipeline, image=images, noise_level=settings.noise_level)
-                if isinstance(pipeline, UpscalePipeline)
-                else partial(pipeline, image=images, strength=settings.strength)
-            )
-        output = call(
-            list(self.prompts),
-            negative_prompt=list(self.negatives),
-            prompt_syntax=self.prompt_syntax,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            scheduler=settings.scheduler,
-            seed=seeds,
-            output_type="pt",
-            progress=self.progress,
-        )
-        return cast(Tensor, output.images)
 
 
 def _kind_of(pipeline: StagePipeline) -> StageKind:
@@ -352,5 +333,5 @@ def _complete(settings: StageSettings, pipeline: StagePipeline) -> StageSettings
     )
 
 
-def _itself(pipeline: StagePipeline) -> StagePipeline:
-    return pipeline
+def _returns(pipeline: StagePipeline) -> Callable[[], StagePipeline]:
+    return lambda: pipeline

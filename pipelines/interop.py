@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from diffusers import (
         DiffusionPipeline,
         LatentConsistencyModelPipeline,
-        SchedulerMixin,
         StableDiffusionImg2ImgPipeline,
         StableDiffusionInpaintPipeline,
         StableDiffusionInstructPix2PixPipeline,
@@ -53,19 +52,16 @@ if TYPE_CHECKING:
     ImageToImage = StableDiffusionImg2ImgPipeline | StableDiffusionXLImg2ImgPipeline
     Inpaint = StableDiffusionInpaintPipeline | StableDiffusionXLInpaintPipeline
 
-_PIPELINES: Mapping[str, type[Pipeline]] = {
-    kind.__name__: kind
-    for kind in (
-        TextToImagePipeline,
-        ImageToImagePipeline,
-        InpaintPipeline,
-        InstructPix2PixPipeline,
-        UpscalePipeline,
-    )
-}
+_OURS: tuple[type[Pipeline], ...] = (
+    TextToImagePipeline,
+    ImageToImagePipeline,
+    InpaintPipeline,
+    InstructPix2PixPipeline,
+    UpscalePipeline,
+)
 # The class of a diffusers pipeline -> ours for the same task.
 _FROM_DIFFUSERS = {
-    name: _PIPELINES[known.readers[0]]
+    name: next(ours for ours in _OURS if ours.__name__ == known.readers[0])
     for name, known in load_save.PIPELINE_CLASSES.items()
     if name not in load_save.PIXEL_CLASSES
 }
@@ -173,40 +169,33 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
     _share(unet, pipeline.unet)
     _share(vae, pipeline.encoder().to(pipeline.device), decoder)
     towers = named_towers(pipeline.unet, pipeline.text_encoder)
+    configs = {name: scheduler.to_config() for name, scheduler in pipeline.schedulers.items()}
     parts: dict[str, Any] = {
         "unet": unet,
         "vae": vae,
-        **{name: _scheduler(scheduler.to_config()) for name, scheduler in pipeline.schedulers.items()},
+        **{
+            name: getattr(diffusers, config["_class_name"]).from_config(config)
+            for name, config in configs.items()
+        },
         **{name: tower.model for name, tower in towers.items()},
         **{TOKENIZERS[name]: tower.tokenizer for name, tower in towers.items()},
     }
+    # Names that our own code gives, not names from a file.
+    theirs: Any = getattr(diffusers, pipeline.diffusers_class)
     if isinstance(pipeline, UpscalePipeline):
-        upscaler = diffusers.StableDiffusionUpscalePipeline(**parts, max_noise_level=pipeline.max_noise_level)
+        upscaler = theirs(**parts, max_noise_level=pipeline.max_noise_level)
         # The constructor replaces every scaling factor other than the published upscaler's.
-        vae.register_to_config(scaling_factor=pipeline.decoder.config.scaling_factor)
+        vae.register_to_config(scaling_factor=decoder.config.scaling_factor)
         return upscaler
     if not pipeline.is_sdxl:
-        kinds = {
-            "StableDiffusionPipeline": diffusers.StableDiffusionPipeline,
-            "LatentConsistencyModelPipeline": diffusers.LatentConsistencyModelPipeline,
-            "StableDiffusionImg2ImgPipeline": diffusers.StableDiffusionImg2ImgPipeline,
-            "StableDiffusionInpaintPipeline": diffusers.StableDiffusionInpaintPipeline,
-            "StableDiffusionInstructPix2PixPipeline": diffusers.StableDiffusionInstructPix2PixPipeline,
-        }
-        absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-        return kinds[pipeline.diffusers_class](**parts, **absent, requires_safety_checker=False)
-    kinds = {
-        "StableDiffusionXLPipeline": diffusers.StableDiffusionXLPipeline,
-        "StableDiffusionXLInpaintPipeline": diffusers.StableDiffusionXLInpaintPipeline,
-        "StableDiffusionXLImg2ImgPipeline": diffusers.StableDiffusionXLImg2ImgPipeline,
+        return theirs(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    absent: dict[str, Any] = {
+        name: None for tower in TOKENIZERS.items() for name in tower if name not in parts
     }
-    absent = {name: None for tower in TOKENIZERS.items() for name in tower if name not in parts}
     if pipeline.diffusers_class != "StableDiffusionXLPipeline":
         absent["requires_aesthetics_score"] = pipeline.uses_aesthetic_score
     zeros = pipeline.force_zeros_for_empty_prompt
-    return kinds[pipeline.diffusers_class](
-        **parts, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False
-    )
+    return theirs(**parts, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
 
 
 def _fields(component: Any) -> dict[str, Any]:
@@ -251,29 +240,3 @@ def _one_device(parts: Mapping[str, Any]) -> torch.device:
             "pipe.to(...), without offloading"
         )
     return next(iter(devices.values()))
-
-
-def _scheduler(config: Mapping[str, Any]) -> SchedulerMixin:
-    import diffusers
-
-    classes = (
-        diffusers.DDPMScheduler,
-        diffusers.DDIMScheduler,
-        diffusers.PNDMScheduler,
-        diffusers.EulerDiscreteScheduler,
-        diffusers.EulerAncestralDiscreteScheduler,
-        diffusers.HeunDiscreteScheduler,
-        diffusers.KDPM2DiscreteScheduler,
-        diffusers.KDPM2AncestralDiscreteScheduler,
-        diffusers.LMSDiscreteScheduler,
-        diffusers.DPMSolverMultistepScheduler,
-        diffusers.DPMSolverSinglestepScheduler,
-        diffusers.DPMSolverSDEScheduler,
-        diffusers.DEISMultistepScheduler,
-        diffusers.UniPCMultistepScheduler,
-        diffusers.LCMScheduler,
-        diffusers.TCDScheduler,
-        diffusers.FlowMatchEulerDiscreteScheduler,
-    )
-    by_name: dict[str, Any] = {known.__name__: known for known in classes}
-    return by_name[config["_class_name"]].from_config(config)

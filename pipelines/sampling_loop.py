@@ -42,11 +42,9 @@ def denoise(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
         NumericalError: the latents or the images have NaN or infinity; names the step.
         MemoryBudgetError: memory ran out; names the arguments that help.
     """
-    count, _, height, width = call.shape
-    pixels = min(height, call.tile or height) * min(width, call.tile or width)
     with oom_hint(
-        f"denoising {count} image(s) of {call.size[1]}x{call.size[0]} pixels",
-        partial(denoising_bytes, pipeline.unet, branches_at_once(pipeline, call) * count, pixels),
+        f"denoising {len(call.request)} image(s) of {call.size[1]}x{call.size[0]} pixels",
+        partial(_denoising_bytes, pipeline, call),
         'use fewer images at once, a smaller height and width, MemoryPolicy(attention="chunked", '
         'sequential_guidance=True, offload_idle=True, pack_weights=False), guidance_scale=1 or dtype="bfloat16"',
     ):
@@ -59,8 +57,9 @@ def _steps(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
     initial = call.prepare_latents(noise)
     latents = initial.latents.contiguous(memory_format=torch.channels_last)
     scheduler, levels, steps = call.sampling
-    total, check = len(steps), FiniteCheck()
-    finish = partial(_finish, pipeline, call, check)
+    total = len(steps)
+    sums: list[Tensor] = []  # of the latents after each step, to find NaN without waiting for the device
+    finish = partial(_finish, pipeline, call, sums)
     if not steps:
         yield PipelineStep(-1, total, latents, latents, call.request.seeds, finish)
         return
@@ -83,7 +82,7 @@ def _steps(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
         draw = partial(noise.draw, call.shape[1:])
         for step in scheduler.sample(denoiser, latents, levels, draw, start=steps.start, stop=steps.stop):
             counter.step = step.index + 1
-            check.watch(step.latents)
+            sums.append(step.latents.sum())
             bar.update()
             index, latents, x0 = step.index - steps.start, step.latents, step.x0
             if mask_blend is not None:
@@ -102,8 +101,8 @@ def _steps(pipeline: Pipeline, call: PipelineCall) -> Iterator[PipelineStep]:
 
 
 @torch.inference_mode()
-def _finish(pipeline: Pipeline, call: PipelineCall, check: FiniteCheck, latents: Tensor) -> Images:
-    check.verify(len(call.sampling.steps), dtype_of(pipeline.unet))
+def _finish(pipeline: Pipeline, call: PipelineCall, sums: Sequence[Tensor], latents: Tensor) -> Images:
+    _check_finite(sums, len(call.sampling.steps), dtype_of(pipeline.unet))
     if call.request.output_type == "latent":
         return latents
     memory = pipeline.memory
@@ -158,49 +157,27 @@ def run_to_end(stream: Callable[P, Iterator[PipelineStep]]) -> Callable[P, Outpu
     return call
 
 
-class FiniteCheck:
-    """Finds the step at which latents stopped being finite, without a host synchronization in the loop."""
+def _check_finite(sums: Sequence[Tensor], total: int, dtype: torch.dtype) -> None:
+    """Check the sum of the latents after each step, of `total`; waits for the device.
 
-    def __init__(self) -> None:
-        self._sums: list[Tensor] = []
-
-    def watch(self, latents: Tensor) -> None:
-        """Record the latents of the next step; one reduction on the device."""
-        self._sums.append(latents.sum())
-
-    def verify(self, total: int, dtype: torch.dtype) -> None:
-        """Wait for the recorded steps and check them.
-
-        Raises:
-            NumericalError: names the first step, of `total`, with NaN or infinity.
-        """
-        if not self._sums:
-            return
-        finite = torch.stack(self._sums).isfinite().tolist()
-        if not all(finite):
-            step = finite.index(False) + 1
-            advice = (
-                "check the weights and guidance_scale"
-                if dtype == torch.float32
-                else 'try dtype="bfloat16" or dtype="float32"'
-            )
-            raise NumericalError(f"the latents have NaN or infinity from step {step} of {total} on; {advice}")
-
-
-def denoising_bytes(unet: UNet, rows: int, pixels: int) -> int:
-    """A lower bound of the memory of a step: the weights, and four feature maps at the highest resolution.
-
-    Args:
-        rows: the batch size of the UNet, two per image with guidance.
-        pixels: latent pixels of one image.
+    Raises:
+        NumericalError: names the first step with NaN or infinity.
     """
+    finite = torch.stack(list(sums)).isfinite().tolist() if sums else []
+    if not all(finite):
+        step = finite.index(False) + 1
+        is_float32 = dtype == torch.float32
+        advice = "check the weights and guidance_scale" if is_float32 else 'try dtype="bfloat16" or "float32"'
+        raise NumericalError(f"the latents have NaN or infinity from step {step} of {total} on; {advice}")
+
+
+def _denoising_bytes(pipeline: Pipeline, call: PipelineCall) -> int:
+    """A lower bound of the memory of a step: the weights, and four feature maps at the highest resolution."""
+    unet, (count, _, height, width) = pipeline.unet, call.shape
+    pixels = min(height, call.tile or height) * min(width, call.tile or width)
+    rows = branches_at_once(pipeline, call) * count
     maps = 4 * rows * pixels * unet.config.block_out_channels[0]
     return weight_bytes(unet) + maps * unet.conv_in.weight.element_size()
-
-
-# Rows and columns of latents.
-Place = tuple[slice, slice]
-EVERYWHERE: Place = (slice(None), slice(None))
 
 
 @dataclass
@@ -229,41 +206,40 @@ def build_denoiser(
         counter: the current step; the caller advances it.
     """
     unet, guidance = pipeline.unet, call.request.guidance
-    dtype = dtype_of(unet)
+    dtype, batch, total = dtype_of(unet), len(call.request), guidance.num_branches
     constants = [_constants(unet, call, initial, segment) for segment in segments]
     segment_of = {
         step: index for index, segment in enumerate(segments) for steps in segment.steps for step in steps
     }
     channels = None if initial.channels is None else initial.channels.to(segments[0].context.device, dtype)
-    batch, at_once = len(call.request), branches_at_once(pipeline, call)
+    at_once = branches_at_once(pipeline, call)
 
     @cache
-    def inputs_of(segment: int, first: int, last: int) -> tuple[UNetConstants, Tensor | None]:
-        rows = slice(first * batch, last * batch)
+    def inputs_of(segment: int, branches: range) -> tuple[UNetConstants, Tensor | None]:
+        rows = slice(branches.start * batch, branches.stop * batch)
         image = channels if channels is None or len(channels) == batch else channels[rows]
         return constants[segment][0].part(rows), image
 
-    def predict_branches(x: Tensor, level: NoiseLevel, branches: range, place: Place) -> tuple[Tensor, ...]:
-        segment = segment_of[counter.step]
-        inputs, image = inputs_of(segment, branches.start, branches.stop)
-        if image is not None:  # x [B, C, h, w] -> [branches * B, C + K, h, w]
-            x = torch.cat([repeat_rows(x, len(image)), image[..., *place]], dim=1)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return unet.step(x, inputs, constants[segment][1][level.timestep]).float().chunk(len(branches))
-
-    def predict_at(x: Tensor, level: NoiseLevel, count: int, place: Place) -> Sequence[Tensor]:
-        x = (x if place is EVERYWHERE else x[..., *place]).to(dtype)
-        total = guidance.num_branches
-        if count <= at_once:
-            return predict_branches(x, level, range(total - count, total), place)
-        parts = (range(first, min(first + at_once, total)) for first in range(total - count, total, at_once))
-        return [output for part in parts for output in predict_branches(x, level, part, place)]
+    def predict_at(x: Tensor, level: NoiseLevel, count: int, place: tuple[slice, slice]) -> list[Tensor]:
+        """The outputs of the last `count` branches for some rows and columns of x."""
+        x, segment = x[..., *place].to(dtype), segment_of[counter.step]
+        outputs: list[Tensor] = []
+        for first in range(total - count, total, at_once):
+            branches = range(first, min(first + at_once, total))
+            constant, image = inputs_of(segment, branches)
+            stacked = x
+            if image is not None:  # x [B, C, h, w] -> [branches * B, C + K, h, w]
+                stacked = torch.cat([repeat_rows(x, len(image)), image[..., *place]], dim=1)
+            stacked = stacked.contiguous(memory_format=torch.channels_last)
+            output = unet.step(stacked, constant, constants[segment][1][level.timestep])
+            outputs += output.float().chunk(len(branches))
+        return outputs
 
     def predict(x: Tensor, level: NoiseLevel, count: int) -> Sequence[Tensor]:
         if call.tile is None or not call.is_tiled:
-            return predict_at(x, level, count, EVERYWHERE)
+            return predict_at(x, level, count, (slice(None), slice(None)))
         return in_tiles(
-            lambda rows, columns: torch.stack(list(predict_at(x, level, count, (rows, columns)))),
+            lambda rows, columns: torch.stack(predict_at(x, level, count, (rows, columns))),
             (count, *x.shape),
             tile=call.tile,
             device=x.device,
