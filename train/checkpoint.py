@@ -23,7 +23,7 @@ from torch import Tensor
 from latentgen.checkpoints.weights import save_weights
 from latentgen.errors import CheckpointError, OutputError, ResumeError
 from latentgen.files import atomic_folder, quote, read_json, remove_folder, write_json
-from latentgen.train.fsdp import shard_like
+from latentgen.train.distributed import shard_like
 
 MANIFEST = "manifest.json"
 _STATE = "state.json"

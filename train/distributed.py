@@ -1,25 +1,29 @@
-"""The processes of a run: Accelerate's setup, shared work, and how they start, stop and fail together."""
+"""The processes of a run: Accelerate's setup, sharded weights, shared work, and how all start, stop and fail."""
 
 from __future__ import annotations
 
 import os
+import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import get_worker_info
 
 from latentgen.errors import ConfigError, LostProcessError, ResumeError
 from latentgen.files import quote
-from latentgen.train.config import TrainConfig
-from latentgen.train.fsdp import check_sharding
+from latentgen.train.config import AutoencoderTask, TrainConfig
 from latentgen.train.optimizer import check_optimizer
 
 T = TypeVar("T")
@@ -78,6 +82,95 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Refuse what cannot be trained with sharded weights.
+
+    Raises:
+        ConfigError: Accelerate's configuration asks for another kind of FSDP, or the recipe cannot be combined with it.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if not accelerator.is_fsdp2:
+        raise ConfigError("weights are sharded with the second version of FSDP only; set fsdp_version: 2")
+    plugin = accelerator.state.fsdp_plugin
+    refused = {
+        # The UNet computes what is constant over a run from inside its blocks before it calls them.
+        "an fsdp_auto_wrap_policy (use NO_WRAP)": plugin is not None and plugin.auto_wrap_policy is not None,
+        f"optimizer.name {config.optimizer.name} (use adamw)": config.optimizer.name != "adamw",
+        f"task.kind {config.task.kind}": isinstance(config.task, AutoencoderTask),
+        "compile": config.compile,
+        "optimizer.step_in_backward": config.optimizer.step_in_backward,
+        "memory.offload_optimizer": config.memory.offload_optimizer,
+        "memory.ema_device cpu": config.memory.ema_device == "cpu",
+        "validation": config.validation is not None,
+        "mixed_precision fp16 (use bf16)": config.mixed_precision == "fp16",
+    }
+    for what, is_set in refused.items():
+        if is_set:
+            raise ConfigError(f"{what} does not work with sharded weights; change it or train without FSDP")
+
+
+class ShardedModule(nn.Module):
+    """A wrapper for FSDP to shard: FSDP changes the class of the module it receives, here this one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Tensor) -> object:
+        """The inner module's output."""
+        return self.inner(*inputs)
+
+
+def wrap_for_sharding(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """The module to pass to `accelerator.prepare`: itself, or in a ShardedModule if FSDP will shard it."""
+    return ShardedModule(module) if accelerator.distributed_type == DistributedType.FSDP else module
+
+
+# With tensors that are not sharded the following do nothing, so callers need not know. All processes must call them,
+# with the same tensors.
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process may hold a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Full tensors, on the CPU if they were sharded; empty in a process that does not `keep` them."""
+    result = {}
+    for name, tensor in tensors.items():
+        full = full_tensor(tensor)
+        if keep:
+            result[name] = full.cpu() if isinstance(tensor, DTensor) else full
+    return result
+
+
+def shard_like(target: Tensor, source: Tensor) -> Tensor:
+    """A full tensor, the same in all processes, sharded as `target` is."""
+    if not isinstance(target, DTensor):
+        return source
+    device = target.to_local().device
+    return distribute_tensor(source.to(device), target.device_mesh, target.placements)
+
+
+def unshard_module(module: nn.Module, *, keep: bool) -> None:
+    """Replace a module's shards with full parameters on the CPU: it can be saved then, but no longer trained.
+
+    In a process that does not `keep` them the shards stay.
+    """
+    for child in module.modules():
+        shards = {n: p for n, p in child.named_parameters(recurse=False) if isinstance(p, DTensor)}
+        for name, shard in shards.items():
+            full = full_tensor(shard.detach())
+            if keep:
+                child.register_parameter(name, nn.Parameter(full.cpu(), shard.requires_grad))
+        if shards and keep:
+            # FSDP's hooks expect shards.
+            child._state_dict_pre_hooks.clear()
+            child._load_state_dict_post_hooks.clear()
+
+
 def own_share(items: Sequence[T]) -> Sequence[T]:
     """This process's part of a list that is the same in all processes; all of it if there is only one."""
     if not _is_distributed():
@@ -128,11 +221,46 @@ def check_same_start(accelerator: Accelerator, step: int | None, output_dir: Pat
         )
 
 
-def agree_on_signal(accelerator: Accelerator, signal: int) -> int:
+@dataclass
+class StopSignal:
+    """The signal that was received; 0 if none."""
+
+    number: int = 0
+
+
+@contextmanager
+def catch_stop_signal() -> Iterator[StopSignal]:
+    """Inside the block the first SIGTERM or Ctrl-C is only recorded; a second one acts at once, as outside the block.
+
+    Works in the main thread of a process only.
+    """
+    stop = StopSignal()
+    # A handler that was not set from Python reads as None and cannot be set from here.
+    previous = {
+        number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)
+    }
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def record(number: int, _: FrameType | None) -> None:
+        stop.number = number
+        restore()
+
+    for number in previous:
+        signal.signal(number, record)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def agree_on_signal(accelerator: Accelerator, number: int) -> int:
     """The signal that any process received, or 0: each waits for the others in every step, so all stop together."""
     if accelerator.num_processes == 1:
-        return signal
-    signals: Any = accelerator.gather(torch.tensor([signal], device=accelerator.device))
+        return number
+    signals: Any = accelerator.gather(torch.tensor([number], device=accelerator.device))
     return int(signals.max())
 
 

@@ -16,9 +16,8 @@ from latentgen.train.data import open_splits
 from latentgen.train.distributed import build_accelerator, gather
 from latentgen.train.memory import apply_memory_options
 from latentgen.train.objectives import build_objective
-from latentgen.train.preflight import check_objective
 from latentgen.train.run_dir import check_same_data, state_to_resume
-from latentgen.train.trainer import Trainer
+from latentgen.train.trainer import Trainer, check_objective
 
 _STEPS = 3
 _SECONDS = 20.0

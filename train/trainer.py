@@ -26,23 +26,27 @@ from latentgen.train.data_loader import PlannedBatch, load_batches
 from latentgen.train.distributed import (
     agree_on_signal,
     build_accelerator,
+    catch_stop_signal,
     check_same_start,
+    full_tensor,
+    full_tensors,
     reraise_lost_process,
+    shard_like,
+    unshard_module,
+    wrap_for_sharding,
 )
-from latentgen.train.fsdp import full_tensor, full_tensors, shard_like, unshard_module, wrap_for_sharding
 from latentgen.train.host_memory import release_freed_memory
-from latentgen.train.memory import apply_memory_options
+from latentgen.train.memory import apply_memory_options, check_memory
 from latentgen.train.metrics import NAN_ADVICE, Metrics
 from latentgen.train.model_card import write_card
 from latentgen.train.networks import compile_networks, memory_format_for, text_parameters
-from latentgen.train.objectives import build_objective, save_assets
+from latentgen.train.objectives import build_objective
 from latentgen.train.objectives.base import Loss, Objective, Subset
+from latentgen.train.objectives.text_to_image import TextToImageObjective
 from latentgen.train.optimizer import build_optimizer
 from latentgen.train.optimizer.offloaded import OffloadedGradients
-from latentgen.train.preflight import check_objective
 from latentgen.train.run_dir import check_same_data, run_lock, state_to_resume
-from latentgen.train.signals import StopSignal
-from latentgen.train.validation import Validator
+from latentgen.train.validation import Validator, check_validation
 
 
 def train(config: TrainConfig) -> Path:
@@ -87,8 +91,8 @@ def train(config: TrainConfig) -> Path:
         if state is not None:
             trainer.restore(state)
         if accelerator.is_main_process:
-            if state is None:
-                save_assets(config, objective, output_dir)
+            if state is None and isinstance(objective, TextToImageObjective):
+                objective.save_tokenizer(output_dir)
             if (unreached := config.optimizer.unreached(config.max_steps)) is not None:
                 print(f"warning: {unreached}", file=sys.stderr)
         trainer.metrics.start(trainer.step)
@@ -97,6 +101,14 @@ def train(config: TrainConfig) -> Path:
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir / "model"
+
+
+def check_objective(
+    config: TrainConfig, accelerator: Accelerator, held_out: CaptionedDataset | None, objective: Objective
+) -> None:
+    """Refuse what an objective cannot do, before images are generated or encoded, which may take hours."""
+    check_validation(config, held_out, objective)
+    check_memory(config, accelerator, objective)
 
 
 class Trainer:
@@ -184,7 +196,7 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
             mininterval=1.0 if sys.stderr.isatty() else 30.0,
         )
-        with StopSignal() as stop, bar, self._batches() as batches:
+        with catch_stop_signal() as stop, bar, self._batches() as batches:
             self._validator.start(self.step)
             for step in bar:
                 self.metrics.add(*self._update(step, batches))

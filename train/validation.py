@@ -198,21 +198,35 @@ def latest_sheet(output_dir: Path) -> Path | None:
     return max((output_dir / "samples").glob(f"step-*/{SHEET}"), default=None)
 
 
-def is_image_conditioned(pipeline: Pipeline) -> bool:
-    """Whether the UNet gets an image besides the latents, so that the pipeline cannot draw from a prompt alone."""
-    return pipeline.unet.config.in_channels != pipeline.decoder.config.latent_channels
-
-
-def check_validation_prompts(pipeline: Pipeline, validation: Validation) -> None:
-    """Refuse, before training, prompts that cannot become images.
+def check_validation(config: TrainConfig, held_out: CaptionedDataset | None, objective: Objective) -> None:
+    """Refuse, before training, validation images that cannot be generated.
 
     Raises:
-        ConfigError: the pipeline is for another use.
+        ConfigError: the model does not take what the recipe gives it.
+        DatasetError: the validation images lack what the model takes as input.
         InputError: a prompt, the size or another argument is wrong.
     """
-    for prompt in validation.prompts:
-        # It checks its arguments now, and would compute when it is iterated.
-        _prompt_stream(pipeline, validation, prompt)
+    validation = config.validation
+    pipeline = None if validation is None else objective.pipeline()
+    if validation is None or pipeline is None:
+        return
+    if pipeline.unet.config.in_channels == pipeline.decoder.config.latent_channels:
+        if validation.images:
+            raise ConfigError(
+                "validation.images: this model does not take an image as input; remove it, and set validation.prompts"
+            )
+    elif validation.prompts:
+        raise ConfigError(
+            "validation.prompts: this model also requires an image; remove them, and set validation_fraction or "
+            "validation.data, and validation.images"
+        )
+    elif held_out is not None:
+        rng = sample_rng(validation.seed, "example", 0)
+        objective.validation_example(held_out.sample(0, rng), rng)
+    with preview(objective, pipeline, {}) as previewed:
+        for prompt in validation.prompts:
+            # It checks its arguments now, and would compute when it is iterated.
+            _prompt_stream(previewed, validation, prompt)
 
 
 def save_rows(folder: Path, rows: Sequence[Sequence[NamedImage]]) -> None:

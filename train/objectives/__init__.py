@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from latentgen.train.config import (
-    AutoencoderTask,
-    FinetuneTask,
-    PairedTask,
-    TextToImageTask,
-    TrainConfig,
-    UpscaleTask,
-)
+from latentgen.train.config import AutoencoderTask, FinetuneTask, PairedTask, TrainConfig, UpscaleTask
 from latentgen.train.data import CaptionedDataset, open_data
+from latentgen.train.objectives.autoencoder import AutoencoderObjective
 from latentgen.train.objectives.base import Objective, Preflight
+from latentgen.train.objectives.finetune import FinetuneObjective
+from latentgen.train.objectives.image_conditioned import PairedObjective, UpscaleObjective
+from latentgen.train.objectives.text_to_image import TextToImageObjective
 
 
 def build_objective(
@@ -31,60 +29,27 @@ def build_objective(
     Args:
         config: the recipe.
         device: where images and captions are encoded.
-        assets: the folder that `save_assets` wrote to, if the run is resumed.
+        assets: the folder with the tokenizer of text to image, if the run is resumed.
         data: the training set; by default the whole set that the recipe names.
-        preflight: called with the objective before anything is drawn or encoded.
+        preflight: called with the objective before anything is generated or encoded.
     """
     data = open_data(config.data) if data is None else data
     task = config.task
     if isinstance(task, AutoencoderTask):
-        from latentgen.train.objectives.autoencoder import AutoencoderObjective
-
         autoencoder = AutoencoderObjective(task, data, init_from=config.init_from)
         if preflight is not None:
             preflight(autoencoder)
         return autoencoder
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "device": device,
+        "init_from": config.init_from,
+        "preflight": preflight,
+    }
     if isinstance(task, FinetuneTask):
-        from latentgen.train.objectives.finetune import FinetuneObjective
-
-        return FinetuneObjective(
-            task,
-            data,
-            seed=config.seed,
-            device=device,
-            init_from=config.init_from,
-            class_images=config.output_dir / "class_images",
-            preflight=preflight,
-        )
+        return FinetuneObjective(task, data, class_images=config.output_dir / "class_images", **options)
     if isinstance(task, UpscaleTask):
-        from latentgen.train.objectives.image_conditioned import UpscaleObjective
-
-        return UpscaleObjective(
-            task, data, seed=config.seed, device=device, init_from=config.init_from, preflight=preflight
-        )
+        return UpscaleObjective(task, data, **options)
     if isinstance(task, PairedTask):
-        from latentgen.train.objectives.image_conditioned import PairedObjective
-
-        return PairedObjective(
-            task, data, seed=config.seed, device=device, init_from=config.init_from, preflight=preflight
-        )
-    from latentgen.train.objectives.text_to_image import TextToImageObjective
-
-    return TextToImageObjective(
-        task,
-        data,
-        seed=config.seed,
-        device=device,
-        init_from=config.init_from,
-        assets=assets,
-        preflight=preflight,
-    )
-
-
-def save_assets(config: TrainConfig, objective: Objective, folder: Path) -> None:
-    """Write what a resumed run needs besides weights: the tokenizer of text to image, if it was made from captions."""
-    if isinstance(config.task, TextToImageTask):
-        from latentgen.train.objectives.text_to_image import TextToImageObjective
-
-        assert isinstance(objective, TextToImageObjective)
-        objective.save_tokenizer(folder)
+        return PairedObjective(task, data, **options)
+    return TextToImageObjective(task, data, assets=assets, **options)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from latentgen.models.text import Conditioning
 from latentgen.models.unet import AddedConditioning
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.inpaint import in_latents
-from latentgen.train.config import FinetuneTask
+from latentgen.train.config import FinetuneTask, FullMethod, LoRAMethod, TextualInversionMethod
 from latentgen.train.data import BatchIndices, CaptionedDataset, Sample, sample_rng
-from latentgen.train.methods import build_method
+from latentgen.train.methods.base import FullFinetuning, Method
+from latentgen.train.methods.lora import LoRATraining
+from latentgen.train.methods.textual_inversion import TextualInversionTraining
 from latentgen.train.objectives.base import Example, Loss, Preflight
 from latentgen.train.objectives.class_images import ClassImages
 from latentgen.train.objectives.degradation import random_mask
@@ -31,6 +33,11 @@ from latentgen.train.objectives.pretrained import check_data, load_model, own_me
 
 # What a mask covers: for the encoder as near to 0 as 8 bits come.
 _GRAY = (127, 127, 127)
+_METHODS: Mapping[type[FullMethod | LoRAMethod | TextualInversionMethod], Callable[[Any], Method]] = {
+    FullMethod: FullFinetuning,
+    LoRAMethod: LoRATraining,
+    TextualInversionMethod: TextualInversionTraining,
+}
 
 
 class FinetuneObjective(LatentObjective[FinetuneTask]):
@@ -70,7 +77,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         pipeline = load_model(init_from, task)
         super().__init__(task, data, pipeline.scheduler)
         check_data(task, data, pipeline)
-        self._method = build_method(task.method)
+        self._method = _METHODS[type(task.method)](task.method)
         self._stages = replace(self._method.inject(pipeline), scheduler=self.scheduler)
         self.unet = self._stages.unet
         self._text = self._stages.text_encoder

@@ -35,8 +35,15 @@ from latentgen.train.objectives.latents import (
     ShapeOnlyEncoder,
     ViewSource,
 )
-from latentgen.train.objectives.losses import mean_loss, sample_errors, training_scheduler
-from latentgen.train.objectives.noise import middles, perturbed_noise, spread_timesteps, training_noise
+from latentgen.train.objectives.losses import (
+    mean_loss,
+    middles,
+    perturbed_noise,
+    sample_errors,
+    spread_timesteps,
+    training_noise,
+    training_scheduler,
+)
 from latentgen.train.objectives.text_conditioning import CaptionCache, TextConditioner
 
 # Pixels of latents up to which all attention scores of a batch are cheap to hold.

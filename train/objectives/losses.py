@@ -1,7 +1,9 @@
-"""The loss of diffusion training: the error of each sample, and the schedule that it is measured on."""
+"""The parts of a diffusion loss: the schedule, the noise and noise level of each sample, and its weighted error."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,15 +14,13 @@ from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.diffusion.prediction import PredictionType, target
 from latentgen.diffusion.schedule import BatchNoiseLevel
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.diffusion.weighting import (
-    debiased_weights,
-    min_snr_weights,
-    p2_weights,
-    signal_to_noise,
-)
 from latentgen.errors import ConfigError
-from latentgen.train.config import P2, ErrorKind, LatentLoss, MinSNR
+from latentgen.train.config import P2, Debiased, ErrorKind, LatentLoss, MinSNR, PyramidNoise
+from latentgen.train.data import BatchIndices, sample_rng
 from latentgen.train.objectives.base import Loss, Subset
+
+# Where kohya's trainer caps the signal-to-noise ratio for debiased weights.
+_MAX_DEBIASED_SNR = 1000.0
 
 
 def training_scheduler(scheduler: Scheduler, loss: LatentLoss) -> Scheduler:
@@ -57,6 +57,62 @@ def training_scheduler(scheduler: Scheduler, loss: LatentLoss) -> Scheduler:
     return scheduler
 
 
+def training_noise(plan: BatchIndices, shape: Sequence[int], loss: LatentLoss) -> Tensor:
+    """The noise of each sample, [B, *shape] float32 for shape (C, h, w): standard normal, plus what `loss` adds."""
+    noise = plan.noise(shape, "noise")
+    if loss.offset_noise:
+        noise = noise + loss.offset_noise * plan.noise((shape[0], 1, 1), "offset noise")
+    if loss.pyramid_noise is not None:
+        rngs = plan.rngs("pyramid noise")
+        noise = torch.stack(
+            [pyramid_noise(row, loss.pyramid_noise, rng) for row, rng in zip(noise, rngs, strict=True)]
+        )
+    return noise
+
+
+def perturbed_noise(plan: BatchIndices, noise: Tensor, strength: float) -> Tensor:
+    """The noise [B, C, h, w] of the UNet's input where `noise` is to be predicted (arXiv:2301.11706, algorithm 1)."""
+    return noise + strength * plan.noise(noise.shape[1:], "input perturbation")
+
+
+def pyramid_noise(noise: Tensor, pyramid: PyramidNoise, rng: random.Random) -> Tensor:
+    """Noise [C, h, w] of one sample with coarser noise added, scaled back to a standard deviation of 1.
+
+    The formula is that of kohya's trainer, after J. Whitaker's multi-resolution noise: octave i, from 0, has
+    the sides of the noise divided by ``r**i``, with r uniform in 2..4 for each, and the weight ``discount**i``; the
+    last has a side of one. The trainer scales the whole batch, this function each sample, so that none depends on
+    another.
+    """
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    channels, height, width = noise.shape
+    for octave in range(pyramid.iterations):
+        shrunk = rng.uniform(2.0, 4.0) ** octave
+        size = max(1, int(height / shrunk)), max(1, int(width / shrunk))
+        coarse = torch.randn(1, channels, *size, generator=generator)
+        coarse = F.interpolate(coarse, size=(height, width), mode="bilinear")[0]
+        noise = noise + pyramid.discount**octave * coarse
+        if 1 in size:
+            break
+    return noise / noise.std()
+
+
+def spread_timesteps(plan: BatchIndices, count: int, shift: float) -> Tensor:
+    """One of `count` timesteps for each sample, spread evenly over the global batch from a random start.
+
+    Each is uniform by itself; together they cover the schedule, which lowers the variance of the loss
+    (arXiv:2107.00630, appendix I.1). `shift` then moves them towards noise (arXiv:2403.03206, eq. 23).
+    """
+    start = sample_rng(plan.seed, "timestep", plan.step).random()
+    places = [(start + sample / plan.batch_size) % 1.0 for sample in plan.samples]
+    places = [shift * place / (1 + (shift - 1) * place) for place in places]
+    return torch.tensor([int(place * count) for place in places])
+
+
+def middles(count: int, parts: int) -> list[int]:
+    """The middles of `parts` equal parts of `count` timesteps; none comes twice."""
+    return sorted({(2 * part + 1) * count // (2 * parts) for part in range(parts)})
+
+
 def sample_errors(
     output: Tensor,
     latents: Tensor,
@@ -89,20 +145,35 @@ def sample_errors(
         errors = (errors * mask).mean(dim=(1, 2, 3)) / torch.where(counted > 0, counted, 1.0)
     if loss.weighting is None:
         return errors
-    return errors * level_weights(level, scheduler.prediction_type, loss)
+    return errors * level_weights(signal_to_noise(level), scheduler.prediction_type, loss.weighting)
 
 
-def level_weights(level: BatchNoiseLevel, prediction_type: PredictionType, loss: LatentLoss) -> Tensor:
-    """The weight of each sample by its noise level, [B] float32."""
-    snr = signal_to_noise(level)
-    weighting = loss.weighting
-    if weighting is None:
-        return torch.ones_like(snr)
-    if isinstance(weighting, MinSNR):
-        return min_snr_weights(snr, weighting.gamma, prediction_type)
-    if isinstance(weighting, P2):
-        return p2_weights(snr, weighting.gamma, weighting.k, prediction_type)
-    return debiased_weights(snr, prediction_type)
+def signal_to_noise(level: BatchNoiseLevel) -> Tensor:
+    """``alpha**2 / sigma**2`` of each sample, [B] float32; 0 where there is no signal."""
+    return (level.alpha / level.sigma).square().flatten()
+
+
+def level_weights(snr: Tensor, prediction_type: PredictionType, weighting: MinSNR | Debiased | P2) -> Tensor:
+    """How much the squared error of each prediction counts, by its signal-to-noise ratio; shaped like `snr`.
+
+    The error of x0 is ``sigma / alpha`` times that of epsilon, and that of v_prediction ``1 / alpha`` times, so the
+    weight w for epsilon is ``w * snr`` for sample and ``w * snr / (snr + 1)`` for v_prediction. Those are written so
+    that they are finite where snr is 0.
+    """
+    if isinstance(weighting, MinSNR):  # arXiv:2303.09556
+        clamped = snr.clamp(max=weighting.gamma)
+        by_type = {
+            "epsilon": (weighting.gamma / snr).clamp(max=1.0),
+            "sample": clamped,
+            "v_prediction": clamped / (snr + 1),
+        }
+    elif isinstance(weighting, P2):  # arXiv:2204.00227
+        weights = (weighting.k + snr).pow(-weighting.gamma)
+        by_type = {"epsilon": weights, "sample": weights * snr, "v_prediction": weights * (snr / (snr + 1))}
+    else:  # arXiv:2310.08442, with the cap and the weight of v_prediction of kohya's trainer
+        snr = snr.clamp(max=_MAX_DEBIASED_SNR)
+        by_type = {"epsilon": snr.rsqrt(), "sample": snr.sqrt(), "v_prediction": 1 / (snr + 1)}
+    return by_type[prediction_type]
 
 
 def elementwise_error(output: Tensor, expected: Tensor, kind: ErrorKind, c: float) -> Tensor:

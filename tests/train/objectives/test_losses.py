@@ -1,8 +1,9 @@
-"""The loss of a recipe against the formulas of diffusers' scripts, on the objective that all latent tasks share."""
+"""The loss of a recipe against the formulas of the scripts of diffusers and kohya."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from latentgen.diffusion.prediction import add_noise
-from latentgen.diffusion.schedule import NoiseSchedule
+from latentgen.diffusion.prediction import PredictionType, add_noise, from_x0, target
+from latentgen.diffusion.schedule import BatchNoiseLevel, NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import ConfigError
-from latentgen.train.config import LatentLoss
-from latentgen.train.data import Sample
+from latentgen.train.config import P2, Debiased, LatentLoss, MinSNR, PyramidNoise
+from latentgen.train.data import BatchIndices, BucketSampler, Sample, plan_step
 from latentgen.train.data.folder import ImageFolder
 from latentgen.train.objectives import build_objective
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.losses import (
     elementwise_error,
+    level_weights,
+    perturbed_noise,
+    pyramid_noise,
     sample_errors,
+    signal_to_noise,
+    training_noise,
     training_scheduler,
 )
 from latentgen.train.trainer import train
@@ -31,6 +37,12 @@ from tests.train.recipes import MakeRecipe, plan_for
 
 ZERO_SNR = "task.loss.zero_terminal_snr=true"
 MIN_SNR = "task.loss.weighting={kind: min_snr, gamma: 5}"
+SHAPE = (4, 16, 16)
+NOISES = [
+    LatentLoss(offset_noise=0.1),
+    LatentLoss(pyramid_noise=PyramidNoise()),
+    LatentLoss(offset_noise=0.1, pyramid_noise=PyramidNoise(discount=0.8)),
+]
 
 
 @pytest.fixture(params=["text_to_image_recipe", "upscale_recipe", "paired_recipe"])
@@ -51,13 +63,13 @@ def gradients(objective: LatentObjective[Any], loss: Tensor) -> list[Tensor]:
 
 
 def output_of(objective: LatentObjective[Any], batch: tuple[Tensor, ...], noise: Tensor) -> Tensor:
-    latents, _, timesteps, *shown = batch
+    latents, _, timesteps, *cond = batch
     level = objective.scheduler.schedule.batch(timesteps)
-    text = objective._conditioner.conditioning(shown)
-    return objective._predict(add_noise(latents, noise, level), timesteps, text, *shown)
+    text = objective._conditioner.conditioning(cond)
+    return objective._predict(add_noise(latents, noise, level), timesteps, text, *cond)
 
 
-def wanted_by_diffusers(objective: LatentObjective[Any], batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def diffusers_target(objective: LatentObjective[Any], batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """The target of diffusers' scripts and the signal-to-noise ratios."""
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
@@ -66,10 +78,10 @@ def wanted_by_diffusers(objective: LatentObjective[Any], batch: tuple[Tensor, ..
     latents, noise, timesteps = batch[:3]
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
-        wanted = noise
+        expected = noise
     else:
-        wanted = latents if kind == "sample" else scheduler.get_velocity(latents, noise, timesteps)
-    return wanted, compute_snr(scheduler, timesteps)
+        expected = latents if kind == "sample" else scheduler.get_velocity(latents, noise, timesteps)
+    return expected, compute_snr(scheduler, timesteps)
 
 
 def test_a_recipe_that_says_nothing_is_the_plain_mean_squared_error(recipe: MakeRecipe):
@@ -83,13 +95,10 @@ def test_a_recipe_that_says_nothing_is_the_plain_mean_squared_error(recipe: Make
     assert torch.equal(noise, plan.noise(latents.shape[1:], "noise"))
     loss = objective(*batch)
     level = objective.scheduler.schedule.batch(timesteps)
-    wanted = level.alpha * noise - level.sigma * latents
+    expected = level.alpha * noise - level.sigma * latents
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        plain = (
-            F.mse_loss(output_of(objective, batch, noise), wanted, reduction="none")
-            .mean(dim=(1, 2, 3))
-            .mean()
-        )
+        errors = F.mse_loss(output_of(objective, batch, noise), expected, reduction="none")
+        plain = errors.mean(dim=(1, 2, 3)).mean()
     assert torch.equal(loss.total, plain)
     for ours, theirs in zip(gradients(objective, loss.total), gradients(objective, plain), strict=True):
         assert torch.equal(ours, theirs)
@@ -101,16 +110,55 @@ def test_min_snr_gives_the_loss_and_gradients_of_diffusers_script(
 ):
     objective = build(text_to_image_recipe, MIN_SNR, f"task.scheduler.prediction_type={prediction_type}")
     batch = objective.batch(plan_for(objective))
-    wanted, snr = wanted_by_diffusers(objective, batch)
+    expected, snr = diffusers_target(objective, batch)
     # As train_text_to_image.py has it, and the paper for the sample.
     weights = torch.stack([snr, 5.0 * torch.ones_like(batch[2])], dim=1).min(dim=1)[0]
     weights = weights / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
-    loss = F.mse_loss(output_of(objective, batch, batch[1]).float(), wanted.float(), reduction="none")
+    loss = F.mse_loss(output_of(objective, batch, batch[1]).float(), expected.float(), reduction="none")
     loss = (loss.mean(dim=list(range(1, len(loss.shape)))) * weights).mean()
     ours = objective(*batch).total
     assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
     for mine, theirs in zip(gradients(objective, ours), gradients(objective, loss), strict=True):
         assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_the_weights_of_debiased_estimation_and_p2():
+    snr = signal_to_noise(Scheduler().schedule.batch(torch.tensor([0, 1, 20, 500, 999])))
+    capped = snr.clamp(max=1000)
+    assert snr[0] > 1000
+    debiased, p2 = Debiased(kind="debiased"), P2(kind="p2", gamma=0.5, k=2.0)
+    torch.testing.assert_close(level_weights(snr, "epsilon", debiased), 1 / torch.sqrt(capped))
+    # As kohya's trainer has it.
+    torch.testing.assert_close(level_weights(snr, "v_prediction", debiased), 1 / (capped + 1))
+    torch.testing.assert_close(level_weights(snr, "epsilon", p2), 1 / torch.sqrt(2 + snr))
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "weighting"),
+    [
+        ("sample", MinSNR(kind="min_snr")),
+        ("v_prediction", MinSNR(kind="min_snr")),
+        ("sample", P2(kind="p2")),
+        ("v_prediction", P2(kind="p2")),
+        ("sample", Debiased(kind="debiased")),
+    ],
+)
+def test_an_error_of_x0_counts_the_same_for_each_prediction_type(
+    prediction_type: PredictionType, weighting: MinSNR | P2 | Debiased
+):
+    timesteps = torch.tensor([100, 200, 500, 700, 998, 999])
+    alpha = torch.tensor(NoiseSchedule(1000, 0.00085, 0.012, "scaled_linear").alphas_cumprod)[
+        timesteps
+    ].sqrt()
+    level = BatchNoiseLevel(alpha.view(-1, 1, 1, 1), (1 - alpha**2).sqrt().view(-1, 1, 1, 1), timesteps)
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, error = torch.randn(3, len(timesteps), 4, 8, 8, generator=generator, dtype=torch.float64)
+    weighted = []
+    for kind in (prediction_type, "epsilon"):
+        output = from_x0(x0 + error, add_noise(x0, noise, level), level, kind)
+        squared = (output - target(x0, noise, level, kind)).square().mean(dim=(1, 2, 3))
+        weighted.append(level_weights(signal_to_noise(level), kind, weighting) * squared)
+    torch.testing.assert_close(weighted[0], weighted[1])
 
 
 @pytest.mark.parametrize("weighting", ["{kind: debiased}", "{kind: p2}", "{kind: min_snr}"])
@@ -168,12 +216,12 @@ def test_what_does_not_fit_the_scheduler_is_refused():
 def test_a_perturbed_input_is_what_diffusers_script_shows(recipe: MakeRecipe):
     objective = build(recipe, "task.loss.input_perturbation=0.1")
     plan = plan_for(objective)
-    latents, noise, timesteps, tokens, seen, *shown = batch = objective.batch(plan)
+    latents, noise, timesteps, tokens, seen, *cond = batch = objective.batch(plan)
     torch.testing.assert_close(seen, noise + 0.1 * plan.noise(noise.shape[1:], "input perturbation"))
-    plain = (latents, noise, timesteps, tokens, *shown)
-    wanted, _ = wanted_by_diffusers(objective, plain)
+    plain = (latents, noise, timesteps, tokens, *cond)
+    expected, _ = diffusers_target(objective, plain)
     with torch.no_grad():
-        theirs = F.mse_loss(output_of(objective, plain, seen), wanted)
+        theirs = F.mse_loss(output_of(objective, plain, seen), expected)
         assert objective(*batch).total.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
@@ -195,11 +243,11 @@ def test_the_error_counts_within_the_mask(recipe: MakeRecipe, monkeypatch: pytes
     objective = build(recipe, "task.loss.masked=true")
     plan = plan_for(objective)
     *plain, mask = objective.batch(plan)[:5]
-    shown = objective.batch(plan)[5:]
+    cond = objective.batch(plan)[5:]
     assert mask.shape == (8, 1, *plain[0].shape[2:])
-    wanted, _ = wanted_by_diffusers(objective, (*plain, *shown))
+    expected, _ = diffusers_target(objective, (*plain, *cond))
     with torch.no_grad():
-        squares = (output_of(objective, (*plain, *shown), plain[1]) - wanted).square()
+        squares = (output_of(objective, (*plain, *cond), plain[1]) - expected).square()
         ours = objective(*objective.batch(plan)).total
     side = squares.shape[3] // 2
     rows = [
@@ -258,10 +306,8 @@ def test_robust_errors_are_quadratic_near_and_linear_far():
     [
         "task.loss.kind=l1",
         "task.loss.weighting={kind: snr}",
-        "task.loss.weighting={kind: min_snr, gamma: 0}",
         "task.loss.weighting={kind: debiased, gamma: 1}",
         "task.loss.offset_noise=-0.1",
-        "task.loss.pyramid_noise={iterations: 0}",
         "task.loss.noise=0.1",
     ],
 )
@@ -291,3 +337,80 @@ def test_a_recipe_with_everything_learns_and_resumes(
     losses = [json.loads(row)["loss"] for row in rows]
     assert len(losses) == 30
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+
+
+def plan_of(samples: int, *, step: int = 0) -> BatchIndices:
+    (plan,) = plan_step(
+        3, step, batch_size=samples, order=BucketSampler([range(9)]), parts=1, rank=0, processes=1
+    )
+    return plan
+
+
+@pytest.mark.parametrize("loss", NOISES, ids=str)
+def test_each_sample_has_its_own_whatever_it_is_batched_with(loss: LatentLoss):
+    whole = training_noise(plan_of(8), SHAPE, loss)
+    for rank in (0, 1):
+        (part,) = plan_step(
+            3, 0, batch_size=8, order=BucketSampler([range(9)]), parts=1, rank=rank, processes=2
+        )
+        assert torch.equal(training_noise(part, SHAPE, loss), whole[rank::2])
+        assert torch.equal(
+            perturbed_noise(part, whole[rank::2], 0.1), perturbed_noise(plan_of(8), whole, 0.1)[rank::2]
+        )
+
+
+def test_offset_noise_shifts_whole_channels():
+    plan = plan_of(64)
+    offset = training_noise(plan, SHAPE, LatentLoss(offset_noise=0.5)) - plan.noise(SHAPE, "noise")
+    assert (offset - offset.mean(dim=(2, 3), keepdim=True)).abs().max() < 1e-6
+    shifts = offset[:, :, 0, 0]
+    assert shifts.std().item() == pytest.approx(0.5, rel=0.15)
+    assert abs(shifts.mean().item()) < 0.1
+    assert len(set(shifts.flatten().tolist())) == shifts.numel()
+
+
+class Drawn(random.Random):
+    """Gives the draws of another generator, and keeps them."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.ratios: list[float] = []
+
+    def uniform(self, a: float, b: float) -> float:
+        self.ratios.append(super().uniform(a, b))
+        return self.ratios[-1]
+
+
+def kohyas(
+    noise: Tensor, ratios: list[float], generator: torch.Generator, iterations: int, discount: float
+) -> Tensor:
+    """The formula of sd-scripts' pyramid_noise_like for a batch of one, with these ratios."""
+    b, c, w, h = noise.shape
+    upsample = nn.Upsample(size=(w, h), mode="bilinear")
+    for i in range(iterations):
+        wn, hn = max(1, int(w / (ratios[i] ** i))), max(1, int(h / (ratios[i] ** i)))
+        noise = noise + upsample(torch.randn(b, c, wn, hn, generator=generator)) * discount**i
+        if wn == 1 or hn == 1:
+            break
+    return noise / noise.std()
+
+
+@pytest.mark.parametrize(("iterations", "discount"), [(1, 0.4), (3, 0.9), (16, 0.4)])
+@pytest.mark.parametrize("shape", [(4, 64, 48), (4, 8, 8), (3, 1, 1)])
+def test_pyramid_noise_is_kohyas(iterations: int, discount: float, shape: tuple[int, ...]):
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rng = Drawn(5)
+    ours = pyramid_noise(noise, PyramidNoise(iterations=iterations, discount=discount), rng)
+    generator = torch.Generator().manual_seed(random.Random(5).getrandbits(63))
+    theirs = kohyas(noise[None], rng.ratios, generator, iterations, discount)[0]
+    torch.testing.assert_close(ours, theirs)
+    assert all(2 <= ratio <= 4 for ratio in rng.ratios)
+
+
+def test_pyramid_noise_has_unit_variance_and_more_of_what_is_large():
+    plan = plan_of(32)
+    plain = training_noise(plan, SHAPE, LatentLoss())
+    coarse = training_noise(plan, SHAPE, LatentLoss(pyramid_noise=PyramidNoise(discount=0.8)))
+    torch.testing.assert_close(coarse.std(dim=(1, 2, 3)), torch.ones(32))
+    blocks = [noise.unfold(2, 8, 8).unfold(3, 8, 8).mean(dim=(-2, -1)).std() for noise in (plain, coarse)]
+    assert blocks[1] > 3 * blocks[0]

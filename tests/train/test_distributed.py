@@ -1,7 +1,9 @@
-"""Which runs can have sharded weights; test_processes.py trains with them."""
+"""Signals between two steps, and which runs can have sharded weights; test_processes.py runs several processes."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +13,10 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from latentgen.errors import ConfigError
-from latentgen.train.distributed import build_accelerator
-from latentgen.train.fsdp import (
+from latentgen.train.distributed import (
     ShardedModule,
+    build_accelerator,
+    catch_stop_signal,
     check_sharding,
     full_tensor,
     full_tensors,
@@ -22,6 +25,35 @@ from latentgen.train.fsdp import (
 )
 from tests.train.recipes import MakeRecipe
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture
+def caught() -> Iterator[list[int]]:
+    """The signals that reached the handlers installed before."""
+    numbers: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: numbers.append(number)) for number in SIGNALS}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_recorded_and_the_second_acts(number: int, caught: list[int]):
+    with catch_stop_signal() as stop:
+        assert stop.number == 0
+        signal.raise_signal(number)
+        assert (stop.number, caught) == (number, [])
+        signal.raise_signal(number)
+        assert caught == [number]
+
+
+def test_handlers_are_restored(caught: list[int]):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(SystemExit), catch_stop_signal():
+        raise SystemExit(143)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
 
 def accelerator(kind: DistributedType, *, version: int = 2, policy: object = None) -> Any:
     plugin = SimpleNamespace(auto_wrap_policy=policy)
@@ -29,14 +61,10 @@ def accelerator(kind: DistributedType, *, version: int = 2, policy: object = Non
     return SimpleNamespace(distributed_type=kind, is_fsdp2=version == 2, state=state)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU])
-def test_without_sharding_everything_is_allowed(kind: DistributedType, autoencoder_recipe: MakeRecipe):
-    check_sharding(accelerator(kind), autoencoder_recipe())
-    module = nn.Linear(2, 2)
-    assert wrap_for_sharding(accelerator(kind), module) is module
-
-
-def test_fsdp2_works_with_adamw(text_to_image_recipe: MakeRecipe):
+def test_only_fsdp_needs_a_wrapper(text_to_image_recipe: MakeRecipe, autoencoder_recipe: MakeRecipe):
+    plain, module = accelerator(DistributedType.MULTI_CPU), nn.Linear(2, 2)
+    check_sharding(plain, autoencoder_recipe())
+    assert wrap_for_sharding(plain, module) is module
     sharding = accelerator(DistributedType.FSDP)
     check_sharding(sharding, text_to_image_recipe("optimizer.name=adamw", "mixed_precision=bf16"))
     wrapped = wrap_for_sharding(sharding, nn.Linear(2, 3))
