@@ -27,7 +27,7 @@ _MAX_SHIFT = 1000.0
 
 @dataclass(frozen=True)
 class FlowSchedule:
-    """The straight path from noise to data that a flow-matching model was trained on; the checkpoint owns it.
+    """The straight path from noise to data that a flow-matching model was trained on.
 
     ``x = (1 - sigma) * x0 + sigma * noise`` (arXiv 2403.03206, eq. 13), and the network receives the timestep
     ``num_train_timesteps * sigma``. shift moves the levels of a run towards noise (above 1) or towards data (below 1),
@@ -58,7 +58,7 @@ class FlowSchedule:
     def batch(self, timesteps: Tensor) -> BatchNoiseLevel:
         """The noise levels at timesteps [B] in 0..num_train_timesteps, for training, on their device.
 
-        alpha and sigma come as [B, 1, 1, 1] float32. shift has no part in it: it is for the draw of the timesteps.
+        alpha and sigma are [B, 1, 1, 1] float32. shift does not apply: it is for drawing the timesteps.
         """
         sigma = (timesteps.float() / self.num_train_timesteps).view(-1, 1, 1, 1)
         return BatchNoiseLevel(1.0 - sigma, sigma, timesteps)
@@ -68,10 +68,7 @@ class FlowSchedule:
         return self.level(self.num_train_timesteps * sigma_ve / (1.0 + sigma_ve))
 
     def cutoff(self, share: float) -> float:
-        """The timestep down to which the first `share` (0..1) of the schedule reaches, that timestep included.
-
-        A share of 0 leaves out even pure noise, where the path begins.
-        """
+        """The lowest timestep in the first `share` (0..1) of the schedule; a share of 0 contains none."""
         return math.nextafter(self.num_train_timesteps - share * self.num_train_timesteps, math.inf)
 
 
@@ -110,9 +107,7 @@ class FlowTimesteps:
     def _levels(self, timesteps: FloatArray) -> tuple[NoiseLevel, ...]:
         noisy = timesteps[timesteps > 0.0]
         if not len(noisy):
-            raise InputError(
-                "custom timesteps or sigmas need at least one value above 0, where the run begins"
-            )
+            raise InputError("custom timesteps or sigmas need at least one value above 0")
         # float64's rounding must not exceed pure noise.
         clamped = np.minimum(noisy, self.schedule.num_train_timesteps)
         return (*(self.schedule.level(float(timestep)) for timestep in clamped), CLEAN)

@@ -1,4 +1,4 @@
-"""What a network's output means: from output to x0, from x0 and noise to the training target."""
+"""Prediction types: from a network's output to x0, from x0 and noise to the training target."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from latentgen.errors import ConfigError
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 
-# What the solvers call: x [B, C, H, W] at a noise level -> the predicted x0, of the shape and dtype of x.
+# x [B, C, H, W] at a noise level -> the predicted x0, of the shape and dtype of x.
 Denoiser = Callable[[Tensor, NoiseLevel], "Tensor | Denoised"]
 
 
 class Denoised(NamedTuple):
-    """What a denoiser may give in place of x0 alone, each [B, C, H, W].
+    """An alternative return value of a denoiser: a step goes towards x0, with the noise from noise_x0 to x.
 
-    x0 is where a step leads; the noise that it keeps is that which leads from noise_x0 to x.
+    Both are [B, C, H, W].
     """
 
     x0: Tensor
@@ -36,12 +36,12 @@ def add_noise(x0: Tensor, noise: Tensor, level: NoiseLevel | BatchNoiseLevel) ->
 def to_x0(
     output: Tensor, x: Tensor, level: NoiseLevel | BatchNoiseLevel, prediction_type: PredictionType
 ) -> Tensor:
-    """The x0 that a network's output stands for, in the dtype of x.
+    """The predicted x0 of a network's output, in the dtype of x; output and x are [B, C, H, W].
 
-    output and x are [B, C, H, W]. `epsilon` predicts the noise (arXiv 2006.11239), which says nothing about
-    x0 at zero signal-to-noise ratio (alpha 0); `sample` predicts x0 itself; `v_prediction` predicts
-    ``alpha * noise - sigma * x0`` (arXiv 2202.00512, appendix D), on a NoiseSchedule; `flow_prediction` predicts
-    ``noise - x0``, the velocity from data to noise (arXiv 2209.03003, eq. 1, with time reversed), on a FlowSchedule.
+    `epsilon` is the noise (arXiv 2006.11239), which does not determine x0 at zero signal-to-noise ratio (alpha 0);
+    `sample` is x0; `v_prediction` is ``alpha * noise - sigma * x0`` (arXiv 2202.00512, appendix D), on a NoiseSchedule;
+    `flow_prediction` is ``noise - x0``, the velocity from data to noise (arXiv 2209.03003, eq. 1, reversed in time),
+    on a FlowSchedule.
     """
     output = output.to(x.dtype)
     if prediction_type == "sample":
@@ -61,7 +61,7 @@ def _less(tensor: Tensor, scale: float | Tensor, other: Tensor) -> Tensor:
 def from_x0(
     x0: Tensor, x: Tensor, level: NoiseLevel | BatchNoiseLevel, prediction_type: PredictionType
 ) -> Tensor:
-    """The output that stands for an x0; the inverse of `to_x0`."""
+    """The output for an x0; the inverse of `to_x0`."""
     noise = (x - level.alpha * x0) / level.sigma
     return target(x0, noise, level, prediction_type)
 
@@ -69,7 +69,7 @@ def from_x0(
 def target(
     x0: Tensor, noise: Tensor, level: NoiseLevel | BatchNoiseLevel, prediction_type: PredictionType
 ) -> Tensor:
-    """What the network should put out for ``add_noise(x0, noise, level)``; the inverse of `to_x0`."""
+    """The training target at ``add_noise(x0, noise, level)``."""
     if prediction_type == "sample":
         return x0
     if prediction_type == "epsilon":
@@ -81,12 +81,11 @@ def target(
 
 @dataclass(frozen=True)
 class Clipping:
-    """Bounds on a predicted x0, for models whose data lie in -1..1; latents have no such bounds.
+    """Bounds on a predicted x0, for models of data in -1..1; latents have no such bounds.
 
     Fields are named as in ``scheduler_config.json``. With thresholding, each sample is clipped at the
-    dynamic_thresholding_ratio quantile s of its magnitudes, held to 1..sample_max_value, and divided by s
-    (arXiv 2205.11487, section 2.3); else with clip_sample at clip_sample_range. Raises ConfigError for bad
-    bounds.
+    dynamic_thresholding_ratio quantile s of its magnitudes, limited to 1..sample_max_value, and divided by s
+    (arXiv 2205.11487, section 2.3); else with clip_sample at clip_sample_range. Raises ConfigError for invalid bounds.
     """
 
     clip_sample: bool = False
@@ -100,13 +99,13 @@ class Clipping:
             raise ConfigError(f"clip_sample_range is {self.clip_sample_range}; it must be above 0")
         if not 0.0 <= self.dynamic_thresholding_ratio <= 1.0:
             raise ConfigError(
-                f"dynamic_thresholding_ratio is {self.dynamic_thresholding_ratio}; it must lie in 0..1"
+                f"dynamic_thresholding_ratio is {self.dynamic_thresholding_ratio}; it must be in 0..1"
             )
         if not self.sample_max_value >= 1.0:
             raise ConfigError(f"sample_max_value is {self.sample_max_value}; it must be at least 1")
 
     def __call__(self, x0: Tensor) -> Tensor:
-        """Apply the bounds to x0 [B, C, H, W]; without any, x0 itself comes back."""
+        """Apply the bounds to x0 [B, C, H, W]; without any, return x0 itself."""
         if self.thresholding:
             return self._threshold(x0)
         if self.clip_sample:

@@ -25,7 +25,7 @@ Spacing = Literal["linspace", "leading", "trailing"]
 FloatArray = NDArray[np.floating]
 
 MAX_TRAIN_TIMESTEPS = 100_000
-# The alphas_cumprod that stands in for zero where a finite sigma_ve is needed (sigma_ve = 4096).
+# Replaces an alphas_cumprod of zero where a finite sigma_ve is needed (sigma_ve = 4096).
 _ZERO_SNR_FLOOR = 2.0**-24
 
 
@@ -68,7 +68,7 @@ CLEAN = NoiseLevel(1.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The noise that a model was trained on; the checkpoint owns it.
+    """The noise that a model was trained on.
 
     Fields are named as in ``scheduler_config.json``. `linear` and `scaled_linear` run from beta_start to
     beta_end (the latter linearly in the square root); `squaredcos_cap_v2` is the cosine schedule (arXiv
@@ -90,8 +90,7 @@ class NoiseSchedule:
         check_train_timesteps(self.num_train_timesteps)
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise ConfigError(
-                f"beta_start is {self.beta_start} and beta_end is {self.beta_end}; they must hold "
-                "0 < beta_start <= beta_end < 1"
+                f"beta_start is {self.beta_start}, beta_end {self.beta_end}; required is 0 < beta_start <= beta_end < 1"
             )
         if self.beta_schedule not in get_args(BetaSchedule):
             allowed = ", ".join(get_args(BetaSchedule))
@@ -102,8 +101,7 @@ class NoiseSchedule:
     def _check_trained_betas(self, betas: tuple[float, ...]) -> None:
         if len(betas) != self.num_train_timesteps:
             raise ConfigError(
-                f"trained_betas has {len(betas)} values; num_train_timesteps is {self.num_train_timesteps}, "
-                "and they must be as many"
+                f"trained_betas has {len(betas)} values, but num_train_timesteps is {self.num_train_timesteps}"
             )
         last = len(betas) - 1
         for index, beta in enumerate(betas):
@@ -125,10 +123,10 @@ class NoiseSchedule:
 
     @cached_property
     def alphas_cumprod(self) -> FloatArray:
-        """The share of the signal's variance left at each timestep, [num_train_timesteps] float64, falling.
+        """The remaining fraction of the signal's variance at each timestep, [num_train_timesteps] float64, falling.
 
-        Betas and products are rounded to float32, as the references do, so that a checkpoint meets the noise
-        levels that it knows; without, sigma near timestep 0 would differ by up to 1.5e-4 of its value.
+        Betas and products are rounded to float32, as in training; otherwise sigma near timestep 0 would differ by up to
+        1.5e-4 of its value.
         """
         alphas = np.float32(1.0) - self._betas().astype(np.float32)
         alphas_cumprod = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
@@ -141,10 +139,7 @@ class NoiseSchedule:
 
     @cached_property
     def sigmas_ve(self) -> FloatArray:
-        """``sigma / alpha`` at each timestep, [num_train_timesteps], rising.
-
-        Pure noise would be infinite; it is held at 4096 as diffusers does.
-        """
+        """``sigma / alpha`` at each timestep, [num_train_timesteps], rising; 4096, as in diffusers, at pure noise."""
         alphas_cumprod = np.where(self.alphas_cumprod > 0.0, self.alphas_cumprod, _ZERO_SNR_FLOOR)
         return np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
 
@@ -165,25 +160,22 @@ class NoiseSchedule:
     def batch(self, timesteps: Tensor) -> BatchNoiseLevel:
         """The noise levels at timesteps [B] (whole numbers), for training, on the device of `timesteps`.
 
-        alpha and sigma come as [B, 1, 1, 1] float32, ready to multiply images or latents.
+        alpha and sigma are [B, 1, 1, 1] float32.
         """
         shape = (-1, 1, 1, 1)
         alpha, sigma = (table.to(timesteps.device)[timesteps].view(shape) for table in self._tables)
         return BatchNoiseLevel(alpha, sigma, timesteps)
 
     def level_at_sigma_ve(self, sigma_ve: float) -> NoiseLevel:
-        """The noise level whose ``sigma / alpha`` is `sigma_ve`, which need not be that of a whole timestep."""
+        """The noise level whose ``sigma / alpha`` is `sigma_ve`, also between whole timesteps."""
         return NoiseLevel.from_sigma_ve(sigma_ve, float(self.timestep_at(np.array(sigma_ve))))
 
     def cutoff(self, share: float) -> float:
-        """The timestep down to which the first `share` (0..1) of the schedule reaches, that timestep included.
-
-        It is rounded as diffusers rounds it.
-        """
+        """The lowest timestep in the first `share` (0..1) of the schedule, rounded as in diffusers."""
         return float(round(self.num_train_timesteps - share * self.num_train_timesteps))
 
     def sigma_ve_at(self, timesteps: FloatArray) -> FloatArray:
-        """sigma_ve at timesteps that need not be whole, interpolated linearly."""
+        """sigma_ve at timesteps, whole or not, interpolated linearly."""
         return np.interp(timesteps, np.arange(self.num_train_timesteps), self.sigmas_ve)
 
     def timestep_at(self, sigmas_ve: FloatArray) -> FloatArray:

@@ -28,7 +28,7 @@ from latentgen.errors import ConfigError, InputError
 
 
 class Step(NamedTuple):
-    """One step of a run, counted from 0: latents [B, C, H, W] stand at level, x0 was predicted on the way."""
+    """One step of a run, counted from 0: latents [B, C, H, W] at level, and the x0 predicted in this step."""
 
     index: int
     level: NoiseLevel
@@ -41,18 +41,17 @@ class Scheduler:
     """How a model is sampled. Immutable: one object serves many runs and threads.
 
     schedule, prediction_type, steps_offset, set_alpha_to_one and clipping belong to the checkpoint; solver,
-    spacing (none: the solver's own default) and sigmas (none: those of the spacing) to the user. Where fields
-    are named as in ``scheduler_config.json``, they mean the same: set_alpha_to_one false ends DDIM and PNDM at
-    the schedule's first level, final_sigmas_type "sigma_min" ends Euler, DPM++ and UniPC there;
-    lower_order_final and euler_at_final lower the order of the last steps of DPM++, DEIS and UniPC, of which
-    the very last is always one of first order when the run ends at clean data; original_inference_steps are
-    those that a model for LCM and TCD was distilled on, and timestep_scaling belongs to the skip connection of
-    LCM. LCM, TCD and DPM++ 2S have a spacing of their own, as in diffusers.
+    spacing (None: the solver's default) and sigmas (None: those of the spacing) to the user. Fields named as in
+    ``scheduler_config.json`` mean the same: set_alpha_to_one false ends DDIM and PNDM at the schedule's first level,
+    final_sigmas_type "sigma_min" ends Euler, DPM++ and UniPC there; lower_order_final and euler_at_final lower the
+    order of the last steps of DPM++, DEIS and UniPC, the last of which is always of first order when the run ends at
+    clean data; original_inference_steps is the number of steps that a model for LCM and TCD was distilled on, and
+    timestep_scaling is that of LCM's skip connection. LCM, TCD and DPM++ 2S have a fixed spacing, as in diffusers.
 
-    A FlowSchedule goes with the prediction_type "flow_prediction" and the solver "flow_euler", and with no others; of
-    the other fields it knows sigmas alone.
+    A FlowSchedule requires the prediction_type "flow_prediction" and the solver "flow_euler", and the reverse; it uses
+    no other field but sigmas.
 
-    Raises ConfigError for values that are not allowed.
+    Raises ConfigError for invalid values.
     """
 
     schedule: Schedule = field(default_factory=NoiseSchedule)
@@ -77,7 +76,7 @@ class Scheduler:
         _check_choice("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
         if not 0 <= self.steps_offset < self.schedule.num_train_timesteps:
             last = self.schedule.num_train_timesteps - 1
-            raise ConfigError(f"steps_offset is {self.steps_offset}; it must lie in 0..{last}")
+            raise ConfigError(f"steps_offset is {self.steps_offset}; it must be in 0..{last}")
         if self.original_inference_steps < 1:
             raise ConfigError(
                 f"original_inference_steps is {self.original_inference_steps}; it must be at least 1"
@@ -87,18 +86,13 @@ class Scheduler:
         self._check_kind()
 
     def _check_kind(self) -> None:
-        """Diffusion or flow matching: schedule, solver and prediction type are of one kind."""
+        """Schedule, solver and prediction type are all of diffusion, or all of flow matching."""
         is_flow = isinstance(self.schedule, FlowSchedule)
-        if is_flow and not SOLVERS[self.solver].flow:
-            known = ", ".join(name for name, (solver, _) in NAMED.items() if SOLVERS[solver].flow)
+        if is_flow != SOLVERS[self.solver].flow:
+            flow = ", ".join(name for name, (solver, _) in NAMED.items() if SOLVERS[solver].flow)
             raise ConfigError(
-                f"solver is {self.solver!r}, which samples diffusion models, but this one was trained by flow matching"
-                f" (its schedule is a FlowSchedule); use {known}"
-            )
-        if not is_flow and SOLVERS[self.solver].flow:
-            raise ConfigError(
-                f"solver is {self.solver!r}, which samples models trained by flow matching, but this one is a diffusion"
-                " model (its schedule is a NoiseSchedule); use another, such as euler: `latentgen schedulers` lists all"
+                f"solver {self.solver!r} does not sample models with a {type(self.schedule).__name__}; use "
+                + (flow if is_flow else "another, such as euler: `latentgen schedulers` lists all")
             )
         if (self.prediction_type == "flow_prediction") != is_flow:
             allowed = "flow_prediction" if is_flow else "epsilon, v_prediction or sample"
@@ -110,21 +104,14 @@ class Scheduler:
     def from_config(cls, config: Mapping[str, object]) -> Scheduler:
         """Read the contents of a ``scheduler_config.json``.
 
-        Raises ConfigError for a class or a key that is not known, and for a value that is not implemented or
-        out of bounds.
+        Raises ConfigError for an unknown class or key, and for a value that is not implemented or out of range.
         """
-        fields = scheduler_config.read(config)
-        return cls(
-            schedule=fields.schedule,
-            clipping=Clipping(**fields.clipping),
-            solver=fields.solver,
-            **fields.scheduler,
-        )
+        return cls(**scheduler_config.read(config))
 
     def to_config(self) -> dict[str, object]:
-        """The contents of a ``scheduler_config.json``: diffusers loads it, `from_config` gives an equal.
+        """The contents of a ``scheduler_config.json`` for `from_config` and diffusers.
 
-        Sigmas for which diffusers has no flag stand under the key "sigmas", which it warns of and ignores.
+        Sigmas for which diffusers has no flag are under the key "sigmas", which it ignores with a warning.
         """
         return scheduler_config.write(self.solver, self._values(), Scheduler()._values())
 
@@ -149,14 +136,14 @@ class Scheduler:
         name is the library's own, such as "dpmpp_2m_karras", diffusers' class, or A1111's sampler and schedule
         type, such as "DPM++ 2M Karras"; case does not matter. Raises InputError for any other name.
         """
-        solver, sigmas = NAMED[canonical_name(name)]
+        solver, sigmas = NAMED.get(name.casefold()) or NAMED[canonical_name(name)]
         return replace(self, solver=solver, sigmas=sigmas)
 
     def levels(self, num_steps: int) -> tuple[NoiseLevel, ...]:
-        """The `num_steps` noise levels at which the network looks, falling, and the level where the run ends.
+        """The `num_steps` noise levels at which the network is evaluated, falling, and the final level.
 
-        Raises InputError when the schedule does not hold so many steps, ConfigError when the first level is
-        pure noise, at which an epsilon prediction says nothing about x0.
+        Raises InputError when the schedule has fewer steps, ConfigError when the first level is pure noise and the
+        prediction type epsilon, which does not determine x0 there.
         """
         if isinstance(num_steps, bool) or not isinstance(num_steps, int):
             raise InputError(f"the number of steps is {num_steps!r}; it must be a whole number")
@@ -167,34 +154,34 @@ class Scheduler:
     def levels_at(
         self, *, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
     ) -> tuple[NoiseLevel, ...]:
-        """The noise levels of a run that is laid out by hand, by one of its arguments, and the level where it ends.
+        """The noise levels of a run at custom timesteps or sigmas, and the final level.
 
-        timesteps: where the network looks, falling; whole ones for the solvers that know no others.
-        sigmas: values of sigma_ve, falling, the last of which is where the run ends; 0 is this scheduler's own end.
-            On a FlowSchedule, values of sigma before the shift; the run always ends at 0, which need not be named.
+        timesteps: where the network is evaluated, falling; whole for solvers that do not interpolate.
+        sigmas: values of sigma_ve, falling, the last of which is the final level; 0 is this scheduler's own end.
+            On a FlowSchedule, values of sigma before the shift; the end is always 0 and may be left out.
 
-        Both mean what they mean to diffusers' set_timesteps, and replace spacing and sigmas of the scheduler. Raises
-        InputError for values that do not fall, lie outside the schedule, or do not suit the solver, and ConfigError
-        as `levels` does.
+        Both are as in diffusers' set_timesteps, and replace spacing and sigmas of the scheduler. Raises InputError for
+        values that do not fall, are outside the schedule, or not supported by the solver, and ConfigError as `levels`
+        does.
         """
         if timesteps is not None and sigmas is None:
             levels = self._timesteps.at_timesteps(timesteps)
         elif sigmas is not None and timesteps is None:
             levels = self._timesteps.at_sigmas(sigmas)
         else:
-            raise InputError("a run is laid out by its timesteps or by its sigmas; give one of them")
+            raise InputError("give either timesteps or sigmas")
         self._check_start(levels[0])
         return levels
 
     def _check_start(self, level: NoiseLevel) -> None:
         if level.alpha == 0.0 and self.prediction_type == "epsilon":
             raise ConfigError(
-                "prediction_type is 'epsilon', which does not give x0 at zero signal-to-noise ratio, where "
-                "this run begins; use a v_prediction model, timestep_spacing 'leading' or solver 'euler'"
+                "prediction_type epsilon does not determine x0 at zero signal-to-noise ratio, where this run begins; "
+                "use a v_prediction model, timestep_spacing leading or solver euler"
             )
 
     def initial(self, noise: Tensor, levels: Sequence[NoiseLevel]) -> Tensor:
-        """The latents that begin a run over `levels`, from standard normal noise of the same shape."""
+        """The first latents of a run over `levels`, from standard normal noise of the same shape."""
         solver = SOLVERS[self.solver]
         if solver.scales_start and self._spacing != "leading":
             return levels[0].sigma * noise
@@ -210,26 +197,25 @@ class Scheduler:
         start: int = 0,
         stop: int | None = None,
     ) -> Iterator[Step]:
-        """Run over `levels`, as `levels()` gives them, and yield every step from `start` to before `stop`.
+        """Run over `levels`, as `levels()` returns them, and yield every step from `start` to before `stop`.
 
-        latents [B, C, H, W] stand at levels[start] and are not changed; their dtype is that of all arithmetic
-        here, so let it be float32. noise draws standard normal noise like latents, at exactly the steps at
-        which diffusers draws. A part of a run takes the steps that the whole run would take; only the memory of
-        multistep solvers begins anew. Raises InputError where there is no step to take.
+        latents [B, C, H, W] are at levels[start] and not changed; their dtype is that of all arithmetic here, so it
+        should be float32. noise draws standard normal noise shaped like latents, at exactly the steps at which
+        diffusers draws. A part of a run takes the same steps as the whole run, except that multistep solvers start
+        without history. Raises InputError if there is no step to take.
         """
         stop = len(levels) - 1 if stop is None else stop
         if not 0 <= start < stop < len(levels):
             raise InputError(
-                f"a run needs at least two noise levels, where it begins and ends; got steps {start} to {stop} of"
-                f" {len(levels)} levels"
+                f"a run needs at least two noise levels; got steps {start} to {stop} of {len(levels)} levels"
             )
         return self._run(denoiser, latents, levels, noise, range(start, stop))
 
     def steps_before(self, levels: Sequence[NoiseLevel], share: float) -> int:
-        """How many steps of a run over `levels` lie within the first `share` (0..1) of the schedule's timesteps.
+        """The number of steps over `levels` within the first `share` (0..1) of the schedule's timesteps.
 
-        It is where one model hands over to another (arXiv:2211.01324, section 4), as diffusers' denoising_end and
-        denoising_start have it.
+        There one model continues for another (arXiv:2211.01324, section 4), as diffusers' denoising_end and
+        denoising_start do.
         """
         cutoff = self.schedule.cutoff(share)
         return sum(level.timestep >= cutoff for level in levels[:-1])
@@ -241,20 +227,20 @@ class Scheduler:
 
     @property
     def supports_cfg_pp(self) -> bool:
-        """Whether a step may keep other noise than its x0 implies (CFG++): those of a single evaluation."""
+        """Whether a step accepts noise that x0 does not imply (CFG++): the steps of a single evaluation."""
         return SOLVERS[self.solver].step in (deterministic_step, ddpm_step, euler_ancestral_step)
 
     def evaluation_levels(
         self, levels: Sequence[NoiseLevel], *, start: int = 0, stop: int | None = None
     ) -> tuple[NoiseLevel, ...]:
-        """Every level at which the steps of `sample` with these arguments may ask the denoiser, once each."""
+        """Every level at which `sample` with these arguments may call the denoiser, without duplicates."""
         stop = len(levels) - 1 if stop is None else stop
         midpoint = SOLVERS[self.solver].midpoint
-        visited = list(levels[start : min(stop + 1, len(levels) - 1)])
+        evaluated = list(levels[start : min(stop + 1, len(levels) - 1)])
         if midpoint is not None:
             part = levels[start : stop + 1]
-            visited += [midpoint(*pair, self.schedule) for pair in pairwise(part) if pair[1].sigma > 0.0]
-        return tuple(dict.fromkeys(visited))
+            evaluated += [midpoint(*pair, self.schedule) for pair in pairwise(part) if pair[1].sigma > 0.0]
+        return tuple(dict.fromkeys(evaluated))
 
     def _run(
         self,
@@ -272,12 +258,12 @@ class Scheduler:
         )
 
         def evaluate(x: Tensor, level: NoiseLevel) -> Evaluation:
-            found = denoiser(x, level)
-            predicted, noise_x0 = found if isinstance(found, Denoised) else (found, found)
+            denoised = denoiser(x, level)
+            predicted, noise_x0 = denoised if isinstance(denoised, Denoised) else (denoised, denoised)
             x0 = clipping(predicted)
-            kept = noise_x0 if solver.keeps_noise or noise_x0 is not predicted else x0
-            if x0 is not kept:
-                x = x + level.alpha * (x0 - kept)
+            implied = noise_x0 if solver.keeps_noise or noise_x0 is not predicted else x0
+            if x0 is not implied:  # move x, so that the step keeps the noise from `implied` to x
+                x = x + level.alpha * (x0 - implied)
             return Evaluation(level, x, x0, self.prediction_type)
 
         history: History = ()
@@ -331,7 +317,7 @@ class Scheduler:
         return schedule.level(0) if stays_noisy else CLEAN
 
     def _order(self, solver: Solver, steps_left: int, num_steps: int) -> int:
-        """The highest order that a step may have with `steps_left` of a run left, itself included."""
+        """The highest order of a step when `steps_left`, itself included, remain."""
         if self.lower_order_final and num_steps < solver.lowers_below:
             return min(solver.memory + 1, steps_left)
         euler = solver.lowers_at_clean_end and (self.euler_at_final or self.final_sigmas_type == "zero")

@@ -1,8 +1,7 @@
 """``scheduler_config.json`` in and out: diffusers' class names and keys, checked one by one.
 
-A file may hold keys of other classes than its own, as diffusers writes them after a change of scheduler; they
-are kept for a later change of solver. A key that no class knows fails, and so does a feature that is not
-implemented.
+A file may contain keys of other classes, as diffusers writes them after a change of scheduler; they are kept for a
+later change of solver. Unknown keys and features that are not implemented are errors.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
-from latentgen.diffusion.flow_matching import FlowSchedule, Schedule
+from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.diffusion.prediction import Clipping
 from latentgen.diffusion.schedule import NoiseSchedule
 from latentgen.diffusion.solver_names import SIGMAS, SOLVER_TABLE, SolverName
@@ -23,7 +22,6 @@ from latentgen.errors import ConfigError
 _SCHEDULE_KEYS = tuple(item.name for item in fields(NoiseSchedule))
 _CLIPPING_KEYS = tuple(item.name for item in fields(Clipping))
 _ZERO_SNR = ("rescale_betas_zero_snr",)
-# A FlowSchedule is told by its class, and the keys of the other kind of schedule say nothing of it.
 _FLOW_KEYS = tuple(item.name for item in fields(FlowSchedule))
 _SHARED_KEYS = (*(key for key in _SCHEDULE_KEYS if key not in _ZERO_SNR), "prediction_type", "steps_offset")
 _DISTILLED_KEYS = (
@@ -50,10 +48,12 @@ _DPMPP_KEYS = (
 
 @dataclass(frozen=True)
 class _Entry:
-    """How a class of diffusers configures a solver: its keys, and what tells it from others of the same class.
+    """How a class of diffusers configures a solver.
 
-    keys are the class's own, besides the shared; defaults are those of the class that depart from ours; is_flow says
-    that its schedule is a FlowSchedule.
+    keys: of the class, besides the shared ones.
+    defaults: of the class, where they differ from ours.
+    variant: the values that distinguish the solver from others of the same class.
+    is_flow: its schedule is a FlowSchedule.
     """
 
     keys: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ def _dpmpp(algorithm_type: str, solver_order: int) -> dict[str, object]:
     return {"algorithm_type": algorithm_type, "solver_order": solver_order, "solver_type": "midpoint"}
 
 
-# Where a file leaves out what tells the solvers of a class apart, it means the first of them.
+# A file without the keys that distinguish the solvers of a class means the first of them.
 _ENTRIES: dict[SolverName, _Entry] = {
     "ddpm": _Entry((*_CLIPPING_KEYS, *_ZERO_SNR), {"clip_sample": True}),
     "ddim": _Entry((*_CLIPPING_KEYS, *_ZERO_SNR, "set_alpha_to_one"), {"clip_sample": True}),
@@ -108,51 +108,35 @@ _ENTRIES: dict[SolverName, _Entry] = {
 }
 
 Reader = Callable[[str, object], Any]
+_ALLOWED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
 
 
 def _wrong(key: str, value: object, allowed: str) -> ConfigError:
     return ConfigError(f"scheduler config: {key} is {reprlib.repr(value)}; allowed is {allowed}")
 
 
-def _flag(key: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(key, value, "true or false")
-    return value
+def _typed(kind: type) -> Reader:
+    """A reader of one type. Whole numbers are floats, too; true and false are not numbers."""
+
+    def read(key: str, value: object) -> object:
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if abs(value) <= sys.float_info.max:
+                return float(value)
+        elif type(value) is kind:
+            return value
+        raise _wrong(key, value, _ALLOWED[kind])
+
+    return read
 
 
-def _flag_or_none(key: str, value: object) -> bool:
-    return value is not None and _flag(key, value)
+def _or_null(read: Reader, default: object = None) -> Reader:
+    return lambda key, value: default if value is None else read(key, value)
 
 
-def _integer(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _wrong(key, value, "a whole number")
-    return value
+_flag, _integer, _number, _text = map(_typed, (bool, int, float, str))
 
 
-def _number(key: str, value: object) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-        return float(value)
-    raise _wrong(key, value, "a finite number")
-
-
-def _number_or_none(key: str, value: object) -> float | None:
-    return None if value is None else _number(key, value)
-
-
-def _text(key: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise _wrong(key, value, "a string")
-    return value
-
-
-def _text_or_none(key: str, value: object) -> str | None:
-    return None if value is None else _text(key, value)
-
-
-def _betas(key: str, value: object) -> tuple[float, ...] | None:
-    if value is None:
-        return None
+def _betas(key: str, value: object) -> tuple[float, ...]:
     if not isinstance(value, list | tuple):
         raise _wrong(key, value, "a list of numbers, or null")
     return tuple(_number(f"{key}[{index}]", beta) for index, beta in enumerate(value))
@@ -169,38 +153,29 @@ def _only(*allowed: object) -> Reader:
     return read
 
 
+_FLAGS = (
+    *("rescale_betas_zero_snr", "clip_sample", "thresholding", "use_karras_sigmas", "set_alpha_to_one"),
+    *("lower_order_final", "euler_at_final"),
+)
+_NUMBERS = (
+    *("beta_start", "beta_end", "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"),
+    "timestep_scaling",
+)
 _READERS: dict[str, Reader] = {
-    "num_train_timesteps": _integer,
-    "beta_start": _number,
-    "beta_end": _number,
-    "beta_schedule": _text,
-    "trained_betas": _betas,
-    "rescale_betas_zero_snr": _flag,
-    "clip_sample": _flag,
-    "clip_sample_range": _number,
-    "thresholding": _flag,
-    "dynamic_thresholding_ratio": _number,
-    "sample_max_value": _number,
-    "prediction_type": _text,
-    "timestep_spacing": _text,
-    "steps_offset": _integer,
-    "sigmas": _text_or_none,
-    "use_karras_sigmas": _flag,
-    "use_exponential_sigmas": _flag_or_none,
-    "use_beta_sigmas": _flag_or_none,
-    "set_alpha_to_one": _flag,
-    "final_sigmas_type": _text,
-    "lower_order_final": _flag,
-    "euler_at_final": _flag,
-    "original_inference_steps": _integer,
-    "timestep_scaling": _number,
+    **dict.fromkeys(_FLAGS, _flag),
+    **dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas"), _or_null(_flag, False)),
+    **dict.fromkeys(("num_train_timesteps", "steps_offset", "original_inference_steps"), _integer),
+    **dict.fromkeys(_NUMBERS, _number),
+    **dict.fromkeys(("beta_schedule", "prediction_type", "timestep_spacing", "final_sigmas_type"), _text),
+    "sigmas": _or_null(_text),
+    "trained_betas": _or_null(_betas),
 }
 
-# Of these classes alone; others that change nothing there stand below.
+# Of flow matching only.
 _FLOW_READERS: dict[str, Reader] = {"shift": _number}
 
-# Keys that change nothing at these values; at any other they ask for a feature that is not there. Those that tell the
-# solvers of one class apart are left over in files of the others.
+# Keys that have no effect at these values; other values are features that are not implemented. Those that distinguish
+# the solvers of one class may remain in files of the others.
 _UNIMPLEMENTED: dict[str, Reader] = {
     "algorithm_type": _only("dpmsolver++", "sde-dpmsolver++", "deis"),
     "disable_corrector": _only([]),
@@ -220,11 +195,11 @@ _UNIMPLEMENTED: dict[str, Reader] = {
     "stochastic_sampling": _only(False),
     "timestep_type": _only("discrete"),
     "use_dynamic_shifting": _only(False),
-    # These say how to shift dynamically.
+    # Options of dynamic shifting.
     "base_image_seq_len": _integer,
-    "base_shift": _number_or_none,
+    "base_shift": _or_null(_number),
     "max_image_seq_len": _integer,
-    "max_shift": _number_or_none,
+    "max_shift": _or_null(_number),
     "time_shift_type": _only("exponential", "linear"),
     "use_flow_sigmas": _only(False),
     "use_lu_lambdas": _only(False),
@@ -233,17 +208,8 @@ _UNIMPLEMENTED: dict[str, Reader] = {
 }
 
 
-class SchedulerFields(NamedTuple):
-    """What a file says: the schedule, and the arguments of the other dataclasses that hold it."""
-
-    solver: SolverName
-    schedule: Schedule
-    clipping: dict[str, Any]
-    scheduler: dict[str, Any]
-
-
-def read(config: Mapping[str, object]) -> SchedulerFields:
-    """Check a config key by key. Raises ConfigError."""
+def read(config: Mapping[str, object]) -> dict[str, Any]:
+    """Check a config key by key, and return the fields of the Scheduler. Raises ConfigError."""
     solver = _identify(config)
     is_flow = _ENTRIES[solver].is_flow
     readers = _READERS | (_FLOW_READERS if is_flow else {})
@@ -256,9 +222,7 @@ def read(config: Mapping[str, object]) -> SchedulerFields:
         elif key in readers:
             values[key] = readers[key](key, value)
         else:
-            raise ConfigError(
-                f"scheduler config: the key {key!r} is not known; remove it, or correct its name"
-            )
+            raise ConfigError(f"scheduler config: unknown key {key!r}; remove it, or correct its name")
     if "timestep_spacing" in values:
         values["spacing"] = values.pop("timestep_spacing")
     flags = [flag for flag in _SIGMAS_FLAGS if values.pop(flag, False)]
@@ -270,23 +234,17 @@ def read(config: Mapping[str, object]) -> SchedulerFields:
         values["sigmas"] = _SIGMAS_FLAGS[flags[0]]
     if is_flow:
         values["prediction_type"] = prediction_type(config)
-    of_schedule: dict[str, Any] = {
-        key: values.pop(key) for key in {*_SCHEDULE_KEYS, *_FLOW_KEYS} if key in values
-    }
-    return SchedulerFields(
-        solver,
-        schedule=_flow_schedule(of_schedule) if is_flow else NoiseSchedule(**of_schedule),
-        clipping={key: values.pop(key) for key in _CLIPPING_KEYS if key in values},
-        scheduler=values,
-    )
-
-
-def _flow_schedule(values: Mapping[str, Any]) -> FlowSchedule:
-    return FlowSchedule(**{key: values[key] for key in _FLOW_KEYS if key in values})
+    levels = {key: values.pop(key) for key in {*_SCHEDULE_KEYS, *_FLOW_KEYS} if key in values}
+    if is_flow:
+        schedule = FlowSchedule(**{key: levels[key] for key in _FLOW_KEYS if key in levels})
+    else:
+        schedule = NoiseSchedule(**levels)
+    clipping = Clipping(**{key: values.pop(key) for key in _CLIPPING_KEYS if key in values})
+    return {"solver": solver, "schedule": schedule, "clipping": clipping, **values}
 
 
 def prediction_type(config: Mapping[str, object]) -> object:
-    """What the model predicts: what a config says, unless its class knows but one kind of prediction. Not checked."""
+    """The prediction type of a config, not validated; the class of flow matching has only one."""
     flow = [SOLVER_TABLE[solver].diffusers_class for solver, entry in _ENTRIES.items() if entry.is_flow]
     return (
         "flow_prediction" if config.get("_class_name") in flow else config.get("prediction_type", "epsilon")
@@ -294,7 +252,7 @@ def prediction_type(config: Mapping[str, object]) -> object:
 
 
 def knows_zero_snr(solver: SolverName) -> bool:
-    """Whether the class that stands for a solver can say that its schedule was rescaled."""
+    """Whether the class of a solver in diffusers has rescale_betas_zero_snr."""
     return set(_ZERO_SNR) <= set(_ENTRIES[solver].keys)
 
 
@@ -315,7 +273,7 @@ def _identify(config: Mapping[str, object]) -> SolverName:
 
 
 def _with_flags(values: Mapping[str, object]) -> dict[str, object]:
-    """sigmas as the flags of diffusers, where it has one for them."""
+    """The sigmas as diffusers' flags, if it has one for them."""
     sigmas = values["sigmas"]
     flags = {flag: sigmas == flagged for flag, flagged in _SIGMAS_FLAGS.items()}
     return {**values, "sigmas": None if any(flags.values()) else sigmas, **flags}
@@ -324,9 +282,9 @@ def _with_flags(values: Mapping[str, object]) -> dict[str, object]:
 def write(
     solver: SolverName, values: Mapping[str, object], defaults: Mapping[str, object]
 ) -> dict[str, object]:
-    """The config of the class that stands for a solver: the keys of its own, and others where not default.
+    """The config of a solver's class in diffusers: its own keys, and others that differ from the defaults.
 
-    values holds every field, defaults what a file means that leaves one out.
+    values contains every field, defaults the value of each that a file leaves out.
     """
     values, defaults = _with_flags(values), _with_flags(defaults)
     entry = _ENTRIES[solver]

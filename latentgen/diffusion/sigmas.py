@@ -19,8 +19,10 @@ from latentgen.files import quote
 # The longest list of custom timesteps or sigmas.
 _MAX_LEVELS = 1001
 # The ten steps and the end that arXiv:2404.14507 publishes for SD 1.5 and for SDXL, on the schedule of both.
-_ALIGN_YOUR_STEPS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
-_ALIGN_YOUR_STEPS_XL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
+_ALIGN_YOUR_STEPS = {
+    "align_your_steps": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "align_your_steps_xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+}
 
 
 def spaced_sigmas(
@@ -28,46 +30,31 @@ def spaced_sigmas(
 ) -> FloatArray:
     """`num_steps` values of sigma_ve, falling.
 
-    Karras, exponential and beta sigmas reach from sigma_max down to sigma_min; the others go by the schedule or by
-    their tables, and leave out the lowest point, where the run ends.
+    Karras, exponential and beta sigmas end at sigma_min; the others follow the schedule or a table, and leave out the
+    lowest point, which is the final level.
     """
     match sigmas:
-        case "karras" | "exponential" | "beta":
-            return sigmas_between(sigmas, sigma_min, sigma_max, num_steps)
         case "sgm_uniform":
             return sgm_uniform_sigmas(schedule, num_steps)
-        case "align_your_steps":
-            return _resampled(_ALIGN_YOUR_STEPS, num_steps)
-        case "align_your_steps_xl":
-            return _resampled(_ALIGN_YOUR_STEPS_XL, num_steps)
+        case "align_your_steps" | "align_your_steps_xl":
+            return _resampled(_ALIGN_YOUR_STEPS[sigmas], num_steps)
+        case _:
+            return sigmas_between(sigmas, sigma_min, sigma_max, num_steps)
 
 
 def sigmas_between(
     sigmas: Literal["karras", "exponential", "beta"], sigma_min: float, sigma_max: float, num_steps: int
 ) -> FloatArray:
-    """`num_steps` values from sigma_max down to sigma_min, by their ends alone."""
-    match sigmas:
-        case "karras":
-            return karras_sigmas(sigma_min, sigma_max, num_steps)
-        case "exponential":
-            return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), num_steps))
-        case "beta":
-            return beta_sigmas(sigma_min, sigma_max, num_steps)
+    """`num_steps` values from sigma_max down to sigma_min.
 
-
-def karras_sigmas(sigma_min: float, sigma_max: float, num_steps: int, rho: float = 7.0) -> FloatArray:
-    """`num_steps` values from sigma_max down to sigma_min, even in ``sigma ** (1 / rho)``.
-
-    arXiv 2206.00364, eq. 5.
+    Karras sigmas (arXiv 2206.00364, eq. 5) are even in ``sigma ** (1 / 7)``, exponential ones in ``log(sigma)``; beta
+    sigmas (arXiv 2407.12173) are at quantiles of Beta(0.6, 0.6), which is denser at both ends.
     """
-    return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps) ** rho
-
-
-def beta_sigmas(sigma_min: float, sigma_max: float, num_steps: int) -> FloatArray:
-    """`num_steps` values from sigma_max down to sigma_min, at quantiles of Beta(0.6, 0.6).
-
-    arXiv 2407.12173; denser at both ends.
-    """
+    if sigmas == "karras":
+        rho = 7.0
+        return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps) ** rho
+    if sigmas == "exponential":
+        return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), num_steps))
     return sigma_min + (sigma_max - sigma_min) * beta_quantiles(np.linspace(1.0, 0.0, num_steps), 0.6)
 
 
@@ -88,10 +75,10 @@ def _resampled(published: tuple[float, ...], num_steps: int) -> FloatArray:
 
 
 def beta_quantiles(shares: FloatArray, shape: float) -> FloatArray:
-    """The points below which `shares` (0..1) of Beta(shape, shape) lie, for a shape in 0..1, in full float64.
+    """The quantiles of Beta(shape, shape) at `shares` in 0..1, for a shape in 0..1, to float64 precision.
 
     Up to x = 1/2 the distribution function is a series in x (DLMF 8.17.7) that is increasing and convex in
-    u = x**shape, and below it lies its first term; so Newton's method from that term's root falls to the quantile.
+    u = x**shape, and its first term is below it; so Newton's method from that term's root falls to the quantile.
     The upper half mirrors the lower.
     """
     lower = np.minimum(shares, 1.0 - shares)

@@ -16,7 +16,7 @@ from latentgen.errors import ConfigError, InputError
 
 @dataclass(frozen=True)
 class DiffusionTimesteps:
-    """Timesteps on a NoiseSchedule. `end` is the final noise level; the other fields are those of the Scheduler."""
+    """Timesteps on a NoiseSchedule; `end` is the final level, the other fields are those of the Scheduler."""
 
     schedule: NoiseSchedule
     solver_name: SolverName
@@ -51,13 +51,11 @@ class DiffusionTimesteps:
     def at_sigmas(self, sigmas: Sequence[float]) -> tuple[NoiseLevel, ...]:
         """The levels at custom, falling values of sigma_ve; the last is the final level, 0 for the usual one."""
         if not self._solver.in_sigma_ve:
-            raise InputError(
-                f"the solver {self.solver_name} has no levels between whole timesteps; give timesteps, not sigmas"
-            )
+            raise InputError(f"the solver {self.solver_name} supports timesteps, not sigmas")
         # Published lists have few digits, so rounding may exceed the schedule by a little.
         numbers = falling_numbers("sigmas", sigmas, float(self.schedule.sigmas_ve[-1]), slack=1.001)
         if len(numbers) < 2:
-            raise InputError("sigmas needs at least two values, where the run begins and where it ends")
+            raise InputError("sigmas needs at least two values, the first level and the final one")
         timesteps = self._network_timesteps(None, np.maximum(numbers, self.schedule.sigmas_ve[0]))
         *levels, end = _levels(numbers, timesteps)
         return (*levels, end if end.sigma > 0.0 else self.end)
@@ -117,10 +115,10 @@ def spaced_timesteps(
     """`num_steps` timesteps, falling, spread over the schedule (arXiv 2305.08891, table 2).
 
     `linspace` includes both ends and is not rounded; `leading` counts up from steps_offset in whole strides;
-    `trailing` counts down from the last timestep. With open_end the lowest point of `linspace` and `leading`
-    is left out: it is where the run ends, not a timestep that the network sees.
+    `trailing` counts down from the last timestep. With open_end the lowest point of `linspace` and `leading`, the final
+    level, is left out.
 
-    Raises InputError when so many steps do not fit.
+    Raises InputError when the schedule has fewer steps.
     """
     last = num_train_timesteps - 1
     limit = last if open_end else num_train_timesteps
@@ -145,12 +143,12 @@ def spaced_timesteps(
 def distilled_timesteps(
     num_train_timesteps: int, original_inference_steps: int, num_steps: int
 ) -> FloatArray:
-    """`num_steps` timesteps, falling, out of the original_inference_steps of a distillation.
+    """`num_steps` timesteps, falling, of the original_inference_steps of a distillation.
 
-    Those end whole strides of the schedule (arXiv 2310.04378, section 4.3), and a run visits as many as it has steps,
-    evenly spread, the last of the schedule first.
+    Those are the ends of whole strides of the schedule (arXiv 2310.04378, section 4.3), of which a run takes
+    `num_steps`, evenly spread, the last first.
 
-    Raises InputError when there are not so many, ConfigError when the schedule has not.
+    Raises InputError when the distillation has fewer steps, ConfigError when the schedule has.
     """
     if original_inference_steps > num_train_timesteps:
         raise ConfigError(

@@ -124,7 +124,7 @@ def test_timestep_at_inverts_sigma_ve_at() -> None:
         ({"beta_end": 1.0}, "beta_end"),
         ({"beta_end": math.nan}, "beta_end"),
         ({"beta_schedule": "sigmoid"}, "sigmoid"),
-        ({"num_train_timesteps": 2, "trained_betas": (0.1,)}, "as many"),
+        ({"num_train_timesteps": 2, "trained_betas": (0.1,)}, "trained_betas has 1"),
         ({"num_train_timesteps": 2, "trained_betas": (1.0, 0.1)}, r"trained_betas\[0\]"),
         ({"num_train_timesteps": 2, "trained_betas": (0.1, math.nan)}, r"trained_betas\[1\]"),
     ],

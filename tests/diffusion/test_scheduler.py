@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, get_args
@@ -13,7 +12,7 @@ from latentgen.diffusion.flow_matching import FlowSchedule
 from latentgen.diffusion.prediction import PredictionType, add_noise
 from latentgen.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler, Step
-from latentgen.diffusion.solver_names import SOLVER_NAMES, SOLVER_TABLE
+from latentgen.diffusion.solver_names import SOLVER_NAMES, SOLVER_TABLE, SolverName
 from latentgen.diffusion.solvers.table import SOLVERS
 from latentgen.errors import ConfigError, InputError
 from tests.diffusion.checkpoints import DIFFUSION, FLOW, scheduler_named
@@ -50,14 +49,7 @@ class NoNoise:
 
 def test_solver_names() -> None:
     names = set(SOLVER_NAMES)
-    assert names >= {
-        "ddim",
-        "pndm",
-        "pndm_prk",
-        "euler_karras",
-        "dpmpp_2m_exponential",
-        "dpmpp_2m_sgm_uniform",
-    }
+    assert names >= {"ddim", "pndm_prk", "euler_karras", "dpmpp_2m_exponential", "dpmpp_2m_sgm_uniform"}
     assert names.isdisjoint({"ddim_karras", "euler_ancestral_karras", "lcm_beta"})
     assert len(names) == 21 + 13 * 6 + 3 + 3
 
@@ -114,16 +106,6 @@ def test_how_often_the_network_is_asked(name: str, num_steps: int, asked: int) -
 
 
 @pytest.mark.parametrize("name", SOLVER_NAMES)
-def test_one_object_serves_many_threads(name: str) -> None:
-    scheduler = scheduler_named(name)
-    alone = [run(scheduler, 12, seed)[-1].latents for seed in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda seed: run(scheduler, 12, seed)[-1].latents, range(8)))
-    for one, other in zip(alone, together, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("name", SOLVER_NAMES)
 def test_inputs_are_not_changed(name: str) -> None:
     _, latents = start(0)
     kept = latents.clone()
@@ -142,14 +124,6 @@ def test_a_run_may_begin_at_a_later_level() -> None:
     assert torch.equal(tail[-1].latents, whole[-1].latents)
 
 
-def test_an_abandoned_run_leaves_no_trace() -> None:
-    scheduler = DIFFUSION.with_solver("dpmpp_2m")
-    levels = scheduler.levels(8)
-    _, latents = start(1)
-    next(iter(scheduler.sample(denoise, latents, levels, NoNoise())))
-    assert torch.equal(run(scheduler, 8, seed=1)[-1].latents, run(scheduler, 8, seed=1)[-1].latents)
-
-
 def test_every_row_of_a_batch_is_its_own_run() -> None:
     scheduler = DIFFUSION.with_solver("dpmpp_2m_karras")
     levels = scheduler.levels(9)
@@ -160,46 +134,18 @@ def test_every_row_of_a_batch_is_its_own_run() -> None:
         torch.testing.assert_close(batch.latents[index : index + 1], alone.latents, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "num_draws"),
-    [
-        ("ddpm", 5),
-        ("euler_ancestral", 5),
-        ("lcm", 4),
-        ("tcd", 4),
-        ("dpm2_ancestral", 4),
-        ("dpmpp_2m_sde", 5),
-        ("dpmpp_3m_sde", 5),
-        ("dpmpp_sde", 8),
-        ("dpmpp_2s", 0),
-        ("deis", 0),
-        ("unipc", 0),
-        ("lms", 0),
-        ("dpmpp_3m", 0),
-        ("heun", 0),
-        ("dpm2", 0),
-        ("pndm", 0),
-        ("pndm_prk", 0),
-        ("ddim", 0),
-        ("euler", 0),
-        ("dpmpp_2m", 0),
-        ("flow_euler", 0),
-    ],
-)
-def test_noise_is_drawn_only_where_a_step_uses_it(name: str, num_draws: int) -> None:
+DRAWS = {
+    **{"ddpm": 5, "euler_ancestral": 5, "dpmpp_2m_sde": 5, "dpmpp_3m_sde": 5, "dpmpp_sde": 8},
+    **{"lcm": 4, "tcd": 4, "dpm2_ancestral": 4},
+}
+
+
+@pytest.mark.parametrize("name", SOLVER_TABLE)
+def test_noise_is_drawn_only_where_a_step_uses_it(name: SolverName) -> None:
     noise = NoNoise()
     scheduler = scheduler_named(name)
     list(scheduler.sample(denoise, start(0)[1], scheduler.levels(5), noise))
-    assert noise.num_draws == num_draws
-
-
-def test_ddpm_draws_nothing_at_timestep_0() -> None:
-    noise = NoNoise()
-    scheduler = Scheduler(solver="ddpm")
-    levels = scheduler.levels(5)
-    list(scheduler.sample(denoise, start(0)[1], levels, noise))
-    assert levels[4].timestep == 0.0
-    assert noise.num_draws == 4
+    assert noise.num_draws == DRAWS.get(name, 0)
 
 
 @pytest.mark.parametrize("name", ["lcm", "tcd"])
@@ -219,11 +165,6 @@ def test_initial_noise_of_euler_is_scaled_unless_the_spacing_is_leading(spacing:
     expected = 1.0 if spacing == "leading" else levels[0].sigma
     assert float(scheduler.initial(torch.ones(1), levels)) == pytest.approx(expected)
     assert float(scheduler.with_solver("dpmpp_2m").initial(torch.ones(1), levels)) == 1.0
-
-
-def test_unknown_solver_names_are_refused_with_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"'DPM\+\+ 2M'.*latentgen schedulers"):
-        DIFFUSION.with_solver("DPM++ M2")
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1001, True, 2.5, "10"])
@@ -258,58 +199,52 @@ def test_every_solver_runs_by_hand(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("solver", "by_hand", "message"),
+    ("solver", "by_hand", "named"),
     [
-        ("euler", {}, "give one of them"),
-        ("euler", {"timesteps": [1], "sigmas": [1.0, 0.0]}, "give one of them"),
-        ("euler", {"timesteps": []}, r"0 entries; it needs 1\.\.1001"),
-        ("euler", {"timesteps": range(2000, 0, -1)}, "2000 entries"),
-        ("euler", {"timesteps": [500, 700]}, "must fall, but 700 follows 500"),
-        ("euler", {"timesteps": [500, 500]}, "must fall"),
-        ("euler", {"timesteps": [1001]}, r"timesteps\[0\] is 1001; the schedule has 0\.\.999"),
+        ("euler", {}, "timesteps or sigmas"),
+        ("euler", {"timesteps": [1], "sigmas": [1.0, 0.0]}, "timesteps or sigmas"),
+        ("euler", {"timesteps": []}, r"timesteps.* 0 .*1\.\.1001"),
+        ("euler", {"timesteps": range(2000, 0, -1)}, "timesteps.* 2000"),
+        ("euler", {"timesteps": [500, 700]}, "timesteps.* 700 .*500"),
+        ("euler", {"timesteps": [500, 500]}, "timesteps.* 500"),
+        ("euler", {"timesteps": [1001]}, r"timesteps\[0\] is 1001.*0\.\.999"),
         ("euler", {"timesteps": [5, -1]}, r"timesteps\[1\] is -1"),
         ("euler", {"timesteps": [float("nan")]}, r"timesteps\[0\] is nan"),
-        ("euler", {"timesteps": ["many"]}, "list of numbers"),
-        ("euler", {"timesteps": 3}, "list of numbers"),
-        ("dpmpp_2m", {"timesteps": [500.5]}, "whole numbers"),
-        ("ddim", {"timesteps": [500.5]}, "whole numbers"),
-        ("ddim", {"sigmas": [3.0, 0.0]}, "give timesteps"),
-        ("euler", {"sigmas": [3.0]}, "at least two"),
+        ("euler", {"timesteps": ["many"]}, "timesteps"),
+        ("euler", {"timesteps": 3}, "timesteps"),
+        ("dpmpp_2m", {"timesteps": [500.5]}, "timesteps.* dpmpp_2m"),
+        ("ddim", {"timesteps": [500.5]}, "timesteps.* ddim"),
+        ("ddim", {"sigmas": [3.0, 0.0]}, "ddim .*sigmas"),
+        ("euler", {"sigmas": [3.0]}, "sigmas"),
         ("euler", {"sigmas": [30.0, 0.0]}, r"sigmas\[0\] is 30"),
         ("euler", {"sigmas": [float("inf"), 0.0]}, r"sigmas\[0\] is inf"),
-        ("euler", {"sigmas": [3.0, 0.0, 0.0]}, "must fall"),
+        ("euler", {"sigmas": [3.0, 0.0, 0.0]}, r"sigmas.*\[2\]"),
+        ("flow_euler", {"sigmas": [1.1, 0.5]}, r"sigmas\[0\] is 1\.1.*0\.\.1"),
+        ("flow_euler", {"sigmas": [0.5, 0.7]}, "sigmas.* 0.7 .*0.5"),
+        ("flow_euler", {"sigmas": [0.0]}, "sigmas.* 0"),
+        ("flow_euler", {"timesteps": [1001.0]}, r"timesteps\[0\] is 1001.*0\.\.1000"),
+        ("flow_euler", {"timesteps": [float("nan")]}, r"timesteps\[0\] is nan"),
     ],
 )
-def test_bad_lists_by_hand_are_refused(solver: str, by_hand: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        DIFFUSION.with_solver(solver).levels_at(**by_hand)
+def test_bad_lists_by_hand_are_refused(solver: str, by_hand: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        scheduler_named(solver).levels_at(**by_hand)
 
 
 @pytest.mark.parametrize(
-    ("by_hand", "message"),
+    ("scheduler", "name", "named"),
     [
-        ({"sigmas": [1.1, 0.5]}, r"sigmas\[0\] is 1\.1; the schedule has 0\.\.1"),
-        ({"sigmas": [0.5, 0.7]}, "must fall"),
-        ({"sigmas": [0.0]}, "above 0"),
-        ({"timesteps": [1001.0]}, r"timesteps\[0\] is 1001; the schedule has 0\.\.1000"),
-        ({"timesteps": [float("nan")]}, r"timesteps\[0\] is nan"),
+        *(
+            (FLOW, name, "FlowSchedule.* flow_euler, flow_euler_karras")
+            for name in ("DPM++ 2M Karras", "ddim")
+        ),
+        *((DIFFUSION, name, "'flow_euler'.*NoiseSchedule") for name in ("Flow Euler Karras", "flow_euler")),
     ],
+    ids=str,
 )
-def test_bad_lists_by_hand_are_refused_for_flow_matching(by_hand: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        FLOW.levels_at(**by_hand)
-
-
-@pytest.mark.parametrize("name", ["DPM++ 2M Karras", "EulerDiscreteScheduler", "Euler", "ddim"])
-def test_flow_matching_is_not_sampled_by_solvers_of_diffusion(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"trained by flow matching .*; use flow_euler, flow_euler_karras"):
-        FLOW.with_solver(name)
-
-
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "Flow Euler Karras"])
-def test_diffusion_is_not_sampled_by_solvers_of_flow_matching(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"'flow_euler'.* this one is a diffusion model .* such as euler"):
-        DIFFUSION.with_solver(name)
+def test_solvers_of_the_other_kind_of_model_are_refused(scheduler: Scheduler, name: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        scheduler.with_solver(name)
 
 
 @pytest.mark.parametrize("scheduler", [FLOW, DIFFUSION], ids=["flow", "diffusion"])

@@ -11,17 +11,10 @@ from diffusers.schedulers import AysSchedules
 
 from latentgen.diffusion.schedule import NoiseSchedule
 from latentgen.diffusion.scheduler import Scheduler
-from latentgen.diffusion.sigmas import beta_quantiles, karras_sigmas, sgm_uniform_sigmas
+from latentgen.diffusion.sigmas import beta_quantiles
 
 STABLE_DIFFUSION = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 ALIGN_YOUR_STEPS = [("align_your_steps", "StableDiffusion"), ("align_your_steps_xl", "StableDiffusionXL")]
-
-
-def test_karras_sigmas_keep_both_ends_and_are_even_in_the_seventh_root() -> None:
-    sigmas = karras_sigmas(0.03, 14.6, 12)
-    assert sigmas[[0, -1]] == pytest.approx([14.6, 0.03])
-    steps = np.diff(sigmas ** (1 / 7))
-    np.testing.assert_allclose(steps, steps[0])
 
 
 @pytest.mark.parametrize("shape", [0.3, 0.5, 0.6, 0.9, 1.0])
@@ -30,17 +23,6 @@ def test_quantiles_of_beta_are_exact(shape: float) -> None:
     for share, quantile in zip(shares, beta_quantiles(shares, shape), strict=True):
         below = mpmath.betainc(shape, shape, 0, quantile, regularized=True)
         assert float(below) == pytest.approx(share, rel=1e-13)
-
-
-def test_quantiles_of_the_arcsine_distribution_have_a_closed_form() -> None:
-    shares = np.linspace(0.0, 1.0, 101)
-    np.testing.assert_allclose(beta_quantiles(shares, 0.5), np.sin(np.pi / 2 * shares) ** 2, atol=1e-15)
-
-
-def test_sgm_uniform_is_even_in_timesteps_and_leaves_out_the_last() -> None:
-    sigmas = sgm_uniform_sigmas(STABLE_DIFFUSION, 9)
-    np.testing.assert_allclose(STABLE_DIFFUSION.timestep_at(sigmas), np.arange(999, 0, -111), atol=1e-9)
-    np.testing.assert_allclose(sigmas, STABLE_DIFFUSION.sigmas_ve[np.arange(999, 0, -111)], rtol=1e-12)
 
 
 def test_sgm_uniform_is_the_linspace_of_diffusers_where_its_timesteps_are_whole() -> None:
