@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import yaml
 
 from latentgen import __version__
@@ -26,6 +27,7 @@ from latentgen.train.methods.textual_inversion import EMBEDDING_FILE, SDXL_KEYS
 from latentgen.train.validation import SHEET, latest_sheet
 
 CARD = "README.md"
+_TEMPLATE = "model_card.md.jinja"
 # Fields that do not change what is trained.
 _OMITTED_FIELDS = (
     *("output_dir", "resume", "allow_changes", "checkpoint_every", "keep_checkpoints"),
@@ -43,79 +45,33 @@ _IMAGES: Mapping[str, Mapping[str, str]] = {
 _SHARED = ("TextToImagePipeline", "ImageToImagePipeline", "InpaintPipeline", "InstructPix2PixPipeline")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-_TEMPLATE = """\
----
-{header}---
-
-# {name}
-
-{title}, trained with latentgen {version}.
-
-| | |
-|---|---|
-| Trained from | {base} |
-| Images | {images:,} |
-| Steps | {steps:,}, {batch_size:,} images in each |
-| Trained | {parameters:,} parameters{averaged} |
-| Seed | {seed} |
-
-Only those who trained this model know its license, what it is good for, and what it must not be used for.
-
-{samples}{use}{diffusers}## Recipe
-
-```yaml
-{recipe}```
-"""
-_SAMPLES = "## Samples\n\n![One image of each prompt, in this order]({sheet})\n\n{prompts}\n\n"
-_USE = """\
-## Use
-
-Run this in the folder of this card, or replace `.` with the path of the folder.
-
-```python
-{code}```
-
-"""
-_DIFFUSERS = "With diffusers:\n\n```python\n{code}```\n\n"
-
-_CODE = """\
-{imports}from latentgen import {names}
-
-pipeline = {pipeline}.{loader}({source}){adapter}
-{scheduler}pipeline({call}seed=0).images[0].save("result.png")
-"""
-_DIFFUSERS_CODE = """\
-import torch
-from diffusers import {names}
-{imports}
-pipe = {pipeline}.{loader}({source})
-{adapter}{scheduler}generator = torch.Generator().manual_seed(0)
-pipe({call}generator=generator).images[0].save("result.png")
-"""
-_READ_SCHEDULER = (
-    'scheduler = Scheduler.from_config(json.loads(Path("scheduler/scheduler_config.json").read_text()))\n'
-)
-_AUTOENCODER_CODE = """\
-from latentgen import TextToImagePipeline
-
-# With a model that was trained in its latents:
-# TextToImagePipeline.from_pretrained(MODEL, vae="vae/diffusion_pytorch_model.safetensors")
-"""
-_AUTOENCODER_DIFFUSERS_CODE = """\
-from diffusers import AutoencoderKL
-
-vae = AutoencoderKL.from_pretrained(".", subfolder="vae")
-"""
-
 
 class _Usage(NamedTuple):
-    """What kind of model a folder holds, and code that uses it; "" where there is none."""
+    """How to use what a folder holds.
+
+    Attributes:
+        title: what it is.
+        tags: for the Hub, besides its task.
+        pipeline: the class here; None if none loads it.
+        diffusers_class: the class in diffusers; None if that cannot run it.
+        guidance_scale: the model's, if it is not the default of diffusers.
+        attach: code that attaches an adapter to its base, here; `diffusers_attach` that in diffusers.
+        scheduler: the class of the scheduler in the folder of an adapter.
+        loader: the method that loads the model, or the base of an adapter, from `arguments`.
+        prediction_type: one more of these, that diffusers does not have.
+    """
 
     title: str
-    tags: tuple[str, ...]
-    code: str
-    diffusers_code: str
-    pipeline_tag: str | None = None
+    tags: tuple[str, ...] = ()
+    pipeline: str | None = None
+    diffusers_class: str | None = None
+    guidance_scale: object = None
+    attach: str = ""
+    diffusers_attach: tuple[str, ...] = ()
+    scheduler: str | None = None
+    loader: str = "from_pretrained"
+    arguments: tuple[str, ...] = ('"."',)
+    prediction_type: str | None = None
 
 
 def write_card(
@@ -130,42 +86,42 @@ def write_card(
         folder: what an objective has saved.
         config: the recipe.
         pipeline: what an adapter was trained on.
-        images: how many it was trained on.
-        parameters: how many were trained.
-        steps: optimizer steps done.
+        images, parameters, steps: how many it was trained on; how many were trained; how many were done.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    usage, validation = _usage(folder, config, pipeline), config.validation
+    use, validation = _usage(folder, config, pipeline), config.validation
     prompts = validation.prompts if validation is not None else ()
     sheet = latest_sheet(config.output_dir) if prompts else None
     if sheet is not None:
         with atomic_write(folder / SHEET) as target, sheet.open("rb") as source:
             shutil.copyfileobj(source, target)
-    numbered = (f"{number}. `{' '.join(text.split())}`" for number, text in enumerate(prompts, 1))
-    hub_id = _hub_id(config.init_from)
+    hub_task, hub_id = _hub_task(use.pipeline), _hub_id(config.init_from)
     header = {
-        "library_name": "diffusers" if usage.diffusers_code else "latentgen",
-        **({"pipeline_tag": usage.pipeline_tag} if usage.pipeline_tag else {}),
-        "tags": [*usage.tags, "latentgen"],
+        "library_name": "diffusers" if use.diffusers_class else "latentgen",
+        **({"pipeline_tag": hub_task} if hub_task else {}),
+        "tags": [*([hub_task] if hub_task else []), *use.tags, "latentgen"],
         **({"base_model": hub_id} if hub_id else {}),
     }
-    card = _TEMPLATE.format(
+    text = Path(__file__).with_name(_TEMPLATE).read_text("utf-8")
+    template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True)
+    card = template.render(
         header=yaml.safe_dump(header, sort_keys=False),
         name=config.output_dir.resolve().name,
-        title=usage.title,
+        use=use,
+        config=config,
         version=__version__,
         base=_base_name(config),
-        images=images,
-        steps=steps,
-        batch_size=config.batch_size,
-        parameters=parameters,
-        averaged=", averaged over the steps" if config.ema_decay else "",
-        seed=config.seed,
-        samples="" if sheet is None else _SAMPLES.format(sheet=SHEET, prompts="\n".join(numbered)),
-        use=_USE.format(code=usage.code) if usage.code else "",
-        diffusers=_DIFFUSERS.format(code=usage.diffusers_code) if usage.diffusers_code else "",
+        image_count=f"{images:,}",
+        steps=f"{steps:,}",
+        batch_size=f"{config.batch_size:,}",
+        parameters=f"{parameters:,}",
+        sheet=None if sheet is None else SHEET,
+        prompts=[" ".join(text.split()) for text in prompts],
+        prompt=repr(_example_prompt(config)),
+        images=_IMAGES.get(use.pipeline or "", {}),
+        diffusers_classes=sorted({use.diffusers_class, use.scheduler or use.diffusers_class}, key=str),
         recipe=yaml.safe_dump(_public(config.model_dump(exclude=set(_OMITTED_FIELDS))), sort_keys=False),
     )
     with atomic_write(folder / CARD) as file:
@@ -174,125 +130,72 @@ def write_card(
 
 def _usage(folder: Path, config: TrainConfig, base: Pipeline | None) -> _Usage:
     """How to use what is in the folder: a whole model, or an adapter that is attached to `base`."""
-    method = config.task.method if isinstance(config.task, FinetuneTask) else None
-    if base is not None and isinstance(method, TextualInversionMethod):
-        title, tags = "An embedding (textual inversion)", ("textual_inversion",)
-        attach = f'.with_embedding("{EMBEDDING_FILE}")', _load_embedding(base, method.token)
-    elif base is not None and isinstance(method, LoRAMethod):
-        load = f'pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")\n'
-        title, tags, attach = "A LoRA", ("lora",), (f'.with_lora("{DIFFUSERS_FILE}")', load)
-    else:
+    task = config.task
+    method = task.method if isinstance(task, FinetuneTask) else None
+    if base is None or not isinstance(method, LoRAMethod | TextualInversionMethod):
         return _model_usage(folder, config)
-    name, scale, scheduler = base.diffusers_class, base.default_guidance_scale, None
-    if (folder / "scheduler").is_dir():
-        scheduler = str(base.scheduler.to_config()["_class_name"])
-    code, diffusers_code = _pipeline_code(
-        config,
-        (type(base).__name__, name),
+    name, scale = base.diffusers_class, base.default_guidance_scale
+    use = _Usage(
+        title=f"A LoRA for {_base_name(config)}",
+        tags=("lora",),
+        pipeline=type(base).__name__,
+        diffusers_class=name,
         guidance_scale=None if scale == default_guidance_scale_of(name) else scale,
-        attach=attach,
-        scheduler=scheduler,
+        attach=f'.with_lora("{DIFFUSERS_FILE}")',
+        diffusers_attach=(f'pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")',),
+        arguments=(),
     )
-    hub_task = _hub_task(type(base).__name__)
-    return _Usage(f"{title} for {_base_name(config)}", (hub_task, *tags), code, diffusers_code, hub_task)
+    if isinstance(method, TextualInversionMethod):
+        use = use._replace(
+            title=f"An embedding (textual inversion) for {_base_name(config)}",
+            tags=("textual_inversion",),
+            attach=f'.with_embedding("{EMBEDDING_FILE}")',
+            diffusers_attach=_load_embedding(base, method.token),
+        )
+    if (folder / "scheduler").is_dir():
+        use = use._replace(scheduler=str(base.scheduler.to_config()["_class_name"]))
+    path = config.init_from
+    if path is None or path.resolve() == EMBEDDED_DEFAULT:
+        return use
+    model = _hub_id(path) or f"path/to/{path.name}"
+    variant = (f'variant="{task.variant}"',) if task.variant else ()
+    return use._replace(
+        loader="from_single_file" if model.endswith((".safetensors", ".ckpt")) else "from_pretrained",
+        arguments=(f'"{model}"', *variant),
+        prediction_type=task.prediction_type,
+    )
 
 
 def _model_usage(folder: Path, config: TrainConfig) -> _Usage:
     if not (folder / "model_index.json").is_file():  # an objective that saves its weights alone
-        return _Usage("A model", (), "", "")
+        return _Usage("A model")
     index = read_json(folder / "model_index.json")
     name = str(index["_class_name"])
     if name == "AutoencoderKL":
-        return _Usage("An autoencoder", ("autoencoder",), _AUTOENCODER_CODE, _AUTOENCODER_DIFFUSERS_CODE)
+        return _Usage("An autoencoder", ("autoencoder",), name, name)
     pipeline = "ConcatImagePipeline" if config.task.kind == "paired" else PIPELINE_CLASSES[name].readers[0]
-    code, diffusers_code = _pipeline_code(config, (pipeline, name), guidance_scale=index.get(GUIDANCE_KEY))
-    hub_task = _hub_task(pipeline)
-    what = "An upscaler" if pipeline == "UpscalePipeline" else f"A model for {hub_task.replace('-', ' ')}"
     runs_in_diffusers = pipeline in _SHARED and name not in PIXEL_CLASSES
-    return _Usage(what, (hub_task,), code, diffusers_code if runs_in_diffusers else "", hub_task)
+    purpose = str(_hub_task(pipeline)).replace("-", " ")
+    title = "An upscaler" if pipeline == "UpscalePipeline" else f"A model for {purpose}"
+    return _Usage(title, (), pipeline, name if runs_in_diffusers else None, index.get(GUIDANCE_KEY))
 
 
-def _load_embedding(base: Pipeline, token: str) -> str:
+def _load_embedding(base: Pipeline, token: str) -> tuple[str, ...]:
     """Code for diffusers, which takes the vectors of each text encoder of SDXL separately."""
     if not base.is_sdxl:
-        return f'pipe.load_textual_inversion("{EMBEDDING_FILE}")\n'
-    loads = "".join(
+        return (f'pipe.load_textual_inversion("{EMBEDDING_FILE}")',)
+    loads = (
         f'pipe.load_textual_inversion(vectors["{key}"], token={token!r}, text_encoder=pipe.{encoder}, '
-        f"tokenizer=pipe.{TOKENIZERS[encoder]})\n"
+        f"tokenizer=pipe.{TOKENIZERS[encoder]})"
         for encoder, key in SDXL_KEYS.items()
     )
-    return f'vectors = load_file("{EMBEDDING_FILE}")\n{loads}'
+    return (f'vectors = load_file("{EMBEDDING_FILE}")', *loads)
 
 
-def _pipeline_code(
-    config: TrainConfig,
-    classes: tuple[str, str],
-    *,
-    guidance_scale: object,
-    attach: tuple[str, str] | None = None,
-    scheduler: str | None = None,
-) -> tuple[str, str]:
-    """Code that generates an image, for this library and for diffusers.
-
-    Args:
-        config: the recipe.
-        classes: the pipelines, here and in diffusers.
-        guidance_scale: the model's, if it is not the default of diffusers.
-        attach: code that attaches an adapter to the base model of the recipe; None if the folder holds a whole model.
-        scheduler: the class of the scheduler in the folder of an adapter.
-    """
-    task, base = config.task, config.init_from
-    (pipeline, diffusers_class), (code, diffusers_code) = classes, attach or ("", "")
-    source, variant, prediction_type = '"."', None, None
-    if attach is not None and (base is None or base.resolve() == EMBEDDED_DEFAULT):
-        source = ""
-    elif attach is not None and base is not None:
-        source = f'"{_hub_id(base) or f"path/to/{base.name}"}"'
-        if isinstance(task, FinetuneTask):
-            variant, prediction_type = task.variant, task.prediction_type
-    loader = "from_single_file" if source.endswith(('.safetensors"', '.ckpt"')) else "from_pretrained"
-    arguments = [source] * bool(source) + [f'variant="{variant}"'] * bool(variant)
-    prompt, images = repr(_example_prompt(config)), _IMAGES.get(pipeline, {})
-    call = [prompt, *(f'{name}="{file}"' for name, file in images.items())]
-    ours = _CODE.format(
-        imports="import json\nfrom pathlib import Path\n\n" if scheduler else "",
-        names=f"{pipeline}, Scheduler" if scheduler else pipeline,
-        pipeline=pipeline,
-        loader=loader,
-        source=", ".join(arguments + [f'prediction_type="{prediction_type}"'] * bool(prediction_type)),
-        adapter=code,
-        scheduler=_READ_SCHEDULER if scheduler else "",
-        call="".join(f"{argument}, " for argument in call + ["scheduler=scheduler"] * bool(scheduler)),
-    )
-    imports = [
-        *(["from diffusers.utils import load_image"] if images else []),
-        *([] if source else ["from latentgen.checkpoints.folder import EMBEDDED_DEFAULT"]),
-        *(["from safetensors.torch import load_file"] if "load_file(" in diffusers_code else []),
-    ]
-    set_scheduler = ""
-    if scheduler:
-        set_scheduler = f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")\n'
-    elif prediction_type:
-        set_scheduler = (
-            "pipe.scheduler = type(pipe.scheduler).from_config(\n"
-            f'    pipe.scheduler.config, prediction_type="{prediction_type}"\n)\n'
-        )
-    call = [prompt, *(f'{name}=load_image("{file}")' for name, file in images.items())]
-    call += [] if guidance_scale is None else [f"guidance_scale={guidance_scale}"]
-    theirs = _DIFFUSERS_CODE.format(
-        names=", ".join(sorted({diffusers_class, scheduler or diffusers_class})),
-        imports="".join(f"{line}\n" for line in imports),
-        pipeline=diffusers_class,
-        loader=loader,
-        source=", ".join(arguments) or "EMBEDDED_DEFAULT",
-        adapter=diffusers_code,
-        scheduler=set_scheduler,
-        call="".join(f"{argument}, " for argument in call),
-    )
-    return ours, theirs
-
-
-def _hub_task(pipeline: str) -> str:
+def _hub_task(pipeline: str | None) -> str | None:
+    """The task of a pipeline, by its name on the Hub."""
+    if pipeline in (None, "AutoencoderKL"):
+        return None
     return "image-to-image" if pipeline in _IMAGES else "text-to-image"
 
 

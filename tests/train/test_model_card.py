@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import TrainConfig
@@ -20,8 +20,6 @@ from latentgen.train.model_card import write_card
 from latentgen.train.trainer import train
 from tests.train.finetuning import SIZE, Pictures, folder_of, objective_of, randomize
 from tests.train.recipes import COLOURS, MakeRecipe
-
-ROOT = Path(__file__).parents[2]
 
 
 def card_of(folder: Path) -> tuple[dict[str, Any], str]:
@@ -31,26 +29,15 @@ def card_of(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def run_code(code: str, folder: Path) -> None:
-    environment = {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PATH": "/usr/bin:/bin",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    """In this process: imports would take most of the time."""
+    with contextlib.chdir(folder):
+        exec(code, {})
 
 
 def test_the_code_of_a_text_to_image_model_runs_and_both_libraries_agree(text_to_image_recipe: MakeRecipe):
     config = text_to_image_recipe(
-        *(
-            "validation.prompts=['red \"disc\"']",
-            "validation.num_inference_steps=1",
-            "task.guidance_scale=2.5",
-        ),
-        *("validation.every=2", "task.scheduler.prediction_type=epsilon"),
+        *("validation.prompts=['red \"disc\"']", "validation.num_inference_steps=1", "validation.every=2"),
+        *("task.guidance_scale=2.5", "task.scheduler.prediction_type=epsilon"),
     )
     model = train(config)
     header, text = card_of(model)
@@ -100,36 +87,17 @@ def test_the_card_has_the_facts_but_no_captions_and_no_folders(
     config = text_to_image_recipe("validation_fraction=0.34", "validation.loss_every=9", "max_steps=2")
     model = train(config)
     _, text = card_of(model)
-    assert "| Images | 4 |" in text
-    assert "| Steps | 2, 4 images in each |" in text
-    assert "| Trained from | random weights |" in text
-    assert "| Seed | 5 |" in text
+    for fact in ("Images | 4", "Steps | 2, 4 images in each", "Trained from | random weights", "Seed | 5"):
+        assert f"| {fact} |" in text
     assert str(tmp_path) not in text
     assert not [colour for colour in COLOURS if f"{colour} disc" in text]
     recipe = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
-    assert recipe["data"] == {
-        "kind": "imagefolder",
-        "path": "images",
-        "image_size": 16,
-        "on_bad_image": "error",
-    } | {
-        key: recipe["data"][key]
-        for key in recipe["data"].keys() - {"kind", "path", "image_size", "on_bad_image"}
-    }
-    parameters = sum(
-        int(np.prod(shape))
-        for part in ("unet", "text_encoder")
-        for file in (model / part).glob("*.safetensors")
-        for shape in _shapes(file)
-    )
+    assert (recipe["data"]["path"], recipe["data"]["image_size"]) == ("images", 16)
+    weights = [
+        load_file(file) for part in ("unet", "text_encoder") for file in (model / part).glob("*.safetensors")
+    ]
+    parameters = sum(tensor.numel() for tensors in weights for tensor in tensors.values())
     assert f"| Trained | {parameters:,} parameters, averaged over the steps |" in text
-
-
-def _shapes(file: Path) -> list[tuple[int, ...]]:
-    from safetensors import safe_open
-
-    with safe_open(file, "np") as tensors:
-        return [tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()]  # noqa: SIM118
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -168,14 +136,14 @@ def finetuned(tmp_path: Path, base: Path, method: str, **loss: Any) -> Path:
 
 
 def drawn_by(code: str, folder: Path, base: Path) -> np.ndarray:
-    """The image of the code of a card, run in this process: imports would take most of the time."""
+    """The image of the code of a card."""
     code = code.replace("path/to/", f"{base.parent}/")
     for file in ("image.png", "mask.png"):
         pixels = np.random.default_rng(len(file)).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
         Image.fromarray(pixels).convert("RGB" if file == "image.png" else "1").save(folder / file)
     # Both with the same number of steps; their defaults differ.
     ours = code.replace("seed=0", "seed=0, num_inference_steps=2")
-    exec(ours.replace("generator=generator", "num_inference_steps=2, generator=generator"), {})
+    run_code(ours.replace("generator=generator", "num_inference_steps=2, generator=generator"), folder)
     with Image.open(folder / "result.png") as image:
         drawn = np.asarray(image.convert("RGB"), np.int16)
     (folder / "result.png").unlink()
@@ -185,11 +153,10 @@ def drawn_by(code: str, folder: Path, base: Path) -> np.ndarray:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", TASKS)
 def test_the_code_of_every_finetuned_model_runs_and_both_libraries_agree(
-    family: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, method: str, tmp_path: Path
 ):
     base = folder_of(family)
     folder = finetuned(tmp_path, base, method)
-    monkeypatch.chdir(folder)
     header, text = card_of(folder)
     pipeline, task = TASKS[family]
     tags = [] if method == "full" else [method]
@@ -209,14 +176,13 @@ def test_the_code_of_every_finetuned_model_runs_and_both_libraries_agree(
 @pytest.mark.parametrize("method", ["lora", "textual_inversion"])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_an_adapter_trained_on_a_rescaled_schedule_is_sampled_with_it(
-    family: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, method: str, tmp_path: Path
 ):
     base = folder_of(family, "v_prediction")
     folder = finetuned(tmp_path, base, method, zero_terminal_snr=True)
     saved = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     assert saved["rescale_betas_zero_snr"] is True
     assert (saved["timestep_spacing"], saved["prediction_type"]) == ("trailing", "v_prediction")
-    monkeypatch.chdir(folder)
     ours, theirs = re.findall(r"```python\n(.*?)```", card_of(folder)[1], re.DOTALL)
     first, second = (drawn_by(code, folder, base) for code in (ours, theirs))
     assert np.abs(first - second).max() <= 1
