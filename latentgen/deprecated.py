@@ -1,4 +1,4 @@
-"""Old names, which work for one release and say what they are called now."""
+"""Old names, which work for one release with a warning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
             for old in names.keys() & kwargs.keys():
                 new = names[old]
                 if new in kwargs:
-                    raise TypeError(f"{old} is now called {new}; give one of them, not both")
+                    raise TypeError(f"{old} is now called {new}; pass one of them, not both")
                 warn_renamed(f"the argument {old}", new)
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)

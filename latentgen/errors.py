@@ -1,7 +1,7 @@
-"""The errors of the library: everything that a user can get wrong raises one of these.
+"""The errors of the library; every invalid input raises one of these.
 
-Each message names the file or field, what was found, what is allowed, and what to do next. The command prints
-it as one line and exits with code 2.
+Each message names the file or field, its value, what is allowed and the fix. The command prints it as one line and
+exits with code 2.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ class LatentgenError(Exception):
 
 
 class InputError(LatentgenError, ValueError):
-    """An argument of a call is out of bounds or of the wrong kind."""
+    """An argument is out of range or of the wrong type."""
 
 
 class ConfigError(LatentgenError, ValueError):
-    """A configuration holds an unknown field or a value that is not allowed."""
+    """A configuration has an unknown field or an invalid value."""
 
 
 class CheckpointError(LatentgenError):
@@ -24,26 +24,26 @@ class CheckpointError(LatentgenError):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """The checkpoint, or one of the files that it needs, does not exist."""
+    """A checkpoint, or one of its files, does not exist."""
 
     def __str__(self) -> str:
         return Exception.__str__(self)
 
 
 class CheckpointCorruptError(CheckpointError):
-    """A file is truncated, is not what its name says, or carries an impossible header."""
+    """A file is truncated, is not of the type of its name, or has an invalid header."""
 
 
 class CheckpointMismatchError(CheckpointError):
-    """The keys or shapes of the weights are not those of the architecture."""
+    """The names or shapes of the weights do not match the architecture."""
 
 
 class CheckpointValueError(CheckpointError, ValueError):
-    """The weights hold NaN or infinity."""
+    """The weights have NaN or infinity."""
 
 
 class AdapterError(CheckpointError, ValueError):
-    """A LoRA or an embedding is of a kind that is not read, or does not fit the model."""
+    """A LoRA or an embedding is not supported, or does not match the model."""
 
 
 class UnsafeCheckpointError(CheckpointError):
@@ -59,15 +59,15 @@ class OfflineError(CheckpointError):
 
 
 class NumericalError(LatentgenError, ArithmeticError):
-    """The computation produced NaN or infinity where an image was due."""
+    """The computation produced NaN or infinity."""
 
 
 class MemoryBudgetError(LatentgenError, MemoryError):
-    """The run does not fit into the memory that there is."""
+    """Memory ran out, or the run does not fit into it."""
 
 
 class OutputError(LatentgenError, OSError):
-    """A result could not be written; what was there before is intact."""
+    """A result could not be written; existing files are intact."""
 
     def __str__(self) -> str:
         return Exception.__str__(self)
@@ -78,11 +78,11 @@ class DatasetError(LatentgenError, ValueError):
 
 
 class ResumeError(LatentgenError):
-    """A training run cannot be resumed as asked."""
+    """A training run cannot be resumed with this configuration."""
 
 
 class RunLockedError(LatentgenError):
-    """Another process writes into the run folder."""
+    """Another process uses the run folder."""
 
 
 class LostProcessError(LatentgenError):

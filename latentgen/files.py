@@ -46,7 +46,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     temporary = _temporary_name(target)
     try:
         if target.is_dir():
-            raise OutputError(f"cannot write {quote(target)}: it is a folder; give the name of a file")
+            raise OutputError(f"cannot write {quote(target)}: it is a folder; pass the name of a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             yield file
@@ -85,7 +85,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
         if not (replace or is_free):
-            raise OutputError(f"cannot write {quote(target)}: it exists; give the name of a new folder")
+            raise OutputError(f"cannot write {quote(target)}: it exists; pass the name of a new folder")
         temporary.mkdir(parents=True)
         yield temporary
         sync_folder(temporary)
@@ -205,9 +205,7 @@ def parse_json_object(data: bytes, where: str) -> dict[str, object]:
             f"{quote(where)} is not valid JSON ({reason}); download the file again"
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointCorruptError(
-            f"{quote(where)} holds a JSON {type(value).__name__}; an object is needed"
-        )
+        raise CheckpointCorruptError(f"{quote(where)} is a JSON {type(value).__name__}; it must be an object")
     return value
 
 
@@ -239,17 +237,17 @@ def _path_problem(relative: object) -> str | None:
     if not isinstance(relative, str) or not relative:
         return "is not a file name"
     if "\0" in relative or "\\" in relative:
-        return "holds a NUL byte or a backslash; allowed are relative paths with forward slashes"
+        return "has a NUL byte or a backslash; use a relative path with forward slashes"
     try:
         data = relative.encode("utf-8")
     except UnicodeEncodeError:
         return "is not valid Unicode"
     if len(data) > _MAX_PATH_BYTES:
-        return f"is {len(data):,} bytes long; allowed are {_MAX_PATH_BYTES}"
+        return f"is {len(data):,} bytes long; at most {_MAX_PATH_BYTES} are allowed"
     if relative.startswith("/") or _DRIVE_LETTER.match(relative):
-        return "is absolute; allowed are paths inside its folder"
+        return "is absolute; it must be inside its folder"
     if ".." in relative.split("/"):
-        return "leaves its folder; allowed are paths inside it"
+        return "leaves its folder; it must be inside"
     return None
 
 

@@ -33,81 +33,71 @@ _LOSSY_QUALITY = 95
 def read_image(path: Path, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
     """Decode a whole file to RGB, upright, in sRGB.
 
-    The orientation that EXIF tells of is applied, an ICC profile converted, 16-bit grey rescaled, transparency
-    laid over `background`; of an animation the first frame is taken, with a warning. No metadata is kept.
+    Applies EXIF orientation, converts ICC profiles, rescales 16-bit gray, composites transparency over `background`,
+    and takes the first frame of an animation, with a warning. No metadata is kept.
 
     Raises:
-        InputError: not an image, truncated, over 64 megapixels, or of a kind that has no clear reading as sRGB.
+        InputError: not an image, truncated, over 64 megapixels, or of a kind that cannot be converted to sRGB.
     """
     return _read(path, quote(path), background)
 
 
 def read_image_bytes(data: bytes, name: str, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """Decode the content of a file as :func:`read_image` does; `name` says in errors and warnings where it lies.
-
-    Raises:
-        InputError: as :func:`read_image`.
-    """
+    """Decode the content of a file as :func:`read_image` does; `name` is for errors and warnings."""
     return _read(io.BytesIO(data), quote(name), background)
 
 
 def _read(source: Path | io.BytesIO, name: str, background: tuple[int, int, int]) -> Image.Image:
     try:
         with Image.open(source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"{name} has {image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}; "
-                    "make it smaller"
-                )
+            _check_pixels(image, name)
             if getattr(image, "n_frames", 1) > 1:
                 warnings.warn(f"{name} is animated; its first frame is used", stacklevel=3)
             image.load()
             return _upright(image, background)
     except InputError:
         raise
-    except Image.DecompressionBombError as error:  # far over the limit; it does not tell the size
-        raise InputError(
-            f"{name} has more pixels than the limit of {MAX_PIXELS:,}; make it smaller"
-        ) from error
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more, whatever parsing ran into.
+    except Image.DecompressionBombError as error:  # far over the limit, without the size
+        raise InputError(f"{name} has more than {MAX_PIXELS:,} pixels; make it smaller") from error
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
     except Exception as error:
-        # Pillow names the file, which in memory has no name that says anything.
-        nameless = isinstance(error, UnidentifiedImageError) and not isinstance(source, Path)
-        reason = "of no known format" if nameless else error
+        # Pillow's message names the file, which in memory is an object.
+        is_unnamed = isinstance(error, UnidentifiedImageError) and not isinstance(source, Path)
+        reason = "unknown format" if is_unnamed else error
         raise InputError(f"{name} cannot be read as an image ({reason}); replace or remove it") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in memory as :func:`read_image` gives one from a file.
+    """Convert an image in memory as :func:`read_image` converts files.
 
     Raises:
-        InputError: over 64 megapixels, or of a kind that has no clear reading as sRGB.
+        InputError: over 64 megapixels, or of a kind that cannot be converted to sRGB.
     """
-    if image.width * image.height > MAX_PIXELS:
-        raise InputError(
-            f"the image has {image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}; make it smaller"
-        )
+    _check_pixels(image, "the image")
     try:
         return _upright(image, WHITE)
-    # A file that was opened and not yet decoded is decoded here, and fails as variously as in read_image.
+    # A file that was opened but not decoded is decoded here, with errors as in read_image.
     except Exception as error:
         raise InputError(f"the image cannot be read ({error}); replace it") from error
 
 
+def _check_pixels(image: Image.Image, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(
+            f"{name} has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}; make it smaller"
+        )
+
+
 def _upright(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    picture = _over(ImageOps.exif_transpose(image), background)
+    """The image upright, in sRGB, composited over a background color, without metadata."""
+    image = ImageOps.exif_transpose(image)
+    picture = _to_srgb(image)
+    if image.has_transparency_data:
+        opaque = picture
+        picture = Image.new("RGB", image.size, background)
+        picture.paste(opaque, mask=image.convert("RGBA").getchannel("A"))
     picture.info = {}
     return picture
-
-
-def _over(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """The image in sRGB, its transparent parts on a ground of one colour."""
-    colours = _to_srgb(image)
-    if not image.has_transparency_data:
-        return colours
-    ground = Image.new("RGB", image.size, background)
-    ground.paste(colours, mask=image.convert("RGBA").getchannel("A"))
-    return ground
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
@@ -118,7 +108,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
     if not (data := image.info.get("icc_profile")):
         return image.convert("RGB")
-    profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(data))  # the stubs know no colour space
+    profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(data))  # the stubs know no color space
     space = profile.profile.xcolor_space.strip()
     if space not in _MODES:
         raise ValueError(f"its ICC profile is for {space}; save it as sRGB")
@@ -129,7 +119,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def check_output(path: str | Path) -> None:
-    """Check that :func:`save_image` can write to ``path``, without leaving anything there.
+    """Check that :func:`save_image` can write to ``path``; creates nothing.
 
     Raises:
         OutputError: no such format, ``path`` is a folder, or its folder cannot be written.
@@ -171,10 +161,17 @@ def save_image(image: Image.Image, path: str | Path, recipe: Recipe | None = Non
         check_prompts((text,))
     with atomic_write(path) as file:
         if file_format == "PNG":
-            image.save(file, file_format, pnginfo=_png_text(text))
+            chunks = PngInfo()
+            if text is not None:
+                chunks.add_text("parameters", text)  # tEXt where Latin-1 suffices, else iTXt in UTF-8
+            image.save(file, file_format, pnginfo=chunks)
         else:
+            exif = Image.Exif()
+            if text is not None:
+                comment = b"UNICODE\0" + text.encode("utf-16-be")
+                exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
             # Without `comment` Pillow copies the one that came with the image.
-            image.save(file, file_format, quality=_LOSSY_QUALITY, exif=_exif_comment(text), comment=b"")
+            image.save(file, file_format, quality=_LOSSY_QUALITY, exif=exif, comment=b"")
 
 
 def _format_of(path: Path) -> str:
@@ -184,18 +181,3 @@ def _format_of(path: Path) -> str:
         raise OutputError(
             f"cannot write {quote(path)}: {path.suffix!r} is not a supported format; use one of {', '.join(FORMATS)}"
         ) from None
-
-
-def _png_text(text: str | None) -> PngInfo:
-    chunks = PngInfo()
-    if text is not None:
-        chunks.add_text("parameters", text)  # tEXt where Latin-1 suffices, else iTXt in UTF-8
-    return chunks
-
-
-def _exif_comment(text: str | None) -> Image.Exif:
-    exif = Image.Exif()
-    if text is not None:
-        comment = b"UNICODE\0" + text.encode("utf-16-be")
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-    return exif

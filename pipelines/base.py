@@ -60,7 +60,7 @@ class Pipeline(ABC):
     """
 
     # The diffusers pipeline classes (`_class_name`) whose checkpoints this pipeline reads.
-    supported_classes: ClassVar[tuple[str, ...]] = ()
+    supported_classes: ClassVar[tuple[str, ...]]
 
     unet: UNet
     decoder: ImageDecoder
@@ -71,6 +71,9 @@ class Pipeline(ABC):
     load_encoder: Callable[[], ImageEncoder] | None = None
     force_zeros_for_empty_prompt: bool = False
     default_guidance_scale: float = load_save.DEFAULT_GUIDANCE_SCALE
+
+    def __init_subclass__(cls) -> None:
+        cls.supported_classes = load_save.classes_read_by(cls.__name__)
 
     def __post_init__(self) -> None:
         self._check_channels()
@@ -93,16 +96,15 @@ class Pipeline(ABC):
     @property
     @abstractmethod
     def diffusers_class(self) -> str:
-        """The name of the diffusers pipeline with the same models."""
+        """The name of the diffusers pipeline with the same models; in pixel space one of our own."""
 
     @property
-    @abstractmethod
     def _image_channels(self) -> int:
         """How many channels of a conditioning image the UNet takes, concatenated to the noisy latents."""
+        return 0
 
-    @property
-    def _takes_noise_level(self) -> bool:
-        return False
+    # Whether the UNet takes the noise level of the conditioning image, as class label.
+    _takes_noise_level: ClassVar[bool] = False
 
     @property
     def is_pixel_space(self) -> bool:
@@ -120,12 +122,8 @@ class Pipeline(ABC):
             )
         labelled = bool(unet.class_embed_type or unet.num_class_embeds)
         if labelled != self._takes_noise_level:
-            reason = (
-                "also requires class_labels"
-                if labelled
-                else "takes no class_labels, which hold the noise level"
-            )
-            raise ConfigError(f"{type(self).__name__} cannot use this UNet: it {reason}")
+            reason = "also requires" if labelled else "has no"
+            raise ConfigError(f"{type(self).__name__} cannot use this UNet: it {reason} class_labels")
 
     @classmethod
     def from_pretrained(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Unpack
+from typing import Unpack
 
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.call import CallOptions, ImageNoise, InitialLatents, PipelineCall, read_request
 from latentgen.pipelines.conditioning import Prompts
 from latentgen.pipelines.images import ImagesInput, as_images, encode_images
-from latentgen.pipelines.load_save import PIXEL_CONCAT_CLASS, classes_read_by
+from latentgen.pipelines.load_save import PIXEL_CONCAT_CLASS
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 
 
@@ -24,14 +24,9 @@ class ConcatImagePipeline(Pipeline):
     of :class:`Pipeline`.
     """
 
-    supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("ConcatImagePipeline")
-
     @property
     def diffusers_class(self) -> str:
-        """The name of the diffusers pipeline with the same models, equal at image_guidance_scale=1.
-
-        In pixel space it is one of our own.
-        """
+        # That of diffusers is equal at image_guidance_scale=1.
         return PIXEL_CONCAT_CLASS if self.is_pixel_space else "StableDiffusionInstructPix2PixPipeline"
 
     @property

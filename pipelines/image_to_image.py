@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Unpack
+from typing import Unpack
 
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.call import CallOptions, ImageNoise, InitialLatents, PipelineCall, read_request
 from latentgen.pipelines.conditioning import Prompts
 from latentgen.pipelines.images import ImagesInput, as_images, encode_images
-from latentgen.pipelines.load_save import classes_read_by
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 
 DEFAULT_STRENGTH = 0.8
@@ -24,16 +23,9 @@ class ImageToImagePipeline(Pipeline):
     the models of a loaded pipeline.
     """
 
-    supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("ImageToImagePipeline")
-
     @property
     def diffusers_class(self) -> str:
-        """The name of the diffusers pipeline with the same models."""
         return "StableDiffusionXLImg2ImgPipeline" if self.is_sdxl else "StableDiffusionImg2ImgPipeline"
-
-    @property
-    def _image_channels(self) -> int:
-        return 0
 
     def stream(
         self,

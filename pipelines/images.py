@@ -39,7 +39,7 @@ def as_images(name: str, images: ImagesInput) -> Tensor:
 
 def as_unit_images(name: str, images: ImagesInput) -> Tensor:
     """Images as float32 [B, 3, H, W] in 0..1, 8-bit values divided by 255; the arguments are those of `as_images`."""
-    return _joined(name, [_as_unit(name, image) for image in _items(images)])
+    return _joined(name, [_as_unit(name, image, 3) for image in _items(images)])
 
 
 def as_masks(name: str, masks: ImagesInput, images: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def as_masks(name: str, masks: ImagesInput, images: Tensor) -> Tensor:
             [B, H, W, 1] and tensors [B, 1, H, W] hold a batch.
         images: the images that they belong to.
     """
-    values = _joined(name, [_as_unit_mask(name, mask) for mask in _items(masks)])
+    values = _joined(name, [_as_unit(name, mask, 1) for mask in _items(masks)])
     if values.shape[2:] != images.shape[2:]:
         raise InputError(
             f"{name} is {_size(values)} pixels, the image {_size(images)}; they must have the same size"
@@ -129,42 +129,23 @@ def _size(images: Tensor) -> str:
     return f"{images.shape[-1]}x{images.shape[-2]}"
 
 
-def _as_unit(name: str, image: ImageInput) -> Tensor:
-    """Float32 [B, 3, H, W] in 0..1."""
+def _as_unit(name: str, image: ImageInput, channels: int) -> Tensor:
+    """Float32 [B, channels, H, W] in 0..1; a single channel may be left out."""
     if isinstance(image, str | Path | Image.Image):
-        return _from_pil(_picture(image))
-    values = _values(name, image)
+        picture = to_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
+        return _from_pil(picture if channels == 3 else picture.convert("L"))
+    values, is_array = _values(name, image), isinstance(image, np.ndarray)
+    if values.ndim == 2 and channels == 1:
+        values = values[..., None] if is_array else values[None]
     values = values[None] if values.ndim == 3 else values
-    if isinstance(image, np.ndarray) and values.ndim == 4:
+    if is_array and values.ndim == 4:
         values = values.permute(0, 3, 1, 2)
-    if values.ndim != 4 or values.shape[1] != 3:
+    if values.ndim != 4 or values.shape[1] != channels:
         raise InputError(
-            f"{name} has shape {list(image.shape)}; an array must be [H, W, 3] or [B, H, W, 3], a tensor [3, H, W] or "
-            "[B, 3, H, W]"
+            f"{name} has shape {list(image.shape)}; an array must be [H, W, {channels}] or [B, H, W, {channels}], a "
+            f"tensor [{channels}, H, W] or [B, {channels}, H, W]"
         )
     return values
-
-
-def _as_unit_mask(name: str, mask: ImageInput) -> Tensor:
-    """Float32 [B, 1, H, W] in 0..1."""
-    if isinstance(mask, str | Path | Image.Image):
-        return _from_pil(_picture(mask).convert("L"))
-    values = _values(name, mask)
-    if isinstance(mask, np.ndarray) and values.ndim > 2 and values.shape[-1] == 1:
-        values = values[..., 0]
-    elif values.ndim == 4 and values.shape[1] == 1:
-        values = values[:, 0]
-    values = values[None] if values.ndim == 2 else values
-    if values.ndim != 3:
-        raise InputError(
-            f"{name} has shape {list(mask.shape)}; an array must be [H, W], [H, W, 1] or [B, H, W, 1], a tensor [H, W],"
-            " [1, H, W] or [B, 1, H, W]"
-        )
-    return values[:, None]
-
-
-def _picture(image: str | Path | Image.Image) -> Image.Image:
-    return to_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
 
 
 def _from_pil(picture: Image.Image) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,6 @@ from latentgen.pipelines.call import (
 from latentgen.pipelines.conditioning import Prompts
 from latentgen.pipelines.images import ImagesInput, as_masks, as_unit_images, encode_images, for_each, padded
 from latentgen.pipelines.inpaint_crop import Canvas
-from latentgen.pipelines.load_save import classes_read_by
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 
 MAX_MASK_BLUR = 256
@@ -77,11 +76,8 @@ class InpaintPipeline(Pipeline):
     :class:`Pipeline`.
     """
 
-    supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("InpaintPipeline")
-
     @property
     def diffusers_class(self) -> str:
-        """The name of the diffusers pipeline with the same models."""
         return "StableDiffusionXLInpaintPipeline" if self.is_sdxl else "StableDiffusionInpaintPipeline"
 
     @property

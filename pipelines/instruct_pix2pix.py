@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Unpack
+from typing import Unpack
 
 import torch
 
@@ -14,7 +14,6 @@ from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall, UnguidedOptions, read_request
 from latentgen.pipelines.conditioning import Prompts
 from latentgen.pipelines.images import ImagesInput, as_images, encode_images
-from latentgen.pipelines.load_save import classes_read_by
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 
 DEFAULT_IMAGE_GUIDANCE = 1.5
@@ -28,11 +27,8 @@ class InstructPix2PixPipeline(Pipeline):
     of :class:`Pipeline`.
     """
 
-    supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("InstructPix2PixPipeline")
-
     @property
     def diffusers_class(self) -> str:
-        """The name of the diffusers pipeline with the same models."""
         return "StableDiffusionInstructPix2PixPipeline"
 
     @property

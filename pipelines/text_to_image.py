@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from latentgen.pipelines.call import (
     read_request,
 )
 from latentgen.pipelines.conditioning import Prompts
-from latentgen.pipelines.load_save import PIXEL_CLASS, classes_read_by
+from latentgen.pipelines.load_save import PIXEL_CLASS
 from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 
 
@@ -33,11 +33,8 @@ class TextToImagePipeline(Pipeline):
     Attributes and loading are those of :class:`Pipeline`.
     """
 
-    supported_classes: ClassVar[tuple[str, ...]] = classes_read_by("TextToImagePipeline")
-
     @property
     def diffusers_class(self) -> str:
-        """The name of the diffusers pipeline with the same models; in pixel space one of our own."""
         if self.is_pixel_space:
             return PIXEL_CLASS
         if not self.is_sdxl:
@@ -48,10 +45,6 @@ class TextToImagePipeline(Pipeline):
             if len(self.text_encoder.towers) == 2
             else "StableDiffusionXLImg2ImgPipeline"
         )
-
-    @property
-    def _image_channels(self) -> int:
-        return 0
 
     def stream(
         self,

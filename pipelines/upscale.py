@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ class UpscalePipeline(Pipeline):
         ConfigError: the models do not match, or a value is out of range.
     """
 
-    supported_classes: ClassVar[tuple[str, ...]] = load_save.classes_read_by("UpscalePipeline")
+    _takes_noise_level = True
 
     low_res_scheduler: Scheduler = field(default_factory=Scheduler)
     max_noise_level: int = MAX_NOISE_LEVEL
@@ -132,7 +132,6 @@ class UpscalePipeline(Pipeline):
 
     @property
     def diffusers_class(self) -> str:
-        """The name of the diffusers pipeline with the same models; in pixel space one of our own."""
         return load_save.PIXEL_UPSCALE_CLASS if self.is_pixel_space else "StableDiffusionUpscalePipeline"
 
     @property
@@ -147,10 +146,6 @@ class UpscalePipeline(Pipeline):
     @property
     def _ratio(self) -> int:
         return low_res_ratio(self.unet.config, self.decoder.config)
-
-    @property
-    def _takes_noise_level(self) -> bool:
-        return True
 
     def _index(self) -> dict[str, object]:
         level: dict[str, object] = {"max_noise_level": self.max_noise_level}

@@ -118,16 +118,14 @@ def test_truncated(suffix: str, tmp_path: Path):
 def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch, picture: Image.Image, tmp_path: Path):
     monkeypatch.setattr(image_file, "MAX_PIXELS", 23)
     picture.save(tmp_path / "image.png")
-    with pytest.raises(InputError, match="6x4 pixels, over the limit of 23"):
+    with pytest.raises(InputError, match=r"6x4 pixels.* 23"):
         read_image(tmp_path / "image.png")
 
 
 def test_what_pillow_does_not_open_is_told_our_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Image.new("RGB", (6, 4)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)
-    with pytest.raises(
-        InputError, match=r"large\.png' has more pixels than the limit of 67,108,864; make it smaller"
-    ):
+    with pytest.raises(InputError, match=r"large\.png.*67,108,864"):
         read_image(tmp_path / "large.png")
 
 

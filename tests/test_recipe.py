@@ -106,9 +106,9 @@ def test_reads_a_negative_prompt_alone():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "lacks 'Steps'"),
-        ("just a prompt", "lacks 'Steps'"),
-        ("x\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1", "lacks 'Size'"),
+        ("", "'Steps'"),
+        ("just a prompt", "'Steps'"),
+        ("x\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1", "'Size'"),
         ("x\nSteps: many, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 8x8", "many"),
         ("x\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 512", "not a number"),
         ("x\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 8x8x8", "not a number"),
@@ -140,5 +140,5 @@ def test_a_recipe_of_another_program_names_its_scheduler(settings: str, schedule
 
 def test_a_sampler_that_is_not_there_is_told():
     recipe = Recipe.from_text("a cat\nSteps: 20, Sampler: DPM fast, CFG scale: 7, Seed: 1, Size: 512x512")
-    with pytest.raises(InputError, match="'DPM fast' is not known"):
+    with pytest.raises(InputError, match="'DPM fast'"):
         assert recipe.scheduler
