@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.adapters.lora_files import LoRA, LoRALayer
+from latentgen.adapters.lora_files import read_lora as read_lora
 from latentgen.adapters.lora_layers import AdaptedLayer, LowRankBranch, branches, flat, layer_names
+from latentgen.adapters.lora_layers import shared_copy as shared_copy
 from latentgen.checkpoints.weights import first_five
 from latentgen.errors import AdapterError, InputError
 from latentgen.files import quote
@@ -47,7 +49,7 @@ def attach(components: Components, lora: LoRA, weight: float = 1.0, *, name: str
 
     Args:
         components: modules by the name of their component; every part of the LoRA needs one.
-        lora: from :func:`latentgen.adapters.lora_files.read_lora`.
+        lora: from :func:`read_lora`.
         weight: multiplies the LoRA, in addition to its alpha / rank. May be negative; 0 is off.
         name: the name of the adapter; the LoRA's own if None.
 
