@@ -6,9 +6,9 @@ work as for any other text encoder. open_clip itself is not imported here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from latentgen.checkpoints.families import CLIP_PAD, OPENCLIP_PAD, clip_tokenize
 from latentgen.checkpoints.folder import as_path
 from latentgen.checkpoints.identify import identify
 from latentgen.checkpoints.io import read_header, refuse_pickle
-from latentgen.checkpoints.key_map import KeyMap, openclip_key_map, to_diffusers_names, with_prefix
+from latentgen.checkpoints.key_map import openclip_key_map, to_diffusers_names, with_prefix
 from latentgen.checkpoints.weights import Weights, first_five
 from latentgen.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import quote, read_json
@@ -39,29 +39,38 @@ _IGNORED_KEYS = ("logit_scale", "logit_bias", "attn_mask", "text.attn_mask")
 _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
 
 
-class _FamilyTower(NamedTuple):
-    """The text encoder of a family: output layer, dropped last blocks, projection, padding token."""
+class _Usage(NamedTuple):
+    """How a family uses its text encoder: output layer, dropped last blocks, projection, padding token."""
 
     layer: ContextLayer
     dropped: int
     projects: bool
     pad_token: str
 
+    def config(self, whole: CLIPTextConfig) -> CLIPTextConfig:
+        """The configuration of the used part of a tower; ConfigError if the tower lacks it."""
+        if self.projects and not whole.projects:
+            raise ConfigError("proj_type none: SDXL needs the projection of the end token")
+        layers = whole.num_hidden_layers - self.dropped
+        if layers < 1:
+            raise ConfigError(
+                f"layers {whole.num_hidden_layers}: SD 2.x drops the last block, so give at least 2"
+            )
+        fields = whole.model_dump(exclude={"architectures"}) | {"num_hidden_layers": layers}
+        return _clip_config(projects=self.projects, **fields)
+
 
 # As in the configurations of the published folders. The context of SD 2.x is the penultimate layer, normalized; that of
 # SDXL is the same without the norm (arXiv:2307.01952, section 2).
-_FAMILY_TOWERS: Mapping[OpenCLIPFamily, _FamilyTower] = {
-    "SD 1.x": _FamilyTower("last", 0, False, CLIP_PAD),
-    "SD 2.x": _FamilyTower("last", 1, False, OPENCLIP_PAD),
-    "SDXL": _FamilyTower("penultimate", 0, True, OPENCLIP_PAD),
+_USAGES: Mapping[str, _Usage] = {
+    "SD 1.x": _Usage("last", 0, False, CLIP_PAD),
+    "SD 2.x": _Usage("last", 1, False, OPENCLIP_PAD),
+    "SDXL": _Usage("penultimate", 0, True, OPENCLIP_PAD),
 }
 
 
 class OpenCLIPTextConfig(StageConfig):
-    """open_clip's `text_cfg`, with `embed_dim` and `quick_gelu` from next to it.
-
-    Fields that transformers' CLIP does not support allow only their neutral value.
-    """
+    """open_clip's `text_cfg`, with `embed_dim` and `quick_gelu` from next to it; other fields differ from CLIP."""
 
     diffusers_class: ClassVar[str] = "open_clip's text tower"
 
@@ -77,51 +86,30 @@ class OpenCLIPTextConfig(StageConfig):
     pool_type: Literal["argmax"] = "argmax"
     no_causal_mask: Literal[False] = False
     proj_bias: Literal[False] = False
-    embed_cls: Literal[False] = False
-    final_ln_after_pool: Literal[False] = False
-    ls_init_value: None = None
-    act_kwargs: None = None
-    norm_kwargs: None = None
-    block_type: Literal["default"] | None = None
-    qk_norm: Literal[False] = False
-    scaled_cosine_attn: Literal[False] = False
-    scale_heads: Literal[False] = False
-    scale_attn_inner: Literal[False] = False
-    scale_attn: Literal[False] = False
-    scale_fc: Literal[False] = False
-    hf_model_name: None = None
-    # Without effect on a text encoder that satisfies the fields above.
-    hf_model_pretrained: bool = True
-    hf_proj_type: str | None = None
-    hf_pooler_type: str | None = None
-    hf_tokenizer_name: str | None = None
-    tokenizer_mode: str | None = None
-    tokenizer_kwargs: dict[str, Any] | None = None
-    pad_id: int = 0
-    eos_id: int = 2
-    output_tokens: bool = False
 
-    def clip_config(self, *, layers: int, projects: bool, eps: float = 1e-5) -> CLIPTextConfig:
-        """The configuration of transformers for the first `layers` blocks.
+    def to_clip(self) -> CLIPTextConfig:
+        """The configuration of transformers for the whole tower.
 
         Raises:
             ConfigError: a value is out of the bounds of CLIP.
         """
-        name = "CLIPTextModelWithProjection" if projects else "CLIPTextModel"
-        fields = {
-            "architectures": [name],
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.width,
+        return _clip_config(
+            projects=self.proj_type == "linear",
+            vocab_size=self.vocab_size,
+            hidden_size=self.width,
             # Rounded down as in open_clip; the term corrects the rounding error of a ratio computed by division.
-            "intermediate_size": int(self.width * self.mlp_ratio + 1e-6),
-            "num_hidden_layers": layers,
-            "num_attention_heads": self.heads,
-            "max_position_embeddings": self.context_length,
-            "projection_dim": self.embed_dim,
-            "hidden_act": "quick_gelu" if self.quick_gelu else "gelu",
-            "layer_norm_eps": eps,
-        }
-        return CLIPTextConfig.from_json(fields)
+            intermediate_size=int(self.width * self.mlp_ratio + 1e-6),
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=self.context_length,
+            projection_dim=self.embed_dim,
+            hidden_act="quick_gelu" if self.quick_gelu else "gelu",
+        )
+
+
+def _clip_config(*, projects: bool, **fields: object) -> CLIPTextConfig:
+    name = "CLIPTextModelWithProjection" if projects else "CLIPTextModel"
+    return CLIPTextConfig.from_json({"architectures": [name], **fields})
 
 
 def from_open_clip(
@@ -153,25 +141,19 @@ def from_open_clip(
         ConfigError: the tower differs from CLIP; the message names the field.
         CheckpointMismatchError: its weights differ from those of CLIP, or its vocabulary from the tokenizer's.
     """
-    family_tower = _family_tower(family)
+    usage = _usage(family)
     tower = _text_tower(model)
-    config, eps = _live_config(tower)
-    tensors = {
-        name: tensor
-        for name, tensor in tower.state_dict().items()
-        if not name.startswith(_IMAGE_TOWER) and name not in _IGNORED_KEYS
-    }
-    _refuse_extra(tensors, config, f"the {type(model).__name__}")
-    clip_config = _clip_config(config, family_tower, eps)
-    key_map = openclip_key_map(clip_config.to_json())
+    whole, tensors = _live_config(tower), tower.state_dict()
+    _refuse_extra(tensors, whole, f"the {type(model).__name__}")
+    config = usage.config(whole)
+    key_map = openclip_key_map(config.to_json())
     used = {source.key: tensors[source.key] for source in key_map.values() if source.key in tensors}
     if any(tensor.is_meta or not tensor.is_floating_point() for tensor in used.values()):
         raise InputError("the model's weights have to be floating-point numbers, and not on the meta device")
     dtype = tower.transformer.resblocks[0].mlp.c_fc.weight.dtype if dtype is None else dtype
     state = to_diffusers_names({key: tensor.to(dtype) for key, tensor in used.items()}, key_map)
-    text = CLIPText.from_tensors(
-        clip_config, _tokenizer(config, family_tower, tokenizer), state, layer=family_tower.layer
-    )
+    tokenizer = tokenizer or _tokenizer(config, usage)
+    text = CLIPText.from_tensors(config, tokenizer, state, layer=usage.layer)
     text.model.requires_grad_(False)
     return text
 
@@ -201,7 +183,7 @@ def load_open_clip(
         CheckpointError: what is wrong with the file, in a subclass.
         ConfigError: as in :func:`from_open_clip`.
     """
-    family_tower = _family_tower(family)
+    usage = _usage(family)
     path = _weights_file(as_path(source))
     header = read_header(path)
     identity = identify(header)
@@ -210,18 +192,18 @@ def load_open_clip(
             f"{quote(path)} is {identity.name}; give a file saved by open_clip, which has keys like "
             "transformer.resblocks.0.attn.in_proj_weight"
         )
-    text_config = _stored_config(path, config)
-    prefix = identity.key_prefix + identity.component_prefix
-    own = {key.removeprefix(identity.key_prefix) for key in header}
-    own = {key for key in own if not key.startswith(_IMAGE_TOWER) and key not in _IGNORED_KEYS}
-    _refuse_extra({key.removeprefix(identity.component_prefix) for key in own}, text_config, quote(path))
-    clip_config = _clip_config(text_config, family_tower)
-    key_map: KeyMap = with_prefix(openclip_key_map(clip_config.to_json()), prefix)
+    whole = _stored_config(path, config).to_clip()
+    keys = (key.removeprefix(identity.key_prefix).removeprefix(identity.component_prefix) for key in header)
+    _refuse_extra(keys, whole, quote(path))
+    clip_config = usage.config(whole)
+    key_map = with_prefix(
+        openclip_key_map(clip_config.to_json()), identity.key_prefix + identity.component_prefix
+    )
     text = CLIPText.from_weights(
         clip_config,
-        _tokenizer(text_config, family_tower, tokenizer),
+        tokenizer or _tokenizer(clip_config, usage),
         Weights((path,), key_map),
-        layer=family_tower.layer,
+        layer=usage.layer,
         dtype=dtype,
         device=device,
     )
@@ -229,12 +211,10 @@ def load_open_clip(
     return text
 
 
-def _family_tower(family: OpenCLIPFamily) -> _FamilyTower:
-    if family not in _FAMILY_TOWERS:
-        raise InputError(
-            f"family={quote(family)} is unknown; choose from {', '.join(get_args(OpenCLIPFamily))}"
-        )
-    return _FAMILY_TOWERS[family]
+def _usage(family: OpenCLIPFamily) -> _Usage:
+    if family not in _USAGES:
+        raise InputError(f"family={quote(family)} is unknown; choose from {', '.join(_USAGES)}")
+    return _USAGES[family]
 
 
 def _text_tower(model: Any) -> Any:
@@ -256,11 +236,19 @@ def _text_tower(model: Any) -> Any:
     return tower
 
 
-def _live_config(tower: Any) -> tuple[OpenCLIPTextConfig, float]:
-    """The configuration of a tower, from its modules, and the epsilon of its norms."""
+def _live_config(tower: Any) -> CLIPTextConfig:
+    """The configuration of a whole tower, from its modules."""
     blocks = list(tower.transformer.resblocks)
-    vocabulary, width = tower.token_embedding.weight.shape
     projection = tower.text_projection
+    # open_clip's CLIP has the attributes of its TextTransformer, under another name.
+    pool_type = tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type
+    for field, is_other in {
+        "no_causal_mask": tower.attn_mask is None,
+        "proj_bias": isinstance(projection, nn.Module),
+        "pool_type": pool_type != "argmax",
+    }.items():
+        if is_other:
+            raise ConfigError(f"{field}: the text tower differs from CLIP's; such towers are not supported")
     norms = {
         module.eps
         for part in (tower.transformer, tower.ln_final)
@@ -273,29 +261,19 @@ def _live_config(tower: Any) -> tuple[OpenCLIPTextConfig, float]:
         raise ConfigError(
             "the blocks of the text tower differ in heads, activation or epsilon; CLIP's are equal"
         )
-    config = OpenCLIPTextConfig.from_json(
-        {
-            # Unused without a projection.
-            "embed_dim": width if projection is None else _columns(projection),
-            "quick_gelu": activations == {"quick_gelu"},
-            "context_length": tower.positional_embedding.shape[0],
-            "vocab_size": vocabulary,
-            "width": width,
-            "heads": heads.pop(),
-            "layers": len(blocks),
-            "mlp_ratio": blocks[0].mlp.c_fc.weight.shape[0] / width,
-            "proj_type": "none" if projection is None else "linear",
-            "proj_bias": isinstance(projection, nn.Module),
-            "no_causal_mask": tower.attn_mask is None,
-            # open_clip's CLIP has the attributes of its TextTransformer, under another name.
-            "pool_type": tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type,
-        }
+    vocabulary, width = tower.token_embedding.weight.shape
+    return _clip_config(
+        projects=projection is not None,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=blocks[0].mlp.c_fc.weight.shape[0],
+        num_hidden_layers=len(blocks),
+        num_attention_heads=heads.pop(),
+        max_position_embeddings=tower.positional_embedding.shape[0],
+        projection_dim=width if projection is None else projection.shape[1],  # unused without a projection
+        hidden_act=activations.pop(),
+        layer_norm_eps=norms.pop(),
     )
-    return config, norms.pop()
-
-
-def _columns(projection: Any) -> int:
-    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
 
 
 def _activation(module: nn.Module) -> str:
@@ -338,36 +316,23 @@ def _stored_config(path: Path, config: Mapping[str, Any] | None) -> OpenCLIPText
     return OpenCLIPTextConfig.from_json({**text, **outer})
 
 
-def _clip_config(config: OpenCLIPTextConfig, family_tower: _FamilyTower, eps: float = 1e-5) -> CLIPTextConfig:
-    if family_tower.projects and config.proj_type == "none":
-        raise ConfigError("proj_type none: SDXL needs the projection of the end token")
-    layers = config.layers - family_tower.dropped
-    if layers < 1:
-        raise ConfigError(f"layers {config.layers}: SD 2.x drops the last block, so at least 2 are needed")
-    return config.clip_config(layers=layers, projects=family_tower.projects, eps=eps)
-
-
-def _refuse_extra(keys: Collection[str], config: OpenCLIPTextConfig, what: str) -> None:
+def _refuse_extra(keys: Iterable[str], whole: CLIPTextConfig, what: str) -> None:
     """Refuse weights that a complete tower of this configuration does not have."""
-    whole = config.clip_config(layers=config.layers, projects=config.proj_type == "linear")
     expected = {source.key for source in openclip_key_map(whole.to_json()).values()}
-    if extra := sorted(set(keys) - expected):
+    others = (key for key in keys if not key.startswith(_IMAGE_TOWER) and key not in _IGNORED_KEYS)
+    if extra := sorted(set(others) - expected):
         raise CheckpointMismatchError(
             f"{what}: {len(extra)} weights are not those of a CLIP text encoder ({first_five(extra)}); such towers are "
             "not supported"
         )
 
 
-def _tokenizer(
-    config: OpenCLIPTextConfig, family_tower: _FamilyTower, tokenizer: CLIPTokenizer | None
-) -> CLIPTokenizer:
-    if tokenizer is not None:
-        return tokenizer
-    tokenizer = clip_tokenizer(pad_token=family_tower.pad_token)
+def _tokenizer(config: CLIPTextConfig, usage: _Usage) -> CLIPTokenizer:
+    tokenizer = clip_tokenizer(pad_token=usage.pad_token)
     if config.vocab_size != len(tokenizer):
         raise CheckpointMismatchError(
             f"the tower embeds {config.vocab_size:,} tokens, CLIP's tokenizer has {len(tokenizer):,}; give "
             "tokenizer=, the one of its training"
         )
-    tokenizer.model_max_length = config.context_length
+    tokenizer.model_max_length = config.max_position_embeddings
     return tokenizer
