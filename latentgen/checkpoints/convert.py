@@ -85,8 +85,7 @@ def convert(
 
     - A pickle (.ckpt, .pt, .pth, .bin) becomes a safetensors file; see :func:`unpickle`.
     - A single file becomes a folder in the diffusers layout, and a folder a single file in the original layout.
-    - A safetensors file, or a folder, becomes the same in another precision: integers, metadata and shards stay as
-      they are, and configurations and tokenizers are copied byte for byte.
+    - A safetensors file or a folder becomes the same in another precision; see :func:`convert_folder`.
 
     Args:
         target: a folder, or a path that ends in .safetensors; None, for pickles only, is :func:`pickle_target`.
@@ -129,7 +128,7 @@ def convert(
             return (write_single_file if to_file else convert_folder)(folder, target, writing)
         bar.total = source.stat().st_size
         if pickled:
-            return Conversion(target, *unpickle(source, target, dtype, bar.update))
+            return Conversion(target, *unpickle(source, target, writing.dtype, bar.update))
         if to_file:
             return Conversion(target, len(convert_file(source, target, writing)))
         return write_folder(SingleFile.open(source, prediction_type=prediction_type), target, writing)
@@ -175,7 +174,9 @@ def convert_file(source: Path, target: Path, writing: Writing) -> dict[str, Tens
 
 
 def convert_folder(source: CheckpointFolder, target: Path, writing: Writing) -> Conversion:
-    """Write a folder in the diffusers layout in another precision; other files are copied unchanged.
+    """Write a folder in the diffusers layout in another precision.
+
+    Integers, metadata and shards stay as they are; configurations and tokenizers are copied byte for byte.
 
     Raises:
         CheckpointError: a file cannot be read, a component has no weights or none that can be chosen, or a

@@ -1,8 +1,4 @@
-"""The published families of Stable Diffusion: what each is made of, and the configurations inside this package.
-
-A single file holds only weights. The rest of a folder in the diffusers layout (configurations, the scheduler's
-settings, the tokenizers' padding) follows from the family.
-"""
+"""The published families of Stable Diffusion: the configurations and tokenizers that their single files lack."""
 
 from __future__ import annotations
 
@@ -26,9 +22,6 @@ SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 CLIP_PAD = "<|endoftext|>"
 OPENCLIP_PAD = "!"
 WINDOW = 77
-_END_OF_WORD = "</w>"
-# Bytes that are their own character; the others map to the characters from U+0100 on.
-_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 # Component -> library and class in `model_index.json`; a scheduler's class is in its configuration.
 COMPONENT_CLASSES: Mapping[str, tuple[str, str]] = {
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -150,17 +143,12 @@ def clip_tokenizer(*, pad_token: str) -> CLIPTokenizer:
     Args:
         pad_token: ``CLIP_PAD`` or ``OPENCLIP_PAD``, as in training.
     """
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()
     merges: Any = [tuple(line.split(" ")) for line in lines]
-    letters = _byte_letters()
-    pieces = [*letters, *(letter + _END_OF_WORD for letter in letters), *map("".join, merges)]
+    letters = sorted(ByteLevel.alphabet())  # a visible character for each of the 256 bytes
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
     vocab = {piece: index for index, piece in enumerate([*pieces, *SPECIAL_TOKENS])}
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=WINDOW)
-
-
-def _byte_letters() -> list[str]:
-    """A visible character for each of the 256 bytes, in the order of the vocabulary."""
-    others = 256 - len(_PRINTABLE)
-    return [chr(byte) for byte in _PRINTABLE] + [chr(0x100 + i) for i in range(others)]

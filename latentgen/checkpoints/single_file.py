@@ -86,7 +86,13 @@ class SingleFile:
         """
         path = as_path(path)
         header = read_header(path)
-        family, key_prefix = _identified(path, header)
+        identity = identify(header)
+        family, key_prefix = identity.family, identity.key_prefix
+        if identity.kind != "checkpoint" or family is None:
+            raise InputError(
+                f"{quote(path)} is {identity.name}; give a whole checkpoint in the original layout, which has keys "
+                "like model.diffusion_model.input_blocks.0.0.weight"
+            )
         keys = {key.removeprefix(key_prefix) for key in header}
         if config is None:
             configs = _published_configs(path, family, keys, header, prediction_type)
@@ -95,20 +101,16 @@ class SingleFile:
             family, folder = "custom", CheckpointFolder.open(as_path(config))
             configs = _folder_configs(folder, prediction_type)
             index, tokenizers = folder.model_index, dict.fromkeys(folder.components, folder)
-        key_maps = {name: _as_named(key_map, keys) for name, key_map in original_key_maps(configs).items()}
-        known = {source.key for key_map in key_maps.values() for source in key_map.values()}
-        _refuse_extra(path, [key for key in keys if key not in known and not is_unused(key, configs)])
-        if ema:
-            key_maps["unet"] = _averages(path, key_maps["unet"], keys)
         weights = {
             component: Weights((path,), with_prefix(key_map, key_prefix))
-            for component, key_map in key_maps.items()
+            for component, key_map in _key_maps(path, keys, configs, ema).items()
             if any(source.key in keys for source in key_map.values())
         }
         if vae is not None:
             weights["vae"] = vae_weights(vae, configs["vae"])
-        missing = [component for component in key_maps if component not in weights]
-        _refuse_missing(path, family, missing)
+        if missing := [name for name in WEIGHT_COMPONENTS if name in configs and name not in weights]:
+            hint = "; give it with vae=FILE, a .safetensors file" if missing == ["vae"] else ""
+            raise CheckpointNotFoundError(f"{quote(path)} ({family}) has no {' and no '.join(missing)}{hint}")
         return cls(path, family, index, configs, weights, tokenizers)
 
     @property
@@ -195,17 +197,6 @@ def vae_weights(path: str | Path, config: Mapping[str, object]) -> Weights:
     return Weights((path,), key_map)
 
 
-def _identified(path: Path, header: Header) -> tuple[str, str]:
-    """The family of a single file, and the prefix of all of its keys."""
-    identity = identify(header)
-    if identity.kind != "checkpoint" or identity.family is None:
-        raise InputError(
-            f"{quote(path)} is {identity.name}; give a whole checkpoint in the original layout, which has keys like "
-            "model.diffusion_model.input_blocks.0.0.weight"
-        )
-    return identity.family, identity.key_prefix
-
-
 def _published_configs(
     path: Path, family: str, keys: Collection[str], header: Header, prediction_type: DeclaredPrediction | None
 ) -> dict[str, dict[str, object]]:
@@ -240,33 +231,35 @@ def _folder_configs(
 
 def _check_prediction(prediction_type: object) -> None:
     allowed = get_args(DeclaredPrediction)
-    if prediction_type is not None and prediction_type not in allowed:
+    if prediction_type not in (None, *allowed):
         raise InputError(f"prediction_type {quote(prediction_type)} is not one of {', '.join(allowed)}")
 
 
 def _model_index(family: str, configs: _Configs) -> dict[str, object]:
     """The `model_index.json` of a folder of this family."""
     known = FAMILIES[family]
-    components = {name: list(COMPONENT_CLASSES[name]) for name in COMPONENT_CLASSES if name in configs}
-    tokenizers = {name: list(COMPONENT_CLASSES[name]) for name in known.tokenizers}
-    schedulers = {name: ["diffusers", configs[name]["_class_name"]] for name in SCHEDULERS if name in configs}
-    named = {"_class_name": known.pipeline_class, **LAYOUT_VERSION}
-    return {**named, **known.index, **components, **tokenizers, **schedulers}
+    schedulers = {name: ("diffusers", configs[name]["_class_name"]) for name in SCHEDULERS if name in configs}
+    classes = {**COMPONENT_CLASSES, **schedulers}
+    components = {name: list(classes[name]) for name in classes if name in {*configs, *known.tokenizers}}
+    return {"_class_name": known.pipeline_class, **LAYOUT_VERSION, **known.index, **components}
 
 
-def _as_named(key_map: KeyMap, keys: Collection[str]) -> KeyMap:
-    """The map with the oldest names of CLIP's text encoder, if the file has them."""
-    oldest = {
-        name: source._replace(key=source.key.replace(_TOWER, "", 1)) for name, source in key_map.items()
-    }
-    return oldest if any(source.key in keys for source in oldest.values()) else key_map
-
-
-def _averages(path: Path, key_map: KeyMap, keys: Collection[str]) -> KeyMap:
-    averages = ema_key_map(key_map)
-    if not any(source.key in keys for source in averages.values()):
-        raise InputError(f"ema=True: {quote(path)} holds no moving averages (model_ema.*); leave ema out")
-    return averages
+def _key_maps(path: Path, keys: Collection[str], configs: _Configs, ema: bool) -> dict[str, KeyMap]:
+    """The key map of each component; every key of the file is in one of them or unused."""
+    key_maps = original_key_maps(configs)
+    for component, key_map in key_maps.items():
+        oldest = {
+            name: source._replace(key=source.key.replace(_TOWER, "", 1)) for name, source in key_map.items()
+        }
+        if any(source.key in keys for source in oldest.values()):  # the oldest names of CLIP
+            key_maps[component] = oldest
+    known = {source.key for key_map in key_maps.values() for source in key_map.values()}
+    _refuse_extra(path, [key for key in keys if key not in known and not is_unused(key, configs)])
+    if ema:
+        key_maps["unet"] = ema_key_map(key_maps["unet"])
+        if not any(source.key in keys for source in key_maps["unet"].values()):
+            raise InputError(f"ema=True: {quote(path)} holds no moving averages (model_ema.*); leave ema out")
+    return key_maps
 
 
 def _refuse_extra(path: Path, extra: Sequence[str]) -> None:
@@ -275,13 +268,3 @@ def _refuse_extra(path: Path, extra: Sequence[str]) -> None:
             f"{quote(path)}: {len(extra)} keys belong to no component ({first_five(sorted(extra))}); the file is of "
             "another family or holds more than one model"
         )
-
-
-def _refuse_missing(path: Path, family: str, missing: Sequence[str]) -> None:
-    if missing:
-        hint = (
-            "give it with vae=FILE, a .safetensors file"
-            if missing == ["vae"]
-            else "a whole checkpoint is needed"
-        )
-        raise CheckpointNotFoundError(f"{quote(path)} ({family}) has no {' and no '.join(missing)}; {hint}")

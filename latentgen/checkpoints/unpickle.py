@@ -25,6 +25,7 @@ from latentgen.checkpoints.io import (
     MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
+    TORCH_DTYPES,
     open_checkpoint,
     read_header,
     write_tensors,
@@ -81,7 +82,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def unpickle(
-    source: Path, target: Path, dtype: str | None, advance: Callable[[int], object]
+    source: Path, target: Path, dtype: torch.dtype | None, advance: Callable[[int], object]
 ) -> tuple[int, tuple[str, ...]]:
     """Write the tensors of a pickle to a safetensors file.
 
@@ -90,7 +91,7 @@ def unpickle(
     without elements. A textual-inversion embedding becomes one tensor with the name of its token.
 
     Args:
-        dtype: what floating-point tensors become, such as "float16"; None keeps each one's own.
+        dtype: what floating-point tensors become; None keeps each one's own.
         advance: called with the number of bytes written since the last call.
 
     Returns:
@@ -122,12 +123,17 @@ def unpickle(
 
 
 def _run_child(
-    source: Path, dtype: str | None, output: BinaryIO, errors: BinaryIO, advance: Callable[[int], object]
+    source: Path,
+    dtype: torch.dtype | None,
+    output: BinaryIO,
+    errors: BinaryIO,
+    advance: Callable[[int], object],
 ) -> int:
     """Run the child until it ends or its time is over; returns its exit code."""
     seconds = START_SECONDS + source.stat().st_size // BYTES_PER_SECOND
     path = json.dumps([os.path.abspath(entry) for entry in sys.path])
-    command = [sys.executable, "-I", "-c", _START, path, str(source), dtype or "", str(seconds)]
+    name = DTYPE_NAMES[dtype] if dtype else ""
+    command = [sys.executable, "-I", "-c", _START, path, str(source), name, str(seconds)]
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     deadline, written = time.monotonic() + WALL_CLOCK * seconds, 0
@@ -188,10 +194,10 @@ class _StandIn:
 def main() -> NoReturn:
     """The child: lower the limits of its process, and write the tensors of a pickle to stdout.
 
-    Its arguments are the pickle, the dtype (empty keeps each tensor's own) and the seconds of CPU time. The last line
-    on stderr is a JSON object with ``dropped`` or ``error``.
+    Its arguments are the pickle, the name of the dtype (empty keeps each tensor's own) and the seconds of CPU time. The
+    last line on stderr is a JSON object with ``dropped`` or ``error``.
     """
-    source, dtype, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    source, dtype, seconds = Path(sys.argv[1]), TORCH_DTYPES.get(sys.argv[2]), int(sys.argv[3])
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # keeps other output out of the file
     report: dict[str, object]
@@ -200,11 +206,9 @@ def main() -> NoReturn:
         _limit(source.stat().st_size, seconds)
         sys.addaudithook(_refuse)
         state = read_pickle(source)
-        target = next((known for known in DTYPE_NAMES if str(known) == f"torch.{dtype}"), None)
-        write_tensors(output, state.tensors, {"format": "pt"}, dtype=target, checked_source=source)
+        write_tensors(output, state.tensors, {"format": "pt"}, dtype=dtype, checked_source=source)
         output.flush()
-        beyond = len(state.dropped) - _MAX_NAMES
-        more = [f"and {beyond:,} more"] if beyond > 0 else []
+        more = [f"and {len(state.dropped) - _MAX_NAMES:,} more"] if len(state.dropped) > _MAX_NAMES else []
         report = {"dropped": state.dropped[:_MAX_NAMES] + more}
     except LatentgenError as error:
         report = {"error": type(error).__name__, "message": str(error)}
@@ -222,28 +226,31 @@ def read_pickle(source: Path) -> State:
         UnsafeCheckpointError: the file references more than tensors and plain values.
         CheckpointCorruptError: the file is damaged, or is not a state dict of dense tensors.
     """
-    size = source.stat().st_size
-    with open(source, "rb") as file:
-        archive = file.read(4) == b"PK\x03\x04"
-    records = _records(source) if archive else None
-    state = _extract(_load(source, archive), source)
+    try:
+        with open(source, "rb") as file:
+            archive = file.read(4) == b"PK\x03\x04"
+        records = _records(source) if archive else None
+        state = _extract(_load(source, archive), source.stem)
+        _check_sizes(state, source.stat().st_size, records)
+    except ValueError as error:
+        raise CheckpointCorruptError(f"{quote(source)} cannot be converted: {error}") from error
+    return state
+
+
+def _check_sizes(state: State, size: int, records: set[int] | None) -> None:
+    """Refuse tensors that claim more than a file of ``size`` bytes with these records holds."""
     if not state.tensors or len(state.tensors) > MAX_TENSORS:
-        raise CheckpointCorruptError(
-            f"{quote(source)} holds {len(state.tensors):,} tensors; 1 to {MAX_TENSORS:,} are converted"
-        )
+        raise ValueError(f"it holds {len(state.tensors):,} tensors; allowed are 1 to {MAX_TENSORS:,}")
     storages = (tensor.untyped_storage() for tensor in state.tensors.values())
     distinct = {storage.data_ptr(): storage.nbytes() for storage in storages}
     claimed = sum(distinct.values())
     if claimed > size or (records is not None and not records.issuperset(distinct.values())):
-        raise CheckpointCorruptError(
-            f"{quote(source)} ({size:,} bytes) declares tensors of {claimed:,} bytes, which it does not hold"
-        )
+        raise ValueError(f"it declares tensors of {claimed:,} bytes, which its {size:,} bytes do not hold")
     if (total := sum(tensor.nbytes for tensor in state.tensors.values())) > MAX_GROWTH * size:
-        raise CheckpointCorruptError(
-            f"{quote(source)} ({size:,} bytes) would become {total:,} bytes, because its tensors overlap; at "
-            f"most {MAX_GROWTH} times the size is allowed"
+        raise ValueError(
+            f"its {size:,} bytes would become {total:,}, because its tensors overlap; at most {MAX_GROWTH} times the "
+            "size is allowed"
         )
-    return state
 
 
 def _limit(size: int, seconds: int) -> None:
@@ -282,14 +289,12 @@ def _records(source: Path) -> set[int]:
     try:
         with zipfile.ZipFile(source) as archive:
             records = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError) as error:
-        raise CheckpointCorruptError(
-            f"{quote(source)} is truncated or damaged ({error}); download the file again"
-        ) from error
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise ValueError(f"it is truncated or damaged ({error}); download it again") from error
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
-            raise CheckpointCorruptError(
-                f"{quote(source)}: the record {quote(record.filename)} is compressed; torch.save never compresses"
+            raise ValueError(
+                f"the record {quote(record.filename)} is compressed; torch.save never compresses"
             )
     return {0, *(record.file_size for record in records)}
 
@@ -304,98 +309,74 @@ def _load(source: Path, archive: bool) -> object:
                 with open(source, "rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(source, map_location="cpu", weights_only=True, mmap=archive)
+    except LatentgenError:
+        raise
     except Exception as error:  # a damaged file can raise anything inside torch
-        raise _explained(source, error) from error
+        message = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+        if isinstance(error, pickle.UnpicklingError) and (match := _REFUSED.search(message)):
+            name = next(group for group in match.groups() if group)
+            raise UnsafeCheckpointError(
+                f"{quote(source)} references {quote(name.strip())}, which weights do not need and which may run code; "
+                "nothing was run: ask the author of the file for a .safetensors file"
+            ) from error
+        reason = message.partition("Check the documentation")[0].strip() or type(error).__name__
+        raise ValueError(
+            f"torch cannot read it: {quote(' '.join(reason.split()))}; download it again"
+        ) from error
 
 
-def _explained(source: Path, error: Exception) -> LatentgenError:
-    message = str(error).partition("WeightsUnpickler error:")[2] or str(error)
-    if isinstance(error, pickle.UnpicklingError) and (match := _REFUSED.search(message)):
-        name = next(group for group in match.groups() if group)
-        return UnsafeCheckpointError(
-            f"{quote(source)} references {quote(name.strip())}, which weights do not need and which may run code; "
-            "nothing was run: ask the author of the file for a .safetensors file"
-        )
-    reason = message.partition("Check the documentation")[0].strip() or type(error).__name__
-    return CheckpointCorruptError(
-        f"{quote(source)} cannot be read as a checkpoint of torch: {quote(' '.join(reason.split()))}; "
-        "download the file again"
-    )
-
-
-def _extract(loaded: object, source: Path) -> State:
+def _extract(loaded: object, stem: str) -> State:
     """The tensors of a state dict, which may be inside ``state_dict``, or of an embedding.
 
     Only the slots of the types are used: the attributes of an OrderedDict come from the file.
     """
     if not isinstance(loaded, dict):
-        raise CheckpointCorruptError(f"{quote(source)} holds a {type(loaded).__name__}, not a state dict")
+        raise ValueError(f"it holds a {type(loaded).__name__}, not a state dict")
     if "string_to_param" in loaded:
-        return _embedding(loaded, source)
-    dropped: list[str] = []
-    weights = loaded
-    if "state_dict" in loaded:
-        weights = loaded["state_dict"]
-        dropped = [quote(key) for key in loaded if key != "state_dict"]
-        if not isinstance(weights, dict):
-            raise CheckpointCorruptError(
-                f"{quote(source)}: 'state_dict' holds a {type(weights).__name__}, not tensors by name"
-            )
+        return _embedding(loaded, stem)
+    weights = dict.get(loaded, "state_dict", loaded)
+    dropped = [] if weights is loaded else [quote(key) for key in loaded if key != "state_dict"]
+    if not isinstance(weights, dict):
+        raise ValueError(f"'state_dict' holds a {type(weights).__name__}, not tensors by name")
     tensors: dict[str, Tensor] = {}
     for name in weights:
         value = weights[name]
-        if isinstance(value, Tensor):
-            tensor = _plain(_name(name, source), value, source)
-            if tensor.numel():
-                tensors[name] = tensor
-            else:
-                dropped.append(quote(name))
-        elif value is None or isinstance(value, int | float | complex | str | bytes | _StandIn):
+        if isinstance(value, Tensor) and (tensor := _plain(name, value)).numel():
+            tensors[name] = tensor
+        elif value is None or isinstance(value, Tensor | int | float | complex | str | bytes | _StandIn):
             dropped.append(quote(name))
         else:
-            raise CheckpointCorruptError(
-                f"{quote(source)}: {quote(name)} holds a {type(value).__name__} instead of a tensor; allowed are "
-                "tensors by name, directly or in 'state_dict'"
+            raise ValueError(
+                f"{quote(name)} holds a {type(value).__name__}; tensors by name are allowed, also in 'state_dict'"
             )
     return State(tensors, dropped)
 
 
-def _embedding(loaded: dict[object, object], source: Path) -> State:
+def _embedding(loaded: dict[object, object], stem: str) -> State:
     """A textual-inversion embedding: its vectors under the token's name, as in a file of one tensor."""
     vectors = loaded["string_to_param"]
     if isinstance(vectors, _StandIn) and isinstance(vectors.state, dict):
         vectors = dict.get(vectors.state, "_parameters")
     tensors = [vectors[token] for token in vectors] if isinstance(vectors, dict) else []
     if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
-        raise CheckpointCorruptError(f"{quote(source)}: 'string_to_param' does not hold exactly one tensor")
+        raise ValueError("'string_to_param' does not hold exactly one tensor")
     name = dict.get(loaded, "name")
-    if not isinstance(name, str) or not name:
-        name = source.stem
+    name = name if isinstance(name, str) and name else stem
     dropped = [quote(key) for key in loaded if key not in ("string_to_param", "name")]
-    return State({_name(name, source): _plain(name, tensors[0], source)}, dropped)
+    return State({name: _plain(name, tensors[0])}, dropped)
 
 
-def _name(name: object, source: Path) -> str:
-    """A tensor's name that a safetensors header can hold."""
-    if isinstance(name, str) and name and name != "__metadata__" and "\0" not in name:
-        with suppress(UnicodeEncodeError):
-            name.encode()
-            return name
-    raise CheckpointCorruptError(f"{quote(source)}: {quote(name)} cannot be the name of a tensor")
-
-
-def _plain(name: str, tensor: Tensor, source: Path) -> Tensor:
-    """The detached tensor; CheckpointCorruptError if it is not dense and within its storage."""
+def _plain(name: object, tensor: Tensor) -> Tensor:
+    """The detached tensor, if it is dense and a safetensors file can hold it and its name."""
+    if not isinstance(name, str) or not name or name == "__metadata__" or "\0" in name:
+        raise ValueError(f"{quote(name)} cannot be the name of a tensor")
+    name.encode()  # UnicodeEncodeError, which is a ValueError, for lone surrogates
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-        kind = "is sparse, nested or without values"
-    elif tensor.dtype not in DTYPE_NAMES:
-        kind = f"has dtype {tensor.dtype}"
-    elif tensor.ndim > MAX_DIMENSIONS:
-        kind = f"has {tensor.ndim} dimensions, more than {MAX_DIMENSIONS}"
-    elif tensor.nbytes > tensor.untyped_storage().nbytes():
-        kind = f"claims {tensor.nbytes:,} bytes of a storage of {tensor.untyped_storage().nbytes():,}"
-    else:
-        return tensor.detach().resolve_neg()
-    raise CheckpointCorruptError(
-        f"{quote(source)}: tensor {quote(name)} {kind}; only dense tensors of plain numbers are converted"
-    )
+        raise ValueError(f"tensor {quote(name)} is sparse, nested or without values")
+    storage = tensor.untyped_storage().nbytes()
+    if tensor.dtype not in DTYPE_NAMES or tensor.ndim > MAX_DIMENSIONS or tensor.nbytes > storage:
+        raise ValueError(
+            f"tensor {quote(name)} of {tensor.dtype} has {tensor.ndim} dimensions and {tensor.nbytes:,} bytes of "
+            f"a storage of {storage:,}; allowed are {MAX_DIMENSIONS} dimensions of plain numbers in their storage"
+        )
+    return tensor.detach().resolve_neg()
