@@ -9,7 +9,7 @@ import numbers
 import operator
 import secrets
 from collections.abc import Sequence
-from typing import Literal, SupportsIndex, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def match_count(name: str, rows: tuple[T, ...], count: int) -> tuple[T, ...]:
     return rows * count if len(rows) == 1 else rows
 
 
-def check_integer(name: str, value: SupportsIndex, lowest: int, highest: int) -> int:
+def check_integer(name: str, value: Any, lowest: int, highest: int) -> int:
     """A whole number in `lowest`..`highest`, of Python or numpy; bools are refused."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -59,9 +59,13 @@ def check_integer(name: str, value: SupportsIndex, lowest: int, highest: int) ->
     return number
 
 
-def check_number(name: str, value: object, lowest: float, highest: float, hint: str) -> float:
+def check_number(name: str, value: Any, lowest: float, highest: float, hint: str) -> float:
     """A number in `lowest`..`highest`; bools and NaN are refused."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not lowest <= value <= highest:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Real)
+        or not lowest <= cast(float, value) <= highest
+    ):
         raise InputError(f"{name}={value!r} must be a number from {lowest:g} to {highest:g}; {hint}")
     return float(value)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import Literal, NamedTuple, ParamSpec, Self, Unpack, cast
+from typing import Any, Literal, NamedTuple, ParamSpec, Self, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from latentgen.pipelines.arguments import (
     check_seeds,
     match_count,
 )
-from latentgen.pipelines.call import DEFAULT_STEPS, CallOptions
+from latentgen.pipelines.call import DEFAULT_STEPS
 from latentgen.pipelines.image_to_image import DEFAULT_STRENGTH, ImageToImagePipeline
 from latentgen.pipelines.load_save import DTypeName, check_class
 from latentgen.pipelines.sampling_loop import Images, Output, export
@@ -271,7 +271,7 @@ class CascadePipeline:
         seeds: tuple[int, ...],
         settings: Sequence[StageSettings],
         output_type: OutputType,
-        **options: Unpack[CallOptions],
+        **options: Any,
     ) -> Iterator[StageResult]:
         images: Tensor | None = None
         for index, (stage, chosen) in enumerate(zip(self.stages, settings, strict=True)):

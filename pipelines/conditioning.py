@@ -146,7 +146,8 @@ def _moved(row: PromptInput, device: torch.device) -> Conditioning | None:
 def _join(parts: Sequence[Conditioning | None]) -> Conditioning:
     """One batch of rows; None is a row of zeros."""
     first = next(part for part in parts if part is not None)
-    zeros = Conditioning(*(None if tensor is None else torch.zeros_like(tensor) for tensor in first))
+    pooled = None if first.pooled is None else torch.zeros_like(first.pooled)
+    zeros = Conditioning(torch.zeros_like(first.context), pooled)
     rows = [zeros if part is None else part for part in parts]
     context = join_contexts([row.context for row in rows])
     pooled = [row.pooled for row in rows if row.pooled is not None]

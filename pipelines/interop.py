@@ -174,7 +174,7 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
         "unet": unet,
         "vae": vae,
         **{
-            name: getattr(diffusers, config["_class_name"]).from_config(config)
+            name: getattr(diffusers, str(config["_class_name"])).from_config(config)
             for name, config in configs.items()
         },
         **{name: tower.model for name, tower in towers.items()},

@@ -254,9 +254,9 @@ def _read_file(
     components: dict[str, dict[str, LoRALayer]] = {}
     for (owner, layer), keys in _layers(mapped.header, component, where).items():
         tensors = {role: mapped.tensor(key) for role, key in keys.items()}
-        for role, tensor in tensors.items():
+        for role, key in keys.items():
             if check_factors or role == "alpha":
-                check_values(tensor, None, keys[role], path)
+                check_values(tensors[role], None, key, path)
         rank, scale, layer_config = len(tensors["down"]), 1.0, config or configs.get(owner)
         if "alpha" in tensors:
             alpha = float(tensors["alpha"])

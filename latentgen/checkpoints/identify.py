@@ -30,7 +30,7 @@ _TASKS = {5: "depth-to-image", 7: "x4 upscaler", 8: "instruct-pix2pix", 9: "inpa
 # The prefix of every key in checkpoints converted from pickles, once or twice.
 _STATE_DICT = "state_dict."
 _UNET = "model.diffusion_model."
-_VAE_SIGNS: Mapping[Layout, str] = {
+_VAE_SIGNS: dict[Layout, str] = {
     "original": "decoder.norm_out.weight",
     "diffusers": "decoder.conv_norm_out.weight",
 }
@@ -300,9 +300,9 @@ def _vae(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     for prefix in _VAE_PREFIXES:
         decoder = _shape(tensors, f"{prefix}decoder.conv_in.weight")
         if len(decoder) == 4:
-            layout = next((layout for layout, sign in _VAE_SIGNS.items() if prefix + sign in tensors), None)
+            layouts = [layout for layout, sign in _VAE_SIGNS.items() if prefix + sign in tensors]
             name = f"a VAE with {decoder[1]} latent channels"
-            return Identity("vae", name, layout=layout, component_prefix=prefix)
+            return Identity("vae", name, layout=layouts[0] if layouts else None, component_prefix=prefix)
     return None
 
 

@@ -213,7 +213,7 @@ def read(config: Mapping[str, object]) -> dict[str, Any]:
     solver = _identify(config)
     is_flow = _ENTRIES[solver].is_flow
     readers = _READERS | (_FLOW_READERS if is_flow else {})
-    values = dict(_ENTRIES[solver].defaults)
+    values: dict[str, Any] = dict(_ENTRIES[solver].defaults)
     for key, value in config.items():
         if key.startswith("_"):
             continue
