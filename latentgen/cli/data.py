@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from latentgen.cli.options import one_line, spread
+from latentgen.cli.options import one_line, spread, train_extra
 from latentgen.errors import ConfigError, DatasetError
 from latentgen.files import quote
 
 if TYPE_CHECKING:
-    from latentgen.train.config import FolderData, HuggingFaceData, KohyaData, WebDataset
     from latentgen.train.data.check import Report
 
 
@@ -120,41 +119,31 @@ def check_data(
     and so on. Notes do not: images smaller than their crops, duplicate images, captions longer than the text
     encoder's window. Exits with 2 if there are problems.
     """
-    try:
+    with train_extra():
         from latentgen.train.data.check import check
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"check-data needs the module {error.name}: pip install 'latentgen[train]'"
-        ) from None
 
     options: dict[str, Any] = {**vars(crops), **vars(huggingface), "caption": caption}
-    fields = {name: value for name, value in options.items() if value is not None}
-    report = check(_config(kind, folder, fields))
+    report = check(_config(kind, folder, {name: v for name, v in options.items() if v is not None}))
     for line in _lines(report):
         print(line)
     if report.problems:
         raise DatasetError(f"{quote(folder)} has errors; fix the problems listed above")
 
 
-def _config(
-    kind: str, folder: Path, fields: dict[str, Any]
-) -> FolderData | KohyaData | WebDataset | HuggingFaceData:
+def _config(kind: str, folder: Path, fields: dict[str, Any]) -> Any:
     """The options as the `data` section of a recipe."""
-    from pydantic import ValidationError
+    from pydantic import TypeAdapter, ValidationError
 
-    from latentgen.train.config import FolderData, HuggingFaceData, KohyaData, WebDataset, in_one_line
+    from latentgen.train.config import Data, in_one_line
 
     if kind != "imagefolder" and "caption" in fields:
         raise ConfigError("--caption is only for --kind imagefolder; remove it")
+    if kind == "webdataset":
+        fields["shards"] = (f"{glob.escape(str(folder))}/*.tar" if folder.is_dir() else str(folder),)
+    else:
+        fields["path"] = folder
     try:
-        if kind == "webdataset":
-            name = f"{glob.escape(str(folder))}/*.tar" if folder.is_dir() else str(folder)
-            return WebDataset(kind=kind, shards=(name,), **fields)
-        if kind == "huggingface":
-            return HuggingFaceData(kind=kind, path=folder, **fields)
-        if kind == "kohya":
-            return KohyaData(kind=kind, path=folder, **fields)
-        return FolderData(kind="imagefolder", path=folder, **fields)
+        return TypeAdapter(Data).validate_python({"kind": kind, **fields})
     except ValidationError as error:
         raise ConfigError(f"invalid options: {in_one_line(error)}") from None
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from latentgen.cli.job import Job, clip_skip_setting, draw_cascade
+from latentgen.cli.job import Job, draw_cascade
 from latentgen.cli.options import (
     DeviceOption,
     DTypeOption,
@@ -59,9 +58,7 @@ def text2img(
     job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.text_to_image import TextToImagePipeline
 
-    pipeline = model.load(TextToImagePipeline)
-    call = partial(pipeline, prompt, height=height, width=width, clip_skip=clip_skip)
-    job.draw(pipeline, call, settings=clip_skip_setting(clip_skip))
+    job.draw(TextToImagePipeline, {"height": height, "width": width, "clip_skip": clip_skip})
 
 
 @spread
@@ -91,9 +88,7 @@ def img2img(
     job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.image_to_image import ImageToImagePipeline
 
-    pipeline = model.load(ImageToImagePipeline)
-    call = partial(pipeline, prompt, image=image, strength=strength, clip_skip=clip_skip)
-    job.draw(pipeline, call, denoising_strength=strength, settings=clip_skip_setting(clip_skip))
+    job.draw(ImageToImagePipeline, {"image": image, "strength": strength, "clip_skip": clip_skip})
 
 
 @spread
@@ -140,26 +135,10 @@ def inpaint(
     job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.inpaint import InpaintPipeline
 
-    pipeline = model.load(InpaintPipeline)
-    call = partial(
-        pipeline,
-        prompt,
-        image=image,
-        mask_image=mask,
-        strength=strength,
-        mask_blur=mask_blur,
-        padding_mask_crop=padding_mask_crop,
-        height=height,
-        width=width,
-        clip_skip=clip_skip,
-    )
-    settings = clip_skip_setting(clip_skip)
-    if mask_blur:
-        settings["Mask blur"] = f"{mask_blur:g}"
-    if padding_mask_crop is not None:
-        settings["Inpaint area"] = "Only masked"
-        settings["Masked area padding"] = str(padding_mask_crop)
-    job.draw(pipeline, call, denoising_strength=strength, settings=settings)
+    mask_arguments = {"mask_image": mask, "mask_blur": mask_blur, "padding_mask_crop": padding_mask_crop}
+    size = {"height": height, "width": width}
+    arguments = {"image": image, "strength": strength, "clip_skip": clip_skip, **mask_arguments, **size}
+    job.draw(InpaintPipeline, arguments)
 
 
 @spread
@@ -189,9 +168,7 @@ def edit(
     job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 
-    pipeline = model.load(InstructPix2PixPipeline)
-    call = partial(pipeline, prompt, image=image, image_guidance_scale=image_guidance)
-    job.draw(pipeline, call, settings={"Image CFG scale": f"{image_guidance:g}"})
+    job.draw(InstructPix2PixPipeline, {"image": image, "image_guidance_scale": image_guidance})
 
 
 @spread
@@ -231,18 +208,8 @@ def upscale(
     job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.upscale import UpscalePipeline
 
-    pipeline = model.load(UpscalePipeline)
-    call = partial(
-        pipeline,
-        prompt,
-        image=image,
-        noise_level=noise_level,
-        match_input=match_input,
-        tile=tile,
-        clip_skip=clip_skip,
-    )
-    settings = {"Noise level": str(noise_level), **clip_skip_setting(clip_skip)}
-    job.draw(pipeline, call, settings=settings | ({"Match input": "True"} if match_input else {}))
+    arguments = {"noise_level": noise_level, "match_input": match_input, "tile": tile, "clip_skip": clip_skip}
+    job.draw(UpscalePipeline, {"image": image, **arguments})
 
 
 @spread

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar, cast
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from latentgen import __version__
 from latentgen.cli.options import (
@@ -23,11 +25,8 @@ from latentgen.errors import InputError
 from latentgen.recipe import Recipe
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from latentgen.pipelines.base import Pipeline
     from latentgen.pipelines.cascade import CascadePipeline, StageResult, StageSettings
-    from latentgen.pipelines.sampling_loop import Output
 
 Value = TypeVar("Value", int, float, str)
 
@@ -47,38 +46,21 @@ class Job:
         sampling: SamplingOptions,
         output: OutputOptions,
     ) -> None:
-        from latentgen.image_file import check_output
-
         self.prompt, self.model, self.output = prompt, model, output
         self.prompting, self.sampling = prompting, sampling
         self.paths = output.paths(prompting.num_images)
-        for path in self.paths:
-            check_output(path)
         self.solver = sampling.solver
 
-    def draw(
-        self,
-        pipeline: Pipeline,
-        call: Callable[..., Output],
-        *,
-        denoising_strength: float | None = None,
-        settings: Mapping[str, str] | None = None,
-    ) -> None:
-        """Generate, write the images, and print their paths.
-
-        Args:
-            pipeline: the loaded pipeline.
-            call: its call, with the arguments that only this command has.
-            denoising_strength: for the recipe.
-            settings: further settings for the recipe.
-        """
-        from latentgen.image_file import save_image
+    def draw(self, kind: type[Pipeline], arguments: Mapping[str, Any]) -> None:
+        """Load the model, generate with the command's own arguments, write the images, and print their paths."""
         from latentgen.pipelines.call import DEFAULT_STEPS
 
+        pipeline: Any = self.model.load(kind)
         prompting, sampling = self.prompting, self.sampling
         steps = DEFAULT_STEPS if sampling.steps is None else sampling.steps
         guidance = pipeline.default_guidance_scale if sampling.guidance is None else sampling.guidance
-        result = call(
+        result = pipeline(
+            self.prompt,
             negative_prompt=prompting.negative,
             prompt_syntax=prompting.prompt_syntax,
             num_inference_steps=steps,
@@ -87,39 +69,39 @@ class Job:
             seed=prompting.seed,
             scheduler=self.solver,
             progress=sys.stderr.isatty(),
+            **arguments,
         )
-        if prompting.seed is None:
-            print(f"seed: {', '.join(map(str, result.seeds))}", file=sys.stderr)
-        images = cast("list[Image]", result.images)
-        for path, image, seed in zip(self.paths, images, result.seeds, strict=True):
-            recipe = _recipe(
-                self.prompt,
-                prompting,
-                image,
-                seed,
-                steps=steps,
-                scheduler=self.solver or pipeline.scheduler.name,
-                guidance_scale=guidance,
-                model=self.model.model,
-                denoising_strength=denoising_strength,
-                other=(*(settings or {}).items(), *self._settings().items()),
-            )
-            save_image(image, path, None if self.output.no_metadata else recipe)
-            print(printable(str(path)))
-
-    def _settings(self) -> dict[str, str]:
-        vae, adapters = self.model.vae, self.model.adapters
-        settings = self.prompting.syntax_setting
-        if vae:
-            settings["VAE"] = vae.name
-        if adapters:
-            settings["LoRA"] = ", ".join(f"{file.stem}:{weight:g}" for file, weight in adapters)
-        return settings
+        prompting.print_random(result.seeds)
+        recipe = _recipe(
+            self.prompt,
+            prompting,
+            self.model.model,
+            steps=steps,
+            scheduler=self.solver or pipeline.scheduler.name,
+            guidance_scale=guidance,
+            denoising_strength=arguments.get("strength"),
+            other={**_settings(arguments), **prompting.setting, **self.model.settings},
+        )
+        _write(result.images, result.seeds, self.paths, self.output, recipe)
 
 
-def clip_skip_setting(layers: int) -> dict[str, str]:
-    """The recipe's setting: other programs count from 1, which skips no layer."""
-    return {"Clip skip": str(layers + 1)} if layers else {}
+def _settings(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """The recipe's settings for the arguments that only one command has."""
+    settings = {}
+    if "image_guidance_scale" in arguments:
+        settings["Image CFG scale"] = f"{arguments['image_guidance_scale']:g}"
+    if "noise_level" in arguments:
+        settings["Noise level"] = str(arguments["noise_level"])
+    if arguments.get("clip_skip"):  # other programs count from 1, which skips no layer
+        settings["Clip skip"] = str(arguments["clip_skip"] + 1)
+    if arguments.get("match_input"):
+        settings["Match input"] = "True"
+    if arguments.get("mask_blur"):
+        settings["Mask blur"] = f"{arguments['mask_blur']:g}"
+    if arguments.get("padding_mask_crop") is not None:
+        settings["Inpaint area"] = "Only masked"
+        settings["Masked area padding"] = str(arguments["padding_mask_crop"])
+    return settings
 
 
 def draw_cascade(
@@ -138,11 +120,7 @@ def draw_cascade(
     Raises:
         LatentgenError: what is wrong with an option, or with the cascade's files, in a subclass.
     """
-    from latentgen.image_file import check_output, save_image
-
     paths = output.paths(prompting.num_images)
-    for path in paths:
-        check_output(path)
 
     from latentgen.pipelines.cascade import CascadePipeline
 
@@ -156,29 +134,26 @@ def draw_cascade(
         settings=stage_settings(stages, pipeline),
         progress=sys.stderr.isatty(),
     )
-    summary = ""
+    summaries = []
     for result in results:
-        if prompting.seed is None and result.index == 0:
-            print(f"seed: {', '.join(map(str, result.seeds))}", file=sys.stderr)
-        summary = f"{summary}; {_stage_summary(result)}".removeprefix("; ")
+        if result.index == 0:
+            prompting.print_random(result.seeds)
+        summaries.append(_stage_summary(result))
         is_last = result.index == result.total - 1
         if not (is_last or all_stages):
             continue
-        for path, image, seed in zip(paths, cast("list[Image]", result.images), result.seeds, strict=True):
-            target = path if is_last else path.with_stem(f"{path.stem}-{result.index + 1}-{result.name}")
-            recipe = _recipe(
-                prompt,
-                prompting,
-                image,
-                seed,
-                steps=result.settings.num_inference_steps,
-                scheduler=str(result.settings.scheduler),
-                guidance_scale=cast(float, result.settings.guidance_scale),
-                model=model,
-                other=(("Cascade", summary), *prompting.syntax_setting.items()),
-            )
-            save_image(image, target, None if output.no_metadata else recipe)
-            print(printable(str(target)))
+        suffix = "" if is_last else f"-{result.index + 1}-{result.name}"
+        recipe = _recipe(
+            prompt,
+            prompting,
+            model,
+            steps=result.settings.num_inference_steps,
+            scheduler=str(result.settings.scheduler),
+            guidance_scale=result.settings.guidance_scale,
+            other={"Cascade": "; ".join(summaries), **prompting.setting},
+        )
+        targets = [path.with_stem(path.stem + suffix) for path in paths]
+        _write(result.images, result.seeds, targets, output, recipe)
 
 
 def stage_settings(options: StageOptions, cascade: CascadePipeline) -> list[StageSettings]:
@@ -232,29 +207,37 @@ def _stage_summary(result: StageResult) -> str:
 def _recipe(
     prompt: str,
     prompting: PromptOptions,
-    image: Image,
-    seed: int,
-    *,
-    steps: int,
-    scheduler: str,
-    guidance_scale: float,
     model: str | None,
-    denoising_strength: float | None = None,
-    other: Iterable[tuple[str, str]] = (),
-) -> Recipe:
+    *,
+    scheduler: str,
+    other: Mapping[str, str],
+    **fields: Any,
+) -> Callable[..., Recipe]:
+    """The recipe of all images of a call, without the fields of each."""
     sampler, schedule_type = SAMPLERS[scheduler]
-    return Recipe(
+    return partial(
+        Recipe,
         prompt=prompt,
         negative_prompt=prompting.negative,
-        steps=steps,
         sampler=sampler,
         schedule_type=schedule_type,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        width=image.width,
-        height=image.height,
         model=model_name(model),
-        denoising_strength=denoising_strength,
         version=f"latentgen {__version__}",
-        other=tuple(other),
+        other=tuple(other.items()),
+        **fields,
     )
+
+
+def _write(
+    images: Any,
+    seeds: Sequence[int],
+    paths: Sequence[Path],
+    output: OutputOptions,
+    recipe: Callable[..., Recipe],
+) -> None:
+    from latentgen.image_file import save_image
+
+    for path, image, seed in zip(paths, images, seeds, strict=True):
+        own = recipe(seed=seed, width=image.width, height=image.height)
+        save_image(image, path, None if output.no_metadata else own)
+        print(printable(str(path)))

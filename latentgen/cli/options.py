@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, signature
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hin
 import typer
 
 from latentgen.diffusion.solver_names import canonical_name
-from latentgen.errors import InputError
+from latentgen.errors import ConfigError, InputError
 from latentgen.prompts import DEFAULT_SYNTAX, PromptSyntax
 
 if TYPE_CHECKING:
@@ -99,6 +101,14 @@ class ModelOptions:
         """Each LoRA with its weight."""
         return [file_and_weight(text) for text in self.lora or ()]
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """The recipe's settings for VAE and LoRAs."""
+        settings = {"VAE": self.vae.name} if self.vae else {}
+        if self.adapters:
+            settings["LoRA"] = ", ".join(f"{file.stem}:{weight:g}" for file, weight in self.adapters)
+        return settings
+
     def load(self, kind: type[AnyPipeline]) -> AnyPipeline:
         """Load the model as this kind of pipeline, with its adapters.
 
@@ -154,9 +164,14 @@ class PromptOptions:
     ] = 1
 
     @property
-    def syntax_setting(self) -> dict[str, str]:
+    def setting(self) -> dict[str, str]:
         """The recipe's setting for the syntax, unless it is the default."""
         return {} if self.prompt_syntax == DEFAULT_SYNTAX else {"Prompt syntax": self.prompt_syntax}
+
+    def print_random(self, seeds: Iterable[int]) -> None:
+        """Print the seeds of the images if the user gave none."""
+        if self.seed is None:
+            print(f"seed: {', '.join(map(str, seeds))}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -239,9 +254,14 @@ class OutputOptions:
     ] = Path("out.png")
 
     def paths(self, count: int) -> list[Path]:
-        """The path itself for one image; out-1.png, out-2.png, ... for several."""
+        """The path itself for one image; out-1.png, out-2.png, ... for several; OutputError if not writable."""
+        from latentgen.image_file import check_output
+
         path = self.output
-        return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
+        paths = [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
+        for path in paths:
+            check_output(path)
+        return paths
 
 
 def model_name(model: str | None) -> str:
@@ -285,3 +305,16 @@ def format_warning(
 ) -> str:
     """Replaces `warnings.formatwarning`: without the source line, which means nothing to a user."""
     return f"latentgen: warning: {one_line(str(message))}\n"
+
+
+@contextmanager
+def train_extra() -> Iterator[None]:
+    """Report a missing library of the extra `train` as a ConfigError that names it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "latentgen").partition(".")[0] == "latentgen":
+            raise
+        raise ConfigError(
+            f"training needs the module {error.name}: pip install 'latentgen[train]'"
+        ) from error

@@ -12,12 +12,13 @@ from typing import Annotated
 
 import typer
 
-from latentgen.cli.options import printable
-from latentgen.errors import ConfigError, InputError
+from latentgen.cli.options import printable, train_extra
+from latentgen.errors import InputError
 from latentgen.files import quote
 
 # Images of the fine-tuning recipes, relative to the root of the repository.
 _OWN_IMAGES = "configs/train/crests"
+_RECIPES = files("latentgen.configs") / "train"
 
 
 def train(
@@ -70,21 +71,16 @@ def train(
     The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; --set resume=true resumes from
     it. Example recipes are also in configs/train/ of the repository. Prints the folder of the finished model.
     """
-    if list_recipes or example is not None:
-        print(
-            _example(example) if example is not None else "\n".join(_listing()), end="" if example else "\n"
-        )
+    if list_recipes:
+        print(*_listing(), sep="\n")
+        return
+    if example is not None:
+        print(_example(example), end="")
         return
     if recipe is None:
         raise InputError("RECIPE is missing: give a YAML file; latentgen train --list-recipes lists examples")
-    try:
+    with train_extra():
         _run(recipe, overrides or [], is_dry_run=dry_run)
-    except ModuleNotFoundError as error:
-        if (error.name or "latentgen").partition(".")[0] == "latentgen":
-            raise
-        raise ConfigError(
-            f"training needs the module {error.name}: pip install 'latentgen[train]'"
-        ) from error
 
 
 def _run(recipe: Path, overrides: list[str], *, is_dry_run: bool) -> None:
@@ -106,10 +102,8 @@ def _run(recipe: Path, overrides: list[str], *, is_dry_run: bool) -> None:
             raise
         except SystemExit:
             if PartialState().is_main_process:
-                print(
-                    "latentgen: stopped after saving a checkpoint; --set resume=true resumes from it",
-                    file=sys.stderr,
-                )
+                message = "stopped after saving a checkpoint; --set resume=true resumes from it"
+                print(f"latentgen: {message}", file=sys.stderr)
             raise
     if PartialState().is_main_process:
         for line in lines:
@@ -118,21 +112,21 @@ def _run(recipe: Path, overrides: list[str], *, is_dry_run: bool) -> None:
 
 def _listing() -> list[str]:
     """Each recipe with the first sentence of its comment."""
-    recipes = {path.name.removesuffix(".yaml"): path.read_text("utf-8") for path in _recipes()}
+    recipes = _recipes()
     width = max(map(len, recipes))
-    return [f"{name:{width}}  {_first_sentence(text)}" for name, text in recipes.items()]
-
-
-def _first_sentence(recipe: str) -> str:
-    comment = takewhile(lambda line: line.startswith("#"), recipe.splitlines())
-    return " ".join(line.lstrip("# ") for line in comment).partition(". ")[0].rstrip(".")
+    lines = []
+    for name, text in recipes.items():
+        comment = takewhile(lambda line: line.startswith("#"), text.splitlines())
+        sentence = " ".join(line.lstrip("# ") for line in comment).partition(". ")[0].rstrip(".")
+        lines.append(f"{name:{width}}  {sentence}")
+    return lines
 
 
 def _example(name: str) -> str:
-    found = {path.name.removesuffix(".yaml"): path for path in _recipes()}
-    if name not in found:
-        raise InputError(f"--example {quote(name)}: no such recipe; choose from {', '.join(found)}")
-    return _with_own_images(found[name].read_text("utf-8"), _recipe_folder())
+    recipes = _recipes()
+    if name not in recipes:
+        raise InputError(f"--example {quote(name)}: no such recipe; choose from {', '.join(recipes)}")
+    return _with_own_images(recipes[name], _RECIPES)
 
 
 def _with_own_images(recipe: str, folder: Traversable) -> str:
@@ -143,15 +137,10 @@ def _with_own_images(recipe: str, folder: Traversable) -> str:
     return recipe.replace(f"path: {_OWN_IMAGES},", f"path: {json.dumps(str(folder / 'crests'))},")
 
 
-def _recipe_folder() -> Traversable:
-    return files("latentgen.configs") / "train"
-
-
-def _recipes() -> list[Traversable]:
-    return sorted(
-        (path for path in _recipe_folder().iterdir() if path.name.endswith(".yaml")),
-        key=lambda path: path.name,
-    )
+def _recipes() -> dict[str, str]:
+    """The text of each recipe, by name."""
+    paths = sorted(_RECIPES.iterdir(), key=lambda path: path.name)
+    return {p.name.removesuffix(".yaml"): p.read_text("utf-8") for p in paths if p.name.endswith(".yaml")}
 
 
 COMMANDS = (train,)

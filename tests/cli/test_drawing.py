@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,96 +58,71 @@ def read(path: Path) -> tuple[Recipe, np.ndarray]:
         return Recipe.from_text(image.info["parameters"]), np.asarray(image)
 
 
-def test_img2img(models: Path, picture: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "model", "kind", "given", "arguments", "other"),
+    [
+        ("img2img", "text2img", ImageToImagePipeline, ["--strength", "0.7"], {"strength": 0.7}, ()),
+        (
+            "inpaint",
+            "text2img",
+            InpaintPipeline,
+            ["--mask-blur", "1", "--padding-mask-crop", "4"],
+            {"mask_blur": 1.0, "padding_mask_crop": 4},
+            (("Mask blur", "1"), ("Inpaint area", "Only masked"), ("Masked area padding", "4")),
+        ),
+        (
+            "edit",
+            "edit",
+            InstructPix2PixPipeline,
+            ["--image-guidance", "1.2"],
+            {"image_guidance_scale": 1.2},
+            (("Image CFG scale", "1.2"),),
+        ),
+        (
+            "upscale",
+            "upscale",
+            UpscalePipeline,
+            ["--noise-level", "30", "--match-input"],
+            {"noise_level": 30, "match_input": True},
+            (("Noise level", "30"), ("Match input", "True")),
+        ),
+    ],
+)
+def test_images_and_recipes_are_those_of_the_pipeline(
+    models: Path,
+    picture: Path,
+    mask: Path,
+    tmp_path: Path,
+    command: str,
+    model: str,
+    kind: Any,
+    given: list[str],
+    arguments: dict[str, Any],
+    other: tuple[tuple[str, str], ...],
+) -> None:
     out = tmp_path / "out.png"
-    given = options(models / "text2img", out)
-    assert cli.main(["img2img", str(picture), "a cat", *given, "--strength", "0.7"]) == 0
+    inputs = [str(picture), *([str(mask)] if command == "inpaint" else [])]
+    prompt = ["--prompt", "a cat"] if command == "upscale" else ["a cat"]
+    assert cli.main([command, *inputs, *prompt, *options(models / model, out), *given]) == 0
     recipe, image = read(out)
-    assert (recipe.denoising_strength, recipe.width, recipe.height) == (0.7, 26, 19)
-    pipeline = ImageToImagePipeline.from_pretrained(models / "text2img", device="cpu")
-    expected = pipeline("a cat", image=picture, strength=0.7, num_inference_steps=3, seed=7, progress=False)
-    np.testing.assert_array_equal(image, np.asarray(expected.images[0]))
-
-
-def test_inpaint(models: Path, picture: Path, mask: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.png"
-    given = options(models / "text2img", out)
-    extra = ["--mask-blur", "1", "--padding-mask-crop", "4"]
-    assert cli.main(["inpaint", str(picture), str(mask), "a cat", *given, *extra]) == 0
-    recipe, image = read(out)
-    assert recipe.denoising_strength == 1.0
-    assert recipe.other == (
-        ("Mask blur", "1"),
-        ("Inpaint area", "Only masked"),
-        ("Masked area padding", "4"),
-    )
-    pipeline = InpaintPipeline.from_pretrained(models / "text2img", device="cpu")
+    assert recipe.other == other
+    assert recipe.denoising_strength == {"img2img": 0.7, "inpaint": 1.0}.get(command)
+    assert (recipe.height, recipe.width) == image.shape[:2]
+    if command == "inpaint":
+        arguments = {"mask_image": mask, **arguments}
+    pipeline = kind.from_pretrained(models / model, device="cpu")
     expected = pipeline(
-        "a cat",
-        image=picture,
-        mask_image=mask,
-        mask_blur=1.0,
-        padding_mask_crop=4,
-        num_inference_steps=3,
-        seed=7,
-        progress=False,
-    )
-    np.testing.assert_array_equal(image, np.asarray(expected.images[0]))
+        "a cat", image=picture, num_inference_steps=3, seed=7, progress=False, **arguments
+    ).images[0]
+    np.testing.assert_array_equal(image, np.asarray(expected))
 
 
-def test_edit(models: Path, picture: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.png"
-    given = options(models / "edit", out)
-    assert cli.main(["edit", str(picture), "make it red", *given, "--image-guidance", "1.2"]) == 0
-    recipe, image = read(out)
-    assert recipe.other == (("Image CFG scale", "1.2"),)
-    pipeline = InstructPix2PixPipeline.from_pretrained(models / "edit", device="cpu")
-    expected = pipeline(
-        "make it red",
-        image=picture,
-        image_guidance_scale=1.2,
-        num_inference_steps=3,
-        seed=7,
-        progress=False,
-    )
-    np.testing.assert_array_equal(image, np.asarray(expected.images[0]))
-
-
-def test_upscale(models: Path, picture: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.png"
-    given = options(models / "upscale", out)
-    extra = ["--prompt", "a cat", "--noise-level", "30", "--match-input"]
-    assert cli.main(["upscale", str(picture), *given, *extra]) == 0
-    recipe, image = read(out)
-    assert image.shape == (4 * 19, 4 * 26, 3)
-    assert recipe.other == (("Noise level", "30"), ("Match input", "True"))
-    pipeline = UpscalePipeline.from_pretrained(models / "upscale", device="cpu")
-    expected = pipeline(
-        "a cat",
-        image=picture,
-        noise_level=30,
-        match_input=True,
-        num_inference_steps=3,
-        seed=7,
-        progress=False,
-    )
-    np.testing.assert_array_equal(image, np.asarray(expected.images[0]))
-
-
-def test_a_cascade_in_the_current_folder_is_told_by_its_name(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_cascade(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(models)
     out = tmp_path / "out.png"
-    assert (
-        cli.main(["cascade", "a cat", "--model", ".", "--steps", "1", "--device", "cpu", "-o", str(out)]) == 0
-    )
-    assert read(out)[0].model == models.name
-
-
-def test_cascade(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out.png"
-    arguments = ["a cat", "--model", str(models), "--device", "cpu", "--seed", "7", "-o", str(out)]
+    arguments = ["a cat", "--model", ".", "--device", "cpu", "--seed", "7", "-o", str(out)]
     assert cli.main(["cascade", *arguments, "--all-stages", "--steps", "-,3", "--scheduler", "Euler"]) == 0
     first = tmp_path / "out-1-text2img.png"
     assert capsys.readouterr().out.splitlines() == [str(first), str(out)]
@@ -172,7 +148,7 @@ def test_cascade(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["upscale", "picture.png", "--model", "upscale", "--noise-level", "5000"], "noise_level"),
         (["upscale", "picture.png", "--model", "upscale", "--tile", "3"], "tile"),
         (["cascade", "a cat", "--model", "text2img"], "cascade.json"),
-        (["cascade", "a cat", "--model", ".", "--steps", "3,4,5"], "--steps has 3 values for 2 stages"),
+        (["cascade", "a cat", "--model", ".", "--steps", "3,4,5"], "--steps"),
         (["cascade", "a cat", "--model", ".", "--steps", "many"], "--steps=many"),
         (["cascade", "a cat", "--model", ".", "--noise-level", "0,x"], "--noise-level=0,x"),
         (["cascade", "a cat", "--model", ".", "--scheduler", "fastest"], "latentgen schedulers"),
@@ -198,9 +174,3 @@ def test_mistakes_are_told_in_one_line(
     assert re.fullmatch(r"latentgen: error: [^\n]+\n", printed.err)
     assert message in printed.err
     assert out.read_bytes() == b"old"
-
-
-@pytest.mark.parametrize("command", ["img2img", "inpaint", "edit", "upscale", "cascade"])
-def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([command, "--help"]) == 0
-    assert f"latentgen {command} " in capsys.readouterr().out
