@@ -1,8 +1,7 @@
-"""Layers whose frozen weights are stored in fewer bits, and computed with in the precision of what comes in.
+"""Layers whose frozen weights are stored in fewer bits, and computed with in the precision of the input.
 
-Where low-rank adapters are trained, the weights of the model stay as they are and need not lie in memory in float32
-(arXiv:2305.14314). Each layer makes its weight dense for the moment in which it computes, in the forward and again in
-the backward pass.
+While low-rank adapters are trained, the weights of the model are constant and need no memory in float32
+(arXiv:2305.14314). Each layer dequantizes its weight when it computes, in the forward and again in the backward pass.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ class QuantizedWeight(nn.Module):
             peaks = weight.float().abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)
             scale = torch.where(peaks > 0, peaks, 1.0) / _LARGEST[storage]
             scaled = weight.float() / scale
-            # As bytes, fp8 is moved, copied and broadcast wherever other bytes are.
+            # As bytes, because not every operation on tensors supports fp8.
             bits = scaled.round().to(torch.int8) if storage == "int8" else scaled.to(_FP8).view(torch.uint8)
             self.scale = nn.Parameter(scale, requires_grad=False)
-        # Parameters and not buffers, which distributed training sends around at every step.
+        # Parameters and not buffers, which distributed training broadcasts at every step.
         self.bits = nn.Parameter(bits, requires_grad=False)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -58,17 +57,13 @@ class QuantizedWeight(nn.Module):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer over a stored weight, through which gradients pass and to which none come."""
+    """A linear layer with a quantized weight. Gradients pass through it, and none reach the weight."""
 
-    def __init__(self, layer: nn.Linear, storage: StorageDtype) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.register_parameter("bias", layer.bias)
-        self.stored = QuantizedWeight(layer.weight, storage)
+    stored: QuantizedWeight
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The weight in float32, made anew."""
+        """The weight in float32, a new tensor."""
         return self.stored.dense(torch.float32)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -77,18 +72,13 @@ class FrozenLinear(nn.Linear):
 
 
 class FrozenConv2d(nn.Conv2d):
-    """A convolution over a stored weight, through which gradients pass and to which none come."""
+    """A convolution with a quantized weight. Gradients pass through it, and none reach the weight."""
 
-    def __init__(self, layer: nn.Conv2d, storage: StorageDtype) -> None:
-        nn.Module.__init__(self)
-        for name in (*nn.Conv2d.__constants__, "transposed"):
-            setattr(self, name, vars(layer)[name])
-        self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
-        self.stored = QuantizedWeight(layer.weight, storage)
+    stored: QuantizedWeight
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The weight in float32, made anew."""
+        """The weight in float32, a new tensor."""
         return self.stored.dense(torch.float32)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -97,26 +87,26 @@ class FrozenConv2d(nn.Conv2d):
 
 
 def quantize_frozen(module: nn.Module, storage: StorageDtype) -> None:
-    """Store the weights of the linear layers and convolutions inside `module` that take no gradients in fewer bits.
+    """Store the weights of the linear layers and convolutions inside `module` that are not trained in fewer bits.
 
-    They stay nn.Linear and nn.Conv2d, whose `weight` can be read but which a state_dict no longer holds. Norms,
-    embeddings, biases and all that is trained stay as they are. Call it once the weights are final and adapters have
-    been added: peft builds those of a convolution with the class of the layer beside them.
+    They stay nn.Linear and nn.Conv2d, whose `weight` can be read, but is not in the state_dict. Norms, embeddings,
+    biases and everything trained stay as they are. Call it once the weights are final and adapters have been added:
+    peft builds those of a convolution with the class of the adapted layer.
     """
     if storage == "fp32":
         return
-    # The layers themselves are not listed, so that each is freed as soon as another has taken its place.
-    for parent in [parent for parent in module.modules() if any(True for _ in parent.children())]:
-        for name, child in list(parent.named_children()):
-            if not any(p.requires_grad for p in child.parameters(recurse=False)):
-                if type(child) is nn.Linear:
-                    setattr(parent, name, FrozenLinear(child, storage))
-                elif type(child) is nn.Conv2d and child.padding_mode == "zeros":
-                    setattr(parent, name, FrozenConv2d(child, storage))
+    frozen: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d}
+    for layer in list(module.modules()):
+        if any(p.requires_grad for p in layer.parameters(recurse=False)):
+            continue
+        if type(layer) in frozen and getattr(layer, "padding_mode", "zeros") == "zeros":
+            weight = cast(Tensor, layer._parameters.pop("weight"))
+            layer.__class__ = frozen[type(layer)]  # the same layer, with another weight and forward
+            layer.stored = QuantizedWeight(weight, storage)
 
 
 class _LinearProduct(torch.autograd.Function):
-    """Keeps nothing for the backward pass but the layer: autograd by itself would keep the dense weight."""
+    """Saves only the layer for the backward pass: autograd itself would save the dense weight."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, layer: FrozenLinear) -> Tensor:
@@ -154,6 +144,6 @@ def _bias(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Tensor | None:
 
 
 def _in_compute_dtype(input: Tensor) -> Tensor:
-    """What a layer computes with: the dtype of what comes in, or that of autocast."""
+    """The input in its own dtype, or in that of autocast."""
     device = input.device.type
     return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input

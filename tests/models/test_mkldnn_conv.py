@@ -13,6 +13,12 @@ from latentgen.models.mkldnn_conv import PackedConv2d, can_pack, pack_convolutio
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this CPU has no packed convolutions")
 
 
+def packed(conv: nn.Conv2d) -> PackedConv2d:
+    pack_convolutions(conv)
+    assert isinstance(conv, PackedConv2d)
+    return conv
+
+
 def small_net() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
@@ -28,14 +34,14 @@ def test_packed_convolutions_give_the_same_features(dtype: torch.dtype) -> None:
     if not can_pack(dtype):
         pytest.skip(f"this CPU has no packed convolutions in {dtype}")
     plain = small_net().to(dtype)
-    packed = copy.deepcopy(plain)
-    pack_convolutions(packed)
+    net = copy.deepcopy(plain)
+    pack_convolutions(net)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     # The copy is packed for the first shape, and serves the others.
     for shape in ((2, 3, 24, 24), (1, 3, 40, 17), (5, 3, 24, 24)):
         for layout in (torch.contiguous_format, torch.channels_last):
             image = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
-            ours, expected = packed(image).float(), plain(image).float()
+            ours, expected = net(image).float(), plain(image).float()
             error = torch.linalg.vector_norm(ours - expected) / torch.linalg.vector_norm(expected)
             assert error < tolerance
 
@@ -60,20 +66,19 @@ def test_what_has_no_kernel_stays_and_the_state_is_unchanged() -> None:
 )
 @torch.no_grad()
 def test_a_changed_weight_is_packed_anew(change: Callable[[nn.Conv2d, torch.Tensor], object]) -> None:
-    plain = nn.Conv2d(8, 8, 3)
-    conv = PackedConv2d(plain)
+    conv = packed(nn.Conv2d(8, 8, 3))
     image = torch.randn(1, 8, 6, 6)
     conv(image)
     weight = torch.randn(8, 8, 3, 3)
     change(conv, weight)
-    torch.testing.assert_close(conv(image), nn.functional.conv2d(image, weight, plain.bias))
+    torch.testing.assert_close(conv(image), nn.functional.conv2d(image, weight, conv.bias))
 
 
 @torch.inference_mode()
 def test_a_weight_of_another_dtype_is_packed_anew() -> None:
     if not can_pack(torch.bfloat16):
         pytest.skip("this CPU has no packed convolutions in bfloat16")
-    conv = PackedConv2d(nn.Conv2d(8, 8, 3))
+    conv = packed(nn.Conv2d(8, 8, 3))
     conv(torch.randn(1, 8, 6, 6))
     half = conv.to(torch.bfloat16)
     image = torch.randn(1, 8, 6, 6, dtype=torch.bfloat16)
@@ -83,7 +88,7 @@ def test_a_weight_of_another_dtype_is_packed_anew() -> None:
 
 @torch.no_grad()
 def test_a_module_that_has_worked_can_be_copied() -> None:
-    net = nn.Sequential(PackedConv2d(nn.Conv2d(3, 8, 3)))
+    net = nn.Sequential(packed(nn.Conv2d(3, 8, 3)))
     image = torch.randn(1, 3, 6, 6)
     torch.testing.assert_close(copy.deepcopy(net)(image), net(image))
 
