@@ -70,10 +70,18 @@ def test_log_snr() -> None:
     assert NoiseLevel(0.0, 1.0, 0.0).log_snr == -math.inf
 
 
-@pytest.mark.parametrize("timestep", [-1, 1000])
-def test_levels_outside_the_schedule_are_refused(timestep: int) -> None:
-    with pytest.raises(InputError, match=r"0\.\.999"):
-        STABLE_DIFFUSION.level(timestep)
+@pytest.mark.parametrize(
+    ("schedule", "timestep"),
+    [
+        (NoiseSchedule(), -1),
+        (NoiseSchedule(), 1000),
+        *((FlowSchedule(), t) for t in (-0.1, 1000.1, math.nan)),
+    ],
+    ids=str,
+)
+def test_levels_outside_the_schedule_are_refused(schedule: Any, timestep: Any) -> None:
+    with pytest.raises(InputError, match=f"{timestep}.*0\\.\\."):
+        schedule.level(timestep)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
@@ -96,14 +104,8 @@ def test_timesteps_of_a_distilled_model_are_those_of_diffusers(train: int, origi
         assert distilled_timesteps(train, original, num_steps).tolist() == oracle.timesteps.tolist()
 
 
-@pytest.mark.parametrize("num_steps", [0, -3, 1001])
-def test_step_counts_that_do_not_fit_are_refused(num_steps: int) -> None:
-    with pytest.raises(InputError, match=r"1\.\.1000"):
-        spaced_timesteps("linspace", 1000, num_steps)
-
-
 def test_an_offset_beyond_the_schedule_is_refused() -> None:
-    with pytest.raises(InputError, match="use fewer steps"):
+    with pytest.raises(InputError, match="steps_offset 1"):
         spaced_timesteps("leading", 1000, 1000, steps_offset=1)
 
 
@@ -115,23 +117,22 @@ def test_timestep_at_inverts_sigma_ve_at() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("kind", "options", "named"),
     [
-        ({"num_train_timesteps": 1}, "num_train_timesteps"),
-        ({"num_train_timesteps": 10**9}, "num_train_timesteps"),
-        ({"beta_start": 0.0}, "beta_start"),
-        ({"beta_start": 0.03}, "beta_start"),
-        ({"beta_end": 1.0}, "beta_end"),
-        ({"beta_end": math.nan}, "beta_end"),
-        ({"beta_schedule": "sigmoid"}, "sigmoid"),
-        ({"num_train_timesteps": 2, "trained_betas": (0.1,)}, "trained_betas has 1"),
-        ({"num_train_timesteps": 2, "trained_betas": (1.0, 0.1)}, r"trained_betas\[0\]"),
-        ({"num_train_timesteps": 2, "trained_betas": (0.1, math.nan)}, r"trained_betas\[1\]"),
+        *((NoiseSchedule, {"num_train_timesteps": n}, "num_train_timesteps") for n in (1, 10**9)),
+        *((NoiseSchedule, {"beta_start": beta}, "beta_start") for beta in (0.0, 0.03)),
+        *((NoiseSchedule, {"beta_end": beta}, "beta_end") for beta in (1.0, math.nan)),
+        (NoiseSchedule, {"beta_schedule": "sigmoid"}, "sigmoid"),
+        (NoiseSchedule, {"num_train_timesteps": 2, "trained_betas": (0.1,)}, "trained_betas has 1"),
+        (NoiseSchedule, {"num_train_timesteps": 2, "trained_betas": (1.0, 0.1)}, r"trained_betas\[0\]"),
+        (NoiseSchedule, {"num_train_timesteps": 2, "trained_betas": (0.1, math.nan)}, r"trained_betas\[1\]"),
+        (FlowSchedule, {"num_train_timesteps": 1}, "num_train_timesteps"),
+        *((FlowSchedule, {"shift": shift}, "shift") for shift in (0.0, -1.0, 1e9, math.nan)),
     ],
 )
-def test_bad_schedules_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        NoiseSchedule(**options)
+def test_bad_schedules_are_refused(kind: Any, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        kind(**options)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 1.15, 0.4])
@@ -171,17 +172,3 @@ def test_whole_timesteps_train_flow_matching_too() -> None:
     batch = FlowSchedule(num_train_timesteps=10).batch(torch.tensor([0, 5, 10]))
     assert batch.alpha.dtype == torch.float32
     assert batch.alpha.flatten().tolist() == [1.0, 0.5, 0.0]
-
-
-@pytest.mark.parametrize("timestep", [-0.1, 1000.1, math.nan])
-def test_levels_outside_of_flow_matching_are_refused(timestep: float) -> None:
-    with pytest.raises(InputError, match=r"0\.\.1000"):
-        FlowSchedule().level(timestep)
-
-
-@pytest.mark.parametrize(
-    "options", [{"num_train_timesteps": 1}, *({"shift": s} for s in (0.0, -1.0, 1e9, math.nan))]
-)
-def test_bad_schedules_of_flow_matching_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(options))):
-        FlowSchedule(**options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 _CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
@@ -61,6 +62,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "latent-consistency": _SD1 | {"time_cond_proj_dim": 12},
     "embedding-order": _SD1 | {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
 }
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.detach() - expected.detach()).norm() / expected.detach().norm())
 
 
 @pytest.fixture

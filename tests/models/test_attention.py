@@ -11,12 +11,9 @@ from diffusers import Transformer2DModel as OracleTransformer
 from latentgen.errors import InputError
 from latentgen.models import attention as attention_module
 from latentgen.models.attention import Transformer2DModel, attention
+from tests.models.conftest import relative_error
 
 HEADS = 3
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 def explicit_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -175,45 +175,31 @@ _OPENCLIP_H = _CLIP_L | {
 }
 
 
-def _parameters(build: Callable[[Any], nn.Module], config: Any) -> int:
+@pytest.mark.parametrize(
+    ("networks", "fields", "count"),
+    [
+        ([UNet], _SD14, 859_520_964),
+        ([UNet], _SD14 | _LATER, 859_520_964),
+        ([UNet], _SD14 | {"in_channels": 9}, 859_535_364),
+        ([UNet], _SD14 | {"time_cond_proj_dim": 256}, 859_520_964 + 256 * 320),
+        ([UNet], _SD21, 865_910_724),
+        ([UNet], _SD21 | _LATER, 865_910_724),
+        ([UNet], _SDXL, 2_567_463_684),
+        ([UNet], _REFINER, 2_259_526_660),
+        ([UNet], read_config("x4-upscaler/unet/config.json"), 473_398_020),
+        ([VAEEncoder, VAEDecoder], _VAE, 83_653_863),
+        ([VAEEncoder, VAEDecoder], _VAE_SDXL, 83_653_863),
+        ([VAEEncoder, VAEDecoder], _VAE_X4, 55_325_927),
+        ([build_model], _CLIP_L, 123_060_480),
+        ([build_model], _CLIP_L | {"architectures": None, "dtype": "float16"}, 123_060_480),
+        ([build_model], _OPENCLIP_H, 340_387_840),
+    ],
+)
+def test_numbers_of_parameters(networks: list[Callable[[Any], nn.Module]], fields: Any, count: int) -> None:
+    kind = {UNet: UNetConfig, VAEEncoder: VAEConfig, build_model: CLIPTextConfig}[networks[0]]
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build(config).parameters())
-
-
-@pytest.mark.parametrize(
-    ("fields", "count"),
-    [
-        (_SD14, 859_520_964),
-        (_SD14 | _LATER, 859_520_964),
-        (_SD21, 865_910_724),
-        (_SD21 | _LATER, 865_910_724),
-        (_SDXL, 2_567_463_684),
-        (_REFINER, 2_259_526_660),
-    ],
-    ids=["sd14", "sd15-later", "sd21", "sd21-later", "sdxl", "sdxl-refiner"],
-)
-def test_unets(fields: dict[str, Any], count: int) -> None:
-    assert _parameters(UNet, UNetConfig.from_json(fields)) == count
-
-
-@pytest.mark.parametrize(
-    ("fields", "count"), [(_VAE, 83_653_863), (_VAE_SDXL, 83_653_863), (_VAE_X4, 55_325_927)]
-)
-def test_autoencoders(fields: dict[str, Any], count: int) -> None:
-    config = VAEConfig.from_json(fields)
-    assert _parameters(VAEEncoder, config) + _parameters(VAEDecoder, config) == count
-
-
-@pytest.mark.parametrize(
-    ("fields", "count"),
-    [
-        (_CLIP_L, 123_060_480),
-        (_CLIP_L | {"architectures": None, "dtype": "float16"}, 123_060_480),
-        (_OPENCLIP_H, 340_387_840),
-    ],
-)
-def test_text_encoders(fields: dict[str, Any], count: int) -> None:
-    assert _parameters(build_model, CLIPTextConfig.from_json(fields)) == count
+        modules = [build(kind.from_json(fields)) for build in networks]
+    assert sum(parameter.numel() for module in modules for parameter in module.parameters()) == count
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from latentgen.errors import (
 from latentgen.models.config import CLIPTextConfig
 from latentgen.models.text import CLIPText
 from latentgen.models.text_loading import load_tokenizer
+from tests.models.conftest import relative_error
 
 PROMPTS = ["a cat and a red dog", "", "TIGER  tiger\n🐯 日本"]
 
@@ -39,10 +40,6 @@ def text(tiny_checkpoint) -> CLIPText:
 @pytest.fixture(scope="module")
 def oracle(tiny_checkpoint) -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(tiny_checkpoint, safety_checker=None)
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 @torch.no_grad()

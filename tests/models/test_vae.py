@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
 
 from latentgen.errors import ConfigError
 from latentgen.models.attention import AttentionLayer
 from latentgen.models.config import VAEConfig
 from latentgen.models.vae import Gaussian, VAEDecoder, VAEEncoder
+from tests.models.conftest import relative_error
 
 _TINY: dict[str, Any] = {
     "block_out_channels": [16, 32, 48],
@@ -53,10 +53,6 @@ def build(fields: dict[str, Any]) -> tuple[AutoencoderKL, VAEEncoder, VAEDecoder
     for half, names in ((encoder, ("encoder.", "quant_conv.")), (decoder, ("decoder.", "post_quant_conv."))):
         half.load_state_dict({key: value for key, value in weights.items() if key.startswith(names)})
     return oracle, encoder, decoder
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float(torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected))
 
 
 @torch.no_grad()
