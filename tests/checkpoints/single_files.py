@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.checkpoints.families import FAMILIES
-from latentgen.checkpoints.io import TORCH_DTYPES, TensorInfo, encode_header
+from latentgen.checkpoints.io import TensorInfo, encode_header
 from latentgen.checkpoints.key_map import ema_key_map, original_key_maps, to_original
 from latentgen.models.config import VAEConfig
 from latentgen.models.unet import UNet
@@ -62,14 +62,9 @@ _TOWERS: Mapping[str, Shapes] = {
 }
 
 
-def write_header(
-    path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None, dtype: str = "F16"
-) -> Path:
+def write_header(path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> Path:
     """A valid file with these tensors; a hole stands for their bytes."""
-    tensors = {
-        name: TensorInfo(dtype, tuple(shape), math.prod(shape) * TORCH_DTYPES[dtype].itemsize)
-        for name, shape in shapes.items()
-    }
+    tensors = {name: TensorInfo("F16", tuple(shape), math.prod(shape) * 2) for name, shape in shapes.items()}
     head = encode_header(tensors, metadata or {})
     with open(path, "wb") as file:
         file.write(head)

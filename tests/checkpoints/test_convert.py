@@ -152,9 +152,7 @@ def test_reports_of_the_child(
     ("data", "error", "message"),
     [
         (b"", CheckpointCorruptError, "empty"),
-        (bytes(100), CheckpointCorruptError, "zero bytes"),
         (b"<!DOCTYPE html>", CheckpointCorruptError, "HTML"),
-        (b"version https://git-lfs.github.com/spec/v1\nsize 123\n", CheckpointCorruptError, "git-LFS"),
         ((40).to_bytes(8, "little") + b'{"w":', InputError, r"rename it to 'model\.safetensors'"),
     ],
 )
@@ -263,17 +261,6 @@ def test_folder_in_another_precision(folder: Path, tmp_path: Path) -> None:
     assert all(file.read_bytes() == (folder / file.relative_to(target)).read_bytes() for file in copied)
     assert os.listdir(target.parent) == ["half"]
     assert inspect(target).dtypes == ("F16",)
-
-
-def test_diffusers_loads_a_converted_folder(folder: Path, tmp_path: Path) -> None:
-    from diffusers import StableDiffusionPipeline
-
-    convert(folder, tmp_path / "half", dtype="float16", variant="fp16")
-    options = {"use_safetensors": True, "torch_dtype": torch.float16}
-    expected = StableDiffusionPipeline.from_pretrained(folder, **options)
-    found = StableDiffusionPipeline.from_pretrained(tmp_path / "half", variant="fp16", **options)
-    for part in ("unet", "vae", "text_encoder"):
-        assert_same(found.components[part].state_dict(), expected.components[part].state_dict())
 
 
 def test_shards_stay_shards_and_diffusers_loads_them(folder: Path, tmp_path: Path) -> None:
@@ -392,6 +379,8 @@ def test_there_and_back_is_the_same(any_family: Path, tmp_path: Path) -> None:
     single = tmp_path / "single.safetensors"
     written = write_single_file(CheckpointFolder.open(any_family), single, Writing(advance=advance))
     assert written.left_out == ()
+    with safe_open(single, framework="pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == "epsilon"
     assert seen == sum(tensor.nbytes for tensor in weights_of(any_family).values())
     back = tmp_path / "back"
     write_folder(SingleFile.open(single, config=any_family), back, Writing())
@@ -415,12 +404,6 @@ def test_a_folder_in_half_precision_loads_in_diffusers(any_family: Path, tmp_pat
     )
     before = load_file(any_family / "unet" / "diffusion_pytorch_model.safetensors")
     assert_same(pipe.unet.state_dict(), {key: value.half().bfloat16() for key, value in before.items()})
-
-
-def test_the_prediction_type_stays_with_the_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    convert(tiny_checkpoint, tmp_path / "single.safetensors")
-    with safe_open(tmp_path / "single.safetensors", framework="pt") as file:
-        assert file.metadata()["modelspec.prediction_type"] == "epsilon"
 
 
 @pytest.mark.parametrize(
@@ -477,7 +460,7 @@ def test_targets_that_are_refused(tmp_path: Path, tiny_checkpoint: Path) -> None
     assert load_file(tmp_path / "b.safetensors")["w"].dtype == torch.float16
 
 
-@pytest.mark.parametrize("dtype", ["float8", "int8", "", torch.float16, ["float16"]])
+@pytest.mark.parametrize("dtype", ["int8", torch.float16, ["float16"]])
 def test_dtypes_that_are_refused(tmp_path: Path, dtype: DTypeName) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="float32, float16, bfloat16"):

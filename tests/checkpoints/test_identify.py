@@ -20,8 +20,8 @@ from latentgen.checkpoints.io import TensorInfo, read_header
 from tests.checkpoints.single_files import Shapes, diffusers_shapes, leftovers, original_shapes, write_header
 
 
-def read(tmp_path: Path, shapes: Shapes, dtype: str = "F16") -> Identity:
-    return identify(read_header(write_header(tmp_path / "some.safetensors", shapes, dtype=dtype)))
+def read(tmp_path: Path, shapes: Shapes) -> Identity:
+    return identify(read_header(write_header(tmp_path / "some.safetensors", shapes)))
 
 
 def vae(family: str, prefix: str) -> Shapes:
@@ -35,19 +35,10 @@ def bare_unet(family: str) -> Shapes:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["whole", "wrapped", "trained", "unet alone", "float32"])
-def test_checkpoints(tmp_path: Path, family: str, kind: str) -> None:
-    shapes = original_shapes(family)
-    key_prefix = ""
-    match kind:
-        case "wrapped":
-            key_prefix = "state_dict."
-            shapes = {key_prefix + key: shape for key, shape in shapes.items()}
-        case "trained":
-            shapes = {**leftovers(family), **shapes, **original_shapes(family, "unet", ema=True)}
-        case "unet alone":
-            shapes = original_shapes(family, "unet")
-    found = read(tmp_path, shapes, "F32" if kind == "float32" else "F16")
+@pytest.mark.parametrize("key_prefix", ["", "state_dict."])
+def test_checkpoints(tmp_path: Path, family: str, key_prefix: str) -> None:
+    shapes = {**leftovers(family), **original_shapes(family), **original_shapes(family, "unet", ema=True)}
+    found = read(tmp_path, {key_prefix + key: shape for key, shape in shapes.items()})
     assert (found.kind, found.family, found.layout) == ("checkpoint", family, "original")
     assert found.key_prefix == key_prefix
     assert found.name.startswith(f"a single file in the original layout, {family} (")
@@ -121,95 +112,34 @@ KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 KOHYA_SDXL = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
 KOHYA_TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 ATTN2 = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
-LORAS: dict[str, tuple[Shapes, str]] = {
-    "kohya-sd1": (
-        {
-            f"{KOHYA}.lora_down.weight": (8, 768),
-            f"{KOHYA}.lora_up.weight": (320, 8),
-            f"{KOHYA}.alpha": (),
-            f"{KOHYA_TEXT}.lora_down.weight": (8, 768),
-        },
-        "a LoRA adapter in kohya's format, for SD 1.x",
-    ),
-    "kohya-sd2": ({f"{KOHYA}.lora_down.weight": (8, 1024)}, "a LoRA adapter in kohya's format, for SD 2.x"),
-    "kohya-sdxl": (
-        {f"{KOHYA_SDXL}.lora_down.weight": (8, 2048), f"{KOHYA_SDXL}.lora_up.weight": (640, 8)},
-        "a LoRA adapter in kohya's format, for SDXL base",
-    ),
-    "kohya-sdxl-text": (
-        {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (8, 1280)},
-        "a LoRA adapter in kohya's format, for SDXL base",
-    ),
-    "kohya-text": ({f"{KOHYA_TEXT}.lora_down.weight": (8, 768)}, "a LoRA adapter in kohya's format"),
-    "kohya-flux": (
-        {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (8, 3072)},
-        "a LoRA adapter in kohya's format, for Flux",
-    ),
-    "kohya-sd3": (
-        {"lora_unet_joint_blocks_0_x_block_attn_proj.lora_down.weight": (8, 1536)},
-        "a LoRA adapter in kohya's format, for Stable Diffusion 3.x",
-    ),
-    "dora": (
-        {f"{KOHYA}.lora_down.weight": (8, 768), f"{KOHYA}.dora_scale": (320, 1)},
-        "an unsupported adapter (DoRA), for SD 1.x",
-    ),
-    "loha": (
-        {f"{KOHYA}.hada_w1_a": (320, 8), f"{KOHYA}.hada_w1_b": (8, 768)},
-        "an unsupported adapter (LoHa)",
-    ),
-    "lokr": ({f"{KOHYA}.lokr_w1": (8, 8), f"{KOHYA}.lokr_w2": (40, 96)}, "an unsupported adapter (LoKr)"),
-    "oft": ({f"{KOHYA}.oft_blocks": (4, 80, 80)}, "an unsupported adapter (OFT)"),
-    "diffusers-sd1": (
-        {f"unet.{ATTN2}.to_k.lora_A.weight": (8, 768), f"unet.{ATTN2}.to_k.lora_B.weight": (320, 8)},
-        "a LoRA adapter in the diffusers format, for SD 1.x",
-    ),
-    "diffusers-sdxl": (
-        {"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (8, 2048)},
-        "a LoRA adapter in the diffusers format, for SDXL base",
-    ),
-    "diffusers-text": (
-        {"text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": (8, 1280)},
-        "a LoRA adapter in the diffusers format, for SDXL base",
-    ),
-    "diffusers-old": (
-        {f"unet.{ATTN2}.to_k.lora.down.weight": (8, 768)},
-        "a LoRA adapter in the old diffusers format, for SD 1.x",
-    ),
-    "diffusers-oldest": (
-        {f"{ATTN2}.processor.to_k_lora.down.weight": (4, 768)},
-        "a LoRA adapter in the old diffusers format, for SD 1.x",
-    ),
-    "diffusers-flux": (
-        {"transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight": (16, 3072)},
-        "a LoRA adapter in the diffusers format, for Flux",
-    ),
-    "diffusers-sd3": (
-        {"transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight": (16, 1536)},
-        "a LoRA adapter in the diffusers format, for Stable Diffusion 3.x",
-    ),
-    "peft": (
-        {f"base_model.model.{ATTN2}.to_k.lora_A.weight": (8, 768)},
-        "a LoRA adapter in the peft format, for SD 1.x",
-    ),
-    "peft-default": (
-        {f"base_model.model.{ATTN2}.to_k.lora_A.default.weight": (8, 1024)},
-        "a LoRA adapter in the peft format, for SD 2.x",
-    ),
-    "peft-dora": (
-        {
-            f"base_model.model.{ATTN2}.to_k.lora_A.weight": (8, 768),
-            f"base_model.model.{ATTN2}.to_k.lora_magnitude_vector": (320,),
-        },
-        "an unsupported adapter (DoRA), for SD 1.x",
-    ),
-}
+_LORA = "a LoRA adapter in"
+# Keys -> the width of the input of each, and the name.
+LORAS: list[tuple[tuple[str, ...], int, str]] = [
+    ((f"{KOHYA}.lora_down.weight", f"{KOHYA}.alpha"), 768, f"{_LORA} kohya's format, for SD 1.x"),
+    ((f"{KOHYA}.lora_down.weight",), 1024, f"{_LORA} kohya's format, for SD 2.x"),
+    ((f"{KOHYA_SDXL}.lora_down.weight",), 2048, f"{_LORA} kohya's format, for SDXL base"),
+    (("lora_te2_a_mlp_fc1.lora_down.weight",), 1280, f"{_LORA} kohya's format, for SDXL base"),
+    ((f"{KOHYA_TEXT}.lora_down.weight",), 768, f"{_LORA} kohya's format"),
+    (("lora_unet_double_blocks_0.lora_down.weight",), 3072, f"{_LORA} kohya's format, for Flux"),
+    (("lora_unet_joint_blocks_0.lora_down.weight",), 99, f"{_LORA} kohya's format, for Stable Diffusion 3.x"),
+    ((f"unet.{ATTN2}.to_k.lora_A.weight",), 768, f"{_LORA} the diffusers format, for SD 1.x"),
+    (("text_encoder_2.a.fc1.lora_A.weight",), 1280, f"{_LORA} the diffusers format, for SDXL base"),
+    ((f"unet.{ATTN2}.to_k.lora.down.weight",), 768, f"{_LORA} the old diffusers format, for SD 1.x"),
+    ((f"{ATTN2}.processor.to_k_lora.down.weight",), 768, f"{_LORA} the old diffusers format, for SD 1.x"),
+    (("a.single_transformer_blocks.0.to_k.lora_A.weight",), 99, f"{_LORA} the diffusers format, for Flux"),
+    ((f"base_model.model.{ATTN2}.to_k.lora_A.weight",), 768, f"{_LORA} the peft format, for SD 1.x"),
+    ((f"base_model.model.{ATTN2}.to_k.lora_A.default.weight",), 1024, f"{_LORA} the peft format, for SD 2.x"),
+    ((f"{KOHYA}.lora_down.weight", f"{KOHYA}.dora_scale"), 768, "an unsupported adapter (DoRA), for SD 1.x"),
+    ((f"{KOHYA}.hada_w1_a", f"{KOHYA}.hada_w1_b"), 768, "an unsupported adapter (LoHa)"),
+    ((f"{KOHYA}.lokr_w1",), 768, "an unsupported adapter (LoKr)"),
+    ((f"{KOHYA}.oft_blocks",), 768, "an unsupported adapter (OFT)"),
+]
 
 
-@pytest.mark.parametrize("case", LORAS)
-def test_adapters(tmp_path: Path, case: str) -> None:
-    shapes, name = LORAS[case]
+@pytest.mark.parametrize(("keys", "width", "name"), LORAS)
+def test_adapters(tmp_path: Path, keys: tuple[str, ...], width: int, name: str) -> None:
     target = name.partition(", for ")[2] or None
-    assert read(tmp_path, shapes) == Identity("adapter", name, target)
+    assert read(tmp_path, dict.fromkeys(keys, (8, width))) == Identity("adapter", name, target)
 
 
 @pytest.mark.parametrize(

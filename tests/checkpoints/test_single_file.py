@@ -133,54 +133,11 @@ def test_weights_are_those_of_the_folder(
     assert file.components == CheckpointFolder.open(tiny_checkpoint).components
 
 
-def test_image_is_that_of_diffusers_from_the_same_file(tiny_checkpoint: Path, single: Path) -> None:
-    from diffusers import StableDiffusionPipeline
-
-    from latentgen.pipelines.load_save import load_scheduler
-    from latentgen.pipelines.text_to_image import TextToImagePipeline
-
-    file = SingleFile.open(single, config=tiny_checkpoint)
-    pipeline = TextToImagePipeline(
-        unet=load_unet(file).eval().requires_grad_(False),
-        decoder=load_decoder(file.weights("vae"), file.config("vae")).eval().requires_grad_(False),
-        text_encoder=load_text(file),
-        scheduler=load_scheduler(CheckpointFolder.open(tiny_checkpoint)),
-    )
-    oracle = StableDiffusionPipeline.from_single_file(
-        str(single), config=str(tiny_checkpoint), local_files_only=True, safety_checker=None
-    )
-    oracle.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    expected = oracle(
-        ["red cat", "a dog"],
-        num_inference_steps=5,
-        generator=generators,
-        output_type="np",
-        guidance_scale=5.0,
-    ).images
-    found = pipeline(
-        ["red cat", "a dog"],
-        num_inference_steps=5,
-        seed=3,
-        output_type="np",
-        guidance_scale=5.0,
-        progress=False,
-    ).images
-    assert abs(found - expected).max() < 1e-4
-
-
 def test_loading_is_memory_mapped(tiny_checkpoint: Path, single: Path) -> None:
     """Weights share the pages of the file, so all tensors of a component lie in one address range."""
     file = SingleFile.open(single, config=tiny_checkpoint)
     pointers = [tensor.data_ptr() for tensor in load_unet(file).state_dict().values()]
     assert max(pointers) - min(pointers) < single.stat().st_size
-
-
-def test_dtype_is_that_of_the_call(tiny_checkpoint: Path, single: Path) -> None:
-    file = SingleFile.open(single, config=tiny_checkpoint)
-    unet = on_meta(UNet, UNetConfig.from_json(file.config("unet")))
-    file.weights("unet").load_into(unet, dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in unet.state_dict().values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("key_prefix", ["state_dict.", "state_dict.state_dict."])
@@ -368,12 +325,3 @@ def test_configurations_are_copies(tmp_path: Path) -> None:
     file.config("unet")["in_channels"] = 1
     assert file.config("unet")["in_channels"] == 4
     assert json.loads(json.dumps(file.model_index))["unet"] == ["diffusers", "UNet2DConditionModel"]
-
-
-def test_folders_and_single_files_load_the_same(tiny_checkpoint: Path, single: Path) -> None:
-    folder, file = CheckpointFolder.open(tiny_checkpoint), SingleFile.open(single, config=tiny_checkpoint)
-    first, second = (on_meta(UNet, UNetConfig.from_json(source.config("unet"))) for source in (folder, file))
-    folder.weights("unet").load_into(first)
-    file.weights("unet").load_into(second)
-    assert_loaded(second, first.state_dict())
-    assert folder.weights("unet").tensors() == file.weights("unet").tensors()
