@@ -15,7 +15,7 @@ def masked(height: int, width: int, box: Box) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("shown", [(64, 64), (64, 96)])
 def test_the_box_is_that_of_diffusers(seed: int, shown: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
