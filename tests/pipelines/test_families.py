@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from latentgen import from_diffusers, to_diffusers
+from latentgen.checkpoints.families import FAMILIES
 from latentgen.checkpoints.single_file import SingleFile
 from latentgen.memory import MemoryPolicy
 from latentgen.pipelines.base import Pipeline
@@ -19,6 +20,8 @@ from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
+from tests.pipelines import drawing
+from tests.pipelines.drawing import difference
 from tests.pipelines.families import KINDS, STEPS, arguments, build, composited, save
 
 # The first one that reads a family draws its image here.
@@ -34,7 +37,7 @@ STAGES = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 class Family(NamedTuple):
-    """A pipeline of diffusers, what it saved, its image, and our class for it."""
+    """A pipeline of diffusers, its files, its image, and our class for it."""
 
     theirs: Any
     folder: Path
@@ -51,22 +54,14 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Family(pipe, folder, file, draw_theirs(pipe), ours)
 
 
-def draw(pipeline: Any, theirs: Any, **options: Any) -> np.ndarray:
-    given = {"num_inference_steps": STEPS, "seed": 7, "output_type": "np", "progress": False}
-    return pipeline("a red cat", **arguments(theirs)[0] | given | options).images
+def draw(pipeline: Any, theirs: Any) -> np.ndarray:
+    return drawing.draw(pipeline, "a red cat", num_inference_steps=STEPS, **arguments(theirs)[0])
 
 
 def draw_theirs(pipe: Any) -> np.ndarray:
-    generator = [torch.Generator().manual_seed(7)]
-    given = {"num_inference_steps": STEPS, "generator": generator, "output_type": "np"}
-    shown = arguments(pipe)[1]
-    return composited(pipe("a red cat", **shown | given).images, shown)
-
-
-def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.01
-    return float(np.abs(ours - theirs).max())
+    inputs = arguments(pipe)[1]
+    images = drawing.draw_theirs(pipe, "a red cat", num_inference_steps=STEPS, **inputs)
+    return composited(images, inputs)
 
 
 def test_a_folder_gives_the_image_of_diffusers(family: Family) -> None:
@@ -84,7 +79,7 @@ def test_what_is_saved_is_what_diffusers_loads(family: Family, tmp_path: Path) -
     ours = family.pipeline.from_pretrained(family.folder, dtype="float32", device="cpu")
     ours.save_pretrained(tmp_path)
     again = type(family.theirs).from_pretrained(tmp_path)
-    # Private keys tell of the file alone.
+    # Private keys are of the file alone.
     mine, other = ({key for key in pipe.config if key[0] != "_"} for pipe in (again, family.theirs))
     assert mine == other
     for name in STAGES:
@@ -97,7 +92,7 @@ def test_what_is_saved_is_what_diffusers_loads(family: Family, tmp_path: Path) -
             assert type(again.components[name]) is type(family.theirs.components[name])
 
 
-def test_taken_over_and_handed_on_the_weights_are_shared(family: Family) -> None:
+def test_conversions_share_the_weights(family: Family) -> None:
     ours = from_diffusers(family.theirs, memory=MemoryPolicy(pack_weights=False))
     # To diffusers the refiner is an image-to-image pipeline.
     assert type(ours) is (
@@ -115,12 +110,10 @@ def test_taken_over_and_handed_on_the_weights_are_shared(family: Family) -> None
             assert pointers == {key: tensor.data_ptr() for key, tensor in after.named_parameters()}
             assert set(pointers.values()) <= addresses
     assert difference(draw(family.pipeline.from_pipeline(ours), family.theirs), family.image) <= 1e-4
-    again.set_progress_bar_config(disable=True)
     assert difference(draw_theirs(again), family.image) <= 1e-4
 
 
 def test_every_pipeline_is_covered() -> None:
-    covered = {
-        ours for name in KINDS for ours in PIPELINES if type(build(name)).__name__ in ours.supported_classes
-    }
+    names = [FAMILIES[family].pipeline_class for family, _ in KINDS.values()]
+    covered = {ours for name in names for ours in PIPELINES if name in ours.supported_classes}
     assert covered == set(PIPELINES) == set(Pipeline.__subclasses__())

@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from tests.conftest import build_pipeline
+from tests.pipelines.drawing import PROMPTS, SEEDS, difference, draw, draw_theirs
 from tests.pipelines.sdxl import build_base
 
-PROMPTS = ["a cat", "tiger, red dog"]
-SEEDS = (7, 8)
-
-# The scheduler_config.json of SD-Turbo; that of SDXL-Turbo names another class.
+# What differs in the scheduler_config.json of SD-Turbo from the defaults; that of SDXL-Turbo names another class.
 TURBO = {
     "_class_name": "EulerDiscreteScheduler",
     "_diffusers_version": "0.24.0.dev0",
@@ -26,19 +23,12 @@ TURBO = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "clip_sample": False,
-    "interpolation_type": "linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
     "steps_offset": 1,
     "timestep_spacing": "trailing",
-    "trained_betas": None,
-    "use_karras_sigmas": False,
 }
-
-# The scheduler_config.json of LCM_Dreamshaper_v7.
+# The same of LCM_Dreamshaper_v7.
 LCM = {
     "_class_name": "LCMScheduler",
     "_diffusers_version": "0.22.0.dev0",
@@ -46,19 +36,7 @@ LCM = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "clip_sample": False,
-    "clip_sample_range": 1.0,
-    "dynamic_thresholding_ratio": 0.995,
-    "num_train_timesteps": 1000,
     "original_inference_steps": 50,
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-    "thresholding": False,
-    "timestep_scaling": 10.0,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
 }
 
 
@@ -99,14 +77,9 @@ def sdxl_turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_images(folder: Path, **arguments: Any) -> None:
     ours = TextToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
-    images = ours(PROMPTS, seed=SEEDS, output_type="np", progress=False, **arguments).images
     oracle = diffusers.DiffusionPipeline.from_pretrained(folder)
-    oracle.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    expected = oracle(PROMPTS, generator=generators, output_type="np", **arguments).images
-    assert isinstance(images, np.ndarray)
-    assert images.shape == expected.shape
-    assert np.abs(images - expected).max() <= 1e-4
+    expected = draw_theirs(oracle, PROMPTS, SEEDS, **arguments)
+    assert difference(draw(ours, PROMPTS, seed=SEEDS, **arguments), expected) <= 1e-4
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
@@ -126,5 +99,5 @@ def lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_latent_consistency_model_gives_the_image_of_diffusers(lcm: Path) -> None:
-    """It is told the guidance scale, and needs no second, unconditional output for it."""
+    """The guidance scale is an input, without a second, unconditional output."""
     assert_same_images(lcm, guidance_scale=8.5, num_inference_steps=4)

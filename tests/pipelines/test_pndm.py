@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
-import torch
 
 from latentgen.checkpoints.families import FAMILIES
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from tests.conftest import build_pipeline
-
-PROMPTS = ["a cat", "tiger, red dog"]
-SEEDS = (7, 8)
+from tests.pipelines.drawing import PROMPTS, SEEDS, difference, draw, draw_theirs
 
 
 def save_with(scheduler: dict[str, Any], folder: Path) -> Path:
@@ -46,14 +42,8 @@ def test_stable_diffusion_1_gives_the_image_of_diffusers(
         warnings.simplefilter("error", UserWarning)
         ours = TextToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
     assert ours.scheduler.name == solver
-    steps = list(
-        ours.stream(PROMPTS, seed=SEEDS, num_inference_steps=num_steps, output_type="np", progress=False)
-    )
-    assert len(steps) == num_steps
-    images = steps[-1].images()
-
+    options = {"num_inference_steps": num_steps, "progress": False}
+    assert len(list(ours.stream(PROMPTS, **options))) == num_steps  # type: ignore[arg-type]
     oracle = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    oracle.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    theirs = oracle(PROMPTS, generator=generators, num_inference_steps=num_steps, output_type="np").images
-    assert np.abs(np.asarray(images) - theirs).max() <= 1e-4
+    theirs = draw_theirs(oracle, PROMPTS, SEEDS, num_inference_steps=num_steps)
+    assert difference(draw(ours, PROMPTS, num_inference_steps=num_steps), theirs) <= 1e-4
