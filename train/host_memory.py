@@ -1,4 +1,4 @@
-"""Free memory, and memory that a process returns to the system; the latter does nothing where the system cannot."""
+"""Free memory, and memory that a process returns to the system, where the system can take it."""
 
 from __future__ import annotations
 
@@ -42,10 +42,7 @@ def _free_in_container() -> int:
 
 
 def release_freed_memory() -> None:
-    """Let the C library return freed memory to the system.
-
-    Loading frees weights in their first dtype and layout, between those that stay.
-    """
+    """Let the C library return freed memory to the system, such as weights before they were converted."""
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
 
@@ -53,7 +50,7 @@ def release_freed_memory() -> None:
 def page_out(module: nn.Module) -> None:
     """Return the memory pages of an idle network on the CPU to the system; they come back on use.
 
-    Pages that were mapped from a file are read from it again, others from the swap space; they stay if there is none.
+    Pages that are mapped from a file are read from it again, others from the swap space, without which they stay.
     """
     if not hasattr(_LIBC, "madvise"):
         return
@@ -68,7 +65,7 @@ def page_out(module: nn.Module) -> None:
 
 @contextmanager
 def temporarily_on(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a network on `device` that is otherwise idle on the CPU, where its memory is returned afterwards."""
+    """Run a network on `device` that is otherwise idle on the CPU; afterwards its memory is returned to the system."""
     with on_device(module, device, offload=True):
         yield
     page_out(module)

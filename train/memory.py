@@ -1,4 +1,4 @@
-"""What a training step needs of a device's memory, estimated before the first step."""
+"""The memory that a training step needs on its device, estimated before the first step."""
 
 from __future__ import annotations
 
@@ -36,25 +36,15 @@ _MIN_SAVING = 0.02
 _MAX_SAMPLES = 8
 
 
-class Activations(NamedTuple):
-    """Bytes that the forward pass saves for the backward pass, without and with each kind of gradient checkpointing.
-
-    With it: what is saved between the layers, and the largest recomputed layer.
-    """
-
-    kept: int
-    selective: int
-    checkpointed: int
-
-    def with_checkpointing(self, how: Checkpointing) -> int:
-        """Bytes with that kind of gradient checkpointing."""
-        return self.selective if how == "selective" else self.checkpointed if how else self.kept
+Activations = Mapping[Checkpointing, int]
+"""Bytes that the forward pass saves for the backward pass, by the kind of gradient checkpointing; with it they are what
+is saved between the layers, and the largest recomputed layer."""
 
 
 class MemoryPlan(NamedTuple):
     """Bytes of tensors that one process holds on its device at the peak of a step.
 
-    Scratch memory of kernels and fragmentation of the allocator come on top.
+    They do not include scratch memory of kernels and fragmentation of the allocator.
 
     Attributes:
         frozen: weights that are not trained.
@@ -62,7 +52,7 @@ class MemoryPlan(NamedTuple):
         gradients: all of them; if each is used or offloaded at once, the largest, and one more that is loaded back.
         optimizer: the optimizer's state.
         average: the moving average, if it is on the device.
-        activations: what the backward pass needs; None if it cannot be estimated.
+        activations: for the backward pass; None if they cannot be estimated.
     """
 
     frozen: int
@@ -74,7 +64,7 @@ class MemoryPlan(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The sum of what is known."""
+        """The sum of all known parts."""
         return sum(part for part in self if part is not None)
 
 
@@ -85,7 +75,7 @@ def check_memory(config: TrainConfig, accelerator: Accelerator, objective: Objec
 
     Raises:
         ConfigError: the objective does not support an option.
-        MemoryBudgetError: a step does not fit into the device, with the numbers and what would help; or what is
+        MemoryBudgetError: a step does not fit on the device, with the numbers and possible savings; or what is
             offloaded does not fit into the host's memory.
     """
     if config.memory.base_dtype != "fp32":
@@ -111,7 +101,7 @@ def apply_memory_options(config: TrainConfig, accelerator: Accelerator, objectiv
 
     Raises:
         ConfigError: the objective does not support an option.
-        MemoryBudgetError: a step does not fit, with the numbers and what would help.
+        MemoryBudgetError: a step does not fit on the device, with the numbers and possible savings.
     """
     if config.memory.base_dtype != "fp32":
         store_base(objective, config.memory.base_dtype)
@@ -131,12 +121,23 @@ def _check_step_fits(config: TrainConfig, accelerator: Accelerator, objective: O
 
     plan, free = plan_of(config), available_bytes(device)
     if device.type == "cpu":
-        free += plan.frozen + plan.trained  # the weights are there already
+        free += plan.frozen + plan.trained  # the weights are already there
+    parts = ", ".join(
+        f"{name} {'not estimated' if size is None else _size(size)}" for name, size in plan._asdict().items()
+    )
     if accelerator.is_main_process:
-        print(_summary(plan, free, device), file=sys.stderr)
+        print(
+            f"memory on {device}, estimated: {_size(plan.total)} of {_size(free)} ({parts})", file=sys.stderr
+        )
     if plan.total > free:
-        savings = _savings(config, objective, plan_of, device)
-        raise MemoryBudgetError(_budget_error(plan, free, savings))
+        savings = sorted(_savings(config, objective, plan_of, device).items(), key=lambda item: -item[1])
+        advice = "; ".join(
+            f"{change} saves {_size(saved)}" for change, saved in savings if saved > _MIN_SAVING * plan.total
+        )
+        raise MemoryBudgetError(
+            f"a step of this recipe needs about {_size(plan.total)} ({parts}), and {_size(free)} are free: "
+            f"{advice or 'lower batch_size or data.image_size'}. memory.planner=false skips this check"
+        )
 
 
 def batch_shapes(config: TrainConfig, accelerator: Accelerator, objective: Objective) -> tuple[Tensor, ...]:
@@ -165,14 +166,14 @@ def plan_memory(
     device: torch.device,
     processes: int = 1,
 ) -> MemoryPlan:
-    """What a step of a recipe holds on a device.
+    """The memory of a step of a recipe.
 
     Args:
         config: the recipe.
         objective: as it will be trained, on any device.
         activations: from `estimate_activations`.
         device: the training device.
-        processes: of the run; with more than one, each keeps a second copy of the gradients to exchange.
+        processes: of the run; with more than one, each has a second copy of the gradients to exchange.
     """
     trained = [p.nbytes for p in objective.parameters() if p.requires_grad]
     frozen = [t.nbytes for t in (*objective.parameters(), *objective.buffers()) if not t.requires_grad]
@@ -180,14 +181,13 @@ def plan_memory(
     if config.takes_gradients is not None and not config.compile:  # a compiled network returns all at once
         gradients = max(trained, default=0) * (1 if config.optimizer.step_in_backward else 2)
     average_on_device = config.ema_decay > 0 and config.memory.ema_device in ("same", device.type)
-    how = config.memory.gradient_checkpointing
     return MemoryPlan(
         frozen=sum(frozen),
         trained=sum(trained),
         gradients=gradients * (2 if processes > 1 else 1),
         optimizer=state_bytes(objective, config.optimizer, offloaded=config.memory.offload_optimizer),
         average=sum(trained) if average_on_device else 0,
-        activations=None if activations is None else activations.with_checkpointing(how),
+        activations=None if activations is None else activations[config.memory.gradient_checkpointing],
     )
 
 
@@ -199,7 +199,7 @@ def estimate_activations(
 ) -> Activations | None:
     """Run the forward pass on fake tensors, and count what it saves for the backward pass.
 
-    Nothing is computed or allocated. None if the pass depends on the content of a tensor.
+    Nothing is computed or allocated. None if the pass depends on the values of a tensor.
     """
     saved = _SavedTensors()
     hooks = [hook for layer in checkpointed_layers(objective) for hook in saved.watch(layer)]
@@ -213,12 +213,9 @@ def estimate_activations(
                 for name, t in (*objective.named_parameters(), *objective.named_buffers())
             }
             inputs = tuple(torch.empty(t.shape, dtype=t.dtype, device=device) for t in batch)
-            saved.ignore(weights.values())
-            with (
-                autocast,
-                torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
-                saved,
-            ):
+            saved.ignored = set(map(_storage, weights.values()))
+            hooked = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
+            with autocast, hooked, saved:
                 functional_call(objective, weights, inputs)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
         return None
@@ -232,28 +229,27 @@ class _SavedTensors(TorchDispatchMode):
     """Counts the memory of the tensors that a forward pass saves, each once, by the layer that saves it.
 
     As a dispatch mode it sees the results of all operators, some of which "selective" checkpointing saves.
+
+    Attributes:
+        ignored: the storages that are counted elsewhere.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.ignored: set[int] = set()
         # By storage, whose addresses are unique as long as the tensors are held.
         self._tensors: dict[int, Tensor] = {}
-        self._ignored: dict[int, Tensor] = {}
         self._saved: set[int] = set()
-        self._outside: set[int] = set()  # of the layers
+        self._between_layers: set[int] = set()
         self._layers: list[set[int]] = []
-        self._products: set[int] = set()
+        self._kept_products: set[int] = set()
         self._in_layer = False
 
-    def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Leave out tensors that are counted elsewhere."""
-        self._ignored |= {_storage(tensor): tensor for tensor in tensors}
-
     def watch(self, layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        """Count what a layer saves apart: it would be recomputed, while the layer's inputs stay saved."""
+        """Count what a layer saves separately: it would be recomputed, while the layer's inputs stay saved."""
 
         def enter(_: nn.Module, args: object, kwargs: object) -> None:
-            self._add(tree_leaves((args, kwargs)), self._outside)
+            self._add(tree_leaves((args, kwargs)), self._between_layers)
             self._layers.append(set())
             self._in_layer = True
 
@@ -268,7 +264,7 @@ class _SavedTensors(TorchDispatchMode):
     def pack(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd saves."""
         self._add([tensor], self._saved)
-        self._add([tensor], self._layers[-1] if self._in_layer else self._outside)
+        self._add([tensor], self._layers[-1] if self._in_layer else self._between_layers)
         return tensor
 
     def __torch_dispatch__(
@@ -276,23 +272,23 @@ class _SavedTensors(TorchDispatchMode):
     ) -> object:
         result = func(*args, **(kwargs or {}))
         if self._in_layer and keeps(func, *args):
-            self._add(tree_leaves(result), self._products)
+            self._add(tree_leaves(result), self._kept_products)
         return result
 
     def activations(self) -> Activations:
-        """What was saved, and what would be saved with gradient checkpointing."""
-        return Activations(
-            self._bytes(self._saved),
-            selective=self._with_recomputed_layer(self._outside | self._products),
-            checkpointed=self._with_recomputed_layer(self._outside),
-        )
+        """The saved bytes, for each kind of gradient checkpointing."""
+        return {
+            False: self._bytes(self._saved),
+            "selective": self._with_recomputed_layer(self._between_layers | self._kept_products),
+            True: self._with_recomputed_layer(self._between_layers),
+        }
 
     def _with_recomputed_layer(self, saved: set[int]) -> int:
         return self._bytes(saved) + max((self._bytes(layer - saved) for layer in self._layers), default=0)
 
     def _add(self, values: Iterable[object], to: set[int]) -> None:
         for tensor in values:
-            if isinstance(tensor, Tensor) and (storage := _storage(tensor)) not in self._ignored:
+            if isinstance(tensor, Tensor) and (storage := _storage(tensor)) not in self.ignored:
                 self._tensors.setdefault(storage, tensor)
                 to.add(storage)
 
@@ -304,27 +300,6 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _summary(plan: MemoryPlan, free: int, device: torch.device) -> str:
-    activations = "not estimated" if plan.activations is None else _size(plan.activations)
-    return (
-        f"memory on {device}, estimated: weights {_size(plan.trained)} trained and {_size(plan.frozen)} frozen, "
-        f"gradients {_size(plan.gradients)}, optimizer {_size(plan.optimizer)}, average {_size(plan.average)}, "
-        f"activations {activations}; {_size(plan.total)} in all of {_size(free)}"
-    )
-
-
-def _budget_error(plan: MemoryPlan, free: int, savings: Mapping[str, int]) -> str:
-    helpful = sorted(savings.items(), key=lambda item: -item[1])
-    advice = "; ".join(
-        f"{change} saves {_size(saved)}" for change, saved in helpful if saved > _MIN_SAVING * plan.total
-    )
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in plan._asdict().items() if size)
-    return (
-        f"a step of this recipe needs about {_size(plan.total)} ({parts}), and {_size(free)} are free: "
-        f"{advice or 'lower batch_size or data.image_size'}. memory.planner=false skips this check"
-    )
-
-
 def _savings(
     config: TrainConfig,
     objective: Objective,
@@ -332,37 +307,28 @@ def _savings(
     device: torch.device,
 ) -> dict[str, int]:
     """Bytes that each change of the recipe would save, by the field to set."""
-    optimizer, memory = config.optimizer, config.memory
-    changes = {
-        f"optimizer.name={name}": {"optimizer": optimizer.model_copy(update={"name": name})}
-        for name in ("adafactor", "adamw8bit")
-    } | {
-        f"memory.{field}={text}": {"memory": memory.model_copy(update={field: value})}
-        for field, text, value in (
-            ("ema_device", "cpu", "cpu"),
-            ("gradient_checkpointing", "selective", "selective"),
-            ("gradient_checkpointing", "true", True),
-        )
+    one_by_one = "adamw or adafactor, one process"
+    changes: dict[str, tuple[str, dict[str, object]]] = {
+        "optimizer.name=adafactor": ("optimizer", {"name": "adafactor"}),
+        "optimizer.name=adamw8bit": ("optimizer", {"name": "adamw8bit"}),
+        "memory.ema_device=cpu": ("memory", {"ema_device": "cpu"}),
+        "memory.gradient_checkpointing=selective": ("memory", {"gradient_checkpointing": "selective"}),
+        "memory.gradient_checkpointing=true": ("memory", {"gradient_checkpointing": True}),
     }
-    condition = "adamw or adafactor, one process"
-    accumulates = config.gradient_accumulation_steps > 1
-    if config.mixed_precision != "fp16" and not accumulates:
-        stepping = optimizer.model_copy(update={"step_in_backward": True})
-        changes[f"optimizer.step_in_backward=true ({condition}, max_grad_norm=null)"] = {
-            "optimizer": stepping
-        }
+    if config.mixed_precision != "fp16" and config.gradient_accumulation_steps == 1:
+        change = f"optimizer.step_in_backward=true ({one_by_one}, max_grad_norm=null)"
+        changes[change] = ("optimizer", {"step_in_backward": True})
     if config.mixed_precision != "fp16" and device.type == "cuda":
-        offloading = memory.model_copy(update={"offload_optimizer": True})
-        changes[f"memory.offload_optimizer=true ({condition})"] = {"memory": offloading}
-    plan = plan_of(config)
-    savings = {
-        change: plan.total - plan_of(config.model_copy(update=sections)).total
-        for change, sections in changes.items()
-    }
-    if _trains_adapter(config) and memory.base_dtype == "fp32":
+        changes[f"memory.offload_optimizer=true ({one_by_one})"] = ("memory", {"offload_optimizer": True})
+    plan, sections = plan_of(config), {"optimizer": config.optimizer, "memory": config.memory}
+    savings = {}
+    for change, (name, fields) in changes.items():
+        changed = config.model_copy(update={name: sections[name].model_copy(update=fields)})
+        savings[change] = plan.total - plan_of(changed).total
+    if _trains_adapter(config) and config.memory.base_dtype == "fp32":
         savings["memory.base_dtype=int8"] = plan.frozen * 3 // 4
     parts = 2 * config.gradient_accumulation_steps
-    if config.batch_size % parts == 0 and not optimizer.step_in_backward:
+    if config.batch_size % parts == 0 and not config.optimizer.step_in_backward:
         savings[f"gradient_accumulation_steps={parts}"] = (plan.activations or 0) // 2
     return savings
 
