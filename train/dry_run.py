@@ -1,10 +1,11 @@
-"""A dry run: a few steps, to report what a recipe does and how long it takes; nothing is saved."""
+"""A dry run: a few steps, to report what a recipe trains and how long it takes; nothing is saved."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,20 +26,20 @@ _SECONDS = 20.0
 
 @dataclass(frozen=True)
 class DryRunReport:
-    """What a dry run has measured.
+    """The measurements of a dry run.
 
     Attributes:
         config: the recipe.
         step: the step that the run would resume from; 0 for a new run.
-        trained: how many parameters are trained.
-        parameters: how many all networks of the training have.
-        images: how many images are trained on.
-        held_out: how many images the validation loss is measured on.
-        samples: how many an epoch has, with all cached views of each image.
-        processes: how many train together.
+        trained: number of trained parameters.
+        parameters: number of parameters of all networks.
+        images: number of images to train on.
+        held_out: number of images for the validation loss.
+        samples: of an epoch, with all cached views of each image.
+        processes: number of processes that train together.
         device: the device of each process.
         seconds_per_step: the median over a few steps.
-        peak_bytes: peak memory of the device; None where it is not counted.
+        peak_bytes: peak memory of the device; None where torch does not count it.
     """
 
     config: TrainConfig
@@ -81,8 +82,8 @@ class DryRunReport:
         rate = config.batch_size / self.seconds_per_step
         yield f"speed:    {self.seconds_per_step:.3g} s a step, {rate:.3g} samples/s"
         yield (
-            f"left:     {_duration(steps * self.seconds_per_step)} for {steps:,} steps, without checkpoints and "
-            "validation"
+            f"left:     {timedelta(seconds=round(steps * self.seconds_per_step))} for {steps:,} steps, without "
+            "checkpoints and validation"
         )
         yield f"nothing was written; {config.output_dir} is unchanged"
 
@@ -96,9 +97,9 @@ def dry_run(config: TrainConfig) -> DryRunReport:
     accelerator = build_accelerator(config)
     state = state_to_resume(config)
     torch.manual_seed(config.seed)
-    parts = open_splits(config)
+    splits = open_splits(config)
     if state is not None:
-        check_same_data(state, parts.digest, config, quiet=not accelerator.is_main_process)
+        check_same_data(state, splits.digest, config, quiet=not accelerator.is_main_process)
     with TemporaryDirectory() as own_scratch:
         # One folder for all processes, which generate the class images together.
         scratch = Path(gather([own_scratch])[0])
@@ -106,12 +107,12 @@ def dry_run(config: TrainConfig) -> DryRunReport:
             _without_outputs(config, scratch),
             device=accelerator.device,
             assets=None if state is None else config.output_dir,
-            data=parts.training,
-            preflight=partial(check_objective, config, accelerator, parts.validation),
+            data=splits.training,
+            preflight=partial(check_objective, config, accelerator, splits.validation),
         )
         accelerator.wait_for_everyone()
     apply_memory_options(config, accelerator, objective)
-    trainer = Trainer(config, accelerator, objective, held_out=parts.validation)
+    trainer = Trainer(config, accelerator, objective, held_out=splits.validation)
     counts_memory = accelerator.device.type == "cuda"
     if counts_memory:
         torch.cuda.reset_peak_memory_stats(accelerator.device)
@@ -121,8 +122,8 @@ def dry_run(config: TrainConfig) -> DryRunReport:
         step=0 if state is None else state.step,
         trained=trainer.trained_parameters,
         parameters=sum(parameter.numel() for parameter in objective.parameters()),
-        images=len(parts.training),
-        held_out=0 if parts.validation is None else len(parts.validation),
+        images=len(splits.training),
+        held_out=0 if splits.validation is None else len(splits.validation),
         samples=len(objective.order),
         processes=accelerator.num_processes,
         device=str(accelerator.device),
@@ -138,13 +139,3 @@ def _without_outputs(config: TrainConfig, scratch: Path) -> TrainConfig:
         prior = task.prior.model_copy(update={"images": min(task.prior.images, config.batch_size)})
         task = task.model_copy(update={"prior": prior})
     return config.model_copy(update={"output_dir": scratch, "task": task})
-
-
-def _duration(seconds: float) -> str:
-    """A duration in its two largest units, as in "2 h 5 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    units = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    first = next((place for place, (count, _) in enumerate(units) if count), len(units) - 1)
-    return " ".join(f"{count} {unit}" for count, unit in units[first : first + 2])

@@ -25,24 +25,24 @@ LOG = "log.jsonl"
 NAN_ADVICE = (
     "lower optimizer.learning_rate, or train with mixed_precision bf16 or no; the last checkpoint is intact"
 )
-# Keys of an unfinished row, as checkpoints have them: the number of its steps, and after the name of a metric of a
-# subset of the samples, how many they are.
+# Keys of an unfinished row in checkpoints: the number of its steps, and after the name of a metric of a subset of the
+# samples, their number.
 _STEPS = "steps"
 _COUNT = ": samples"
 _GRAD_NORM = "grad_norm"
-# What older checkpoints call the number of steps with a finite gradient norm.
+# In older checkpoints: the number of steps with a finite gradient norm.
 _OLD_GRAD_NORM_COUNT = "finite norms"
 
 
 class Metrics:
     """The metrics of one run.
 
-    A row of `log.jsonl` holds the means since the row before it, over all steps and processes. The metric of a subset
-    of the samples is a mean over those samples, and left out if there were none. Rows hold no time, so that the log is
-    a function of the recipe; the progress bar and the trackers also get the samples per second.
+    A row of `log.jsonl` holds the means since the previous row, over all steps and processes. The metric of a subset of
+    the samples is a mean over those samples, and left out if there were none. Rows hold no time, so that the log is a
+    function of the recipe; the progress bar and the trackers also get the samples per second.
 
     Attributes:
-        progress: what the progress bar shows, by name.
+        progress: the values in the progress bar, by name.
     """
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
@@ -51,12 +51,12 @@ class Metrics:
         self._file = config.output_dir / LOG
         self._totals: dict[str, Tensor] = {}
         self._steps = 0
-        self._steps_since = 0  # those in this process, and since when
+        self._steps_since = 0  # steps of this process since the time _since
         self._since = time.monotonic()
         self.progress: dict[str, str] = {}
 
     def start(self, step: int) -> None:
-        """Start the trackers at `step`, and drop what the log and TensorBoard have of later steps.
+        """Start the trackers at `step`, and drop later steps from the log and TensorBoard.
 
         Raises:
             OutputError: the log cannot be written; it is unchanged.
@@ -65,23 +65,16 @@ class Metrics:
             trim_log(self._file, step)
         if not self._config.trackers:
             return
-        self._accelerator.init_trackers(
-            "latentgen",
-            init_kwargs={
-                "tensorboard": {"purge_step": step + 1},
-                "wandb": {
-                    "name": self._config.output_dir.name,
-                    "dir": str(self._config.output_dir),
-                    "config": self._config.model_dump(mode="json"),
-                },
-            },
-        )
+        folder, recipe = self._config.output_dir, self._config.model_dump(mode="json")
+        wandb = {"name": folder.name, "dir": str(folder), "config": recipe}
+        options = {"tensorboard": {"purge_step": step + 1}, "wandb": wandb}
+        self._accelerator.init_trackers("latentgen", init_kwargs=options)
 
     def add(self, means: Mapping[str, Tensor], subsets: Mapping[str, Subset] | None = None) -> None:
         """Add the metrics of one step, scalars on the device, without waiting for the device."""
         totals, subsets = dict(means), dict(subsets or {})
         if (norm := totals.pop(_GRAD_NORM, None)) is not None:
-            # In float16 gradients overflow now and then, without harm: such steps have no norm.
+            # In float16 gradients overflow now and then, harmlessly: such steps have no norm.
             is_finite = norm.isfinite()
             subsets[_GRAD_NORM] = Subset(torch.where(is_finite, norm, 0), is_finite.float())
         for name, (total, count) in subsets.items():
@@ -113,17 +106,14 @@ class Metrics:
         speed = self._steps_since * self._config.batch_size / max(time.monotonic() - self._since, 1e-9)
         self._totals, self._steps, self._steps_since = {}, 0, 0
         self._since = time.monotonic()
-        self.progress = {
-            "loss": f"{row['loss']:.4g}",
-            "lr": f"{learning_rate:.3g}",
-            "samples/s": f"{speed:.3g}",
-        }
+        loss, rate = f"{row['loss']:.4g}", f"{learning_rate:.3g}"
+        self.progress = {"loss": loss, "lr": rate, "samples/s": f"{speed:.3g}"}
         self._append(step, row)
         tracked = {f"train/{name}": value for name, value in row.items()}
         self._accelerator.log({**tracked, "train/samples_per_second": speed}, step=step)
 
     def exclude_time(self, seconds: float) -> None:
-        """Leave out of the samples per second a time in which nothing was trained."""
+        """Exclude a pause of training from the samples per second."""
         self._since += seconds
 
     def write_validation(self, step: int, loss: float, parts: Mapping[str, float]) -> None:
@@ -139,7 +129,7 @@ class Metrics:
         return any(row["step"] == step and "validation_loss" in row for row in map(json.loads, rows))
 
     def log_images(self, step: int, rows: Sequence[Sequence[Image.Image]]) -> None:
-        """Give the trackers rows of images, such as those of each prompt."""
+        """Send rows of images to the trackers, such as those of each prompt."""
         for tracker in self._accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             for number, images in enumerate(rows):
@@ -171,7 +161,7 @@ class Metrics:
         self._totals = {name: torch.tensor(total, device=device) for name, total in totals.items()}
 
     def sync(self) -> None:
-        """Wait until the rows are on the disk: in a power cut a checkpoint must not outlast the rows before it.
+        """Wait until the rows are on the disk: after a power cut no checkpoint may be newer than the log.
 
         Raises:
             OutputError: they cannot be written.
@@ -185,7 +175,7 @@ class Metrics:
             raise _cannot_write(self._file, error) from error
 
     def _append(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a row; if only a part of it can be written, `trim_log` drops that part later."""
+        """Add a row; if only a part of it is written, `trim_log` drops that part later."""
         if not self._accelerator.is_main_process:
             return
         # JSON has no infinity, which the validation loss of a diverged run can be.
@@ -198,7 +188,7 @@ class Metrics:
 
 
 def trim_log(log: Path, step: int) -> None:
-    """Drop the rows of steps after `step`, which will be trained again, and rows that are cut off.
+    """Drop the rows of steps after `step`, which will be trained again, and truncated rows.
 
     Raises:
         OutputError: the log cannot be written; it is unchanged.
@@ -221,4 +211,4 @@ def _step_of(row: str) -> float:
     try:
         return json.loads(row)["step"]
     except (ValueError, TypeError, KeyError):
-        return math.inf  # cut off while it was written
+        return math.inf  # truncated

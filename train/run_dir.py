@@ -14,16 +14,52 @@ from pydantic import ValidationError
 from latentgen.errors import OutputError, ResumeError, RunLockedError
 from latentgen.files import delete_temporary, quote, sync_folder
 from latentgen.train.checkpoint import RunState, has_checkpoint, load_latest
-from latentgen.train.config import FIXED_FIELDS, FREE_FIELDS, SWITCHING_FIELDS, TrainConfig, in_one_line
+from latentgen.train.config import TrainConfig, in_one_line
 
 _LOCK = ".lock"
+# Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the end of the
+# learning rate's schedule.
+_FREE_FIELDS = frozenset(
+    {
+        *(
+            "output_dir",
+            "max_steps",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+            "workers",
+            "resume",
+        ),
+        *("allow_changes", "validation", "trackers", "task.cache_dir", "data.index_dir", "memory.planner"),
+        *("memory.gradient_checkpointing", "memory.ema_device", "memory.offload_optimizer"),
+    }
+)
+# Fields in which it may not differ even if allow_changes names them: the checkpoint would mean nothing.
+_FIXED_FIELDS = frozenset(
+    {
+        *(
+            "task.kind",
+            "task.method.kind",
+            "task.method.rank",
+            "task.method.targets",
+            "task.method.text_targets",
+        ),
+        *(
+            "task.method.train_text_encoder",
+            "task.method.num_vectors",
+            "task.convert_to",
+            "task.train_encoder",
+        ),
+        *("task.train_text_encoder", "optimizer.name"),
+    }
+)
 
 
 @contextmanager
 def run_lock(output_dir: Path, *, enabled: bool) -> Iterator[None]:
-    """Create the run folder, hold its lock, and delete temporary files that a killed process has left.
+    """Create the run folder, hold its lock, and delete the temporary files of a killed process.
 
-    It is a lock of the operating system, which is released when the process ends, in whatever way.
+    The operating system releases the lock when the process ends, in whatever way.
 
     Args:
         output_dir: the folder.
@@ -64,10 +100,10 @@ def state_to_resume(config: TrainConfig, *, processes: int = 1, quiet: bool = Fa
         config: the recipe.
         processes: how many train together; a warning says if it was another number before, or if the recipe has
             changed in a way that `allow_changes` permits.
-        quiet: whether to leave these warnings to another process.
+        quiet: whether to omit the warnings.
 
     Raises:
-        ResumeError: there is a run and `resume` is off; there is none and `resume` is latest; the recipe has changed;
+        ResumeError: there is a run and `resume` is no; there is none and `resume` is latest; the recipe has changed;
             or more steps are done than `max_steps`.
     """
     folder = config.output_dir
@@ -105,10 +141,10 @@ def check_same_data(state: RunState, digest: str, config: TrainConfig, *, quiet:
     """Refuse to resume with other training data; only warn if `allow_changes` names `data` or one of its fields.
 
     Args:
-        state: the checkpoint; old ones have no digest, and pass.
-        digest: the digest of the training data now.
+        state: the checkpoint; old ones have no digest, and are accepted.
+        digest: of the training data now.
         config: the recipe.
-        quiet: whether to leave the warning to another process.
+        quiet: whether to omit the warning.
 
     Raises:
         ResumeError: the data has changed.
@@ -133,20 +169,17 @@ def _allowed_changes(state: RunState, config: TrainConfig) -> list[str]:
             saved = TrainConfig.model_validate(state.config)  # newer fields take their defaults
     except ValidationError as error:
         raise ResumeError(
-            f"the run in {quote(config.output_dir)} was begun by a version with other recipes: {in_one_line(error)}"
+            f"the run in {quote(config.output_dir)} began with a recipe of another version: {in_one_line(error)}"
         ) from None
     before, now = _flatten(saved), _flatten(config)
     changes = {
         field: f"{field} was {before.get(field)}, is {now.get(field)}"
         for field in sorted(before.keys() | now.keys())
-        if not _is_named(field, FREE_FIELDS) and before.get(field) != now.get(field)
+        if not _is_named(field, _FREE_FIELDS) and before.get(field) != now.get(field)
     }
-    fixed = [
-        field
-        for field in changes
-        if field in FIXED_FIELDS
-        or (field in SWITCHING_FIELDS and bool(before.get(field)) is not bool(now.get(field)))
-    ]
+    fixed = [field for field in changes if field in _FIXED_FIELDS]
+    if "ema_decay" in changes and 0 in (before["ema_decay"], now["ema_decay"]):
+        fixed.append("ema_decay")  # there is an average on one side only
     refused = [field for field in changes if field in fixed or not _is_named(field, config.allow_changes)]
     if refused:
         remedy = (

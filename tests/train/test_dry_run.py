@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from latentgen.errors import DatasetError, ResumeError
+from latentgen.errors import ResumeError
 from latentgen.image_file import save_image
-from latentgen.train.dry_run import DryRunReport, _duration, dry_run
+from latentgen.train.dry_run import DryRunReport, dry_run
 from latentgen.train.objectives import class_images
 from latentgen.train.trainer import train
 from tests.train.finetuning import METHODS, PRIOR, finetune_recipe
@@ -44,7 +44,7 @@ def test_a_warning_says_if_the_warm_up_outlasts_the_run(
     warmup: int, warns: bool, autoencoder_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
     config = autoencoder_recipe(f"optimizer.warmup_steps={warmup}")
-    message = f"optimizer.warmup_steps is {warmup} and max_steps 4: the learning rate rises to"
+    message = f"optimizer.warmup_steps is {warmup} and max_steps 4"
     assert any(message in line for line in dry_run(config).lines()) == warns
     capsys.readouterr()
     train(config)
@@ -102,43 +102,18 @@ def test_a_resumed_run_reports_the_remaining_steps(autoencoder_recipe: MakeRecip
     assert files_of(config.output_dir) == before
 
 
-def test_dataset_problems_are_errors(autoencoder_recipe: MakeRecipe, image_folder: Path):
-    (image_folder / "red.png").write_bytes(b"no image")
-    with pytest.raises(DatasetError, match=r"red\.png"):
-        dry_run(autoencoder_recipe())
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (59.6, "1 min 0 s"),
-        (3599, "59 min 59 s"),
-        (3600, "1 h 0 min"),
-        (90061, "1 d 1 h"),
-    ],
-)
-def test_durations(seconds: float, text: str):
-    assert _duration(seconds) == text
-
-
 def test_the_estimate_counts_the_remaining_steps(autoencoder_recipe: MakeRecipe):
-    config = autoencoder_recipe("max_steps=100", "batch_size=4")
+    counts = {"trained": 1, "parameters": 2, "images": 8, "held_out": 0, "samples": 16, "processes": 2}
     report = DryRunReport(
-        config=config,
+        config=autoencoder_recipe("max_steps=100", "batch_size=4"),
         step=40,
-        trained=1,
-        parameters=2,
-        images=8,
-        held_out=0,
-        samples=16,
-        processes=2,
+        **counts,
         device="cpu",
         seconds_per_step=2.0,
         peak_bytes=3 * 2**30,
     )
     text = "\n".join(report.lines())
-    assert "2 min 0 s for 60 steps" in text
+    assert "0:02:00 for 60 steps" in text
     assert "2 s a step, 2 samples/s" in text
     assert "4 steps an epoch, 25 epochs" in text
     assert "3.0 GiB" in text

@@ -1,6 +1,5 @@
 """The recipe of a run, in sections: what is trained, on which images, by which steps."""
 
-from latentgen.train.config.data import ArchiveData as ArchiveData
 from latentgen.train.config.data import Data as Data
 from latentgen.train.config.data import EmojiData as EmojiData
 from latentgen.train.config.data import FolderData as FolderData
@@ -10,11 +9,7 @@ from latentgen.train.config.data import KohyaData as KohyaData
 from latentgen.train.config.data import WebDataset as WebDataset
 from latentgen.train.config.load import in_one_line as in_one_line
 from latentgen.train.config.load import load_config as load_config
-from latentgen.train.config.optimizer import Memory as Memory
 from latentgen.train.config.optimizer import Optimizer as Optimizer
-from latentgen.train.config.run import FIXED_FIELDS as FIXED_FIELDS
-from latentgen.train.config.run import FREE_FIELDS as FREE_FIELDS
-from latentgen.train.config.run import SWITCHING_FIELDS as SWITCHING_FIELDS
 from latentgen.train.config.run import TrainConfig as TrainConfig
 from latentgen.train.config.run import Validation as Validation
 from latentgen.train.config.tasks import P2 as P2
@@ -26,7 +21,6 @@ from latentgen.train.config.tasks import ErrorKind as ErrorKind
 from latentgen.train.config.tasks import FinetuneTask as FinetuneTask
 from latentgen.train.config.tasks import FullMethod as FullMethod
 from latentgen.train.config.tasks import LatentLoss as LatentLoss
-from latentgen.train.config.tasks import LatentTask as LatentTask
 from latentgen.train.config.tasks import LoRAMethod as LoRAMethod
 from latentgen.train.config.tasks import MinSNR as MinSNR
 from latentgen.train.config.tasks import PairedTask as PairedTask

@@ -15,7 +15,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=2**40)]
 
-# Old names of fields, with dots for nested ones: they work for one release.
+# Deprecated names of fields, with dots for nested ones.
 RENAMED_FIELDS = {
     "held_out": "validation_fraction",
     "task.cached_views": "task.views_per_image",
@@ -66,15 +66,12 @@ def has_field(section: type[Section], name: str) -> bool:
         annotations = [one.model_fields[part].annotation for one in sections if part in one.model_fields]
         if not annotations:
             return False
-        if any(_is_open(annotation) for annotation in annotations):
+        if any(
+            get_origin(annotation) is dict for annotation in annotations
+        ):  # of a network, with its own keys
             return True
         sections = {one for annotation in annotations for one in _sections(annotation)}
     return True
-
-
-def _is_open(annotation: object) -> bool:
-    """Whether it is the configuration of a network, with keys of its own."""
-    return get_origin(annotation) is dict
 
 
 def _sections(annotation: object) -> Iterator[type[Section]]:

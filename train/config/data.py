@@ -17,7 +17,7 @@ Repeats = Annotated[int, Field(ge=1, le=10_000)]
 class EmojiData(Section):
     """The rendered emoji of Debian's fonts-noto-color-emoji.
 
-    `held_out` of them, evenly chosen, are kept out of training, for benchmarks to measure on.
+    `held_out` of them, evenly spaced, are not trained on, for benchmarks.
     """
 
     kind: Literal["emoji"]
@@ -26,15 +26,15 @@ class EmojiData(Section):
 
 
 class ImageData(Section):
-    """How images are cropped to the sizes that are trained on, and how captions are changed.
+    """How images are cropped, and captions changed.
 
-    Images are scaled to cover the view and cropped, to the center or at random, and mirrored half of the time with
+    Images are scaled to cover the view and cropped, at the center or at random, and mirrored half of the time with
     `horizontal_flip`. A view is a square of `image_size`; with `buckets` it is the rectangle nearest to the
     image's aspect ratio, of an area of at most `image_size` squared and with sides that are multiples of `bucket_step`
     from `min_side` to `max_side` (half and double of `image_size` by default).
 
-    `caption_prefix` is put before every caption. With `caption_shuffle` the parts of a caption between commas are put
-    into another order each time it is drawn, all but the first `keep_tokens`.
+    `caption_prefix` is added before every caption. `caption_shuffle` shuffles the parts of a caption between commas
+    each time it is drawn, except for the first `keep_tokens`.
     """
 
     image_size: Annotated[int, Field(ge=8, le=4096)]
@@ -59,9 +59,7 @@ class ImageData(Section):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if not self.buckets and (self.min_side, self.max_side) != (None, None):
-            raise ValueError(
-                "min_side and max_side are those of buckets; set buckets to true, or leave them out"
-            )
+            raise ValueError("min_side and max_side are for buckets; set buckets to true, or remove them")
         square = self.image_size // self.bucket_step * self.bucket_step
         shortest, longest = self.side_bounds
         if self.buckets and not (square > 0 and shortest <= square <= longest):
@@ -70,9 +68,7 @@ class ImageData(Section):
                 f"lie within min_side and max_side, {shortest} to {longest}, and above 0"
             )
         if self.keep_tokens and not self.caption_shuffle:
-            raise ValueError(
-                "keep_tokens is about shuffled captions; set caption_shuffle to true, or leave it out"
-            )
+            raise ValueError("keep_tokens needs caption_shuffle; set that to true, or remove keep_tokens")
         return self
 
 
@@ -90,13 +86,12 @@ class FolderData(ImageData):
     ```
 
     Captions are in a `metadata.jsonl` or `metadata.csv` (`file_name`, relative to the file, and `text` or `caption`),
-    or next to an image in a text file of the same stem, where several lines are several captions that are chosen
-    equally often. Rows of the metadata may name more images: `mask_file_name` (white where the loss counts) and
-    `before_file_name` (what this one is an edit of); other columns are ignored with a warning. Names that begin with a
-    dot are ignored.
+    or next to an image in a text file of the same stem, in which each line is a caption, all drawn equally often. Rows
+    of the metadata may name more images: `mask_file_name` (white where the loss counts) and `before_file_name` (what
+    this one is an edit of); other columns are ignored with a warning. Names that begin with a dot are ignored.
 
-    `caption` is for images that have none, which are an error without it; `repeats` is how often an epoch shows each
-    image. Images that cannot be read are an error before training begins, or left out with a warning (`skip`).
+    `caption` is for images without one, which are otherwise an error; `repeats` is how often an epoch shows each image.
+    Images that cannot be read are an error before training begins, or left out with a warning (`skip`).
     """
 
     kind: Literal["imagefolder"]
@@ -119,8 +114,8 @@ class KohyaData(ImageData):
       keep_tokens: 1
     ```
 
-    An epoch shows each image of a sub-folder that many times; its caption is the name, without a text file (`.txt`,
-    `.caption`) next to it. Everything else is as in FolderData.
+    An epoch shows each image of a sub-folder that many times; the name is the caption of images without a text file
+    (`.txt`, `.caption`). Everything else is as in FolderData.
     """
 
     kind: Literal["kohya"]
@@ -131,9 +126,9 @@ class KohyaData(ImageData):
 class ArchiveData(ImageData):
     """The common fields of training sets in a few large files.
 
-    With `check_images` every sample is read and decoded once before training begins; without it nothing is read ahead,
-    and the first sample that cannot be used ends the run with its name. Images that cannot be read are an error, or
-    left out with a warning (`skip`), which needs `check_images`.
+    With `check_images` every sample is read and decoded once before training begins; without it the first sample that
+    cannot be used ends the run. Images that cannot be read are an error, or left out with a warning (`skip`), which
+    needs `check_images`.
     """
 
     on_bad_image: Literal["error", "skip"] = "error"
@@ -141,14 +136,8 @@ class ArchiveData(ImageData):
 
     @model_validator(mode="after")
     def _checks_enough(self) -> Self:
-        if self.on_bad_image == "skip" and not self.check_images:
-            raise ValueError(
-                "on_bad_image: skip needs check_images: true, as what is left out must be known before"
-            )
-        if self.buckets and not self.check_images:
-            raise ValueError(
-                "buckets needs check_images: true, as the sizes of all images must be known before"
-            )
+        if not self.check_images and (self.buckets or self.on_bad_image == "skip"):
+            raise ValueError("buckets, and on_bad_image: skip, need check_images: true")
         return self
 
 
@@ -156,16 +145,14 @@ _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
 
 
 def _local_shards(value: object) -> object:
-    """One name or several as a tuple; a command or an address is refused by name."""
+    """One name or several as a tuple; commands and addresses are errors."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError("must be a path, or a list of paths")
     for name in names:
         if match := _SCHEME.match(name):
             what = "runs a command" if match[1] == "pipe" else f"{match[1]}: is an address"
-            raise ValueError(
-                f"{name!r} {what}; only files are read: mount the storage, and name the path that it has then"
-            )
+            raise ValueError(f"{name!r} {what}; only files are read: mount the storage, and name its path")
     return tuple(names)
 
 
@@ -187,8 +174,8 @@ class WebDataset(ArchiveData):
 
     A sample is an image (`.jpg`, `.jpeg`, `.png` or `.webp`) and its caption: a `.txt`, or a `.json` whose `text` or
     `caption` is a string or a list of them. Other files are ignored. Shards are files on local or mounted file
-    systems; nothing is unpacked, and images are read in place. The index of each shard (the offsets and sizes
-    of its samples, which of them are unusable) is kept in `index_dir`, for all runs to share, until the shard changes.
+    systems; nothing is unpacked, and images are read in place. All runs can share the indexes of shards (the offsets
+    and sizes of their samples) in `index_dir`.
     """
 
     kind: Literal["webdataset"]
@@ -208,7 +195,7 @@ class HuggingFaceData(ArchiveData):
       image_size: 512
     ```
 
-    `split` may be left out if there is one only. A caption is a string, or a list of strings of which one is drawn.
+    `split` may be omitted if there is only one. A caption is a string, or a list of strings of which one is drawn.
     """
 
     kind: Literal["huggingface"]

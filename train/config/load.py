@@ -67,7 +67,7 @@ def _read_yaml(text: str) -> Any:
 
 
 def in_one_line(error: ValidationError) -> str:
-    """Every problem of a recipe, with the field that it is about."""
+    """Every problem of a recipe, with its field."""
     problems = []
     for detail in error.errors(include_url=False):
         field, message = ".".join(map(str, detail["loc"])), _message(detail)
@@ -76,7 +76,7 @@ def in_one_line(error: ValidationError) -> str:
 
 
 def _message(detail: ErrorDetails) -> str:
-    """The error of a field; where a section or a list is expected, how to write it."""
+    """The error of a field; for a section or a list, how to write it."""
     kind, found = detail["type"], detail["input"]
     if kind == "value_error":  # one of ours, without pydantic's "Value error, "
         return str(detail.get("ctx", {}).get("error", detail["msg"]))

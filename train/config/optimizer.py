@@ -21,12 +21,12 @@ class Optimizer(Section):
 
     Trained text encoders have the same rate, or `text_encoder_learning_rate`, with the same schedule.
 
-    `betas` are AdamW's; muon uses them for the parameters that are no weight matrices. `adamw8bit` is AdamW with a
-    quarter of the state, by bitsandbytes. `adafactor` keeps almost none; its learning rate is relative to each weight's
-    size (1e-3 to 1e-2 is usual).
+    `betas` are AdamW's; muon uses them for parameters that are not weight matrices. `adamw8bit` is bitsandbytes' AdamW
+    with a quarter of the state. `adafactor` has almost no state; its learning rate is relative to each weight's size
+    (1e-3 to 1e-2 is usual).
 
-    `step_in_backward` updates each weight as soon as its gradient is computed, and drops the gradient: the gradients
-    are never in memory together. So they cannot be accumulated, or clipped by norm: it needs `max_grad_norm: null`.
+    `step_in_backward` updates each weight as soon as its gradient is computed, and frees the gradient. So gradients
+    cannot be accumulated, or clipped by norm: it needs `max_grad_norm: null`.
     """
 
     name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
@@ -57,20 +57,18 @@ class Optimizer(Section):
     def _can_decay(self) -> Self:
         if self.decay_fraction and self.schedule != "warmup_stable_decay":
             raise ValueError(
-                f"decay_fraction is for schedule warmup_stable_decay, and schedule is {self.schedule}; leave one "
-                "of them out"
+                f"decay_fraction is for schedule warmup_stable_decay, and schedule is {self.schedule}; remove one"
             )
         return self
 
     def unreached(self, max_steps: int) -> str | None:
-        """A warning if a run of so many steps ends before its warm-up, so that the rate stays below its maximum."""
+        """A warning if a run of `max_steps` ends before its warm-up, so that the rate stays below its maximum."""
         if self.warmup_steps < max_steps or self.warmup_steps <= 1:
             return None
         most = self.rate_at(max_steps - 1, max_steps)
         return (
             f"optimizer.warmup_steps is {self.warmup_steps:,} and max_steps {max_steps:,}: the learning rate rises to "
-            f"{most:.3g} at most, in the last step, of {self.learning_rate:.3g}; lower optimizer.warmup_steps for a "
-            "run as short as this"
+            f"only {most:.3g} of {self.learning_rate:.3g}; lower optimizer.warmup_steps"
         )
 
     def rate_at(self, step: int, max_steps: int) -> float:
@@ -96,12 +94,11 @@ class Memory(Section):
     """Options that save memory.
 
     `gradient_checkpointing` recomputes activations in the backward pass instead of saving them: exact, for about a
-    third more time; with `selective` only those that are cheap to recompute, for a tenth more. `ema_device: cpu` keeps
-    the moving average in host memory: exact. `offload_optimizer` keeps gradients and AdamW's moments in host memory,
+    third more time; with `selective` only those that are cheap to recompute, for a tenth more. `ema_device: cpu` puts
+    the moving average into host memory: exact. `offload_optimizer` puts gradients and AdamW's moments into host memory,
     and loads them one parameter at a time: exact, on CUDA, for adamw and adafactor, in one process and not in fp16.
-    `base_dtype` is the dtype in which weights that are not trained are stored; they are computed with in the run's
-    precision. With `planner` the memory of a step is estimated and printed before the first, and refused if it does
-    not fit.
+    `base_dtype` is the dtype in which frozen weights are stored; computations are in the run's precision. With
+    `planner` the memory of a step is estimated and printed before the first step, and an error if it does not fit.
     """
 
     gradient_checkpointing: Checkpointing = False

@@ -1,4 +1,4 @@
-"""A whole recipe: its sections, their consistency, and which fields a resumed run may change."""
+"""A whole recipe: its sections, and their consistency."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ Rule = tuple[bool, str, str]
 class Validation(Section):
     """Images of fixed prompts, and the loss on held-out images; neither affects training.
 
-    Every `every` steps each of `prompts` is drawn `images_per_prompt` times, from the seeds `seed`, `seed` + 1 and so
-    on, into `samples/` of the run's folder. `height` and `width` are by default the size that the model was made for,
-    `guidance_scale` is its own. `at_start` does this, and what follows, before the first step, too.
+    Every `every` steps `images_per_prompt` images of each of `prompts` are generated, with the seeds `seed`, `seed` + 1
+    and so on, in `samples/` of the run's folder. `height`, `width` and `guidance_scale` are by default the model's.
+    `at_start` validates before the first step, too.
 
-    For models that make images out of images, as many `images` of those that the loss is measured on are made again: a
-    row shows the input, the output and the target. An inpainting model receives a random mask of each image, an
-    instruction model the image before the edit, with the caption as the instruction.
+    Image-conditioned models generate `images` of the validation images instead: a row has the input, the output and the
+    target. An inpainting model receives a random mask of each image, an instruction model the image before the edit,
+    with the caption as the instruction.
 
     Every `loss_every` steps the loss is measured on the first `loss_images` images of `data`, or of the recipe's
     `validation_fraction`: the plain mean squared error at `timesteps` timesteps, the middles of as many equal parts of
@@ -74,22 +74,21 @@ class Validation(Section):
 
 
 class TrainConfig(Section):
-    """One recipe: what is trained, on what, and how.
+    """One recipe.
 
-    `init_from` is a folder in the diffusers layout whose weights training starts from (fine-tuning takes a single
-    file, too, and without it the embedded default model); `batch_size` counts the samples
-    of an optimizer step over all processes and accumulated parts; `ema_decay` 0 keeps no moving average; `compile`
+    `init_from` is a folder in the diffusers layout whose weights training starts from (fine-tuning also accepts a
+    single file, and without `init_from` starts from the embedded default model); `batch_size` is the samples of an
+    optimizer step over all processes and accumulated parts; with `ema_decay` 0 there is no moving average; `compile`
     takes minutes before the first step and makes the others faster (on a CPU it needs a C++ compiler).
 
-    `workers` processes next to each training process prepare the batches ahead, the same ones bit for bit as with 0.
+    `workers` processes for each training process prepare the batches ahead; the batches are the same to the bit.
 
-    `resume` is `no` (a folder that holds a run is an error), `latest` (a folder that holds none is an error; true says
-    the same) or `auto` (go on if there is something to go on from, else begin: for jobs that are started again by
-    themselves). `allow_changes` names the fields, or sections, in which the recipe of a resumed run may differ from
-    what it began with.
+    `resume` is `no` (a folder with a run is an error), `latest` or true (a folder without a run is an error), or `auto`
+    (resume if there is a checkpoint, else begin: for jobs that restart automatically). `allow_changes` names the
+    fields, or sections, in which the recipe of a resumed run may differ from its first one.
 
-    `validation_fraction` of the images are held out of training for `validation`: the same ones in every run over a set
-    of as many images, and each with all of its repeats. `trackers` receive the metrics of `log.jsonl` and the images of
+    `validation_fraction` of the images are held out of training for `validation`: the same ones in every run over as
+    many images, and each with all of its repeats. `trackers` receive the metrics of `log.jsonl` and the images of
     `validation`.
     """
 
@@ -272,45 +271,3 @@ class TrainConfig(Section):
         return self.validation is not None and (
             self.validation.data is not None or self.validation_fraction > 0
         )
-
-
-# Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the end of the
-# learning rate's schedule.
-FREE_FIELDS = frozenset(
-    {
-        "output_dir",
-        "max_steps",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "log_every",
-        "workers",
-        "resume",
-        "allow_changes",
-        "validation",
-        "trackers",
-        "task.cache_dir",
-        "data.index_dir",
-        "memory.gradient_checkpointing",
-        "memory.ema_device",
-        "memory.offload_optimizer",
-        "memory.planner",
-    }
-)
-# And those in which it may not even if allow_changes names them: the checkpoint would mean nothing.
-FIXED_FIELDS = frozenset(
-    {
-        "task.kind",
-        "task.method.kind",
-        "task.method.rank",
-        "task.method.targets",
-        "task.method.text_targets",
-        "task.method.train_text_encoder",
-        "task.method.num_vectors",
-        "task.convert_to",
-        "task.train_encoder",
-        "task.train_text_encoder",
-        "optimizer.name",
-    }
-)
-# These may change, but not from 0 or to 0, where there is nothing of their kind.
-SWITCHING_FIELDS = frozenset({"ema_decay"})

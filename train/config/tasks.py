@@ -1,4 +1,4 @@
-"""The `task` section of a recipe: what is trained, by which method, on which loss."""
+"""The `task` section of a recipe: the networks to train, the method and the loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ErrorKind = Literal["l2", "huber", "smooth_l1"]
 
 
 class MinSNR(Section):
-    """Weights that are clamped at the signal-to-noise ratio `gamma` (arXiv:2303.09556)."""
+    """Weights clamped at the signal-to-noise ratio `gamma` (arXiv:2303.09556)."""
 
     kind: Literal["min_snr"]
     gamma: Positive = 5.0
@@ -28,7 +28,7 @@ class Debiased(Section):
 
 
 class P2(Section):
-    """Weights that prefer the levels at which content is made (arXiv:2204.00227)."""
+    """Weights that favor the noise levels at which content emerges (arXiv:2204.00227)."""
 
     kind: Literal["p2"]
     gamma: Positive = 1.0
@@ -36,7 +36,7 @@ class P2(Section):
 
 
 class PyramidNoise(Section):
-    """Noise of lower resolutions on top of the usual, each `discount` times as strong as that before."""
+    """Additional noise of lower resolutions, each `discount` times as strong as the previous one."""
 
     iterations: Annotated[int, Field(ge=1, le=16)] = 6
     discount: Rate = 0.4
@@ -51,14 +51,14 @@ Weighting = Annotated[
 class LatentLoss(Section):
     """The loss of the diffusion tasks; by default the plain mean squared error.
 
-    `kind` is what is averaged: the squared error, or what grows more slowly beyond `huber_c` (arXiv:2403.16728).
-    `weighting` makes some noise levels count more than others. With `zero_terminal_snr` the schedule is rescaled so
-    that its last timestep is pure noise (arXiv:2305.08891), and the finished model is sampled so.
+    `kind` is the error that is averaged: squared, or growing more slowly beyond `huber_c` (arXiv:2403.16728).
+    `weighting` weights the noise levels. With `zero_terminal_snr` the schedule is rescaled so that its last timestep is
+    pure noise (arXiv:2305.08891), and the trained model is sampled with that schedule.
 
     `offset_noise` shifts the noise of each channel by a constant (strengths of 0.03 to 0.1 are usual), `pyramid_noise`
-    adds coarser noise: both let a model learn brightness and large shapes. `input_perturbation` noises what the UNet
-    sees a little more than its timestep says (arXiv:2301.11706; 0.1 is usual). `masked` weighs the error by the images'
-    masks.
+    adds coarser noise: both let a model learn brightness and large shapes. `input_perturbation` adds a little more
+    noise to the UNet's input than its timestep says (arXiv:2301.11706; 0.1 is usual). `masked` weights the error by the
+    images' masks.
     """
 
     kind: ErrorKind = "l2"
@@ -90,8 +90,8 @@ def _american(degradation: object) -> object:
 class AutoencoderTask(Section):
     """Train a KL autoencoder: reconstruction, edges and a slight pull of the latents towards the standard normal.
 
-    `vae` is the content of a diffusers `vae/config.json`. Without `train_encoder` the decoder alone learns, and the
-    latents stay those of `init_from`.
+    `vae` is the content of a diffusers `vae/config.json`. Without `train_encoder` only the decoder is trained, and the
+    latents are those of `init_from`.
     """
 
     kind: Literal["autoencoder"]
@@ -104,13 +104,13 @@ class AutoencoderTask(Section):
 class DiffusionTask(Section):
     """The common fields of all diffusion tasks in the latents of a pretrained autoencoder.
 
-    `views_per_image` random views of every item are encoded once, before training, and kept in memory or, with
-    `cache_dir`, in a folder that all runs may share; 0 draws and encodes new ones in every step. So are the captions
-    where the text encoder does not learn, unless they are shuffled, or too many for memory without `cache_dir`. Where
-    neither crops nor mirroring nor the task is random, the views of an item are the same, and one is encoded.
+    `views_per_image` random views of every item are encoded once, before training, and cached in memory or, with
+    `cache_dir`, in a folder that all runs may share; 0 draws and encodes new ones in every step. Captions are also
+    encoded once if the text encoder is not trained, unless they are shuffled, or too many for memory without
+    `cache_dir`. If neither crops nor mirroring nor the task is random, only one view of each item is encoded.
 
-    A `timestep_shift` above 1 spends more samples on the noisier timesteps; `guidance_scale` is what the finished model
-    is guided with where a call names none; `save_half` writes it in float16.
+    A `timestep_shift` above 1 spends more samples on the noisier timesteps; `guidance_scale` is the default of the
+    trained model; `save_half` writes it in float16.
     """
 
     caption_dropout: Rate = 0.1
@@ -123,7 +123,7 @@ class DiffusionTask(Section):
 
 
 class LatentTask(DiffusionTask):
-    """A task that states its networks: `unet` and `scheduler` are the contents of the diffusers configurations.
+    """A task with its own networks: `unet` and `scheduler` are the contents of the diffusers configurations.
 
     The other fields are those of DiffusionTask.
     """
@@ -136,8 +136,8 @@ class TextToImageTask(LatentTask):
     """Train a UNet and its text encoder jointly in the latents of a pretrained autoencoder, or in pixels.
 
     `vae` is a folder with that autoencoder, or null for pixels; `text_encoder` is the content of a configuration.
-    Without `train_text_encoder` the text encoder stays that of `init_from`; `reinit_layers` of the UNet, such as
-    `conv_in`, begin at random all the same. The other fields are those of LatentTask.
+    Without `train_text_encoder` the text encoder is that of `init_from`; `reinit_layers` of the UNet, such as
+    `conv_in`, are initialized at random even with `init_from`. The other fields are those of LatentTask.
     """
 
     kind: Literal["text_to_image"]
@@ -150,14 +150,13 @@ class TextToImageTask(LatentTask):
 class UpscaleTask(LatentTask):
     """Train a UNet to upscale low-resolution images, in latents or on pixels.
 
-    The low-resolution image is the true one, resampled with a random kernel to `image_size` / scale. The scale follows
-    from `unet.in_channels`, which is the channels of the latents and 3 * r * r: it is the autoencoder's factor / r.
-    Without an autoencoder (`vae: null`) the UNet, of 6 channels, works on pixels and receives the image enlarged
-    `enlargement` times, which is the scale then. It also receives the noise level, at most `max_noise_level`, to which
-    `low_res_scheduler` noises its input image.
+    The low-resolution image is the target, resampled with a random kernel to `image_size` / scale. The scale is the
+    autoencoder's factor / r, where `unet.in_channels` is the channels of the latents + 3 * r * r. Without an
+    autoencoder (`vae: null`) the UNet, of 6 channels, works on pixels and receives the image enlarged by the scale,
+    which is `enlargement`. It also receives the noise level, at most `max_noise_level`, to which `low_res_scheduler`
+    noises its input image.
 
-    `text_encoder` is a folder whose text encoder and tokenizer are used as they are. The other fields are those of
-    LatentTask.
+    `text_encoder` is a folder with a frozen text encoder and its tokenizer. The other fields are those of LatentTask.
     """
 
     kind: Literal["upscale"]
@@ -171,12 +170,11 @@ class UpscaleTask(LatentTask):
 class PairedTask(LatentTask):
     """Train a UNet to restore degraded images, in latents or, with `vae: null`, on pixels.
 
-    `degradation` is how they are degraded: see latentgen.train.objectives.degradation. `unet.in_channels` is twice the
-    channels of the latents. With `init_from` the run begins as that model, which may be one of text to image, whose
-    UNet has half of these channels: the weights of the others begin at zero.
+    For `degradation` see latentgen.train.objectives.degradation. `unet.in_channels` is twice the channels of the
+    latents. `init_from` may also be a text-to-image model, whose UNet has half of these channels: the weights of the
+    others are initialized with zeros.
 
-    `text_encoder` is a folder whose text encoder and tokenizer are used as they are. The other fields are those of
-    LatentTask.
+    `text_encoder` is a folder with a frozen text encoder and its tokenizer. The other fields are those of LatentTask.
     """
 
     kind: Literal["paired"]
@@ -196,12 +194,12 @@ class FullMethod(Section):
 
 
 class LoRAMethod(Section):
-    """Train factors of `rank` next to frozen layers (arXiv:2106.09685); saves them as diffusers and as kohya do.
+    """Train factors of `rank` next to frozen layers (arXiv:2106.09685); saves them in diffusers' and kohya's formats.
 
     `targets` are the ends of the paths of the UNet's layers: `ff.net.0.proj` and `ff.net.2` are those of feed-forward
-    layers, `conv1` and `conv2` convolutions. `text_targets` are likewise those of the text encoders, which learn with
+    layers, `conv1` and `conv2` convolutions. `text_targets` are those of the text encoders, which are trained with
     `train_text_encoder`. The output of the factors is scaled by `alpha` / `rank`; `alpha` is by default the rank.
-    `init_lora` names a LoRA file, of the same rank and layers, to go on from.
+    `init_lora` is a LoRA file of the same rank and layers that training starts from.
     """
 
     kind: Literal["lora"]
@@ -215,9 +213,9 @@ class LoRAMethod(Section):
 
 
 class TextualInversionMethod(Section):
-    """Learn `num_vectors` vectors for a new `token`, and nothing else (arXiv:2208.01618); saves them alone.
+    """Train only `num_vectors` vectors for a new `token` (arXiv:2208.01618), and save them.
 
-    The vectors begin as those of the words of `initializer`, and the captions of the training set hold the token.
+    They are initialized from the words of `initializer`; the captions of the training set contain the token.
     """
 
     kind: Literal["textual_inversion"]
@@ -232,11 +230,11 @@ Method = FullMethod | LoRAMethod | TextualInversionMethod
 class Prior(Section):
     """Prior preservation (DreamBooth, arXiv:2208.12242, section 3.2): the model should not forget the rest of a class.
 
-    The model that training starts from draws `images` images of `prompt` before the first step; of several prompts each
-    in turn. Each step then sees as many of them as of the training set, and their loss counts `weight` times.
+    Before the first step the initial model generates `images` images of `prompt`, or of several prompts in turn. Each
+    step trains on as many of them as of the training set, with their loss multiplied by `weight`.
 
-    `path` is a folder of the user's own images of the class, and its sub-folders: all of them are used, and the model
-    draws what they are fewer than `images`. They may have captions as in FolderData; `prompt` is that of the others.
+    `path` is a folder of the user's own images of the class, with its sub-folders: all of them are used, and the model
+    generates the rest of `images`. They may have captions as in FolderData; `prompt` is that of the others.
     """
 
     prompt: str | Annotated[tuple[str, ...], Field(min_length=1)]
@@ -254,8 +252,8 @@ class Prior(Section):
     def _has_one_caption(self) -> Self:
         if self.path is not None and not isinstance(self.prompt, str):
             raise ValueError(
-                f"prompt: with path it is the caption of all images that have none of their own, and must be one; "
-                f"found {len(self.prompt)}. Write them into text files next to the images, or leave path out"
+                f"prompt: with path it must be one, the caption of images without a text file; found "
+                f"{len(self.prompt)}: write the captions into text files, or leave path out"
             )
         return self
 
@@ -268,14 +266,14 @@ class FinetuneTask(DiffusionTask):
     """Fine-tune a pretrained model: `init_from`, or the embedded default model.
 
     Networks, schedule and prediction type are those of the checkpoint, which also determines whether it inpaints or
-    follows instructions; `variant` names one of several sets of its weights, such as fp16, and `prediction_type` what a
-    single file of Stable Diffusion 2 does not say. `method` says what is trained, `prior` what else is not to change.
+    follows instructions; `variant` names one of several sets of its weights, such as fp16, and `prediction_type` is for
+    a single file of Stable Diffusion 2, which does not record it.
 
-    `convert_to` makes a model of inpainting, or one that follows instructions, out of one of text to image: its UNet
-    gets the additional input channels, whose weights begin at zero (arXiv:2211.09800, section 3.2).
+    `convert_to` turns a text-to-image model into one for inpainting or instructions: its UNet gets additional input
+    channels, whose weights are initialized with zeros (arXiv:2211.09800, section 3.2).
 
-    `conditioning_dropout` is for models that follow instructions, in place of `caption_dropout`: how often the
-    instruction alone, the image alone, and both are left out (arXiv:2211.09800, section 3.2.1).
+    `conditioning_dropout` replaces `caption_dropout` for models that follow instructions: how often the instruction
+    alone, the image alone, and both are dropped (arXiv:2211.09800, section 3.2.1).
 
     The other fields are those of DiffusionTask; only whole models save a `guidance_scale`.
     """
@@ -300,17 +298,11 @@ class FinetuneTask(DiffusionTask):
         return self.method.init_lora if isinstance(self.method, LoRAMethod) else None
 
     @model_validator(mode="after")
-    def _belong_together(self) -> Self:
-        if self.guidance_scale is not None and self.method.kind != "full":
-            raise ValueError(
-                f"guidance_scale belongs to a whole model, and method {self.method.kind} saves none; leave it out"
-            )
-        if self.convert_to is not None and self.method.kind != "full":
-            raise ValueError(
-                f"convert_to: new input channels can only be trained with method full, not {self.method.kind}"
-            )
-        if self.prior is not None and self.method.kind == "textual_inversion":
-            raise ValueError(
-                "prior: textual_inversion changes no weight of the model, so no prior is in danger; leave it out"
-            )
+    def _fits_method(self) -> Self:
+        kind = self.method.kind
+        for field, value in (("guidance_scale", self.guidance_scale), ("convert_to", self.convert_to)):
+            if value is not None and self.trains_adapter:
+                raise ValueError(f"{field} needs method full, which saves a whole model; found {kind}")
+        if self.prior is not None and kind == "textual_inversion":
+            raise ValueError("prior: textual_inversion does not change the model's weights; leave it out")
         return self
