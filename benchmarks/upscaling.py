@@ -125,7 +125,7 @@ def main() -> int:
     pipeline = UpscalePipeline.from_pretrained(options.model)
     side = pipeline.unet.config.sample_size
     assert isinstance(side, int), "the recipes train with squares"
-    size = side * pipeline.decoder.config.spatial_factor
+    size = side * pipeline.decoder.spatial_factor
     samples = examples(options.count, size, pipeline.scale)
     truth = to_tensor(samples.images)
     enlarged = [image.resize((size, size), Image.Resampling.LANCZOS) for image in samples.low_res]

@@ -125,7 +125,7 @@ class InpaintPipeline(Pipeline):
         if not sampling.steps:
             raise InputError("strength=0 would repaint nothing; it must be above 0")
         canvas = self._canvas(originals, masks, height, width, padding_mask_crop, mask_blur)
-        factor = self.decoder.config.spatial_factor
+        factor = self.decoder.spatial_factor
         images, masks = padded(canvas.model_inputs(), factor), padded(canvas.model_masks(), factor)
         latent_masks = in_latents(masks, factor)
         latent_height, latent_width = latent_masks.shape[2:]
@@ -149,7 +149,7 @@ class InpaintPipeline(Pipeline):
         for index, mask in enumerate(masks):
             if not mask.any():
                 raise InputError(f"mask_image {index} is empty; paint the part to repaint white, or 1")
-        factor, usual, size = self.decoder.config.spatial_factor, self.unet.config.sample_size, None
+        factor, usual, size = self.decoder.spatial_factor, self.unet.config.sample_size, None
         if padding is None:
             usual = (-(-originals.shape[2] // factor), -(-originals.shape[3] // factor))
         else:

@@ -151,7 +151,7 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
             "Load its UNet, text encoder and scheduler with diffusers' and transformers' own classes: "
             "save_pretrained(folder), then UNet2DConditionModel.from_pretrained(folder, subfolder='unet') and so on"
         )
-    if isinstance(pipeline, UpscalePipeline) and pipeline.scale != decoder.config.spatial_factor:
+    if isinstance(pipeline, UpscalePipeline) and pipeline.scale != decoder.spatial_factor:
         raise InputError(
             f"this UpscalePipeline's UNet takes {pipeline.unet.config.in_channels} channels (space-to-depth); "
             "diffusers' upscaler supports only latents as large as the input, so use latentgen's pipeline"

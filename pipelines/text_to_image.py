@@ -90,7 +90,7 @@ class TextToImagePipeline(Pipeline):
             start = noise.draw(shape[1:]) if latents is None else latents.to(self.device)
             return InitialLatents(sampling.initial(start) if sampling.is_from_noise else start)
 
-        factor = self.decoder.config.spatial_factor
+        factor = self.decoder.spatial_factor
         size = (shape[2] * factor, shape[3] * factor)
         return denoise(self, PipelineCall(request, sampling, shape, prepare_latents, size))
 
@@ -100,7 +100,7 @@ class TextToImagePipeline(Pipeline):
         self, count: int, height: int | None, width: int | None, latents: Tensor | None
     ) -> LatentShape:
         """[B, C, h, w] from height and width, else from the latents, else from the size of the training."""
-        factor = self.decoder.config.spatial_factor
+        factor = self.decoder.spatial_factor
         size = self.unet.config.sample_size
         if isinstance(latents, Tensor) and latents.ndim == 4:
             size = (latents.shape[2], latents.shape[3])

@@ -87,7 +87,7 @@ class UpscalePipeline(Pipeline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unet, factor = self.unet.config, self.decoder.config.spatial_factor
+        unet, factor = self.unet.config, self.decoder.spatial_factor
         if factor % self._ratio:
             raise ConfigError(
                 f"in_channels {unet.in_channels} of the UNet means images {self._ratio} times the latents' side, "
@@ -128,7 +128,7 @@ class UpscalePipeline(Pipeline):
     @property
     def scale(self) -> int:
         """The factor between the sides of the input and the result."""
-        return self.enlargement * self.decoder.config.spatial_factor // self._ratio
+        return self.enlargement * self.decoder.spatial_factor // self._ratio
 
     @property
     def diffusers_class(self) -> str:

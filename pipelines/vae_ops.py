@@ -75,7 +75,7 @@ def decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Tens
             f"decode_tile={fallback.decode_tile}",
             stacklevel=2,
         )
-    factor = decoder.config.spatial_factor
+    factor = decoder.spatial_factor
     with oom_hint(
         f"decoding {batch} image(s) of {width * factor}x{height * factor} pixels",
         partial(_decoder_bytes, decoder, latents, fallback),
@@ -99,7 +99,7 @@ def _decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Ten
                 (len(row), decoder.config.out_channels, *row.shape[2:]),
                 tile=tile,
                 device=row.device,
-                factor=decoder.config.spatial_factor,
+                factor=decoder.spatial_factor,
             )
             for row in rows
         ]
@@ -109,7 +109,7 @@ def _decode(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> Ten
 def _decoder_bytes(decoder: ImageDecoder, latents: Tensor, policy: MemoryPolicy) -> int:
     """A lower bound: the weights, and the widest resnet block's input, skip and output at full resolution."""
     tile = policy.decode_tile or max(latents.shape[2:])
-    pixels = math.prod(min(side, tile) * decoder.config.spatial_factor for side in latents.shape[2:])
+    pixels = math.prod(min(side, tile) * decoder.spatial_factor for side in latents.shape[2:])
     rows = 1 if policy.vae_slicing else len(latents)
     channels = sum(decoder.config.block_out_channels[:2])
     return weight_bytes(decoder) + rows * pixels * channels * latents.element_size()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -99,7 +98,7 @@ class VAEConfig(StageConfig):
     use_post_quant_conv: Literal[True] = True
     mid_block_add_attention: bool = True
 
-    @cached_property
+    @property
     def spatial_factor(self) -> int:
         """Image pixels per latent pixel, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)

@@ -33,6 +33,7 @@ class PixelEncoder(AttentionStage):
     """Images to themselves."""
 
     config = PixelConfig()
+    spatial_factor = 1
 
     def forward(self, images: Tensor) -> Gaussian:
         """Images [B, 3, H, W] in -1..1 as a distribution of variance 0."""
@@ -43,6 +44,7 @@ class PixelDecoder(AttentionStage):
     """Images to themselves."""
 
     config = PixelConfig()
+    spatial_factor = 1
 
     def forward(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], nominally in -1..1, unchanged."""

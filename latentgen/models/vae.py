@@ -1,8 +1,7 @@
 """The KL autoencoder (arXiv:2112.10752, section 3.1): encoder and decoder as separate stages.
 
 Each loads its own part of a diffusers `vae/` folder strictly, so that text2img never holds an encoder. Images are
-[B, 3, H, W] in -1..1; latents are [B, C, H/f, W/f] with the scaling factor already applied, which is the scale that
-the UNet works in.
+[B, 3, H, W] in -1..1; latents are [B, C, H/f, W/f], multiplied by the scaling factor, with f the `spatial_factor`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from latentgen.models.config import VAEConfig
 from latentgen.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 
 NORM_EPS = 1e-6
-# What the names of each half's weights begin with in a file of the whole.
+# The prefixes of each half's weights in a file of both.
 DECODER_KEYS = ("decoder.", "post_quant_conv.")
 ENCODER_KEYS = ("encoder.", "quant_conv.")
 
@@ -46,7 +45,7 @@ class VAEEncoder(AttentionStage):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.spatial_factor = config, config.spatial_factor
         self.encoder = _Encoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
@@ -62,7 +61,7 @@ class VAEDecoder(AttentionStage):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.spatial_factor = config, config.spatial_factor
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.decoder = _Decoder(config)
 

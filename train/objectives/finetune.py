@@ -171,7 +171,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
 
     def _random_masks(self, encoded: LatentBatch) -> Tensor:
         """The mask of each view [B, 1, h, w], at the resolution of the latents."""
-        factor = self._stages.decoder.config.spatial_factor
+        factor = self._stages.decoder.spatial_factor
         masks = []
         for view, rng in zip(encoded.views, encoded.change_rngs, strict=True):
             height, width = view.info.size

@@ -145,7 +145,7 @@ def check_data(task: FinetuneTask, data: CaptionedDataset, pipeline: Pipeline) -
         ConfigError: the autoencoder cannot divide the size of its images.
         DatasetError: captions lack the token that is to be learned, or images lack the image before the edit.
     """
-    factor = pipeline.decoder.config.spatial_factor
+    factor = pipeline.decoder.spatial_factor
     check_sides(data, factor)
     shows_before = pipeline.unet.config.in_channels == 2 * pipeline.decoder.config.latent_channels
     if shows_before and data.sample(0, random.Random(0)).before is None:
