@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from latentgen.cli.options import PredictionTypeName, one_line, printable
+from latentgen.cli.options import PredictionTypeOption, one_line, printable
 
 
 def schedulers() -> None:
@@ -30,10 +30,7 @@ def schedulers() -> None:
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(
-            metavar="PATH",
-            help="A folder in the diffusers layout, the folder of a LoRA, or a .safetensors file.",
-        ),
+        typer.Argument(metavar="PATH", help="A diffusers folder, a LoRA's folder, or a .safetensors file."),
     ],
 ) -> None:
     """Describe a checkpoint, a LoRA or an embedding.
@@ -54,19 +51,11 @@ def inspect(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="SOURCE",
-            help="A pickle (.ckpt, .pt, .pth, .bin), a .safetensors file, or a folder in the diffusers layout.",
-        ),
+        typer.Argument(metavar="SOURCE", help="A pickle, a .safetensors file, or a diffusers folder."),
     ],
     target: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="TARGET",
-            help="What to write: a .safetensors file, or a new folder in the diffusers layout. "
-            "[default: for a pickle, its name with .safetensors, in the same folder]",
-            show_default=False,
-        ),
+        typer.Argument(metavar="TARGET", help="A .safetensors file, or a new folder. [default: see below]"),
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
@@ -74,15 +63,9 @@ def convert(
     ] = None,
     variant: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="For a folder: part of the weight files' names, as in model.fp16.safetensors.",
-        ),
+        typer.Option(metavar="NAME", help="For a folder: names weights such as model.fp16.safetensors."),
     ] = None,
-    prediction_type: Annotated[
-        PredictionTypeName | None,
-        typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not record it."),
-    ] = None,
+    prediction_type: PredictionTypeOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file at TARGET.")] = False,
 ) -> None:
     """Convert a checkpoint: a pickle to .safetensors, one layout to the other, or one precision to another.
@@ -94,7 +77,8 @@ def convert(
     latentgen convert model.safetensors half.safetensors --dtype float16
     latentgen convert path/to/checkpoint path/to/half --dtype float16 --variant fp16
 
-    A pickle is read without executing it, in a subprocess with limited memory and time.
+    A pickle is read without executing it, in a subprocess with limited memory and time; without TARGET, it becomes
+    a file next to it with the suffix .safetensors.
     Prints the written path; entries of SOURCE that are left out are listed on stderr.
     """
     from latentgen.checkpoints.convert import convert as write

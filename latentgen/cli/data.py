@@ -22,10 +22,7 @@ class CropOptions:
     """How images are cropped: fields of `data` in a recipe."""
 
     image_size: Annotated[
-        int,
-        typer.Option(
-            metavar="PIXELS", help="Side of the square crops, and of a square with the buckets' area."
-        ),
+        int, typer.Option(metavar="PIXELS", help="Side of square crops, or of a square bucket.")
     ] = 512
     buckets: Annotated[
         bool, typer.Option("--buckets", help="Use aspect-ratio buckets instead of square crops.")
@@ -34,20 +31,10 @@ class CropOptions:
         int, typer.Option(metavar="PIXELS", help="Sides of buckets are multiples of this.")
     ] = 64
     min_side: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            help="The shortest side of a bucket. [default: half of --image-size]",
-            show_default=False,
-        ),
+        int | None, typer.Option(metavar="PIXELS", help="Of a bucket. [default: half of --image-size]")
     ] = None
     max_side: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            help="The longest side of a bucket. [default: twice --image-size]",
-            show_default=False,
-        ),
+        int | None, typer.Option(metavar="PIXELS", help="Of a bucket. [default: twice --image-size]")
     ] = None
 
 
@@ -55,16 +42,12 @@ class CropOptions:
 class HuggingFaceOptions:
     """The part of a huggingface dataset to use: fields of `data` in a recipe."""
 
-    split: Annotated[str | None, typer.Option(help="Split of a huggingface dataset.", show_default=False)] = (
-        None
-    )
+    split: Annotated[str | None, typer.Option(help="Split of a huggingface dataset.")] = None
     image_column: Annotated[
-        str | None,
-        typer.Option(help="Image column of a huggingface dataset. [default: image]", show_default=False),
+        str | None, typer.Option(help="Image column of a huggingface dataset. [default: image]")
     ] = None
     caption_column: Annotated[
-        str | None,
-        typer.Option(help="Caption column of a huggingface dataset. [default: text]", show_default=False),
+        str | None, typer.Option(help="Caption column of a huggingface dataset. [default: text]")
     ] = None
 
 
@@ -73,8 +56,7 @@ def check_data(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR",
-            help="The folder of the images; for webdataset also a pattern such as '{000..127}.tar'.",
+            metavar="DIR", help="The folder; for webdataset also a pattern such as '{000..127}.tar'."
         ),
     ],
     crops: CropOptions,
@@ -85,12 +67,7 @@ def check_data(
     ] = "imagefolder",
     caption: Annotated[
         str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="The caption of images without one: data.caption of a recipe. "
-            "[default: such images are an error]",
-            show_default=False,
-        ),
+        typer.Option(metavar="TEXT", help="The caption of images without one. [default: they are an error]"),
     ] = None,
 ) -> None:
     """Report every problem of a training set, and its buckets.

@@ -71,9 +71,7 @@ def img2img(
     output: OutputOptions,
     strength: Annotated[
         float,
-        typer.Option(
-            metavar="SHARE", help="Denoising strength: 0.0 returns IMAGE unchanged; 1.0 ignores it."
-        ),
+        typer.Option(metavar="SHARE", help="Denoising strength; 0.0 returns IMAGE, 1.0 ignores it."),
     ] = 0.8,
     clip_skip: ClipSkip = 0,
 ) -> None:
@@ -107,17 +105,11 @@ def inpaint(
         typer.Option(metavar="SHARE", help="Denoising strength under the mask; 1.0 ignores what is there."),
     ] = 1.0,
     mask_blur: Annotated[
-        float,
-        typer.Option(
-            metavar="PIXELS", help="Blur the mask's edge outwards: standard deviation of the Gaussian."
-        ),
+        float, typer.Option(metavar="PIXELS", help="Blur the mask outwards: standard deviation.")
     ] = 0.0,
     padding_mask_crop: Annotated[
         int | None,
-        typer.Option(
-            metavar="PIXELS",
-            help="Crop to the mask plus this margin, and inpaint the crop at the model's full resolution.",
-        ),
+        typer.Option(metavar="PIXELS", help="Crop to the mask plus this margin, at the model's resolution."),
     ] = None,
     height: Side = None,
     width: Side = None,
@@ -182,10 +174,7 @@ def upscale(
         str, typer.Option(metavar="TEXT", help="What the image shows, in quotes.", show_default=False)
     ] = "",
     noise_level: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="Noise added to the image: more noise invents more detail and keeps less."
-        ),
+        int, typer.Option(metavar="N", help="Noise added to IMAGE: more noise invents more detail.")
     ] = 20,
     match_input: Annotated[
         bool,
@@ -220,9 +209,7 @@ def cascade(
     output: OutputOptions,
     model: Annotated[
         str | None,
-        typer.Option(
-            metavar="FOLDER", help="A folder with a cascade.json. [default: the one inside this package]"
-        ),
+        typer.Option(metavar="FOLDER", help="With a cascade.json. [default: the one in this package]"),
     ] = None,
     dtype: DTypeOption = "auto",
     device: DeviceOption = "auto",

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 PredictionTypeName = Literal["epsilon", "v_prediction"]
 
+PredictionTypeOption = Annotated[
+    PredictionTypeName | None,
+    typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not record it."),
+]
 DTypeOption = Annotated[
     DType, typer.Option(help="Precision of the weights; auto is float16 on CUDA, else float32.")
 ]
@@ -80,19 +84,12 @@ class ModelOptions:
     ] = None
     lora: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="FILE[:WEIGHT]",
-            help="A LoRA file (kohya, diffusers or PEFT) and its weight; repeatable. [default weight: 1]",
-        ),
+        typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA and its weight; repeatable. [default weight: 1]"),
     ] = None
     embedding: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="A textual-inversion embedding; repeatable."),
+        list[Path] | None, typer.Option(metavar="FILE", help="A textual-inversion embedding; repeatable.")
     ] = None
-    prediction_type: Annotated[
-        PredictionTypeName | None,
-        typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not record it."),
-    ] = None
+    prediction_type: PredictionTypeOption = None
     dtype: DTypeOption = "auto"
     device: DeviceOption = "auto"
 
@@ -152,11 +149,7 @@ class PromptOptions:
     ] = DEFAULT_SYNTAX
     seed: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="The same seed gives the same image; image i of several has seed + i. "
-            "[default: random, and printed]",
-        ),
+        typer.Option(metavar="N", help="Image i of several has seed + i. [default: random, and printed]"),
     ] = None
     num_images: Annotated[
         int,
@@ -184,8 +177,7 @@ class SamplingOptions:
     guidance: Annotated[
         float | None,
         typer.Option(
-            metavar="SCALE",
-            help="How closely to follow the prompt; 1 is no guidance. [default: the model's own, mostly 7.5]",
+            metavar="SCALE", help="Guidance scale; 1 is none. [default: the model's own, mostly 7.5]"
         ),
     ] = None
     scheduler: Annotated[
@@ -216,28 +208,21 @@ class StageOptions:
     ] = None
     guidance: Annotated[
         str | None,
-        typer.Option(
-            metavar="SCALE[,SCALE...]", help="How closely to follow the prompt. [default: the cascade's own]"
-        ),
+        typer.Option(metavar="SCALE[,SCALE...]", help="Guidance scale. [default: the cascade's own]"),
     ] = None
     scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME[,NAME...]", help="`latentgen schedulers` lists all. [default: the cascade's own]"
-        ),
+        str | None, typer.Option(metavar="NAME[,NAME...]", help="[default: the cascade's own]")
     ] = None
     noise_level: Annotated[
         str | None,
         typer.Option(
-            metavar="N[,N...]",
-            help="Noise added to the smaller image: more noise invents more detail. [default: the cascade's own]",
+            metavar="N[,N...]", help="Noise added to the smaller image. [default: the cascade's own]"
         ),
     ] = None
     strength: Annotated[
         str | None,
         typer.Option(
-            metavar="SHARE[,SHARE...]",
-            help="Denoising strength of a stage that does not upscale. [default: the cascade's own]",
+            metavar="SHARE[,SHARE...]", help="Of stages that do not upscale. [default: the cascade's own]"
         ),
     ] = None
 

@@ -24,34 +24,22 @@ _RECIPES = files("latentgen.configs") / "train"
 def train(
     recipe: Annotated[
         Path | None,
-        typer.Argument(metavar="RECIPE", help="A YAML file; unknown keys fail.", show_default=False),
+        typer.Argument(metavar="RECIPE", help="A YAML file; unknown keys fail."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Replace a field of the recipe, with dots for nested ones; the value is YAML. Repeatable.",
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a field, such as a.b=YAML; repeatable."),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Load the recipe and data, run a few steps, and report the run and its duration; write "
-            "nothing.",
-        ),
+        typer.Option("--dry-run", help="Run a few steps, report the run's duration, and write nothing."),
     ] = False,
     list_recipes: Annotated[
         bool, typer.Option("--list-recipes", help="List the recipes inside the package, and exit.")
     ] = False,
     example: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Print one of these recipes, and exit; fine-tuning recipes use images inside the package.",
-            show_default=False,
-        ),
+        typer.Option(metavar="NAME", help="Print one of these recipes, and exit."),
     ] = None,
 ) -> None:
     """Train by RECIPE; needs pip install 'latentgen[train]'.
