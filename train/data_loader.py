@@ -52,7 +52,7 @@ def load_batches(
         batch_size=None,
         sampler=plans,
         num_workers=workers,
-        collate_fn=_unchanged,
+        collate_fn=lambda item: item,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_stop_signals,
         multiprocessing_context="fork",
@@ -120,10 +120,6 @@ class _LoadedBatches(Dataset[_Loaded | LatentgenError]):
             return index, views, self._objective.batch(index) if views is None else None
         except LatentgenError as error:
             return error
-
-
-def _unchanged(item: Any) -> Any:
-    return item
 
 
 def _ignore_stop_signals(worker: int) -> None:

@@ -160,7 +160,9 @@ class Trainer:
         average_device = "cpu" if config.memory.ema_device == "cpu" else accelerator.device
         self.ema = {name: p.detach().to(average_device, copy=True) for name, p in averaged.items()}
         self.metrics = Metrics(config, accelerator)
-        self._validator = Validator(config, accelerator, objective, self.ema, held_out, self.metrics)
+        self._validator: Validator | None = None
+        if config.validation is not None:
+            self._validator = Validator(config, accelerator, objective, self.ema, held_out, self.metrics)
 
     def restore(self, state: RunState) -> None:
         """Load the state of a checkpoint.
@@ -197,7 +199,8 @@ class Trainer:
             mininterval=1.0 if sys.stderr.isatty() else 30.0,
         )
         with catch_stop_signal() as stop, bar, self._batches() as batches:
-            self._validator.start(self.step)
+            if self._validator is not None:
+                self._validator.start(self.step)
             for step in bar:
                 self.metrics.add(*self._update(step, batches))
                 self.step = step + 1
@@ -208,7 +211,8 @@ class Trainer:
                     self._save_checkpoint()
                 if signal:
                     raise SystemExit(128 + signal)
-                self._validator.after_step(self.step)
+                if self._validator is not None:
+                    self._validator.after_step(self.step)
                 bar.set_postfix(self.metrics.progress, refresh=False)
 
     def save_model(self, folder: Path, *, images: int) -> None:

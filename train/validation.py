@@ -53,7 +53,7 @@ class Validator:
     others wait; all must call the methods.
 
     Args:
-        config: the recipe.
+        config: the recipe, with a section `validation`.
         accelerator: where it runs.
         objective: what is trained.
         ema: the moving average, by the names of the parameters.
@@ -73,6 +73,7 @@ class Validator:
         data: CaptionedDataset | None,
         metrics: Metrics,
     ) -> None:
+        assert config.validation is not None
         self._config = config
         self._validation = config.validation
         self._accelerator = accelerator
@@ -81,87 +82,76 @@ class Validator:
         self._metrics = metrics
         self._loss_objective: Objective | None = None
         self._examples: list[Example] = []
-        if config.validation is None or data is None:
+        if data is None:
             return
-        self._loss_objective = objective.for_validation(data, config.validation.seed)
+        self._loss_objective = objective.for_validation(data, self._validation.seed)
         if accelerator.is_main_process:
-            for item in range(min(config.validation.images, len(data))):
-                rng = sample_rng(config.validation.seed, "example", item)
+            for item in range(min(self._validation.images, len(data))):
+                rng = sample_rng(self._validation.seed, "example", item)
                 self._examples.append(objective.validation_example(data.sample(item, rng), rng))
 
     def start(self, step: int) -> None:
         """Validate before the first step, or what a run that was stopped after `step` has not validated."""
-        if (validation := self._validation) is not None and self._accelerator.is_main_process:
-            has_images = _step_folder(self._config.output_dir, step).is_dir()
-            if self._images_are_due(validation, step) and not has_images:
-                self._make_images(validation, step)
-            if self._loss_is_due(validation, step) and not self._metrics.has_validation(step):
-                self._measure_loss(validation, step)
-        self._accelerator.wait_for_everyone()
+        images = self._images_are_due(step) and not _step_folder(self._config.output_dir, step).is_dir()
+        self._validate(step, images, self._loss_is_due(step) and not self._metrics.has_validation(step))
 
     def after_step(self, step: int) -> None:
         """Validate if the recipe says so after this step."""
-        if (validation := self._validation) is None:
-            return
-        start = time.monotonic()
-        makes_images, measures = self._images_are_due(validation, step), self._loss_is_due(validation, step)
-        if self._accelerator.is_main_process:
-            if makes_images:
-                self._make_images(validation, step)
-            if measures:
-                self._measure_loss(validation, step)
-        if makes_images or measures:
-            self._accelerator.wait_for_everyone()
+        images, loss = self._images_are_due(step), self._loss_is_due(step)
+        if images or loss:
+            start = time.monotonic()
+            self._validate(step, images, loss)
             self._metrics.exclude_time(time.monotonic() - start)
 
-    def _images_are_due(self, validation: Validation, step: int) -> bool:
-        due = self._is_due(step, validation.every) if step else validation.at_start
-        return due and bool(validation.prompts or validation.images)
+    def _images_are_due(self, step: int) -> bool:
+        validation = self._validation
+        return bool(validation.prompts or validation.images) and self._is_due(step, validation.every)
 
-    def _loss_is_due(self, validation: Validation, step: int) -> bool:
-        due = self._is_due(step, validation.loss_every) if step else validation.at_start
-        return due and self._config.measures
+    def _loss_is_due(self, step: int) -> bool:
+        return self._config.measures and self._is_due(step, self._validation.loss_every)
 
     def _is_due(self, step: int, every: int) -> bool:
+        if not step:
+            return self._validation.at_start
         return step % every == 0 or step == self._config.max_steps
 
-    def _make_images(self, validation: Validation, step: int) -> None:
+    def _validate(self, step: int, images: bool, loss: bool) -> None:
+        if self._accelerator.is_main_process:
+            if images:
+                self._make_images(step)
+            if loss:
+                self._measure_loss(step)
+        self._accelerator.wait_for_everyone()
+
+    def _make_images(self, step: int) -> None:
         pipeline = self._objective.pipeline()
         assert pipeline is not None  # the preflight has refused such a recipe
         with preview(self._objective, pipeline, self._ema) as pipeline:
-            rows = [
-                self._prompt_row(pipeline, validation, step, number, prompt)
-                for number, prompt in enumerate(validation.prompts)
-            ]
-            rows += [
-                self._example_row(pipeline, validation, step, number, example)
-                for number, example in enumerate(self._examples)
-            ]
+            prompts = enumerate(self._validation.prompts)
+            rows = [self._prompt_row(pipeline, step, number, prompt) for number, prompt in prompts]
+            examples = enumerate(self._examples)
+            rows += [self._example_row(pipeline, step, number, example) for number, example in examples]
         save_rows(_step_folder(self._config.output_dir, step), rows)
         self._metrics.log_images(step, [[named.image for named in row] for row in rows])
 
-    def _prompt_row(
-        self, pipeline: Pipeline, validation: Validation, step: int, number: int, prompt: str
-    ) -> list[NamedImage]:
+    def _prompt_row(self, pipeline: Pipeline, step: int, number: int, prompt: str) -> list[NamedImage]:
         """The images of a prompt, which do not depend on the other prompts."""
-        last = self._run(_prompt_stream(pipeline, validation, prompt))
+        last = self._run(_prompt_stream(pipeline, self._validation, prompt))
         images = zip(cast("list[Image.Image]", last.images()), last.seeds, strict=True)
         return [
             NamedImage(
                 f"prompt-{number:02d}-seed-{seed}",
                 image,
-                _recipe(pipeline, validation, step, prompt, image, seed),
+                _recipe(pipeline, self._validation, step, prompt, image, seed),
             )
             for image, seed in images
         ]
 
-    def _example_row(
-        self, pipeline: Pipeline, validation: Validation, step: int, number: int, example: Example
-    ) -> list[NamedImage]:
-        """What the model gets of a validation image, enlarged to its size, what it makes of it, and the image."""
-        last = self._run(_example_stream(pipeline, validation, example))
+    def _example_row(self, pipeline: Pipeline, step: int, number: int, example: Example) -> list[NamedImage]:
+        """The model's input of a validation image, enlarged to its size; the model's output; and the image."""
+        last = self._run(_example_stream(pipeline, self._validation, example))
         (output,) = cast("list[Image.Image]", last.images())
-        recipe = _recipe(pipeline, validation, step, example.caption, output, validation.seed)
+        recipe = _recipe(pipeline, self._validation, step, example.caption, output, self._validation.seed)
         enlarged = example.input.resize(example.target.size, Image.Resampling.NEAREST)
         return [
             NamedImage(f"image-{number:02d}-shown", enlarged),
@@ -176,20 +166,20 @@ class Validator:
         return last
 
     @torch.no_grad()
-    def _measure_loss(self, validation: Validation, step: int) -> None:
-        objective = self._loss_objective
+    def _measure_loss(self, step: int) -> None:
+        objective, config = self._loss_objective, self._config
         if objective is None:
             return
-        order, config = objective.order, self._config
         # As many samples at once as in training.
         at_once = config.batch_size // (config.gradient_accumulation_steps * self._accelerator.num_processes)
         means: dict[str, float] = {}
+        count = len(objective.order)
         with ema_scope(objective, self._ema), self._accelerator.autocast():
-            for items in order.parts(at_once):
-                plan = BatchIndices(validation.seed, 0, len(order), items, items)
-                loss = objective.validation_loss(plan, validation.timesteps)
+            for items in objective.order.parts(at_once):
+                plan = BatchIndices(self._validation.seed, 0, count, items, items)
+                loss = objective.validation_loss(plan, self._validation.timesteps)
                 for name, value in {"loss": loss.total, **loss.parts}.items():
-                    means[name] = means.get(name, 0.0) + len(items) / len(order) * float(value)
+                    means[name] = means.get(name, 0.0) + len(items) / count * float(value)
         self._metrics.write_validation(step, means.pop("loss"), means)
 
 

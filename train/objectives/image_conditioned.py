@@ -158,14 +158,9 @@ class UpscaleObjective(ImageConditionedObjective[UpscaleTask]):
 
     def pipeline(self) -> UpscalePipeline:
         """See LatentObjective.pipeline."""
-        encoder, decoder = self._vae
-        return UpscalePipeline(
-            self.unet,
-            decoder,
-            self._text,
-            self.scheduler,
-            load_encoder=lambda: encoder,
-            default_guidance_scale=self._guidance_scale("StableDiffusionUpscalePipeline"),
+        return self._pipeline_of(
+            UpscalePipeline,
+            "StableDiffusionUpscalePipeline",
             low_res_scheduler=self._low_res_scheduler,
             max_noise_level=self.task.max_noise_level,
             enlargement=self.task.enlargement,
@@ -212,12 +207,4 @@ class PairedObjective(ImageConditionedObjective[PairedTask]):
 
     def pipeline(self) -> ConcatImagePipeline:
         """See LatentObjective.pipeline."""
-        encoder, decoder = self._vae
-        return ConcatImagePipeline(
-            self.unet,
-            decoder,
-            self._text,
-            self.scheduler,
-            load_encoder=lambda: encoder,
-            default_guidance_scale=self._guidance_scale("StableDiffusionInstructPix2PixPipeline"),
-        )
+        return self._pipeline_of(ConcatImagePipeline, "StableDiffusionInstructPix2PixPipeline")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.cache import TensorCache, content_key, weights_digest
-from latentgen.train.data import Sample
 from latentgen.train.distributed import gather, own_share
 from latentgen.train.host_memory import temporarily_on
 from latentgen.train.objectives.latents import (
@@ -99,7 +98,9 @@ class _CacheFiller:
     def fill(self, indices: Sequence[int]) -> dict[int, CachedView]:
         """Encode what the cache lacks of the views of `indices`."""
         cached = {}
-        for index, view in self._with_bar(indices):
+        views = self._source.stream(indices)
+        bar = tqdm(views, "encoding the images", len(indices), mininterval=1.0, disable=not indices)
+        for index, view in bar:
             key, cond_key = self._request(view.image), None
             if self._cond == "latents":
                 cond_key = self._request(cond_image(view))
@@ -135,7 +136,3 @@ class _CacheFiller:
         filled = images + images[-1:] * (batch_limit(size) - len(images))
         for key, row in zip(waiting, self._encoder.encode(filled), strict=False):
             self._cache.put(key, {ENTRY: row})
-
-    def _with_bar(self, indices: Sequence[int]) -> Iterable[tuple[int, Sample]]:
-        views, count = self._source.stream(indices), len(indices)
-        return tqdm(views, total=count, desc="encoding the images", mininterval=1.0, disable=not count)

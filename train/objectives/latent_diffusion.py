@@ -25,6 +25,7 @@ from latentgen.pipelines.load_save import default_guidance_scale_of
 from latentgen.train.config import DiffusionTask, LatentLoss
 from latentgen.train.data import BatchIndices, CaptionedDataset, Sample
 from latentgen.train.host_memory import page_out
+from latentgen.train.methods.base import AnyPipeline
 from latentgen.train.objectives.base import Loss, Objective, Preflight
 from latentgen.train.objectives.latent_cache import encode_views
 from latentgen.train.objectives.latents import (
@@ -248,10 +249,19 @@ class LatentObjective(Objective, Generic[AnyTask]):
         """What is stored of the conditioning image of each view."""
         return "none"
 
-    def _guidance_scale(self, diffusers_class: str) -> float:
-        """The default guidance scale of the trained model."""
+    def _pipeline_of(self, kind: type[AnyPipeline], diffusers_class: str, **own: Any) -> AnyPipeline:
+        """A pipeline of the networks and the pretrained autoencoder, with fields of its own."""
+        encoder, decoder = self._vae
         scale = self.task.guidance_scale
-        return default_guidance_scale_of(diffusers_class) if scale is None else scale
+        return kind(
+            self.unet,
+            decoder,
+            self._text,
+            self.scheduler,
+            load_encoder=lambda: encoder,
+            default_guidance_scale=default_guidance_scale_of(diffusers_class) if scale is None else scale,
+            **own,
+        )
 
 
 def attention_kernels(latents: Tensor) -> AbstractContextManager[Any]:

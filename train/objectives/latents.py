@@ -59,8 +59,7 @@ class ViewSource:
     def fixed(self, index: int) -> Sample:
         """A fixed view; those of one item have consecutive indices."""
         item, number = divmod(index, self.per_item)
-        view = self.data.sample(item, sample_rng(self.seed, "cached view", item, number))
-        return view if self.change is None else self.change(view, self._change_rng(index))
+        return self._view(item, sample_rng(self.seed, "cached view", item, number), self._change_rng(index))
 
     @property
     def distinct(self) -> range:
@@ -92,14 +91,8 @@ class ViewSource:
         """The view of each sample of a batch: fixed, or drawn by step and sample."""
         if self.per_item:
             return _in_threads(self.fixed, plan.items)
-        places = list(zip(plan.items, plan.rngs("view"), self.change_rngs(plan), strict=True))
-
-        def draw(place: tuple[int, random.Random, random.Random]) -> Sample:
-            item, rng, change_rng = place
-            view = self.data.sample(item, rng)
-            return view if self.change is None else self.change(view, change_rng)
-
-        return _in_threads(draw, places)
+        places = zip(plan.items, plan.rngs("view"), self.change_rngs(plan), strict=True)
+        return _in_threads(lambda place: self._view(*place), list(places))
 
     def change_rngs(self, plan: BatchIndices) -> list[random.Random]:
         """For each sample, a generator in the state in which `change` received it."""
@@ -109,6 +102,10 @@ class ViewSource:
 
     def _change_rng(self, index: int) -> random.Random:
         return sample_rng(self.seed, "degradation", index)
+
+    def _view(self, item: int, rng: random.Random, change_rng: random.Random) -> Sample:
+        view = self.data.sample(item, rng)
+        return view if self.change is None else self.change(view, change_rng)
 
 
 def _in_threads(draw: Callable[[S], T], places: Sequence[S]) -> list[T]:

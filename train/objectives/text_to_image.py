@@ -96,19 +96,11 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
 
     def pipeline(self) -> TextToImagePipeline:
         """See LatentObjective.pipeline."""
-        encoder, decoder = self._vae
-        return TextToImagePipeline(
-            self.unet,
-            decoder,
-            self._text,
-            self.scheduler,
-            load_encoder=lambda: encoder,
-            default_guidance_scale=self._guidance_scale("StableDiffusionPipeline"),
-        )
+        return self._pipeline_of(TextToImagePipeline, "StableDiffusionPipeline")
 
 
 def _load_unet(unet: UNet, origin: CheckpointFolder, reinit_layers: Sequence[str]) -> None:
-    """Load the weights of `origin`, except those of fresh layers, which may have other shapes there."""
+    """Load the weights of `origin`, except those of `reinit_layers`, which may have other shapes there."""
     layers = dict(unet.named_children())
     if unknown := [name for name in reinit_layers if name not in layers]:
         raise ConfigError(
@@ -123,17 +115,17 @@ def _text_encoder(
     config: CLIPTextConfig, data: CaptionedDataset, origin: CheckpointFolder | None, assets: Path | None
 ) -> CLIPText:
     """The text encoder that the run starts with, and the run's tokenizer."""
-    kept = None if assets is None else assets / _TOKENIZER
-    if kept is not None and not kept.is_dir():
+    saved = None if assets is None else assets / _TOKENIZER
+    if saved is not None and not saved.is_dir():
         raise ResumeError(
-            f"{quote(kept)} is missing, and without the run's own tokenizer its weights are useless: copy it from a "
+            f"{quote(saved)} is missing, and without the run's own tokenizer its weights are useless: copy it from a "
             "model that this run has saved, or start a new run"
         )
     if origin is not None:
-        tokenizer = origin.tokenizer("tokenizer") if kept is None else load_tokenizer(kept)
+        tokenizer = origin.tokenizer("tokenizer") if saved is None else load_tokenizer(saved)
         return CLIPText.from_weights(config, tokenizer, origin.weights("text_encoder"), dtype=torch.float32)
-    if kept is not None:
-        return CLIPText.from_config(config, load_tokenizer(kept))
+    if saved is not None:
+        return CLIPText.from_config(config, load_tokenizer(saved))
     tokenizer = train_tokenizer(
         data.captions(), vocab_size=config.vocab_size, max_length=config.max_position_embeddings
     )
