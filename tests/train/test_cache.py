@@ -82,14 +82,6 @@ def test_a_pack_is_written_when_it_is_large_or_old(tmp_path: Path, monkeypatch: 
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_what_others_wrote_is_found_when_asked_for(tmp_path: Path):
-    cache = TensorCache(tmp_path)
-    filled(tmp_path, 1)
-    assert content_key("1") not in cache
-    cache.refresh()
-    assert_holds(cache, 1)
-
-
 @pytest.mark.parametrize("damage", ["truncated", "empty", "zeros", "html", "foreign"])
 def test_damaged_packs_are_deleted_and_the_others_stay(tmp_path: Path, damage: str):
     filled(tmp_path, 1)

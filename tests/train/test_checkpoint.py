@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -51,15 +50,6 @@ def test_round_trip(tmp_path: Path):
     assert folder.name == "checkpoint-00000120"
     assert sorted(file.name for file in folder.iterdir()) == sorted(FILES)
     assert_same(load_latest(tmp_path), make_state(120))
-
-
-def test_without_average_and_with_loss_scaling(tmp_path: Path):
-    state = make_state(1)
-    state = RunState(
-        1, state.config, state.weights, {}, state.optimizer, {"scale": 65536.0, "_growth_tracker": 7}
-    )
-    save_checkpoint(tmp_path, state, keep=1)
-    assert_same(load_latest(tmp_path), state)
 
 
 def test_the_newest_is_loaded(tmp_path: Path):
@@ -170,8 +160,3 @@ def test_large_weights_stay_in_one_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(checkpoint.save_weights.__kwdefaults__, "max_shard_bytes", 16)
     save_checkpoint(tmp_path, make_state(1), keep=1)
     assert_same(load_latest(tmp_path), make_state(1))
-
-
-def test_reads_checkpoints_without_loss_scaling_in_their_state(tmp_path: Path):
-    folder = save_checkpoint(tmp_path, make_state(1), keep=1)
-    assert json.loads((folder / "state.json").read_text("utf-8")).keys() == {"step", "config"}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from latentgen.train.checkpoint import flatten_optimizer, restore_optimizer
-from latentgen.train.optimizer.offloaded import HostTensor, OffloadedAdamW, OffloadedGradients
+from latentgen.train.optimizer.offloaded import OffloadedAdamW, OffloadedGradients
 from tests.train.optimized import (
     Network,
     assert_same_weights,
@@ -158,22 +158,6 @@ def test_moments_are_in_host_memory_between_the_steps(network: Network):
         assert {name: state[name].data_ptr() for name in ("exp_avg", "exp_avg_sq")} == {
             name: host._buffer.data_ptr() for name, host in part._host.items()
         }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_tensors_come_back_in_the_layout_of_their_parameter(
-    dtype: torch.dtype, memory_format: torch.memory_format
-):
-    parameter = torch.empty(4, 3, 3, 3, dtype=dtype).to(memory_format=memory_format)
-    host, tensor = HostTensor(parameter), torch.randn(4, 3, 3, 3).to(dtype)
-    assert torch.equal(host.store(tensor), tensor)
-    loaded = host.load()
-    assert torch.equal(loaded, tensor)
-    assert loaded.stride() == parameter.stride()
-    assert loaded.dtype == dtype
-    loaded.zero_()
-    assert torch.equal(host.load(), tensor)
 
 
 def test_parameters_without_gradient_stay(network: Network):

@@ -427,29 +427,18 @@ def test_midpoints_of_the_schedule():
 @pytest.mark.parametrize(
     ("recipe", "overrides", "message"),
     [
-        ("autoencoder_recipe", (PROMPTS,), "validation.prompts: "),
-        ("paired_recipe", (PROMPTS,), "validation.prompts: "),
-        (
-            "text_to_image_recipe",
-            ("validation.images=2", "validation_fraction=0.2"),
-            "validation.images: ",
-        ),
-        ("paired_recipe", ("validation.images=2",), "validation.images: "),
+        ("autoencoder_recipe", (PROMPTS,), "validation.prompts"),
+        ("text_to_image_recipe", ("validation.images=2", "validation_fraction=0.2"), "validation.images"),
+        ("paired_recipe", ("validation.images=2",), "validation.images"),
         ("text_to_image_recipe", ("validation={}",), "validation: "),
         ("text_to_image_recipe", ('validation.prompts=["a\\0b"]',), "NUL"),
-        ("text_to_image_recipe", (PROMPTS, "validation.steps=3"), "validation.steps: Extra inputs"),
-        (
-            "text_to_image_recipe",
-            ("validation.data={kind: emoji, image_size: 64}",),
-            "validation.data.image_size: ",
-        ),
+        ("text_to_image_recipe", ("validation.data={kind: emoji, image_size: 64}",), "data.image_size"),
         (
             "text_to_image_recipe",
             ("validation_fraction=0.1", "validation.data={kind: emoji, image_size: 16}"),
-            "validation.data: ",
+            "validation.data",
         ),
         ("text_to_image_recipe", ("validation_fraction=0.6",), "validation_fraction"),
-        ("text_to_image_recipe", ("trackers=[aim]",), "'tensorboard' or 'wandb'"),
     ],
 )
 def test_invalid_recipes_name_the_field(

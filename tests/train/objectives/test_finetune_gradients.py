@@ -17,6 +17,8 @@ from tests.train.recipes import plan_for
 
 PREDICTIONS = ("epsilon", "v_prediction")
 RANK, ALPHA = 3, 2.0
+FULL = {"kind": "full"}
+FULL_AND_TEXT = {"kind": "full", "train_text_encoder": True}
 LORA = {"kind": "lora", "rank": RANK, "alpha": ALPHA, "train_text_encoder": True}
 TEXT = {"kind": "textual_inversion", "token": "<new>", "initializer": "cat", "num_vectors": 2}
 
@@ -128,40 +130,32 @@ def assert_same_step(objective: FinetuneObjective, loss: Tensor, pipe: Any, thei
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("train_text_encoder", [False, True])
-def test_full(prediction_type: str, train_text_encoder: bool, tmp_path: Path):
-    method = {"kind": "full", "train_text_encoder": train_text_encoder}
-    objective = objective_of(method, folder_of("sd", prediction_type), tmp_path)
-    pipe = build("sd", prediction_type)
-    pipe.text_encoder.requires_grad_(train_text_encoder)
-    plan = plan_for(objective)
-    batch = objective.batch(plan)
-    script = script_of(objective, pipe, batch, plan.items)
-    if train_text_encoder:
-        assert torch.equal(batch[3][:, 0], script.input_ids(pipe.tokenizer))
-    assert_same_step(objective, objective(*batch).total, pipe, script.loss())
-    assert all(parameter.requires_grad for parameter in objective.unet.parameters())
-
-
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_lora(prediction_type: str, tmp_path: Path):
-    objective = objective_of(LORA, folder_of("sd", prediction_type), tmp_path)
+@pytest.mark.parametrize(
+    ("family", "method"), [("sd", FULL), ("sd", FULL_AND_TEXT), ("sd", LORA), ("inpainting", FULL)]
+)
+def test_one_text_encoder(family: str, method: dict[str, Any], prediction_type: str, tmp_path: Path):
+    """As train_text_to_image.py, train_text_to_image_lora.py and train_dreambooth_inpaint.py."""
+    objective = objective_of(method, folder_of(family, prediction_type), tmp_path)
     randomize(objective)
-    pipe = build("sd", prediction_type)
-    with_lora(pipe)
+    pipe = build(family, prediction_type)
+    if method is LORA:
+        with_lora(pipe)
+    else:
+        pipe.text_encoder.requires_grad_(method is FULL_AND_TEXT)
     copy_weights(objective, pipe)
     plan = plan_for(objective)
     batch = objective.batch(plan)
-    theirs = script_of(objective, pipe, batch, plan.items).loss()
-    assert_same_step(objective, objective(*batch).total, pipe, theirs)
+    script = script_of(objective, pipe, batch, plan.items)
+    if method is not FULL:
+        assert torch.equal(batch[3][:, 0], script.input_ids(pipe.tokenizer))
+    assert_same_step(objective, objective(*batch).total, pipe, script.loss(*batch[4:]))
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_dreambooth_with_prior(prediction_type: str, tmp_path: Path):
     """As train_dreambooth.py: one batch of both, cut in two."""
-    method = {"kind": "full", "train_text_encoder": True}
     prior = {"prompt": "dog", "images": 3, "weight": 0.7}
-    objective = objective_of(method, folder_of("sd", prediction_type), tmp_path, prior=prior)
+    objective = objective_of(FULL_AND_TEXT, folder_of("sd", prediction_type), tmp_path, prior=prior)
     pipe = build("sd", prediction_type)
     plan = plan_for(objective)
     batch = objective.batch(plan)
@@ -211,7 +205,7 @@ def test_textual_inversion(prediction_type: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("method", [{"kind": "full"}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
 def test_sdxl(method: dict[str, Any], prediction_type: str, tmp_path: Path):
     """As train_text_to_image_sdxl.py and its sibling for LoRA: two text encoders, pooled states and sizes."""
     objective = objective_of(method, folder_of("sdxl", prediction_type), tmp_path)
@@ -259,23 +253,10 @@ def fixed(item: int) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_inpainting(prediction_type: str, tmp_path: Path):
-    """As train_dreambooth_inpaint.py: latents, the mask, and the latents of the masked image."""
-    objective = objective_of({"kind": "full"}, folder_of("inpainting", prediction_type), tmp_path)
-    pipe = build("inpainting", prediction_type)
-    pipe.text_encoder.requires_grad_(False)
-    plan = plan_for(objective)
-    batch = objective.batch(plan)
-    mask, masked_latents = batch[4][:, :1], batch[4][:, 1:]
-    theirs = script_of(objective, pipe, batch, plan.items).loss(mask, masked_latents)
-    assert_same_step(objective, objective(*batch).total, pipe, theirs)
-
-
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_instruct(prediction_type: str, tmp_path: Path):
     """As train_instruct_pix2pix.py: the image before the edit beside the latents, and three kinds of dropout."""
     folder = folder_of("instruct", prediction_type)
-    objective = objective_of({"kind": "full"}, folder, tmp_path, conditioning_dropout=0.2)
+    objective = objective_of(FULL, folder, tmp_path, conditioning_dropout=0.2)
     pipe = build("instruct", prediction_type)
     pipe.text_encoder.requires_grad_(False)
     plan = plan_for(objective)

@@ -172,20 +172,7 @@ def test_half_precision_halves_the_file(paired_recipe: MakeRecipe, tmp_path: Pat
             "task.unet.in_channels=4",
             "in_channels is 4; with task.vae it can be 8 for the latents and those of an",
         ),
-        ("task.unet.out_channels=8", "out_channels is 8, but channels of the latents: 4"),
-        (
-            "task.unet.cross_attention_dim=16",
-            "cross_attention_dim is 16, but hidden_size of task.text_encoder: 32",
-        ),
-        (
-            "data.image_size=17",
-            "images of 17 pixels in height or width, and the autoencoder takes multiples of 2",
-        ),
-        (
-            "task.unet.class_embed_type=timestep",
-            "ConcatImagePipeline .*class_labels",
-        ),
-        ("task.scheduler.beta_start=-1", "beta_start"),
+        ("task.unet.class_embed_type=timestep", "class_labels"),
     ],
 )
 def test_configurations_that_do_not_fit(override: str, message: str, paired_recipe: MakeRecipe):

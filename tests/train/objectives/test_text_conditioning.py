@@ -1,4 +1,4 @@
-"""Text encoders that do not learn: each caption is encoded once, and training holds none of their weights."""
+"""Frozen text encoders: each caption is encoded once, with a cache on disk or without, and no weights are trained."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentgen.models.text import CLIPText, Conditioning
+from latentgen.checkpoints.folder import CheckpointFolder
+from latentgen.errors import ConfigError
+from latentgen.models.text import CLIPText, CLIPTextPair, Conditioning, TextEncoder
+from latentgen.pipelines.load_save import LoadOptions, load_text_encoder
 from latentgen.train.config import TrainConfig
 from latentgen.train.host_memory import temporarily_on
 from latentgen.train.objectives import build_objective, latent_diffusion
 from latentgen.train.objectives.latent_diffusion import LatentObjective
+from latentgen.train.objectives.text_conditioning import CaptionCache
 from latentgen.train.trainer import train
-from tests.train.finetuning import CAPTIONS, Pictures, folder_of, objective_of
+from tests.pipelines.sdxl import build_base
+from tests.train.finetuning import CAPTIONS as SHORT
+from tests.train.finetuning import Pictures, folder_of, objective_of
 from tests.train.recipes import COLOURS, MakeRecipe, plan_for
 from tests.train.runs import assert_same_checkpoint, forget_accelerate, losses_of
 
 FULL = {"kind": "full"}
 LORA = {"kind": "lora", "rank": 2}
+CPU = torch.device("cpu")
+LONG = "a red dog and a tiger " * 30
+CAPTIONS = ["red dog", "", "tiger", LONG, "red dog", "cat " * 100]
 SHUFFLED = "data.caption_shuffle=true"
 
 
@@ -99,7 +108,7 @@ def test_the_losses_are_those_of_encoding_in_every_step(recipe: MakeRecipe, monk
 @pytest.mark.parametrize("family", ["sd", "sdxl", "inpainting", "instruct"])
 def test_fine_tuning_has_the_same_losses(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     # Captions of different lengths, of which some fill two windows.
-    data = Pictures((*CAPTIONS[:4], "cat " * 100, "red " * 100))
+    data = Pictures((*SHORT[:4], "cat " * 100, "red " * 100))
     fields: dict[str, Any] = {"prior": {"prompt": ["dog", "tiger"], "images": 2}} if family == "sd" else {}
     cached = objective_of(FULL, folder_of(family), tmp_path, data, **fields)
     encode_in_every_step(monkeypatch)
@@ -150,3 +159,79 @@ def test_networks_that_were_on_another_device_have_the_same_tensors():
         assert all(tensor.is_meta for tensor in network.state_dict().values())
     assert {name: tensor.data_ptr() for name, tensor in network.state_dict().items()} == tensors
     assert all(now is then for now, then in zip(network.parameters(), learnt, strict=True))
+
+
+@pytest.fixture(scope="module")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-sdxl"
+    build_base().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["SD", "SDXL"])
+def text(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> TextEncoder:
+    folder = tiny_checkpoint if request.param == "SD" else request.getfixturevalue("sdxl_folder")
+    encoder = load_text_encoder(CheckpointFolder.open(folder), LoadOptions(torch.float32, CPU))
+    assert isinstance(encoder, CLIPText if request.param == "SD" else CLIPTextPair)
+    return encoder
+
+
+def assert_same(ours: Conditioning, theirs: Conditioning) -> None:
+    assert torch.equal(ours.context, theirs.context)
+    assert ours.pooled is not None
+    assert theirs.pooled is not None
+    assert torch.equal(ours.pooled, theirs.pooled)
+
+
+def test_it_is_what_the_encoder_gives(text: TextEncoder, tmp_path: Path):
+    expected = text.encode(CAPTIONS)
+    for cache_dir in (None, tmp_path):
+        actual = CaptionCache(text, CPU, cache_dir).encode(CAPTIONS)
+        assert actual.context.shape == expected.context.shape
+        torch.testing.assert_close(actual.context, expected.context, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(actual.pooled, expected.pooled, atol=2e-6, rtol=1e-5)
+
+
+def test_a_caption_gives_the_same_whatever_is_beside_it(text: TextEncoder, tmp_path: Path):
+    alone = CaptionCache(text, CPU)
+    for captions in (["tiger"], CAPTIONS, ["dog", "red dog"]):
+        first = CaptionCache(text, CPU, tmp_path)
+        first.add(captions)
+        assert_same(first.encode(captions), alone.encode(captions))
+    assert_same(CaptionCache(text, CPU, tmp_path).encode(CAPTIONS), alone.encode(CAPTIONS))
+
+
+def test_each_caption_is_encoded_once(text: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    encoded: list[str] = []
+    encode = CaptionCache._encode
+
+    def counting(self: CaptionCache, captions: list[str], keys: list[str]) -> None:
+        encoded.extend(captions)
+        encode(self, captions, keys)
+
+    monkeypatch.setattr(CaptionCache, "_encode", counting)
+    cache = CaptionCache(text, CPU, tmp_path)
+    cache.add(CAPTIONS)
+    assert sorted(encoded) == sorted(set(CAPTIONS))
+    CaptionCache(text, CPU, tmp_path).add(CAPTIONS)
+    cache.encode([*CAPTIONS, "new"])
+    assert sorted(encoded) == sorted({*CAPTIONS, "new"})
+
+
+def test_other_weights_have_other_entries(text: TextEncoder, tmp_path: Path):
+    first = CaptionCache(text, CPU, tmp_path).encode(["red dog"])
+    with torch.no_grad():
+        next(text.module.parameters()).add_(0.1)
+    changed = CaptionCache(text, CPU, tmp_path).encode(["red dog"])
+    assert not torch.equal(changed.context, first.context)
+
+
+def test_workers_cannot_use_an_accelerator(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    text = load_text_encoder(CheckpointFolder.open(tiny_checkpoint), LoadOptions(torch.float32, CPU))
+    cache = CaptionCache(text, CPU)
+    cache.add(["red dog"])
+    monkeypatch.setattr(cache, "_device", torch.device("cuda"))
+    monkeypatch.setattr("latentgen.train.distributed.get_worker_info", lambda: "one of two")
+    cache.encode(["red dog"])
+    with pytest.raises(ConfigError, match=r"cuda.*workers"):
+        cache.encode(["cat"])

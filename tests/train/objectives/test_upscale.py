@@ -145,43 +145,12 @@ def test_on_pixels_the_saved_folder_upscales_as_it_was_trained(upscale_recipe: M
     assert image.size == (18, 14)
 
 
-def test_half_precision_halves_the_file(upscale_recipe: MakeRecipe, tmp_path: Path):
-    from safetensors.torch import load_file
-
-    objective = build(upscale_recipe("task.save_half=true"))
-    objective.save(tmp_path, objective.state_dict())
-    for file in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-        tensors = load_file(tmp_path / f"{file}.safetensors")
-        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-
-
-def test_starting_from_a_trained_model(upscale_recipe: MakeRecipe, tmp_path: Path):
-    first = build(upscale_recipe())
-    first.save(tmp_path / "model", first.state_dict())
-    torch.manual_seed(2)
-    tuned = build(upscale_recipe(f"init_from={tmp_path / 'model'}")).state_dict()
-    assert all(torch.equal(tuned[name], tensor) for name, tensor in first.state_dict().items())
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task.unet.in_channels=4", "in_channels is 4; with task.vae it can be 7 for x2, 16 for x1"),
+        ("task.unet.in_channels=4", "in_channels is 4; .* 7 for x2, 16 for x1"),
         ("task.enlargement=2", "enlargement is 2"),
-        ("task.unet.in_channels=31", "in_channels is 31; with task.vae it can be 7 for x2, 16 for x1"),
-        ("task.unet.out_channels=8", "out_channels is 8, but channels of the latents: 4"),
-        (
-            "task.unet.cross_attention_dim=16",
-            "cross_attention_dim is 16, but hidden_size of task.text_encoder: 32",
-        ),
-        (
-            "data.image_size=17",
-            "images of 17 pixels in height or width, and the autoencoder takes multiples of 2",
-        ),
-        (
-            "task.unet.class_embed_type=null",
-            "UpscalePipeline .*class_labels",
-        ),
+        ("task.unet.class_embed_type=null", "class_labels"),
         ("task.unet.class_embed_type=identity", "class_embed_type is 'identity'"),
         ("task.max_noise_level=1000", "max_noise_level is 1000;.* 999"),
         ("task.low_res_scheduler.beta_start=-1", "beta_start"),
