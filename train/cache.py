@@ -25,14 +25,14 @@ PACK_BYTES = 64 * 2**20
 PACK_ENTRIES = 4096
 PACK_SECONDS = 60.0
 _SUFFIX = ".safetensors"
-_NAME = re.compile(r"([0-9a-f]{64})/[a-z_]+")
+_NAME = re.compile(r"[0-9a-f]{64}/[a-z_]+")
 # Temporary files of a killed process are deleted once they are so old that nobody can be writing them.
 _STALE_SECONDS = 24 * 3600.0
 
 
 class _Place(NamedTuple):
     pack: MappedFile
-    names: tuple[str, ...]
+    names: list[str]
 
 
 class TensorCache:
@@ -133,15 +133,14 @@ class TensorCache:
             if file.exists():  # else another process has deleted it
                 warnings.warn(f"{quote(file)} of the cache is ignored: {error}", stacklevel=2)
             return
-        matches = {name: _NAME.fullmatch(name) for name in pack.header}
-        if not all(matches.values()) or pack.header.metadata.keys() != pack.header.keys():
+        are_ours = all(map(_NAME.fullmatch, pack.header))
+        if not are_ours or pack.header.metadata.keys() != pack.header.keys():
             self._discard(file, "not a pack of this cache")
             return
-        names: dict[str, tuple[str, ...]] = {}
-        for name, match in matches.items():
-            if match:
-                names[match[1]] = (*names.get(match[1], ()), name)
-        self._places.update({key: _Place(pack, own) for key, own in names.items()})
+        names: dict[str, list[str]] = {}
+        for name in pack.header:
+            names.setdefault(name.partition("/")[0], []).append(name)
+        self._places |= {key: _Place(pack, own) for key, own in names.items()}
 
     def _discard(self, file: Path, reason: str) -> None:
         warnings.warn(

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.data import get_worker_info
 
 from latentgen.errors import ConfigError, LostProcessError, ResumeError
 from latentgen.files import quote
@@ -189,14 +188,6 @@ def gather(items: Sequence[T]) -> list[T]:
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def refuse_in_worker(device: torch.device, what: str) -> None:
-    """Raise ConfigError in a data-loading worker if `what` runs on an accelerator, which workers cannot use."""
-    if device.type != "cpu" and get_worker_info() is not None:
-        raise ConfigError(
-            f"{what} runs on {device.type}, which data-loading workers cannot use; set workers to 0"
-        )
 
 
 def check_same_start(accelerator: Accelerator, step: int | None, output_dir: Path) -> None:

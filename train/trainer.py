@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ def check_objective(
     config: TrainConfig, accelerator: Accelerator, held_out: CaptionedDataset | None, objective: Objective
 ) -> None:
     """Refuse what an objective cannot do, before images are generated or encoded, which may take hours."""
-    check_validation(config, held_out, objective)
+    if config.validation is not None:
+        check_validation(config.validation, held_out, objective)
     check_memory(config, accelerator, objective)
 
 
@@ -245,25 +246,22 @@ class Trainer:
 
     def _batches(self) -> AbstractContextManager[Iterator[PlannedBatch]]:
         """This process's batches of the remaining steps, one per accumulated part."""
-        return load_batches(
-            self.objective,
-            self._plans(),
-            workers=self.config.workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
-
-    def _plans(self) -> Iterator[BatchIndices]:
-        config = self.config
-        for step in range(self.step, config.max_steps):
-            yield from plan_step(
+        config, accelerator = self.config, self.accelerator
+        steps = (
+            plan_step(
                 config.seed,
                 step,
                 batch_size=config.batch_size,
                 order=self.objective.order,
                 parts=config.gradient_accumulation_steps,
-                rank=self.accelerator.process_index,
-                processes=self.accelerator.num_processes,
+                rank=accelerator.process_index,
+                processes=accelerator.num_processes,
             )
+            for step in range(self.step, config.max_steps)
+        )
+        pin_memory = accelerator.device.type == "cuda"
+        plans = chain.from_iterable(steps)
+        return load_batches(self.objective, plans, workers=config.workers, pin_memory=pin_memory)
 
     @property
     def trained_parameters(self) -> int:

@@ -188,7 +188,7 @@ def latest_sheet(output_dir: Path) -> Path | None:
     return max((output_dir / "samples").glob(f"step-*/{SHEET}"), default=None)
 
 
-def check_validation(config: TrainConfig, held_out: CaptionedDataset | None, objective: Objective) -> None:
+def check_validation(validation: Validation, held_out: CaptionedDataset | None, objective: Objective) -> None:
     """Refuse, before training, validation images that cannot be generated.
 
     Raises:
@@ -196,9 +196,8 @@ def check_validation(config: TrainConfig, held_out: CaptionedDataset | None, obj
         DatasetError: the validation images lack what the model takes as input.
         InputError: a prompt, the size or another argument is wrong.
     """
-    validation = config.validation
-    pipeline = None if validation is None else objective.pipeline()
-    if validation is None or pipeline is None:
+    pipeline = objective.pipeline()
+    if pipeline is None:
         return
     if pipeline.unet.config.in_channels == pipeline.decoder.config.latent_channels:
         if validation.images:

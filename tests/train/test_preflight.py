@@ -33,7 +33,7 @@ def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError
 
     monkeypatch.setattr("latentgen.train.objectives.latent_diffusion.encode_views", fail)
-    monkeypatch.setattr("latentgen.train.objectives.class_images.ClassImages.draw", fail)
+    monkeypatch.setattr("latentgen.train.objectives.class_images.ClassImages.generate", fail)
 
 
 TALL = "validation={prompts: [x], height: 17}"

@@ -26,7 +26,7 @@ class Subset(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The scalar to minimize, and what to log besides: means over the batch, and over subsets of its samples."""
+    """The scalar to minimize, and what else to log: means over the batch, and over subsets of its samples."""
 
     total: Tensor
     parts: Mapping[str, Tensor]
@@ -104,7 +104,7 @@ class Objective(nn.Module, ABC):
         save_weights(dict(weights), folder, "model")
 
     def pipeline(self) -> Pipeline | None:
-        """The pipeline that draws with the networks as they are; None if nothing that draws is trained."""
+        """The pipeline that generates images with the networks as they are; None if there is none."""
         return None
 
     def for_validation(self, data: CaptionedDataset, seed: int) -> Self:
@@ -137,7 +137,7 @@ class Objective(nn.Module, ABC):
 
 
 Preflight = Callable[[Objective], None]
-"""Raises an error for a recipe that cannot work, before images are drawn or encoded, which may take hours.
+"""Raises an error for a recipe that cannot work, before images are generated or encoded, which may take hours.
 
 The objective's networks are those that will be trained, on the CPU; its batches have the right shapes, but no latents.
 """

@@ -51,10 +51,10 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         task: what the recipe says.
         data: the captioned images.
         seed: the run's seed, which determines the cached views.
-        device: where images are drawn and encoded; the objective itself stays on the CPU.
+        device: where images are generated and encoded; the objective itself stays on the CPU.
         init_from: a folder in the diffusers layout, a single file, or None for the embedded default model.
         class_images: the folder for the class images of prior preservation.
-        preflight: called with this objective before anything is drawn or encoded.
+        preflight: called with this objective before anything is generated or encoded.
 
     Raises:
         ConfigError: the recipe does not fit the checkpoint.
@@ -95,7 +95,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
             )
             self.unet.eval()
             self._text.module.eval()
-            classes.draw(self._stages, device)
+            classes.generate(self._stages, device)
         # Encode the images and captions.
         self._prepare(seed, device)
         if classes is not None:

@@ -33,7 +33,6 @@ from latentgen.train.objectives.pretrained import (
     check_fit,
     load_frozen_text_encoder,
     load_vae,
-    open_vae,
     widened_state,
 )
 
@@ -70,7 +69,8 @@ class ImageConditionedObjective(LatentObjective[ImageTask]):
     ) -> None:
         super().__init__(task, data, Scheduler.from_config(task.scheduler))
         config = UNetConfig.from_json(task.unet)
-        vae, vae_config = open_vae(task.vae)
+        self._vae = load_vae(task.vae)
+        vae_config = self._vae[0].config
         self._text = load_frozen_text_encoder(task.text_encoder)
         check_fit(
             config,
@@ -80,7 +80,6 @@ class ImageConditionedObjective(LatentObjective[ImageTask]):
             in_channels=self._in_channels(vae_config),
         )
         self.unet = self._build_unet(config, None if init_from is None else CheckpointFolder.open(init_from))
-        self._vae = load_vae(vae)
         self.pipeline()  # a recipe whose weights no pipeline can use fails here
         self._preflight(seed, device, preflight)
         self._prepare(seed, device)

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Generic, Self, TypeGuard, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -156,7 +156,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
 
     @abstractmethod
     def pipeline(self) -> Pipeline:
-        """The pipeline that draws with the networks as they are.
+        """The pipeline that generates images with the networks as they are.
 
         Raises:
             ConfigError: it cannot use the recipe's UNet.
@@ -210,31 +210,33 @@ class LatentObjective(Objective, Generic[AnyTask]):
             return
         encoder = ShapeOnlyEncoder(self._vae[0], torch.device("cpu"))
         self._latents = OnTheFlyLatents(source, encoder, self._cond_kind)
-        if self._encodes_captions_once(self._latents.captions):
-            # Not in `cache_dir`, which all processes must enter with the same captions.
-            self._conditioner = TextConditioner(self._text, CaptionCache(self._text, device))
+        # Not in `cache_dir`, which all processes must enter with the same captions.
+        self._choose_conditioner(device, None)
         preflight(self)
 
     def _prepare(self, seed: int, device: torch.device) -> None:
         """Encode the images, and their captions where that can be done once."""
         self._encode_images(seed, device)
         page_out(nn.ModuleList(self._vae))
-        captions = self._latents.captions
-        if self._encodes_captions_once(captions):
-            cache = CaptionCache(self._text, device, self.task.cache_dir)
-            self._conditioner = TextConditioner(self._text, cache)
-            self._conditioner.add(captions)
+        captions = self._choose_conditioner(device, self.task.cache_dir)
+        self._conditioner.add(captions)
 
-    def _encodes_captions_once(self, captions: Set[str] | None) -> TypeGuard[Set[str]]:
-        """Whether these captions are encoded before the first step; if not, the text encoder becomes a child."""
+    def _choose_conditioner(self, device: torch.device, cache_dir: Path | None) -> Set[str]:
+        """Set up the conditioning on captions: encoded once, or in every step by the child `text_encoder`.
+
+        Returns:
+            the captions to encode before the first step.
+        """
         self._conditioner = TextConditioner(self._text)
         self._modules.pop("text_encoder", None)
+        captions = self._latents.captions
         needed = 0 if captions is None else len(captions) * self._text.window * self._text.context_width * 4
         too_many = self.task.cache_dir is None and needed > CAPTION_BYTES
         if self._conditioner.trains or captions is None or too_many:
             self.text_encoder = self._text.module
-            return False
-        return True
+            return set()
+        self._conditioner = TextConditioner(self._text, CaptionCache(self._text, device, cache_dir))
+        return captions
 
     def _encode_images(self, seed: int, device: torch.device) -> None:
         source, cache_dir = self._source(seed), self.task.cache_dir

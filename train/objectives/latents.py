@@ -1,4 +1,4 @@
-"""Training images in the latents of a finished autoencoder: encoded once (CachedLatents) or in every step
+"""Training images in the latents of a pretrained autoencoder: encoded once (CachedLatents) or in every step
 (OnTheFlyLatents)."""
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _in_threads(draw: Callable[[S], T], places: Sequence[S]) -> list[T]:
 
 
 class ViewInfo(NamedTuple):
-    """What is known of a view besides its latents.
+    """What is known of a view apart from its latents.
 
     Attributes:
         captions: what it may be called.
@@ -147,7 +147,7 @@ class EncodedView(NamedTuple):
     """A view in latents, on the CPU.
 
     Attributes:
-        info: what is known of it besides.
+        info: what else is known of it.
         posterior: mean and standard deviation of its latents, float16 [2, C, h, w].
         cond: of its conditioning image, the same, or the pixels, uint8 [3, H, W]; None if none is stored.
     """

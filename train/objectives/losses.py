@@ -109,7 +109,7 @@ def spread_timesteps(plan: BatchIndices, count: int, shift: float) -> Tensor:
 
 
 def middles(count: int, parts: int) -> list[int]:
-    """The middles of `parts` equal parts of `count` timesteps; none comes twice."""
+    """The middles of `parts` equal parts of `count` timesteps, without duplicates."""
     return sorted({(2 * part + 1) * count // (2 * parts) for part in range(parts)})
 
 

@@ -34,7 +34,7 @@ from latentgen.train.data import CaptionedDataset, check_sides
 
 # How networks are loaded that are mostly idle: in float32 on the CPU, mapped from the file where it holds float32.
 IDLE = LoadOptions(torch.float32, torch.device("cpu"), as_in_file=True)
-# The class that a checkpoint declares -> the pipeline that draws with it and saves it.
+# The class that a checkpoint declares -> the pipeline that runs and saves it.
 _PIPELINES: Mapping[object, type[Pipeline]] = {
     "StableDiffusionPipeline": TextToImagePipeline,
     "StableDiffusionXLPipeline": TextToImagePipeline,
@@ -170,18 +170,11 @@ def own_memory(module: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def open_vae(path: Path | None) -> tuple[CheckpointFolder | None, VAEConfig | PixelConfig]:
-    """The folder of a pretrained autoencoder and its configuration; for None that of pixel space."""
-    if path is None:
-        return None, PixelConfig()
-    folder = CheckpointFolder.open(path)
-    return folder, VAEConfig.from_json(folder.config("vae"))
-
-
-def load_vae(folder: CheckpointFolder | None) -> tuple[ImageEncoder, ImageDecoder]:
+def load_vae(path: Path | None) -> tuple[ImageEncoder, ImageDecoder]:
     """A pretrained autoencoder, or the identity of pixel space for None, in float32 on the CPU."""
-    if folder is None:
+    if path is None:
         return PixelEncoder(), PixelDecoder()
+    folder = CheckpointFolder.open(path)
     return load_encoder(folder, IDLE), load_decoder(folder, IDLE)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from latentgen.errors import CheckpointMismatchError
+from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.models.text import Conditioning, TextEncoder
 from latentgen.train.cache import TensorCache, content_key, weights_digest
-from latentgen.train.distributed import gather, own_share, refuse_in_worker
+from latentgen.train.distributed import gather, own_share
 from latentgen.train.host_memory import temporarily_on
 
 TEXT_BATCH = 32
@@ -129,10 +130,8 @@ class CaptionCache:
             ConfigError: a caption is new, in a data loader process, which cannot use the device.
             OutputError: the cache cannot be written.
         """
-        keys = [self._key_of(caption)[0] for caption in captions]
-        if any(self._entries.get(key) is None for key in keys):
-            self._encode_missing(captions)
-        rows = [self._entry(key) for key in keys]
+        self._encode_missing(captions)
+        rows = [self._entry(caption) for caption in captions]
         longest = max(len(row[_CONTEXT]) for row in rows)
         context = torch.stack([self._padded(row[_CONTEXT], longest) for row in rows])  # [B, S, D]
         pooled = torch.stack([row[_POOLED] for row in rows]) if _POOLED in rows[0] else None
@@ -143,11 +142,11 @@ class CaptionCache:
         if len(context) == length:
             return context
         self._encode_missing([""])
-        window = self._entry(self._key_of("")[0])[_CONTEXT]
+        window = self._entry("")[_CONTEXT]
         return torch.cat([context, window.repeat((length - len(context)) // len(window), 1)])
 
-    def _entry(self, key: str) -> dict[str, Tensor]:
-        entry = self._entries.get(key)
+    def _entry(self, caption: str) -> dict[str, Tensor]:
+        entry = self._entries.get(self._key_of(caption)[0])
         assert entry is not None  # missing ones were encoded
         return entry
 
@@ -165,7 +164,10 @@ class CaptionCache:
                 by_windows.setdefault(windows, []).append((key, caption))
         if not by_windows:
             return
-        refuse_in_worker(self._device, "the text encoder")
+        if self._device.type != "cpu" and get_worker_info() is not None:
+            raise ConfigError(
+                f"the text encoder runs on {self._device.type}, which data-loading workers cannot use; set workers to 0"
+            )
         self._text.module.eval()
         total = sum(map(len, by_windows.values()))
         bar = tqdm(total=total, desc="encoding the captions", mininterval=1.0)

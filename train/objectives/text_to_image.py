@@ -24,7 +24,7 @@ from latentgen.train.config import TextToImageTask
 from latentgen.train.data import CaptionedDataset
 from latentgen.train.objectives.base import Preflight
 from latentgen.train.objectives.latent_diffusion import LatentObjective
-from latentgen.train.objectives.pretrained import check_fit, load_vae, open_vae
+from latentgen.train.objectives.pretrained import check_fit, load_vae
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -72,7 +72,8 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         super().__init__(task, data, Scheduler.from_config(task.scheduler))
         unet_config = UNetConfig.from_json(task.unet)
         text_config = CLIPTextConfig.from_json(task.text_encoder)
-        vae, vae_config = open_vae(task.vae)
+        self._vae = load_vae(task.vae)
+        vae_config = self._vae[0].config
         check_fit(
             unet_config,
             vae_config,
@@ -86,7 +87,6 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
             _load_unet(self.unet, origin, task.reinit_layers)
         self._text = _text_encoder(text_config, data, origin, assets)
         self._text.module.requires_grad_(task.train_text_encoder)
-        self._vae = load_vae(vae)
         self._preflight(seed, device, preflight)
         self._prepare(seed, device)
 
@@ -106,9 +106,9 @@ def _load_unet(unet: UNet, origin: CheckpointFolder, reinit_layers: Sequence[str
         raise ConfigError(
             f"task.reinit_layers: {quote(unknown[0])} is not a layer of this UNet; its layers are: {', '.join(layers)}"
         )
-    kept = nn.ModuleDict({name: layer for name, layer in layers.items() if name not in reinit_layers})
+    loaded = nn.ModuleDict({name: layer for name, layer in layers.items() if name not in reinit_layers})
     fresh_prefixes = tuple(f"{name}." for name in reinit_layers)
-    origin.weights("unet").load_into(kept, ignored_prefixes=fresh_prefixes, dtype=torch.float32)
+    origin.weights("unet").load_into(loaded, ignored_prefixes=fresh_prefixes, dtype=torch.float32)
 
 
 def _text_encoder(

@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import CheckpointCorruptError, DatasetError
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.config import TrainConfig
@@ -72,7 +71,7 @@ def plan(*items: int, step: int = 0) -> BatchIndices:
 
 @pytest.fixture
 def encoder(tiny_checkpoint: Path) -> ImageEncoder:
-    return load_vae(CheckpointFolder.open(tiny_checkpoint))[0]
+    return load_vae(tiny_checkpoint)[0]
 
 
 @pytest.fixture(params=["upscale_recipe", "paired_recipe", "text_to_image_recipe"])
@@ -392,14 +391,13 @@ def test_large_images_are_encoded_a_few_at_a_time():
 _WORKER = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
-from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.train.objectives.latent_cache import encode_views
 from latentgen.train.objectives.latents import ViewEncoder, ViewSource
 from latentgen.train.objectives.pretrained import load_vae
 from tests.train.objectives.test_latents import CPU, Scribbles, assert_same_views
 folder, rank, cache = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{cache.parent / 'meeting'}", rank=rank, world_size=2)
-encoder = load_vae(CheckpointFolder.open(folder))[0]
+encoder = load_vae(folder)[0]
 source = ViewSource(Scribbles(), 4, seed=0)
 expected = encode_views(encoder, CPU, source)
 added = []

@@ -231,7 +231,7 @@ def test_workers_cannot_use_an_accelerator(tiny_checkpoint: Path, monkeypatch: p
     cache = CaptionCache(text, CPU)
     cache.add(["red dog"])
     monkeypatch.setattr(cache, "_device", torch.device("cuda"))
-    monkeypatch.setattr("latentgen.train.distributed.get_worker_info", lambda: "one of two")
+    monkeypatch.setattr("latentgen.train.objectives.text_conditioning.get_worker_info", lambda: "one of two")
     cache.encode(["red dog"])
     with pytest.raises(ConfigError, match=r"cuda.*workers"):
         cache.encode(["cat"])
