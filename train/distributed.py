@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from latentgen.errors import ConfigError, LostProcessError, ResumeError
 from latentgen.files import quote
 from latentgen.train.config import AutoencoderTask, TrainConfig
-from latentgen.train.optimizer import check_optimizer
+from latentgen.train.optimizer.chained import import_bitsandbytes_adamw
 
 T = TypeVar("T")
 
@@ -43,7 +43,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             "Accelerate's configuration asks for DeepSpeed, which is not supported; run `accelerate config` and choose "
             "FSDP with fsdp_version 2 (fsdp_reshard_after_forward: false keeps the weights whole, as ZeRO-2 does)"
         )
-    check_optimizer(config.optimizer)
+    if config.optimizer.name == "adamw8bit":
+        import_bitsandbytes_adamw()
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,

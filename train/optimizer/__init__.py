@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from latentgen.train.config import Optimizer
-from latentgen.train.optimizer.chained import AdamW8bit, ParameterGroup, import_bitsandbytes_adamw
+from latentgen.train.optimizer.chained import AdamW8bit, ParameterGroup
 from latentgen.train.optimizer.matrix import matrix_adafactor, muon_adamw, split_matrices
 from latentgen.train.optimizer.offloaded import OffloadedAdamW, OffloadedGradients, StepInBackward
 
@@ -75,16 +75,6 @@ def _build(
         (group,) = groups
         return OffloadedAdamW(group, betas=betas, weight_decay=weight_decay)
     return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True)
-
-
-def check_optimizer(config: Optimizer) -> None:
-    """Refuse an optimizer that cannot be built here.
-
-    Raises:
-        ConfigError: a package is missing.
-    """
-    if config.name == "adamw8bit":
-        import_bitsandbytes_adamw()
 
 
 def state_bytes(module: nn.Module, config: Optimizer, *, offloaded: bool = False) -> int:
