@@ -48,10 +48,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
     edit.
 
     Args:
-        task: what the recipe says.
-        data: the captioned images.
-        seed: the run's seed, which determines the cached views.
-        device: where images are generated and encoded; the objective itself stays on the CPU.
+        task, data, seed, device: see LatentObjective.
         init_from: a folder in the diffusers layout, a single file, or None for the embedded default model.
         class_images: the folder for the class images of prior preservation.
         preflight: called with this objective before anything is generated or encoded.
@@ -75,7 +72,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
     ) -> None:
         # Load the model and put in what the method trains.
         pipeline = load_model(init_from, task)
-        super().__init__(task, data, pipeline.scheduler)
+        super().__init__(task, data, pipeline.scheduler, seed=seed, device=device)
         check_data(task, data, pipeline)
         self._method = _METHODS[type(task.method)](task.method)
         self._stages = replace(self._method.inject(pipeline), scheduler=self.scheduler)
@@ -86,7 +83,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         self._vae = (self._stages.encoder(), self._stages.decoder)
         # Prior preservation: in a tuple, as it shares all networks with this one.
         self._class_objective: tuple[FinetuneObjective, ...] = ()
-        self._preflight(seed, device, preflight)
+        self._preflight(preflight)
         classes = None
         if task.prior is not None:
             model = f"{init_from}, {task.init_lora}"
@@ -97,10 +94,10 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
             self._text.module.eval()
             classes.generate(self._stages, device)
         # Encode the images and captions.
-        self._prepare(seed, device)
+        self._prepare()
         if classes is not None:
             one_view = {"views_per_image": 1, "prior": None}
-            self._class_objective = (self._with_data(classes, seed, device, one_view),)
+            self._class_objective = (self._with_data(classes, seed, one_view),)
 
     def _check_dropout(self) -> None:
         """Refuse the dropout of the other kind of model, which would have no effect."""
@@ -196,8 +193,10 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         keeps_image = torch.tensor([not rate <= draw < 3 * rate for draw in draws]).float()
         return [draw >= 2 * rate for draw in draws], keeps_image.view(-1, 1, 1, 1)
 
-    def _source(self, seed: int) -> ViewSource:
-        return ViewSource(self._data, self.task.views_per_image, seed, _mask_view if self.inpaints else None)
+    def _source(self) -> ViewSource:
+        return ViewSource(
+            self._data, self.task.views_per_image, self._seed, _mask_view if self.inpaints else None
+        )
 
     @property
     def _cond_kind(self) -> CondKind:

@@ -45,10 +45,7 @@ class ImageConditionedObjective(LatentObjective[ImageTask]):
     Each cached view has one conditioning image.
 
     Args:
-        task: what the recipe says.
-        data: the captioned images.
-        seed: the run's seed, which determines the cached views and their conditioning images.
-        device: where the images are encoded; the objective itself stays on the CPU.
+        task, data, seed, device: see LatentObjective.
         init_from: a folder in the diffusers layout whose UNet to start from, instead of random weights.
         preflight: called with this objective before anything is encoded.
 
@@ -67,7 +64,7 @@ class ImageConditionedObjective(LatentObjective[ImageTask]):
         init_from: Path | None = None,
         preflight: Preflight | None = None,
     ) -> None:
-        super().__init__(task, data, Scheduler.from_config(task.scheduler))
+        super().__init__(task, data, Scheduler.from_config(task.scheduler), seed=seed, device=device)
         config = UNetConfig.from_json(task.unet)
         self._vae = load_vae(task.vae)
         vae_config = self._vae[0].config
@@ -81,8 +78,8 @@ class ImageConditionedObjective(LatentObjective[ImageTask]):
         )
         self.unet = self._build_unet(config, None if init_from is None else CheckpointFolder.open(init_from))
         self.pipeline()  # a recipe whose weights no pipeline can use fails here
-        self._preflight(seed, device, preflight)
-        self._prepare(seed, device)
+        self._preflight(preflight)
+        self._prepare()
 
     @abstractmethod
     def _in_channels(self, vae: VAEConfig | PixelConfig) -> dict[int, str]:
@@ -101,8 +98,8 @@ class ImageConditionedObjective(LatentObjective[ImageTask]):
     def _with_cond_image(self, view: Sample, rng: random.Random) -> Sample:
         return view._replace(before=self._cond_image(view, rng))
 
-    def _source(self, seed: int) -> ViewSource:
-        return ViewSource(self._data, self.task.views_per_image, seed, self._with_cond_image)
+    def _source(self) -> ViewSource:
+        return ViewSource(self._data, self.task.views_per_image, self._seed, self._with_cond_image)
 
     def validation_example(self, view: Sample, rng: random.Random) -> Example:
         """The caption and the conditioning image."""
@@ -192,9 +189,11 @@ class PairedObjective(ImageConditionedObjective[PairedTask]):
     def _cond_kind(self) -> CondKind:
         return "latents"
 
-    def _source(self, seed: int) -> ViewSource:
+    def _source(self) -> ViewSource:
         random_change = self.task.degradation not in DETERMINISTIC
-        return ViewSource(self._data, self.task.views_per_image, seed, self._with_cond_image, random_change)
+        return ViewSource(
+            self._data, self.task.views_per_image, self._seed, self._with_cond_image, random_change
+        )
 
     def _cond_image(self, view: Sample, rng: random.Random) -> Image.Image:
         """The degraded image."""

@@ -67,9 +67,16 @@ class LatentObjective(Objective, Generic[AnyTask]):
     encodes in every step, if it is trained, or if the captions are not known in advance: `views_per_image` is 0, they
     are shuffled, or they are too many for memory and there is no `cache_dir`.
 
+    Args:
+        task: what the recipe says.
+        data: the captioned images.
+        scheduler: of the recipe or the checkpoint.
+        seed: the run's seed, which determines the cached views.
+        device: where images are encoded; the objective itself stays on the CPU.
+
     Attributes:
         task: what the recipe says.
-        scheduler: its noise schedule and prediction type.
+        scheduler: the noise schedule and prediction type of the training.
         unet: the network that is trained.
         text_encoder: a child only if it is trained as well, or encodes in every step.
     """
@@ -82,10 +89,20 @@ class LatentObjective(Objective, Generic[AnyTask]):
     # In a tuple, so that the pretrained autoencoder is not a child.
     _vae: tuple[ImageEncoder, ImageDecoder]
 
-    def __init__(self, task: AnyTask, data: CaptionedDataset, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        task: AnyTask,
+        data: CaptionedDataset,
+        scheduler: Scheduler,
+        *,
+        seed: int,
+        device: torch.device,
+    ) -> None:
         super().__init__(data, views=max(1, task.views_per_image))
         self.task = task
         self.scheduler = training_scheduler(scheduler, task.loss)
+        self._seed = seed
+        self._device = device
 
     def forward(self, *batch: Tensor) -> Loss:
         """The mean error of the prediction; its subset is the samples at the noisier half of the timesteps."""
@@ -165,15 +182,14 @@ class LatentObjective(Objective, Generic[AnyTask]):
     def for_validation(self, data: CaptionedDataset, seed: int) -> Self:
         """As Objective.for_validation; no captions are dropped, and the loss is the plain one."""
         plain = {"caption_dropout": 0.0, "views_per_image": 1, "loss": LatentLoss()}
-        return self._with_data(data, seed, next(self.parameters()).device, plain)
+        return self._with_data(data, seed, plain)
 
-    def _with_data(
-        self, data: CaptionedDataset, seed: int, device: torch.device, changes: Mapping[str, Any]
-    ) -> Self:
-        """This objective with other images, encoded on `device`, and changes to its task; the networks are shared."""
+    def _with_data(self, data: CaptionedDataset, seed: int, changes: Mapping[str, Any]) -> Self:
+        """This objective with other images, encoded now, and changes to its task; the networks are shared."""
         other = super().for_validation(data, seed)
+        other._seed = seed
         other.task = self.task.model_copy(update=dict(changes))
-        other._encode_images(seed, device)
+        other._encode_images()
         if (captions := other._latents.captions) is not None:
             other._conditioner.add(captions)
         return other
@@ -195,13 +211,13 @@ class LatentObjective(Objective, Generic[AnyTask]):
             parts[f"timestep {timestep}"] = F.mse_loss(output.float(), expected)
         return Loss(torch.stack(list(parts.values())).mean(), parts)
 
-    def _preflight(self, seed: int, device: torch.device, preflight: Preflight | None) -> None:
+    def _preflight(self, preflight: Preflight | None) -> None:
         """Find what is wrong with a recipe before `_prepare`, which may take hours.
 
         Raises:
             ConfigError: the loss is masked, and no image has a mask.
         """
-        source = self._source(seed)
+        source = self._source()
         if self.task.loss.masked and source.per_item and not _has_masks(source.data):
             raise ConfigError(
                 "task.loss.masked is true, but no image of the training set has a mask; add masks, or leave it out"
@@ -211,17 +227,17 @@ class LatentObjective(Objective, Generic[AnyTask]):
         encoder = ShapeOnlyEncoder(self._vae[0], torch.device("cpu"))
         self._latents = OnTheFlyLatents(source, encoder, self._cond_kind)
         # Not in `cache_dir`, which all processes must enter with the same captions.
-        self._choose_conditioner(device, None)
+        self._choose_conditioner(None)
         preflight(self)
 
-    def _prepare(self, seed: int, device: torch.device) -> None:
+    def _prepare(self) -> None:
         """Encode the images, and their captions where that can be done once."""
-        self._encode_images(seed, device)
+        self._encode_images()
         page_out(nn.ModuleList(self._vae))
-        captions = self._choose_conditioner(device, self.task.cache_dir)
+        captions = self._choose_conditioner(self.task.cache_dir)
         self._conditioner.add(captions)
 
-    def _choose_conditioner(self, device: torch.device, cache_dir: Path | None) -> Set[str]:
+    def _choose_conditioner(self, cache_dir: Path | None) -> Set[str]:
         """Set up the conditioning on captions: encoded once, or in every step by the child `text_encoder`.
 
         Returns:
@@ -235,16 +251,18 @@ class LatentObjective(Objective, Generic[AnyTask]):
         if self._conditioner.trains or captions is None or too_many:
             self.text_encoder = self._text.module
             return set()
-        self._conditioner = TextConditioner(self._text, CaptionCache(self._text, device, cache_dir))
+        self._conditioner = TextConditioner(self._text, CaptionCache(self._text, self._device, cache_dir))
         return captions
 
-    def _encode_images(self, seed: int, device: torch.device) -> None:
-        source, cache_dir = self._source(seed), self.task.cache_dir
-        self._latents = encode_views(self._vae[0], device, source, cond=self._cond_kind, cache_dir=cache_dir)
+    def _encode_images(self) -> None:
+        source, cache_dir = self._source(), self.task.cache_dir
+        self._latents = encode_views(
+            self._vae[0], self._device, source, cond=self._cond_kind, cache_dir=cache_dir
+        )
 
-    def _source(self, seed: int) -> ViewSource:
+    def _source(self) -> ViewSource:
         """The views to encode: by default those of the images, unchanged."""
-        return ViewSource(self._data, self.task.views_per_image, seed)
+        return ViewSource(self._data, self.task.views_per_image, self._seed)
 
     @property
     def _cond_kind(self) -> CondKind:

@@ -43,10 +43,7 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
     Without an autoencoder the mean of the cached views is the pixels, and their standard deviation 0.
 
     Args:
-        task: what the recipe says.
-        data: the captioned images.
-        seed: the run's seed, which determines the cached views.
-        device: where the images are encoded; the objective itself stays on the CPU.
+        task, data, seed, device: see LatentObjective.
         init_from: a folder in the diffusers layout whose UNet, text encoder and tokenizer to start from, instead of
             random weights and a tokenizer made from the captions.
         assets: the folder that `save_tokenizer` wrote to, if the run is resumed.
@@ -69,7 +66,7 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
         assets: Path | None = None,
         preflight: Preflight | None = None,
     ) -> None:
-        super().__init__(task, data, Scheduler.from_config(task.scheduler))
+        super().__init__(task, data, Scheduler.from_config(task.scheduler), seed=seed, device=device)
         unet_config = UNetConfig.from_json(task.unet)
         text_config = CLIPTextConfig.from_json(task.text_encoder)
         self._vae = load_vae(task.vae)
@@ -87,8 +84,8 @@ class TextToImageObjective(LatentObjective[TextToImageTask]):
             _load_unet(self.unet, origin, task.reinit_layers)
         self._text = _text_encoder(text_config, data, origin, assets)
         self._text.module.requires_grad_(task.train_text_encoder)
-        self._preflight(seed, device, preflight)
-        self._prepare(seed, device)
+        self._preflight(preflight)
+        self._prepare()
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer, without which the weights are useless."""
