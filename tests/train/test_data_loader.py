@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +20,8 @@ from latentgen.train.data_loader import load_batches
 from latentgen.train.objectives import build_objective
 from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.latents import ViewEncoder, ViewSource
-from latentgen.train.trainer import train
 from tests.train.finetuning import Pictures
 from tests.train.recipes import MakeRecipe
-from tests.train.runs import assert_same_checkpoint, rows_of
 
 STEPS = 3
 FRESH = ("task.views_per_image=0",)
@@ -116,18 +113,6 @@ def test_workers_draw_new_views_and_leave_the_autoencoder_to_the_parent(
     ):
         list(prepared)
     assert not str(caught.value).endswith(f" {os.getpid()}")
-
-
-def test_a_run_with_workers_is_the_same_run(autoencoder_recipe: MakeRecipe, tmp_path: Path):
-    alone = autoencoder_recipe("gradient_accumulation_steps=2", "max_steps=3")
-    train(alone)
-    helped = autoencoder_recipe(
-        "gradient_accumulation_steps=2", "max_steps=3", "workers=2", f"output_dir={tmp_path / 'helped'}"
-    )
-    train(helped)
-    last = "checkpoint-00000003"
-    assert_same_checkpoint(helped.output_dir / last, alone.output_dir / last)
-    assert rows_of(helped) == rows_of(alone)
 
 
 def test_every_worker_works_and_ends():

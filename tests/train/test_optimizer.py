@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 from latentgen.train.checkpoint import flatten_optimizer, restore_optimizer
-from latentgen.train.config import Optimizer
-from latentgen.train.optimizer import build_optimizer
 from tests.train.optimized import (
     BETAS,
     DECAY,
@@ -95,25 +93,6 @@ def test_the_layout_of_a_gradient_does_not_matter(network: Network):
     train(network, make(network), range(3))
     train(other, make(other), range(3), contiguous=True)
     assert torch.equal(network.conv.weight, other.conv.weight)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_state_round_trip(name: str, memory_format: torch.memory_format, network: Network):
-    config = Optimizer.model_validate({"name": name, "learning_rate": RATE})
-    network.to(memory_format=memory_format)
-    optimizer = build_optimizer(network, config)
-    train(network, optimizer, range(3))
-    state = saved_state(optimizer)
-    resumed = copy.deepcopy(network)
-    other = build_optimizer(resumed, config)
-    restore_optimizer(other, state)
-    assert {key: value.tolist() for key, value in flatten_optimizer(other).items()} == {
-        key: value.tolist() for key, value in state.items()
-    }
-    train(network, optimizer, range(3, 6))
-    train(resumed, other, range(3, 6))
-    assert_same_weights(resumed, network)
 
 
 def test_every_group_has_its_learning_rate(network: Network):

@@ -17,7 +17,7 @@ from torch import Tensor
 from latentgen.errors import CheckpointCorruptError, DatasetError
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.config import TrainConfig
-from latentgen.train.data import BatchIndices, Captions, Sample, open_splits, to_tensor
+from latentgen.train.data import BatchIndices, Captions, Sample, open_splits, plan_step, to_tensor
 from latentgen.train.objectives import build_objective, latents
 from latentgen.train.objectives.base import Objective
 from latentgen.train.objectives.latent_cache import encode_views
@@ -340,6 +340,17 @@ def test_what_is_shown_is_changed_with_random_numbers_that_can_be_had_again(
 def test_a_view_that_shows_nothing(encoder: ImageEncoder):
     with pytest.raises(DatasetError, match="before"):
         encode_views(encoder, CPU, ViewSource(Scribbles(), 1, 0), cond="latents")
+
+
+@pytest.mark.parametrize("degradation", ["colorization", "inpainting"])
+def test_a_batch_is_a_function_of_its_plan(degradation: str, paired_recipe: MakeRecipe):
+    config = paired_recipe(f"task.degradation={degradation}")
+    objective, again = build(config), build(config)
+    assert_same_batches(objective, again)
+    plan = plan_for(objective)
+    (_, part) = plan_step(3, 0, batch_size=8, order=objective.order, parts=2, rank=0, processes=1)
+    for whole, half in zip(objective.batch(plan), objective.batch(part), strict=True):
+        assert torch.equal(whole[list(part.samples)], half)
 
 
 def test_fresh_batches_are_functions_of_their_plans(recipe: MakeRecipe, tmp_path: Path):

@@ -74,6 +74,16 @@ def test_over_a_whole_run_each_caption_is_encoded_once(recipe: MakeRecipe, monke
     assert passes == [32]  # these and the empty caption, filled up
 
 
+def test_captions_belong_to_their_images_and_are_dropped(recipe: MakeRecipe):
+    texts = [f"{colour} disc" for colour in sorted(COLOURS)]
+    for rate, caption_of in ((0, lambda item: texts[item // 2]), (1, lambda _: "")):
+        objective = build(recipe(f"task.caption_dropout={rate}"))
+        plan = plan_for(objective, size=12)
+        context = objective.batch(plan)[3]
+        expected = objective._text.encode([caption_of(item) for item in plan.items]).context
+        torch.testing.assert_close(context, expected, atol=2e-6, rtol=1e-5)
+
+
 def test_what_moves_to_the_device_holds_neither_text_encoder_nor_autoencoder(recipe: MakeRecipe):
     objective = build(recipe())
     assert {name.split(".")[0] for name in objective.state_dict()} == {"unet"}
