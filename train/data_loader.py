@@ -38,7 +38,6 @@ def load_batches(
     Raises:
         ConfigError: workers are requested on a system that cannot fork.
         LostProcessError: a worker died.
-        LatentgenError: of any kind, from the objective.
     """
     if not workers:
         yield ((plan, objective.batch(plan)) for plan in plans)

@@ -192,16 +192,7 @@ def _is_distributed() -> bool:
 
 
 def check_same_start(accelerator: Accelerator, step: int | None, output_dir: Path) -> None:
-    """Refuse a run whose processes found different checkpoints.
-
-    Args:
-        accelerator: of this process.
-        step: of the checkpoint that this process resumes from; None for a new run.
-        output_dir: where it looked.
-
-    Raises:
-        ResumeError: the processes look into different folders.
-    """
+    """Refuse, with a ResumeError, a run whose processes found checkpoints of different steps (None: no checkpoint)."""
     if accelerator.num_processes == 1:
         return
     own_step = torch.tensor([-1 if step is None else step], device=accelerator.device)

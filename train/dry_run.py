@@ -6,19 +6,15 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 from latentgen.train.config import FinetuneTask, TrainConfig
-from latentgen.train.data import open_splits
 from latentgen.train.distributed import build_accelerator, gather
-from latentgen.train.memory import apply_memory_options
-from latentgen.train.objectives import build_objective
-from latentgen.train.run_dir import check_same_data, state_to_resume
-from latentgen.train.trainer import Trainer, check_objective
+from latentgen.train.run_dir import state_to_resume
+from latentgen.train.trainer import build_trainer
 
 _STEPS = 3
 _SECONDS = 20.0
@@ -96,23 +92,13 @@ def dry_run(config: TrainConfig) -> DryRunReport:
     """
     accelerator = build_accelerator(config)
     state = state_to_resume(config)
-    torch.manual_seed(config.seed)
-    splits = open_splits(config)
-    if state is not None:
-        check_same_data(state, splits.digest, config, quiet=not accelerator.is_main_process)
     with TemporaryDirectory() as own_scratch:
         # One folder for all processes, which generate the class images together.
         scratch = Path(gather([own_scratch])[0])
-        objective = build_objective(
-            _without_outputs(config, scratch),
-            device=accelerator.device,
-            assets=None if state is None else config.output_dir,
-            data=splits.training,
-            preflight=partial(check_objective, config, accelerator, splits.validation),
-        )
+        trial = _without_outputs(config, scratch)
+        trainer, splits = build_trainer(trial, accelerator, state, assets=config.output_dir)
         accelerator.wait_for_everyone()
-    apply_memory_options(config, accelerator, objective)
-    trainer = Trainer(config, accelerator, objective, held_out=splits.validation)
+    objective = trainer.objective
     counts_memory = accelerator.device.type == "cuda"
     if counts_memory:
         torch.cuda.reset_peak_memory_stats(accelerator.device)

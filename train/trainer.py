@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from latentgen.errors import NumericalError, ResumeError
 from latentgen.files import atomic_folder
 from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
 from latentgen.train.config import TrainConfig
-from latentgen.train.data import BatchIndices, CaptionedDataset, open_splits, plan_step, sample_rng
+from latentgen.train.data import BatchIndices, CaptionedDataset, Splits, open_splits, plan_step, sample_rng
 from latentgen.train.data_loader import PlannedBatch, load_batches
 from latentgen.train.distributed import (
     agree_on_signal,
@@ -59,8 +58,7 @@ def train(config: TrainConfig) -> Path:
         InputError: a validation prompt cannot be rendered.
         DatasetError: the training set has errors.
         CheckpointError: a model that the recipe builds on cannot be used.
-        ResumeError: the run exists and resume is off, or there is nothing to resume, or the recipe or the training set
-            has changed.
+        ResumeError: `resume` does not fit what the folder holds, or the recipe or the training set has changed.
         RunLockedError: another process writes into the same folder.
         MemoryBudgetError: a step does not fit into the device's memory.
         NumericalError: the loss or the weights are not finite.
@@ -68,48 +66,57 @@ def train(config: TrainConfig) -> Path:
         OutputError: the folder cannot be written.
     """
     accelerator = build_accelerator(config)
-    output_dir = config.output_dir
-    with run_lock(output_dir, enabled=accelerator.is_main_process), reraise_lost_process():
-        state = state_to_resume(
-            config, processes=accelerator.num_processes, quiet=not accelerator.is_main_process
-        )
+    output_dir, is_main = config.output_dir, accelerator.is_main_process
+    with run_lock(output_dir, enabled=is_main), reraise_lost_process():
+        state = state_to_resume(config, processes=accelerator.num_processes, quiet=not is_main)
         check_same_start(accelerator, None if state is None else state.step, output_dir)
-        torch.manual_seed(config.seed)
-        assets = None if state is None else output_dir
-        parts = open_splits(config)
-        if state is not None:
-            check_same_data(state, parts.digest, config, quiet=not accelerator.is_main_process)
-        objective = build_objective(
-            config,
-            device=accelerator.device,
-            assets=assets,
-            data=parts.training,
-            preflight=partial(check_objective, config, accelerator, parts.validation),
-        )
-        apply_memory_options(config, accelerator, objective)
-        trainer = Trainer(config, accelerator, objective, held_out=parts.validation, data_digest=parts.digest)
+        trainer, splits = build_trainer(config, accelerator, state, assets=output_dir)
         if state is not None:
             trainer.restore(state)
-        if accelerator.is_main_process:
-            if state is None and isinstance(objective, TextToImageObjective):
-                objective.save_tokenizer(output_dir)
+        if is_main:
+            if state is None and isinstance(trainer.objective, TextToImageObjective):
+                trainer.objective.save_tokenizer(output_dir)
             if (unreached := config.optimizer.unreached(config.max_steps)) is not None:
                 print(f"warning: {unreached}", file=sys.stderr)
         trainer.metrics.start(trainer.step)
         trainer.run()
-        trainer.save_model(output_dir / "model", images=len(parts.training))
+        trainer.save_model(output_dir / "model", images=len(splits.training))
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir / "model"
 
 
-def check_objective(
-    config: TrainConfig, accelerator: Accelerator, held_out: CaptionedDataset | None, objective: Objective
-) -> None:
-    """Refuse what an objective cannot do, before images are generated or encoded, which may take hours."""
-    if config.validation is not None:
-        check_validation(config.validation, held_out, objective)
-    check_memory(config, accelerator, objective)
+def build_trainer(
+    config: TrainConfig, accelerator: Accelerator, state: RunState | None, *, assets: Path
+) -> tuple[Trainer, Splits]:
+    """Open the data and build the objective and its trainer, which does not have the weights of `state` yet.
+
+    Args:
+        config: the recipe.
+        accelerator: of this process.
+        state: the checkpoint to resume from.
+        assets: the folder of the run that is resumed.
+    """
+    torch.manual_seed(config.seed)
+    splits = open_splits(config)
+    if state is not None:
+        check_same_data(state, splits.digest, config, quiet=not accelerator.is_main_process)
+
+    def preflight(objective: Objective) -> None:
+        if config.validation is not None:
+            check_validation(config.validation, splits.validation, objective)
+        check_memory(config, accelerator, objective)
+
+    objective = build_objective(
+        config,
+        device=accelerator.device,
+        assets=None if state is None else assets,
+        data=splits.training,
+        preflight=preflight,
+    )
+    apply_memory_options(config, accelerator, objective)
+    trainer = Trainer(config, accelerator, objective, held_out=splits.validation, data_digest=splits.digest)
+    return trainer, splits
 
 
 class Trainer:

@@ -56,7 +56,7 @@ class Validator:
         config: the recipe, with a section `validation`.
         accelerator: where it runs.
         objective: what is trained.
-        ema: the moving average, by the names of the parameters.
+        ema: the moving average, by parameter name.
         data: the images to measure the loss on, if it is measured.
         metrics: where results go.
 

@@ -49,10 +49,6 @@ _PIPELINES: Mapping[object, type[Pipeline]] = {
 def load_model(init_from: Path | None, task: FinetuneTask) -> Pipeline:
     """The model that fine-tuning starts from, in float32 on the CPU; weights that the file holds so are mapped from it.
 
-    Args:
-        init_from: a folder in the diffusers layout, a single file, or None for the embedded default model.
-        task: what the recipe says.
-
     Raises:
         ConfigError: it is of a family that cannot be fine-tuned here.
         CheckpointError: it cannot be used; the subclass says why.
@@ -198,17 +194,10 @@ def check_fit(
     data: CaptionedDataset,
     in_channels: Mapping[int, str],
 ) -> None:
-    """Refuse configurations that do not fit each other.
+    """Refuse configurations that do not fit each other with a ConfigError that lists all mismatches.
 
-    Args:
-        unet: the UNet's.
-        vae: the autoencoder's.
-        context_width: channels of the text encoder's output.
-        data: the images.
-        in_channels: how many input channels the UNet can have, and for what.
-
-    Raises:
-        ConfigError: listing all mismatches.
+    `context_width` is the channels of the text encoder's output, `in_channels` how many input channels the UNet can
+    have, and for what.
     """
     problems = []
     if unet.in_channels not in in_channels:
