@@ -17,6 +17,7 @@ from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.methods.lora import DIFFUSERS_FILE, KOHYA_FILE
 from latentgen.train.objectives.finetune import FinetuneObjective
 from tests.train.finetuning import build, folder_of, objective_of, randomize
+from tests.train.oracles import images_of
 from tests.train.recipes import plan_for
 
 METHOD = {"kind": "lora", "rank": 3, "alpha": 2.0, "train_text_encoder": True}
@@ -33,18 +34,8 @@ def trained(method: dict[str, Any], family: str, tmp_path: Path, **fields: Any) 
     return objective
 
 
-def image_of(pipeline: TextToImagePipeline) -> np.ndarray:
-    drawn = pipeline(
-        "red cat", num_inference_steps=3, guidance_scale=3.0, seed=4, output_type="np", progress=False
-    )
-    return np.asarray(drawn.images)
-
-
-def image_of_theirs(pipe: Any) -> np.ndarray:
-    generator = [torch.Generator().manual_seed(4)]
-    return pipe(
-        "red cat", num_inference_steps=3, guidance_scale=3.0, generator=generator, output_type="np"
-    ).images
+def image_of(pipeline: Any) -> np.ndarray:
+    return images_of(pipeline, "red cat", guidance_scale=3.0)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -60,7 +51,7 @@ def test_all_readers_draw_the_same(family: str, method: dict[str, Any], tmp_path
         assert np.abs(image_of(plain.with_lora(tmp_path / "model" / file)) - expected).max() < 1e-4
         pipe = build(family)
         pipe.load_lora_weights(tmp_path / "model", weight_name=file)
-        assert np.abs(image_of_theirs(pipe) - expected).max() < 1e-4
+        assert np.abs(image_of(pipe) - expected).max() < 1e-4
 
 
 def test_diffusers_finds_the_file_in_the_folder(tmp_path: Path):

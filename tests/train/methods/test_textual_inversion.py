@@ -15,6 +15,7 @@ from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.methods.textual_inversion import EMBEDDING_FILE, TrainableEmbedding
 from latentgen.train.objectives.finetune import FinetuneObjective
 from tests.train.finetuning import CAPTIONS, Pictures, build, folder_of, objective_of
+from tests.train.oracles import images_of
 from tests.train.recipes import plan_for
 
 METHOD = {"kind": "textual_inversion", "token": "<new>", "initializer": "cat", "num_vectors": 2}
@@ -68,7 +69,7 @@ def test_sd_draws_the_same_in_diffusers_and_here(tmp_path: Path):
     assert np.abs(draw(plain.with_embedding(file)) - expected).max() < 1e-5
     pipe = build("sd")
     pipe.load_textual_inversion(tmp_path / "model", weight_name=EMBEDDING_FILE)
-    assert np.abs(draw_theirs(pipe) - expected).max() < 1e-4
+    assert np.abs(draw(pipe) - expected).max() < 1e-4
     assert np.abs(draw(plain) - expected).max() > 1e-3
 
 
@@ -87,21 +88,11 @@ def test_sdxl_draws_the_same_in_diffusers_and_here(tmp_path: Path):
         ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
     ):
         pipe.load_textual_inversion(tensors[key], token="<new>", text_encoder=encoder, tokenizer=tokenizer)
-    assert np.abs(draw_theirs(pipe) - expected).max() < 1e-4
+    assert np.abs(draw(pipe) - expected).max() < 1e-4
 
 
-def draw(pipeline: TextToImagePipeline) -> np.ndarray:
-    drawn = pipeline(
-        PROMPT, num_inference_steps=3, guidance_scale=3.0, seed=4, output_type="np", progress=False
-    )
-    return np.asarray(drawn.images)
-
-
-def draw_theirs(pipe: Any) -> np.ndarray:
-    generator = [torch.Generator().manual_seed(4)]
-    return pipe(
-        PROMPT, num_inference_steps=3, guidance_scale=3.0, generator=generator, output_type="np"
-    ).images
+def draw(pipeline: Any) -> np.ndarray:
+    return images_of(pipeline, PROMPT, guidance_scale=3.0)
 
 
 def test_the_embedded_model_learns_a_token(tmp_path: Path):

@@ -255,8 +255,6 @@ def test_a_single_file_and_its_folder_begin_alike(tmp_path: Path, monkeypatch: p
     )
     for name, tensor in expected.state_dict().items():
         assert torch.equal(objective.state_dict()[name], tensor), name
-    with pytest.raises(ConfigError, match=r"task\.prediction_type is for single files"):
-        objective_of(FULL, folder, tmp_path, prediction_type="v_prediction")
 
 
 @pytest.mark.parametrize(("kind", "shown"), [("inpainting", 5), ("instruct", 4)])
@@ -288,14 +286,6 @@ def test_a_model_of_text_to_image_turns_into_another_kind(kind: str, shown: int,
     assert (again.inpaints, again.edits) == (kind == "inpainting", kind == "instruct")
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), [("inpainting", "instruct"), ("sdxl", "instruct"), ("instruct", "inpainting")]
-)
-def test_what_cannot_convert_to_another_kind(family: str, kind: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match=rf"task\.convert_to is {kind}"):
-        objective_of(FULL, folder_of(family), tmp_path, convert_to=kind)
-
-
 def edited_index(tmp_path: Path, family: str, **changes: object) -> Path:
     folder = tmp_path / "edited"
     shutil.copytree(folder_of(family), folder)
@@ -318,14 +308,26 @@ def test_the_refiner_is_refused(tmp_path: Path):
         objective_of(FULL, tmp_path / "refiner", tmp_path)
 
 
-def test_an_instructed_model_needs_images_before_the_edit(tmp_path: Path):
+def test_a_model_for_edits_needs_images_before_the_edit(tmp_path: Path):
     with pytest.raises(DatasetError, match="before"):
         objective_of(FULL, folder_of("instruct"), tmp_path, Pictures(edited=False))
 
 
-def test_an_instructed_model_draws_no_class_images(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"task\.prior"):
-        objective_of(FULL, folder_of("instruct"), tmp_path, prior=PRIOR)
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("inpainting", {"convert_to": "instruct"}, r"task\.convert_to is instruct"),
+        ("sdxl", {"convert_to": "instruct"}, r"task\.convert_to is instruct"),
+        ("instruct", {"convert_to": "inpainting"}, r"task\.convert_to is inpainting"),
+        ("instruct", {"prior": PRIOR}, r"task\.prior"),
+        ("instruct", {"caption_dropout": 0.1}, r"task\.caption_dropout"),
+        ("sd", {"conditioning_dropout": 0.1}, r"task\.conditioning_dropout"),
+        ("sd", {"prediction_type": "v_prediction"}, r"task\.prediction_type"),
+    ],
+)
+def test_fields_that_do_not_fit_the_model(family: str, fields: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
+        objective_of(FULL, folder_of(family), tmp_path, **fields)
 
 
 @pytest.mark.parametrize(
@@ -343,11 +345,3 @@ def test_an_instructed_model_draws_no_class_images(tmp_path: Path):
 def test_recipes_that_do_not_fit_themselves(fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         FinetuneTask.model_validate({"kind": "finetune"} | fields)
-
-
-def test_the_rate_of_the_other_kind_of_model_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"task\.caption_dropout"):
-        objective_of(FULL, folder_of("instruct"), tmp_path, caption_dropout=0.1)
-    with pytest.raises(ConfigError, match=r"task\.conditioning_dropout"):
-        objective_of(FULL, folder_of("sd"), tmp_path, conditioning_dropout=0.1)
-    objective_of(FULL, folder_of("sd"), tmp_path, caption_dropout=0.1)

@@ -21,7 +21,7 @@ from latentgen.train.data import open_data, sample_rng, to_tensor
 from latentgen.train.objectives import build_objective
 from latentgen.train.objectives.degradation import DEGRADATIONS
 from latentgen.train.objectives.image_conditioned import PairedObjective
-from tests.train.diffusers_loss import assert_the_loss_is_that_of_diffusers
+from tests.train.oracles import assert_the_loss_is_that_of_diffusers, images_of
 from tests.train.recipes import MakeRecipe, plan_for
 
 
@@ -139,30 +139,10 @@ def test_the_saved_folder_draws_the_same_in_diffusers(paired_recipe: MakeRecipe,
     objective.save(tmp_path, objective.state_dict())
     picture = Image.radial_gradient("L").resize((16, 16)).convert("RGB")
     oracle = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path, safety_checker=None)
-    oracle.set_progress_bar_config(disable=True)
-    theirs = oracle(
-        "red disc",
-        image=picture,
-        num_inference_steps=3,
-        guidance_scale=2,
-        image_guidance_scale=1,
-        generator=[torch.Generator().manual_seed(4)],
-        output_type="np",
-    ).images
+    theirs = images_of(oracle, "red disc", image=picture, guidance_scale=2, image_guidance_scale=1)
     pipeline = ConcatImagePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
     assert pipeline.default_guidance_scale == 2.0
-    ours = pipeline(
-        "red disc", image=picture, num_inference_steps=3, seed=4, output_type="np", progress=False
-    )
-    assert np.abs(np.asarray(ours.images) - theirs).max() < 1e-4
-
-
-def test_half_precision_halves_the_file(paired_recipe: MakeRecipe, tmp_path: Path):
-    objective = build(paired_recipe("task.save_half=true"))
-    objective.save(tmp_path, objective.state_dict())
-    for file in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-        tensors = load_file(tmp_path / f"{file}.safetensors")
-        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert np.abs(images_of(pipeline, "red disc", image=picture) - theirs).max() < 1e-4
 
 
 @pytest.mark.parametrize(

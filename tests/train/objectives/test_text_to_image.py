@@ -19,7 +19,7 @@ from latentgen.train.data import open_data
 from latentgen.train.objectives import build_objective
 from latentgen.train.objectives.text_to_image import TextToImageObjective
 from latentgen.train.trainer import train
-from tests.train.diffusers_loss import assert_the_loss_is_that_of_diffusers
+from tests.train.oracles import assert_the_loss_is_that_of_diffusers, images_of
 from tests.train.recipes import COLOURS, MakeRecipe, plan_for
 
 PIXELS = ("task.vae=null", "task.unet.in_channels=3", "task.unet.out_channels=3", "task.unet.sample_size=16")
@@ -113,20 +113,9 @@ def test_the_saved_folder_draws_the_same_in_diffusers(text_to_image_recipe: Make
     objective = build(text_to_image_recipe())
     objective.save(tmp_path, objective.state_dict())
     oracle = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
-    oracle.set_progress_bar_config(disable=True)
-    theirs = oracle(
-        "red disc",
-        num_inference_steps=3,
-        height=16,
-        width=16,
-        generator=torch.Generator().manual_seed(4),
-        output_type="np",
-    ).images
+    theirs = images_of(oracle, "red disc", height=16, width=16)
     pipeline = TextToImagePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
-    ours = pipeline(
-        "red disc", num_inference_steps=3, height=16, width=16, seed=4, output_type="np", progress=False
-    )
-    assert np.abs(np.asarray(ours.images) - theirs).max() < 1e-4
+    assert np.abs(images_of(pipeline, "red disc", height=16, width=16) - theirs).max() < 1e-4
 
 
 def test_half_precision_halves_the_file(text_to_image_recipe: MakeRecipe, tmp_path: Path):

@@ -18,7 +18,7 @@ from latentgen.train.config import TrainConfig, UpscaleTask
 from latentgen.train.data import open_data
 from latentgen.train.objectives.degradation import lower_resolution
 from latentgen.train.objectives.image_conditioned import UpscaleObjective
-from tests.train.diffusers_loss import assert_the_loss_is_that_of_diffusers
+from tests.train.oracles import assert_the_loss_is_that_of_diffusers, images_of
 from tests.train.recipes import MakeRecipe, plan_for
 
 ON_PIXELS = (
@@ -107,28 +107,11 @@ def test_the_saved_folder_draws_the_same_in_diffusers(upscale_recipe: MakeRecipe
     objective.save(tmp_path, objective.state_dict())
     picture = Image.radial_gradient("L").resize((8, 8)).convert("RGB")
     oracle = StableDiffusionUpscalePipeline.from_pretrained(tmp_path)
-    oracle.set_progress_bar_config(disable=True)
-    theirs = oracle(
-        "red disc",
-        image=picture,
-        noise_level=20,
-        num_inference_steps=3,
-        guidance_scale=2,
-        generator=[torch.Generator().manual_seed(4)],
-        output_type="np",
-    ).images
+    arguments = {"image": picture, "noise_level": 20}
+    theirs = images_of(oracle, "red disc", guidance_scale=2, **arguments)
     pipeline = UpscalePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
     assert (pipeline.scale, pipeline.max_noise_level, pipeline.default_guidance_scale) == (2, 77, 2.0)
-    ours = pipeline(
-        "red disc",
-        image=picture,
-        noise_level=20,
-        num_inference_steps=3,
-        seed=4,
-        output_type="np",
-        progress=False,
-    )
-    assert np.abs(np.asarray(ours.images) - theirs).max() < 1e-4
+    assert np.abs(images_of(pipeline, "red disc", **arguments) - theirs).max() < 1e-4
 
 
 def test_on_pixels_the_saved_folder_upscales_as_it_was_trained(upscale_recipe: MakeRecipe, tmp_path: Path):

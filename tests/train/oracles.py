@@ -1,4 +1,4 @@
-"""The loss of a task in latents, computed by diffusers and transformers from what the objective saves."""
+"""What diffusers makes of a model that an objective has saved: the loss of a batch, and images."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentgen.pipelines.base import Pipeline
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from tests.train.recipes import plan_for
 
@@ -54,3 +56,13 @@ def assert_the_loss_is_that_of_diffusers(
     assert (noisy.total / noisy.count).item() == pytest.approx(
         errors[timesteps >= 500].mean().item(), rel=1e-5
     )
+
+
+def images_of(pipeline: Any, prompt: str, **arguments: Any) -> np.ndarray:
+    """Three steps of a pipeline of this library or of diffusers, from the same seed."""
+    if isinstance(pipeline, Pipeline):
+        arguments |= {"seed": 4, "progress": False}
+    else:
+        pipeline.set_progress_bar_config(disable=True)
+        arguments |= {"generator": [torch.Generator().manual_seed(4)]}
+    return np.asarray(pipeline(prompt, num_inference_steps=3, output_type="np", **arguments).images)
