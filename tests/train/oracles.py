@@ -26,16 +26,16 @@ def assert_the_loss_is_that_of_diffusers(
 ) -> None:
     """Save the model to `folder`, and compare the losses of one batch.
 
-    `as_channels` brings the image that the UNet is shown, if there is one, to the size of the latents.
+    `as_channels` brings the image that the UNet is conditioned on, if there is one, to the size of the latents.
     """
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel
 
     objective.save(folder, objective.state_dict())
     plan = plan_for(objective)
-    latents, noise, timesteps, _, *shown = batch = objective.batch(plan)
+    latents, noise, timesteps, _, *cond = batch = objective.batch(plan)
     tokens = objective._text.towers[0].tokenize(objective._captions(objective._latents.batch(plan)))
-    images, levels = shown[:1], shown[1] if len(shown) > 1 else None
+    images, levels = cond[:1], cond[1] if len(cond) > 1 else None
     with torch.no_grad():
         loss = objective(*batch)
         context = CLIPTextModel.from_pretrained(folder / "text_encoder")(tokens[:, 0]).last_hidden_state

@@ -1,4 +1,4 @@
-"""A model in training that stands in for the finished one, and is what it was afterwards."""
+"""Inside the scope a model has the averaged weights; afterwards everything is restored."""
 
 from __future__ import annotations
 

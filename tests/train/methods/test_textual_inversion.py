@@ -1,4 +1,4 @@
-"""What textual inversion learns and saves, in diffusers and here, and what it refuses."""
+"""What textual inversion trains and saves, in diffusers and here, and what it refuses."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ DATA = Pictures(tuple(f"{caption} <new>" for caption in CAPTIONS))
 PROMPT = "a red <new>"
 
 
-def trained(family: str, tmp_path: Path, **changes: Any) -> FinetuneObjective:
+def train(family: str, tmp_path: Path, **changes: Any) -> FinetuneObjective:
     """Three steps of AdamW with weight decay, which reaches every parameter that it is given."""
     objective = objective_of(METHOD | changes, folder_of(family), tmp_path, DATA)
-    learnt = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=0.1, weight_decay=0.1)
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.1)
     for step in range(3):
         objective(*objective.batch(plan_for(objective, step))).total.backward()
         optimizer.step()
@@ -37,14 +37,14 @@ def trained(family: str, tmp_path: Path, **changes: Any) -> FinetuneObjective:
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_the_new_rows_alone_change(family: str, tmp_path: Path):
-    objective = trained(family, tmp_path)
+    objective = train(family, tmp_path)
     fresh = objective_of(METHOD, folder_of(family), tmp_path, DATA).state_dict()
     changed = {
         name for name, tensor in objective.state_dict().items() if not torch.equal(tensor, fresh[name])
     }
-    learnt = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
-    assert changed == learnt
-    assert len(learnt) == (2 if family == "sdxl" else 1)
+    trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    assert changed == trained
+    assert len(trained) == (2 if family == "sdxl" else 1)
     pipe = build(family)
     for tower, name in zip(
         objective.pipeline().text_encoder.towers, ("text_encoder", "text_encoder_2"), strict=False
@@ -61,7 +61,7 @@ def test_the_new_rows_alone_change(family: str, tmp_path: Path):
 
 @pytest.mark.parametrize(("family", "keys"), [("sd", ["<new>"]), ("sdxl", ["clip_g", "clip_l"])])
 def test_all_readers_draw_the_same(family: str, keys: list[str], tmp_path: Path):
-    objective = trained(family, tmp_path)
+    objective = train(family, tmp_path)
     objective.save(tmp_path / "model", objective.state_dict())
     file = tmp_path / "model" / EMBEDDING_FILE
     tensors = load_file(file)

@@ -1,4 +1,4 @@
-"""What is done to the images that a model is shown."""
+"""Degradations of conditioning images, and random masks."""
 
 from __future__ import annotations
 

@@ -46,32 +46,32 @@ def views_of(items: tuple[int, ...]) -> list[Any]:
     return [data.sample(i // 2, sample_rng(3, "cached view", i // 2, i % 2)) for i in items]
 
 
-def test_an_inpainting_model_is_told_a_mask_and_what_it_leaves(tmp_path: Path):
+def test_an_inpainting_model_receives_a_mask_and_the_masked_image(tmp_path: Path):
     objective = objective_of(FULL, folder_of("inpainting"), tmp_path)
     assert objective.inpaints
     plan = plan_for(objective)
-    shown = objective.batch(plan)[4]
-    assert shown.shape == (8, 5, 8, 8)
+    cond = objective.batch(plan)[4]
+    assert cond.shape == (8, 5, 8, 8)
     masked, corners = [], []
     for item, view in zip(plan.items, views_of(plan.items), strict=True):
         mask = np.asarray(random_mask((SIZE, SIZE), sample_rng(3, "degradation", item)))
         kept = torch.from_numpy(mask < 128).float()
         masked.append(to_tensor([view.image]) * kept + (127 / 127.5 - 1) * (1 - kept))  # 8 bits have no 127.5
         corners.append(torch.from_numpy(mask[::2, ::2] > 127).float())
-    assert torch.equal(shown[:, 0], torch.stack(corners))
+    assert torch.equal(cond[:, 0], torch.stack(corners))
     with torch.no_grad():
         posterior = build("inpainting").vae.encode(torch.cat(masked)).latent_dist
     noise = plan.noise(posterior.mean.shape[1:], "shown posterior")
-    assert relative_error(shown[:, 1:], (posterior.mean + posterior.std * noise) * 0.18215) < 1e-3
+    assert relative_error(cond[:, 1:], (posterior.mean + posterior.std * noise) * 0.18215) < 1e-3
 
 
-def test_an_instructed_model_is_shown_the_mode_without_the_scaling_factor(tmp_path: Path):
+def test_an_edit_model_receives_the_mode_without_the_scaling_factor(tmp_path: Path):
     objective = objective_of(FULL, folder_of("instruct"), tmp_path, conditioning_dropout=0.0)
     assert objective.edits
     plan = plan_for(objective)
-    shown = objective.batch(plan)[4]
+    cond = objective.batch(plan)[4]
     expected = encode("instruct", [view.before for view in views_of(plan.items)]).mode()
-    assert relative_error(shown, expected) < 1e-3
+    assert relative_error(cond, expected) < 1e-3
 
 
 @pytest.mark.parametrize("side", [16, 64])
@@ -108,29 +108,29 @@ def all_of(objective: FinetuneObjective) -> BatchIndices:
 
 def class_latents(objective: FinetuneObjective) -> torch.Tensor:
     """The means of the latents of all class images."""
-    (kept,) = objective._class_objective
-    return torch.stack([view.posterior[0] for view in kept._latents.batch(all_of(kept)).views]).float()
+    (classes,) = objective._class_objective
+    return torch.stack([view.posterior[0] for view in classes._latents.batch(all_of(classes)).views]).float()
 
 
 def test_class_images_are_those_of_the_starting_model_and_share_no_noise(tmp_path: Path):
     objective = objective_of(FULL, folder_of("sd"), tmp_path, prior=PRIOR)
     plan = plan_for(objective)
     batch = objective.batch(plan)
-    for mine, kept in zip(batch[:3], batch[4:7], strict=True):
-        assert not torch.equal(mine, kept)
+    for mine, theirs in zip(batch[:3], batch[4:7], strict=True):
+        assert not torch.equal(mine, theirs)
     files = sorted((tmp_path / "class_images").iterdir())
     assert len(files) == 6
     pipeline = TextToImagePipeline.from_pretrained(folder_of("sd"), dtype="float32", device="cpu")
     seeds = [sample_rng(3, "class image", number).getrandbits(63) for number in range(6)]
     drawn = pipeline(["dog"] * 6, height=SIZE, width=SIZE, seed=seeds, progress=False).images
     for file, image in zip(files, drawn, strict=True):
-        with Image.open(file) as kept:
-            assert np.abs(np.asarray(kept).astype(int) - np.asarray(image)).max() <= 1
+        with Image.open(file) as saved:
+            assert np.abs(np.asarray(saved).astype(int) - np.asarray(image)).max() <= 1
     posterior = encode("sd", [Image.open(file) for file in files])
     assert relative_error(class_latents(objective), posterior.mean * 0.18215) < 1e-3
 
 
-def test_class_images_are_drawn_once_and_gone_on_with(tmp_path: Path):
+def test_missing_class_images_are_generated_again(tmp_path: Path):
     first = objective_of(FULL, folder_of("sd"), tmp_path, prior=PRIOR)
     files = sorted((tmp_path / "class_images").iterdir())
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
@@ -146,8 +146,8 @@ def test_class_images_are_drawn_once_and_gone_on_with(tmp_path: Path):
 
 def test_prompts_of_class_images_take_turns(tmp_path: Path):
     objective = objective_of(FULL, folder_of("sd"), tmp_path, prior=PRIOR | {"prompt": ["dog", "tiger"]})
-    (kept,) = objective._class_objective
-    captions = [view.info.captions.texts[0] for view in kept._latents.batch(all_of(kept)).views]
+    (classes,) = objective._class_objective
+    captions = [view.info.captions.texts[0] for view in classes._latents.batch(all_of(classes)).views]
     assert captions == ["dog", "tiger"] * 3
     batch = objective.batch(plan_for(objective))
     contexts = objective._text.encode(["dog", "tiger"]).context
@@ -170,14 +170,14 @@ def dogs(tmp_path: Path) -> Path:
     return folder
 
 
-def test_class_images_of_ones_own_are_used_and_the_missing_ones_drawn(dogs: Path, tmp_path: Path):
+def test_own_class_images_are_used_and_missing_ones_generated(dogs: Path, tmp_path: Path):
     before = {file: file.read_bytes() for file in dogs.rglob("*.*")}
     objective = objective_of(FULL, folder_of("sd"), tmp_path, prior=PRIOR | {"path": str(dogs)})
     assert {file: file.read_bytes() for file in dogs.rglob("*.*")} == before
     drawn = sorted((tmp_path / "class_images").iterdir())
     assert [file.name.rpartition("-")[2] for file in drawn] == ["00003.png", "00004.png", "00005.png"]
-    (kept,) = objective._class_objective
-    captions = [view.info.captions.texts[0] for view in kept._latents.batch(all_of(kept)).views]
+    (classes,) = objective._class_objective
+    captions = [view.info.captions.texts[0] for view in classes._latents.batch(all_of(classes)).views]
     assert captions == ["dog", "dog", "red dog", "dog", "dog", "dog"]
     # Scaled to cover a square, and its middle: in the order of their names.
     own = []
@@ -192,7 +192,7 @@ def test_class_images_of_ones_own_are_used_and_the_missing_ones_drawn(dogs: Path
     assert relative_error(class_latents(objective)[3:], class_latents(everything)[3:]) < 1e-3
 
 
-def test_more_class_images_than_asked_for_are_all_used_and_none_drawn(dogs: Path, tmp_path: Path):
+def test_own_class_images_are_all_used(dogs: Path, tmp_path: Path):
     prior = PRIOR | {"path": str(dogs), "images": 2}
     objective = objective_of(FULL, folder_of("sd"), tmp_path, prior=prior)
     assert len(objective._class_objective[0].order) == 3
@@ -257,13 +257,13 @@ def test_a_single_file_and_its_folder_begin_alike(tmp_path: Path, monkeypatch: p
         assert torch.equal(objective.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize(("kind", "shown"), [("inpainting", 5), ("instruct", 4)])
-def test_a_model_of_text_to_image_turns_into_another_kind(kind: str, shown: int, tmp_path: Path):
+@pytest.mark.parametrize(("kind", "channels"), [("inpainting", 5), ("instruct", 4)])
+def test_a_model_of_text_to_image_converts_to_another_kind(kind: str, channels: int, tmp_path: Path):
     import diffusers
 
     objective = objective_of(FULL, folder_of("sd"), tmp_path, convert_to=kind)
     batch = objective.batch(plan_for(objective))
-    assert batch[4].shape == (8, shown, 8, 8)
+    assert batch[4].shape == (8, channels, 8, 8)
     assert batch[4].abs().mean() > 0.01
     plain = objective_of(FULL, folder_of("sd"), tmp_path)
     loss = objective(*batch).total
@@ -281,7 +281,7 @@ def test_a_model_of_text_to_image_turns_into_another_kind(kind: str, shown: int,
     }[kind]
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
     assert type(pipe).__name__ == name
-    assert pipe.unet.config.in_channels == 4 + shown
+    assert pipe.unet.config.in_channels == 4 + channels
     again = objective_of(FULL, tmp_path / "model", tmp_path)
     assert (again.inpaints, again.edits) == (kind == "inpainting", kind == "instruct")
 

@@ -55,13 +55,13 @@ class Script(NamedTuple):
     def hidden_states(self) -> Tensor:
         return self.pipe.text_encoder(self.input_ids(self.pipe.tokenizer))[0]
 
-    def predict(self, *shown: Tensor, **conditions: Any) -> Tensor:
-        sample = torch.cat([self.noisy(), *shown], dim=1)
+    def predict(self, *cond: Tensor, **conditions: Any) -> Tensor:
+        sample = torch.cat([self.noisy(), *cond], dim=1)
         return self.pipe.unet(sample, self.timesteps, self.hidden_states(), **conditions).sample
 
-    def loss(self, *shown: Tensor) -> Tensor:
-        """As train_text_to_image.py, and the others that differ in what is shown."""
-        return F.mse_loss(self.predict(*shown).float(), self.target().float(), reduction="mean")
+    def loss(self, *cond: Tensor) -> Tensor:
+        """As train_text_to_image.py, and the others that differ in the conditioning image."""
+        return F.mse_loss(self.predict(*cond).float(), self.target().float(), reduction="mean")
 
 
 def script_of(
@@ -160,7 +160,7 @@ def test_dreambooth_with_prior(prediction_type: str, tmp_path: Path):
     plan = plan_for(objective)
     batch = objective.batch(plan)
     assert len(batch) == 8
-    joined = [torch.cat([instance, kept]) for instance, kept in zip(batch[:4], batch[4:], strict=True)]
+    joined = [torch.cat([instance, class_]) for instance, class_ in zip(batch[:4], batch[4:], strict=True)]
     captions = [CAPTIONS[item // 2] for item in plan.items] + ["dog"] * len(plan.items)
     script = Script(pipe, joined[0], joined[1], joined[2], captions)
     model_pred, model_pred_prior = torch.chunk(script.predict(), 2, dim=0)
@@ -197,8 +197,8 @@ def test_textual_inversion(prediction_type: str, tmp_path: Path):
     loss.backward()
     theirs.backward()
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
-    learnt = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    (vectors,) = learnt.values()
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    (vectors,) = trained.values()
     assert vectors.grad is not None
     assert table.grad is not None
     assert (vectors.grad - table.grad[new]).norm() <= 1e-5 * table.grad[new].norm()
@@ -254,7 +254,7 @@ def fixed(item: int) -> Iterator[Any]:
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_instruct(prediction_type: str, tmp_path: Path):
-    """As train_instruct_pix2pix.py: the image before the edit beside the latents, and three kinds of dropout."""
+    """As train_instruct_pix2pix.py: the image before the edit next to the latents, and three kinds of dropout."""
     folder = folder_of("instruct", prediction_type)
     objective = objective_of(FULL, folder, tmp_path, conditioning_dropout=0.2)
     pipe = build("instruct", prediction_type)

@@ -1,4 +1,4 @@
-"""Views in latents: the same kept in memory, kept on disk, and shared by processes; new ones in every step."""
+"""Views in latents: equal in memory, on disk and shared by processes; new ones in every step."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def test_views_of_several_sizes_are_those_of_diffusers(encoder: ImageEncoder, ti
         expected = (posterior.mean + posterior.std * noise) * 0.18215
         latents = views.batch(batch).latents()
         assert latents.shape == expected.shape
-        assert ((latents - expected).norm() / expected.norm()).item() < 1e-3  # kept in float16
+        assert ((latents - expected).norm() / expected.norm()).item() < 1e-3  # stored in float16
 
 
 def test_fresh_views_are_drawn_by_step_and_sample(encoder: ImageEncoder, tiny_checkpoint: Path):
@@ -313,7 +313,7 @@ def test_fresh_views_are_drawn_by_step_and_sample(encoder: ImageEncoder, tiny_ch
 
 
 @pytest.mark.parametrize("per_item", [0, 2])
-def test_what_is_shown_is_changed_with_random_numbers_that_can_be_had_again(
+def test_the_random_numbers_of_a_change_can_be_reproduced(
     encoder: ImageEncoder, per_item: int, tmp_path: Path
 ):
     def brightened(view: Sample, rng: random.Random) -> Sample:
@@ -337,7 +337,7 @@ def test_what_is_shown_is_changed_with_random_numbers_that_can_be_had_again(
     assert torch.equal(in_latents.batch(batch).latents(), in_pixels.batch(batch).latents())
 
 
-def test_a_view_that_shows_nothing(encoder: ImageEncoder):
+def test_a_view_without_a_conditioning_image(encoder: ImageEncoder):
     with pytest.raises(DatasetError, match="before"):
         encode_views(encoder, CPU, ViewSource(Scribbles(), 1, 0), cond="latents")
 

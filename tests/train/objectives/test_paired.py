@@ -46,7 +46,7 @@ def test_the_loss_is_that_of_diffusers(
 
 
 @pytest.mark.parametrize("degradation", get_args(Degradation))
-def test_what_is_shown_is_the_degraded_image_encoded_by_diffusers(
+def test_the_conditioning_image_is_the_degraded_image_encoded_by_diffusers(
     degradation: Degradation, paired_recipe: MakeRecipe, tiny_checkpoint: Path
 ):
     from diffusers import AutoencoderKL
@@ -54,7 +54,7 @@ def test_what_is_shown_is_the_degraded_image_encoded_by_diffusers(
     config = paired_recipe("task.views_per_image=1", f"task.degradation={degradation}")
     objective, data = build(config), open_data(config.data)
     plan = plan_for(objective, size=6)
-    latents, *_, shown = objective.batch(plan)
+    latents, *_, cond = objective.batch(plan)
     images = [data.sample(item, random.Random(0)).image for item in plan.items]  # whole: they are square
     degraded = [
         DEGRADATIONS[degradation](image, sample_rng(5, "degradation", item))
@@ -64,7 +64,7 @@ def test_what_is_shown_is_the_degraded_image_encoded_by_diffusers(
     with torch.no_grad():
         expected = vae.encode(to_tensor(degraded)).latent_dist.mode()
         posterior = vae.encode(to_tensor(images)).latent_dist
-    assert ((shown - expected).norm() / expected.norm()).item() < 1e-3  # kept in float16
+    assert ((cond - expected).norm() / expected.norm()).item() < 1e-3  # stored in float16
     drawn = (posterior.mean + posterior.std * plan.noise(posterior.mean.shape[1:], "posterior")) * 0.18215
     assert ((latents - drawn).norm() / drawn.norm()).item() < 1e-3
 
@@ -103,13 +103,13 @@ def test_a_text_to_image_model_is_where_it_begins(
     loss.total.backward()
     kernel = objective.unet.conv_in.weight
     assert kernel.grad is not None
-    assert kernel.grad[:, 4:].abs().max() > 0  # what counts for nothing at first is learnt
+    assert kernel.grad[:, 4:].abs().max() > 0  # weights of 0 are trained, too
     old = load_file(tiny_checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
     for name, weight in objective.unet.state_dict().items():
-        begun = old[name]
+        initial = old[name]
         if name == "conv_in.weight":
-            begun = torch.cat([begun, torch.zeros_like(begun)], dim=1)
-        assert torch.equal(weight, begun), name
+            initial = torch.cat([initial, torch.zeros_like(initial)], dim=1)
+        assert torch.equal(weight, initial), name
     assert all(parameter.requires_grad for parameter in objective.unet.parameters())
 
 

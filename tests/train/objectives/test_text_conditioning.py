@@ -164,11 +164,11 @@ def test_processes_that_prepare_batches_change_nothing(
 def test_networks_that_were_on_another_device_have_the_same_tensors():
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     tensors = {name: tensor.data_ptr() for name, tensor in network.state_dict().items()}
-    learnt = list(network.parameters())
+    trained = list(network.parameters())
     with temporarily_on(network, torch.device("meta")):
         assert all(tensor.is_meta for tensor in network.state_dict().values())
     assert {name: tensor.data_ptr() for name, tensor in network.state_dict().items()} == tensors
-    assert all(now is then for now, then in zip(network.parameters(), learnt, strict=True))
+    assert all(now is then for now, then in zip(network.parameters(), trained, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def test_half_precision_halves_the_file(text_to_image_recipe: MakeRecipe, tmp_pa
 def test_resuming_keeps_the_tokenizer(text_to_image_recipe: MakeRecipe, image_folder: Path, tmp_path: Path):
     first = build(text_to_image_recipe())
     first.save_tokenizer(tmp_path / "run")
-    for colour in COLOURS:  # a tokenizer made anew would differ
+    for colour in COLOURS:  # a tokenizer generated again would differ
         (image_folder / f"{colour}.txt").write_text(f"circular {colour}", "utf-8")
     resumed = build(text_to_image_recipe(), assets=tmp_path / "run")
     assert resumed._text.tokenizer.get_vocab() == first._text.tokenizer.get_vocab()

@@ -56,8 +56,8 @@ def test_the_loss_is_that_of_diffusers(
     overrides = (f"task.scheduler.prediction_type={prediction_type}", f"task.unet.in_channels={channels}")
     objective = build(upscale_recipe(*overrides, *(ON_PIXELS if channels == 6 else ())))
     as_channels: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
-        6: lambda shown: F.interpolate(shown, size=(16, 16), mode="bicubic"),
-        7: lambda shown: shown,
+        6: lambda cond: F.interpolate(cond, size=(16, 16), mode="bicubic"),
+        7: lambda cond: cond,
         16: space_to_depth,
     }
     assert_the_loss_is_that_of_diffusers(
@@ -65,12 +65,12 @@ def test_the_loss_is_that_of_diffusers(
     )
 
 
-def test_what_is_shown_is_the_image_noised_by_diffusers(upscale_recipe: MakeRecipe):
+def test_the_conditioning_image_is_the_image_noised_by_diffusers(upscale_recipe: MakeRecipe):
     from diffusers import DDPMScheduler
 
     objective = build(upscale_recipe("task.views_per_image=1"))
     plan = plan_for(objective)
-    *_, shown, levels = objective.batch(plan)
+    *_, cond, levels = objective.batch(plan)
     clean = [
         torch.from_numpy(np.array(objective_image(objective, upscale_recipe().data, item)))
         for item in plan.items
@@ -78,12 +78,12 @@ def test_what_is_shown_is_the_image_noised_by_diffusers(upscale_recipe: MakeReci
     images = torch.stack(clean).permute(0, 3, 1, 2) / 127.5 - 1
     scheduler = DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear")
     noise = plan.noise(images.shape[1:], "low-resolution noise")
-    torch.testing.assert_close(shown, scheduler.add_noise(images, noise, levels), atol=1e-5, rtol=1e-4)
-    assert shown.shape == (8, 3, 8, 8)
+    torch.testing.assert_close(cond, scheduler.add_noise(images, noise, levels), atol=1e-5, rtol=1e-4)
+    assert cond.shape == (8, 3, 8, 8)
 
 
 def objective_image(objective: UpscaleObjective, data, item: int) -> Image.Image:
-    """Item `item` of the tiny recipe in low resolution, made anew."""
+    """Item `item` of the tiny recipe in low resolution, generated again."""
     from latentgen.train.data import sample_rng
 
     view = open_data(data).sample(item, random.Random(0))  # a folder's views have nothing random
@@ -116,8 +116,8 @@ def test_the_saved_folder_draws_the_same_in_diffusers(upscale_recipe: MakeRecipe
 
 def test_on_pixels_the_saved_folder_upscales_as_it_was_trained(upscale_recipe: MakeRecipe, tmp_path: Path):
     objective = build(upscale_recipe(*ON_PIXELS))
-    latents, *_, shown, _ = objective.batch(plan_for(objective))
-    assert (latents.shape, shown.shape) == ((8, 3, 16, 16), (8, 3, 8, 8))
+    latents, *_, cond, _ = objective.batch(plan_for(objective))
+    assert (latents.shape, cond.shape) == ((8, 3, 16, 16), (8, 3, 8, 8))
     objective.save(tmp_path, objective.state_dict())
     pipeline = UpscalePipeline.from_pretrained(tmp_path, dtype="float32", device="cpu")
     assert (pipeline.scale, pipeline.max_noise_level, pipeline.default_guidance_scale) == (2, 350, 9.0)
