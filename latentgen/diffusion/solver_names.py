@@ -43,11 +43,8 @@ Sigmas = Literal["karras", "exponential", "beta", "sgm_uniform", "align_your_ste
 
 @dataclass(frozen=True)
 class SolverNames:
-    """The names of a solver elsewhere, and what it is good for.
+    """A solver: its name in A1111 and recipes, its class in diffusers, which solvers may share, and its use.
 
-    sampler: its name in A1111 and its relatives, and in recipes.
-    diffusers_class: that of diffusers, which some solvers share.
-    good_for: one line.
     sigmas: those that may replace its spacing of timesteps.
     automatic: those that A1111 uses with the schedule type "Automatic".
     """
@@ -61,44 +58,31 @@ class SolverNames:
 
 @dataclass(frozen=True)
 class SigmasNames:
-    """The names of a spacing in sigma_ve elsewhere, and what it is good for.
-
-    schedule_type: its name in A1111 and its relatives, and in recipes.
-    flag: the key of diffusers' ``scheduler_config.json`` that asks for it, if one does.
-    good_for: one line.
-    """
+    """A spacing in sigma_ve: its name in A1111 and recipes, its flag in diffusers' configs if any, and its use."""
 
     schedule_type: str
     flag: str | None
     good_for: str
 
 
+# fmt: off
 SIGMAS: dict[Sigmas, SigmasNames] = {
-    "karras": SigmasNames(
-        "Karras", "use_karras_sigmas", "More of the steps at little noise: fine detail in few steps."
-    ),
-    "exponential": SigmasNames(
-        "Exponential",
-        "use_exponential_sigmas",
-        "Even in the logarithm of the noise: still more at little noise; for DPM++ 2M SDE and 3M SDE.",
-    ),
-    "beta": SigmasNames(
-        "Beta", "use_beta_sigmas", "Denser at both ends: composition and detail in few steps."
-    ),
-    "sgm_uniform": SigmasNames(
-        "SGM Uniform",
-        None,
-        "Even timesteps that stop short of the end: for Lightning, Turbo and other fast models.",
-    ),
-    "align_your_steps": SigmasNames(
-        "Align Your Steps",
-        None,
-        "Optimized for SD 1.5 at 10 steps; SDXL pipelines use align_your_steps_xl instead.",
-    ),
-    "align_your_steps_xl": SigmasNames("Align Your Steps XL", None, "Optimized for SDXL at 10 steps."),
+    "karras": SigmasNames("Karras", "use_karras_sigmas",
+        "More of the steps at little noise: fine detail in few steps."),
+    "exponential": SigmasNames("Exponential", "use_exponential_sigmas",
+        "Even in the logarithm of the noise: still more at little noise; for DPM++ 2M SDE and 3M SDE."),
+    "beta": SigmasNames("Beta", "use_beta_sigmas",
+        "Denser at both ends: composition and detail in few steps."),
+    "sgm_uniform": SigmasNames("SGM Uniform", None,
+        "Even timesteps that stop short of the end: for Lightning, Turbo and other fast models."),
+    "align_your_steps": SigmasNames("Align Your Steps", None,
+        "Optimized for SD 1.5 at 10 steps; SDXL pipelines use align_your_steps_xl instead."),
+    "align_your_steps_xl": SigmasNames("Align Your Steps XL", None,
+        "Optimized for SDXL at 10 steps."),
 }
+# fmt: on
 _ANY: tuple[Sigmas, ...] = tuple(SIGMAS)
-# diffusers has no flags for this solver, and ignores those that other classes left in its file.
+# diffusers has no flags for Euler ancestral, and ignores those that other classes left in its file.
 _UNFLAGGED: tuple[Sigmas, ...] = tuple(sigmas for sigmas, names in SIGMAS.items() if names.flag is None)
 
 # fmt: off

@@ -1,7 +1,7 @@
-"""What a layer computes once more in the backward pass, in place of keeping it (arXiv:1604.06174).
+"""Activation checkpointing: recompute a layer's activations in the backward pass (arXiv:1604.06174).
 
-All of it, or with "selective" what costs little for the memory that it takes (arXiv:2205.05198, section 5): those
-convolutions, matrix products and attentions are kept of which each element is a sum of many. Both are exact.
+All of them, or with "selective" those that are cheap for their size (arXiv:2205.05198, section 5): results of
+convolutions, matrix products and attention whose elements are sums of many are kept. Both are exact.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.utils.checkpoint import (
 Checkpointing = bool | Literal["selective"]
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
-# Of Stable Diffusion's UNet at 64x64 latents, this keeps the 3x3 convolutions, what is made of wide features, and
-# attention over the pixels of its two upper levels.
+# In Stable Diffusion's UNet at 64x64 latents, this keeps the 3x3 convolutions, the products of wide features, and the
+# attention over pixels at the two highest resolutions.
 _MANY = 1024
-# The attribute of a layer that names its last convolution.
+# The attribute of a layer's last convolution.
 LAST = "conv2"
 _aten = torch.ops.aten
-# Where the right factor of a product stands among its arguments.
+# The index of a product's right factor among its arguments.
 _PRODUCTS: Mapping[object, int] = {_aten.mm.default: 1, _aten.bmm.default: 1, _aten.addmm.default: 2}
 _ATTENTIONS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -41,7 +41,7 @@ _ATTENTIONS = {
 
 
 def run_checkpointed(layer: nn.Module, *inputs: Any, how: Checkpointing) -> Any:
-    """What a layer makes of its inputs; what it keeps for the backward pass is `how`'s."""
+    """Run a layer, with its activations checkpointed as `how` says."""
     if not how:
         return layer(*inputs)
     contexts = recomputing_contexts(how, last=getattr(layer, LAST, None))
@@ -49,17 +49,15 @@ def run_checkpointed(layer: nn.Module, *inputs: Any, how: Checkpointing) -> Any:
 
 
 def recomputing_contexts(how: Checkpointing, *, last: nn.Conv2d | None = None) -> Callable[[], Contexts]:
-    """`context_fn` of torch.utils.checkpoint: contexts of the first computation and of the second.
+    """`context_fn` of torch.utils.checkpoint: the contexts of the forward pass and of the recomputation.
 
-    Args:
-        how: what the layer computes once more.
-        last: its convolution of which nothing else in it needs the result.
+    `last` is a convolution whose result nothing else in the layer needs.
     """
     return partial(_selective, last) if how == "selective" else _full
 
 
 def keeps(operator: object, *arguments: Any) -> bool:
-    """Whether the result of an operator of a layer is kept with "selective" checkpointing."""
+    """Whether "selective" checkpointing keeps the result of an operator."""
     if operator is _aten.convolution.default:
         return arguments[1][0].numel() > _MANY
     if operator in _ATTENTIONS:
@@ -76,7 +74,7 @@ def _selective(last: nn.Conv2d | None) -> Contexts:
     def policy(
         context: SelectiveCheckpointContext, operator: object, *arguments: Any, **options: Any
     ) -> CheckpointPolicy:
-        # The second computation ends where all that is needed is there: it never comes to the last convolution.
+        # The recomputation stops as soon as all needed results are there: it never reaches the last convolution.
         is_last = last is not None and len(arguments) > 1 and arguments[1] is last.weight
         kept = keeps(operator, *arguments) and not is_last
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -86,10 +84,7 @@ def _selective(last: nn.Conv2d | None) -> Contexts:
 
 
 def _same_kernels() -> AbstractContextManager[Any]:
-    """What is computed once more may use the attention kernels that are allowed now, and no others.
-
-    Without it, a forward pass within sdpa_kernel would be computed once more with other kernels, outside of it.
-    """
+    """Limit the recomputation to the attention kernels that are allowed now, inside sdpa_kernel for example."""
     flags = {
         SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
         SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),

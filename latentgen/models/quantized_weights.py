@@ -68,7 +68,7 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
-        return cast(Tensor, _LinearProduct.apply(_in_compute_dtype(input), self))
+        return cast(Tensor, _FrozenProduct.apply(_in_compute_dtype(input), self))
 
 
 class FrozenConv2d(nn.Conv2d):
@@ -83,7 +83,7 @@ class FrozenConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve [B, in, H, W] to [B, out, H', W']."""
-        return cast(Tensor, _Convolution.apply(_in_compute_dtype(input), self))
+        return cast(Tensor, _FrozenProduct.apply(_in_compute_dtype(input), self))
 
 
 def quantize_frozen(module: nn.Module, storage: StorageDtype) -> None:
@@ -105,29 +105,16 @@ def quantize_frozen(module: nn.Module, storage: StorageDtype) -> None:
             layer.stored = QuantizedWeight(weight, storage)
 
 
-class _LinearProduct(torch.autograd.Function):
+class _FrozenProduct(torch.autograd.Function):
     """Saves only the layer for the backward pass: autograd itself would save the dense weight."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: FrozenLinear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(input, layer.stored.dense(input.dtype), _bias(layer, input.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        return grad @ ctx.layer.stored.dense(grad.dtype), None
-
-
-class _Convolution(torch.autograd.Function):
-    """As _LinearProduct."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: FrozenConv2d) -> Tensor:
+    def forward(ctx: Any, input: Tensor, layer: FrozenLinear | FrozenConv2d) -> Tensor:
         ctx.layer, ctx.shape = layer, input.shape
         weight = layer.stored.dense(input.dtype)
-        bias = _bias(layer, input.dtype)
+        bias = None if layer.bias is None else layer.bias.to(input.dtype)
+        if isinstance(layer, nn.Linear):
+            return F.linear(input, weight, bias)
         return F.conv2d(input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
     @staticmethod
@@ -135,12 +122,10 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,), layer = grads, ctx.layer
         weight = layer.stored.dense(grad.dtype)
+        if isinstance(layer, nn.Linear):
+            return grad @ weight, None
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         return conv2d_input(ctx.shape, weight, grad, *geometry), None
-
-
-def _bias(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Tensor | None:
-    return None if layer.bias is None else layer.bias.to(dtype)
 
 
 def _in_compute_dtype(input: Tensor) -> Tensor:

@@ -145,15 +145,17 @@ class UNet(AttentionStage):
         Raises:
             InputError: see :meth:`forward`.
         """
+        self._check_conditioning(class_labels=class_labels, added=added, guidance_scale=guidance_scale)
         if timesteps.ndim == 1:
             timesteps = timesteps[:, None]
-        emb = self.time_embedding(
-            self._sinusoidal(timesteps), self._guidance_emb(guidance_scale, timesteps.device)
-        )
-        if (class_emb := self._class_emb(class_labels)) is not None:
-            emb = emb + class_emb
-        if (added_emb := self._added_emb(added)) is not None:
-            emb = emb + added_emb
+        distilled_guidance = None
+        if guidance_scale is not None:
+            distilled_guidance = self._guidance_emb(guidance_scale, timesteps.device)
+        emb = self.time_embedding(self._sinusoidal(timesteps), distilled_guidance)
+        if class_labels is not None:
+            emb = emb + self._class_emb(class_labels)
+        if added is not None:
+            emb = emb + self._added_emb(added)
         emb = F.silu(emb)
         projected = [resnet.time_emb_proj(emb).unbind(0) for resnet in self._layers(ResnetBlock2D)]
         contexts = tuple(layer.context_key_values(context) for layer in self._layers(Transformer2DModel))
@@ -194,44 +196,40 @@ class UNet(AttentionStage):
             freq_shift=config.freq_shift,
         ).to(self.conv_in.weight.dtype)
 
-    def _guidance_emb(self, guidance_scale: Tensor | float | None, device: torch.device) -> Tensor | None:
+    def _check_conditioning(self, **conditioning: object) -> None:
+        """Check that exactly the conditioning that this UNet requires is present."""
+        required = {
+            "class_labels": self.class_embedding is not None,
+            "added": self.config.addition_embed_type is not None,
+            "guidance_scale": self.config.time_cond_proj_dim is not None,
+        }
+        for name, value in conditioning.items():
+            if required[name] and value is None:
+                raise InputError(f"{name}: this UNet requires it")
+            if not required[name] and value is not None:
+                raise InputError(f"{name}: this UNet has no input for it; leave it out")
+
+    def _guidance_emb(self, guidance_scale: Tensor | float, device: torch.device) -> Tensor:
         """Embed w = guidance_scale - 1 as [1 or B, time_cond_proj_dim] (arXiv:2310.04378, section 4.2)."""
-        width = self.config.time_cond_proj_dim
-        if width is None:
-            if guidance_scale is not None:
-                raise InputError("guidance_scale: this UNet has no input for it; leave it out")
-            return None
-        if guidance_scale is None:
-            raise InputError("guidance_scale: this UNet requires it (time_cond_proj_dim)")
+        assert self.config.time_cond_proj_dim is not None
         w = torch.as_tensor(guidance_scale, dtype=torch.float32, device=device).reshape(-1) - 1.0
-        embedding = timestep_embedding(1000.0 * w, width, flip_sin_to_cos=False, freq_shift=1)
+        embedding = timestep_embedding(
+            1000.0 * w, self.config.time_cond_proj_dim, flip_sin_to_cos=False, freq_shift=1
+        )
         return embedding.to(self.conv_in.weight.dtype)
 
-    def _class_emb(self, labels: Tensor | None) -> Tensor | None:
+    def _class_emb(self, labels: Tensor) -> Tensor:
         """Embed the class labels as [B, time_embed_dim]."""
-        if self.class_embedding is None:
-            if labels is not None:
-                raise InputError("class_labels: this UNet has no class embedding; leave them out")
-            return None
-        if labels is None:
-            raise InputError(
-                "class_labels: this UNet has a class embedding and requires them, one per sample"
-            )
+        assert self.class_embedding is not None
         if self.config.class_embed_type is None:
             return self.class_embedding(labels)
         if self.config.class_embed_type == "timestep":
             return self.class_embedding(self._sinusoidal(labels))
         return self.class_embedding(labels.to(self.conv_in.weight.dtype))
 
-    def _added_emb(self, added: AddedConditioning | None) -> Tensor | None:
+    def _added_emb(self, added: AddedConditioning) -> Tensor:
         """Embed the added conditioning as [B, time_embed_dim]."""
         config = self.config
-        if config.addition_embed_type is None:
-            if added is not None:
-                raise InputError("added: this UNet has no added conditioning; leave it out")
-            return None
-        if added is None:
-            raise InputError("added: this UNet requires AddedConditioning(text_embeds, time_ids)")
         assert config.addition_time_embed_dim is not None
         ids = timestep_embedding(
             added.time_ids,

@@ -221,10 +221,10 @@ def _record_size(sizes: list[int]):
         ({}, {"class_labels": torch.tensor([0, 1])}, "class_labels"),
         ({"num_class_embeds": 3}, {}, "class_labels"),
         ({}, {"added": AddedConditioning(torch.zeros(2, POOLED), torch.zeros(2, 6))}, "added"),
-        (ADDED, {}, "AddedConditioning"),
+        (ADDED, {}, "added"),
         (ADDED, {"added": AddedConditioning(torch.zeros(2, POOLED), torch.zeros(2, 5))}, "60 .*68"),
         ({}, {"guidance_scale": 7.5}, "guidance_scale"),
-        ({"time_cond_proj_dim": 12}, {}, "guidance_scale.*time_cond_proj_dim"),
+        ({"time_cond_proj_dim": 12}, {}, "guidance_scale"),
     ],
     ids=str,
 )

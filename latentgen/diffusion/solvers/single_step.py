@@ -63,18 +63,18 @@ TCD_GAMMA = 0.3
 
 _SIGMA_DATA = 0.5
 
-# Earlier evaluations of a run, the latest first: the whole memory of a multistep solver.
+# Earlier evaluations of a run, the latest first: the only state of a multistep solver.
 History = tuple[Evaluation, ...]
 
 
 class StepInputs(NamedTuple):
-    """What a step may use besides its evaluation and its target.
+    """The inputs of a step besides its evaluation and its target.
 
     index: of the step in the whole run, from 0.
-    history: earlier evaluations, as many as the solver's `memory`, fewer where a run begins.
-    order: the highest order that a step of the solver may have here; it falls towards the end of some runs.
-    is_last: the run ends at the target, where the network is not evaluated.
-    evaluate: runs the network once more, for any x at the target or at the solver's midpoint.
+    history: earlier evaluations, as many as the solver's `memory`, fewer at the beginning of a run.
+    order: the highest order of the step, which falls towards the end of some runs.
+    is_last: the target is the final level, where the network is not evaluated.
+    evaluate: runs the network again, for any x at the target or at the solver's midpoint.
     draw: returns fresh standard normal noise, shaped like x.
     schedule, timestep_scaling: of the Scheduler.
     """
@@ -89,7 +89,7 @@ class StepInputs(NamedTuple):
     timestep_scaling: float
 
 
-# The evaluation where the step begins, the level where it ends -> x at that level.
+# The evaluation at the start of the step, the level at its end, other inputs -> x at that level.
 SolverStep = Callable[[Evaluation, NoiseLevel, StepInputs], Tensor]
 
 

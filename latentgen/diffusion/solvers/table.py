@@ -43,23 +43,22 @@ from latentgen.diffusion.solvers.single_step import (
 class Solver:
     """A step and its conventions.
 
+    default_spacing: of checkpoints that name none.
+    fixed_spacing: always the default, as in the references.
     memory: how many earlier evaluations the step uses.
-    default_spacing: the spacing where a checkpoint names none.
-    fixed_spacing: always the default, whatever the user or checkpoint says, as in the references.
     in_sigma_ve: the levels are spaced in sigma_ve, so fractional timesteps and other sigmas are possible.
     whole_timesteps: when fractional timesteps are rounded: "always", or only with Karras sigmas ("karras").
-    open_end: the lowest point of the spacing is where the run ends, not a timestep that the network sees.
+    open_end: the lowest point of the spacing is the final level, where the network is not evaluated.
     scales_start: the initial noise is scaled by sigma, not by 1, unless the spacing is `leading`.
     distilled: the timesteps are among those of a distillation, original_inference_steps, whatever the spacing.
-    end: the field of the config that may move the end of a run from clean data to the schedule's first level, or
-        "first_level" where it always lies there.
+    end: the field of the config that may move the final level from clean data to the schedule's first level, or
+        "first_level" for always.
     midpoint: the level between two others at which a step evaluates the network, too, if any.
-    lowers_below: in runs of fewer steps than this the order falls to 1 towards the end, unless lower_order_final is
-        false.
-    lowers_at_clean_end: the last step is of first order where it ends in clean data, or euler_at_final asks for it.
+    lowers_below: in runs of fewer steps the order falls to 1 towards the end, unless lower_order_final is false.
+    lowers_at_clean_end: the last step is of first order if it ends in clean data, or with euler_at_final.
     clips, thresholds: which bounds apply to x0.
-    keeps_noise: the bounds leave noise_hat as the network predicted it.
-    flow: for models of a FlowSchedule, and no others.
+    keeps_noise: the bounds do not change noise_hat.
+    flow: for models with a FlowSchedule only.
     """
 
     step: SolverStep
@@ -82,13 +81,7 @@ class Solver:
 
 
 # The conventions that several solvers share; the rows below state the differences.
-_DISCRETE = Solver(
-    deterministic_step,
-    "leading",
-    whole_timesteps="always",
-    clips=True,
-    thresholds=True,
-)
+_DISCRETE = Solver(deterministic_step, "leading", whole_timesteps="always", clips=True, thresholds=True)
 _K_DIFFUSION = Solver(deterministic_step, "linspace", in_sigma_ve=True, scales_start=True)
 _DPMPP = Solver(
     dpmpp_2m_step,
