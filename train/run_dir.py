@@ -171,7 +171,7 @@ def _allowed_changes(state: RunState, config: TrainConfig) -> list[str]:
         raise ResumeError(
             f"the run in {quote(config.output_dir)} began with a recipe of another version: {in_one_line(error)}"
         ) from None
-    before, now = _flatten(saved), _flatten(config)
+    before, now = (_flatten(recipe.model_dump(mode="json")) for recipe in (saved, config))
     changes = {
         field: f"{field} was {before.get(field)}, is {now.get(field)}"
         for field in sorted(before.keys() | now.keys())
@@ -197,15 +197,10 @@ def _is_named(field: str, names: Collection[str]) -> bool:
     return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
-def _flatten(config: TrainConfig) -> dict[str, Any]:
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields of a recipe as JSON, nested ones under dotted names."""
     flat: dict[str, Any] = {}
-    sections: list[tuple[str, Mapping[str, Any]]] = [("", config.model_dump(mode="json"))]
-    while sections:
-        prefix, fields = sections.pop()
-        for name, value in fields.items():
-            if isinstance(value, Mapping):
-                sections.append((f"{prefix}{name}.", value))
-            else:
-                flat[prefix + name] = value
+    for name, value in fields.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return flat

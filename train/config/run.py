@@ -31,8 +31,6 @@ Resume = Annotated[
 ]
 
 Tracker = Literal["tensorboard", "wandb"]
-Rule = tuple[bool, str, str]
-"""Whether a rule is broken, the field to change, and how."""
 
 
 class Validation(Section):
@@ -136,122 +134,79 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        rules = (*self._step_rules(), *self._task_rules(), *self._validation_rules())
-        for is_wrong, field, message in rules:
-            if is_wrong:
-                raise ValueError(f"{field}: {message}")
+        problems = [*self._step_problems(), *self._task_problems(), *self._validation_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
-    def _step_rules(self) -> Iterator[Rule]:
+    def _step_problems(self) -> Iterator[str]:
         optimizer, memory, parts = self.optimizer, self.memory, self.gradient_accumulation_steps
-        yield (
-            self.batch_size % parts > 0,
-            "batch_size",
-            f"{self.batch_size} is not a multiple of gradient_accumulation_steps {parts}",
-        )
-        yield (
-            optimizer.step_in_backward and parts > 1,
-            "optimizer.step_in_backward",
-            "gradients are freed at once and cannot be accumulated; set gradient_accumulation_steps to 1 (it is "
-            f"{parts}) and lower batch_size",
-        )
-        yield (
-            memory.offload_optimizer and optimizer.name not in ("adamw", "adafactor"),
-            "memory.offload_optimizer",
-            f"only adamw and adafactor support it; optimizer.name is {optimizer.name}",
-        )
-        yield (
-            memory.offload_optimizer and optimizer.name == "adafactor" and optimizer.step_in_backward,
-            "memory.offload_optimizer",
-            "adafactor with step_in_backward leaves nothing to offload; remove it",
-        )
-        yield (
-            self.takes_gradients is not None and self.mixed_precision == "fp16",
-            self.takes_gradients or "",
-            "the loss scaling of fp16 needs all gradients before the step; set mixed_precision to bf16 or no",
-        )
-        yield (
-            optimizer.text_encoder_learning_rate is not None and not self._trains_text_encoder,
-            "optimizer.text_encoder_learning_rate",
-            "no text encoder is trained with the UNet; set train_text_encoder to true if the task has it, or remove "
-            "this rate",
-        )
-        yield (
-            memory.ema_device == "cpu" and not self.ema_decay,
-            "memory.ema_device",
-            "ema_decay is 0, so there is no moving average; set ema_decay, or remove ema_device",
-        )
-        yield (
-            self.compile and memory.gradient_checkpointing == "selective",
-            "memory.gradient_checkpointing",
-            "compile already selects what to recompute; use one of compile and selective",
-        )
-
-    def _task_rules(self) -> Iterator[Rule]:
-        task, no_weights = self.task, self.init_from is None
-        yield (
-            isinstance(task, AutoencoderTask) and not task.train_encoder and no_weights,
-            "task.train_encoder",
-            "with false, init_from must name the folder of a trained encoder",
-        )
-        yield (
-            isinstance(task, TextToImageTask) and not task.train_text_encoder and no_weights,
-            "task.train_text_encoder",
-            "with false, init_from must name the folder of a trained text encoder",
-        )
-        yield (
-            isinstance(task, TextToImageTask) and bool(task.reinit_layers) and no_weights,
-            "task.reinit_layers",
-            "without init_from all layers are initialized at random; remove it",
-        )
-        yield (
-            isinstance(task, UpscaleTask) and isinstance(self.data, ImageData) and self.data.buckets,
-            "data.buckets",
-            "task.kind upscale trains on square images; set it to false",
-        )
-
-    def _validation_rules(self) -> Iterator[Rule]:
-        validation, task, fraction = self.validation, self.task, self.validation_fraction
-        if validation is None:
+        if self.batch_size % parts:
+            yield f"batch_size: {self.batch_size} is not a multiple of gradient_accumulation_steps {parts}"
+        if optimizer.step_in_backward and parts > 1:
             yield (
-                fraction > 0,
-                "validation_fraction",
-                "it is set but no validation is configured; add `validation: {loss_every: 500}`, or remove it",
+                "optimizer.step_in_backward: gradients are freed at once and cannot be accumulated; set "
+                f"gradient_accumulation_steps to 1 (it is {parts}) and lower batch_size"
             )
+        if memory.offload_optimizer and optimizer.name not in ("adamw", "adafactor"):
+            yield f"memory.offload_optimizer: only for adamw and adafactor; optimizer.name is {optimizer.name}"
+        if memory.offload_optimizer and optimizer.name == "adafactor" and optimizer.step_in_backward:
+            yield "memory.offload_optimizer: adafactor with step_in_backward leaves nothing to offload; remove it"
+        if self.takes_gradients is not None and self.mixed_precision == "fp16":
+            yield (
+                f"{self.takes_gradients}: the loss scaling of fp16 needs all gradients before the step; set "
+                "mixed_precision to bf16 or no"
+            )
+        if optimizer.text_encoder_learning_rate is not None and not self._trains_text_encoder:
+            yield (
+                "optimizer.text_encoder_learning_rate: no text encoder is trained with the UNet; set "
+                "train_text_encoder to true if the task has it, or remove this rate"
+            )
+        if memory.ema_device == "cpu" and not self.ema_decay:
+            yield "memory.ema_device: without ema_decay there is no moving average; set it, or remove ema_device"
+        if self.compile and memory.gradient_checkpointing == "selective":
+            yield (
+                "memory.gradient_checkpointing: compile already selects what to recompute; use one of compile and "
+                "selective"
+            )
+
+    def _task_problems(self) -> Iterator[str]:
+        task, no_weights = self.task, self.init_from is None
+        if isinstance(task, AutoencoderTask) and not task.train_encoder and no_weights:
+            yield "task.train_encoder: with false, init_from must name the folder of a trained encoder"
+        if isinstance(task, TextToImageTask) and not task.train_text_encoder and no_weights:
+            yield "task.train_text_encoder: with false, init_from must name the folder of a trained text encoder"
+        if isinstance(task, TextToImageTask) and task.reinit_layers and no_weights:
+            yield "task.reinit_layers: without init_from all layers are initialized at random; remove it"
+        if isinstance(task, UpscaleTask) and isinstance(self.data, ImageData) and self.data.buckets:
+            yield "data.buckets: task.kind upscale trains on square images; set it to false"
+
+    def _validation_problems(self) -> Iterator[str]:
+        validation, task = self.validation, self.task
+        if validation is None:
+            if self.validation_fraction:
+                yield (
+                    "validation_fraction: it is set but no validation is configured; add "
+                    "`validation: {loss_every: 500}`, or remove it"
+                )
             return
         needs_image = isinstance(task, UpscaleTask | PairedTask)
-        yield (
-            bool(validation.prompts) and (needs_image or isinstance(task, AutoencoderTask)),
-            "validation.prompts",
-            f"models of task.kind {task.kind} generate nothing from a prompt alone; remove them, and set "
-            "validation_fraction or validation.data, and validation.images",
-        )
+        if validation.prompts and (needs_image or isinstance(task, AutoencoderTask)):
+            yield (
+                f"validation.prompts: models of task.kind {task.kind} generate nothing from a prompt alone; remove "
+                "them, and set validation_fraction or validation.data, and validation.images"
+            )
         # Of a fine-tuned model the checkpoint says whether it takes images.
-        yield (
-            validation.images > 0 and not (needs_image or isinstance(task, FinetuneTask)),
-            "validation.images",
-            f"models of task.kind {task.kind} take no input image; remove it",
-        )
-        yield (
-            validation.images > 0 and not self.measures,
-            "validation.images",
-            "there are no validation images; set validation_fraction or validation.data",
-        )
-        yield (
-            validation.data is not None and validation.data.image_size != self.data.image_size,
-            "validation.data.image_size",
-            f"it must equal data.image_size, {self.data.image_size}",
-        )
-        yield (
-            validation.data is not None and fraction > 0,
-            "validation.data",
-            "validation_fraction already provides the validation images; remove one of them",
-        )
-        yield (
-            not validation.prompts and not self.measures,
-            "validation",
-            "it has nothing to do; set prompts or data in it, or validation_fraction",
-        )
+        if validation.images and not (needs_image or isinstance(task, FinetuneTask)):
+            yield f"validation.images: models of task.kind {task.kind} take no input image; remove it"
+        if validation.images and not self.measures:
+            yield "validation.images: no validation images; set validation_fraction or validation.data"
+        if validation.data is not None and validation.data.image_size != self.data.image_size:
+            yield f"validation.data.image_size: it must equal data.image_size, {self.data.image_size}"
+        if validation.data is not None and self.validation_fraction:
+            yield "validation.data: validation_fraction also provides the validation images; remove one of them"
+        if not validation.prompts and not self.measures:
+            yield "validation: it has nothing to do; set prompts or data in it, or validation_fraction"
 
     @property
     def takes_gradients(self) -> str | None:
