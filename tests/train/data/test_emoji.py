@@ -41,13 +41,10 @@ def test_captions_name_the_ground():
 
 
 def test_missing_files_name_their_package(tmp_path: Path):
-    with pytest.raises(
-        DatasetError, match=r"font\.ttf does not exist: install Debian's fonts-noto-color-emoji"
-    ):
-        EmojiSet(font=tmp_path / "font.ttf")
     (tmp_path / "font.ttf").touch()
-    with pytest.raises(DatasetError, match=r"en\.xml does not exist: install Debian's unicode-cldr-core"):
-        EmojiSet(font=tmp_path / "font.ttf", annotations=tmp_path / "en.xml")
+    for font, package in (("none.ttf", "fonts-noto-color-emoji"), ("font.ttf", "unicode-cldr-core")):
+        with pytest.raises(DatasetError, match=package):
+            EmojiSet(font=tmp_path / font, annotations=tmp_path / "en.xml")
 
 
 def test_small_images_are_the_large_ones_reduced(emoji: EmojiSet):
@@ -66,31 +63,20 @@ def test_glyphs(emoji: EmojiSet):
     names = [glyph.name for glyph in emoji.glyphs]
     assert 1340 <= len(emoji) <= 1420  # later versions of Python name a few more codepoints
     assert len(set(names)) == len(names)
-    assert all(
-        name == name.lower() and len(glyph.character) == 1
-        for name, glyph in zip(names, emoji.glyphs, strict=True)
-    )
     assert {"slice of pizza", "tiger face", "hot beverage", "automobile"} <= set(names)
+    for glyph in emoji.glyphs:
+        assert glyph.name == glyph.name.lower()
+        assert len(glyph.character) == 1
+        for nickname, weight in glyph.nicknames.items():
+            # Some names CLDR gives to one glyph and Unicode to another.
+            assert weight == 1 or (weight > 0 and nickname not in names)
 
 
 def test_nicknames_are_the_words_that_people_use(emoji: EmojiSet):
     nicknames = {glyph.name: glyph.nicknames for glyph in emoji.glyphs}
-    assert "pizza" in nicknames["slice of pizza"]
-    assert "coffee" in nicknames["hot beverage"]
-    assert "car" in nicknames["automobile"]
+    for name, nickname in (("slice of pizza", "pizza"), ("hot beverage", "coffee"), ("automobile", "car")):
+        assert nickname in nicknames[name]
     assert "face" not in nicknames["tiger face"]  # too many share it
-    assert all(weight > 0 for glyph in emoji.glyphs for weight in glyph.nicknames.values())
-
-
-def test_no_nickname_is_another_glyphs_name(emoji: EmojiSet):
-    names = {glyph.name for glyph in emoji.glyphs}
-    assert not {nickname for glyph in emoji.glyphs for nickname in glyph.nicknames} & names - {
-        # names that CLDR gives to one glyph and Unicode to another
-        nickname
-        for glyph in emoji.glyphs
-        for nickname, weight in glyph.nicknames.items()
-        if weight == 1
-    }
 
 
 @pytest.mark.parametrize("ground", [None, *GROUNDS])
@@ -131,9 +117,7 @@ def test_views_show_what_their_captions_say(emoji: EmojiSet):
 
 def test_views_are_a_function_of_the_generator(emoji: EmojiSet):
     first, again, other = (emoji.sample(5, random.Random(seed)) for seed in (1, 1, 2))
-    assert first.image.tobytes() == again.image.tobytes()
-    assert first.captions == again.captions
-    assert first.image.tobytes() != other.image.tobytes()
+    assert first == again != other
 
 
 def test_corpus_holds_every_word(emoji: EmojiSet):
@@ -157,6 +141,5 @@ def test_emoji_that_are_held_out_are_in_no_training_set(emoji: EmojiSet):
 
 @pytest.mark.parametrize(("held_out", "part"), [(0, "held_out"), (2000, "training")])
 def test_a_part_without_emoji_is_refused(held_out: int, part: Part, emoji: EmojiSet):
-    message = f"held_out is {held_out} of {len(emoji)} emoji, which leaves none for {part}"
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DatasetError, match=f"held_out is {held_out} of {len(emoji)}"):
         EmojiSet(held_out=held_out, part=part)
