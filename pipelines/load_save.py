@@ -220,26 +220,22 @@ def load_decoder(checkpoint: Checkpoint, options: LoadOptions) -> ImageDecoder:
     """The decoder of a checkpoint's VAE; in pixel space a PixelDecoder."""
     if _is_pixel_space(checkpoint):
         return PixelDecoder()
-    return _load_vae(VAEDecoder, checkpoint, options, DECODER_KEYS, ENCODER_KEYS)
+    return _load_vae(VAEDecoder, checkpoint, options, ENCODER_KEYS)
 
 
 def load_encoder(checkpoint: Checkpoint, options: LoadOptions) -> ImageEncoder:
     """The encoder of a checkpoint's VAE; in pixel space a PixelEncoder."""
     if _is_pixel_space(checkpoint):
         return PixelEncoder()
-    return _load_vae(VAEEncoder, checkpoint, options, ENCODER_KEYS, DECODER_KEYS)
+    return _load_vae(VAEEncoder, checkpoint, options, DECODER_KEYS)
 
 
 def _load_vae(
-    part: type[VAEPart],
-    checkpoint: Checkpoint,
-    options: LoadOptions,
-    keys: tuple[str, ...],
-    ignored: tuple[str, ...],
+    part: type[VAEPart], checkpoint: Checkpoint, options: LoadOptions, ignored: tuple[str, ...]
 ) -> VAEPart:
     with torch.device("meta"):
         module = part(VAEConfig.from_json(checkpoint.config("vae")))
-    _load(module, checkpoint, "vae", options, prefixes=keys, ignored_prefixes=ignored)
+    _load(module, checkpoint, "vae", options, ignored_prefixes=ignored)
     return module
 
 
@@ -306,7 +302,6 @@ def _load(
     component: str,
     options: LoadOptions,
     *,
-    prefixes: tuple[str, ...] = ("",),
     ignored_prefixes: tuple[str, ...] = (),
 ) -> None:
     # Convolution weights in another memory format than the images are converted at every call. Packed ones are not, and
@@ -314,7 +309,6 @@ def _load(
     stays_mapped = options.pack and (can_pack(options.dtype) or options.dtype == torch.float16)
     checkpoint.weights(component, options.variant).load_into(
         module,
-        prefixes=prefixes,
         ignored_prefixes=ignored_prefixes,
         dtype=options.dtype,
         device=options.device,

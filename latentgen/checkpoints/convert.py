@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
 from latentgen.checkpoints.folder import SCHEDULERS, TOKENIZERS, CheckpointFolder, as_path, config_name
@@ -300,18 +301,16 @@ def _state(checkpoint: Checkpoint, component: str) -> dict[str, Tensor]:
     if component in TOKENIZERS:
         tokenizer = checkpoint.tokenizer(TOKENIZERS[component])
         return CLIPText.from_weights(CLIPTextConfig.from_json(config), tokenizer, weights).state_dict()
+    parts: list[tuple[Module, tuple[str, ...]]]
     with torch.device("meta"):
         if component == "unet":
-            unet = UNet(UNetConfig.from_json(config))
+            parts = [(UNet(UNetConfig.from_json(config)), ())]
         else:
             fields = VAEConfig.from_json(config)
-            encoder, decoder = VAEEncoder(fields), VAEDecoder(fields)
-    if component == "unet":
-        weights.load_into(unet)
-        return unet.state_dict()
-    weights.load_into(encoder, prefixes=ENCODER_KEYS, ignored_prefixes=DECODER_KEYS)
-    weights.load_into(decoder, prefixes=DECODER_KEYS, ignored_prefixes=ENCODER_KEYS)
-    return {**encoder.state_dict(), **decoder.state_dict()}
+            parts = [(VAEEncoder(fields), DECODER_KEYS), (VAEDecoder(fields), ENCODER_KEYS)]
+    for module, ignored in parts:
+        weights.load_into(module, ignored_prefixes=ignored)
+    return {name: tensor for module, _ in parts for name, tensor in module.state_dict().items()}
 
 
 def _write(

@@ -17,6 +17,7 @@ from latentgen.checkpoints.identify import likely_architecture
 from latentgen.checkpoints.io import (
     DTYPE_NAMES,
     MAX_TENSORS,
+    TORCH_DTYPES,
     MappedFile,
     TensorInfo,
     check_values,
@@ -73,7 +74,6 @@ class Weights:
         self,
         module: nn.Module,
         *,
-        prefixes: tuple[str, ...] = ("",),
         ignored_prefixes: tuple[str, ...] = (),
         rename: Callable[[str], str] | None = None,
         dtype: torch.dtype | None = None,
@@ -87,11 +87,10 @@ class Weights:
         as it was.
 
         Args:
-            prefixes: keys with one of these prefixes belong to ``module``; the prefix stays in the name.
-            ignored_prefixes: keys of other components, which are skipped; any other key is an error.
+            ignored_prefixes: of keys of other components, which are skipped; any other key is an error.
             dtype: what floating-point tensors become; None keeps the dtype of the file.
             memory_format: of tensors with four dimensions, as convolution kernels have.
-            rename: maps a key of the file to a name in ``module``, after the selection by prefix.
+            rename: maps the other keys of the files to names in ``module``.
 
         With a key map, its names take the place of the keys in these arguments, and other keys of a file are ignored.
 
@@ -109,7 +108,7 @@ class Weights:
                 "holds; make these buffers before the weights are loaded"
             )
         mapped = [MappedFile(file) for file in self.files]
-        sources = _match(mapped, expected, prefixes, ignored_prefixes, rename, self.key_map)
+        sources = _match(mapped, expected, ignored_prefixes, rename, self.key_map)
 
         def load(file: MappedFile, name: str, source: KeySource) -> tuple[str, Tensor]:
             stored = file.tensor(source.key)
@@ -201,7 +200,6 @@ def variant_infix(variant: str | None) -> str:
 def _match(
     files: Sequence[MappedFile],
     expected: Mapping[str, Tensor],
-    prefixes: tuple[str, ...],
     ignored_prefixes: tuple[str, ...],
     rename: Callable[[str], str] | None,
     key_map: KeyMap | None,
@@ -218,7 +216,7 @@ def _match(
             if key_map is None and _VAE_PROJECTION.fullmatch(name):
                 source = source._replace(convolution=True)  # as old files hold them
             info = file.header[source.key]
-            if not label.startswith(prefixes) or name not in expected:
+            if name not in expected:
                 extra[source.key] = info
             elif name in actual:
                 raise CheckpointCorruptError(f"{quote(file.path)}: {quote(source.key)} repeats {quote(name)}")
@@ -256,7 +254,8 @@ def _problems(expected: Mapping[str, Tensor], actual: Mapping[str, TensorInfo], 
     misshapen = [
         f"{name} is {info.dtype} {list(info.shape)} where {list(expected[name].shape)} is expected"
         for name, info in actual.items()
-        if not _fits(info, expected[name])
+        if info.shape != tuple(expected[name].shape)
+        or TORCH_DTYPES[info.dtype].is_floating_point != expected[name].is_floating_point()
     ]
     kinds = {"missing": missing, "extra": list(extra), "misshapen": misshapen}
     return ", ".join(f"{len(names)} {kind} ({first_five(names)})" for kind, names in kinds.items() if names)
@@ -265,11 +264,6 @@ def _problems(expected: Mapping[str, Tensor], actual: Mapping[str, TensorInfo], 
 def first_five(names: Sequence[str]) -> str:
     """The first five names, for an error message."""
     return "; ".join(quote(name)[1:-1] for name in names[:5]) + ("; ..." if len(names) > 5 else "")
-
-
-def _fits(info: TensorInfo, expected: Tensor) -> bool:
-    same_kind = info.dtype.startswith(("F", "BF")) == expected.is_floating_point()
-    return info.shape == tuple(expected.shape) and same_kind
 
 
 def _split(state: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:

@@ -76,9 +76,7 @@ def load_unet(file: SingleFile) -> UNet:
 
 def load_decoder(weights: Any, config: dict[str, object]) -> VAEDecoder:
     decoder = on_meta(VAEDecoder, VAEConfig.from_json(config))
-    weights.load_into(
-        decoder, prefixes=("decoder.", "post_quant_conv."), ignored_prefixes=("encoder.", "quant_conv.")
-    )
+    weights.load_into(decoder, ignored_prefixes=("encoder.", "quant_conv."))
     return decoder
 
 
@@ -125,9 +123,7 @@ def test_weights_are_those_of_the_folder(
     assert_loaded(load_unet(file), states["unet"])
     assert_loaded(load_decoder(file.weights("vae"), file.config("vae")), states["vae"])
     encoder = on_meta(VAEEncoder, VAEConfig.from_json(file.config("vae")))
-    file.weights("vae").load_into(
-        encoder, prefixes=("encoder.", "quant_conv."), ignored_prefixes=("decoder.", "post_quant_conv.")
-    )
+    file.weights("vae").load_into(encoder, ignored_prefixes=("decoder.", "post_quant_conv."))
     assert_loaded(encoder, states["vae"])
     assert file.family == "custom"
     assert file.components == CheckpointFolder.open(tiny_checkpoint).components
