@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
 
 import torch
@@ -29,7 +30,7 @@ from latentgen.pipelines.arguments import (
 from latentgen.pipelines.conditioning import PromptInput, Prompts, is_sdxl, read_prompts
 from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.size_conditioning import SizeConditioning
-from latentgen.prompts import DEFAULT_SYNTAX, PromptSyntax, read_prompt
+from latentgen.prompts import DEFAULT_SYNTAX, PromptSyntax
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -257,17 +258,13 @@ def read_request(
 ) -> Request:
     """Check the arguments of CallOptions. One prompt serves several input `images`."""
     sampling = choose_sampling(pipeline, scheduler, num_inference_steps, timesteps, sigmas)
-    prompts = read_prompts(pipeline, "prompt", prompt, prompt_syntax, sampling.total)
+    read = partial(read_prompts, pipeline, prompt_syntax, sampling.total)
+    prompts = read("prompt", prompt)
     prompts *= images if len(prompts) == 1 else 1
     if images not in (1, len(prompts)):
         raise InputError(f"image has {images} entries for {len(prompts)} prompts; pass one or one for each")
-    no_prompt = (
-        None if pipeline.force_zeros_for_empty_prompt else read_prompt("", prompt_syntax, sampling.total)
-    )
-    if negative_prompt is None:
-        negatives: tuple[PromptInput, ...] = (no_prompt,)
-    else:
-        negatives = read_prompts(pipeline, "negative_prompt", negative_prompt, prompt_syntax, sampling.total)
+    no_prompt = (None,) if pipeline.force_zeros_for_empty_prompt else read("negative_prompt", "")
+    negatives = no_prompt if negative_prompt is None else read("negative_prompt", negative_prompt)
     negatives = match_count("negative_prompt", negatives, len(prompts))
     per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
     prompts = tuple(row for row in prompts for _ in range(per_prompt))
@@ -277,14 +274,11 @@ def read_request(
         pipeline.default_guidance_scale if guidance_scale is None else guidance_scale
     )
     # A distilled UNet takes the scale as an input instead.
-    combined_scale = 1.0 if pipeline.unet.config.time_cond_proj_dim else scale
-    options = check_options("guidance", guidance, GuidanceOptions)
-    combine = (
-        ClassifierFree(combined_scale)
-        if options is None
-        else options.guidance(combined_scale, sampling.scheduler)
-    )
-    branches = {1: (), 2: negatives, 3: (no_prompt,) * len(prompts) + negatives}
+    outer_scale = 1.0 if pipeline.unet.config.time_cond_proj_dim else scale
+    combine: Guidance = ClassifierFree(outer_scale)
+    if options := check_options("guidance", guidance, GuidanceOptions):
+        combine = options.guidance(outer_scale, sampling.scheduler)
+    branches = {1: (), 2: negatives, 3: no_prompt * len(prompts) + negatives}
     return Request(
         prompts,
         branches[combine.num_branches],

@@ -38,7 +38,7 @@ def is_sdxl(config: UNetConfig) -> bool:
 
 
 def read_prompts(
-    pipeline: Pipeline, name: str, prompts: Prompts, syntax: PromptSyntax, steps: int
+    pipeline: Pipeline, syntax: PromptSyntax, steps: int, name: str, prompts: Prompts
 ) -> tuple[PromptInput, ...]:
     """One entry for each prompt of the argument `name`, in a run of so many steps.
 

@@ -149,9 +149,10 @@ class InpaintPipeline(Pipeline):
         for index, mask in enumerate(masks):
             if not mask.any():
                 raise InputError(f"mask_image {index} is empty; paint the part to repaint white, or 1")
-        factor, usual, size = self.decoder.spatial_factor, self.unet.config.sample_size, None
+        factor, usual = self.decoder.spatial_factor, self.unet.config.sample_size
+        size = (originals.shape[2], originals.shape[3])
         if padding is None:
-            usual = (-(-originals.shape[2] // factor), -(-originals.shape[3] // factor))
+            usual = (-(-size[0] // factor), -(-size[1] // factor))
         else:
             padding = check_integer("padding_mask_crop", padding, 0, MAX_SIDE)
         if (height, width, padding) != (None, None, None):

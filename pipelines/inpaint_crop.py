@@ -38,8 +38,7 @@ class Canvas:
         masks: float32 [B, 1, H, W], 1 where the images are repainted, 0 elsewhere.
         weights: float32 [B, 1, H, W] in 0..1, the opacity of the repainted image; pixels with 0 do not change.
         boxes: the crop of each image that the model gets.
-        size: height and width of the model's input, which smaller crops are resized to fit into.
-        resizes: whether crops are resized; else they already have that size.
+        size: height and width of the model's input, which crops are resized to fit into.
     """
 
     originals: Tensor
@@ -47,28 +46,25 @@ class Canvas:
     weights: Tensor
     boxes: tuple[Box, ...]
     size: Pair
-    resizes: bool
 
     @classmethod
     def spanned(
-        cls, originals: Tensor, masks: Tensor, *, size: Pair | None, padding: int | None, blur: float
+        cls, originals: Tensor, masks: Tensor, *, size: Pair, padding: int | None, blur: float
     ) -> Canvas:
         """A canvas for images and masks.
 
         Args:
             originals: see Canvas.
             masks: see Canvas; none may be empty.
-            size: the size to resize to; None keeps the size, and needs `padding=None`.
+            size: see Canvas.
             padding: crop to the mask plus this many pixels; None does not crop.
             blur: standard deviation in pixels of the Gaussian blur of `weights`.
         """
-        whole = Box(0, 0, originals.shape[2], originals.shape[3])
-        input_size = whole[2:] if size is None else size
         if padding is None:
-            boxes = (whole,) * len(originals)
+            boxes = (Box(0, 0, originals.shape[2], originals.shape[3]),) * len(originals)
         else:
-            boxes = tuple(mask_bbox(mask[0], padding, input_size[1] / input_size[0]) for mask in masks)
-        return cls(originals, masks, blurred(masks, blur), boxes, input_size, resizes=size is not None)
+            boxes = tuple(mask_bbox(mask[0], padding, size[1] / size[0]) for mask in masks)
+        return cls(originals, masks, blurred(masks, blur), boxes, size)
 
     def model_inputs(self) -> Tensor:
         """The crops that the model gets, float32 [B, 3, h, w] in -1..1."""
@@ -106,8 +102,6 @@ class Canvas:
 
     def _fit(self, box: Box) -> Pair:
         """The size of a crop after resizing, with its aspect ratio."""
-        if not self.resizes:
-            return box.height, box.width
         scale = min(self.size[0] / box.height, self.size[1] / box.width)
         return max(round(box.height * scale), 1), max(round(box.width * scale), 1)
 

@@ -147,14 +147,13 @@ def to_diffusers(pipeline: Pipeline) -> DiffusionPipeline:
     decoder = pipeline.decoder
     if isinstance(decoder, PixelDecoder):
         raise InputError(
-            "this pipeline is in pixel space, and diffusers' Stable Diffusion pipelines need a VAE. "
-            "Load its UNet, text encoder and scheduler with diffusers' and transformers' own classes: "
-            "save_pretrained(folder), then UNet2DConditionModel.from_pretrained(folder, subfolder='unet') and so on"
+            "diffusers' Stable Diffusion pipelines need a VAE, and this pipeline is in pixel space; save_pretrained "
+            "writes a folder whose UNet, text encoder and scheduler diffusers and transformers can load"
         )
     if isinstance(pipeline, UpscalePipeline) and pipeline.scale != decoder.spatial_factor:
         raise InputError(
-            f"this UpscalePipeline's UNet takes {pipeline.unet.config.in_channels} channels (space-to-depth); "
-            "diffusers' upscaler supports only latents as large as the input, so use latentgen's pipeline"
+            f"diffusers' upscaler needs latents as large as the input; this UNet takes "
+            f"{pipeline.unet.config.in_channels} channels (space-to-depth)"
         )
     try:
         import diffusers

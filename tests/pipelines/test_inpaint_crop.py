@@ -64,7 +64,7 @@ def test_what_is_shown_goes_back_to_where_it_came_from() -> None:
 
 def test_several_answers_of_an_image_stand_together() -> None:
     images, masks = torch.rand(2, 3, 8, 8), masked(8, 8, Box(0, 0, 4, 4)).expand(2, 1, 8, 8)
-    canvas = Canvas.spanned(images, masks, size=None, padding=None, blur=0)
+    canvas = Canvas.spanned(images, masks, size=(8, 8), padding=None, blur=0)
     assert torch.equal(canvas.model_inputs(), images * 2 - 1)
     assert torch.equal(canvas.model_masks(), masks)
     answers = torch.rand(4, 3, 8, 8)
