@@ -165,30 +165,15 @@ def test_offloading_needs_free_memory_on_the_host(
         check_memory(config, cuda, objective)
 
 
-def test_of_a_compiled_network_all_gradients_are_counted(text_to_image_recipe: MakeRecipe):
-    config = text_to_image_recipe("optimizer.name=adamw", AWAY, "compile=true")
-    objective = build(config)
-    plan = plan_memory(config, objective, None, CPU)
-    assert plan.gradients == plan.trained > 2 * plan.optimizer
-
-
-def test_the_average_lies_on_the_cpu(text_to_image_recipe: MakeRecipe):
-    config = text_to_image_recipe("memory.ema_device=cpu")
-    trainer = Trainer(config, Accelerator(cpu=True), build(config))
-    assert {average.device for average in trainer.ema.values()} == {CPU}
-    for name, average in trainer.ema.items():
-        assert average.data_ptr() != trainer.trainable[name].data_ptr()
-
-
 @pytest.mark.parametrize(
     ("overrides", "field"),
     [
-        (("optimizer.name=muon", AWAY), r"optimizer\.name is muon"),
-        (("optimizer.name=adamw", AWAY, "mixed_precision=fp16"), r"memory\.offload_optimizer: .* fp16"),
-        ((*IN_BACKWARD, AWAY), r"memory\.offload_optimizer: adafactor"),
-        ((*IN_BACKWARD, "gradient_accumulation_steps=2"), "gradient_accumulation_steps to 1"),
-        ((*IN_BACKWARD, "mixed_precision=fp16"), r"optimizer\.step_in_backward: .* fp16"),
-        (IN_BACKWARD[:2], "max_grad_norm is 1"),
+        (("optimizer.name=muon", AWAY), "memory.offload_optimizer"),
+        (("optimizer.name=adamw", AWAY, "mixed_precision=fp16"), "memory.offload_optimizer: .* fp16"),
+        ((*IN_BACKWARD, AWAY), "memory.offload_optimizer: adafactor"),
+        ((*IN_BACKWARD, "gradient_accumulation_steps=2"), "optimizer.step_in_backward"),
+        ((*IN_BACKWARD, "mixed_precision=fp16"), "optimizer.step_in_backward: .* fp16"),
+        (IN_BACKWARD[:2], "max_grad_norm"),
         (("optimizer.name=muon", *IN_BACKWARD[1:]), "step_in_backward .* muon"),
     ],
     ids=str,
@@ -233,6 +218,13 @@ def test_the_static_part_of_the_plan_is_exact(kind: str, name: str, request: pyt
     first = plan_for(objective)
     trainer._loss(first, objective.batch(first)).total.backward()
     assert plan.gradients == sum(p.grad.nbytes for p in objective.parameters() if p.grad is not None)
+
+
+def test_only_a_compiled_network_has_all_gradients_at_once(text_to_image_recipe: MakeRecipe):
+    for compiled in ("true", "false"):
+        config = text_to_image_recipe("optimizer.name=adamw", AWAY, f"compile={compiled}")
+        plan = plan_memory(config, build(config), None, CPU)
+        assert (plan.gradients == plan.trained) == (compiled == "true")
 
 
 def measured_peak(trainer: Trainer) -> int:

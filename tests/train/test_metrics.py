@@ -31,6 +31,11 @@ def make_metrics(config: TrainConfig) -> Metrics:
     return Metrics(config, build_accelerator(config))
 
 
+def one(**metrics: float) -> dict[str, Tensor]:
+    """The metrics of a step, with a loss of 1."""
+    return {"loss": torch.tensor(1.0)} | {name: torch.tensor(value) for name, value in metrics.items()}
+
+
 def test_a_row_is_the_mean_over_its_steps(autoencoder_recipe: MakeRecipe, tmp_path: Path):
     every = autoencoder_recipe("max_steps=6", "checkpoint_every=100")
     train(every)
@@ -88,9 +93,9 @@ def test_steps_without_a_finite_norm_are_left_out_of_its_mean(autoencoder_recipe
     config = autoencoder_recipe()
     metrics = make_metrics(config)
     for norm in (2.0, math.inf, 4.0):
-        metrics.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(norm)})
+        metrics.add(one(grad_norm=norm))
     metrics.write_row(3, 0.1)
-    metrics.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(math.nan)})
+    metrics.add(one(grad_norm=math.nan))
     metrics.write_row(4, 0.1)
     assert rows_of(config) == [
         {"step": 3, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 3.0},
@@ -102,17 +107,16 @@ def test_the_loss_of_the_noisy_half_does_not_depend_on_the_parts_of_a_batch(
     text_to_image_recipe: MakeRecipe, tmp_path: Path
 ):
     rows = []
-    for parts in (1, 2, 4):
+    for parts in (1, 4):
         config = text_to_image_recipe(
             f"gradient_accumulation_steps={parts}", f"output_dir={tmp_path / str(parts)}", "max_steps=2"
         )
         train(config)
         rows.append([row["noisy half"] for row in rows_of(config)])
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
-    assert rows[2] == pytest.approx(rows[0], rel=1e-4)
 
 
-def test_steps_without_a_noisy_sample_are_left_out_of_the_mean_of_the_noisy_half(
+def test_steps_without_a_noisy_sample_are_left_out_of_its_mean(
     text_to_image_recipe: MakeRecipe, tmp_path: Path
 ):
     common = ("batch_size=1", "max_steps=8", "checkpoint_every=100")
@@ -120,23 +124,22 @@ def test_steps_without_a_noisy_sample_are_left_out_of_the_mean_of_the_noisy_half
     train(every)
     once = text_to_image_recipe(*common, "log_every=8", f"output_dir={tmp_path / 'once'}")
     train(once)
-    rows = rows_of(every)
-    noisy = [row["noisy half"] for row in rows if "noisy half" in row]
+    noisy = [row for row in rows_of(every) if "noisy half" in row]
     assert 0 < len(noisy) < 8
-    assert all(row["noisy half"] == row["loss"] for row in rows if "noisy half" in row)
+    assert all(row["noisy half"] == row["loss"] for row in noisy)
     (row,) = rows_of(once)
-    assert row["noisy half"] == pytest.approx(math.fsum(noisy) / len(noisy), rel=1e-6)
+    assert row["noisy half"] == pytest.approx(sum(row["loss"] for row in noisy) / len(noisy), rel=1e-6)
 
 
 def test_a_subset_is_weighted_by_its_samples(autoencoder_recipe: MakeRecipe):
     config = autoencoder_recipe()
     metrics = make_metrics(config)
     for total, count in ((6.0, 2.0), (0.0, 0.0), (1.0, 1.0)):
-        metrics.add({"loss": torch.tensor(1.0)}, {"few": Subset(torch.tensor(total), torch.tensor(count))})
+        metrics.add(one(), {"few": Subset(torch.tensor(total), torch.tensor(count))})
     resumed = make_metrics(config)
     resumed.restore(metrics.unfinished_row(3))
     resumed.write_row(3, 0.1)
-    resumed.add({"loss": torch.tensor(1.0)}, {"few": Subset(torch.tensor(0.0), torch.tensor(0.0))})
+    resumed.add(one(), {"few": Subset(torch.tensor(0.0), torch.tensor(0.0))})
     resumed.write_row(4, 0.1)
     assert rows_of(config) == [
         {"step": 3, "loss": 1.0, "few": pytest.approx(7 / 3), "learning_rate": 0.1},
@@ -147,8 +150,8 @@ def test_a_subset_is_weighted_by_its_samples(autoencoder_recipe: MakeRecipe):
 def test_the_gradient_norm_of_an_old_checkpoint_is_continued(autoencoder_recipe: MakeRecipe):
     config = autoencoder_recipe()
     metrics = make_metrics(config)
-    metrics.restore({"steps": 2.0, "loss": 3.0, "grad_norm": 4.0, "finite norms": 1.0})
-    metrics.add({"loss": torch.tensor(0.0), "grad_norm": torch.tensor(2.0)})
+    metrics.restore({"steps": 2.0, "loss": 2.0, "grad_norm": 4.0, "finite norms": 1.0})
+    metrics.add(one(grad_norm=2.0))
     metrics.write_row(3, 0.1)
     assert rows_of(config) == [{"step": 3, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 3.0}]
 
@@ -181,7 +184,7 @@ def test_a_loss_that_is_not_finite_is_an_error(autoencoder_recipe: MakeRecipe):
     metrics = make_metrics(autoencoder_recipe())
     for loss in (1.0, math.nan, 1.0):
         metrics.add({"loss": torch.tensor(loss)})
-    with pytest.raises(NumericalError, match="not finite at step 7 or the 2 before it"):
+    with pytest.raises(NumericalError, match="step 7 or the 2 before"):
         metrics.write_row(7, 0.1)
 
 
@@ -200,17 +203,12 @@ def test_tensorboard_reads_the_rows_once_after_a_resume(text_to_image_recipe: Ma
     train(resumed)
     assert rows_of(resumed) == before
     scalars = scalars_of(resumed)
-    rows = [row for row in before if "loss" in row]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for name in ("loss", "noisy half", "learning_rate", "grad_norm"):
-        steps, values = zip(*scalars[f"train/{name}"], strict=True)
-        assert steps == (1, 2, 3, 4)
-        assert values == pytest.approx([row[name] for row in rows], rel=1e-6)
-    steps, values = zip(*scalars["validation/loss"], strict=True)
-    assert steps == (1, 2, 3, 4)
-    assert values == pytest.approx(
-        [row["validation_loss"] for row in before if "validation_loss" in row], rel=1e-6
-    )
+        values = [(row["step"], row[name]) for row in before if name in row]
+        assert scalars[f"train/{name}"] == [(step, pytest.approx(value, rel=1e-6)) for step, value in values]
+        assert [step for step, _ in values] == [1, 2, 3, 4]
+    losses = [(row["step"], row["validation_loss"]) for row in before if "validation_loss" in row]
+    assert scalars["validation/loss"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in losses]
     assert [step for step, _ in scalars["train/samples_per_second"]] == [1, 2, 3, 4]
     images = events_of(resumed).Images("samples/00")
     assert [(image.step, image.width, image.height) for image in images] == [(2, 16, 16), (4, 16, 16)]
@@ -221,7 +219,7 @@ def test_trackers_that_are_not_installed(autoencoder_recipe: MakeRecipe, monkeyp
         "latentgen.train.distributed.find_spec", lambda name: None if name == "wandb" else find_spec(name)
     )
     config = autoencoder_recipe("trackers=[tensorboard, wandb]")
-    with pytest.raises(ConfigError, match="wandb is not installed; run `pip install wandb`"):
+    with pytest.raises(ConfigError, match="wandb"):
         train(config)
     assert not config.output_dir.exists()
 
