@@ -18,6 +18,7 @@ from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.files import quote
 from latentgen.models.config import VAEConfig
 from latentgen.models.unet_config import UNetConfig
+from latentgen.models.vae import VAEDecoder, VAEEncoder
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -32,8 +33,8 @@ _UNET_RESNET = {
     "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0",
     "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
 }
-_UNET_SHORTCUT = {"conv_shortcut": "skip_connection"}
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -45,19 +46,23 @@ _TWO_LAYERS = {"linear_1": "label_emb.0.0", "linear_2": "label_emb.0.2"}
 # Inside a transformer both layouts have the same names.
 _BLOCK_BOTH = ("norm1", "attn1.to_out.0", "norm2", "attn2.to_out.0", "norm3", "ff.net.0.proj", "ff.net.2")
 _BLOCK_WEIGHT = tuple(f"attn{i}.to_{part}" for i in (1, 2) for part in "qkv")
-_VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
-_VAE_SHORTCUT = {"conv_shortcut": "nin_shortcut"}
-_VAE_ENDS = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
-_VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+# Patterns in the autoencoder's names -> the original layout.
+_VAE_RULES = (
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    ("down_blocks", "down"),
+    ("resnets", "block"),
+    (r"(down|up)samplers\.0", r"\1sample"),
+    ("conv_norm_out", "norm_out"),
+    ("conv_shortcut", "nin_shortcut"),
+    ("group_norm", "norm"),
+    (r"to_out\.0", "proj_out"),
+    ("to_([qkv])", r"\1"),
+)
 _CLIP_LAYER = (
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.q_proj",
-    "self_attn.out_proj",
-    "layer_norm1",
-    "mlp.fc1",
-    "mlp.fc2",
-    "layer_norm2",
+    *(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")),
+    *("layer_norm1", "mlp.fc1", "mlp.fc2", "layer_norm2"),
 )
 _OPENCLIP_LAYER = {
     "self_attn.out_proj": "attn.out_proj",
@@ -225,13 +230,16 @@ def unet_key_map(config: UNetConfig) -> KeyMap:
 
 def vae_key_map(config: VAEConfig) -> KeyMap:
     """The autoencoder, without the prefix of single files."""
-    result = {name: KeySource(key) for name, key in _vae_pairs(config)}
-    for side in ("encoder", "decoder") if config.mid_block_add_attention else ():
-        block, original = f"{side}.mid_block.attentions.0.", f"{side}.mid.attn_1."
-        result |= {f"{block}group_norm.{kind}": KeySource(f"{original}norm.{kind}") for kind in _BOTH}
-        for name, key in _VAE_ATTENTION.items():
-            result[f"{block}{name}.weight"] = KeySource(f"{original}{key}.weight", convolution=True)
-            result[f"{block}{name}.bias"] = KeySource(f"{original}{key}.bias")
+    with torch.device("meta"):
+        names = [*VAEEncoder(config).state_dict(), *VAEDecoder(config).state_dict()]
+    last = len(config.block_out_channels) - 1
+    result = {}
+    for name in names:
+        # The decoder's blocks are stored from the highest resolution down.
+        key = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{last - int(match[1])}", name)
+        for old, new in _VAE_RULES:
+            key = re.sub(old, new, key)
+        result[name] = KeySource(key, convolution=re.fullmatch(r".*\.to_.*weight", name) is not None)
     return result
 
 
@@ -322,7 +330,8 @@ def _conditioning_pairs(config: UNetConfig) -> _Pairs:
 
 
 def _unet_resnet(name: str, key: str, shortcut: bool) -> _Pairs:
-    yield from _leaves(name, key, _UNET_RESNET | (_UNET_SHORTCUT if shortcut else {}))
+    modules = {m: o for m, o in _UNET_RESNET.items() if shortcut or m != "conv_shortcut"}
+    yield from _leaves(name, key, modules)
 
 
 def _transformer(name: str, key: str, depth: int) -> _Pairs:
@@ -331,33 +340,6 @@ def _transformer(name: str, key: str, depth: int) -> _Pairs:
         block = f"transformer_blocks.{i}."
         yield from _leaves(name + block, key + block, _same(_BLOCK_WEIGHT), _WEIGHT)
         yield from _leaves(name + block, key + block, _same(_BLOCK_BOTH))
-
-
-def _vae_pairs(config: VAEConfig) -> _Pairs:
-    """The autoencoder without the attention of its middle blocks."""
-    yield from _leaves("", "", _same(("quant_conv", "post_quant_conv")))
-    channels = config.block_out_channels
-    layers, last = config.layers_per_block, len(channels) - 1
-    for side in ("encoder", "decoder"):
-        yield from _leaves(f"{side}.", f"{side}.", _VAE_ENDS)
-        for i in (0, 1):
-            yield from _leaves(f"{side}.mid_block.resnets.{i}.", f"{side}.mid.block_{i + 1}.", _VAE_RESNET)
-    for i, width in enumerate(channels):
-        block, original = f"encoder.down_blocks.{i}.", f"encoder.down.{i}."
-        yield from _vae_resnets(block, original, layers, channels[max(i - 1, 0)] != width)
-        if i < last:
-            yield from _leaves(f"{block}downsamplers.0.", f"{original}downsample.", {"conv": "conv"})
-    for i, width in enumerate(reversed(channels)):  # stored from the highest resolution down
-        block, original = f"decoder.up_blocks.{i}.", f"decoder.up.{last - i}."
-        yield from _vae_resnets(block, original, layers + 1, channels[min(last - i + 1, last)] != width)
-        if i < last:
-            yield from _leaves(f"{block}upsamplers.0.", f"{original}upsample.", {"conv": "conv"})
-
-
-def _vae_resnets(block: str, original: str, count: int, widens: bool) -> _Pairs:
-    for i in range(count):
-        names = _VAE_RESNET | (_VAE_SHORTCUT if widens and i == 0 else {})
-        yield from _leaves(f"{block}resnets.{i}.", f"{original}block.{i}.", names)
 
 
 def _leaves(name: str, key: str, modules: Mapping[str, str], kinds: tuple[str, ...] = _BOTH) -> _Pairs:
@@ -379,15 +361,8 @@ def _layers(config: Mapping[str, object]) -> int:
 
 
 def _compare(actual: Mapping[str, Tensor], expected: Iterable[str]) -> None:
-    missing = [name for name in expected if name not in actual]
-    extra = sorted(actual.keys() - set(expected))
-    problems = [
-        f"{len(names)} {what}, such as {quote(names[0])}"
-        for what, names in (("missing", missing), ("extra", extra))
-        if names
-    ]
-    if problems:
+    if different := sorted(actual.keys() ^ set(expected)):
         raise CheckpointMismatchError(
-            f"the tensors do not match the configuration: {' and '.join(problems)}; use the configuration "
-            "of this model"
+            f"the tensors do not match the configuration: {len(different)} are missing or extra, such as "
+            f"{quote(different[0])}; use the configuration of this model"
         )
