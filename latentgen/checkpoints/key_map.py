@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentgen.errors import CheckpointMismatchError, ConfigError
 from latentgen.files import quote
-from latentgen.models.config import VAEConfig
+from latentgen.models.config import CLIPTextConfig, VAEConfig
 from latentgen.models.unet_config import UNetConfig
 from latentgen.models.vae import VAEDecoder, VAEEncoder
 
@@ -71,7 +71,6 @@ _OPENCLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "layer_norm2": "ln_2",
 }
-_OPENCLIP_FUSED = ("q_proj", "k_proj", "v_proj")
 
 # Keys of single files that belong to no component and are ignored. Any other key outside the key maps is an error.
 _UNUSED = re.compile(
@@ -182,18 +181,19 @@ def original_key_maps(configs: Mapping[str, Mapping[str, object]]) -> dict[str, 
         maps["unet"] = with_prefix(unet_key_map(UNetConfig.from_json(configs["unet"])), UNET_PREFIX)
     if "vae" in configs:
         maps["vae"] = with_prefix(vae_key_map(VAEConfig.from_json(configs["vae"])), VAE_PREFIX)
-    first, second = configs.get("text_encoder"), configs.get("text_encoder_2")
-    if first is not None and second is not None:
-        maps["text_encoder"] = with_prefix(clip_key_map(first), "conditioner.embedders.0.transformer.")
-    elif first is not None and first.get("hidden_act", "quick_gelu") == "quick_gelu":
-        maps["text_encoder"] = with_prefix(clip_key_map(first), "cond_stage_model.transformer.")
-    elif first is not None:  # only OpenAI's text encoders have quick_gelu
-        maps["text_encoder"] = with_prefix(openclip_key_map(first), OPENCLIP_PREFIX)
-    if second is not None:
-        position = 0 if first is None else 1
-        maps["text_encoder_2"] = with_prefix(
-            openclip_key_map(second), f"conditioner.embedders.{position}.model."
-        )
+    is_pair = "text_encoder" in configs and "text_encoder_2" in configs
+    if "text_encoder" in configs:
+        config = CLIPTextConfig.from_json(configs["text_encoder"])
+        if is_pair:
+            maps["text_encoder"] = with_prefix(clip_key_map(config), "conditioner.embedders.0.transformer.")
+        elif config.hidden_act == "quick_gelu":  # only OpenAI's text encoders have it
+            maps["text_encoder"] = with_prefix(clip_key_map(config), "cond_stage_model.transformer.")
+        else:
+            maps["text_encoder"] = with_prefix(openclip_key_map(config), OPENCLIP_PREFIX)
+    if "text_encoder_2" in configs:
+        config = CLIPTextConfig.from_json(configs["text_encoder_2"])
+        prefix = f"conditioner.embedders.{1 if is_pair else 0}.model."
+        maps["text_encoder_2"] = with_prefix(openclip_key_map(config), prefix)
     return maps
 
 
@@ -243,31 +243,30 @@ def vae_key_map(config: VAEConfig) -> KeyMap:
     return result
 
 
-def clip_key_map(config: Mapping[str, object]) -> KeyMap:
+def clip_key_map(config: CLIPTextConfig) -> KeyMap:
     """OpenAI's text encoder, which has the names of transformers in single files."""
     names = ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]
-    for layer in range(_layers(config)):
+    for layer in range(config.num_hidden_layers):
         names += (f"encoder.layers.{layer}.{name}.{kind}" for name in _CLIP_LAYER for kind in _BOTH)
     names += (f"final_layer_norm.{kind}" for kind in _BOTH)
     return {f"text_model.{name}": KeySource(f"text_model.{name}") for name in names}
 
 
-def openclip_key_map(config: Mapping[str, object]) -> KeyMap:
+def openclip_key_map(config: CLIPTextConfig) -> KeyMap:
     """An OpenCLIP text encoder with the configuration's number of blocks."""
     result = {
         "text_model.embeddings.token_embedding.weight": KeySource("token_embedding.weight"),
         "text_model.embeddings.position_embedding.weight": KeySource("positional_embedding"),
     }
-    for layer in range(_layers(config)):
+    for layer in range(config.num_hidden_layers):
         block, original = f"text_model.encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
-        for qkv_index, name in enumerate(_OPENCLIP_FUSED):
+        for qkv_index, part in enumerate("qkv"):
             for kind in _BOTH:
                 key = f"{original}attn.in_proj_{kind}"
-                result[f"{block}self_attn.{name}.{kind}"] = KeySource(key, qkv_index=qkv_index)
-        pairs = _leaves(block, original, _OPENCLIP_LAYER)
-        result |= {name: KeySource(key) for name, key in pairs}
+                result[f"{block}self_attn.{part}_proj.{kind}"] = KeySource(key, qkv_index=qkv_index)
+        result |= {name: KeySource(key) for name, key in _leaves(block, original, _OPENCLIP_LAYER)}
     result |= {f"text_model.final_layer_norm.{kind}": KeySource(f"ln_final.{kind}") for kind in _BOTH}
-    if config.get("architectures") == ["CLIPTextModelWithProjection"]:
+    if config.projects:
         result["text_projection.weight"] = KeySource("text_projection", transposed=True)
     return result
 
@@ -351,13 +350,6 @@ def _leaves(name: str, key: str, modules: Mapping[str, str], kinds: tuple[str, .
 
 def _same(names: Iterable[str]) -> dict[str, str]:
     return {name: name for name in names}
-
-
-def _layers(config: Mapping[str, object]) -> int:
-    layers = config.get("num_hidden_layers", 12)
-    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 1024:
-        raise ConfigError(f"num_hidden_layers is {quote(layers)}; allowed are 1 to 1024")
-    return layers
 
 
 def _compare(actual: Mapping[str, Tensor], expected: Iterable[str]) -> None:

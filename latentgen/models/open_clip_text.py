@@ -146,7 +146,7 @@ def from_open_clip(
     whole, tensors = _live_config(tower), tower.state_dict()
     _refuse_extra(tensors, whole, f"the {type(model).__name__}")
     config = usage.config(whole)
-    key_map = openclip_key_map(config.to_json())
+    key_map = openclip_key_map(config)
     used = {source.key: tensors[source.key] for source in key_map.values() if source.key in tensors}
     if any(tensor.is_meta or not tensor.is_floating_point() for tensor in used.values()):
         raise InputError("the model's weights have to be floating-point numbers, and not on the meta device")
@@ -196,9 +196,7 @@ def load_open_clip(
     keys = (key.removeprefix(identity.key_prefix).removeprefix(identity.component_prefix) for key in header)
     _refuse_extra(keys, whole, quote(path))
     clip_config = usage.config(whole)
-    key_map = with_prefix(
-        openclip_key_map(clip_config.to_json()), identity.key_prefix + identity.component_prefix
-    )
+    key_map = with_prefix(openclip_key_map(clip_config), identity.key_prefix + identity.component_prefix)
     text = CLIPText.from_weights(
         clip_config,
         tokenizer or _tokenizer(clip_config, usage),
@@ -318,7 +316,7 @@ def _stored_config(path: Path, config: Mapping[str, Any] | None) -> OpenCLIPText
 
 def _refuse_extra(keys: Iterable[str], whole: CLIPTextConfig, what: str) -> None:
     """Refuse weights that a complete tower of this configuration does not have."""
-    expected = {source.key for source in openclip_key_map(whole.to_json()).values()}
+    expected = {source.key for source in openclip_key_map(whole).values()}
     others = (key for key in keys if not key.startswith(_IMAGE_TOWER) and key not in _IGNORED_KEYS)
     if extra := sorted(set(others) - expected):
         raise CheckpointMismatchError(
