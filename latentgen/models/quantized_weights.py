@@ -56,34 +56,30 @@ class QuantizedWeight(nn.Module):
         return (values.to(torch.float32) * self.scale).to(dtype)
 
 
+def _weight(layer: FrozenLinear | FrozenConv2d) -> Tensor:
+    """The weight in float32, a new tensor."""
+    return layer.stored.dense(torch.float32)
+
+
+def _forward(layer: FrozenLinear | FrozenConv2d, input: Tensor) -> Tensor:
+    """As that of nn.Linear or nn.Conv2d; gradients pass through, and none reach the weight."""
+    return cast(Tensor, _FrozenProduct.apply(_in_compute_dtype(input), layer))
+
+
 class FrozenLinear(nn.Linear):
-    """A linear layer with a quantized weight. Gradients pass through it, and none reach the weight."""
+    """A linear layer with a quantized weight."""
 
     stored: QuantizedWeight
-
-    @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The weight in float32, a new tensor."""
-        return self.stored.dense(torch.float32)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map [..., in] to [..., out]."""
-        return cast(Tensor, _FrozenProduct.apply(_in_compute_dtype(input), self))
+    weight = property(_weight)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+    forward = _forward
 
 
 class FrozenConv2d(nn.Conv2d):
-    """A convolution with a quantized weight. Gradients pass through it, and none reach the weight."""
+    """A convolution with a quantized weight."""
 
     stored: QuantizedWeight
-
-    @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The weight in float32, a new tensor."""
-        return self.stored.dense(torch.float32)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve [B, in, H, W] to [B, out, H', W']."""
-        return cast(Tensor, _FrozenProduct.apply(_in_compute_dtype(input), self))
+    weight = property(_weight)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+    forward = _forward
 
 
 def quantize_frozen(module: nn.Module, storage: StorageDtype) -> None:

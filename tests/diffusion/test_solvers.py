@@ -78,28 +78,16 @@ def test_at_eta_1_it_is_the_posterior_of_ddpm(pair: list[int]) -> None:
 
 @settings(deadline=None)
 @given(timesteps)
-def test_at_eta_0_it_is_euler_in_sigma_ve(pair: list[int]) -> None:
+def test_it_is_euler_at_eta_0_and_euler_ancestral_at_eta_1(pair: list[int]) -> None:
     level, target = levels_at(pair)
     x_ve = X / level.alpha
     sigma, sigma_next = level.sigma / level.alpha, target.sigma / target.alpha
-    derivative = (x_ve - X0) / sigma
-    expected = target.alpha * (x_ve + derivative * (sigma_next - sigma))
-    torch.testing.assert_close(
-        first_order_step(evaluation(level, X, X0), target), expected, rtol=1e-11, atol=1e-11
-    )
-
-
-@settings(deadline=None)
-@given(timesteps)
-def test_at_eta_1_it_is_euler_ancestral(pair: list[int]) -> None:
-    level, target = levels_at(pair)
-    x_ve = X / level.alpha
-    sigma, sigma_next = level.sigma / level.alpha, target.sigma / target.alpha
-    sigma_up = math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)
-    sigma_down = math.sqrt(sigma_next**2 - sigma_up**2)
-    stepped = x_ve + (x_ve - X0) / sigma * (sigma_down - sigma)
-    expected = target.alpha * (stepped + sigma_up * NOISE)
-    torch.testing.assert_close(stochastic_step(level, target, 1.0), expected, rtol=1e-10, atol=1e-10)
+    ancestral = math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)
+    for eta, sigma_up in ((0.0, 0.0), (1.0, ancestral)):
+        sigma_down = math.sqrt(sigma_next**2 - sigma_up**2)
+        stepped = x_ve + (x_ve - X0) / sigma * (sigma_down - sigma)
+        expected = target.alpha * (stepped + sigma_up * NOISE)
+        torch.testing.assert_close(stochastic_step(level, target, eta), expected, rtol=1e-10, atol=1e-10)
 
 
 @settings(deadline=None)
