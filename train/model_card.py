@@ -21,7 +21,7 @@ from latentgen.pipelines.load_save import (
     PIXEL_CLASSES,
     default_guidance_scale_of,
 )
-from latentgen.train.config import FinetuneTask, LoRAMethod, TextualInversionMethod, TrainConfig
+from latentgen.train.config import FinetuneTask, FullMethod, TextualInversionMethod, TrainConfig
 from latentgen.train.methods.lora import DIFFUSERS_FILE
 from latentgen.train.methods.textual_inversion import EMBEDDING_FILE, SDXL_KEYS
 from latentgen.train.validation import SHEET, latest_sheet
@@ -131,9 +131,9 @@ def write_card(
 def _usage(folder: Path, config: TrainConfig, base: Pipeline | None) -> _Usage:
     """How to use what is in the folder: a whole model, or an adapter that is attached to `base`."""
     task = config.task
-    method = task.method if isinstance(task, FinetuneTask) else None
-    if base is None or not isinstance(method, LoRAMethod | TextualInversionMethod):
+    if base is None or not isinstance(task, FinetuneTask) or isinstance(task.method, FullMethod):
         return _model_usage(folder, config)
+    method = task.method
     name, scale = base.diffusers_class, base.default_guidance_scale
     use = _Usage(
         title=f"A LoRA for {_base_name(config)}",

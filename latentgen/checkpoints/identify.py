@@ -300,9 +300,9 @@ def _vae(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     for prefix in _VAE_PREFIXES:
         decoder = _shape(tensors, f"{prefix}decoder.conv_in.weight")
         if len(decoder) == 4:
-            layouts = [layout for layout, sign in _VAE_SIGNS.items() if prefix + sign in tensors]
+            layout = next((layout for layout in _VAE_SIGNS if prefix + _VAE_SIGNS[layout] in tensors), None)
             name = f"a VAE with {decoder[1]} latent channels"
-            return Identity("vae", name, layout=layouts[0] if layouts else None, component_prefix=prefix)
+            return Identity("vae", name, layout=layout, component_prefix=prefix)
     return None
 
 
