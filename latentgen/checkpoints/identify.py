@@ -300,9 +300,9 @@ def _vae(tensors: Mapping[str, TensorInfo]) -> Identity | None:
     for prefix in _VAE_PREFIXES:
         decoder = _shape(tensors, f"{prefix}decoder.conv_in.weight")
         if len(decoder) == 4:
-            layout = next((layout for layout in _VAE_SIGNS if prefix + _VAE_SIGNS[layout] in tensors), None)
+            layouts: list[Layout] = [name for name, sign in _VAE_SIGNS.items() if prefix + sign in tensors]
             name = f"a VAE with {decoder[1]} latent channels"
-            return Identity("vae", name, layout=layout, component_prefix=prefix)
+            return Identity("vae", name, layout=next(iter(layouts), None), component_prefix=prefix)
     return None
 
 
