@@ -1,4 +1,4 @@
-"""LoRA and embedding files that are no sound safetensors: each is refused by what it is, by either reader."""
+"""Damaged LoRA and embedding files: both readers refuse them."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_pickles_are_refused_by_name_and_by_content(
 
 
 @pytest.mark.parametrize(("read", "_tensors"), READERS, ids=IDS)
-def test_what_is_not_there_is_not_found(tmp_path: Path, read: Reader, _tensors: object) -> None:
+def test_missing_files(tmp_path: Path, read: Reader, _tensors: object) -> None:
     for path in (tmp_path / "style.safetensors", tmp_path / ("x" * 5000), tmp_path / "nul\0"):
         with pytest.raises(CheckpointNotFoundError):
             read(path)
 
 
 @pytest.mark.parametrize("what", ["unet", "unet/adapter_config.json", "unet/adapter_model.safetensors"])
-def test_links_may_not_leave_the_folder_of_a_lora(tmp_path: Path, what: str) -> None:
+def test_links_out_of_a_lora_folder(tmp_path: Path, what: str) -> None:
     folder, outside = tmp_path / "style", tmp_path / "outside"
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))

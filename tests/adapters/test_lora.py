@@ -215,7 +215,7 @@ def test_two_adapters_with_weights_equal_diffusers(oracle: Oracle, load: Callabl
     assert _error(_ours(modules), theirs) < 1e-5
 
 
-def test_a_changed_weight_is_that_weight(oracle: Oracle, load: Callable[..., Modules]):
+def test_changing_the_weight(oracle: Oracle, load: Callable[..., Modules]):
     lora = read_lora(_file(oracle, "style", "kohya"))
     modules, other = load(), load()
     before = _ours(modules)
@@ -374,7 +374,7 @@ def _enlarge(tensors: dict[str, Tensor]) -> None:
         (_enlarge, "float16|not be finite"),
     ],
 )
-def test_what_does_not_fit_changes_nothing(
+def test_a_mismatched_lora_changes_nothing(
     oracle: Oracle,
     load: Callable[..., Modules],
     tmp_path: Path,

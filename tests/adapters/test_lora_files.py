@@ -166,7 +166,7 @@ def test_any_keys_are_read_whole_or_refused(tmp_path: Path, shapes: dict[str, tu
         return
     layers = [layer for layers in lora.components.values() for layer in layers.values()]
     factors = [key for key in shapes if not key.endswith(".alpha")]
-    assert 2 * len(layers) == len(factors), "a factor was passed over"
+    assert 2 * len(layers) == len(factors), "a factor was ignored"
     assert all(layer.down.shape[0] == layer.up.shape[1] for layer in layers)
 
 
@@ -216,7 +216,7 @@ def test_damaged_files_are_refused(tmp_path: Path, changes: dict[str, Tensor], n
         read_lora(path)
 
 
-def test_what_is_no_lora_is_named(tmp_path: Path):
+def test_other_files_are_named(tmp_path: Path):
     with pytest.raises(AdapterError, match="probably a VAE with 4 latent channels"):
         read_lora(_save(tmp_path, {"decoder.conv_in.weight": torch.ones(8, 4, 3, 3)}))
     with pytest.raises(AdapterError, match="style"):

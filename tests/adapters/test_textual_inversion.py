@@ -131,7 +131,7 @@ def test_formats_of_a_single_encoder(
     assert _tokens(extended, f"cat {token.upper()} dog")[1:-1] == list(range(524, 524 + tensor.numel() // 32))
 
 
-def test_sdxl_gives_each_encoder_its_own(tmp_path: Path):
+def test_sdxl_has_vectors_for_each_encoder(tmp_path: Path):
     pair = {"clip_g": _vectors(2, 48), "clip_l": _vectors(2, 32)}
     save_file(pair, tmp_path / "toy-art.safetensors")
     encoders = {"text_encoder": _encoder(32), "text_encoder_2": _encoder(48)}

@@ -1,4 +1,4 @@
-"""Pickles written by hand, opcode by opcode: what no honest program would save, and no repository should hold."""
+"""Hand-written pickles, opcode by opcode, such as no program saves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tensor(
     kind: str = "FloatStorage",
     legacy: bool = False,
 ) -> bytes:
-    """A tensor over the storage ``key``, which claims to have so many elements."""
+    """A tensor over the storage ``key``, which declares so many elements."""
     storage = (text("storage"), name("torch", kind), text(key), text("cpu"), number(storage_numel))
     return call(
         name("torch._utils", "_rebuild_tensor_v2"),

@@ -21,7 +21,7 @@ from latentgen.models.vae import VAEDecoder, VAEEncoder
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# What a training run of CompVis leaves in a file beside the weights.
+# Buffers that CompVis' training stores with the weights.
 BUFFERS: Shapes = {
     **dict.fromkeys(
         (
@@ -43,7 +43,7 @@ BUFFERS: Shapes = {
     "model_ema.decay": (),
     "model_ema.num_updates": (),
 }
-# What is left of the towers beside what the pipelines read.
+# Tensors of the text encoders that the pipelines do not read.
 _TOWERS: Mapping[str, Shapes] = {
     "SD 1.x": {"cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77)},
     "SD 2.x": {
@@ -63,7 +63,7 @@ _TOWERS: Mapping[str, Shapes] = {
 
 
 def write_header(path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> Path:
-    """A valid file with these tensors; a hole stands for their bytes."""
+    """A valid file with these tensors; their bytes are a hole in a sparse file."""
     tensors = {name: TensorInfo("F16", tuple(shape), math.prod(shape) * 2) for name, shape in shapes.items()}
     head = encode_header(tensors, metadata or {})
     with open(path, "wb") as file:
@@ -137,5 +137,7 @@ def _tower_shapes(config: Mapping[str, Any]) -> Shapes:
     projected = config["architectures"] == ["CLIPTextModelWithProjection"]
     build = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
     shapes = _shapes(build(transformers.CLIPTextConfig(**config)))
-    kept = ("text_model.", "text_projection.")
-    return {name if name.startswith(kept) else f"text_model.{name}": shape for name, shape in shapes.items()}
+    prefixes = ("text_model.", "text_projection.")
+    return {
+        name if name.startswith(prefixes) else f"text_model.{name}": shape for name, shape in shapes.items()
+    }

@@ -27,7 +27,7 @@ def pad_token(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, pad_token: str) -> Path:
-    """A tokenizer's folder as it stands in a published checkpoint, of a vocabulary written out by itself."""
+    """A tokenizer's folder as in a published checkpoint, with a vocabulary built here."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     path = tmp_path_factory.mktemp("tokenizer")

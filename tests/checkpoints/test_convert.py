@@ -91,7 +91,7 @@ def test_pickle_to_safetensors(tmp_path: Path, zipped: bool) -> None:
 def test_code_in_a_pickle_is_named_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     attack = mapping({"w": call(name("posix", "system"), text("touch HERE"))})
-    Path("model.safetensors").write_bytes(archive(attack))  # told by its content
+    Path("model.safetensors").write_bytes(archive(attack))  # identified by its content
     with pytest.raises(UnsafeCheckpointError, match=r"model\.safetensors'.*'posix\.system'"):
         convert("model.safetensors")
     assert os.listdir() == ["model.safetensors"]
@@ -369,7 +369,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_there_and_back_is_the_same(any_family: Path, tmp_path: Path) -> None:
+def test_round_trip_is_the_identity(any_family: Path, tmp_path: Path) -> None:
     seen = 0
 
     def advance(count: int) -> None:

@@ -110,7 +110,7 @@ def test_zero_terminal_snr() -> None:
     assert configs["scheduler"]["prediction_type"] == "v_prediction"
 
 
-def test_configurations_are_read_anew_at_every_call() -> None:
+def test_configurations_are_copies() -> None:
     configs_of("SD 1.x")["unet"]["in_channels"] = 5
     assert configs_of("SD 1.x")["unet"]["in_channels"] == 4
 
@@ -127,6 +127,6 @@ def test_a_wheel_holds_the_configurations_and_the_merges(tmp_path: Path) -> None
     subprocess.run([sys.executable, *command, str(source)], check=True)
     (wheel,) = tmp_path.glob("latentgen-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    due = {f"latentgen/configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.rglob("*.json")}
-    due |= {f"latentgen/checkpoints/clip_merges/{name}" for name in (MERGES.name, "NOTICE")}
-    assert due <= names
+    expected = {f"latentgen/configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.rglob("*.json")}
+    expected |= {f"latentgen/checkpoints/clip_merges/{name}" for name in (MERGES.name, "NOTICE")}
+    assert expected <= names

@@ -226,7 +226,7 @@ def test_local_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "source", ["nothing", "./a/b", "/a/b", "a/b/c", "../a", "a/..", "nul/\0", "x" * 5000, "~nobody/a"]
 )
-def test_what_is_neither_a_folder_nor_a_hub_id(source: str) -> None:
+def test_neither_a_folder_nor_a_hub_id(source: str) -> None:
     with pytest.raises(CheckpointNotFoundError) as caught:
         resolve(source)
     assert len(str(caught.value)) < 600
@@ -271,8 +271,8 @@ def test_hub_download_asks_for_the_stages_and_the_variant_alone(
         "v1-5-pruned.safetensors": False,
         "README.md": False,
     }
-    wanted = set(huggingface_hub.utils.filter_repo_objects(repository, allow_patterns=asked["patterns"]))
-    assert wanted == {name for name, needed in repository.items() if needed}
+    matched = set(huggingface_hub.utils.filter_repo_objects(repository, allow_patterns=asked["patterns"]))
+    assert matched == {name for name, needed in repository.items() if needed}
 
 
 def hub_error(kind: type[Exception]) -> Exception:

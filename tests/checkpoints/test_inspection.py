@@ -1,4 +1,4 @@
-"""What a checkpoint is said to be."""
+"""Inspection of checkpoints and adapters."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_single_file_in_the_original_layout(tmp_path: Path, key_prefix: str) -> 
     )
 
 
-# A LoRA of SD 1.x, of two ranks, beside a text encoder's.
+# A LoRA of SD 1.x with two ranks, for the UNet and the text encoder.
 KOHYA = {
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (8, 768, 320, 4.0),
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v": (16, 768, 320, 1.0),

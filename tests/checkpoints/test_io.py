@@ -33,13 +33,13 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 def raw_file(path: Path, header: object, data: bytes = b"\0" * 8) -> Path:
-    """A file with any header, sound or not: bytes are taken as they are, everything else becomes JSON."""
+    """A file with any header, valid or not: bytes as they are, everything else as JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
 
 
-def test_header_of_a_sound_file(tmp_path: Path) -> None:
+def test_header_of_a_valid_file(tmp_path: Path) -> None:
     tensors = {
         "weight": torch.zeros(3, 4, dtype=torch.float16),
         "bias": torch.zeros(5, dtype=torch.bfloat16),
@@ -189,13 +189,13 @@ def agrees_with_the_library(path: Path) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(position=st.integers(0, 200), replacement=st.binary(max_size=12), removed=st.integers(0, 12))
-def test_fuzzed_bytes_of_a_sound_file(
+def test_fuzzed_bytes_of_a_valid_file(
     tmp_path: Path, position: int, replacement: bytes, removed: int
 ) -> None:
-    sound = raw_file(
+    valid = raw_file(
         tmp_path / "model.safetensors", {"w": ENTRY, "__metadata__": {"format": "pt"}}
     ).read_bytes()
-    mutated = sound[:position] + replacement + sound[position + removed :]
+    mutated = valid[:position] + replacement + valid[position + removed :]
     (tmp_path / "model.safetensors").write_bytes(mutated)
     agrees_with_the_library(tmp_path / "model.safetensors")
 

@@ -1,4 +1,4 @@
-"""What the child process makes of pickles, honest and hostile, called here in this process."""
+"""Reading of valid and hostile pickles, in this process instead of the child."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_bytes_in_the_other_order_are_swapped(tmp_path: Path) -> None:
     assert_same_bits(found, {"w": torch.arange(4.0).view(2, 2)})
 
 
-def test_what_is_not_weights_is_left_out_by_name(tmp_path: Path) -> None:
+def test_other_entries_are_left_out(tmp_path: Path) -> None:
     value = {
         "state_dict": {"w": torch.ones(2), "empty": torch.zeros(0, 3), "version": 2, "note": "x"},
         "epoch": 3,
@@ -250,7 +250,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_tensor_may_not_claim(tmp_path: Path, lie: str) -> None:
+def test_false_declarations_are_refused(tmp_path: Path, lie: str) -> None:
     source = written(archive(mapping({"w": LIES[lie]}), {"0": FOUR}), tmp_path)
     with pytest.raises((CheckpointCorruptError, UnsafeCheckpointError), match=r"model\.ckpt"):
         read_pickle(source)
@@ -260,11 +260,11 @@ def test_a_storage_of_the_old_format_that_is_not_there(tmp_path: Path) -> None:
     lie = mapping({"w": tensor(100_000, (100_000,), (1,), legacy=True)})
     with pytest.raises(CheckpointCorruptError, match=r"400,000 bytes"):
         read_pickle(written(legacy(lie), tmp_path))
-    sound = legacy(mapping({"w": tensor(4, (2, 2), (2, 1), legacy=True)}), {"0": FOUR})
-    assert_same_bits(converted(written(sound, tmp_path)), {"w": torch.arange(4.0).view(2, 2)})
+    valid = legacy(mapping({"w": tensor(4, (2, 2), (2, 1), legacy=True)}), {"0": FOUR})
+    assert_same_bits(converted(written(valid, tmp_path)), {"w": torch.arange(4.0).view(2, 2)})
 
 
-def test_views_may_not_blow_the_file_up(tmp_path: Path) -> None:
+def test_overlapping_views_are_limited(tmp_path: Path) -> None:
     base = torch.randn(20_000)
     with pytest.raises(CheckpointCorruptError, match="tensors overlap"):
         read_pickle(saved({str(i): base for i in range(50)}, tmp_path))
@@ -299,10 +299,10 @@ def test_hostile_structures(tmp_path: Path, bomb: str, wrap: Callable[[bytes], b
 def test_compressed_records_are_refused(tmp_path: Path, record: str) -> None:
     file = io.BytesIO()
     data = io.BytesIO(archive(mapping({"w": SOUND}), {"0": FOUR * 100}))
-    with zipfile.ZipFile(data) as sound, zipfile.ZipFile(file, "w") as packed:
-        for entry in sound.namelist():
+    with zipfile.ZipFile(data) as valid, zipfile.ZipFile(file, "w") as packed:
+        for entry in valid.namelist():
             kind = zipfile.ZIP_DEFLATED if entry == record else zipfile.ZIP_STORED
-            packed.writestr(entry, sound.read(entry), compress_type=kind)
+            packed.writestr(entry, valid.read(entry), compress_type=kind)
     with pytest.raises(CheckpointCorruptError, match=f"'{record}' is compressed"):
         read_pickle(written(file.getvalue(), tmp_path))
 

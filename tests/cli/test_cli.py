@@ -86,11 +86,11 @@ def test_help_teaches_by_example_and_imports_no_torch():
         f"[cli.main(a) for a in ([], ['-h'], ['schedulers'], *([c, '-h'] for c in {[*commands, 'check-data']}))]; "
         "sys.exit('torch' in sys.modules)"
     )
-    shown = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=ENVIRONMENT
     ).stdout
-    assert shown.count("Usage: latentgen [") == 2
-    assert not [command for command in commands if shown.count(f"latentgen {command} ") < 2]
+    assert printed.count("Usage: latentgen [") == 2
+    assert not [command for command in commands if printed.count(f"latentgen {command} ") < 2]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):
@@ -126,7 +126,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["convert", "a", "b", "--dtype", "int8"], "'bfloat16'"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_errors_are_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -151,7 +151,7 @@ def test_mistakes_are_told_in_one_line(
         (["(a cat:1001)"], "the weight 1001"),
     ],
 )
-def test_mistakes_that_the_pipeline_finds(
+def test_errors_of_the_pipeline(
     arguments: list[str], message: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output = tmp_path / "out.png"
@@ -163,7 +163,7 @@ def test_mistakes_that_the_pipeline_finds(
     assert output.read_bytes() == b"old"
 
 
-def test_draws_what_the_pipeline_draws_and_records_how(
+def test_images_and_recipes_are_those_of_the_pipeline(
     tiny: list[str], tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     from latentgen import TextToImagePipeline, __version__
@@ -214,7 +214,7 @@ def test_a_lora_has_a_weight(text: str, expected: tuple[str, float]):
     assert (str(file), weight) == expected
 
 
-def test_adapters_stand_in_the_recipe(tiny: list[str], tmp_path: Path):
+def test_adapters_are_in_the_recipe(tiny: list[str], tmp_path: Path):
     key = "lora_unet_mid_block_resnets_0_conv1"
     lora = {
         f"{key}.lora_down.weight": torch.ones(1, 64, 3, 3),
@@ -234,7 +234,7 @@ def test_adapters_stand_in_the_recipe(tiny: list[str], tmp_path: Path):
         assert Recipe.from_text(image.info["parameters"]).other == (("Clip skip", "2"), ("LoRA", "style:0.5"))
 
 
-def test_a_prompt_syntax_is_read_and_stands_in_the_recipe(tiny: list[str], tmp_path: Path):
+def test_the_prompt_syntax_is_used_and_recorded(tiny: list[str], tmp_path: Path):
     images = {}
     for syntax in ("explicit", "a1111", "plain"):
         out = tmp_path / f"{syntax}.png"
@@ -248,7 +248,7 @@ def test_a_prompt_syntax_is_read_and_stands_in_the_recipe(tiny: list[str], tmp_p
     assert len(set(images.values())) == 3
 
 
-def test_several_images_are_numbered_and_drawn_seeds_are_told(
+def test_several_images_are_numbered_and_random_seeds_are_printed(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert cli.main(["text2img", "a cat", *tiny, "--num-images", "2", "-o", str(tmp_path / "cat.png")]) == 0
@@ -305,7 +305,7 @@ def test_the_advice_to_convert_is_true(tmp_path: Path, monkeypatch, capsys: pyte
     assert cli.main(["inspect", "v1-5 \x1b.safetensors"]) == 0
 
 
-def test_warnings_are_told_in_one_line():
+def test_warnings_are_one_line():
     cli.main(["--version"])
     text = warnings.formatwarning("two\nlines", UserWarning, "file.py", 1)
     assert text == "latentgen: warning: two lines\n"

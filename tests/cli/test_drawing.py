@@ -131,8 +131,8 @@ def test_cascade(
     assert image.shape == (64, 64, 3)
     assert (recipe.steps, recipe.sampler, recipe.guidance_scale) == (3, "Euler", 1.0)
     assert recipe.model == models.name
-    told = "text2img: 3 steps, Euler, CFG scale 7.5; upscale: 3 steps, Euler, CFG scale 1, noise level 30"
-    assert recipe.other == (("Cascade", told),)
+    summary = "text2img: 3 steps, Euler, CFG scale 7.5; upscale: 3 steps, Euler, CFG scale 1, noise level 30"
+    assert recipe.other == (("Cascade", summary),)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_cascade(
         (["cascade", "a cat", "--model", ".", "--scheduler", "fastest"], "latentgen schedulers"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_errors_are_one_line(
     arguments: list[str],
     message: str,
     models: Path,

@@ -25,7 +25,7 @@ def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_printed_as_it_stands(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_every_recipe_is_printed_unchanged(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert cli.main(["train", "--example", name]) == 0
     text = capsys.readouterr().out
     assert text == (ROOT / "configs" / "train" / f"{name}.yaml").read_text("utf-8")
@@ -34,7 +34,7 @@ def test_every_recipe_is_printed_as_it_stands(name: str, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("finetune")])
-def test_the_recipes_of_finetuning_find_their_images_from_anywhere(
+def test_finetuning_recipes_find_their_images_from_any_folder(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -75,7 +75,7 @@ def test_the_recipes_are_in_the_wheel():
         (["recipe.yaml", "more"], "unexpected extra argument"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_errors_are_one_line(
     arguments: list[str],
     message: str,
     autoencoder_recipe: MakeRecipe,  # noqa: F811
