@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -170,16 +171,14 @@ def test_old_names_of_fields_work_and_warn(
         assert load(fields, tmp_path, *context, old) == expected
 
 
-@pytest.mark.parametrize("override", ["task.cached_views=5", "task.views_per_image=5"])
-@pytest.mark.parametrize("name", ["cached_views", "views_per_image"])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_overrides_replace_fields_of_either_name(
-    name: str, override: str, fields: dict[str, Any], tmp_path: Path
-):
-    fields["task"] = {"kind": "finetune", "method": {"kind": "full"}, name: 3}
-    task = load(fields, tmp_path, override).task
-    assert isinstance(task, FinetuneTask)
-    assert task.views_per_image == 5
+def test_overrides_replace_fields_of_either_name(fields: dict[str, Any], tmp_path: Path):
+    names = ("cached_views", "views_per_image")
+    for name, override in itertools.product(names, names):
+        fields["task"] = {"kind": "finetune", "method": {"kind": "full"}, name: 3}
+        task = load(fields, tmp_path, f"task.{override}=5").task
+        assert isinstance(task, FinetuneTask)
+        assert task.views_per_image == 5
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections import Counter
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from latentgen.errors import DatasetError
 from latentgen.train.config import FolderData, KohyaData
 from latentgen.train.data.check import check
 from latentgen.train.data.folder import ImageFolder
+from tests.train.recipes import COLOURS
 
 
 def open_folder(folder: Path, **fields: Any) -> ImageFolder:
@@ -61,15 +63,7 @@ def bare_folder(tmp_path: Path) -> Path:
 
 def test_captions_in_text_files(image_folder: Path):
     data = open_folder(image_folder)
-    assert len(data) == 6
-    assert data.captions() == [
-        "black disc",
-        "blue disc",
-        "green disc",
-        "red disc",
-        "white disc",
-        "yellow disc",
-    ]
+    assert data.captions() == [f"{colour} disc" for colour in sorted(COLOURS)]
     view = data.sample(3, random.Random(0))
     assert view.captions.texts == ("red disc",)
     assert view.image.size == (8, 8)
@@ -119,21 +113,23 @@ def test_the_lines_of_a_text_file_are_captions_drawn_equally_often(bare_folder: 
     data = open_folder(bare_folder)
     captions = data.sample(0, random.Random(0)).captions
     assert captions.texts == ("one", "two", "three\u2028and more")
-    drawn = Counter(captions.draw(random.Random(seed)) for seed in range(3000))
-    assert all(count / 3000 == pytest.approx(1 / 3, abs=0.04) for count in drawn.values())
+    assert captions.weights == (1, 1, 1)
     assert data.captions()[3:] == ["", "kohya's suffix"]
 
 
 def test_the_case_of_suffixes_does_not_matter(bare_folder: Path):
     (bare_folder / "a.png").rename(bare_folder / "a.PNG")
-    (bare_folder / "a.TXT").write_text("first", "utf-8")
-    (bare_folder / "b.Caption").write_text("second", "utf-8")
-    (bare_folder / "sub" / "c.TXT").write_text("not this", "utf-8")
-    (bare_folder / "sub" / "c.txt").write_text("third", "utf-8")
+    for name, text in (
+        ("a.TXT", "first"),
+        ("b.Caption", "second"),
+        ("sub/c.TXT", "not this"),
+        ("sub/c.txt", "third"),
+    ):
+        (bare_folder / name).write_text(text, "utf-8")
     (bare_folder / "lonely.TXT").write_text("", "utf-8")
     assert open_folder(bare_folder).captions() == ["first", "second", "third"]
     notes = check(FolderData(kind="imagefolder", path=bare_folder, image_size=8)).notes
-    assert "lonely.TXT: there is no image of this name" in notes
+    assert any("lonely.TXT" in note for note in notes)
 
 
 def test_one_caption_for_all_that_have_none_and_a_prefix_for_all(bare_folder: Path):
@@ -149,13 +145,9 @@ def test_captions_are_shuffled_as_in_kohyas_trainers(bare_folder: Path):
     fields = {"caption": "sks, dog , on a lawn,sunny, 4k", "caption_shuffle": True}
     captions = open_folder(bare_folder, keep_tokens=2, **fields).sample(0, random.Random(0)).captions
     drawn = Counter(captions.draw(random.Random(seed)) for seed in range(1200))
-    assert all(text.startswith("sks, dog, ") for text in drawn)
-    assert {frozenset(text.split(", ")) for text in drawn} == {
-        frozenset({"sks", "dog", "on a lawn", "sunny", "4k"})
-    }
-    assert len(drawn) == 6
+    orders = [", ".join(order) for order in permutations(["on a lawn", "sunny", "4k"])]
+    assert drawn.keys() == {f"sks, dog, {order}" for order in orders}
     assert all(count / 1200 == pytest.approx(1 / 6, abs=0.05) for count in drawn.values())
-    assert captions.draw(random.Random(7)) == captions.draw(random.Random(7))
     loose = open_folder(bare_folder, **fields).sample(0, random.Random(0)).captions
     assert len({loose.draw(random.Random(seed)) for seed in range(2000)}) == 120
 
@@ -170,19 +162,16 @@ def test_masks_and_edits_follow_the_image(tmp_path: Path):
     write_metadata(tmp_path, row | {"mask_file_name": "mask.png", "before_file_name": "before.png"})
     data = open_folder(tmp_path, image_size=24, crop="random", horizontal_flip=True)
     assert len(data) == 1, "what a row names beside the image is no image to learn"
-    corners = set()
-    for seed in range(8):
-        view = data.sample(0, random.Random(seed))
+    views = [data.sample(0, random.Random(seed)) for seed in range(8)]
+    assert len({view.crop_corner for view in views}) > 3
+    for view in views:
         assert view.before is not None
         assert view.mask is not None
-        assert view.mask.mode == "L"
-        assert view.mask.size == view.image.size == (24, 24)
+        assert (view.mask.mode, view.mask.size, view.image.size) == ("L", (24, 24), (24, 24))
         np.testing.assert_array_equal(np.asarray(view.before), np.asarray(view.image))
         red = np.asarray(view.image)[:, :, 0].astype(float)
         assert np.corrcoef(red.ravel(), np.asarray(view.mask).ravel())[0, 1] > 0.9
         assert view.original_size == (30, 40)
-        corners.add(view.crop_corner)
-    assert len(corners) > 3
     # A table that holds null or nothing for images without a mask.
     draw(tmp_path / "plain.png", 40, 30)
     write_metadata(tmp_path, row, {"file_name": "plain.png", "text": "x", "mask_file_name": None})
@@ -209,12 +198,8 @@ def test_buckets_by_ratio(tmp_path: Path):
     assert [data.bucket(index) for index in range(3)] == [(48, 80), (64, 64), (80, 48)]
     for index in range(3):
         assert data.sample(index, random.Random(0)).image.size == data.bucket(index)[::-1]
-    assert data.image_size == 64
-
-
-def test_small_images_are_told_of(bare_folder: Path):
-    with pytest.warns(UserWarning, match="3 of 3 images are smaller"):
-        open_folder(bare_folder, caption="x", image_size=64)
+    with pytest.warns(UserWarning, match="1 of 3 images are smaller"):
+        open_folder(tmp_path, caption="x", image_size=128)
 
 
 def test_kohyas_folders(tmp_path: Path):

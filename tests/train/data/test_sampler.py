@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -124,12 +125,12 @@ def test_orders_differ_between_seeds_epochs_and_buckets():
     order, _ = orders([50, 50])
     first = batches(order, range(8), 25)
     assert first != batches(order, range(8), 25, seed=4)
-    by_bucket = {
-        bucket: [i - 50 * bucket for b in first for i in b if i // 50 == bucket] for bucket in (0, 1)
-    }
-    assert by_bucket[0][:50] != by_bucket[0][50:]
-    assert by_bucket[0] != by_bucket[1]
-    assert sorted(by_bucket[0][:50]) == sorted(by_bucket[1][50:]) == list(range(50))
+    low, high = (
+        [item % 50 for batch in first for item in batch if item // 50 == bucket] for bucket in (0, 1)
+    )
+    assert low[:50] != low[50:]
+    assert low != high
+    assert sorted(low[:50]) == sorted(high[50:]) == list(range(50))
 
 
 def test_a_late_step_of_a_large_set_costs_no_replay(monkeypatch: pytest.MonkeyPatch):
@@ -182,13 +183,7 @@ def test_splitting_gives_the_same_global_batch(parts: int, processes: int):
 
 
 def test_randomness_depends_on_seed_purpose_step_and_sample_and_on_nothing_else():
-    positions = [
-        (seed, purpose, step, sample)
-        for seed in (0, 1)
-        for purpose in "ab"
-        for step in (0, 11)
-        for sample in (0, 1)
-    ]
+    positions = list(itertools.product((0, 1), "ab", (0, 11), (0, 1)))
     draws = [sample_rng(*position).random() for position in positions]
     assert len(set(draws)) == len(positions)
     random.seed(1)
