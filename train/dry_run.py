@@ -27,13 +27,10 @@ class DryRunReport:
     Attributes:
         config: the recipe.
         step: the step that the run would resume from; 0 for a new run.
-        trained: number of trained parameters.
-        parameters: number of parameters of all networks.
-        images: number of images to train on.
-        held_out: number of images for the validation loss.
+        trained, parameters: the number of trained parameters, and of all.
+        images, held_out: the number of images to train on, and of those for the validation loss.
         samples: of an epoch, with all cached views of each image.
-        processes: number of processes that train together.
-        device: the device of each process.
+        processes, device: the number of processes, and the device of each.
         seconds_per_step: the median over a few steps.
         peak_bytes: peak memory of the device; None where torch does not count it.
     """

@@ -166,14 +166,9 @@ def plan_memory(
     device: torch.device,
     processes: int = 1,
 ) -> MemoryPlan:
-    """The memory of a step of a recipe.
+    """The memory of a step of a recipe on a device; the objective may be on another one.
 
-    Args:
-        config: the recipe.
-        objective: as it will be trained, on any device.
-        activations: from `estimate_activations`.
-        device: the training device.
-        processes: of the run; with more than one, each has a second copy of the gradients to exchange.
+    With several `processes`, each has a second copy of the gradients to exchange.
     """
     trained = [p.nbytes for p in objective.parameters() if p.requires_grad]
     frozen = [t.nbytes for t in (*objective.parameters(), *objective.buffers()) if not t.requires_grad]

@@ -36,9 +36,9 @@ class Captions(NamedTuple):
         if self.shuffle_after is None:
             return text
         parts = [part.strip() for part in text.split(",")]
-        kept, others = parts[: self.shuffle_after], parts[self.shuffle_after :]
+        first, others = parts[: self.shuffle_after], parts[self.shuffle_after :]
         rng.shuffle(others)
-        return ", ".join(kept + others)
+        return ", ".join(first + others)
 
 
 class Sample(NamedTuple):
@@ -118,8 +118,8 @@ def check_sides(data: CaptionedDataset, factor: int) -> None:
     wrong = next((side for side in sides if side % factor), None)
     if wrong is not None:
         raise ConfigError(
-            f"there are images of {wrong} pixels in height or width, and the autoencoder takes multiples of {factor}: "
-            "choose one for data.image_size, or for data.bucket_step if there are buckets"
+            f"an image has views of {wrong} pixels in height or width, and the autoencoder takes multiples of "
+            f"{factor}: set data.image_size, or with buckets data.bucket_step, to one"
         )
 
 
@@ -187,10 +187,10 @@ def split(data: CaptionedDataset, fraction: float) -> tuple[CaptionedDataset, Ca
         )
     held_out = max(1, round(fraction * count))
     items = sorted(item for image in images[held_out:] for item in image)
-    training = (
-        ShardedSubset(data, items, data.shard_counts) if isinstance(data, Sharded) else Subset(data, items)
-    )
-    return training, Subset(data, [image[0] for image in images[:held_out]])
+    validation = Subset(data, [image[0] for image in images[:held_out]])
+    if isinstance(data, Sharded):
+        return ShardedSubset(data, items, data.shard_counts), validation
+    return Subset(data, items), validation
 
 
 def unique_items(data: CaptionedDataset) -> list[int]:

@@ -46,10 +46,7 @@ class DataSurvey(NamedTuple):
 
 
 class CheckedSample(NamedTuple):
-    """The captions and the decoded image of a sample, or their problems.
-
-    Checkpoints depend on the fields and their order: they make the digest of a data set of Hugging Face.
-    """
+    """The captions of a sample, the size and digest of its image, or their problems."""
 
     captions: tuple[str, ...] = ()
     size: Size | None = None

@@ -114,7 +114,7 @@ class BucketSampler:
         bucket, turn = self._turn(seed, step)
         members = self._buckets[bucket]
         places = (divmod(turn * batch_size + sample, len(members)) for sample in samples)
-        return tuple(members[self._epoch(seed, epoch, bucket)[place]] for epoch, place in places)
+        return tuple(members[int(self._epoch(seed, epoch, bucket)[place])] for epoch, place in places)
 
     def _turn(self, seed: int, step: int) -> tuple[int, int]:
         """The bucket of a step, and how many turns it had before."""
@@ -125,10 +125,10 @@ class BucketSampler:
         bucket = int(buckets[place])
         return bucket, number * self._turns[bucket] + int(turns[place])
 
-    def _shuffled(self, seed: int, epoch: int, bucket: int) -> list[int]:
+    def _shuffled(self, seed: int, epoch: int, bucket: int) -> list[int] | NDArray[np.int64]:
         """The places within a bucket in the order of an epoch."""
         if self._shard_counts is not None:
-            return shard_order(seed, epoch, self._shard_counts[bucket], bucket=bucket).tolist()
+            return shard_order(seed, epoch, self._shard_counts[bucket], bucket=bucket)
         places = list(range(len(self._buckets[bucket])))
         position = (epoch,) if len(self._buckets) == 1 else (epoch, bucket)
         sample_rng(seed, "epoch", *position).shuffle(places)

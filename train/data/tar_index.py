@@ -38,7 +38,7 @@ class Member(NamedTuple):
     """A file in a tar file: its name in messages, its first byte, and its length."""
 
     name: str
-    begin: int
+    offset: int
     length: int
 
 
@@ -98,10 +98,10 @@ class OpenTar:
         """The bytes of a member."""
         try:
             if hasattr(os, "pread"):
-                data = os.pread(self._descriptor, member.length, member.begin)
+                data = os.pread(self._descriptor, member.length, member.offset)
             else:  # Windows; the descriptor has one position for all threads
                 with open(self.path, "rb") as file:
-                    file.seek(member.begin)
+                    file.seek(member.offset)
                     data = file.read(member.length)
         except OSError as error:
             raise DatasetError(f"{self._name(member)} cannot be read: {error.strerror or error}") from error
