@@ -10,7 +10,7 @@ from diffusers import Transformer2DModel as OracleTransformer
 
 from latentgen.errors import InputError
 from latentgen.models import attention as attention_module
-from latentgen.models.attention import Transformer2DModel, attention
+from latentgen.models.attention import AttentionStage, Transformer2DModel, attention
 from tests.models.conftest import relative_error
 
 HEADS = 3
@@ -64,9 +64,13 @@ def test_xformers_falls_back_with_one_warning(tensors):
     assert torch.equal(result, attention(*tensors, HEADS, "sdpa"))
 
 
-def test_unknown_backend_is_refused():
+def test_unknown_backends_are_refused_and_change_nothing(tensors):
+    stage = AttentionStage()
     with pytest.raises(InputError, match=r"'flash'.*auto, sdpa, xformers, chunked"):
-        attention_module.resolve_backend("flash", torch.device("cpu"))
+        stage.attention_backend = "flash"
+    assert stage.attention_backend == "auto"
+    with pytest.raises(InputError, match="'flash'"):
+        attention(*tensors, HEADS, "flash")
 
 
 @pytest.mark.parametrize("linear", [False, True])
