@@ -165,14 +165,6 @@ class LoRA:
         return [layer for layers in self.components.values() for layer in layers.values()]
 
 
-class _Key(NamedTuple):
-    """A key of a file: its layer, and which tensor of the layer it is."""
-
-    component: str
-    layer: str
-    role: Role
-
-
 # (component, layer) -> the key of each of its tensors.
 _Layers = dict[tuple[str, str], dict[Role, str]]
 
@@ -285,10 +277,11 @@ def _layers(header: Header, component: str | None, where: str) -> _Layers:
         if (parsed := _parse_key(key, component)) is None:
             unknown.append(key)
             continue
-        keys = layers.setdefault(parsed[:2], {})
-        if parsed.role in keys:
-            raise AdapterError(f"{where}: {quote(keys[parsed.role])} and {quote(key)} mean the same tensor")
-        keys[parsed.role] = key
+        owner, layer, role = parsed
+        keys = layers.setdefault((owner, layer), {})
+        if role in keys:
+            raise AdapterError(f"{where}: {quote(keys[role])} and {quote(key)} mean the same tensor")
+        keys[role] = key
     if unknown or not layers:
         likely = None if layers else likely_architecture(header)
         hint = f". The file is probably {likely}" if likely else ""
@@ -308,15 +301,15 @@ def _layers(header: Header, component: str | None, where: str) -> _Layers:
     return layers
 
 
-def _parse_key(key: str, component: str | None) -> _Key | None:
-    """What a key is; None if it is not one of a LoRA."""
+def _parse_key(key: str, component: str | None) -> tuple[str, str, Role] | None:
+    """The component, layer and role of a key; None if it is not one of a LoRA."""
     suffix = next((suffix for suffix in _ROLES if key.endswith(suffix)), None)
     if suffix is None:
         return None
     name = key.removesuffix(suffix).replace(".processor.", ".")
     for prefix, owner in _KOHYA_PREFIXES.items():
         if name.startswith(prefix):
-            return _Key(owner, name.removeprefix(prefix), _ROLES[suffix])
+            return owner, name.removeprefix(prefix), _ROLES[suffix]
     named = next((owner for owner in COMPONENTS if name.startswith(f"{owner}.")), None)
     name = name.removeprefix(f"{named}." if named else _PEFT_PREFIX)
     owner = named or component
@@ -330,7 +323,7 @@ def _parse_key(key: str, component: str | None) -> _Key | None:
     if legacy:
         start, projection = legacy.groups(default="")
         name = start + _LEGACY_NAMES["unet" if owner == "unet" else "text"].get(projection, projection)
-    return _Key(owner, name, _ROLES[suffix])
+    return owner, name, _ROLES[suffix]
 
 
 def _shape_problem(keys: Mapping[Role, str], header: Header) -> str | None:
@@ -356,15 +349,13 @@ def _metadata_configs(header: Header, where: str) -> dict[str, PeftConfig]:
     text = header.metadata.get("lora_adapter_metadata", "{}")
     where = f"{where}, lora_adapter_metadata"
     fields = parse_json_object(text.encode("utf-8", "surrogatepass"), where)
-    own = {
-        component: {
-            name.removeprefix(f"{component}."): value
-            for name, value in fields.items()
-            if name.startswith(f"{component}.")
-        }
-        for component in COMPONENTS
-    }
-    return {name: PeftConfig.read(fields, f"{where}, {name}") for name, fields in own.items() if fields}
+    configs = {}
+    for component in COMPONENTS:
+        start = f"{component}."
+        own = {name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}
+        if own:
+            configs[component] = PeftConfig.read(own, f"{where}, {component}")
+    return configs
 
 
 def _format(header: Header) -> Format:

@@ -8,17 +8,7 @@ from typing import Literal, NamedTuple
 
 from latentgen.checkpoints.io import TensorInfo
 
-Kind = Literal[
-    "checkpoint",
-    "unet",
-    "vae",
-    "text encoder",
-    "adapter",
-    "embedding",
-    "controlnet",
-    "other model",
-    "unknown",
-]
+Kind = Literal["checkpoint", "unet", "vae", "text encoder", "adapter", "embedding", "other model", "unknown"]
 Layout = Literal["original", "diffusers"]
 # What the metadata of a single file can declare; no published file predicts the sample.
 DeclaredPrediction = Literal["epsilon", "v_prediction"]
@@ -42,24 +32,17 @@ _PREDICTIONS: Mapping[str, DeclaredPrediction] = {
     "epsilon": "epsilon",
     "v": "v_prediction",
     "v_prediction": "v_prediction",
-}
-_ARCHITECTURES: Mapping[str, DeclaredPrediction] = {
     "stable-diffusion-v2-512": "epsilon",
     "stable-diffusion-v2-768-v": "v_prediction",
 }
-# Prefix of ss_base_model_version or modelspec.architecture -> family.
+# Family -> prefixes of ss_base_model_version and modelspec.architecture.
 _TARGETS = {
-    "sd_v1": "SD 1.x",
-    "stable-diffusion-v1": "SD 1.x",
-    "sd_v2": "SD 2.x",
-    "stable-diffusion-v2": "SD 2.x",
-    "sdxl_": "SDXL base",
-    "stable-diffusion-xl-v1": "SDXL base",
-    "sd3": "Stable Diffusion 3.x",
-    "stable-diffusion-3": "Stable Diffusion 3.x",
-    "flux": "Flux",
+    "SD 1.x": ("sd_v1", "stable-diffusion-v1"),
+    "SD 2.x": ("sd_v2", "stable-diffusion-v2"),
+    "SDXL base": ("sdxl_", "stable-diffusion-xl-v1"),
+    "Stable Diffusion 3.x": ("sd3", "stable-diffusion-3"),
+    "Flux": ("flux",),
 }
-
 # Empty tensors in later files of SDXL that declare how they were trained.
 _V_PREDICTION = {"v_pred", "model.v_pred"}
 _ZERO_SNR = {"ztsnr", "model.ztsnr"}
@@ -90,15 +73,13 @@ _PEFT = "base_model.model."
 # Suffixes of the down projection, which reads a layer's input.
 _DOWN = ("down.weight", "lora_A.weight", "lora_A.default.weight")
 # Substrings of names -> model, specific before general.
-_CONTROL = {
+_OTHERS = {
     "control_model.": "a ControlNet in the original layout",
     "input_hint_block.": "a ControlNet in the original layout",
     "controlnet_cond_embedding.": "a ControlNet in the diffusers layout",
     "control_all_x_embedder.": "a ControlNet",
     "adapter.body.": "a T2I-Adapter",
     "ip_adapter.": "an IP-Adapter",
-}
-_OTHERS = {
     "motion_modules.": "an AnimateDiff motion module",
     ".time_stack.": "Stable Video Diffusion",
     "txt_in.individual_token_refiner.": "HunyuanVideo",
@@ -188,14 +169,14 @@ def declared_prediction(names: Collection[str], metadata: Mapping[str, str]) -> 
     if _V_PREDICTION & set(names):
         return "v_prediction"
     declared = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
-    return declared or _ARCHITECTURES.get(metadata.get("modelspec.architecture", "").partition("/")[0])
+    return declared or _PREDICTIONS.get(metadata.get("modelspec.architecture", "").partition("/")[0])
 
 
 def declared_target(metadata: Mapping[str, str]) -> str | None:
     """The family that an adapter declares as its base model."""
     declared = (metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", ""))
     return next(
-        (family for begin, family in _TARGETS.items() if any(s.startswith(begin) for s in declared)), None
+        (family for family, starts in _TARGETS.items() if any(d.startswith(starts) for d in declared)), None
     )
 
 
@@ -275,9 +256,6 @@ def _open_clip(tensors: Mapping[str, TensorInfo]) -> Identity | None:
 
 
 def _other(tensors: Mapping[str, TensorInfo]) -> Identity | None:
-    for sign, name in _CONTROL.items():
-        if any(sign in key for key in tensors):
-            return Identity("controlnet", name)
     for sign, name in _OTHERS.items():
         if any(sign in key for key in tensors):
             return Identity("other model", name)

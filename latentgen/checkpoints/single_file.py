@@ -22,6 +22,7 @@ from latentgen.checkpoints.identify import (
 )
 from latentgen.checkpoints.io import Header, read_header
 from latentgen.checkpoints.key_map import (
+    VAE_PREFIX,
     KeyMap,
     ema_key_map,
     is_unused,
@@ -184,16 +185,15 @@ def vae_weights(path: str | Path, config: Mapping[str, object]) -> Weights:
         raise InputError(f"{quote(path)} is {identity.name}, not a VAE; give the file of an AutoencoderKL")
     if identity.layout == "diffusers":
         return Weights((path,))
-    if identity.kind == "checkpoint":
-        return Weights((path,), with_prefix(original_key_maps({"vae": config})["vae"], identity.key_prefix))
-    key_map = with_prefix(
-        vae_key_map(VAEConfig.from_json(config)), identity.key_prefix + identity.component_prefix
-    )
-    known = {source.key for source in key_map.values()}
-    extra = [
-        key for key in header if key not in known and not is_unused(key.removeprefix(identity.key_prefix), {})
-    ]
-    _refuse_extra(path, extra)
+    is_whole = identity.kind == "checkpoint"
+    prefix = identity.key_prefix + (VAE_PREFIX if is_whole else identity.component_prefix)
+    key_map = with_prefix(vae_key_map(VAEConfig.from_json(config)), prefix)
+    if not is_whole:
+        known = {source.key for source in key_map.values()}
+        others = (key for key in header if key not in known)
+        _refuse_extra(
+            path, [key for key in others if not is_unused(key.removeprefix(identity.key_prefix), {})]
+        )
     return Weights((path,), key_map)
 
 
