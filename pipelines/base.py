@@ -80,8 +80,8 @@ class Pipeline(ABC):
         unet = self.unet.config
         if unet.cross_attention_dim != self.text_encoder.context_width:
             raise ConfigError(
-                f"cross_attention_dim {unet.cross_attention_dim} of the UNet and the width "
-                f"{self.text_encoder.context_width} of the text encoder's context must be equal"
+                f"cross_attention_dim {unet.cross_attention_dim} of the UNet must be the width "
+                f"{self.text_encoder.context_width} of the text encoder's context"
             )
         if self._time_ids not in (0, REFINER_TIME_IDS, BASE_TIME_IDS):
             raise ConfigError(
@@ -117,13 +117,13 @@ class Pipeline(ABC):
             raise ConfigError(
                 f"{type(self).__name__} needs a UNet with in_channels {latent + image} ({latent} of latents or pixels, "
                 f"{image} of an image) and out_channels {latent}; this one has {unet.in_channels} and "
-                f"{unet.out_channels}. Text to image has 4 and 4 (in pixel space 3 and 3), "
-                "InstructPix2Pix 8 and 4, inpainting 9 and 4, x4 upscaling 7 and 4, x2 upscaling 16 and 4"
+                f"{unet.out_channels}, use the pipeline of its checkpoint"
             )
         labelled = bool(unet.class_embed_type or unet.num_class_embeds)
         if labelled != self._takes_noise_level:
-            reason = "also requires" if labelled else "has no"
-            raise ConfigError(f"{type(self).__name__} cannot use this UNet: it {reason} class_labels")
+            raise ConfigError(
+                f"{type(self).__name__} needs a UNet {'without' if labelled else 'with'} class_labels"
+            )
 
     @classmethod
     def from_pretrained(
@@ -192,9 +192,7 @@ class Pipeline(ABC):
             prediction_type: "epsilon" or "v_prediction", for files that do not say which (SD 2.x).
             vae: a .safetensors file with a VAE to use instead of the file's own.
             ema: read the exponential moving average of the UNet's weights, if the file has both.
-            dtype: see :meth:`from_pretrained`.
-            device: see :meth:`from_pretrained`.
-            memory: see :meth:`from_pretrained`.
+            dtype, device, memory: see :meth:`from_pretrained`.
 
         Raises:
             InputError: an argument is out of range, or the file does not say what its UNet predicts.
@@ -392,9 +390,7 @@ class Pipeline(ABC):
             InputError: the pipeline was built without `load_encoder`.
         """
         if self.load_encoder is None:
-            raise InputError(
-                "this pipeline was built without the VAE's encoder; pass load_encoder=lambda: encoder when you build it"
-            )
+            raise InputError("this pipeline has no VAE encoder; pass load_encoder=lambda: encoder")
         return self.load_encoder()
 
     @property

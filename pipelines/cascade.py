@@ -163,10 +163,7 @@ class CascadePipeline:
 
         Args:
             source: the folder, or None for the embedded cascade.
-            dtype: see :meth:`TextToImagePipeline.from_pretrained`, as for the next three.
-            device: device of the models.
-            variant: which set of weight files to read.
-            memory: how to save memory.
+            dtype, device, variant, memory: see :meth:`TextToImagePipeline.from_pretrained`.
 
         Raises:
             CheckpointError: a file is missing or damaged; the subclass says how.
@@ -202,17 +199,13 @@ class CascadePipeline:
                     f"stage {index} of a cascade cannot be a {type(pipeline).__name__}: the first is a "
                     "TextToImagePipeline, the others are UpscalePipelines or ImageToImagePipelines"
                 )
-        return cls(
-            tuple(
-                CascadeStage(f"stage {index}", _returns(pipeline)) for index, pipeline in enumerate(pipelines)
-            )
-        )
+        named = enumerate(pipelines)
+        return cls(tuple(CascadeStage(f"stage {index}", _returns(pipeline)) for index, pipeline in named))
 
     def loaded(self) -> Self:
         """The same cascade with all stages kept in memory, which is faster for several calls."""
-        return replace(
-            self, stages=tuple(replace(stage, load=_returns(stage.load())) for stage in self.stages)
-        )
+        loaded = tuple(replace(stage, load=_returns(stage.load())) for stage in self.stages)
+        return replace(self, stages=loaded)
 
     def stream(
         self,
@@ -314,11 +307,8 @@ def _class_of(index: int, entry: StageEntry) -> type[StagePipeline]:
 
 def _settings(entry: StageEntry) -> StageSettings:
     """The settings of an entry; missing ones have their defaults."""
-    stated = {
-        name: value for name, value in entry.model_dump(exclude={"folder"}).items() if value is not None
-    }
     try:
-        return StageSettings(**stated)
+        return StageSettings(**entry.model_dump(exclude={"folder"}, exclude_none=True))
     except InputError as error:
         raise ConfigError(f"{INDEX}, stage {quote(entry.folder)}: {error}") from None
 

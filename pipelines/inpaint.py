@@ -158,7 +158,7 @@ class InpaintPipeline(Pipeline):
         if (height, width, padding) != (None, None, None):
             size = check_size(height, width, usual, factor)
         blur = check_number("mask_blur", blur, 0, MAX_MASK_BLUR, "in pixels; 4 is usual")
-        return Canvas.spanned(originals, masks, size=size, padding=padding, blur=blur)
+        return Canvas.from_images(originals, masks, size=size, padding=padding, blur=blur)
 
     def _prepare_latents(
         self,
@@ -171,20 +171,21 @@ class InpaintPipeline(Pipeline):
     ) -> InitialLatents:
         """Prepare latents from images [B, 3, H, W] in -1..1 and masks; noise is drawn in the order of diffusers."""
         count, encoder, takes_mask = shape[0], self.encoder(), self._image_channels > 0
-        marked = for_each(latent_masks, count).to(self.device)
+        repainted = for_each(latent_masks, count).to(self.device)
         x0 = None
         if not (takes_mask and sampling.is_from_noise):
             x0 = encode_images(encoder, images, self.device, count).sample(noise.draw(shape[1:]))
-        drawn = noise.draw(shape[1:])
-        latents = (
-            sampling.initial(drawn) if sampling.is_from_noise or x0 is None else sampling.noised(x0, drawn)
-        )
+        start_noise = noise.draw(shape[1:])
+        if sampling.is_from_noise or x0 is None:
+            latents = sampling.initial(start_noise)
+        else:
+            latents = sampling.noised(x0, start_noise)
         # Diffusers draws this noise even when it does not use it.
         posterior_noise = noise.draw(shape[1:])
         if x0 is not None and not takes_mask:
-            return InitialLatents(latents, mask_blend=MaskBlend(x0, drawn, marked > 0))
-        rest = encode_images(encoder, images * (1 - masks), self.device, count).sample(posterior_noise)
-        return InitialLatents(latents, channels=torch.cat([marked, rest], dim=1))
+            return InitialLatents(latents, mask_blend=MaskBlend(x0, start_noise, repainted > 0))
+        masked = encode_images(encoder, images * (1 - masks), self.device, count).sample(posterior_noise)
+        return InitialLatents(latents, channels=torch.cat([repainted, masked], dim=1))
 
 
 def in_latents(masks: Tensor, factor: int) -> Tensor:

@@ -48,15 +48,13 @@ class Canvas:
     size: Pair
 
     @classmethod
-    def spanned(
+    def from_images(
         cls, originals: Tensor, masks: Tensor, *, size: Pair, padding: int | None, blur: float
     ) -> Canvas:
-        """A canvas for images and masks.
+        """A canvas for images and masks, none of which may be empty.
 
         Args:
-            originals: see Canvas.
-            masks: see Canvas; none may be empty.
-            size: see Canvas.
+            originals, masks, size: see Canvas.
             padding: crop to the mask plus this many pixels; None does not crop.
             blur: standard deviation in pixels of the Gaussian blur of `weights`.
         """
@@ -69,15 +67,15 @@ class Canvas:
     def model_inputs(self) -> Tensor:
         """The crops that the model gets, float32 [B, 3, h, w] in -1..1."""
         parts = [
-            self._filled(_resized(box.of(image), self._fit(box)))
+            self._padded(_resized(box.of(image), self._fitted_size(box)))
             for image, box in zip(self.originals.split(1), self.boxes, strict=True)
         ]
         return torch.cat(parts) * 2 - 1
 
     def model_masks(self) -> Tensor:
-        """The masks of the crops, float32 [B, 1, h, w]: 1 where any of the pixels resized to one is marked."""
+        """The masks of the crops, float32 [B, 1, h, w]: 1 where any of the pixels resized to one has a mask."""
         parts = [
-            self._filled((F.interpolate(box.of(mask), self._fit(box), mode="area") > 0).float())
+            self._padded((F.interpolate(box.of(mask), self._fitted_size(box), mode="area") > 0).float())
             for mask, box in zip(self.masks.split(1), self.boxes, strict=True)
         ]
         return torch.cat(parts)
@@ -91,7 +89,7 @@ class Canvas:
         results = []
         for index, outputs in enumerate(painted.split(each)):
             box = self.boxes[index]
-            height, width = self._fit(box)
+            height, width = self._fitted_size(box)
             original = self.originals[index].to(painted.device)
             results.append(original.repeat(each, 1, 1, 1))
             part = box.of(results[-1])
@@ -100,12 +98,12 @@ class Canvas:
             part.lerp_(output, box.of(self.weights[index]).to(painted.device))
         return torch.cat(results)
 
-    def _fit(self, box: Box) -> Pair:
+    def _fitted_size(self, box: Box) -> Pair:
         """The size of a crop after resizing, with its aspect ratio."""
         scale = min(self.size[0] / box.height, self.size[1] / box.width)
         return max(round(box.height * scale), 1), max(round(box.width * scale), 1)
 
-    def _filled(self, part: Tensor) -> Tensor:
+    def _padded(self, part: Tensor) -> Tensor:
         """Pad a crop to the size of the model's input, by repeating its right and lower borders."""
         missing = (0, self.size[1] - part.shape[3], 0, self.size[0] - part.shape[2])
         return F.pad(part, missing, mode="replicate")
@@ -114,17 +112,15 @@ class Canvas:
 def mask_bbox(mask: Tensor, padding: int, ratio: float) -> Box:
     """The bounding box of a mask [H, W] plus padding, grown inside the image towards width / height = `ratio`."""
     sides = []
-    for marked in (mask.any(dim=1), mask.any(dim=0)):
-        places = marked.nonzero()
-        sides.append(
-            (max(int(places[0]) - padding, 0), min(int(places[-1]) + 1 + padding, len(marked)), len(marked))
-        )
-    (top, bottom, _), (left, right, _) = sides
+    for line in (mask.any(dim=1), mask.any(dim=0)):
+        inside = line.nonzero()
+        start, stop = int(inside[0]) - padding, int(inside[-1]) + 1 + padding
+        sides.append((max(start, 0), min(stop, len(line)), len(line)))
+    (top, bottom, image_height), (left, right, image_width) = sides
     height = max(bottom - top, round((right - left) / ratio))
     width = max(right - left, round((bottom - top) * ratio))
-    (top, height), (left, width) = (
-        _grown(*side, target) for side, target in zip(sides, (height, width), strict=True)
-    )
+    top, height = _grown(top, bottom, image_height, height)
+    left, width = _grown(left, right, image_width, width)
     return Box(top, left, height, width)
 
 

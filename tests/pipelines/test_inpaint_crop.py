@@ -52,7 +52,7 @@ def test_a_blur_is_a_gaussian_and_ends() -> None:
 def test_what_is_shown_goes_back_to_where_it_came_from() -> None:
     ramp = torch.linspace(0, 1, 90).expand(1, 3, 70, 90).contiguous()
     mask = masked(70, 90, Box(20, 40, 10, 15))
-    canvas = Canvas.spanned(ramp, mask, size=(64, 96), padding=4, blur=0)
+    canvas = Canvas.from_images(ramp, mask, size=(64, 96), padding=4, blur=0)
     shown = canvas.model_inputs()
     assert shown.shape == (1, 3, 64, 96)
     back = canvas.composite(shown / 2 + 0.5)
@@ -64,7 +64,7 @@ def test_what_is_shown_goes_back_to_where_it_came_from() -> None:
 
 def test_several_answers_of_an_image_stand_together() -> None:
     images, masks = torch.rand(2, 3, 8, 8), masked(8, 8, Box(0, 0, 4, 4)).expand(2, 1, 8, 8)
-    canvas = Canvas.spanned(images, masks, size=(8, 8), padding=None, blur=0)
+    canvas = Canvas.from_images(images, masks, size=(8, 8), padding=None, blur=0)
     assert torch.equal(canvas.model_inputs(), images * 2 - 1)
     assert torch.equal(canvas.model_masks(), masks)
     answers = torch.rand(4, 3, 8, 8)
@@ -76,5 +76,5 @@ def test_several_answers_of_an_image_stand_together() -> None:
 
 def test_thin_marks_survive_shrinking() -> None:
     mask = masked(64, 64, Box(0, 31, 64, 1))
-    canvas = Canvas.spanned(torch.rand(1, 3, 64, 64), mask, size=(8, 8), padding=None, blur=0)
+    canvas = Canvas.from_images(torch.rand(1, 3, 64, 64), mask, size=(8, 8), padding=None, blur=0)
     assert canvas.model_masks()[0, 0].any(dim=0).sum() == 1
