@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -42,10 +42,10 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=list(_MERGES), model_max_length=77)
 
 
-def build_pipeline(in_channels: int = 4) -> StableDiffusionPipeline:
+def build_pipeline(**unet_fields: Any) -> StableDiffusionPipeline:
     """A Stable Diffusion 1.x pipeline of diffusers with tiny random weights, the same at every call.
 
-    With other `in_channels` of the UNet they are the parts of another pipeline.
+    With other fields of the UNet, such as `in_channels`, its parts are those of another pipeline.
     """
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -54,17 +54,17 @@ def build_pipeline(in_channels: int = 4) -> StableDiffusionPipeline:
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=in_channels,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=4,
-            norm_num_groups=8,
-        )
+        fields: dict[str, Any] = {
+            "sample_size": 8,
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 32,
+            "attention_head_dim": 4,
+            "norm_num_groups": 8,
+        }
+        unet = UNet2DConditionModel(**fields | unet_fields)
         vae = AutoencoderKL(
             block_out_channels=(32, 64),
             down_block_types=("DownEncoderBlock2D",) * 2,

@@ -241,7 +241,7 @@ class TestSwitches:
         for index, prompt in enumerate(prompts):
             assert (together[index] - latents(pipeline, prompt, seed=7 + index)[0]).abs().max() <= 1e-3
 
-    def test_a_text_is_encoded_once_and_its_keys_are_computed_once(
+    def test_a_text_is_encoded_once_and_its_constants_are_computed_once(
         self, pipeline: TextToImagePipeline
     ) -> None:
         texts: list[int] = []
@@ -255,7 +255,7 @@ class TestSwitches:
         hooks += [
             module.register_forward_hook(lambda _m, _i, _o, name=name: calls.append(name))
             for name, module in pipeline.unet.named_modules()
-            if name.endswith("attn2.to_k")
+            if name.endswith(("attn2.to_k", "attn2.to_v", "time_emb_proj"))
         ]
         layers = len(hooks) - 1
         for prompt, kinds in (("cat", 1), ("[cat:dog:2]", 2), ("[cat|dog]", 2), ("[[cat:dog:1]:cat:3]", 2)):

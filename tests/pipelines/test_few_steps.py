@@ -8,7 +8,6 @@ from typing import Any
 
 import diffusers
 import pytest
-import torch
 
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from tests.conftest import build_pipeline
@@ -40,21 +39,6 @@ LCM = {
 }
 
 
-def build_unet(**fields: Any) -> diffusers.UNet2DConditionModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        return diffusers.UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
-            norm_num_groups=8,
-            **fields,
-        ).eval()
-
-
 def save(pipeline: Any, folder: Path, scheduler: dict[str, Any]) -> Path:
     pipeline.scheduler = getattr(diffusers, scheduler["_class_name"])()
     pipeline.save_pretrained(folder, safe_serialization=True)
@@ -64,8 +48,7 @@ def save(pipeline: Any, folder: Path, scheduler: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def sd_turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipeline = build_pipeline()
-    pipeline.unet = build_unet(use_linear_projection=True, attention_head_dim=(2, 4))
+    pipeline = build_pipeline(use_linear_projection=True, attention_head_dim=(2, 4))
     return save(pipeline, tmp_path_factory.mktemp("sd-turbo"), TURBO)
 
 
@@ -93,8 +76,7 @@ def test_turbo_gives_the_image_of_diffusers(
 
 @pytest.fixture(scope="module")
 def lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipeline = build_pipeline()
-    pipeline.unet = build_unet(attention_head_dim=4, time_cond_proj_dim=256)
+    pipeline = build_pipeline(time_cond_proj_dim=256)
     return save(pipeline, tmp_path_factory.mktemp("lcm"), LCM)
 
 

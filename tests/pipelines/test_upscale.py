@@ -173,10 +173,6 @@ def smooth(side: int) -> Image.Image:
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def test_a_small_image_needs_no_tiles(x2: UpscalePipeline) -> None:
-    np.testing.assert_array_equal(draw(x2, image=picture(0), tile=16), draw(x2, image=picture(0), tile=None))
-
-
 @pytest.mark.parametrize("pipeline", [tiny, None])
 def test_no_border_of_a_tile_shows(pipeline: Any, x2: UpscalePipeline) -> None:
     upscale, side, tile = x2 if pipeline is None else pipeline(), 96, 32

@@ -76,7 +76,7 @@ def build(family: str, prediction_type: str = "epsilon") -> Any:
     if family == "sdxl":
         pipe: Any = build_base()
     else:
-        plain = build_pipeline({"sd": 4, "instruct": 8, "inpainting": 9}[family])
+        plain = build_pipeline(in_channels={"sd": 4, "instruct": 8, "inpainting": 9}[family])
         kinds = {
             "sd": diffusers.StableDiffusionPipeline,
             "instruct": diffusers.StableDiffusionInstructPix2PixPipeline,
