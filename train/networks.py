@@ -31,7 +31,7 @@ def memory_format_for(module: nn.Module, device: torch.device) -> torch.memory_f
 
 def text_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of the child `text_encoder`, to which `text_encoder_learning_rate` applies."""
-    text = _text_encoder(module)
+    text = dict(module.named_children()).get(TEXT_ENCODER)
     return [] if text is None else list(text.parameters())
 
 
@@ -87,10 +87,6 @@ def _unets(module: nn.Module) -> list[UNet]:
     return [part for part in module.modules() if isinstance(part, UNet)]
 
 
-def _text_encoder(module: nn.Module) -> nn.Module | None:
-    return dict(module.named_children()).get(TEXT_ENCODER)
-
-
 def _trained_text_encoder(module: nn.Module) -> nn.Module | None:
-    text = _text_encoder(module)
-    return text if text is not None and any(p.requires_grad for p in text.parameters()) else None
+    trained = any(parameter.requires_grad for parameter in text_parameters(module))
+    return dict(module.named_children())[TEXT_ENCODER] if trained else None

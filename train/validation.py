@@ -269,10 +269,9 @@ def _example_stream(pipeline: Pipeline, validation: Validation, example: Example
         stream = partial(pipeline.stream, image=example.input, noise_level=0)
     elif isinstance(pipeline, InpaintPipeline) and example.mask is not None:
         stream = partial(pipeline.stream, image=example.input, mask_image=example.mask)
-    elif isinstance(pipeline, InstructPix2PixPipeline | ConcatImagePipeline):
-        stream = partial(pipeline.stream, image=example.input)
     else:
-        raise ConfigError("validation.images: this task does not take an image as input; remove it")
+        assert isinstance(pipeline, InstructPix2PixPipeline | ConcatImagePipeline)  # see check_validation
+        stream = partial(pipeline.stream, image=example.input)
     return stream(
         example.caption,
         negative_prompt=validation.negative_prompt,

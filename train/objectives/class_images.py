@@ -128,10 +128,6 @@ def _own_images(path: Path, prior: Prior, folder: Path, image_size: int) -> Capt
             f"task.prior.path {quote(path)} contains the folder for generated class images; put your own "
             "elsewhere, or choose another output_dir"
         )
-    if not path.is_dir():
-        raise DatasetError(
-            f"task.prior.path {quote(path)} is not a folder of images; name one, or leave it out"
-        )
     data = FolderData(kind="imagefolder", path=path, image_size=image_size, caption=prior.prompt_of(0))
     try:
         return open_data(data)

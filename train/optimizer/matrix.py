@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from latentgen.train.optimizer.chained import ChainedOptimizer, ParameterGroup
 
-# Embedding tables are looked up, not multiplied: orthogonal updates mean nothing to them.
-_TABLE_MODULES = (nn.Embedding,)
 # Matrices of fewer rows or columns (RGB in, latents out) are left to AdamW.
 _SMALLEST_SIDE = 9
 
@@ -75,7 +73,8 @@ def matrix_adafactor(groups: Sequence[ParameterGroup], *, weight_decay: float) -
 
 def split_matrices(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The trainable parameters that Muon updates, and the others."""
-    tables = {id(p) for m in module.modules() if isinstance(m, _TABLE_MODULES) for p in m.parameters()}
+    # Embedding tables are looked up, not multiplied: orthogonal updates mean nothing to them.
+    tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for p in module.parameters():
