@@ -12,56 +12,37 @@ import torch
 
 from latentgen.train.trainer import train
 from tests.train.finetuning import METHODS, PRIOR, finetune_recipe
-from tests.train.runs import files_of, losses_of
+from tests.train.runs import copy_until, files_of, losses_of
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resuming_at_any_step_changes_nothing(method: str, tmp_path: Path, image_folder: Path):
+def test_resuming_changes_nothing(method: str, tmp_path: Path, image_folder: Path):
     whole = finetune_recipe(tmp_path, image_folder, method, gradient_accumulation_steps=2)
     train(whole)
-    expected = files_of(whole.output_dir)
-    class_images = whole.output_dir / "class_images"
-    for step in (1, 3):
-        folder = tmp_path / str(step)
-        shutil.copytree(whole.output_dir, folder)
-        shutil.rmtree(folder / "model")
-        for later in range(step + 1, 5):
-            shutil.rmtree(folder / f"checkpoint-{later:08d}")
-        if class_images.is_dir():
-            (folder / "class_images").rename(tmp_path / "elsewhere")  # generated again, they are the same
-            shutil.rmtree(tmp_path / "elsewhere")
-        torch.manual_seed(step)
-        train(
-            finetune_recipe(
-                tmp_path,
-                image_folder,
-                method,
-                gradient_accumulation_steps=2,
-                resume=True,
-                output_dir=str(folder),
-            )
-        )
-        actual = files_of(folder)
+    cut = tmp_path / "cut"
+    copy_until(2, whole, cut)
+    shutil.rmtree(cut / "class_images", ignore_errors=True)  # generated again, they are the same
+    torch.manual_seed(2)
+    resumed = {"resume": True, "output_dir": str(cut)}
+    train(finetune_recipe(tmp_path, image_folder, method, gradient_accumulation_steps=2, **resumed))
+    for folder in ("class_images", "checkpoint-00000004", "model"):
+        expected = files_of(whole.output_dir / folder)
+        actual = files_of(cut / folder)
         assert actual.keys() == expected.keys()
         for name, content in expected.items():
-            if name.name not in (
-                "state.json",
-                "manifest.json",
-                "README.md",
-            ):  # which contain the folder's name
+            if name.name not in ("state.json", "manifest.json", "README.md"):  # which name the run's folder
                 assert actual[name] == content, name
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_loss_falls(method: str, tmp_path: Path, image_folder: Path):
-    rate = {"full": 0.002, "lora": 0.02, "textual_inversion": 0.05}[method]
+@pytest.mark.parametrize(("method", "rate"), [("full", 0.002), ("lora", 0.02)])
+def test_the_loss_falls(method: str, rate: float, tmp_path: Path, image_folder: Path):
     optimizer = {"learning_rate": rate, "warmup_steps": 2, "weight_decay": 0.0}
     config = finetune_recipe(
-        tmp_path, image_folder, method, max_steps=60, checkpoint_every=60, batch_size=6, optimizer=optimizer
+        tmp_path, image_folder, method, max_steps=40, checkpoint_every=40, batch_size=6, optimizer=optimizer
     )
     train(config)
     losses = losses_of(config)
-    assert sum(losses[-10:]) < {"textual_inversion": 0.999}.get(method, 0.95) * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
 
 
 @pytest.mark.slow
