@@ -100,7 +100,11 @@ LORA_TASK = "task={kind: finetune, method: {kind: lora}}"
 TOKEN_TASK = "task={kind: finetune, method: {kind: textual_inversion, token: x, initializer: y}}"
 TEXT_RATE = "optimizer.text_encoder_learning_rate=5.0e-6"
 VALIDATION = "validation={loss_every: 9}"
-BUCKETS = "data={kind: kohya, path: img, image_size: 512, buckets: true}"
+BUCKETS = "data={kind: kohya, path: img, image_size: 64, bucket_step: 16, buckets: true}"
+NO_BUCKETS = "data={kind: imagefolder, path: img, image_size: 64}"
+UNCHECKED = "data={kind: webdataset, shards: a.tar, image_size: 64, check_images: false}"
+IN_BACKWARD = ("optimizer.name=adafactor", "optimizer.step_in_backward=true", "optimizer.max_grad_norm=null")
+OFFLOADED = "memory.offload_optimizer=true"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,25 @@ BUCKETS = "data={kind: kohya, path: img, image_size: 512, buckets: true}"
             "decay_fraction",
             "optimizer.schedule=warmup_stable_decay",
         ),
+        ((NO_BUCKETS, "data.min_side=32"), "min_side", "data.buckets=true"),
+        ((BUCKETS, "data.bucket_step=128"), "bucket_step 128", "data.bucket_step=64"),
+        ((BUCKETS, "data.min_side=80"), "80 to 128", "data.min_side=64"),
+        ((BUCKETS, "data.max_side=48"), "32 to 48", "data.max_side=64"),
+        ((NO_BUCKETS, "data.keep_tokens=1"), "caption_shuffle", "data.caption_shuffle=true"),
+        ((UNCHECKED, "data.on_bad_image=skip"), "check_images", "data.check_images=true"),
+        ((UNCHECKED, "data.buckets=true"), "check_images", "data.check_images=true"),
+        # Gradients that are used or moved one by one.
+        (("optimizer.name=muon", OFFLOADED), OFFLOADED.partition("=")[0], "optimizer.name=adamw"),
+        ((OFFLOADED, "mixed_precision=fp16"), OFFLOADED.partition("=")[0], "mixed_precision=bf16"),
+        ((*IN_BACKWARD, OFFLOADED), OFFLOADED.partition("=")[0], "optimizer.name=adamw"),
+        (
+            (*IN_BACKWARD, "gradient_accumulation_steps=2"),
+            "optimizer.step_in_backward",
+            "gradient_accumulation_steps=1",
+        ),
+        ((*IN_BACKWARD, "mixed_precision=fp16"), "optimizer.step_in_backward", "mixed_precision=no"),
+        (IN_BACKWARD[:2], "max_grad_norm", "optimizer.max_grad_norm=null"),
+        (("optimizer.name=muon", *IN_BACKWARD[1:]), "step_in_backward", "optimizer.name=adamw"),
         # What would do nothing.
         (("validation_fraction=0.1",), "validation_fraction", VALIDATION),
         ((TEXT_TO_IMAGE_TASK, "task.loss.huber_c=0.2"), "huber_c", "task.loss.kind=huber"),

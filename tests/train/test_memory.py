@@ -165,26 +165,6 @@ def test_offloading_needs_free_memory_on_the_host(
         check_memory(config, cuda, objective)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "field"),
-    [
-        (("optimizer.name=muon", AWAY), "memory.offload_optimizer"),
-        (("optimizer.name=adamw", AWAY, "mixed_precision=fp16"), "memory.offload_optimizer: .* fp16"),
-        ((*IN_BACKWARD, AWAY), "memory.offload_optimizer: adafactor"),
-        ((*IN_BACKWARD, "gradient_accumulation_steps=2"), "optimizer.step_in_backward"),
-        ((*IN_BACKWARD, "mixed_precision=fp16"), "optimizer.step_in_backward: .* fp16"),
-        (IN_BACKWARD[:2], "max_grad_norm"),
-        (("optimizer.name=muon", *IN_BACKWARD[1:]), "step_in_backward .* muon"),
-    ],
-    ids=str,
-)
-def test_recipes_that_cannot_take_gradients_one_by_one(
-    overrides: tuple[str, ...], field: str, text_to_image_recipe: MakeRecipe
-):
-    with pytest.raises(ConfigError, match=field):
-        text_to_image_recipe(*overrides)
-
-
 @pytest.mark.parametrize("overrides", [IN_BACKWARD, ("optimizer.name=adamw", AWAY)], ids=str)
 def test_several_processes_cannot_take_gradients_one_by_one(
     overrides: tuple[str, ...], text_to_image_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
