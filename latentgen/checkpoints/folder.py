@@ -107,7 +107,7 @@ class CheckpointFolder:
             raise CheckpointNotFoundError(f"{quote(path)} has no model_index.json; {hint}")
         folder = cls(path, read_json(safe_join(path, "model_index.json", "model_index.json")), shared)
         for component in folder.components:
-            safe_join(path, component, f"{quote(path / 'model_index.json')}, component")
+            folder.folder(component)
         return folder
 
     @property
@@ -128,7 +128,12 @@ class CheckpointFolder:
         return result
 
     def folder(self, component: str) -> Path:
-        """The folder of one component; CheckpointNotFoundError if the checkpoint has no such component."""
+        """The folder of one component.
+
+        Raises:
+            CheckpointNotFoundError: the checkpoint has no such component.
+            UnsafePathError: its path leaves the checkpoint.
+        """
         if component not in self.components:
             there = ", ".join(quote(name) for name in self.components) or "none"
             raise CheckpointNotFoundError(
@@ -227,11 +232,10 @@ def config_name(component: str) -> str:
 def _shards(index: Path) -> list[Path]:
     """The files that a shard index names, next to it; all of them exist."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointCorruptError(f"{quote(index)} has no weight_map of tensor names to files")
-    if not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointCorruptError(f"{quote(index)}: weight_map has to map tensor names to file names")
-    names = sorted(set(weight_map.values()))
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointCorruptError(f"{quote(index)} has no weight_map of tensor names to file names")
+    names = sorted(set(names))
     files = [safe_join(index.parent, name, f"{quote(index)}, weight_map") for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointNotFoundError(
@@ -248,10 +252,10 @@ def as_path(source: str | Path) -> Path:
         InputError: empty, or of another type.
         CheckpointNotFoundError: the file system does not accept the name.
     """
-    if not isinstance(source, str | Path):
-        raise InputError(f"a checkpoint has to be a str or a Path, not {quote(source)}; None is the default")
-    if not str(source):
-        raise InputError("the checkpoint's path is empty; give a folder or a Hub id, or None for the default")
+    if not isinstance(source, str | Path) or not str(source):
+        raise InputError(
+            f"{quote(source)} is not a path: give a folder, a file or a Hub id, or None for the default"
+        )
     try:
         path = Path(source).expanduser()
         path.exists()
@@ -281,9 +285,8 @@ def _download(hub_id: str, revision: str | None, infix: str) -> Path:
     # Any other failure is the network or the cache; their exceptions differ among releases of huggingface_hub.
     except Exception as error:
         raise OfflineError(
-            f"{at} is not in the local cache and could not be downloaded ({type(error).__name__}). On a "
-            f"connected machine, run `hf download {hub_id} --local-dir FOLDER`, copy FOLDER here and "
-            "give its path; or set HF_HOME to a cache that holds it"
+            f"{at} is not in the local cache and could not be downloaded ({type(error).__name__}); give a folder made "
+            f"by `hf download {hub_id} --local-dir FOLDER` elsewhere, or set HF_HOME to a cache that holds it"
         ) from error
 
 
