@@ -1,4 +1,4 @@
-"""Read image files as 8-bit sRGB, and write images to files that carry their recipe."""
+"""Read image files as 8-bit sRGB, and write images to files with their generation parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from latentgen.files import atomic_write, quote
 from latentgen.prompts import check_prompts
 
 if TYPE_CHECKING:
-    from latentgen.recipe import Recipe
+    from latentgen.generation_parameters import GenerationParameters
 
 # The limit on a decompression bomb: 64 Mi pixels are 192 MiB as RGB.
 MAX_PIXELS = 64 * 2**20
@@ -143,21 +143,21 @@ def check_output(path: str | Path) -> None:
         ) from error
 
 
-def save_image(image: Image.Image, path: str | Path, recipe: Recipe | None = None) -> None:
+def save_image(image: Image.Image, path: str | Path, parameters: GenerationParameters | None = None) -> None:
     """Write an image atomically; the suffix of ``path`` is one of FORMATS.
 
-    The recipe is written where other programs look for it: the text chunk ``parameters`` of a PNG file, the EXIF
+    The parameters are written where other programs look for them: the text chunk ``parameters`` of a PNG file, the EXIF
     field UserComment of the others. EXIF, GPS and comments that came with ``image`` are not written.
 
     Raises:
         OutputError: no such format, or the file cannot be written; an existing file is never damaged.
-        InputError: the recipe has a NUL or an unpaired surrogate.
+        InputError: the parameters have a NUL or an unpaired surrogate.
     """
     path = Path(path)
     file_format = _format_of(path)
     text = None
-    if recipe is not None:
-        text = recipe.to_text()
+    if parameters is not None:
+        text = parameters.to_text()
         check_prompts((text,))
     with atomic_write(path) as file:
         if file_format == "PNG":

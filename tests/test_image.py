@@ -10,11 +10,11 @@ import torch
 from PIL import ExifTags, Image
 
 from latentgen.errors import InputError, NumericalError, OutputError
+from latentgen.generation_parameters import GenerationParameters
 from latentgen.image_file import check_output, save_image
 from latentgen.pipelines.vae_ops import to_numpy, to_pil
-from latentgen.recipe import Recipe
 
-RECIPE = Recipe(
+PARAMETERS = GenerationParameters(
     prompt="slice of pizza", steps=25, sampler="Euler a", guidance_scale=7.5, seed=7, width=12, height=8
 )
 
@@ -57,26 +57,26 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]):
 
 
 @pytest.mark.parametrize("prompt", ["crème brûlée", "ピザ 🍕\nsecond line"])
-def test_png_carries_the_recipe(prompt: str, picture: Image.Image, tmp_path: Path):
-    recipe = replace(RECIPE, prompt=prompt)
-    save_image(picture, tmp_path / "out.png", recipe)
+def test_png_carries_the_parameters(prompt: str, picture: Image.Image, tmp_path: Path):
+    parameters = replace(PARAMETERS, prompt=prompt)
+    save_image(picture, tmp_path / "out.png", parameters)
     with Image.open(tmp_path / "out.png") as read:
-        assert Recipe.from_text(read.info["parameters"]) == recipe
+        assert GenerationParameters.from_text(read.info["parameters"]) == parameters
         np.testing.assert_array_equal(np.asarray(read), np.asarray(picture))
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp"])
-def test_other_formats_carry_the_recipe_as_exif(suffix: str, picture: Image.Image, tmp_path: Path):
-    recipe = replace(RECIPE, prompt="ピザ 🍕")
-    save_image(picture, tmp_path / f"out{suffix}", recipe)
+def test_other_formats_carry_the_parameters_as_exif(suffix: str, picture: Image.Image, tmp_path: Path):
+    parameters = replace(PARAMETERS, prompt="ピザ 🍕")
+    save_image(picture, tmp_path / f"out{suffix}", parameters)
     with Image.open(tmp_path / f"out{suffix}") as read:
         comment = read.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
     assert comment[:8] == b"UNICODE\0"
-    assert Recipe.from_text(comment[8:].decode("utf-16-be")) == recipe
+    assert GenerationParameters.from_text(comment[8:].decode("utf-16-be")) == parameters
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
-def test_without_a_recipe_nothing_is_said(suffix: str, picture: Image.Image, tmp_path: Path):
+def test_without_parameters_nothing_is_said(suffix: str, picture: Image.Image, tmp_path: Path):
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = "secret place"
     picture.info.update(
@@ -88,7 +88,7 @@ def test_without_a_recipe_nothing_is_said(suffix: str, picture: Image.Image, tmp
 
 def test_text_that_cannot_be_written_leaves_no_file(picture: Image.Image, tmp_path: Path):
     with pytest.raises(InputError):
-        save_image(picture, tmp_path / "out.png", replace(RECIPE, prompt="nul \0 inside"))
+        save_image(picture, tmp_path / "out.png", replace(PARAMETERS, prompt="nul \0 inside"))
     assert list(tmp_path.iterdir()) == []
 
 

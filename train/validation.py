@@ -19,6 +19,7 @@ from latentgen import __version__
 from latentgen.diffusion.solver_names import SAMPLERS
 from latentgen.errors import ConfigError
 from latentgen.files import atomic_folder
+from latentgen.generation_parameters import GenerationParameters
 from latentgen.image_file import save_image
 from latentgen.pipelines.base import Pipeline
 from latentgen.pipelines.concat import ConcatImagePipeline
@@ -27,7 +28,6 @@ from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.sampling_loop import PipelineStep
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
-from latentgen.recipe import Recipe
 from latentgen.train.config import TrainConfig, Validation
 from latentgen.train.data import BatchIndices, CaptionedDataset, sample_rng
 from latentgen.train.ema import ema_scope, preview
@@ -39,11 +39,11 @@ _GAP = 4
 
 
 class NamedImage(NamedTuple):
-    """An image, the stem of its file name, and the recipe that generated it, if one did."""
+    """An image, the stem of its file name, and its generation parameters if a pipeline generated it."""
 
     name: str
     image: Image.Image
-    recipe: Recipe | None = None
+    parameters: GenerationParameters | None = None
 
 
 class Validator:
@@ -142,7 +142,7 @@ class Validator:
             NamedImage(
                 f"prompt-{number:02d}-seed-{seed}",
                 image,
-                _recipe(pipeline, self._validation, step, prompt, image, seed),
+                _parameters(pipeline, self._validation, step, prompt, image, seed),
             )
             for image, seed in images
         ]
@@ -151,11 +151,13 @@ class Validator:
         """The model's input of a validation image, enlarged to its size; the model's output; and the image."""
         last = self._run(_example_stream(pipeline, self._validation, example))
         (output,) = cast("list[Image.Image]", last.images())
-        recipe = _recipe(pipeline, self._validation, step, example.caption, output, self._validation.seed)
+        parameters = _parameters(
+            pipeline, self._validation, step, example.caption, output, self._validation.seed
+        )
         enlarged = example.input.resize(example.target.size, Image.Resampling.NEAREST)
         return [
             NamedImage(f"image-{number:02d}-shown", enlarged),
-            NamedImage(f"image-{number:02d}-made", output, recipe),
+            NamedImage(f"image-{number:02d}-made", output, parameters),
             NamedImage(f"image-{number:02d}-true", example.target),
         ]
 
@@ -219,7 +221,7 @@ def check_validation(validation: Validation, held_out: CaptionedDataset | None, 
 
 
 def save_rows(folder: Path, rows: Sequence[Sequence[NamedImage]]) -> None:
-    """Write each image with its recipe, and a sheet of all; an existing folder is replaced.
+    """Write each image with its generation parameters, and a sheet of all; an existing folder is replaced.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -227,7 +229,7 @@ def save_rows(folder: Path, rows: Sequence[Sequence[NamedImage]]) -> None:
     with atomic_folder(folder, replace=True) as target:
         for row in rows:
             for named in row:
-                save_image(named.image, target / f"{named.name}.png", named.recipe)
+                save_image(named.image, target / f"{named.name}.png", named.parameters)
         save_image(sheet([[named.image for named in row] for row in rows]), target / SHEET)
 
 
@@ -282,12 +284,12 @@ def _example_stream(pipeline: Pipeline, validation: Validation, example: Example
     )
 
 
-def _recipe(
+def _parameters(
     pipeline: Pipeline, validation: Validation, step: int, prompt: str, image: Image.Image, seed: int
-) -> Recipe:
+) -> GenerationParameters:
     sampler, schedule_type = SAMPLERS[pipeline.scheduler.name]
     scale = validation.guidance_scale
-    return Recipe(
+    return GenerationParameters(
         prompt=prompt,
         negative_prompt=validation.negative_prompt,
         steps=validation.num_inference_steps,

@@ -1,4 +1,4 @@
-"""The commands that generate images: each loads a pipeline, calls it, and writes images with their recipes."""
+"""The commands that generate images: each loads a pipeline, calls it, and writes images and their parameters."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def text2img(
     latentgen text2img "a castle" --model model.safetensors --lora watercolor.safetensors:0.8
     latentgen text2img "a (red:1.3) castle at [dawn:night:0.5]" --prompt-syntax a1111
 
-    Prints the paths of the written files, and the seeds if they are random. A PNG file carries its recipe
-    in the text chunk "parameters", where other programs look for it too.
+    Prints the paths of the written files, and the seeds if they are random. A PNG file has its generation parameters in
+    the text chunk "parameters", where other programs look for it too.
     """
     job = Job(prompt, model, prompting, sampling, output)
     from latentgen.pipelines.text_to_image import TextToImagePipeline

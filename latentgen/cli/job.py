@@ -1,4 +1,4 @@
-"""The work of the generating commands: check, call the pipeline, and write the images with their recipes."""
+"""The work of the generating commands: check, call the pipeline, and write the images and their parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from latentgen.cli.options import (
 )
 from latentgen.diffusion.solver_names import SAMPLERS
 from latentgen.errors import InputError
-from latentgen.recipe import Recipe
+from latentgen.generation_parameters import GenerationParameters
 
 if TYPE_CHECKING:
     from latentgen.pipelines.base import Pipeline
@@ -72,7 +72,7 @@ class Job:
             **arguments,
         )
         prompting.print_random(result.seeds)
-        recipe = _recipe(
+        parameters = _parameters(
             self.prompt,
             prompting,
             self.model.model,
@@ -82,11 +82,11 @@ class Job:
             denoising_strength=arguments.get("strength"),
             other={**_settings(arguments), **prompting.setting, **self.model.settings},
         )
-        _write(result.images, result.seeds, self.paths, self.output, recipe)
+        _write(result.images, result.seeds, self.paths, self.output, parameters)
 
 
 def _settings(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """The recipe's settings for the arguments that only one command has."""
+    """The generation parameters for the arguments that only one command has."""
     settings = {}
     if "image_guidance_scale" in arguments:
         settings["Image CFG scale"] = f"{arguments['image_guidance_scale']:g}"
@@ -143,7 +143,7 @@ def draw_cascade(
         if not (is_last or all_stages):
             continue
         suffix = "" if is_last else f"-{result.index + 1}-{result.name}"
-        recipe = _recipe(
+        parameters = _parameters(
             prompt,
             prompting,
             model,
@@ -153,7 +153,7 @@ def draw_cascade(
             other={"Cascade": "; ".join(summaries), **prompting.setting},
         )
         targets = [path.with_stem(path.stem + suffix) for path in paths]
-        _write(result.images, result.seeds, targets, output, recipe)
+        _write(result.images, result.seeds, targets, output, parameters)
 
 
 def stage_settings(options: StageOptions, cascade: CascadePipeline) -> list[StageSettings]:
@@ -193,7 +193,7 @@ def _values(
 
 
 def _stage_summary(result: StageResult) -> str:
-    """One stage's settings as a phrase of the recipe."""
+    """One stage's settings as a phrase."""
     settings = result.settings
     sampler = " ".join(filter(None, SAMPLERS[str(settings.scheduler)]))
     noise = {
@@ -204,7 +204,7 @@ def _stage_summary(result: StageResult) -> str:
     return f"{result.name}: {steps} steps, {sampler}, CFG scale {settings.guidance_scale:g}{noise}"
 
 
-def _recipe(
+def _parameters(
     prompt: str,
     prompting: PromptOptions,
     model: str | None,
@@ -212,11 +212,11 @@ def _recipe(
     scheduler: str,
     other: Mapping[str, str],
     **fields: Any,
-) -> Callable[..., Recipe]:
-    """The recipe of all images of a call, without the fields of each."""
+) -> Callable[..., GenerationParameters]:
+    """The generation parameters of all images of a call, without the fields of each."""
     sampler, schedule_type = SAMPLERS[scheduler]
     return partial(
-        Recipe,
+        GenerationParameters,
         prompt=prompt,
         negative_prompt=prompting.negative,
         sampler=sampler,
@@ -233,11 +233,11 @@ def _write(
     seeds: Sequence[int],
     paths: Sequence[Path],
     output: OutputOptions,
-    recipe: Callable[..., Recipe],
+    parameters: Callable[..., GenerationParameters],
 ) -> None:
     from latentgen.image_file import save_image
 
     for path, image, seed in zip(paths, images, seeds, strict=True):
-        own = recipe(seed=seed, width=image.width, height=image.height)
+        own = parameters(seed=seed, width=image.width, height=image.height)
         save_image(image, path, None if output.no_metadata else own)
         print(printable(str(path)))

@@ -100,7 +100,7 @@ class ModelOptions:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The recipe's settings for VAE and LoRAs."""
+        """The generation parameters for VAE and LoRAs."""
         settings = {"VAE": self.vae.name} if self.vae else {}
         if self.adapters:
             settings["LoRA"] = ", ".join(f"{file.stem}:{weight:g}" for file, weight in self.adapters)
@@ -158,7 +158,7 @@ class PromptOptions:
 
     @property
     def setting(self) -> dict[str, str]:
-        """The recipe's setting for the syntax, unless it is the default."""
+        """The generation parameter for the syntax, unless it is the default."""
         return {} if self.prompt_syntax == DEFAULT_SYNTAX else {"Prompt syntax": self.prompt_syntax}
 
     def print_random(self, seeds: Iterable[int]) -> None:
@@ -229,7 +229,7 @@ class StageOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Output file, and whether it carries the recipe."""
+    """Output file, and whether it carries the generation parameters."""
 
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Write no prompt, seed or settings into the image.")
@@ -250,7 +250,7 @@ class OutputOptions:
 
 
 def model_name(model: str | None) -> str:
-    """The model's name in a recipe: a Hub id, or the name of a folder or file without its path."""
+    """The model's name in generation parameters: a Hub id, or the name of a folder or file without its path."""
     if model is None:
         return "latentgen default"
     path = Path(model)

@@ -47,10 +47,9 @@ def test_the_bounds_of_buckets(pictures: Path, capsys: pytest.CaptureFixture[str
     options = ["--image-size", "16", "--buckets", "--bucket-step", "8"]
     assert cli.main(["check-data", str(pictures), *options, "--min-side", "16"]) == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()][3] == ["16", "x", "16", "3", "3"]
-    assert cli.main(["check-data", str(pictures), *options, "--max-side", "8"]) == 2
-    assert "must lie within min_side and max_side, 8 to 8" in capsys.readouterr().err
-    assert cli.main(["check-data", str(pictures), "--max-side", "600"]) == 2
-    assert "min_side and max_side are those of buckets" in capsys.readouterr().err
+    for refused in ([*options, "--max-side", "8"], ["--max-side", "600"]):
+        assert cli.main(["check-data", str(pictures), *refused]) == 2
+        assert "max_side" in capsys.readouterr().err
 
 
 def test_all_problems_are_listed_one_a_line(pictures: Path, capsys: pytest.CaptureFixture[str]):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from latentgen import cli
 from latentgen.cli.options import DType, file_and_weight
 from latentgen.diffusion.solver_names import SIGMAS, SOLVER_TABLE
-from latentgen.recipe import Recipe
+from latentgen.generation_parameters import GenerationParameters
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-c", "import sys; from latentgen.cli import main; sys.exit(main())"]
@@ -53,9 +53,9 @@ def tiny(tiny_checkpoint: Path) -> list[str]:
     ]
 
 
-def _recipe(path: Path) -> Recipe:
+def _parameters(path: Path) -> GenerationParameters:
     with Image.open(path) as image:
-        return Recipe.from_text(image.info["parameters"])
+        return GenerationParameters.from_text(image.info["parameters"])
 
 
 def test_help_of_text2img_names_every_option_and_its_default(capsys: pytest.CaptureFixture[str]):
@@ -163,7 +163,7 @@ def test_errors_of_the_pipeline(
     assert output.read_bytes() == b"old"
 
 
-def test_images_and_recipes_are_those_of_the_pipeline(
+def test_images_and_parameters_are_those_of_the_pipeline(
     tiny: list[str], tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     from latentgen import TextToImagePipeline, __version__
@@ -172,7 +172,7 @@ def test_images_and_recipes_are_those_of_the_pipeline(
     options = ["--negative", "dog, red", "--seed", "7", "--scheduler", "DPM++ 2M Karras", "--guidance", "3"]
     assert cli.main(["text2img", "a cat 🐈", *tiny, *options, "-o", str(output)]) == 0
     assert capsys.readouterr().out == f"{output}\n"
-    assert _recipe(output) == Recipe(
+    assert _parameters(output) == GenerationParameters(
         prompt="a cat 🐈",
         negative_prompt="dog, red",
         steps=2,
@@ -214,7 +214,7 @@ def test_a_lora_has_a_weight(text: str, expected: tuple[str, float]):
     assert (str(file), weight) == expected
 
 
-def test_adapters_are_in_the_recipe(tiny: list[str], tmp_path: Path):
+def test_adapters_are_in_the_parameters(tiny: list[str], tmp_path: Path):
     key = "lora_unet_mid_block_resnets_0_conv1"
     lora = {
         f"{key}.lora_down.weight": torch.ones(1, 64, 3, 3),
@@ -231,7 +231,10 @@ def test_adapters_are_in_the_recipe(tiny: list[str], tmp_path: Path):
     out = tmp_path / "cat.png"
     assert cli.main(["text2img", "a <toy>", *tiny, *options, "--clip-skip", "1", "-o", str(out)]) == 0
     with Image.open(out) as image:
-        assert Recipe.from_text(image.info["parameters"]).other == (("Clip skip", "2"), ("LoRA", "style:0.5"))
+        assert GenerationParameters.from_text(image.info["parameters"]).other == (
+            ("Clip skip", "2"),
+            ("LoRA", "style:0.5"),
+        )
 
 
 def test_the_prompt_syntax_is_used_and_recorded(tiny: list[str], tmp_path: Path):
@@ -240,9 +243,9 @@ def test_the_prompt_syntax_is_used_and_recorded(tiny: list[str], tmp_path: Path)
         out = tmp_path / f"{syntax}.png"
         options = ["--seed", "7", "--prompt-syntax", syntax, "-o", str(out)]
         assert cli.main(["text2img", "a ((red)) (cat:1.5) [dog:tiger:1]", *tiny, *options]) == 0
-        recipe = _recipe(out)
-        assert recipe.prompt == "a ((red)) (cat:1.5) [dog:tiger:1]"
-        assert recipe.other == (() if syntax == "explicit" else (("Prompt syntax", syntax),))
+        parameters = _parameters(out)
+        assert parameters.prompt == "a ((red)) (cat:1.5) [dog:tiger:1]"
+        assert parameters.other == (() if syntax == "explicit" else (("Prompt syntax", syntax),))
         with Image.open(out) as image:
             images[syntax] = image.tobytes()
     assert len(set(images.values())) == 3
@@ -255,8 +258,8 @@ def test_several_images_are_numbered_and_random_seeds_are_printed(
     paths = [tmp_path / "cat-1.png", tmp_path / "cat-2.png"]
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [str(path) for path in paths]
-    assert printed.err == f"seed: {', '.join(str(_recipe(path).seed) for path in paths)}\n"
-    assert _recipe(paths[0]).sampler == "DDIM"
+    assert printed.err == f"seed: {', '.join(str(_parameters(path).seed) for path in paths)}\n"
+    assert _parameters(paths[0]).sampler == "DDIM"
     assert sorted(tmp_path.iterdir()) == paths
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from latentgen import ImageToImagePipeline, InpaintPipeline, InstructPix2PixPipeline, UpscalePipeline, cli
-from latentgen.recipe import Recipe
+from latentgen.generation_parameters import GenerationParameters
 from tests.conftest import build_pipeline
 from tests.pipelines.families import build, save
 
@@ -53,9 +53,9 @@ def options(model: Path, output: Path) -> list[str]:
     return ["--model", str(model), "--device", "cpu", "--steps", "3", "--seed", "7", "-o", str(output)]
 
 
-def read(path: Path) -> tuple[Recipe, np.ndarray]:
+def read(path: Path) -> tuple[GenerationParameters, np.ndarray]:
     with Image.open(path) as image:
-        return Recipe.from_text(image.info["parameters"]), np.asarray(image)
+        return GenerationParameters.from_text(image.info["parameters"]), np.asarray(image)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def read(path: Path) -> tuple[Recipe, np.ndarray]:
         ),
     ],
 )
-def test_images_and_recipes_are_those_of_the_pipeline(
+def test_images_and_parameters_are_those_of_the_pipeline(
     models: Path,
     picture: Path,
     mask: Path,
@@ -104,10 +104,10 @@ def test_images_and_recipes_are_those_of_the_pipeline(
     inputs = [str(picture), *([str(mask)] if command == "inpaint" else [])]
     prompt = ["--prompt", "a cat"] if command == "upscale" else ["a cat"]
     assert cli.main([command, *inputs, *prompt, *options(models / model, out), *given]) == 0
-    recipe, image = read(out)
-    assert recipe.other == other
-    assert recipe.denoising_strength == {"img2img": 0.7, "inpaint": 1.0}.get(command)
-    assert (recipe.height, recipe.width) == image.shape[:2]
+    parameters, image = read(out)
+    assert parameters.other == other
+    assert parameters.denoising_strength == {"img2img": 0.7, "inpaint": 1.0}.get(command)
+    assert (parameters.height, parameters.width) == image.shape[:2]
     if command == "inpaint":
         arguments = {"mask_image": mask, **arguments}
     pipeline = kind.from_pretrained(models / model, device="cpu")
@@ -127,12 +127,12 @@ def test_cascade(
     first = tmp_path / "out-1-text2img.png"
     assert capsys.readouterr().out.splitlines() == [str(first), str(out)]
     assert read(first)[1].shape == (16, 16, 3)
-    recipe, image = read(out)
+    parameters, image = read(out)
     assert image.shape == (64, 64, 3)
-    assert (recipe.steps, recipe.sampler, recipe.guidance_scale) == (3, "Euler", 1.0)
-    assert recipe.model == models.name
+    assert (parameters.steps, parameters.sampler, parameters.guidance_scale) == (3, "Euler", 1.0)
+    assert parameters.model == models.name
     summary = "text2img: 3 steps, Euler, CFG scale 7.5; upscale: 3 steps, Euler, CFG scale 1, noise level 30"
-    assert recipe.other == (("Cascade", summary),)
+    assert parameters.other == (("Cascade", summary),)
 
 
 @pytest.mark.parametrize(

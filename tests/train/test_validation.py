@@ -15,10 +15,10 @@ import yaml
 from PIL import Image, ImageColor
 
 from latentgen.errors import ConfigError, DatasetError, ResumeError
+from latentgen.generation_parameters import GenerationParameters
 from latentgen.pipelines.inpaint import InpaintPipeline
 from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.text_to_image import TextToImagePipeline
-from latentgen.recipe import Recipe
 from latentgen.train.checkpoint import load_latest
 from latentgen.train.config import FolderData, TrainConfig
 from latentgen.train.data import BatchIndices, open_data, open_splits, sample_rng, split, to_tensor
@@ -95,7 +95,7 @@ def test_the_images_equal_those_of_the_trained_model(text_to_image_recipe: MakeR
         for seed, expected in zip((7, 8), result.images, strict=True):
             with Image.open(folder / f"prompt-{number:02d}-seed-{seed}.png") as image:
                 difference = np.asarray(image, np.int16) - np.asarray(expected, np.int16)
-                written = Recipe.from_text(image.info["parameters"])
+                written = GenerationParameters.from_text(image.info["parameters"])
             assert np.abs(difference).max() <= 1
             assert (written.prompt, written.seed, written.steps) == (prompt, seed, 2)
             assert written.other == (("Training step", "4"),)
@@ -130,7 +130,10 @@ def test_image_conditioned_models_transform_validation_images(
     assert len(list(folder.iterdir())) == 2 * 3 + 1
     assert not (model / "sheet.png").exists()
     with Image.open(folder / "image-01-made.png") as image:
-        made, caption = np.asarray(image, np.int16), Recipe.from_text(image.info["parameters"]).prompt
+        made, caption = (
+            np.asarray(image, np.int16),
+            GenerationParameters.from_text(image.info["parameters"]).prompt,
+        )
     with Image.open(folder / "image-01-true.png") as image:
         assert caption.split()[0] in COLOURS
         colour = ImageColor.getrgb(caption.split()[0])

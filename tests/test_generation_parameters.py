@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentgen.errors import InputError
-from latentgen.recipe import Recipe
+from latentgen.generation_parameters import GenerationParameters
 
-PIZZA = Recipe(
+PIZZA = GenerationParameters(
     prompt="slice of pizza",
     negative_prompt="plate, fork",
     steps=25,
@@ -27,7 +27,7 @@ PIZZA = Recipe(
 _TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=40)
 _PROMPTS = _TEXT.filter(lambda text: "\nNegative prompt:" not in f"\n{text}")
 _RECIPES = st.builds(
-    Recipe,
+    GenerationParameters,
     prompt=_PROMPTS,
     negative_prompt=_TEXT,
     steps=st.integers(1, 1000),
@@ -54,28 +54,28 @@ def test_text_is_what_other_programs_read():
 
 
 @given(_RECIPES)
-def test_text_reads_back(recipe: Recipe):
-    assert Recipe.from_text(recipe.to_text()) == recipe
+def test_text_reads_back(parameters: GenerationParameters):
+    assert GenerationParameters.from_text(parameters.to_text()) == parameters
 
 
 @pytest.mark.parametrize("name", ["a, b", "C: drive", "two\nlines", '"quoted"', " padded "])
 def test_values_that_would_break_the_line_are_quoted(name: str):
-    recipe = Recipe(
+    parameters = GenerationParameters(
         prompt="x", steps=1, sampler="Euler", guidance_scale=1, seed=0, width=8, height=8, model=name
     )
-    last_line = recipe.to_text().rpartition("\n")[2]
+    last_line = parameters.to_text().rpartition("\n")[2]
     assert last_line.startswith("Steps: 1, ")
-    assert Recipe.from_text(recipe.to_text()).model == name
+    assert GenerationParameters.from_text(parameters.to_text()).model == name
 
 
 def test_reads_what_another_program_wrote():
-    recipe = Recipe.from_text(
+    parameters = GenerationParameters.from_text(
         "a (cat:1.2),\nhigh detail\nNegative prompt: blurry,\nugly\n"
         "Steps: 20, Sampler: Euler a, Schedule type: Automatic, CFG scale: 7, Seed: 3417033634, "
         "Size: 512x768, Model hash: 6ce0161689, Model: v1-5-pruned, Denoising strength: 0.75, Clip skip: 2, "
         'Lora hashes: "style: 1a2b, light: 3c4d", Version: v1.9.4\n'
     )
-    assert recipe == Recipe(
+    assert parameters == GenerationParameters(
         prompt="a (cat:1.2),\nhigh detail",
         negative_prompt="blurry,\nugly",
         steps=20,
@@ -91,14 +91,14 @@ def test_reads_what_another_program_wrote():
         other=(("Clip skip", "2"), ("Lora hashes", "style: 1a2b, light: 3c4d")),
         version="v1.9.4",
     )
-    assert Recipe.from_text(recipe.to_text()) == recipe
+    assert GenerationParameters.from_text(parameters.to_text()) == parameters
 
 
 def test_reads_a_negative_prompt_alone():
-    recipe = Recipe.from_text(
+    parameters = GenerationParameters.from_text(
         "Negative prompt: red\nSteps: 1, Sampler: Euler, CFG scale: 1, Seed: 0, Size: 8x8"
     )
-    assert (recipe.prompt, recipe.negative_prompt) == ("", "red")
+    assert (parameters.prompt, parameters.negative_prompt) == ("", "red")
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_reads_a_negative_prompt_alone():
 )
 def test_text_that_is_no_recipe(text: str, message: str):
     with pytest.raises(InputError, match=message):
-        Recipe.from_text(text)
+        GenerationParameters.from_text(text)
 
 
 @given(_TEXT)
 def test_no_text_raises_another_error(text: str):
     with suppress(InputError):
-        Recipe.from_text(text)
+        GenerationParameters.from_text(text)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,15 @@ def test_no_text_raises_another_error(text: str):
     ],
 )
 def test_a_recipe_of_another_program_names_its_scheduler(settings: str, scheduler: str):
-    recipe = Recipe.from_text(f"a cat\nSteps: 20, {settings}, CFG scale: 7, Seed: 1, Size: 512x512")
-    assert recipe.scheduler == scheduler
+    parameters = GenerationParameters.from_text(
+        f"a cat\nSteps: 20, {settings}, CFG scale: 7, Seed: 1, Size: 512x512"
+    )
+    assert parameters.scheduler == scheduler
 
 
 def test_a_sampler_that_is_not_there_is_told():
-    recipe = Recipe.from_text("a cat\nSteps: 20, Sampler: DPM fast, CFG scale: 7, Seed: 1, Size: 512x512")
+    parameters = GenerationParameters.from_text(
+        "a cat\nSteps: 20, Sampler: DPM fast, CFG scale: 7, Seed: 1, Size: 512x512"
+    )
     with pytest.raises(InputError, match="'DPM fast'"):
-        assert recipe.scheduler
+        assert parameters.scheduler

@@ -1,4 +1,4 @@
-"""The recipe of an image as text: prompt and settings in A1111's format.
+"""The generation parameters of an image as text, in A1111's format.
 
 The prompt comes first, then a line ``Negative prompt: ...`` if there is one, then one line of settings::
 
@@ -38,11 +38,11 @@ _SETTING = re.compile(r'\s*([^:,"]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class GenerationParameters:
     """The settings that reproduce an image.
 
-    ``Recipe.from_text(recipe.to_text()) == recipe``, unless a line of the prompt itself begins with
-    "Negative prompt:", which the format cannot distinguish.
+    `from_text(parameters.to_text()) == parameters`, unless a line of the prompt itself begins with "Negative prompt:",
+    which the format cannot distinguish.
 
     Attributes:
         prompt: the prompt, of any number of lines.
@@ -91,7 +91,7 @@ class Recipe:
         return f"{self.width}x{self.height}"
 
     def to_text(self) -> str:
-        """The recipe as text; values that have a comma, a colon or a newline are JSON-quoted."""
+        """The parameters as text; values that have a comma, a colon or a newline are JSON-quoted."""
         settings = {key: getattr(self, field) for key, (field, _) in _SETTINGS.items()}
         version = settings.pop("Version")
         pairs = [*settings.items(), *self.other, ("Version", version)]
@@ -100,8 +100,8 @@ class Recipe:
         return f"{self.prompt}{negative}\n{line}"
 
     @classmethod
-    def from_text(cls, text: str) -> Recipe:
-        """Read a recipe that :meth:`to_text` or another program wrote.
+    def from_text(cls, text: str) -> GenerationParameters:
+        """Read parameters that :meth:`to_text` or another program wrote.
 
         Raises:
             InputError: the last line lacks a required setting, or one is not a number.
@@ -109,8 +109,10 @@ class Recipe:
         body, _, last_line = text.rstrip("\n").rpartition("\n")
         settings = {match[1].strip(): _unquoted(match[2].strip()) for match in _SETTING.finditer(last_line)}
         if missing := [key for key in _REQUIRED if key not in settings]:
-            raise InputError(f"the last line of a recipe must have {missing[0]!r}; it is {quote(last_line)}")
-        # The newline in front lets a recipe without a prompt begin with its negative prompt.
+            raise InputError(
+                f"the last line of the parameters must have {missing[0]!r}; it is {quote(last_line)}"
+            )
+        # The newline in front lets parameters without a prompt begin with the negative prompt.
         prompt, _, negative = f"\n{body}".partition(_NEGATIVE)
         try:
             width, height = map(int, settings.pop("Size").split("x"))
@@ -119,7 +121,7 @@ class Recipe:
             }
         except ValueError as error:
             raise InputError(
-                f"a setting of the recipe {quote(last_line)} is not a number: {error}"
+                f"a setting of the generation parameters {quote(last_line)} is not a number: {error}"
             ) from error
         return cls(
             prompt=prompt[1:],
