@@ -24,6 +24,7 @@ from latentgen.errors import CheckpointMismatchError, CheckpointNotFoundError, C
 from latentgen.files import quote, read_json
 from latentgen.models.config import CLIPTextConfig, Count, StageConfig, Width
 from latentgen.models.text import CLIPText, ContextLayer
+from latentgen.models.text_loading import empty_model, name_with_prefix
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -153,9 +154,18 @@ def from_open_clip(
     dtype = tower.transformer.resblocks[0].mlp.c_fc.weight.dtype if dtype is None else dtype
     state = to_diffusers_names({key: tensor.to(dtype) for key, tensor in used.items()}, key_map)
     tokenizer = tokenizer or _tokenizer(config, usage)
-    text = CLIPText.from_tensors(config, tokenizer, state, layer=usage.layer)
-    text.model.requires_grad_(False)
-    return text
+    clip, prefix = empty_model(config, next(iter(state.values())).device)
+    try:
+        clip.load_state_dict(
+            {name_with_prefix(name, prefix): tensor for name, tensor in state.items()}, assign=True
+        )
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise CheckpointMismatchError(
+            f"the {type(model).__name__}: not the weights of CLIP: {detail}"
+        ) from None
+    clip.eval().requires_grad_(False)
+    return CLIPText(config, clip, tokenizer, layer=usage.layer)
 
 
 def load_open_clip(

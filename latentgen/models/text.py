@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -116,33 +116,6 @@ class CLIPText:
             device=device,
             rename=lambda key: name_with_prefix(key, prefix),
         )
-        return cls(config, model.eval(), tokenizer, layer=layer)
-
-    @classmethod
-    def from_tensors(
-        cls,
-        config: CLIPTextConfig,
-        tokenizer: CLIPTokenizer,
-        state: Mapping[str, Tensor],
-        *,
-        layer: ContextLayer = "last",
-    ) -> CLIPText:
-        """An encoder that shares the tensors of `state`, named as in files and all on one device.
-
-        Raises:
-            CheckpointMismatchError: they do not match the configuration.
-        """
-        model, prefix = empty_model(config, next(iter(state.values())).device)
-        try:
-            model.load_state_dict(
-                {name_with_prefix(name, prefix): tensor for name, tensor in state.items()},
-                strict=True,
-                assign=True,
-            )
-        except RuntimeError as error:
-            raise CheckpointMismatchError(
-                f"the text encoder's weights are not those of its configuration: {' '.join(str(error).split())[:200]}"
-            ) from None
         return cls(config, model.eval(), tokenizer, layer=layer)
 
     def with_model(self, model: CLIPTextModel | CLIPTextModelWithProjection) -> CLIPText:

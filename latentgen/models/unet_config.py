@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeVar
 
@@ -139,8 +138,19 @@ class UNetConfig(StageConfig):
         heads = _per_stage(self.attention_head_dim, count)
         depths = _per_stage(self.transformer_layers_per_block, count)
         only_cross = _per_stage(self.only_cross_attention, count)
-        down, skips = self._down_resnets(layers)
-        up = self._up_resnets(layers, skips)
+        # Channels of the resnet blocks on the way down, each of which leaves a skip connection for the way up.
+        down = [
+            tuple(pairwise((inputs, *(outputs,) * depth)))
+            for inputs, outputs, depth in zip((channels[0], *channels), channels, layers, strict=False)
+        ]
+        skips = [channels[0]]
+        for i in range(count):
+            skips += [channels[i]] * (layers[i] + (i < count - 1))
+        up, width = {}, channels[-1]
+        for i in reversed(range(count)):
+            widths = (width, *(channels[i],) * layers[i])
+            up[i] = tuple((inputs + skips.pop(), channels[i]) for inputs in widths)
+            width = channels[i]
         return tuple(
             UNetStage(
                 channels=channels[i],
@@ -154,28 +164,6 @@ class UNetConfig(StageConfig):
             )
             for i in range(count)
         )
-
-    def _down_resnets(self, layers: Sequence[int]) -> tuple[list[tuple[tuple[int, int], ...]], list[int]]:
-        """Channels of the resnet blocks on the way down, and of the skip connections they leave."""
-        down, width, skips = [], self.block_out_channels[0], [self.block_out_channels[0]]
-        for stage, out in enumerate(self.block_out_channels):
-            down.append(tuple(pairwise((width, *(out,) * layers[stage]))))
-            skips += [out] * layers[stage]
-            if stage < len(layers) - 1:
-                skips.append(out)
-            width = out
-        return down, skips
-
-    def _up_resnets(self, layers: Sequence[int], skips: list[int]) -> list[tuple[tuple[int, int], ...]]:
-        """Channels of the resnet blocks on the way up, highest resolution first."""
-        up, width = [], self.block_out_channels[-1]
-        for stage in reversed(range(len(layers))):
-            resnets = []
-            for _ in range(layers[stage] + 1):
-                resnets.append((width + skips.pop(), self.block_out_channels[stage]))
-                width = self.block_out_channels[stage]
-            up.append(tuple(resnets))
-        return up[::-1]
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

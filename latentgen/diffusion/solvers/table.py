@@ -10,33 +10,7 @@ from typing import Literal
 from latentgen.diffusion.flow_matching import Schedule
 from latentgen.diffusion.schedule import NoiseLevel, Spacing
 from latentgen.diffusion.solver_names import SolverName
-from latentgen.diffusion.solvers.multistep import (
-    deis_step,
-    dpmpp_2m_sde_step,
-    dpmpp_2m_step,
-    dpmpp_2s_step,
-    dpmpp_3m_sde_step,
-    dpmpp_3m_step,
-    lms_step,
-    pndm_prk_step,
-    pndm_step,
-    prk_middle,
-    unipc_step,
-)
-from latentgen.diffusion.solvers.single_step import (
-    SolverStep,
-    ddpm_step,
-    deterministic_step,
-    dpm2_ancestral_step,
-    dpm2_step,
-    dpmpp_sde_step,
-    euler_ancestral_step,
-    heun_step,
-    lcm_step,
-    middle_in_log_sigma,
-    same_sigma,
-    tcd_step,
-)
+from latentgen.diffusion.solvers import multistep, single_step
 
 
 @dataclass(frozen=True)
@@ -61,7 +35,7 @@ class Solver:
     flow: for models with a FlowSchedule only.
     """
 
-    step: SolverStep
+    step: single_step.SolverStep
     default_spacing: Spacing
     fixed_spacing: bool = False
     memory: int = 0
@@ -81,10 +55,12 @@ class Solver:
 
 
 # The conventions that several solvers share; the rows below state the differences.
-_DISCRETE = Solver(deterministic_step, "leading", whole_timesteps="always", clips=True, thresholds=True)
-_K_DIFFUSION = Solver(deterministic_step, "linspace", in_sigma_ve=True, scales_start=True)
+_DISCRETE = Solver(
+    single_step.deterministic_step, "leading", whole_timesteps="always", clips=True, thresholds=True
+)
+_K_DIFFUSION = Solver(single_step.deterministic_step, "linspace", in_sigma_ve=True, scales_start=True)
 _DPMPP = Solver(
-    dpmpp_2m_step,
+    multistep.dpmpp_2m_step,
     "linspace",
     memory=1,
     in_sigma_ve=True,
@@ -95,29 +71,36 @@ _DPMPP = Solver(
     lowers_at_clean_end=True,
     thresholds=True,
 )
-_DPM2 = replace(_K_DIFFUSION, step=dpm2_step, whole_timesteps="karras", midpoint=middle_in_log_sigma)
-_PNDM = Solver(pndm_step, "leading", memory=3, whole_timesteps="always", end="set_alpha_to_one")
+_DPM2 = replace(
+    _K_DIFFUSION,
+    step=single_step.dpm2_step,
+    whole_timesteps="karras",
+    midpoint=single_step.middle_in_log_sigma,
+)
+_PNDM = Solver(multistep.pndm_step, "leading", memory=3, whole_timesteps="always", end="set_alpha_to_one")
 
 SOLVERS: dict[SolverName, Solver] = {
-    "ddpm": replace(_DISCRETE, step=ddpm_step),
+    "ddpm": replace(_DISCRETE, step=single_step.ddpm_step),
     "ddim": replace(_DISCRETE, end="set_alpha_to_one", keeps_noise=True),
     "euler": replace(_K_DIFFUSION, end="final_sigmas_type"),
-    "euler_ancestral": replace(_K_DIFFUSION, step=euler_ancestral_step),
-    "heun": replace(_K_DIFFUSION, step=heun_step, clips=True),
+    "euler_ancestral": replace(_K_DIFFUSION, step=single_step.euler_ancestral_step),
+    "heun": replace(_K_DIFFUSION, step=single_step.heun_step, clips=True),
     "dpm2": _DPM2,
-    "dpm2_ancestral": replace(_DPM2, step=dpm2_ancestral_step, midpoint=same_sigma),
-    "lms": replace(_K_DIFFUSION, step=lms_step, memory=3),
+    "dpm2_ancestral": replace(_DPM2, step=single_step.dpm2_ancestral_step, midpoint=single_step.same_sigma),
+    "lms": replace(_K_DIFFUSION, step=multistep.lms_step, memory=3),
     "dpmpp_2m": _DPMPP,
-    "dpmpp_2m_sde": replace(_DPMPP, step=dpmpp_2m_sde_step),
-    "dpmpp_3m": replace(_DPMPP, step=dpmpp_3m_step, memory=2),
-    "dpmpp_3m_sde": replace(_DPMPP, step=dpmpp_3m_sde_step, memory=2),
+    "dpmpp_2m_sde": replace(_DPMPP, step=multistep.dpmpp_2m_sde_step),
+    "dpmpp_3m": replace(_DPMPP, step=multistep.dpmpp_3m_step, memory=2),
+    "dpmpp_3m_sde": replace(_DPMPP, step=multistep.dpmpp_3m_sde_step, memory=2),
     "pndm": _PNDM,
-    "pndm_prk": replace(_PNDM, step=pndm_prk_step, midpoint=prk_middle),
-    "dpmpp_2s": replace(_DPMPP, step=dpmpp_2s_step, fixed_spacing=True, lowers_below=math.inf),
-    "dpmpp_sde": replace(_K_DIFFUSION, step=dpmpp_sde_step, midpoint=middle_in_log_sigma),
-    "deis": replace(_DPMPP, step=deis_step, end="first_level", lowers_at_clean_end=False),
-    "unipc": replace(_DPMPP, step=unipc_step, memory=2, lowers_below=math.inf),
-    "lcm": Solver(lcm_step, "leading", distilled=True, clips=True, thresholds=True),
-    "tcd": Solver(tcd_step, "leading", distilled=True, end="first_level"),
-    "flow_euler": Solver(deterministic_step, "linspace", fixed_spacing=True, flow=True),
+    "pndm_prk": replace(_PNDM, step=multistep.pndm_prk_step, midpoint=multistep.prk_middle),
+    "dpmpp_2s": replace(_DPMPP, step=multistep.dpmpp_2s_step, fixed_spacing=True, lowers_below=math.inf),
+    "dpmpp_sde": replace(
+        _K_DIFFUSION, step=single_step.dpmpp_sde_step, midpoint=single_step.middle_in_log_sigma
+    ),
+    "deis": replace(_DPMPP, step=multistep.deis_step, end="first_level", lowers_at_clean_end=False),
+    "unipc": replace(_DPMPP, step=multistep.unipc_step, memory=2, lowers_below=math.inf),
+    "lcm": Solver(single_step.lcm_step, "leading", distilled=True, clips=True, thresholds=True),
+    "tcd": Solver(single_step.tcd_step, "leading", distilled=True, end="first_level"),
+    "flow_euler": Solver(single_step.deterministic_step, "linspace", fixed_spacing=True, flow=True),
 }
