@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from latentgen.checkpoints.folder import CheckpointFolder, resolve
 from latentgen.pipelines.load_save import LoadOptions, load_decoder, load_encoder
-from latentgen.pipelines.vae_ops import to_pil
+from latentgen.pipelines.vae_ops import to_pil, to_unit
 from latentgen.train.data import to_tensor
 from latentgen.train.data.emoji import EmojiSet, GlyphPlacement
 
@@ -64,7 +64,7 @@ def main() -> None:
             f"{name}: {len(images)} images, mean PSNR {mean:.2f} dB, PSNR of the mean error {pooled:.2f} dB"
         )
     if options.sheet:
-        write_sheet(options.sheet, images, to_pil(reconstructions))
+        write_sheet(options.sheet, images, to_pil(to_unit(reconstructions)))
 
 
 def write_sheet(path: Path, originals: list[Image.Image], reconstructions: list[Image.Image]) -> None:

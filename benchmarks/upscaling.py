@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentgen import UpscalePipeline
-from latentgen.pipelines.vae_ops import to_pil
+from latentgen.pipelines.vae_ops import to_pil, to_unit
 from latentgen.train.data import to_tensor
 from latentgen.train.data.emoji import EmojiSet
 
@@ -142,7 +142,9 @@ def main() -> int:
         relative = gradient(images) / sharpness
         print(f"{name:18} PSNR {found:5.2f} dB ({found - base:+.2f}), sharpness {relative:.3f}")
     if options.sheet:
-        write_sheet(options.sheet, samples, {"Lanczos": enlarged, "model": to_pil(results["most faithful"])})
+        write_sheet(
+            options.sheet, samples, {"Lanczos": enlarged, "model": to_pil(to_unit(results["most faithful"]))}
+        )
     own = psnr(results["most faithful"], truth)
     turned = upscale(pipeline, samples.low_res[1:] + samples.low_res[:1], samples.names, FAITHFUL)
     followed, named = psnr(turned, truth.roll(-1, dims=0)), psnr(turned, truth)

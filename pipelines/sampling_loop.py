@@ -26,7 +26,7 @@ from latentgen.pipelines.arguments import OutputType
 from latentgen.pipelines.call import ImageNoise, InitialLatents, PipelineCall
 from latentgen.pipelines.conditioning import PromptSegment, encode_prompts
 from latentgen.pipelines.tiles import in_tiles
-from latentgen.pipelines.vae_ops import decode_images, dtype_of, numpy_to_pil, to_unit, unit_to_numpy
+from latentgen.pipelines.vae_ops import decode_images, dtype_of, to_numpy, to_pil, to_unit
 
 if TYPE_CHECKING:
     from latentgen.pipelines.base import Pipeline
@@ -293,10 +293,6 @@ class Output(NamedTuple):
 
 def export(images: Tensor, output_type: OutputType) -> Images:
     """Convert images [B, 3, H, W] in 0..1 to `output_type`."""
-    match output_type:
-        case "pil":
-            return numpy_to_pil(unit_to_numpy(images))
-        case "np":
-            return unit_to_numpy(images)
-        case "pt" | "latent":
-            return images
+    if output_type == "pil":
+        return to_pil(images)
+    return to_numpy(images) if output_type == "np" else images

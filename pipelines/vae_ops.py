@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from latentgen.errors import InputError, NumericalError
+from latentgen.errors import NumericalError
 from latentgen.memory import MemoryPolicy, is_out_of_memory, on_device, oom_hint, weight_bytes
 from latentgen.models.pixels import ImageDecoder
 from latentgen.models.vae import VAEDecoder, VAEEncoder
@@ -143,33 +143,10 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def to_numpy(images: Tensor) -> np.ndarray:
-    """Images [B, 3, H, W] in -1..1 as float32 [B, H, W, 3] in 0..1, clipped.
-
-    Raises:
-        InputError: not a tensor of this shape.
-        NumericalError: the images have NaN or infinity.
-    """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise InputError(f"images must have the shape [B, 3, H, W], not {list(images.shape)}")
-    if not images.isfinite().all():
-        raise NumericalError("the images have NaN or infinity; decode them in float32")
-    return unit_to_numpy(to_unit(images.detach()))
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images [B, 3, H, W] in -1..1 as 8-bit RGB, rounded to the nearest level.
-
-    Raises:
-        InputError, NumericalError: as :func:`to_numpy`.
-    """
-    return numpy_to_pil(to_numpy(images))
-
-
-def unit_to_numpy(images: Tensor) -> np.ndarray:
     """Images [B, 3, H, W] in 0..1 as an array [B, H, W, 3] of the same values."""
     return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
-    """An array [B, H, W, 3] in 0..1 as 8-bit RGB, rounded to the nearest level."""
-    return [Image.fromarray(levels) for levels in (images * 255).round().astype("uint8")]
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images [B, 3, H, W] in 0..1 as 8-bit RGB, rounded to the nearest level."""
+    return [Image.fromarray(levels) for levels in (to_numpy(images) * 255).round().astype("uint8")]

