@@ -23,15 +23,7 @@ class BucketCount(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The content of a training set.
-
-    Attributes:
-        images: how many can be used.
-        captions: of these images.
-        buckets: by height and width; in order.
-        problems: what prevents training.
-        notes: what does not, and may be unintended.
-    """
+    """How many images can be used, their captions, and their buckets by size; problems, and what may be unintended."""
 
     images: int
     captions: int

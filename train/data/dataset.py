@@ -17,13 +17,10 @@ from latentgen.train.data.sampler import Sharded, sample_rng
 
 
 class Captions(NamedTuple):
-    """The possible captions of one image.
+    """The possible captions of one image, drawn by weight.
 
-    Attributes:
-        texts: the captions.
-        weights: how often each is drawn.
-        shuffle_after: how many of the parts between commas keep their place while the others are shuffled each time
-            the caption is drawn, as in kohya's trainers; None to leave captions as they are.
+    With `shuffle_after` the parts of a caption between commas, except for so many, are shuffled each time that it is
+    drawn, as in kohya's trainers.
     """
 
     texts: tuple[str, ...]

@@ -29,13 +29,7 @@ class ImageFacts(NamedTuple):
 
 
 class FolderSurvey(NamedTuple):
-    """The content of a folder.
-
-    Attributes:
-        listing: its items.
-        facts: of every readable image.
-        bad: the problems of items whose images cannot be used.
-    """
+    """The items of a folder, facts of every readable image, and problems of items whose images cannot be used."""
 
     listing: Listing
     facts: Mapping[Path, ImageFacts]

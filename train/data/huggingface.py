@@ -43,8 +43,6 @@ class HuggingFaceSet:
     Images are stored in the rows. Those that only name a file or an address are an error: its content may have changed.
 
     Attributes:
-        image_size: the side of the views.
-        is_random: whether two views of a row can differ.
         images: a number for the image of each row; with `check_images` those of the same bytes are one image.
         digest: of the number of rows, with `check_images` of their images and captions.
 

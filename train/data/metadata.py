@@ -20,14 +20,8 @@ _KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a li
 
 
 class Row(NamedTuple):
-    """One row.
-
-    Attributes:
-        file: the image, which exists.
-        text: its caption, under the first of `CAPTION_COLUMNS` that the row has.
-        mask: an image that is white where the loss counts.
-        before: the image that this one is an edit of.
-        unread: its columns that are ignored.
+    """One row: an image, which exists; its caption, under the first of `CAPTION_COLUMNS` that the row has; its mask,
+    white where the loss counts; the image that it is an edit of; and the columns that are ignored.
     """
 
     file: Path

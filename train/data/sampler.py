@@ -150,14 +150,9 @@ def _round(seed: int, number: int, turns: tuple[int, ...]) -> tuple[NDArray[np.i
 
 @dataclass(frozen=True)
 class BatchIndices:
-    """The samples of a step that one process computes together.
+    """The samples of an optimizer step (from 0) that one process computes together, and the item of each.
 
-    Attributes:
-        seed: the run's seed.
-        step: the optimizer step, from 0.
-        batch_size: samples of the step in all processes together.
-        samples: positions within the step's global batch.
-        items: the item of each sample.
+    `samples` are positions within the global batch, which has `batch_size` in all processes together.
     """
 
     seed: int
@@ -181,8 +176,8 @@ def plan_step(
 ) -> list[BatchIndices]:
     """Split the global batch of a step over `processes` and into `parts` accumulated one after the other.
 
-    The global batch is a function of (seed, step) alone, whatever the number of processes and parts. All plans are
-    equally large if `batch_size` is a multiple of `parts * processes`, as the mean of their means needs it.
+    The global batch is a function of (seed, step) alone. All plans are equally large if `batch_size` is a multiple of
+    `parts * processes`, as the mean of their means requires.
     """
     plans = []
     for part in range(parts):

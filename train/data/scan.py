@@ -24,14 +24,9 @@ _MOST_REPEATS = 10_000
 
 
 class Item(NamedTuple):
-    """One image of a set.
+    """One image of a set, and how often an epoch shows it; without captions if these have problems.
 
-    Attributes:
-        file: the image.
-        captions: all of its captions; empty if these have problems.
-        mask: an image that is white where the loss counts.
-        before: the image that this one is an edit of.
-        repeats: how often an epoch shows it.
+    `mask` is an image that is white where the loss counts, `before` the image that this one is an edit of.
     """
 
     file: Path
@@ -47,14 +42,7 @@ class Item(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The content of a folder.
-
-    Attributes:
-        folder: names in messages are relative to it.
-        items: in the order of their names.
-        problems: what prevents training.
-        notes: what may be unintended.
-    """
+    """The images of a folder in the order of their names, problems that prevent training, and notes that do not."""
 
     folder: Path
     items: list[Item]

@@ -43,8 +43,6 @@ class ShardSet:
     its share. Then a sample is one read at its offset in a shard, which is opened on demand.
 
     Attributes:
-        image_size: the side of the views.
-        is_random: whether two views of a sample can differ.
         shard_counts: how many samples each shard has, by which items are numbered and sampled.
         digest: of the sizes of the shards, and of the offsets of the samples in them.
 
