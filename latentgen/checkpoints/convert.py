@@ -147,8 +147,10 @@ def _check_target(source: Path, target: Path, variant: str | None, overwrite: bo
     """Refuse a target that exists, is the source or lies in it, has another suffix, or has no variants."""
     variant_infix(variant)
     old, new = source.resolve(), target.resolve()
-    if new.is_relative_to(old) or old.is_relative_to(new):
-        raise InputError(f"{quote(target)} and {quote(source)} contain each other; give another target")
+    if new == old or (not to_file and (new.is_relative_to(old) or old.is_relative_to(new))):
+        raise InputError(
+            f"{quote(target)} is or contains {quote(source)}, or lies in it; give another target"
+        )
     if not to_file:
         return
     if variant is not None:
