@@ -72,7 +72,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         )
         if accelerator.device.type == "mps":
             raise ConfigError(f"{problem}; set it to false")
-        if accelerator.device.type == "cpu":  # where it once used the disk; runs of that time can be resumed
+        if (
+            accelerator.device.type == "cpu"
+        ):  # earlier versions used the disk here, and their runs can be resumed
             warnings.warn(f"{problem}, and will be an error; set it to false", FutureWarning, stacklevel=2)
     if config.batch_size % (accumulated * accelerator.num_processes):
         raise ConfigError(

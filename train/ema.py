@@ -19,7 +19,7 @@ def ema_scope(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None
     """Inside the block `module` is in evaluation mode, uncompiled, and has `weights` instead of its own.
 
     Afterwards everything is restored bit for bit: parameters have the same storage, of which an optimizer may hold
-    views; every submodule has its mode; and torch's generators have drawn nothing.
+    views; every submodule has its mode; and torch's generators have their states.
 
     Args:
         module: the module being trained.

@@ -47,7 +47,7 @@ class NamedImage(NamedTuple):
 
 
 class Validator:
-    """The validation of one run. It changes nothing of the training: see `ema_scope`.
+    """The validation of one run. It does not change the training: see `ema_scope`.
 
     It uses the moving average of the weights if there is one, as the finished model does. The main process works, the
     others wait; all must call the methods.

@@ -36,14 +36,14 @@ class Method(ABC):
         """Write what was trained.
 
         Args:
-            pipeline: from `inject`, on the CPU. Training is over: its stages may change.
+            pipeline: from `inject`, on the CPU. Training is over, so its stages may be modified.
             folder: where to.
             half: in float16 instead of float32.
         """
 
 
 class FullFinetuning(Method):
-    """Trains all weights of the UNet, and on request of the text encoders; saves the whole model."""
+    """Trains all weights of the UNet, and of the text encoders if the recipe says so; saves the whole model."""
 
     def __init__(self, config: FullMethod) -> None:
         self._trains_text = config.train_text_encoder

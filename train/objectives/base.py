@@ -99,7 +99,7 @@ class Objective(nn.Module, ABC):
 
         Args:
             folder: an empty folder.
-            weights: the whole state of this module. Training is over: the objective, which is on the CPU, may change.
+            weights: the whole state of this module. Training is over, so the objective (on the CPU) may be modified.
         """
         save_weights(dict(weights), folder, "model")
 

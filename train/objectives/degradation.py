@@ -1,4 +1,4 @@
-"""What is done to conditioning images in training, which a model learns to undo: degradations, and random masks.
+"""Degradations of conditioning images, which a model learns to undo, and random masks.
 
 A degradation is a function of an RGB image and a random generator; it does not change its input.
 """

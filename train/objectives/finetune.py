@@ -70,7 +70,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         class_images: Path,
         preflight: Preflight | None = None,
     ) -> None:
-        # Load the model and put in what the method trains.
+        # Load the model and inject what the method trains.
         pipeline = load_model(init_from, task)
         super().__init__(task, data, pipeline.scheduler, seed=seed, device=device)
         check_data(task, data, pipeline)

@@ -73,7 +73,7 @@ def matrix_adafactor(groups: Sequence[ParameterGroup], *, weight_decay: float) -
 
 def split_matrices(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The trainable parameters that Muon updates, and the others."""
-    # Embedding tables are looked up, not multiplied: orthogonal updates mean nothing to them.
+    # Embedding tables are looked up, not multiplied: orthogonal updates are meaningless for them.
     tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
