@@ -27,7 +27,7 @@ from latentgen.train.objectives.latent_diffusion import middles
 from latentgen.train.trainer import Trainer, train
 from tests.train.finetuning import finetune_recipe, folder_of
 from tests.train.recipes import COLOURS, MakeRecipe, without_validation
-from tests.train.runs import assert_same_checkpoint, launch_two, on_step, rows_of, scalars_of
+from tests.train.runs import assert_same_checkpoint, on_step, rows_of, scalars_of
 
 PROMPTS = "validation.prompts=[red disc, a house]"
 IMAGES = (PROMPTS, "validation.num_inference_steps=2", "validation.every=2", "validation.guidance_scale=3")
@@ -394,31 +394,6 @@ def test_a_resumed_run_may_change_its_validation_but_not_the_split(
     assert sorted(validation_losses(resumed)) == [1, 2]
     with pytest.raises(ResumeError, match=r"validation_fraction was 0\.34, is 0\.2"):
         train(autoencoder_recipe("max_steps=3", "resume=true", *LOSS, "validation_fraction=0.2"))
-
-
-@pytest.mark.slow
-def test_one_of_two_processes_validates(text_to_image_recipe: MakeRecipe, tmp_path: Path):
-    common = (
-        "optimizer.name=adamw",
-        "optimizer.learning_rate=0.001",
-        "trackers=[tensorboard]",
-        *IMAGES,
-        *LOSS,
-    )
-    one = text_to_image_recipe(*common)
-    train(one)
-    divided = (*common, f"output_dir={tmp_path / 'two'}")
-    with launch_two(tmp_path / "recipe.yaml", divided) as process:
-        assert process.wait(timeout=600) == 0
-    two = text_to_image_recipe(*divided)
-    assert validation_losses(two) == pytest.approx(validation_losses(one), rel=1e-4)
-    assert [step for step, _ in scalars_of(two)["validation/loss"]] == [2, 4]
-    for file in (one.output_dir / "samples").rglob("*.png"):
-        with (
-            Image.open(file) as ours,
-            Image.open(two.output_dir / file.relative_to(one.output_dir)) as theirs,
-        ):
-            assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 2
 
 
 def test_midpoints_of_the_schedule():

@@ -92,15 +92,6 @@ def test_what_moves_to_the_device_holds_neither_text_encoder_nor_autoencoder(rec
     assert {tensor.device.type for tensor in (*kept.parameters(), *kept.buffers())} == {"cpu"}
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-@pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
-def test_nor_does_fine_tuning(family: str, method: dict[str, Any], tmp_path: Path):
-    objective = objective_of(method, folder_of(family), tmp_path)
-    assert {name.split(".")[0] for name in objective.state_dict()} == {"unet"}
-    text = objective_of(method | {"train_text_encoder": True}, folder_of(family), tmp_path)
-    assert is_part(text)
-
-
 def assert_same_losses(ours: LatentObjective[Any], theirs: LatentObjective[Any]) -> None:
     for step in range(3):
         one, other = (each(*each.batch(plan_for(each, step))).total for each in (ours, theirs))
