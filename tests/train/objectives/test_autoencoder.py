@@ -158,7 +158,7 @@ def test_initial_weights_of_another_architecture(autoencoder_recipe: MakeRecipe,
     ("override", "message"),
     [
         ("task.vae.in_channels=4", "both must be 3"),
-        ("data.image_size=17", "of 17 pixels .* multiples of 2: choose one for data.image_size"),
+        ("data.image_size=17", r"17 pixels .* data\.image_size"),
         ("task.vae.latent_channels=0", "latent_channels"),
         ("task.vae.channels=3", "channels: unknown field"),
     ],
@@ -191,5 +191,5 @@ def test_images_of_several_sizes(autoencoder_recipe: MakeRecipe, image_folder: P
     latents = torch.cat([objective.encoder(b).mean.transpose(0, 1).flatten(1) for b in batches], dim=1)
     torch.testing.assert_close(latents.mean(dim=1), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(latents.std(dim=1), torch.ones(4), atol=1e-4, rtol=0)
-    with pytest.raises(ConfigError, match=r"multiples of 2: .* data\.bucket_step if there are buckets"):
+    with pytest.raises(ConfigError, match=r"data\.bucket_step"):
         build(autoencoder_recipe(*fields, "data.bucket_step=5", "data.image_size=15"))
