@@ -1,4 +1,4 @@
-"""Schedulers for every solver: a diffusion model's, and a flow-matching model's where the solver wants one."""
+"""Schedulers for every solver: a diffusion model's, and a flow-matching model's for its solver."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_a_rescaled_result_is_that_of_diffusers() -> None:
     torch.testing.assert_close(whole.std((1, 2, 3)), CONDITIONAL.std((1, 2, 3)))
 
 
-def test_a_negative_prompt_that_says_the_same_takes_nothing_away() -> None:
+def test_a_parallel_negative_prompt_changes_nothing() -> None:
     guidance, plain = PerpendicularNegative(7.5), ClassifierFree(7.5)((UNCONDITIONAL, CONDITIONAL))
     for negative in (CONDITIONAL, UNCONDITIONAL, torch.lerp(UNCONDITIONAL, CONDITIONAL, -0.4)):
         torch.testing.assert_close(
@@ -83,29 +83,29 @@ def test_a_negative_prompt_that_says_the_same_takes_nothing_away() -> None:
     assert guidance((CONDITIONAL, IMAGE, CONDITIONAL)).isfinite().all()
 
 
-def test_a_perpendicular_negative_prompt_is_led_away_from_alone() -> None:
+def test_only_the_perpendicular_component_is_subtracted() -> None:
     towards, away = CONDITIONAL - UNCONDITIONAL, IMAGE - UNCONDITIONAL
     found = PerpendicularNegative(7.5, 0.5)((UNCONDITIONAL, IMAGE, CONDITIONAL))
     removed = (UNCONDITIONAL + 7.5 * towards - found) / (7.5 * 0.5)
     assert ((removed * towards).sum((1, 2, 3)).abs() < 1e-2).all()
-    kept = away - removed  # along the direction to the prompt
+    parallel = away - removed
     torch.testing.assert_close(
-        kept / kept.norm(),
+        parallel / parallel.norm(),
         towards
-        * (kept * towards).sum((1, 2, 3), keepdim=True)
+        * (parallel * towards).sum((1, 2, 3), keepdim=True)
         / towards.square().sum((1, 2, 3), keepdim=True)
-        / kept.norm(),
+        / parallel.norm(),
         rtol=1e-3,
         atol=1e-4,
     )
 
 
-def test_outside_of_its_interval_nothing_is_guided_nor_computed() -> None:
+def test_outside_of_its_interval_only_one_output_is_computed() -> None:
     guidance = GuidanceInterval(ClassifierFree(7.5), lowest=200.0, highest=800.0)
-    asked = []
+    branches = []
 
     def predict(x: torch.Tensor, level: NoiseLevel, rows: int) -> tuple[torch.Tensor, ...]:
-        asked.append(rows)
+        branches.append(rows)
         return (UNCONDITIONAL, CONDITIONAL)[-rows:]
 
     denoise = guided(predict, "sample", guidance)
@@ -113,7 +113,7 @@ def test_outside_of_its_interval_nothing_is_guided_nor_computed() -> None:
         found = denoise(X, NoiseLevel.from_sigma_ve(2.0, timestep))
         expected = ClassifierFree(7.5)((UNCONDITIONAL, CONDITIONAL)) if inside else CONDITIONAL
         assert torch.equal(found, expected)
-    assert asked == [1, 2, 2, 1]
+    assert branches == [1, 2, 2, 1]
 
 
 @pytest.mark.parametrize("solver", ["ddim", "euler", "euler_ancestral", "ddpm"])

@@ -51,8 +51,8 @@ def test_v_prediction_is_the_angular_velocity() -> None:
 def test_flow_prediction_is_the_velocity_from_data_to_noise() -> None:
     x0, noise = draw(0), draw(1)
     velocity = (add_noise(x0, noise, FLOW.level(600)) - add_noise(x0, noise, FLOW.level(100))) / 0.5
-    wanted = target(x0, noise, FLOW.level(350), "flow_prediction")
-    torch.testing.assert_close(wanted, velocity, rtol=1e-8, atol=1e-8)
+    expected = target(x0, noise, FLOW.level(350), "flow_prediction")
+    torch.testing.assert_close(expected, velocity, rtol=1e-8, atol=1e-8)
 
 
 def test_x0_is_finite_where_there_is_no_signal() -> None:

@@ -37,7 +37,7 @@ def run(scheduler: Scheduler, num_steps: int, seed: int) -> list[Step]:
 
 
 class NoNoise:
-    """Zeros in place of noise; counts how often it was asked for."""
+    """Zeros in place of noise, and a count of the draws."""
 
     def __init__(self) -> None:
         self.num_draws = 0
@@ -59,7 +59,7 @@ def test_a_run_falls_to_clean_data_and_reports_each_step(name: str) -> None:
     scheduler = scheduler_named(name)
     levels = scheduler.levels(6)
     assert len(levels) == 7
-    # On sigmas that reach from end to end DEIS visits the level where it ends.
+    # On sigmas from end to end DEIS evaluates its final level.
     reaches = name in ("deis_karras", "deis_exponential", "deis_beta")
     falling = levels[:-1] if reaches else levels
     assert all(level.sigma > target.sigma for level, target in pairwise(falling))
@@ -73,27 +73,29 @@ def test_a_run_falls_to_clean_data_and_reports_each_step(name: str) -> None:
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 6), (0, 1), (2, 4), (5, 6)])
 @pytest.mark.parametrize("name", [*SOLVER_TABLE, "deis_karras"])
-def test_the_levels_at_which_the_network_looks_are_known_before(name: str, start: int, stop: int) -> None:
+def test_evaluation_levels_contain_every_level_at_which_the_network_is_evaluated(
+    name: str, start: int, stop: int
+) -> None:
     scheduler = scheduler_named(name)
     levels = scheduler.levels(6)
-    asked = []
+    evaluated = []
 
     def denoiser(x: Tensor, level: NoiseLevel) -> Tensor:
-        asked.append(level)
+        evaluated.append(level)
         return denoise(x, level)
 
     list(scheduler.sample(denoiser, torch.ones(SHAPE), levels, NoNoise(), start=start, stop=stop))
-    visited = scheduler.evaluation_levels(levels, start=start, stop=stop)
-    assert set(asked) <= set(visited)
-    assert len(set(visited)) == len(visited)
-    assert (levels[-1] in visited) == (levels[-1] in levels[start:stop])  # DEIS may stand there before
+    known = scheduler.evaluation_levels(levels, start=start, stop=stop)
+    assert set(evaluated) <= set(known)
+    assert len(set(known)) == len(known)
+    assert (levels[-1] in known) == (levels[-1] in levels[start:stop])  # DEIS may be there before
 
 
 @pytest.mark.parametrize(
-    ("name", "num_steps", "asked"), [("pndm", 1, 1), ("pndm", 9, 10), ("pndm_prk", 9, 18)]
+    ("name", "num_steps", "evaluations"), [("pndm", 1, 1), ("pndm", 9, 10), ("pndm_prk", 9, 18)]
 )
-def test_how_often_the_network_is_asked(name: str, num_steps: int, asked: int) -> None:
-    """As often as by diffusers, whose lists of timesteps are so long."""
+def test_how_often_the_network_is_evaluated(name: str, num_steps: int, evaluations: int) -> None:
+    """As many times as diffusers has timesteps."""
     scheduler, timesteps = scheduler_named(name), []
 
     def denoiser(x: Tensor, level: NoiseLevel) -> Tensor:
@@ -102,17 +104,17 @@ def test_how_often_the_network_is_asked(name: str, num_steps: int, asked: int) -
 
     levels = scheduler.levels(num_steps)
     list(scheduler.sample(denoiser, torch.ones(SHAPE), levels, NoNoise()))
-    assert len(timesteps) == asked
+    assert len(timesteps) == evaluations
 
 
 @pytest.mark.parametrize("name", SOLVER_TABLE)
 def test_inputs_are_not_changed(name: str) -> None:
     _, latents = start(0)
-    kept = latents.clone()
+    before = latents.clone()
     scheduler = scheduler_named(name)
     levels = scheduler.levels(4)
     list(scheduler.sample(denoise, scheduler.initial(latents, levels), levels, NoNoise()))
-    assert torch.equal(latents, kept)
+    assert torch.equal(latents, before)
 
 
 def test_a_run_may_begin_at_a_later_level() -> None:
@@ -156,15 +158,6 @@ def test_a_distilled_model_takes_no_more_steps_than_it_was_distilled_on(name: st
         scheduler.levels(51)
     with pytest.raises(ConfigError, match="original_inference_steps"):
         replace(scheduler, schedule=NoiseSchedule(num_train_timesteps=49)).levels(4)
-
-
-@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
-def test_initial_noise_of_euler_is_scaled_unless_the_spacing_is_leading(spacing: str) -> None:
-    scheduler = Scheduler.from_config({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": spacing})
-    levels = scheduler.levels(10)
-    expected = 1.0 if spacing == "leading" else levels[0].sigma
-    assert float(scheduler.initial(torch.ones(1), levels)) == pytest.approx(expected)
-    assert float(scheduler.with_solver("dpmpp_2m").initial(torch.ones(1), levels)) == 1.0
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1001, True, 2.5, "10"])

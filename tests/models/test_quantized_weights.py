@@ -98,7 +98,7 @@ def test_outputs_and_gradients_are_those_of_torch_with_the_same_weights(
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
-def test_what_is_trained_normalised_or_looked_up_stays(network: Network):
+def test_trained_layers_norms_and_embeddings_stay(network: Network):
     network.linear.requires_grad_(True)
     before = dict(network.named_parameters())
     quantize_frozen(network, "int8")
@@ -123,13 +123,13 @@ def test_bytes_survive_a_change_of_the_modules_dtype_and_format(network: Network
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_nothing_is_kept_for_the_backward_pass(storage: StorageDtype, network: Network):
-    kept: list[Tensor] = []
+def test_nothing_is_saved_for_the_backward_pass(storage: StorageDtype, network: Network):
+    saved: list[Tensor] = []
     quantize_frozen(network, storage)
     hidden = torch.randn(2, 8, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         network.linear(hidden)
-    assert kept == []
+    assert saved == []
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -83,11 +83,6 @@ def test_gradients_reach_the_weights(text):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.parameters())
 
 
-def test_nothing_stays_on_the_meta_device(text):
-    tensors = [*text.model.parameters(), *text.model.buffers()]
-    assert not any(tensor.is_meta for tensor in tensors)
-
-
 def test_half_precision(tiny_checkpoint, text):
     half = load(tiny_checkpoint, torch.bfloat16).encode(PROMPTS).context
     assert half.dtype == torch.bfloat16

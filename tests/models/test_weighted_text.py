@@ -1,7 +1,7 @@
 """Weights on hidden states, against A1111's formula over the hidden states of transformers.
 
-The formula (modules/sd_emphasis.py, "original"): each token's state is multiplied by its weight, then all of a chunk by
-the mean that it had over the mean that it has.
+The formula (modules/sd_emphasis.py, "original"): each token's state is multiplied by its weight, then a whole chunk by
+the ratio of its mean before to its mean after.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from latentgen.models.config import CLIPTextConfig
 from latentgen.models.text import CLIPText, CLIPTextPair, weigh
 from latentgen.prompts import plain_prompt, read_weights
 from tests.conftest import build_tokenizer
+from tests.models.conftest import relative_error
 
 BOS, EOS = 522, 523
 
@@ -63,9 +64,9 @@ def expected(text: CLIPText, pieces: Sequence[tuple[str, float]], *, layer: int 
     return weighted * (states.mean() / weighted.mean())
 
 
-def assert_close(actual: Tensor, wanted: Tensor) -> None:
-    assert actual.shape == wanted.shape
-    assert (actual - wanted).norm() / wanted.norm() < 1e-5
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected) < 1e-5
 
 
 @pytest.mark.parametrize("layers", [0, 1])
@@ -102,10 +103,10 @@ def test_a_weight_of_one_changes_no_bit(text: CLIPText):
     prompts = ["a cat and a red dog", "tiger"]
     plain = text.encode(prompts)
     written = text.encode([read_weights("a cat and a (red:1.0) dog"), read_weights("(tiger:1)")])
-    beside = text.encode([read_weights("a cat and a red dog"), read_weights("(tiger:2)")])
+    mixed = text.encode([read_weights("a cat and a red dog"), read_weights("(tiger:2)")])
     assert torch.equal(written.context, plain.context)
-    assert torch.equal(beside.context[0], plain.context[0])
-    assert not torch.equal(beside.context[1], plain.context[1])
+    assert torch.equal(mixed.context[0], plain.context[0])
+    assert not torch.equal(mixed.context[1], plain.context[1])
 
 
 def test_the_pooled_state_is_not_weighted(text: CLIPText):

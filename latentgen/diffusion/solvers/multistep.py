@@ -1,4 +1,4 @@
-"""Samplers whose step asks the network once, and puts its answer together with earlier ones."""
+"""Solvers that combine the evaluation of a step with earlier ones."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def _midpoint_x0(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Ten
 def _third_order_x0(now: Evaluation, target: NoiseLevel, inputs: StepInputs, *, rate: float) -> Tensor:
     """The mean of x0 over the step, from its Taylor series in log_snr through the last three.
 
-    The mean is weighted as the solver forgets, with exp(-rate * h) over a stride h: at `rate` 1 the deterministic
-    solver, at 2 the stochastic. The quadratic term counts half of what it is, as in all the references.
+    The weight decays with exp(-rate * h) over a stride h: `rate` is 1 for the deterministic solver, 2 for the
+    stochastic. The quadratic term is halved, as in all the references.
     """
     if len(inputs.history) < 2 or inputs.order < 3:
         return _midpoint_x0(now, target, inputs)
@@ -101,7 +101,7 @@ def dpmpp_2s_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Te
 def pndm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """PNDM in its linear multistep form, PLMS (arXiv 2202.09778, algorithm 2): Adams-Bashforth on the raw outputs.
 
-    It is of order 4 after three steps, and of order 2 from the first, which looks at both of its ends.
+    It is of order 4 after three steps; the first, of order 2, evaluates both of its ends.
     """
     outputs = [item.output for item in (now, *inputs.history)]
     if len(outputs) > 1 or inputs.is_last:
@@ -150,16 +150,16 @@ def deis_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor
 
 
 def unipc_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
-    """UniPC of order 2 with B(h) = exp(h) - 1 (arXiv 2302.04867, algorithms 1 to 3): corrects x, then goes on.
+    """UniPC of order 2 with B(h) = exp(h) - 1 (arXiv 2302.04867, algorithms 1 to 3): corrects x, then steps.
 
-    The correction is what a step here would have been, had it known where it led: the x0 that was found there.
+    The correction uses the x0 that was found at the end of the previous step.
     """
     x = now.x + _unipc_correction(now, inputs.history)
     return first_order_step(replace(now, x=x, x0=_midpoint_x0(now, target, inputs)), target)
 
 
 def _unipc_correction(now: Evaluation, history: History) -> Tensor | float:
-    """What the x0 found at the end of a step adds to its result."""
+    """The correction of a step's result by the x0 at its end."""
     if not history:
         return 0.0
     before = history[0]
