@@ -221,7 +221,7 @@ def write_tensors(
 
 def check_values(tensor: Tensor, dtype: torch.dtype | None, key: str, file: Path) -> None:
     """Refuse NaN, infinity, and what overflows ``dtype``, in one pass."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or not tensor.numel():
         return
     values = tensor.float() if tensor.itemsize == 1 else tensor  # torch has no aminmax for float8
     low, high = torch.aminmax(values.detach())

@@ -160,10 +160,9 @@ def _read_report(source: Path, code: int, errors: BinaryIO) -> tuple[str, ...]:
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - _MAX_REPORT_BYTES))
     lines = errors.read().decode("utf-8", "replace").splitlines()
     last = lines[-1] if lines else "no output"
-    try:
+    report = None
+    with suppress(ValueError, RecursionError):
         report = json.loads(last)
-    except (ValueError, RecursionError):
-        report = None
     match report:
         case {"dropped": list(dropped)} if code == 0:
             return tuple(map(str, dropped))

@@ -55,55 +55,29 @@ def _save_peft(folder: Path, tensors: dict[str, Tensor], config: Mapping[str, ob
     return folder
 
 
+_PEFT = "base_model.model"
+
+
 @pytest.mark.parametrize(
-    ("down", "up", "component", "layer"),
+    ("keys", "component", "layer"),
     [
-        ("lora_unet_a_b.lora_down.weight", "lora_unet_a_b.lora_up.weight", "unet", "a_b"),
-        ("lora_te_a_b.lora_down.weight", "lora_te_a_b.lora_up.weight", "text_encoder", "a_b"),
-        ("lora_te1_a_b.lora_down.weight", "lora_te1_a_b.lora_up.weight", "text_encoder", "a_b"),
-        ("lora_te2_a_b.lora_down.weight", "lora_te2_a_b.lora_up.weight", "text_encoder_2", "a_b"),
-        ("unet.a.b.lora_A.weight", "unet.a.b.lora_B.weight", "unet", "a.b"),
-        ("unet.a.b.lora.down.weight", "unet.a.b.lora.up.weight", "unet", "a.b"),
-        (
-            f"unet.{_UNET}.processor.to_q_lora.down.weight",
-            f"unet.{_UNET}.processor.to_q_lora.up.weight",
-            "unet",
-            f"{_UNET}.to_q",
-        ),
-        (
-            f"{_UNET}.processor.to_out_lora.down.weight",
-            f"{_UNET}.processor.to_out_lora.up.weight",
-            "unet",
-            f"{_UNET}.to_out.0",
-        ),
-        (
-            f"text_encoder.{_TEXT}.to_out_lora.down.weight",
-            f"text_encoder.{_TEXT}.to_out_lora.up.weight",
-            "text_encoder",
-            f"{_TEXT}.out_proj",
-        ),
-        (
-            f"text_encoder_2.{_TEXT}.q_proj.lora_linear_layer.down.weight",
-            f"text_encoder_2.{_TEXT}.q_proj.lora_linear_layer.up.weight",
-            "text_encoder_2",
-            f"{_TEXT}.q_proj",
-        ),
-        (
-            f"base_model.model.{_UNET}.to_q.lora_A.weight",
-            f"base_model.model.{_UNET}.to_q.lora_B.weight",
-            "unet",
-            f"{_UNET}.to_q",
-        ),
-        (
-            "base_model.model.encoder.layers.0.mlp.fc1.lora_A.weight",
-            "base_model.model.encoder.layers.0.mlp.fc1.lora_B.weight",
-            "text_encoder",
-            "encoder.layers.0.mlp.fc1",
-        ),
+        ("lora_unet_a_b.lora_{}.weight", "unet", "a_b"),
+        ("lora_te_a_b.lora_{}.weight", "text_encoder", "a_b"),
+        ("lora_te1_a_b.lora_{}.weight", "text_encoder", "a_b"),
+        ("lora_te2_a_b.lora_{}.weight", "text_encoder_2", "a_b"),
+        ("unet.a.b.lora.{}.weight", "unet", "a.b"),
+        (f"unet.{_UNET}.processor.to_q_lora.{{}}.weight", "unet", f"{_UNET}.to_q"),
+        (f"{_UNET}.processor.to_out_lora.{{}}.weight", "unet", f"{_UNET}.to_out.0"),
+        (f"text_encoder.{_TEXT}.to_out_lora.{{}}.weight", "text_encoder", f"{_TEXT}.out_proj"),
+        (f"text_encoder_2.{_TEXT}.q.lora_linear_layer.{{}}.weight", "text_encoder_2", f"{_TEXT}.q"),
+        ("unet.a.b.lora_{}.weight", "unet", "a.b"),
+        (f"{_PEFT}.{_UNET}.to_q.lora_{{}}.weight", "unet", f"{_UNET}.to_q"),
+        (f"{_PEFT}.encoder.layers.0.fc1.lora_{{}}.weight", "text_encoder", "encoder.layers.0.fc1"),
     ],
 )
-def test_names_of_all_formats(tmp_path: Path, down: str, up: str, component: str, layer: str):
-    lora = read_lora(_save(tmp_path, _pair(down, up)))
+def test_names_of_all_formats(tmp_path: Path, keys: str, component: str, layer: str):
+    roles = ("A", "B") if keys.startswith(("unet.a.b.lora_", _PEFT)) else ("down", "up")
+    lora = read_lora(_save(tmp_path, _pair(*map(keys.format, roles))))
     assert {name: list(layers) for name, layers in lora.components.items()} == {component: [layer]}
     adapter = lora.components[component][layer]
     assert torch.equal(adapter.down, _factors()[0])
@@ -136,15 +110,8 @@ def test_alpha_over_rank_is_the_scale(
 
 
 _ENDINGS = (
-    ".lora_down.weight",
-    ".lora_up.weight",
-    ".lora_A.weight",
-    ".lora_B.weight",
-    "_lora.down.weight",
-    ".alpha",
-    ".dora_scale",
-    ".weight",
-    "",
+    *(".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", "_lora.down.weight"),
+    *(".alpha", ".dora_scale", ".weight", ""),
 )
 _STARTS = ("lora_unet_", "lora_te_", "unet.", "text_encoder.", "base_model.model.", "")
 _KEYS = st.builds(
@@ -313,19 +280,7 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
     max_leaves=4,
 )
-_FIELDS = st.sampled_from(
-    [
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "init_lora_weights",
-        "bias",
-        "x",
-    ]
-)
+_FIELDS = st.sampled_from([*PeftConfig.model_fields, "bias", "x"])
 
 
 @settings(deadline=None, max_examples=500)
