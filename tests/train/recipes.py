@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
+
+from PIL import Image
 
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchIndices, plan_step
@@ -13,6 +16,14 @@ from latentgen.train.objectives.base import Objective
 MakeRecipe = Callable[..., TrainConfig]
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+
+
+def encoded(colour: str, size: tuple[int, int] = (12, 10), kind: str = "PNG") -> bytes:
+    """An image file of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, kind)
+    return file.getvalue()
+
 
 VAE: dict[str, Any] = {
     "block_out_channels": [16, 32],

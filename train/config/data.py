@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from latentgen.train.config.base import Section
 
 Side = Annotated[int, Field(ge=8, le=16384)]
-Repeats = Annotated[int, Field(ge=1, le=10_000)]
+MAX_REPEATS = 10_000
 
 
 class EmojiData(Section):
@@ -97,7 +97,7 @@ class FolderData(ImageData):
     kind: Literal["imagefolder"]
     path: Path
     caption: str | None = None
-    repeats: Repeats = 1
+    repeats: Annotated[int, Field(ge=1, le=MAX_REPEATS)] = 1
     on_bad_image: Literal["error", "skip"] = "error"
 
 

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 from latentgen.errors import UnsafePathError
 from latentgen.files import quote, safe_join
 from latentgen.prompts import check_prompts
+from latentgen.train.data.sample_checks import CAPTION_KEYS
 
 METADATA = frozenset({"metadata.jsonl", "metadata.csv"})
-CAPTION_COLUMNS = ("text", "caption")
 _FILE_COLUMNS = ("file_name", "mask_file_name", "before_file_name")
 _KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
 class Row(NamedTuple):
-    """One row: an image, which exists; its caption, under the first of `CAPTION_COLUMNS` that the row has; its mask,
+    """One row: an image, which exists; its caption, under the first of `CAPTION_KEYS` that the row has; its mask,
     white where the loss counts; the image that it is an edit of; and the columns that are ignored.
     """
 
@@ -94,7 +94,7 @@ def _parse_row(folder: Path, fields: str | Mapping[Any, Any], rows: Rows) -> Row
     if file is None:
         raise ValueError("file_name is missing")
     rows.setdefault(file, None)
-    column = next((name for name in CAPTION_COLUMNS if name in fields), None)
+    column = next((name for name in CAPTION_KEYS if name in fields), None)
     text = None if column is None else _string(fields, column)
     if text is not None:
         check_prompts([text])

@@ -24,6 +24,7 @@ T = TypeVar("T")
 THREADS = min(8, os.cpu_count() or 1)
 # Far above any photograph, and little compared to the memory that decoding one takes.
 MAX_IMAGE_BYTES = 256 * 2**20
+# Keys of captions in JSON, and columns in tables: the first that is there counts.
 CAPTION_KEYS = ("text", "caption")
 _LISTED = 50
 

@@ -15,12 +15,13 @@ from latentgen.errors import DatasetError, InputError
 from latentgen.files import quote
 from latentgen.prompts import check_prompts
 from latentgen.train.config import FolderData, KohyaData
-from latentgen.train.data.metadata import CAPTION_COLUMNS, METADATA, Row, Rows, read_metadata
+from latentgen.train.config.data import MAX_REPEATS
+from latentgen.train.data.metadata import METADATA, Row, Rows, read_metadata
+from latentgen.train.data.sample_checks import CAPTION_KEYS
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 _KOHYA_FOLDER = re.compile(r"([0-9]{1,9})_(.*\S)", re.DOTALL)
-_MOST_REPEATS = 10_000
 
 
 class Item(NamedTuple):
@@ -92,8 +93,8 @@ def _list_kohya(listing: Listing) -> None:
                 for file in files
                 if file.suffix.lower() in SUFFIXES
             )
-        elif not 1 <= int(name[1]) <= _MOST_REPEATS:
-            listing.problems.append(f"{listing.name(entry)}: allowed are 1 to {_MOST_REPEATS:,} repeats")
+        elif not 1 <= int(name[1]) <= MAX_REPEATS:
+            listing.problems.append(f"{listing.name(entry)}: allowed are 1 to {MAX_REPEATS:,} repeats")
         else:
             _list_images(listing, files, caption=name[2], repeats=int(name[1]))
 
@@ -105,7 +106,7 @@ def _list_images(listing: Listing, files: list[Path], *, caption: str | None, re
         if file.name in METADATA:
             name = listing.name(file)
             if unread := read_metadata(file, name, rows, listing.problems):
-                columns = f"{first_five(unread)}; captions are read from {' or '.join(CAPTION_COLUMNS)}"
+                columns = f"{first_five(unread)}; captions are read from {' or '.join(CAPTION_KEYS)}"
                 warnings.warn(f"{name}: columns ignored: {columns}", stacklevel=4)
     referenced = {file for row in rows.values() if row for file in (row.mask, row.before) if file}
     images = {file for file in files if file.suffix.lower() in SUFFIXES} | referenced | rows.keys()
@@ -141,7 +142,7 @@ def _captions(
             check_prompts([default])
             return (default,)
         if row is not None and row.unread:
-            remedy = f"rename the column that holds it to {CAPTION_COLUMNS[0]}: {first_five(row.unread)}"
+            remedy = f"rename the column that holds it to {CAPTION_KEYS[0]}: {first_five(row.unread)}"
         else:
             remedy = f"write it into {file.with_suffix('.txt').name} or metadata.jsonl, or set data.caption"
         listing.problems.append(f"{name}: no caption; {remedy}")

@@ -27,16 +27,10 @@ from latentgen.train.data import open_data, sampler, shards, tar_index
 from latentgen.train.data.sampler import BucketSampler, shard_order
 from latentgen.train.data.shards import ShardSet, expand_shards
 from latentgen.train.trainer import train
-from tests.train.recipes import COLOURS, MakeRecipe
+from tests.train.recipes import COLOURS, MakeRecipe, encoded
 
 ROOT = Path(__file__).parents[3]
 Member = tuple[str, bytes]
-
-
-def picture(colour: str, size: tuple[int, int] = (12, 10), kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, kind)
-    return file.getvalue()
 
 
 def middle(image: Image.Image) -> Image.Image:
@@ -54,7 +48,7 @@ def write_tar(path: Path, members: Iterable[Member], *, form: int = tarfile.PAX_
 
 
 def sample(key: str, colour: str, caption: str | None = None) -> list[Member]:
-    return [(f"{key}.png", picture(colour)), (f"{key}.txt", (caption or f"{colour} disc").encode())]
+    return [(f"{key}.png", encoded(colour)), (f"{key}.txt", (caption or f"{colour} disc").encode())]
 
 
 def open_shards(*names: str | Path, **fields: Any) -> ShardSet:
@@ -91,15 +85,15 @@ def test_it_reads_what_webdataset_reads(tmp_path: Path, form: int):
     members = [
         *sample("0001", "red"),
         ("0002.cls", b"7"),
-        ("0002.JPG", picture("blue", kind="JPEG")),
+        ("0002.JPG", encoded("blue", kind="JPEG")),
         ("0002.json", json.dumps({"caption": "blue thing", "more": [1]}).encode()),
         *sample(f"{deep}/0003", "green"),
-        ("a.b/0004.webp", picture("white", kind="WEBP")),
+        ("a.b/0004.webp", encoded("white", kind="WEBP")),
         ("a.b/0004.seg.png", b"no picture"),
         ("a.b/0004.txt", b" white thing \n"),
         ("__info__/readme.txt", b"none"),
         (".hidden.png", b"none"),
-        ("./0005.jpeg", picture("black", kind="JPEG")),
+        ("./0005.jpeg", encoded("black", kind="JPEG")),
         ("./0005.json", json.dumps({"text": ["é 🍕", "two"]}).encode()),
     ]
     path = write_tar(tmp_path / "shard.tar", members, form=form)
@@ -120,30 +114,30 @@ def test_it_reads_what_webdataset_reads(tmp_path: Path, form: int):
 
 BAD_SAMPLES: list[Member] = [
     *sample("good", "red"),
-    ("lonely.png", picture("red")),
+    ("lonely.png", encoded("red")),
     ("captions.txt", b"no image"),
     *sample("twice", "red"),
-    ("twice.png", picture("blue")),
+    ("twice.png", encoded("blue")),
     *sample("both", "red"),
-    ("both.jpg", picture("blue", kind="JPEG")),
-    ("latin.png", picture("red")),
+    ("both.jpg", encoded("blue", kind="JPEG")),
+    ("latin.png", encoded("red")),
     ("latin.txt", b"\xff\xfe"),
-    ("list.png", picture("red")),
+    ("list.png", encoded("red")),
     ("list.json", b'{"text": [1]}'),
-    ("nothing.png", picture("red")),
+    ("nothing.png", encoded("red")),
     ("nothing.json", b'{"title": "x"}'),
-    ("broken.png", picture("red")),
+    ("broken.png", encoded("red")),
     ("broken.json", b"{"),
-    ("nul.png", picture("red")),
+    ("nul.png", encoded("red")),
     ("nul.txt", b"a\0b"),
-    ("long.png", picture("red")),
+    ("long.png", encoded("red")),
     ("long.txt", b"x" * (tar_index.MAX_CAPTION_BYTES + 1)),
 ]
 
 
 def test_every_problem_is_listed_at_once(tmp_path: Path):
     path = write_tar(
-        tmp_path / "shard.tar", [*BAD_SAMPLES, ("cut.png", picture("red")[:40]), ("cut.txt", b"cut")]
+        tmp_path / "shard.tar", [*BAD_SAMPLES, ("cut.png", encoded("red")[:40]), ("cut.txt", b"cut")]
     )
     with pytest.raises(DatasetError) as caught:
         open_shards(path)
@@ -218,7 +212,7 @@ def test_damaged_shards(tmp_path: Path, damage: Callable[[bytes], bytes], messag
 
 def test_links_and_folders_are_no_samples(tmp_path: Path):
     outside = tmp_path / "outside.png"
-    outside.write_bytes(picture("blue"))
+    outside.write_bytes(encoded("blue"))
     path = tmp_path / "shard.tar"
     with tarfile.open(path, "w") as archive:
         for name, kind in (
@@ -229,7 +223,7 @@ def test_links_and_folders_are_no_samples(tmp_path: Path):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, str(outside)
             archive.addfile(info)
-        for name, data in (("../../d.png", picture("red")), ("../../d.txt", b"up")):
+        for name, data in (("../../d.png", encoded("red")), ("../../d.txt", b"up")):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
@@ -241,7 +235,7 @@ def test_links_and_folders_are_no_samples(tmp_path: Path):
 
 
 def test_without_checking_nothing_is_read_before_it_is_needed(tmp_path: Path):
-    bad = [("b.png", b"none"), ("b.txt", b"b"), ("c.png", picture("red")), ("c.json", b"[]")]
+    bad = [("b.png", b"none"), ("b.txt", b"b"), ("c.png", encoded("red")), ("c.json", b"[]")]
     path, index = write_tar(tmp_path / "shard.tar", [*sample("a", "red"), *bad]), tmp_path / "index"
     data = open_shards(path, check_images=False, index_dir=index)
     assert view(data, 0).captions.texts == ("red disc",)
@@ -372,7 +366,7 @@ def test_an_epoch_shows_every_item_once_and_reads_few_shards_at_a_time():
 
 def test_views_are_cropped_and_captioned_as_those_of_folders(tmp_path: Path):
     sizes = [(32, 8), (8, 32), (20, 20), (60, 15)]
-    images = [(f"{number}.png", picture("red", size)) for number, size in enumerate(sizes)]
+    images = [(f"{number}.png", encoded("red", size)) for number, size in enumerate(sizes)]
     texts = [(f"{number}.txt", b"one, two, three") for number in range(4)]
     path = write_tar(tmp_path / "0.tar", [*images, *texts])
     captions = {"caption_prefix": "a photo,", "caption_shuffle": True, "keep_tokens": 2}
