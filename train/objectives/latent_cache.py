@@ -1,23 +1,27 @@
-"""Encoding fixed views once, to memory or to a folder on disk that runs and processes share."""
+"""Fixed views that are encoded once, in memory or in a folder on disk that runs and processes share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
+from latentgen.errors import CheckpointCorruptError
+from latentgen.files import quote
 from latentgen.models.pixels import ImageEncoder
 from latentgen.train.cache import TensorCache, content_key, weights_digest
+from latentgen.train.data import BatchIndices, Sample
 from latentgen.train.distributed import gather, own_share
 from latentgen.train.host_memory import temporarily_on
 from latentgen.train.objectives.latents import (
-    ENTRY,
-    CachedLatents,
-    CachedView,
     CondKind,
+    EncodedView,
+    LatentBatch,
     LatentDataset,
     OnTheFlyLatents,
     ViewEncoder,
@@ -27,6 +31,8 @@ from latentgen.train.objectives.latents import (
     cond_image,
     pixels_of,
 )
+
+_ENTRY = "latents"
 
 
 def encode_views(
@@ -80,6 +86,57 @@ def _open_cache(encoder: ImageEncoder, device: torch.device, cache_dir: Path | N
     return TensorCache(cache_dir / f"latents-{digest[:32]}")
 
 
+class CachedView(NamedTuple):
+    """A view that was encoded before: its latents, and those or the pixels of its conditioning image, by their keys."""
+
+    info: ViewInfo
+    key: str
+    cond_key: str | None
+
+    def is_in(self, cache: TensorCache) -> bool:
+        """Whether the cache has them."""
+        return self.key in cache and (self.cond_key is None or self.cond_key in cache)
+
+
+class CachedLatents(LatentDataset):
+    """Fixed views that were encoded once; the items of a batch are their indices in the source.
+
+    Args:
+        source: the views.
+        views: the distinct ones, in the order of `source.distinct`.
+        cache: holds their latents.
+    """
+
+    def __init__(self, source: ViewSource, views: Sequence[CachedView], cache: TensorCache) -> None:
+        self._source = source
+        self._views = views
+        self._cache = cache
+
+    @property
+    def captions(self) -> Set[str] | None:
+        if self._source.shuffles_captions:
+            return None
+        drawn = {view.info.captions for view in self._views}
+        return {"", *(text for captions in drawn for text in captions.texts)}
+
+    def batch(self, plan: BatchIndices, views: list[Sample] | None = None) -> LatentBatch:
+        encoded = []
+        for item in plan.items:
+            info, key, cond_key = self._views[self._source.place(item)]
+            cond = None if cond_key is None else self._tensor(cond_key)
+            encoded.append(EncodedView(info, self._tensor(key), cond))
+        return LatentBatch(plan, encoded, self._source.change_rngs(plan))
+
+    def _tensor(self, key: str) -> Tensor:
+        entry = self._cache.get(key)
+        if entry is None:
+            raise CheckpointCorruptError(
+                f"the cache in {quote(str(self._cache.folder))} was damaged during this run; resume the run, which "
+                "computes again what is missing"
+            )
+        return entry[_ENTRY]
+
+
 class _CacheFiller:
     """Puts views into a cache.
 
@@ -125,7 +182,7 @@ class _CacheFiller:
     def _store_pixels(self, image: Image.Image) -> str:
         key = content_key("pixels", image.mode, repr(image.size), image.tobytes())
         if key not in self._cache:
-            self._cache.put(key, {ENTRY: pixels_of(image)})
+            self._cache.put(key, {_ENTRY: pixels_of(image)})
         return key
 
     def _encode(self, size: tuple[int, int]) -> None:
@@ -135,4 +192,4 @@ class _CacheFiller:
         images = list(waiting.values())
         filled = images + images[-1:] * (batch_limit(size) - len(images))
         for key, row in zip(waiting, self._encoder.encode(filled), strict=False):
-            self._cache.put(key, {ENTRY: row})
+            self._cache.put(key, {_ENTRY: row})

@@ -1,5 +1,4 @@
-"""Training images in the latents of a pretrained autoencoder: encoded once (CachedLatents) or in every step
-(OnTheFlyLatents)."""
+"""Training images in the latents of a pretrained autoencoder: encoded in every step, or once in latent_cache.py."""
 
 from __future__ import annotations
 
@@ -15,17 +14,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from latentgen.errors import CheckpointCorruptError, DatasetError
-from latentgen.files import quote
+from latentgen.errors import DatasetError
 from latentgen.models.pixels import ImageEncoder
-from latentgen.train.cache import TensorCache
 from latentgen.train.data import BatchIndices, CaptionedDataset, Captions, Sample, sample_rng, to_tensor
 from latentgen.train.data.sample_checks import THREADS, in_threads
 
 # How many images are encoded at once: an autoencoder needs several GB for each megapixel, next to the model.
 ENCODING_BATCH = 32
 ENCODING_PIXELS = 2**18
-ENTRY = "latents"
 _DRAWN_AHEAD = 64
 S = TypeVar("S")
 T = TypeVar("T")
@@ -288,57 +284,6 @@ class LatentDataset(ABC):
     @abstractmethod
     def batch(self, plan: BatchIndices, views: list[Sample] | None = None) -> LatentBatch:
         """The encoded views of a batch; `views` are those that `prefetch` has drawn, if any."""
-
-
-class CachedView(NamedTuple):
-    """A view that was encoded before: its latents, and those or the pixels of its conditioning image, by their keys."""
-
-    info: ViewInfo
-    key: str
-    cond_key: str | None
-
-    def is_in(self, cache: TensorCache) -> bool:
-        """Whether the cache has them."""
-        return self.key in cache and (self.cond_key is None or self.cond_key in cache)
-
-
-class CachedLatents(LatentDataset):
-    """Fixed views that were encoded once; the items of a batch are their indices in the source.
-
-    Args:
-        source: the views.
-        views: the distinct ones, in the order of `source.distinct`.
-        cache: holds their latents.
-    """
-
-    def __init__(self, source: ViewSource, views: Sequence[CachedView], cache: TensorCache) -> None:
-        self._source = source
-        self._views = views
-        self._cache = cache
-
-    @property
-    def captions(self) -> Set[str] | None:
-        if self._source.shuffles_captions:
-            return None
-        drawn = {view.info.captions for view in self._views}
-        return {"", *(text for captions in drawn for text in captions.texts)}
-
-    def batch(self, plan: BatchIndices, views: list[Sample] | None = None) -> LatentBatch:
-        encoded = []
-        for item in plan.items:
-            info, key, cond_key = self._views[self._source.place(item)]
-            cond = None if cond_key is None else self._tensor(cond_key)
-            encoded.append(EncodedView(info, self._tensor(key), cond))
-        return LatentBatch(plan, encoded, self._source.change_rngs(plan))
-
-    def _tensor(self, key: str) -> Tensor:
-        entry = self._cache.get(key)
-        if entry is None:
-            raise CheckpointCorruptError(
-                f"the cache in {quote(str(self._cache.folder))} was damaged during this run; resume the run, which "
-                "computes again what is missing"
-            )
-        return entry[ENTRY]
 
 
 class OnTheFlyLatents(LatentDataset):

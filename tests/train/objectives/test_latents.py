@@ -20,10 +20,9 @@ from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchIndices, Captions, Sample, open_splits, plan_step, to_tensor
 from latentgen.train.objectives import build_objective, latents
 from latentgen.train.objectives.base import Objective
-from latentgen.train.objectives.latent_cache import encode_views
+from latentgen.train.objectives.latent_cache import CachedLatents, encode_views
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.latents import (
-    CachedLatents,
     CondKind,
     LatentBatch,
     LatentDataset,
