@@ -178,7 +178,9 @@ class CLIPText:
         output = self.model(input_ids=ids.flatten(0, 1), output_hidden_states=unused > 0)
         context = output.hidden_states[-1 - unused] if unused else output.last_hidden_state
         if unused and self.layer == "last":
-            context = _transformer(self.model).final_layer_norm(context)
+            # transformers 5.6 without a projection has the layers in the model itself.
+            owner: Any = self.model._modules.get("text_model") or self.model
+            context = owner.final_layer_norm(context)
         pooled = output[self._pooled]
         context = context.unflatten(0, ids.shape[:2]).flatten(1, 2)
         return Conditioning(context, pooled.unflatten(0, ids.shape[:2])[:, 0])
@@ -207,8 +209,7 @@ class CLIPTextPair:
     def __init__(self, first: CLIPText, second: CLIPText) -> None:
         if first.window != second.window:
             raise CheckpointMismatchError(
-                f"the text encoders read {first.window} and {second.window} tokens at once; they belong to different"
-                " models"
+                f"the text encoders have windows of {first.window} and {second.window} tokens, of different models"
             )
         self.towers = (first, second)
         self.module = nn.ModuleList([first.model, second.model])
@@ -224,7 +225,7 @@ class CLIPTextPair:
         first, second = (tower.encode(prompts, clip_skip=clip_skip) for tower in self.towers)
         if first.context.shape[1] != second.context.shape[1]:
             raise CheckpointMismatchError(
-                "the two tokenizers cut a prompt into different numbers of chunks; they belong to different models"
+                "the tokenizers split a prompt into different numbers of chunks; they belong to different models"
             )
         return Conditioning(torch.cat([first.context, second.context], dim=-1), second.pooled)
 
@@ -250,11 +251,6 @@ TextEncoder: TypeAlias = CLIPText | CLIPTextPair
 def join_towers(towers: Sequence[CLIPText]) -> TextEncoder:
     """One tower, or the pair of two."""
     return CLIPTextPair(*towers) if len(towers) == 2 else towers[0]
-
-
-def _transformer(model: nn.Module) -> Any:
-    """The module that owns the layers: inside the model, or the model itself (transformers 5.6 without projection)."""
-    return model._modules.get("text_model") or model
 
 
 def _special_token(token_id: object, name: str) -> int:

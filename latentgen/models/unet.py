@@ -135,15 +135,8 @@ class UNet(AttentionStage):
     ) -> UNetConstants:
         """Compute everything that does not depend on the latents, for all steps of a run.
 
-        Args:
-            context: text embedding [B, S, cross_attention_dim].
-            timesteps: of the N steps, [N], or [N, B] where every sample has its own.
-            class_labels: see :meth:`forward`.
-            added: see :meth:`forward`.
-            guidance_scale: see :meth:`forward`.
-
-        Raises:
-            InputError: see :meth:`forward`.
+        `timesteps` are those of the N steps, [N], or [N, B] with one for every sample. The other arguments, and errors,
+        are those of :meth:`forward`.
         """
         self._check_conditioning(class_labels=class_labels, added=added, guidance_scale=guidance_scale)
         if timesteps.ndim == 1:

@@ -57,8 +57,7 @@ class ForwardState:
 
     def next_size(self) -> tuple[int, int]:
         """Height and width of the skip connection that is joined next."""
-        height, width = self._skips[-1].shape[-2:]
-        return height, width
+        return self._skips[-1].shape[-2], self._skips[-1].shape[-1]
 
     def _run(
         self, layer: nn.Module, hidden: Tensor, constant: Tensor | tuple[ContextKeyValue, ...]

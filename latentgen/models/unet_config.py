@@ -190,14 +190,8 @@ class UNetConfig(StageConfig):
 
     def _check_lengths(self) -> None:
         count = len(self.block_out_channels)
-        for name in (
-            "down_block_types",
-            "up_block_types",
-            "layers_per_block",
-            "attention_head_dim",
-            "transformer_layers_per_block",
-            "only_cross_attention",
-        ):
+        names = ("down_block_types", "up_block_types", "layers_per_block", "attention_head_dim")
+        for name in (*names, "transformer_layers_per_block", "only_cross_attention"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != count:
                 raise ValueError(f"{name}: {len(value)} entries for the {count} block_out_channels")
@@ -206,12 +200,12 @@ class UNetConfig(StageConfig):
         width = self.projection_class_embeddings_input_dim
         if self.class_embed_type == "projection" and width is None:
             raise ValueError(
-                "projection_class_embeddings_input_dim is required by class_embed_type 'projection'"
+                "projection_class_embeddings_input_dim is required by class_embed_type projection"
             )
         if self.addition_embed_type == "text_time" and None in (width, self.addition_time_embed_dim):
             raise ValueError(
-                "addition_time_embed_dim and projection_class_embeddings_input_dim are required by"
-                " addition_embed_type 'text_time'"
+                "addition_embed_type text_time requires addition_time_embed_dim and "
+                "projection_class_embeddings_input_dim"
             )
 
     def _check_size(self) -> None:
