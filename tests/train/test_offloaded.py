@@ -63,15 +63,6 @@ def test_gradients_are_taken_one_by_one(network: Network):
     assert held_gradients(network, step_in_backward=True, max_grad_norm=None) == max(sizes)
 
 
-def test_the_learning_rate_reaches_steps_in_the_backward_pass(network: Network):
-    optimizer = build(network, "adafactor", step_in_backward=True, max_grad_norm=None)
-    before = copy.deepcopy(network.state_dict())
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    run_backward(network, optimizer, range(1))
-    assert not changed_weights(network, before)
-
-
 def clipped_and_accumulated(
     network: Network, optimizer: torch.optim.Optimizer, clip: Callable[[], Tensor] | None, *, parts: int
 ) -> list[Tensor]:

@@ -177,23 +177,6 @@ def test_a_text_encoder_of_rate_zero_stays_and_the_rest_learns_as_usual(
         assert not torch.equal(other.get_parameter(key), start[key]), key
 
 
-def test_two_rates_are_two_groups_of_torchs_adamw(network: Network):
-    copies = {name: nn.Parameter(p.detach().clone()) for name, p in network.named_parameters()}
-    groups = [
-        {"params": [p for name, p in copies.items() if is_text(name) == text], "lr": rate}
-        for text, rate in ((False, RATE), (True, RATE / 4))
-    ]
-    oracle = torch.optim.AdamW(groups, betas=BETAS, weight_decay=DECAY, fused=True)
-    optimizer = build(network, "adamw", text_encoder_learning_rate=RATE / 4)
-    for step in range(3):
-        for key, grad in gradients(network, step).items():
-            copies[key].grad = grad
-        oracle.step()
-        train(network, optimizer, range(step, step + 1))
-    for key, p in network.named_parameters():
-        assert torch.equal(p, copies[key]), key
-
-
 @pytest.mark.parametrize(("name", "fields"), KINDS)
 def test_a_state_does_not_depend_on_the_rates(name: str, fields: dict[str, object], network: Network):
     """So runs that began with one rate, as all once did, can continue with two."""

@@ -385,15 +385,6 @@ def test_masks_are_brought_to_the_latents_by_area(encoder: ImageEncoder):
     torch.testing.assert_close(masks[1, 0], expected, atol=1 / 255, rtol=0)
 
 
-def test_size_conditions_are_those_of_sdxl(encoder: ImageEncoder):
-    source = ViewSource(Scribbles(), 2, seed=0)
-    rows = encode_views(encoder, CPU, source).batch(plan(2, 7)).time_ids()
-    assert rows.dtype == torch.float32
-    corners = [source.fixed(item).crop_corner for item in (2, 7)]
-    # Item 1 is 8 high and 24 wide, cut from an image that is 100 high and 51 wide.
-    assert rows.tolist() == [[100, 51, *corners[0], 8, 24], [100, 53, *corners[1], 8, 24]]
-
-
 def test_large_images_are_encoded_a_few_at_a_time():
     assert [batch_limit((side, side)) for side in (64, 128, 256, 512, 1024, 2048)] == [32, 16, 4, 1, 1, 1]
 
