@@ -39,18 +39,8 @@ def _restore_warnings(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def tiny(tiny_checkpoint: Path) -> list[str]:
     """Options that make a run take a moment."""
-    return [
-        "--model",
-        str(tiny_checkpoint),
-        "--device",
-        "cpu",
-        "--steps",
-        "2",
-        "--height",
-        "16",
-        "--width",
-        "16",
-    ]
+    sizes = ("--steps", "2", "--height", "16", "--width", "16")
+    return ["--model", str(tiny_checkpoint), "--device", "cpu", *sizes]
 
 
 def _parameters(path: Path) -> GenerationParameters:
