@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Part of the package -> its sources, and the parts that it may import beside itself.
+# Part of the package -> its sources, and the other parts that it may import.
 SOURCES = {
     "models": ROOT / "latentgen" / "models",
     "diffusion": ROOT / "latentgen" / "diffusion",
@@ -21,7 +21,7 @@ SOURCES = {
     "train": ROOT / "train",
     "cli": ROOT / "latentgen" / "cli",
 }
-# Packages inside of core that stand beside its modules.
+# Packages that are part of core.
 CORE_PACKAGES = ("adapters", "checkpoints")
 ALLOWED = {
     "models": {"core"},
@@ -34,13 +34,13 @@ ALLOWED = {
 HEAVY = {"torch", "transformers", "diffusers", "numpy", "PIL", "accelerate", "safetensors"}
 
 
-# The doors to the command inside of other parts: they stand on top, where it stands.
-DOORS = {ROOT / "train" / "__main__.py": "cli"}
+# Entry points of the command inside of other parts.
+ENTRY_POINTS = {ROOT / "train" / "__main__.py": "cli"}
 
 
 def _modules(part: str) -> list[Path]:
-    doors = [path for path, of in DOORS.items() if of == part]
-    return doors + [path for path in _sources(part) if path not in DOORS]
+    entries = [path for path, of in ENTRY_POINTS.items() if of == part]
+    return entries + [path for path in _sources(part) if path not in ENTRY_POINTS]
 
 
 def _sources(part: str) -> list[Path]:

@@ -104,7 +104,7 @@ def test_each_stage_draws_what_the_one_before_drew(stage: int, most: float, stag
     small = stages[stage].reshape(-1, side, scale, side, scale, 3).mean((2, 4))
     distances = np.square(small[:, None] - stages[stage - 1][None]).mean((2, 3, 4))
     assert (distances.argmin(axis=1) == np.arange(len(CASCADE_PROMPTS))).all()
-    assert distances.diagonal().max() < most  # a stage that draws anew may leave it further
+    assert distances.diagonal().max() < most  # a stage that refines may change it more
 
 
 def test_the_last_stage_is_sharper_than_the_one_before_enlarged(stages: list[np.ndarray]) -> None:

@@ -71,10 +71,12 @@ def save(pipe: Any, folder: Path) -> tuple[Path, Path]:
 
 def as_in_files(component: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The names of the files, which CLIP's text towers do not have in memory in every version of transformers."""
-    kept = ("text_model.", "text_projection.")
+    prefixes = ("text_model.", "text_projection.")
     if not component.startswith("text_encoder"):
         return state
-    return {name if name.startswith(kept) else f"text_model.{name}": tensor for name, tensor in state.items()}
+    return {
+        name if name.startswith(prefixes) else f"text_model.{name}": tensor for name, tensor in state.items()
+    }
 
 
 def arguments(pipe: Any, side: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -87,13 +89,13 @@ def arguments(pipe: Any, side: int = 8) -> tuple[dict[str, Any], dict[str, Any]]
     mask.paste(255, (factor, factor, 5 * factor, 3 * factor))
     if "Inpaint" in name:
         size = {"height": side * factor, "width": side * factor}
-        shown = {"image": picture, "mask_image": mask}
-        return shown, shown | size | {"strength": 1.0}
+        inputs = {"image": picture, "mask_image": mask}
+        return inputs, inputs | size | {"strength": 1.0}
     if "Pix2Pix" in name:
         return {"image": picture}, {"image": picture}
     if "Upscale" in name:
-        shown = {"image": picture.resize((2 * side, 2 * side)), "noise_level": 30}
-        return shown, shown
+        inputs = {"image": picture.resize((2 * side, 2 * side)), "noise_level": 30}
+        return inputs, inputs
     if "Img2Img" in name:
         # Halfway through, latents of diffusers' Euler are scaled by 1 / alpha.
         half, ours = (
@@ -106,12 +108,12 @@ def arguments(pipe: Any, side: int = 8) -> tuple[dict[str, Any], dict[str, Any]]
     return {"latents": latents}, {"latents": latents}
 
 
-def composited(image: np.ndarray, given: dict[str, Any]) -> np.ndarray:
-    """What diffusers painted, [B, H, W, 3], with the pixels of the image wherever the mask of a call is black."""
-    if "mask_image" not in given:
+def composited(image: np.ndarray, inputs: dict[str, Any]) -> np.ndarray:
+    """The result of diffusers [B, H, W, 3], with the pixels of the image where the mask of a call is black."""
+    if "mask_image" not in inputs:
         return image
-    mask = np.asarray(given["mask_image"])[None, :, :, None] > 127
-    return np.where(mask, image, np.asarray(given["image"], dtype=np.float32) / 255)
+    mask = np.asarray(inputs["mask_image"])[None, :, :, None] > 127
+    return np.where(mask, image, np.asarray(inputs["image"], dtype=np.float32) / 255)
 
 
 def _parameters(function: Any) -> set[str]:

@@ -41,7 +41,7 @@ def stage_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(stage_folders: Path, tmp_path: Path) -> Path:
-    """A cascade of them: the parts of the upscaler that could be shared stand in the cascade's folder."""
+    """A cascade of them: the parts of the upscaler that could be shared are in the cascade's folder."""
     target = tmp_path / "cascade"
     shutil.copytree(stage_folders / "base", target / "stages" / "base")
     shutil.copytree(stage_folders / "upscale", target / "stages" / "upscale")
@@ -111,9 +111,9 @@ def test_only_the_stage_that_runs_is_in_memory(folder: Path, monkeypatch: pytest
     most = 0
 
     def noted(load: Any) -> Any:
-        def from_checkpoint(*given: Any, **options: Any) -> Any:
+        def from_checkpoint(*kwargs: Any, **options: Any) -> Any:
             nonlocal most
-            pipeline = load(*given, **options)
+            pipeline = load(*kwargs, **options)
             alive.append(weakref.ref(pipeline))
             gc.collect()
             most = max(most, sum(reference() is not None for reference in alive))
@@ -156,7 +156,7 @@ def test_a_folder_without_an_index_is_refused(stage_folders: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("kwargs", "message"),
     [
         ({"negative_prompt": ["a", "b"]}, "negative_prompt"),
         ({"output_type": "latent"}, "latent"),
@@ -165,18 +165,18 @@ def test_a_folder_without_an_index_is_refused(stage_folders: Path) -> None:
     ],
 )
 def test_mistakes_of_a_call_are_found_before_any_weight_is_read(
-    given: dict[str, Any], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    kwargs: dict[str, Any], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cascade = CascadePipeline.from_pretrained(folder)
     monkeypatch.setattr(
         module.CascadeStage, "load", property(lambda stage: pytest.fail("read")), raising=False
     )
     with pytest.raises(InputError, match=message):
-        cascade.stream(**{"prompt": "a cat"} | given)
+        cascade.stream(**{"prompt": "a cat"} | kwargs)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("kwargs", "message"),
     [
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"scheduler": "fastest"}, "latentgen schedulers"),
@@ -184,9 +184,9 @@ def test_mistakes_of_a_call_are_found_before_any_weight_is_read(
         ({"strength": 0}, "strength"),
     ],
 )
-def test_settings_are_checked_where_they_are_made(given: dict[str, Any], message: str) -> None:
+def test_settings_are_checked_where_they_are_made(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        StageSettings(**given)
+        StageSettings(**kwargs)
 
 
 def test_a_stage_can_refine_at_the_same_size(stage_folders: Path, folder: Path) -> None:

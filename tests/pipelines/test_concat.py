@@ -30,12 +30,12 @@ def ours(theirs: Any) -> ConcatImagePipeline:
 def test_the_image_is_that_of_diffusers(
     theirs: Any, ours: ConcatImagePipeline, guidance_scale: float
 ) -> None:
-    given = {"guidance_scale": guidance_scale, "num_inference_steps": 10}
+    kwargs = {"guidance_scale": guidance_scale, "num_inference_steps": 10}
     expected = [
-        draw_theirs(theirs, prompt, (seed,), image=image, image_guidance_scale=1.0, **given)[0]
+        draw_theirs(theirs, prompt, (seed,), image=image, image_guidance_scale=1.0, **kwargs)[0]
         for prompt, image, seed in zip(PROMPTS, PICTURES, SEEDS, strict=True)
     ]
-    assert difference(draw(ours, PROMPTS, image=PICTURES, seed=SEEDS, **given), np.stack(expected)) <= 1e-4
+    assert difference(draw(ours, PROMPTS, image=PICTURES, seed=SEEDS, **kwargs), np.stack(expected)) <= 1e-4
 
 
 def test_guidance_takes_two_rows_and_none_one(ours: ConcatImagePipeline) -> None:

@@ -95,14 +95,14 @@ class TestGivenConditioning:
     ) -> None:
         pipeline: TextToImagePipeline = request.getfixturevalue(family)
         prompt = read_weights("a (cat:1.3) and a dog")
-        given = pipeline.text_encoder.encode([prompt])
+        embeddings = pipeline.text_encoder.encode([prompt])
         negative = pipeline.text_encoder.encode(["red"])
         text = "a (cat:1.3) and a dog"
-        ours = latents(pipeline, given, negative_prompt=negative)
+        ours = latents(pipeline, embeddings, negative_prompt=negative)
         assert not differ(ours, latents(pipeline, text, negative_prompt="red"))
         assert differ(ours, latents(pipeline, text))
-        assert not differ(latents(pipeline, given), latents(pipeline, text))
-        twice = latents(pipeline, given, num_images_per_prompt=2)
+        assert not differ(latents(pipeline, embeddings), latents(pipeline, text))
+        twice = latents(pipeline, embeddings, num_images_per_prompt=2)
         assert not differ(twice, latents(pipeline, text, num_images_per_prompt=2))
 
     def test_without_a_text_the_encoder_rests(self, pipeline: TextToImagePipeline) -> None:
@@ -116,16 +116,16 @@ class TestGivenConditioning:
             pipeline.scheduler,
             memory=MemoryPolicy(offload_idle=True),
         )
-        given = Conditioning(torch.zeros(1, 5, 32))
+        embeddings = Conditioning(torch.zeros(1, 5, 32))
         hook = pipeline.text_encoder.towers[0].model.register_forward_pre_hook(fail)
         try:
-            drawn = latents(resting, given, negative_prompt=given)
+            drawn = latents(resting, embeddings, negative_prompt=embeddings)
         finally:
             hook.remove()
         assert drawn.isfinite().all()
 
     @pytest.mark.parametrize(
-        ("given", "message"),
+        ("embeddings", "message"),
         [
             (Conditioning(torch.zeros(77, 32)), r"prompt.context .*\[77, 32\]"),
             (Conditioning(torch.zeros(1, 77, 31)), r"prompt.context .*any, any, 32"),
@@ -134,10 +134,10 @@ class TestGivenConditioning:
         ],
     )
     def test_what_does_not_fit_is_named(
-        self, pipeline: TextToImagePipeline, given: Conditioning, message: str
+        self, pipeline: TextToImagePipeline, embeddings: Conditioning, message: str
     ) -> None:
         with pytest.raises(InputError, match=message):
-            pipeline.stream(given)
+            pipeline.stream(embeddings)
 
     def test_a_pooled_state_is_needed_where_the_unet_takes_one(self, sdxl: TextToImagePipeline) -> None:
         with pytest.raises(InputError, match=r"prompt\.pooled"):

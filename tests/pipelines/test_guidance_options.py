@@ -54,9 +54,9 @@ def test_sequential_guidance_gives_the_same_image(
     pipeline: TextToImagePipeline, options: GuidanceOptions
 ) -> None:
     sparing = replace(pipeline, memory=MemoryPolicy(sequential_guidance=True))
-    given: dict[str, Any] = {"negative_prompt": ["dog", "tiger"], "guidance": options}
-    together = draw(pipeline, ["a cat", "a red dog"], **given)
-    assert np.abs(draw(sparing, ["a cat", "a red dog"], **given) - together).max() <= 1e-4
+    inputs: dict[str, Any] = {"negative_prompt": ["dog", "tiger"], "guidance": options}
+    together = draw(pipeline, ["a cat", "a red dog"], **inputs)
+    assert np.abs(draw(sparing, ["a cat", "a red dog"], **inputs) - together).max() <= 1e-4
 
 
 def test_sequential_guidance_takes_the_image_of_each_branch() -> None:
@@ -70,7 +70,7 @@ def test_sequential_guidance_takes_the_image_of_each_branch() -> None:
 def test_fewer_rows_are_computed_outside_of_the_interval(pipeline: TextToImagePipeline) -> None:
     rows: list[int] = []
     hook = pipeline.unet.conv_out.register_forward_hook(
-        lambda module, given, output: rows.append(len(output))
+        lambda module, inputs, output: rows.append(len(output))
     )
     try:
         draw(pipeline, guidance=GuidanceOptions(interval=(0.2, 0.5)))

@@ -40,9 +40,9 @@ def ours(theirs: Any) -> Any:
 
 def pictures(theirs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of two calls with different images."""
-    given = arguments(theirs)[0]
-    turned = {key: value.rotate(180) if key == "image" else value for key, value in given.items()}
-    return given, turned
+    call = arguments(theirs)[0]
+    turned = {key: value.rotate(180) if key == "image" else value for key, value in call.items()}
+    return call, turned
 
 
 def draw(pipeline: Any, prompt: Any = "a red cat", **options: Any) -> np.ndarray:
@@ -65,29 +65,29 @@ def test_every_image_has_its_own_prompt_noise_and_picture(theirs: Any, ours: Any
 
 
 def test_prompts_are_read_and_may_be_given_as_conditioning(theirs: Any, ours: Any) -> None:
-    given, _ = pictures(theirs)
-    plain = draw(ours, "a (red:1.5) cat", prompt_syntax="plain", **given)
-    weighted = draw(ours, "a (red:1.5) cat", **given)
+    call, _ = pictures(theirs)
+    plain = draw(ours, "a (red:1.5) cat", prompt_syntax="plain", **call)
+    weighted = draw(ours, "a (red:1.5) cat", **call)
     assert np.abs(weighted - plain).max() > 1e-4
-    switched = draw(ours, "a [(red:1.5) cat:dog:9]", prompt_syntax="a1111", **given)
+    switched = draw(ours, "a [(red:1.5) cat:dog:9]", prompt_syntax="a1111", **call)
     assert np.abs(switched - weighted).max() <= 1e-6
     conditioning = ours.text_encoder.encode([read_weights("a (red:1.5) cat")])
-    assert np.abs(draw(ours, conditioning, **given) - weighted).max() <= 1e-4
+    assert np.abs(draw(ours, conditioning, **call) - weighted).max() <= 1e-4
 
 
 def test_without_guidance_there_is_one_row(theirs: Any, ours: Any) -> None:
-    given, _ = pictures(theirs)
+    call, _ = pictures(theirs)
     inputs = arguments(theirs)[1]
     images = drawing.draw_theirs(theirs, "a red cat", guidance_scale=1.0, **inputs)
     expected = composited(images, inputs)
-    assert np.abs(draw(ours, guidance_scale=1.0, **given) - expected).max() <= 1e-4
+    assert np.abs(draw(ours, guidance_scale=1.0, **call) - expected).max() <= 1e-4
 
 
 def test_images_of_any_size_come_back_in_it(theirs: Any, ours: Any) -> None:
-    given, _ = pictures(theirs)
+    call, _ = pictures(theirs)
     odd = {
         key: value.resize((21, 13)) if isinstance(value, Image.Image) else value
-        for key, value in given.items()
+        for key, value in call.items()
     }
     factor = 4 if isinstance(ours, UpscalePipeline) else 1
     assert draw(ours, **odd).shape == (1, 13 * factor, 21 * factor, 3)
@@ -95,14 +95,14 @@ def test_images_of_any_size_come_back_in_it(theirs: Any, ours: Any) -> None:
 
 def test_instruct_pix2pix_needs_both_scales_for_guidance() -> None:
     theirs = build(NAMES[InstructPix2PixPipeline])
-    given, pipeline = arguments(theirs)[0], from_diffusers(theirs)
-    plain = draw(pipeline, guidance_scale=1.0, **given)
-    assert np.array_equal(draw(pipeline, image_guidance_scale=0.5, **given), plain)
-    assert np.abs(draw(pipeline, image_guidance_scale=1.0, **given) - plain).max() > 1e-3
+    call, pipeline = arguments(theirs)[0], from_diffusers(theirs)
+    plain = draw(pipeline, guidance_scale=1.0, **call)
+    assert np.array_equal(draw(pipeline, image_guidance_scale=0.5, **call), plain)
+    assert np.abs(draw(pipeline, image_guidance_scale=1.0, **call) - plain).max() > 1e-3
     with pytest.raises(InputError, match="image_guidance_scale=-1"):
-        draw(pipeline, image_guidance_scale=-1, **given)
+        draw(pipeline, image_guidance_scale=-1, **call)
     with pytest.raises(TypeError, match="guidance"):
-        draw(pipeline, guidance=GuidanceOptions(rescale=0.7), **given)
+        draw(pipeline, guidance=GuidanceOptions(rescale=0.7), **call)
 
 
 @pytest.mark.parametrize("most", ["20", 1000])

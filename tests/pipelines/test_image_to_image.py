@@ -52,22 +52,22 @@ class TestAgainstDiffusers:
     def test_every_solver_gives_the_same_image(
         self, ours: ImageToImagePipeline, theirs: Any, name: str, strength: float
     ) -> None:
-        given: dict[str, Any] = {"image": PICTURES, "strength": strength, "num_inference_steps": 10}
-        expected = draw_theirs(with_solver(theirs, name), PROMPTS, SEEDS, **given)
-        assert difference(draw(ours, PROMPTS, scheduler=name, **given), expected) <= 1e-4
+        kwargs: dict[str, Any] = {"image": PICTURES, "strength": strength, "num_inference_steps": 10}
+        expected = draw_theirs(with_solver(theirs, name), PROMPTS, SEEDS, **kwargs)
+        assert difference(draw(ours, PROMPTS, scheduler=name, **kwargs), expected) <= 1e-4
 
     @pytest.mark.parametrize("timesteps", [None, [900, 500, 300, 100]])
     def test_without_guidance_and_with_timesteps(
         self, ours: ImageToImagePipeline, theirs: Any, timesteps: list[int] | None
     ) -> None:
-        given: dict[str, Any] = {
+        kwargs: dict[str, Any] = {
             "image": PICTURES,
             "timesteps": timesteps,
             "strength": 0.6,
             "guidance_scale": 1.0,
         }
-        expected = draw_theirs(with_solver(theirs, "ddpm"), PROMPTS, SEEDS, **given)
-        assert difference(draw(ours, PROMPTS, scheduler="ddpm", **given), expected) <= 1e-4
+        expected = draw_theirs(with_solver(theirs, "ddpm"), PROMPTS, SEEDS, **kwargs)
+        assert difference(draw(ours, PROMPTS, scheduler="ddpm", **kwargs), expected) <= 1e-4
 
     @pytest.mark.parametrize("builder", [build_base, build_refiner])
     def test_sdxl_and_its_refiner(self, builder: Any) -> None:
@@ -81,8 +81,8 @@ class TestAgainstDiffusers:
         pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**components, **config, add_watermarker=False)
         ours = from_diffusers(pipe)
         assert type(ours) is ImageToImagePipeline
-        given: dict[str, Any] = {"image": PICTURES, "strength": 0.5, "num_inference_steps": 10}
-        assert difference(draw(ours, PROMPTS, **given), draw_theirs(pipe, PROMPTS, SEEDS, **given)) <= 1e-4
+        kwargs: dict[str, Any] = {"image": PICTURES, "strength": 0.5, "num_inference_steps": 10}
+        assert difference(draw(ours, PROMPTS, **kwargs), draw_theirs(pipe, PROMPTS, SEEDS, **kwargs)) <= 1e-4
         again = to_diffusers(ours)
         assert type(again) is type(pipe)
         assert again.config["requires_aesthetics_score"] == config["requires_aesthetics_score"]
@@ -107,9 +107,9 @@ class TestStrength:
     def test_1_is_text_to_image(
         self, ours: ImageToImagePipeline, pipeline: TextToImagePipeline, solver: str
     ) -> None:
-        given = {"scheduler": solver, "seed": [3, 5]}
-        expected = draw(pipeline, PROMPTS, height=12, width=20, **given)
-        assert np.array_equal(draw(ours, PROMPTS, image=picture(0, 20, 12), strength=1.0, **given), expected)
+        kwargs = {"scheduler": solver, "seed": [3, 5]}
+        expected = draw(pipeline, PROMPTS, height=12, width=20, **kwargs)
+        assert np.array_equal(draw(ours, PROMPTS, image=picture(0, 20, 12), strength=1.0, **kwargs), expected)
 
     def test_1_does_not_need_the_encoder(self, ours: ImageToImagePipeline) -> None:
         hook = ours.encoder().register_forward_pre_hook(lambda *_: pytest.fail("the encoder ran"))
@@ -147,11 +147,11 @@ class TestStrength:
 
 class TestBatches:
     def test_every_image_has_its_own_prompt_noise_and_picture(self, ours: ImageToImagePipeline) -> None:
-        given: dict[str, Any] = {"scheduler": "euler_ancestral"}
+        kwargs: dict[str, Any] = {"scheduler": "euler_ancestral"}
         seeds = [1, 2, 3, 4]
-        together = draw(ours, PROMPTS, image=PICTURES, num_images_per_prompt=2, seed=seeds, **given)
+        together = draw(ours, PROMPTS, image=PICTURES, num_images_per_prompt=2, seed=seeds, **kwargs)
         for index, (image, seed) in enumerate(zip(together, seeds, strict=True)):
-            alone = draw(ours, PROMPTS[index // 2], image=PICTURES[index // 2], seed=seed, **given)
+            alone = draw(ours, PROMPTS[index // 2], image=PICTURES[index // 2], seed=seed, **kwargs)
             assert np.abs(image - alone[0]).max() <= 1e-4
         assert min(np.abs(together[i] - together[j]).max() for i in range(4) for j in range(i)) > 1e-2
 
@@ -202,11 +202,11 @@ class TestLoading:
 
         pipe = build(kind)
         folder, file = save(pipe, tmp_path)
-        given: dict[str, Any] = {"image": picture(0, 64, 64), "strength": 0.5, "num_inference_steps": 4}
+        kwargs: dict[str, Any] = {"image": picture(0, 64, 64), "strength": 0.5, "num_inference_steps": 4}
         first = ImageToImagePipeline.from_pretrained(folder, dtype="float32", device="cpu")
         checkpoint = SingleFile.open(file, config=folder)
         second = ImageToImagePipeline.from_checkpoint(checkpoint, dtype="float32", device="cpu")
-        assert difference(draw(first, **given), draw(second, **given)) <= 1e-5
+        assert difference(draw(first, **kwargs), draw(second, **kwargs)) <= 1e-5
 
     def test_the_embedded_model(self) -> None:
         ours = ImageToImagePipeline.from_pretrained(device="cpu", dtype="float32")

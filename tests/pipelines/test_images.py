@@ -35,15 +35,15 @@ def save(path: Path) -> Path:
     ids=["PIL", "uint8", "batch", "backwards", "float64", "tensor", "float tensor", "list"],
 )
 def test_every_kind_of_image_is_the_same_tensor(image: Any) -> None:
-    found = as_images("image", image)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, EXPECTED, rtol=0, atol=1e-6)
+    actual = as_images("image", image)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, EXPECTED, rtol=0, atol=1e-6)
 
 
 def test_a_path_is_read(tmp_path: Path) -> None:
     path = save(tmp_path / "picture.png")
-    for given in (path, str(path), [path]):
-        torch.testing.assert_close(as_images("image", given), EXPECTED, rtol=0, atol=1e-6)
+    for image in (path, str(path), [path]):
+        torch.testing.assert_close(as_images("image", image), EXPECTED, rtol=0, atol=1e-6)
 
 
 def test_several_images_are_a_batch() -> None:

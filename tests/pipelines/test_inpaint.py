@@ -78,9 +78,9 @@ class TestAgainstDiffusers:
     def test_four_channels_give_the_same_latents(
         self, ours: InpaintPipeline, theirs: Any, name: str, strength: float
     ) -> None:
-        given: dict[str, Any] = {"strength": strength, "num_inference_steps": 10, "output_type": "latent"}
-        expected = draw_theirs(with_solver(theirs, name), PROMPTS, SEEDS, **INPUTS, **given)
-        latents = draw(ours, PROMPTS, **INPUTS, **given, scheduler=name)
+        kwargs: dict[str, Any] = {"strength": strength, "num_inference_steps": 10, "output_type": "latent"}
+        expected = draw_theirs(with_solver(theirs, name), PROMPTS, SEEDS, **INPUTS, **kwargs)
+        latents = draw(ours, PROMPTS, **INPUTS, **kwargs, scheduler=name)
         # The random UNet leads far beyond the latents of images: 1e-5 of the result is rounding.
         assert difference(latents, expected) <= 1e-5 * max(10.0, np.abs(expected).max())
 
@@ -89,9 +89,9 @@ class TestAgainstDiffusers:
     def test_the_repainted_part_is_the_same(
         self, either: InpaintPipeline, guidance_scale: float, strength: float
     ) -> None:
-        given = {"strength": strength, "guidance_scale": guidance_scale, "num_inference_steps": 10}
-        expected = draw_theirs(to_diffusers(either), PROMPTS, SEEDS, **INPUTS, **given)
-        images = draw(either, PROMPTS, **INPUTS, **given)
+        kwargs = {"strength": strength, "guidance_scale": guidance_scale, "num_inference_steps": 10}
+        expected = draw_theirs(to_diffusers(either), PROMPTS, SEEDS, **INPUTS, **kwargs)
+        images = draw(either, PROMPTS, **INPUTS, **kwargs)
         for index, mask in enumerate(MASKS):
             painted = ~unmasked(mask)
             assert difference(images[index][painted], expected[index][painted]) <= 1e-4
@@ -117,9 +117,9 @@ class TestUnmaskedPixels:
         unit = np.random.default_rng(3).random((SIDE, SIDE, 3), dtype=np.float32)
         outside = unmasked(MASKS[0])
         for image, expected in ((PICTURES[0], np.asarray(PICTURES[0], dtype=np.float32) / 255), (unit, unit)):
-            given: dict[str, Any] = {"image": image, "mask_image": MASKS[0]}
-            assert np.array_equal(draw(ours, **given)[0][outside], expected[outside])
-            tensor = draw(ours, **given, output_type="pt")[0].transpose(1, 2, 0)
+            kwargs: dict[str, Any] = {"image": image, "mask_image": MASKS[0]}
+            assert np.array_equal(draw(ours, **kwargs)[0][outside], expected[outside])
+            tensor = draw(ours, **kwargs, output_type="pt")[0].transpose(1, 2, 0)
             assert np.array_equal(tensor[outside], expected[outside])
 
     def test_stay_in_previews(self, ours: InpaintPipeline) -> None:
@@ -146,36 +146,36 @@ class TestUnmaskedPixels:
 class TestCalls:
     def test_every_image_has_its_own_prompt_noise_picture_and_mask(self, either: InpaintPipeline) -> None:
         seeds = [1, 2, 3, 4]
-        given: dict[str, Any] = {"scheduler": "euler_ancestral", "padding_mask_crop": 1, "strength": 0.8}
-        together = draw(either, PROMPTS, **INPUTS, num_images_per_prompt=2, seed=seeds, **given)
+        kwargs: dict[str, Any] = {"scheduler": "euler_ancestral", "padding_mask_crop": 1, "strength": 0.8}
+        together = draw(either, PROMPTS, **INPUTS, num_images_per_prompt=2, seed=seeds, **kwargs)
         for index, (image, seed) in enumerate(zip(together, seeds, strict=True)):
-            shown = {"image": PICTURES[index // 2], "mask_image": MASKS[index // 2]}
-            alone = draw(either, PROMPTS[index // 2], seed=seed, **shown, **given)
+            inputs = {"image": PICTURES[index // 2], "mask_image": MASKS[index // 2]}
+            alone = draw(either, PROMPTS[index // 2], seed=seed, **inputs, **kwargs)
             assert np.abs(image - alone[0]).max() <= 1e-4
         assert min(np.abs(together[i] - together[j]).max() for i in range(4) for j in range(i)) > 1e-2
 
     def test_the_crop_is_what_the_model_sees(self, ours: InpaintPipeline) -> None:
         image, mask = picture(0, 48, 40), marking((20, 8, 24, 12), 48, 40)
-        given: dict[str, Any] = {"mask_image": mask, "padding_mask_crop": 2, "height": 16, "width": 16}
-        latents = draw(ours, image=image, output_type="latent", **given)
+        kwargs: dict[str, Any] = {"mask_image": mask, "padding_mask_crop": 2, "height": 16, "width": 16}
+        latents = draw(ours, image=image, output_type="latent", **kwargs)
         assert latents.shape == (1, 4, 8, 8)
         far = np.array(image)
         far[:, 30:] = 0
-        assert np.array_equal(draw(ours, image=far, output_type="latent", **given), latents)
+        assert np.array_equal(draw(ours, image=far, output_type="latent", **kwargs), latents)
         near = np.array(image)
         near[6:8] = 0
-        assert not np.array_equal(draw(ours, image=near, output_type="latent", **given), latents)
+        assert not np.array_equal(draw(ours, image=near, output_type="latent", **kwargs), latents)
         # The checkpoint's own size by default.
         default = draw(ours, image=image, mask_image=mask, padding_mask_crop=2, output_type="latent")
         assert default.shape == (1, 4, 8, 8)
 
     def test_a_mask_smaller_than_a_latent_is_painted(self, either: InpaintPipeline) -> None:
-        shown: dict[str, Any] = {"image": PICTURES[0], "mask_image": marking((3, 3, 4, 4))}
-        first, second = (draw(either, **shown, seed=seed)[0] for seed in (1, 2))
+        inputs: dict[str, Any] = {"image": PICTURES[0], "mask_image": marking((3, 3, 4, 4))}
+        first, second = (draw(either, **inputs, seed=seed)[0] for seed in (1, 2))
         assert np.abs(first - second)[3, 3].max() > 1e-3
 
     @pytest.mark.parametrize(
-        ("given", "message"),
+        ("kwargs", "message"),
         [
             ({"mask_image": Image.new("L", (SIDE, SIDE))}, "mask_image 0"),
             ({"strength": 0}, "strength=0"),
@@ -186,10 +186,10 @@ class TestCalls:
         ],
     )
     def test_bad_arguments_are_refused(
-        self, ours: InpaintPipeline, given: dict[str, Any], message: str
+        self, ours: InpaintPipeline, kwargs: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(InputError, match=message):
-            ours.stream("a cat", **INPUT | {"num_inference_steps": 4} | given)
+            ours.stream("a cat", **INPUT | {"num_inference_steps": 4} | kwargs)
 
     def test_other_channels_are_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"InpaintPipeline .*in_channels 9"):

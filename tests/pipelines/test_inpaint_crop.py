@@ -16,17 +16,17 @@ def masked(height: int, width: int, box: Box) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("shown", [(64, 64), (64, 96)])
-def test_the_box_is_that_of_diffusers(seed: int, shown: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(64, 64), (64, 96)])
+def test_the_box_is_that_of_diffusers(seed: int, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
     height, width = rng.integers(40, 200, 2)
     top, left = rng.integers(0, height - 1), rng.integers(0, width - 1)
     marked = Box(top, left, rng.integers(1, height - top + 1), rng.integers(1, width - left + 1))
     padding = int(rng.integers(0, 30))
     mask = masked(height, width, marked)[0, 0]
-    ours = mask_bbox(mask, padding, shown[1] / shown[0])
+    ours = mask_bbox(mask, padding, size[1] / size[0])
     picture = Image.fromarray((mask * 255).numpy().astype(np.uint8))
-    x1, y1, x2, y2 = VaeImageProcessor.get_crop_region(picture, shown[1], shown[0], pad=padding)
+    x1, y1, x2, y2 = VaeImageProcessor.get_crop_region(picture, size[1], size[0], pad=padding)
     # It cuts off fractions of a pixel, which are rounded here.
     assert np.abs(np.subtract(ours, (y1, x1, y2 - y1, x2 - x1))).max() <= 1
     assert ours.top >= 0
@@ -53,11 +53,11 @@ def test_what_is_shown_goes_back_to_where_it_came_from() -> None:
     ramp = torch.linspace(0, 1, 90).expand(1, 3, 70, 90).contiguous()
     mask = masked(70, 90, Box(20, 40, 10, 15))
     canvas = Canvas.from_images(ramp, mask, size=(64, 96), padding=4, blur=0)
-    shown = canvas.model_inputs()
-    assert shown.shape == (1, 3, 64, 96)
-    back = canvas.composite(shown / 2 + 0.5)
+    size = canvas.model_inputs()
+    assert size.shape == (1, 3, 64, 96)
+    back = canvas.composite(size / 2 + 0.5)
     assert (back - ramp).abs().max() < 2e-3
-    painted = canvas.composite(torch.full_like(shown, 0.25))
+    painted = canvas.composite(torch.full_like(size, 0.25))
     assert torch.equal(painted[mask.expand_as(painted) == 0], ramp[mask.expand_as(ramp) == 0])
     assert (painted[mask.expand_as(painted) == 1] - 0.25).abs().max() < 1e-6
 

@@ -52,9 +52,9 @@ def x2() -> UpscalePipeline:
     return with_unet(in_channels=16, num_class_embeds=None, class_embed_type="timestep")
 
 
-def draw(pipeline: UpscalePipeline, **given: Any) -> np.ndarray:
+def draw(pipeline: UpscalePipeline, **kwargs: Any) -> np.ndarray:
     options = {"num_inference_steps": STEPS, "noise_level": LEVEL, "guidance_scale": SCALE}
-    return drawing.draw(pipeline, "a red cat", **options | given)
+    return drawing.draw(pipeline, "a red cat", **options | kwargs)
 
 
 def space_to_depth(image: torch.Tensor) -> torch.Tensor:
@@ -187,9 +187,9 @@ def test_tiles_are_never_larger_than_asked(x2: UpscalePipeline, monkeypatch: pyt
     sides = []
     step = type(x2.unet).step
 
-    def watched(unet: Any, sample: torch.Tensor, *given: Any) -> torch.Tensor:
+    def watched(unet: Any, sample: torch.Tensor, *kwargs: Any) -> torch.Tensor:
         sides.extend(sample.shape[2:])
-        return step(unet, sample, *given)
+        return step(unet, sample, *kwargs)
 
     monkeypatch.setattr(type(x2.unet), "step", watched)
     draw(x2, image=smooth(80), tile=32)
