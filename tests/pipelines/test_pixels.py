@@ -148,7 +148,7 @@ def test_diffusers_refuses_the_folder_and_is_given_no_pipeline(
 ) -> None:
     with pytest.raises(AttributeError, match="LatentgenPixelPipeline"):
         DiffusionPipeline.from_pretrained(folder)
-    with pytest.raises(InputError, match=r"pixel space.*VAE"):
+    with pytest.raises(InputError, match="pixel space"):
         to_diffusers(pixels)
 
 
@@ -247,7 +247,7 @@ def test_upscaling_in_pixels_is_that_of_a_loop_by_hand(
     assert np.abs(ours - other).max() > 0.01
     with pytest.raises(AttributeError, match="LatentgenPixelUpscalePipeline"):
         DiffusionPipeline.from_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match=r"pixel space.*VAE"):
+    with pytest.raises(InputError, match="pixel space"):
         to_diffusers(saved)
     with pytest.raises(ConfigError, match="load it with UpscalePipeline"):
         TextToImagePipeline.from_pretrained(tmp_path / "model")
