@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,14 +92,16 @@ def read_header(path: str | Path) -> Header:
         head = file.read(1024)
         length = int.from_bytes(head[:8], "little")
         _check_start(path, head, length)
+        file.seek(8)
+        text, file_bytes = file.read(length), file.seek(0, 2)
         try:
             with safe_open(path, framework="np"):  # checks that the tensors fill the file without gaps
                 pass
-            file.seek(8)
-            header = Header(json.loads(file.read(length)), 8 + length, file.seek(0, 2))
+            header = Header(json.loads(text, object_pairs_hook=_unique), 8 + length, file_bytes)
         except (SafetensorError, ValueError, OSError) as error:
+            sizes = f"it has {file_bytes:,} of {_declared_bytes(text, length)} bytes"
             raise CheckpointCorruptError(
-                f"{quote(path)} is truncated or damaged ({quote(str(error))}); download the file again"
+                f"{quote(path)} is truncated or damaged: {sizes} ({quote(str(error))}); download the file again"
             ) from error
     if len(header) > MAX_TENSORS:
         raise CheckpointCorruptError(
@@ -112,6 +114,25 @@ def read_header(path: str | Path) -> Header:
                 f"1 to {MAX_DIMENSIONS} dimensions, none of size zero, and the dtypes {', '.join(TORCH_DTYPES)}"
             )
     return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; ValueError if it repeats a key, of which safetensors takes the last."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"its header repeats the key {next(key for key in keys if keys.count(key) > 1)!r}")
+    return entries
+
+
+def _declared_bytes(text: bytes, length: int) -> str:
+    """The size of the file according to its header, if that can be read."""
+    try:
+        entries = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        return f"{8 + length + max(ends):,}"
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return "an unknown number of"
 
 
 def open_checkpoint(path: Path) -> BufferedReader:

@@ -103,8 +103,10 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors"):
+        with pytest.raises(CheckpointCorruptError, match=rf"model\.safetensors.*\b{size}\b"):
             read_header(path)
+    with pytest.raises(CheckpointCorruptError, match=f"{len(whole)}"):
+        read_header(path)
 
 
 @pytest.mark.parametrize(
@@ -112,13 +114,14 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     [
         (b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}' * 2, "JSON"),
         (b'{"w":' * 50_000 + b"1" + b"}" * 50_000, "recursion"),
+        (b'{"w": %b, "w": %b}' % ((json.dumps(ENTRY).encode(),) * 2), "'w'"),
         ({"w": {**ENTRY, "dtype": "F31"}}, "F31"),
         ({"w": {**ENTRY, "dtype": "F8_E8M0", "shape": [8]}}, "'w'.*F8_E8M0"),
         ({"w": ENTRY, "v": {**ENTRY, "shape": [2, 0, 3], "data_offsets": [0, 0]}}, r"'v'.*\[2, 0, 3\]"),
         ({"w": {**ENTRY, "shape": [2, *[1] * 8]}}, "'w'"),
         ({"w": {**ENTRY, "shape": [2**62, 2**62]}}, "overflow"),
         ({"w": {**ENTRY, "data_offsets": [4, 12]}}, "`w`"),
-        ({"w": ENTRY, "v": ENTRY}, "`v`"),
+        ({"w": ENTRY, "v": ENTRY}, "`[vw]`"),
         ({"w": {**ENTRY, "shape": [1], "data_offsets": [0, 4]}}, "not fully covered"),
         ({"__metadata__": {"a": 1}, "w": ENTRY}, "expected a string"),
         ({"w" * 10_000: {**ENTRY, "data_offsets": [4, 12]}}, "w{50}"),
