@@ -49,7 +49,7 @@ def as_masks(name: str, masks: ImagesInput, images: Tensor) -> Tensor:
         name: name of the argument.
         masks: one for all images or one for each, of their size. A mask is a path, a PIL image, an array
             [H, W] or [H, W, 1], or a tensor [H, W] or [1, H, W], of bool, of uint8 or of floats in 0..1; arrays
-            [B, H, W, 1] and tensors [B, 1, H, W] hold a batch.
+            [B, H, W(, 1)] and tensors [B(, 1), H, W] hold a batch.
         images: the images that they belong to.
     """
     values = _joined(name, [_as_unit(name, mask, 1) for mask in _items(masks)])
@@ -135,7 +135,9 @@ def _as_unit(name: str, image: ImageInput, channels: int) -> Tensor:
         picture = to_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
         return _from_pil(picture if channels == 3 else picture.convert("L"))
     values, is_array = _values(name, image), isinstance(image, np.ndarray)
-    if values.ndim == 2 and channels == 1:
+    if channels == 1 and values.ndim == 3 and not (is_array and values.shape[-1] == 1):
+        values = values[..., None] if is_array else values[:, None]  # [B, H, W] without a channel
+    if channels == 1 and values.ndim == 2:
         values = values[..., None] if is_array else values[None]
     values = values[None] if values.ndim == 3 else values
     if is_array and values.ndim == 4:

@@ -104,9 +104,10 @@ MARKED[..., 2:4, 1:3] = 1
         MARKED[0, 0, :, :, None].numpy(),
         MARKED.bool(),
         MARKED[0],
+        MARKED[0].numpy(),
         MARKED[0, 0] * 0.9 + 0.05,
     ],
-    ids=["PIL", "array", "channel last", "bool", "channel first", "soft"],
+    ids=["PIL", "array", "channel last", "bool", "channel first", "array of a batch", "soft"],
 )
 def test_every_kind_of_mask_is_the_same_tensor(mask: Any) -> None:
     assert torch.equal(as_masks("mask_image", mask, EXPECTED), MARKED)
