@@ -1,4 +1,4 @@
-"""Batches in the order of their plans, prepared in the training process or ahead of it by worker processes."""
+"""Batches in the order of their plans, prepared ahead of the training process by worker processes."""
 
 from __future__ import annotations
 
@@ -27,21 +27,13 @@ def load_batches(
     """Each plan with its batch, on the CPU; the workers end with the block, however it ends.
 
     A batch is a function of its plan, so workers change the speed only. They are forked: each shares the objective as
-    it is now, networks included, without a copy, and uses no accelerator. The part that needs one runs in this process.
-
-    Args:
-        objective: its `batch` is called here, or its `prefetch` and `batch` in a worker.
-        plans: read a few ahead of the batches.
-        workers: number of processes; with 0 each batch is prepared when it is requested.
-        pin_memory: whether workers' batches are pinned for fast copies to an accelerator.
+    it is now, networks included, without a copy, and uses no accelerator. The part that needs one runs in this process:
+    `batch`, with what a worker's `prefetch` has returned. With `pin_memory` copies to an accelerator are fast.
 
     Raises:
-        ConfigError: workers are requested on a system that cannot fork.
+        ConfigError: this system cannot fork.
         LostProcessError: a worker died.
     """
-    if not workers:
-        yield ((plan, objective.batch(plan)) for plan in plans)
-        return
     if "fork" not in multiprocessing.get_all_start_methods():
         raise ConfigError(f"workers is {workers}, but this system cannot fork processes; set workers to 0")
     # Tokenizers read this at the fork; otherwise they warn about threads that workers do not have.

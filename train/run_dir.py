@@ -21,36 +21,18 @@ _LOCK = ".lock"
 # learning rate's schedule.
 _FREE_FIELDS = frozenset(
     {
-        *(
-            "output_dir",
-            "max_steps",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "log_every",
-            "workers",
-            "resume",
-        ),
-        *("allow_changes", "validation", "trackers", "task.cache_dir", "data.index_dir", "memory.planner"),
+        *("output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every", "workers"),
+        *("resume", "allow_changes", "validation", "trackers", "task.cache_dir", "data.index_dir"),
         *("memory.gradient_checkpointing", "memory.ema_device", "memory.offload_optimizer"),
+        "memory.planner",
     }
 )
 # Fields in which it may not differ even if allow_changes names them: the checkpoint would mean nothing.
 _FIXED_FIELDS = frozenset(
     {
-        *(
-            "task.kind",
-            "task.method.kind",
-            "task.method.rank",
-            "task.method.targets",
-            "task.method.text_targets",
-        ),
-        *(
-            "task.method.train_text_encoder",
-            "task.method.num_vectors",
-            "task.convert_to",
-            "task.train_encoder",
-        ),
-        *("task.train_text_encoder", "optimizer.name"),
+        *("task.kind", "task.method.kind", "task.method.rank", "task.method.targets"),
+        *("task.method.text_targets", "task.method.train_text_encoder", "task.method.num_vectors"),
+        *("task.convert_to", "task.train_encoder", "task.train_text_encoder", "optimizer.name"),
     }
 )
 
@@ -59,11 +41,8 @@ _FIXED_FIELDS = frozenset(
 def run_lock(output_dir: Path, *, enabled: bool) -> Iterator[None]:
     """Create the run folder, hold its lock, and delete the temporary files of a killed process.
 
-    The operating system releases the lock when the process ends, in whatever way.
-
-    Args:
-        output_dir: the folder.
-        enabled: false in all but one of the processes of a run.
+    The operating system releases the lock when the process ends, in whatever way. Only one of the processes of a run is
+    `enabled`.
 
     Raises:
         RunLockedError: another process holds the lock.
@@ -138,13 +117,9 @@ def state_to_resume(config: TrainConfig, *, processes: int = 1, quiet: bool = Fa
 
 
 def check_same_data(state: RunState, digest: str, config: TrainConfig, *, quiet: bool = False) -> None:
-    """Refuse to resume with other training data; only warn if `allow_changes` names `data` or one of its fields.
+    """Refuse to resume with training data of another `digest`; `quiet` omits warnings.
 
-    Args:
-        state: the checkpoint; old ones have no digest, and are accepted.
-        digest: of the training data now.
-        config: the recipe.
-        quiet: whether to omit the warning.
+    It only warns if `allow_changes` names `data` or one of its fields. Old checkpoints, without a digest, are accepted.
 
     Raises:
         ResumeError: the data has changed.

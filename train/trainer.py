@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,7 @@ def build_trainer(
 ) -> tuple[Trainer, Splits]:
     """Open the data and build the objective and its trainer, which does not have the weights of `state` yet.
 
-    Args:
-        config: the recipe.
-        accelerator: of this process.
-        state: the checkpoint to resume from.
-        assets: the folder of the run that is resumed.
+    `state` is the checkpoint to resume from, of the run in the folder `assets`.
     """
     torch.manual_seed(config.seed)
     splits = open_splits(config)
@@ -107,12 +103,9 @@ def build_trainer(
             check_validation(config.validation, splits.validation, objective)
         check_memory(config, accelerator, objective)
 
+    resumed = None if state is None else assets
     objective = build_objective(
-        config,
-        device=accelerator.device,
-        assets=None if state is None else assets,
-        data=splits.training,
-        preflight=preflight,
+        config, device=accelerator.device, assets=resumed, data=splits.training, preflight=preflight
     )
     apply_memory_options(config, accelerator, objective)
     trainer = Trainer(config, accelerator, objective, held_out=splits.validation, data_digest=splits.digest)
@@ -149,12 +142,8 @@ class Trainer:
         self.step = 0
         if config.compile:
             compile_networks(objective)
-        optimizer = build_optimizer(
-            objective,
-            config.optimizer,
-            text_parameters(objective),
-            offload=config.memory.offload_optimizer,
-        )
+        text, offload = text_parameters(objective), config.memory.offload_optimizer
+        optimizer = build_optimizer(objective, config.optimizer, text, offload=offload)
         self._offloaded = optimizer if isinstance(optimizer, OffloadedGradients) else None
         self._model: nn.Module
         self._optimizer: torch.optim.Optimizer
@@ -226,11 +215,8 @@ class Trainer:
     def save_model(self, folder: Path, *, images: int) -> None:
         """Write the finished model, from the moving average if there is one; training cannot continue afterwards.
 
-        All processes must call; the main one writes.
-
-        Args:
-            folder: the new folder; it appears complete or not at all.
-            images: number of training images, for the card.
+        All processes must call; the main one writes. The new `folder` appears complete or not at all; its card says
+        that there were `images` training images.
 
         Raises:
             OutputError: a file could not be written.
@@ -242,14 +228,8 @@ class Trainer:
             weights = {**self.objective.cpu().state_dict(), **ema}
             with atomic_folder(folder, replace=True) as written:
                 self.objective.save(written, weights)
-                write_card(
-                    written,
-                    self.config,
-                    pipeline=self.objective.pipeline(),
-                    images=images,
-                    parameters=parameters,
-                    steps=self.step,
-                )
+                counts = {"images": images, "parameters": parameters, "steps": self.step}
+                write_card(written, self.config, pipeline=self.objective.pipeline(), **counts)
 
     def _batches(self) -> AbstractContextManager[Iterator[PlannedBatch]]:
         """This process's batches of the remaining steps, one per accumulated part."""
@@ -266,8 +246,10 @@ class Trainer:
             )
             for step in range(self.step, config.max_steps)
         )
-        pin_memory = accelerator.device.type == "cuda"
         plans = chain.from_iterable(steps)
+        if not config.workers:
+            return nullcontext((plan, self.objective.batch(plan)) for plan in plans)
+        pin_memory = accelerator.device.type == "cuda"
         return load_batches(self.objective, plans, workers=config.workers, pin_memory=pin_memory)
 
     @property
