@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CropOptions:
-    """How images are cropped: fields of `data` in a recipe."""
+class DataOptions:
+    """Fields of `data` in a recipe: how images are cropped, and the part of a huggingface dataset to use."""
 
     image_size: Annotated[
         int, typer.Option(metavar="PIXELS", help="Side of square crops, or of a square bucket.")
@@ -36,12 +36,6 @@ class CropOptions:
     max_side: Annotated[
         int | None, typer.Option(metavar="PIXELS", help="Of a bucket. [default: twice --image-size]")
     ] = None
-
-
-@dataclass(frozen=True)
-class HuggingFaceOptions:
-    """The part of a huggingface dataset to use: fields of `data` in a recipe."""
-
     split: Annotated[str | None, typer.Option(help="Split of a huggingface dataset.")] = None
     image_column: Annotated[
         str | None, typer.Option(help="Image column of a huggingface dataset. [default: image]")
@@ -59,8 +53,7 @@ def check_data(
             metavar="DIR", help="The folder; for webdataset also a pattern such as '{000..127}.tar'."
         ),
     ],
-    crops: CropOptions,
-    huggingface: HuggingFaceOptions,
+    options: DataOptions,
     kind: Annotated[
         Literal["imagefolder", "kohya", "webdataset", "huggingface"],
         typer.Option(help="Its layout: data.kind of a recipe."),
@@ -99,8 +92,8 @@ def check_data(
     with train_extra():
         from latentgen.train.data.check import check
 
-    options: dict[str, Any] = {**vars(crops), **vars(huggingface), "caption": caption}
-    report = check(_config(kind, folder, {name: v for name, v in options.items() if v is not None}))
+    fields: dict[str, Any] = {**vars(options), "caption": caption}
+    report = check(_config(kind, folder, {name: v for name, v in fields.items() if v is not None}))
     for line in _lines(report):
         print(line)
     if report.problems:

@@ -7,17 +7,9 @@ from typing import Annotated
 
 import typer
 
-from latentgen.cli.job import Job, draw_cascade
-from latentgen.cli.options import (
-    DeviceOption,
-    DTypeOption,
-    ModelOptions,
-    OutputOptions,
-    PromptOptions,
-    SamplingOptions,
-    StageOptions,
-    spread,
-)
+import latentgen
+from latentgen.cli.job import draw, draw_cascade
+from latentgen.cli.options import CascadeOptions, PipelineOptions, spread
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What the image shows, in quotes.")]
 InputImage = Annotated[
@@ -35,10 +27,7 @@ Side = Annotated[
 @spread
 def text2img(
     prompt: Prompt,
-    model: ModelOptions,
-    prompting: PromptOptions,
-    sampling: SamplingOptions,
-    output: OutputOptions,
+    options: PipelineOptions,
     height: Side = None,
     width: Side = None,
     clip_skip: ClipSkip = 0,
@@ -55,20 +44,15 @@ def text2img(
     Prints the paths of the written files, and the seeds if they are random. A PNG file has its generation parameters in
     the text chunk "parameters", where other programs look for it too.
     """
-    job = Job(prompt, model, prompting, sampling, output)
-    from latentgen.pipelines.text_to_image import TextToImagePipeline
-
-    job.draw(TextToImagePipeline, {"height": height, "width": width, "clip_skip": clip_skip})
+    arguments = {"height": height, "width": width, "clip_skip": clip_skip}
+    draw(latentgen.TextToImagePipeline, prompt, options, arguments)
 
 
 @spread
 def img2img(
     image: InputImage,
     prompt: Prompt,
-    model: ModelOptions,
-    prompting: PromptOptions,
-    sampling: SamplingOptions,
-    output: OutputOptions,
+    options: PipelineOptions,
     strength: Annotated[
         float,
         typer.Option(metavar="SHARE", help="Denoising strength; 0.0 returns IMAGE, 1.0 ignores it."),
@@ -83,10 +67,8 @@ def img2img(
 
     The result has the size of IMAGE. The fraction --strength of --steps is run.
     """
-    job = Job(prompt, model, prompting, sampling, output)
-    from latentgen.pipelines.image_to_image import ImageToImagePipeline
-
-    job.draw(ImageToImagePipeline, {"image": image, "strength": strength, "clip_skip": clip_skip})
+    arguments = {"image": image, "strength": strength, "clip_skip": clip_skip}
+    draw(latentgen.ImageToImagePipeline, prompt, options, arguments)
 
 
 @spread
@@ -96,10 +78,7 @@ def inpaint(
         Path, typer.Argument(metavar="MASK", help="Same size as IMAGE; white pixels are repainted.")
     ],
     prompt: Prompt,
-    model: ModelOptions,
-    prompting: PromptOptions,
-    sampling: SamplingOptions,
-    output: OutputOptions,
+    options: PipelineOptions,
     strength: Annotated[
         float,
         typer.Option(metavar="SHARE", help="Denoising strength under the mask; 1.0 ignores what is there."),
@@ -124,13 +103,10 @@ def inpaint(
     The result has the size of IMAGE; --height and --width are the size of the crop of --padding-mask-crop.
     Every text-to-image model can inpaint; models trained for it see the masked image, too.
     """
-    job = Job(prompt, model, prompting, sampling, output)
-    from latentgen.pipelines.inpaint import InpaintPipeline
-
     mask_arguments = {"mask_image": mask, "mask_blur": mask_blur, "padding_mask_crop": padding_mask_crop}
     size = {"height": height, "width": width}
     arguments = {"image": image, "strength": strength, "clip_skip": clip_skip, **mask_arguments, **size}
-    job.draw(InpaintPipeline, arguments)
+    draw(latentgen.InpaintPipeline, prompt, options, arguments)
 
 
 @spread
@@ -140,10 +116,7 @@ def edit(
         str,
         typer.Argument(metavar="INSTRUCTION", help='The edit, in quotes, such as "make it snowy".'),
     ],
-    model: ModelOptions,
-    prompting: PromptOptions,
-    sampling: SamplingOptions,
-    output: OutputOptions,
+    options: PipelineOptions,
     image_guidance: Annotated[
         float,
         typer.Option(metavar="SCALE", help="How closely to follow the image; below 1 is no guidance."),
@@ -157,19 +130,14 @@ def edit(
 
     The result has the size of IMAGE.
     """
-    job = Job(prompt, model, prompting, sampling, output)
-    from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
-
-    job.draw(InstructPix2PixPipeline, {"image": image, "image_guidance_scale": image_guidance})
+    arguments = {"image": image, "image_guidance_scale": image_guidance}
+    draw(latentgen.InstructPix2PixPipeline, prompt, options, arguments)
 
 
 @spread
 def upscale(
     image: InputImage,
-    model: ModelOptions,
-    prompting: PromptOptions,
-    sampling: SamplingOptions,
-    output: OutputOptions,
+    options: PipelineOptions,
     prompt: Annotated[
         str, typer.Option(metavar="TEXT", help="What the image shows, in quotes.", show_default=False)
     ] = "",
@@ -194,30 +162,12 @@ def upscale(
     latentgen upscale small.png --model path/to/x4-upscaler --noise-level 100
     latentgen upscale tiger.png --steps 1 --noise-level 0 --match-input   invents nothing
     """
-    job = Job(prompt, model, prompting, sampling, output)
-    from latentgen.pipelines.upscale import UpscalePipeline
-
-    arguments = {"noise_level": noise_level, "match_input": match_input, "tile": tile, "clip_skip": clip_skip}
-    job.draw(UpscalePipeline, {"image": image, **arguments})
+    upscaling = {"noise_level": noise_level, "match_input": match_input, "tile": tile}
+    draw(latentgen.UpscalePipeline, prompt, options, {"image": image, "clip_skip": clip_skip, **upscaling})
 
 
 @spread
-def cascade(
-    prompt: Prompt,
-    prompting: PromptOptions,
-    stages: StageOptions,
-    output: OutputOptions,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="With a cascade.json. [default: the one in this package]"),
-    ] = None,
-    dtype: DTypeOption = "auto",
-    device: DeviceOption = "auto",
-    all_stages: Annotated[
-        bool,
-        typer.Option("--all-stages", help="Write the images of every stage, as out-1-NAME.png and so on."),
-    ] = False,
-) -> None:
+def cascade(prompt: Prompt, options: CascadeOptions) -> None:
     """Generate an image of PROMPT in stages: an outline first, then larger and larger.
 
     \b
@@ -228,9 +178,7 @@ def cascade(
     --steps, --guidance, --scheduler, --noise-level and --strength take one value for all stages, or one per stage
     separated by commas; "-" keeps a stage's own. Only the running stage is in memory.
     """
-    draw_cascade(
-        prompt, prompting, stages, output, model=model, dtype=dtype, device=device, all_stages=all_stages
-    )
+    draw_cascade(prompt, options)
 
 
 COMMANDS = (text2img, img2img, inpaint, edit, upscale, cascade)

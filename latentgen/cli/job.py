@@ -5,22 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from latentgen import __version__
-from latentgen.cli.options import (
-    DType,
-    ModelOptions,
-    OutputOptions,
-    PromptOptions,
-    SamplingOptions,
-    StageOptions,
-    model_name,
-    printable,
-)
-from latentgen.diffusion.solver_names import SAMPLERS
+from latentgen.cli.options import CallOptions, CascadeOptions, PipelineOptions, model_name, printable
+from latentgen.diffusion.solver_names import SAMPLERS, canonical_name
 from latentgen.errors import InputError
 from latentgen.generation_parameters import GenerationParameters
 
@@ -31,58 +21,38 @@ if TYPE_CHECKING:
 Value = TypeVar("Value", int, float, str)
 
 
-class Job:
-    """The shared options of a generating command, checked before anything heavy is imported.
+def draw(kind: type[Pipeline], prompt: str, options: PipelineOptions, arguments: Mapping[str, Any]) -> None:
+    """Load the model, generate with the command's own arguments, write the images, and print their paths."""
+    from latentgen.pipelines.call import DEFAULT_STEPS
 
-    Raises:
-        LatentgenError: the output cannot be written, or the scheduler is unknown.
-    """
-
-    def __init__(
-        self,
-        prompt: str,
-        model: ModelOptions,
-        prompting: PromptOptions,
-        sampling: SamplingOptions,
-        output: OutputOptions,
-    ) -> None:
-        self.prompt, self.model, self.output = prompt, model, output
-        self.prompting, self.sampling = prompting, sampling
-        self.paths = output.paths(prompting.num_images)
-        self.solver = sampling.solver
-
-    def draw(self, kind: type[Pipeline], arguments: Mapping[str, Any]) -> None:
-        """Load the model, generate with the command's own arguments, write the images, and print their paths."""
-        from latentgen.pipelines.call import DEFAULT_STEPS
-
-        pipeline: Any = self.model.load(kind)
-        prompting, sampling = self.prompting, self.sampling
-        steps = DEFAULT_STEPS if sampling.steps is None else sampling.steps
-        guidance = pipeline.default_guidance_scale if sampling.guidance is None else sampling.guidance
-        result = pipeline(
-            self.prompt,
-            negative_prompt=prompting.negative,
-            prompt_syntax=prompting.prompt_syntax,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            num_images_per_prompt=prompting.num_images,
-            seed=prompting.seed,
-            scheduler=self.solver,
-            progress=sys.stderr.isatty(),
-            **arguments,
-        )
-        prompting.print_random(result.seeds)
-        parameters = _parameters(
-            self.prompt,
-            prompting,
-            self.model.model,
-            steps=steps,
-            scheduler=self.solver or pipeline.scheduler.name,
-            guidance_scale=guidance,
-            denoising_strength=arguments.get("strength"),
-            other={**_settings(arguments), **prompting.setting, **self.model.settings},
-        )
-        _write(result.images, result.seeds, self.paths, self.output, parameters)
+    pipeline: Any = options.load(kind)
+    steps = DEFAULT_STEPS if options.steps is None else options.steps
+    guidance = pipeline.default_guidance_scale if options.guidance is None else options.guidance
+    solver = None if options.scheduler is None else canonical_name(options.scheduler)
+    result = pipeline(
+        prompt,
+        negative_prompt=options.negative,
+        prompt_syntax=options.prompt_syntax,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        num_images_per_prompt=options.num_images,
+        seed=options.seed,
+        scheduler=solver,
+        progress=sys.stderr.isatty(),
+        **arguments,
+    )
+    options.print_random(result.seeds)
+    _write(
+        result,
+        options.paths,
+        options,
+        prompt=prompt,
+        steps=steps,
+        scheduler=solver or pipeline.scheduler.name,
+        guidance_scale=guidance,
+        denoising_strength=arguments.get("strength"),
+        other={**_settings(arguments), **options.settings},
+    )
 
 
 def _settings(arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -104,59 +74,46 @@ def _settings(arguments: Mapping[str, Any]) -> dict[str, str]:
     return settings
 
 
-def draw_cascade(
-    prompt: str,
-    prompting: PromptOptions,
-    stages: StageOptions,
-    output: OutputOptions,
-    *,
-    model: str | None,
-    dtype: DType,
-    device: str,
-    all_stages: bool,
-) -> None:
+def draw_cascade(prompt: str, options: CascadeOptions) -> None:
     """Generate with a cascade, write the images, and print their paths.
 
     Raises:
         LatentgenError: what is wrong with an option, or with the cascade's files, in a subclass.
     """
-    paths = output.paths(prompting.num_images)
-
     from latentgen.pipelines.cascade import CascadePipeline
 
-    pipeline = CascadePipeline.from_pretrained(model, dtype=dtype, device=device)
+    pipeline = CascadePipeline.from_pretrained(options.model, dtype=options.dtype, device=options.device)
     results = pipeline.stream(
         prompt,
-        negative_prompt=prompting.negative,
-        prompt_syntax=prompting.prompt_syntax,
-        num_images_per_prompt=prompting.num_images,
-        seed=prompting.seed,
-        settings=stage_settings(stages, pipeline),
+        negative_prompt=options.negative,
+        prompt_syntax=options.prompt_syntax,
+        num_images_per_prompt=options.num_images,
+        seed=options.seed,
+        settings=_stage_settings(options, pipeline),
         progress=sys.stderr.isatty(),
     )
     summaries = []
     for result in results:
         if result.index == 0:
-            prompting.print_random(result.seeds)
+            options.print_random(result.seeds)
         summaries.append(_stage_summary(result))
         is_last = result.index == result.total - 1
-        if not (is_last or all_stages):
+        if not (is_last or options.all_stages):
             continue
         suffix = "" if is_last else f"-{result.index + 1}-{result.name}"
-        parameters = _parameters(
-            prompt,
-            prompting,
-            model,
+        _write(
+            result,
+            [path.with_stem(path.stem + suffix) for path in options.paths],
+            options,
+            prompt=prompt,
             steps=result.settings.num_inference_steps,
             scheduler=str(result.settings.scheduler),
             guidance_scale=result.settings.guidance_scale,
-            other={"Cascade": "; ".join(summaries), **prompting.setting},
+            other={"Cascade": "; ".join(summaries), **options.settings},
         )
-        targets = [path.with_stem(path.stem + suffix) for path in paths]
-        _write(result.images, result.seeds, targets, output, parameters)
 
 
-def stage_settings(options: StageOptions, cascade: CascadePipeline) -> list[StageSettings]:
+def _stage_settings(options: CascadeOptions, cascade: CascadePipeline) -> list[StageSettings]:
     """The settings of each stage: from the command line, else the cascade's own.
 
     Raises:
@@ -204,40 +161,31 @@ def _stage_summary(result: StageResult) -> str:
     return f"{result.name}: {steps} steps, {sampler}, CFG scale {settings.guidance_scale:g}{noise}"
 
 
-def _parameters(
-    prompt: str,
-    prompting: PromptOptions,
-    model: str | None,
+def _write(
+    result: Any,
+    paths: Sequence[Path],
+    options: CallOptions,
     *,
     scheduler: str,
     other: Mapping[str, str],
     **fields: Any,
-) -> Callable[..., GenerationParameters]:
-    """The generation parameters of all images of a call, without the fields of each."""
-    sampler, schedule_type = SAMPLERS[scheduler]
-    return partial(
-        GenerationParameters,
-        prompt=prompt,
-        negative_prompt=prompting.negative,
-        sampler=sampler,
-        schedule_type=schedule_type,
-        model=model_name(model),
-        version=f"latentgen {__version__}",
-        other=tuple(other.items()),
-        **fields,
-    )
-
-
-def _write(
-    images: Any,
-    seeds: Sequence[int],
-    paths: Sequence[Path],
-    output: OutputOptions,
-    parameters: Callable[..., GenerationParameters],
 ) -> None:
+    """Write the images of a call with their generation parameters, and print their paths."""
     from latentgen.image_file import save_image
 
-    for path, image, seed in zip(paths, images, seeds, strict=True):
-        own = parameters(seed=seed, width=image.width, height=image.height)
-        save_image(image, path, None if output.no_metadata else own)
+    sampler, schedule_type = SAMPLERS[scheduler]
+    for path, image, seed in zip(paths, result.images, result.seeds, strict=True):
+        parameters = GenerationParameters(
+            negative_prompt=options.negative,
+            sampler=sampler,
+            schedule_type=schedule_type,
+            model=model_name(options.model),
+            version=f"latentgen {__version__}",
+            other=tuple(other.items()),
+            seed=seed,
+            width=image.width,
+            height=image.height,
+            **fields,
+        )
+        save_image(image, path, None if options.no_metadata else parameters)
         print(printable(str(path)))

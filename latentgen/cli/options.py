@@ -29,12 +29,6 @@ PredictionTypeOption = Annotated[
     PredictionTypeName | None,
     typer.Option(help="What the UNet predicts, for a single file of SD 2.x that does not record it."),
 ]
-DTypeOption = Annotated[
-    DType, typer.Option(help="Precision of the weights; auto is float16 on CUDA, else float32.")
-]
-DeviceOption = Annotated[
-    str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 or mps; auto is the best one available.")
-]
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
@@ -68,8 +62,12 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """Which model to use, and how to load it."""
+class CallOptions:
+    """The options of every generating command, checked before anything heavy is imported.
+
+    Raises:
+        OutputError: the output cannot be written.
+    """
 
     model: Annotated[
         str | None,
@@ -79,6 +77,68 @@ class ModelOptions:
             "(owner/name). [default: the small model inside this package]",
         ),
     ] = None
+    dtype: Annotated[
+        DType, typer.Option(help="Precision of the weights; auto is float16 on CUDA, else float32.")
+    ] = "auto"
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 or mps; auto is the best one available.")
+    ] = "auto"
+    negative: Annotated[
+        str, typer.Option(metavar="TEXT", help="What the image should not show.", show_default=False)
+    ] = ""
+    prompt_syntax: Annotated[
+        PromptSyntax,
+        typer.Option(
+            help="explicit: (text:1.2) is weighted; a1111: also (text), [text], BREAK, [from:to:when], [one|other]; "
+            "plain: no special syntax."
+        ),
+    ] = DEFAULT_SYNTAX
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Image i of several has seed + i. [default: random, and printed]"),
+    ] = None
+    num_images: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="How many images; several are named out-1.png, out-2.png, ..."),
+    ] = 1
+    no_metadata: Annotated[
+        bool, typer.Option("--no-metadata", help="Write no prompt, seed or settings into the image.")
+    ] = False
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write: .png, .jpg or .webp.")
+    ] = Path("out.png")
+
+    def __post_init__(self) -> None:
+        from latentgen.image_file import check_output
+
+        for path in self.paths:
+            check_output(path)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The path itself for one image; out-1.png, out-2.png, ... for several."""
+        path, count = self.output, self.num_images
+        return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The generation parameters for options that are not the default."""
+        return {} if self.prompt_syntax == DEFAULT_SYNTAX else {"Prompt syntax": self.prompt_syntax}
+
+    def print_random(self, seeds: Iterable[int]) -> None:
+        """Print the seeds of the images if the user gave none."""
+        if self.seed is None:
+            print(f"seed: {', '.join(map(str, seeds))}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class PipelineOptions(CallOptions):
+    """The options of a command that calls one pipeline.
+
+    Raises:
+        InputError: the scheduler is unknown; the error lists the nearest ones.
+    """
+
     vae: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A .safetensors file with another VAE for the model.")
     ] = None
@@ -90,8 +150,28 @@ class ModelOptions:
         list[Path] | None, typer.Option(metavar="FILE", help="A textual-inversion embedding; repeatable.")
     ] = None
     prediction_type: PredictionTypeOption = None
-    dtype: DTypeOption = "auto"
-    device: DeviceOption = "auto"
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Sampling steps: more are slower and finer. [default: 25]")
+    ] = None
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCALE", help="Guidance scale; 1 is none. [default: the model's own, mostly 7.5]"
+        ),
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help='Such as "DPM++ 2M Karras", "Euler a", dpmpp_2m_karras or UniPCMultistepScheduler; '
+            "`latentgen schedulers` lists all. [default: the checkpoint's own]",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scheduler is not None:
+            canonical_name(self.scheduler)
 
     @property
     def adapters(self) -> list[tuple[Path, float]]:
@@ -100,8 +180,9 @@ class ModelOptions:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The generation parameters for VAE and LoRAs."""
-        settings = {"VAE": self.vae.name} if self.vae else {}
+        settings = dict(super().settings)
+        if self.vae:
+            settings["VAE"] = self.vae.name
         if self.adapters:
             settings["LoRA"] = ", ".join(f"{file.stem}:{weight:g}" for file, weight in self.adapters)
         return settings
@@ -134,75 +215,17 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class PromptOptions:
-    """Negative prompt, prompt syntax, seed and number of images."""
+class CascadeOptions(CallOptions):
+    """The options of a cascade; those of its stages have one value for all, or one per stage, separated by commas."""
 
-    negative: Annotated[
-        str, typer.Option(metavar="TEXT", help="What the image should not show.", show_default=False)
-    ] = ""
-    prompt_syntax: Annotated[
-        PromptSyntax,
-        typer.Option(
-            help="explicit: (text:1.2) is weighted; a1111: also (text), [text], BREAK, [from:to:when], [one|other]; "
-            "plain: no special syntax."
-        ),
-    ] = DEFAULT_SYNTAX
-    seed: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Image i of several has seed + i. [default: random, and printed]"),
-    ] = None
-    num_images: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="How many images; several are named out-1.png, out-2.png, ..."),
-    ] = 1
-
-    @property
-    def setting(self) -> dict[str, str]:
-        """The generation parameter for the syntax, unless it is the default."""
-        return {} if self.prompt_syntax == DEFAULT_SYNTAX else {"Prompt syntax": self.prompt_syntax}
-
-    def print_random(self, seeds: Iterable[int]) -> None:
-        """Print the seeds of the images if the user gave none."""
-        if self.seed is None:
-            print(f"seed: {', '.join(map(str, seeds))}", file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """Steps, guidance scale and scheduler."""
-
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Sampling steps: more are slower and finer. [default: 25]")
-    ] = None
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SCALE", help="Guidance scale; 1 is none. [default: the model's own, mostly 7.5]"
-        ),
-    ] = None
-    scheduler: Annotated[
+    model: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help='Such as "DPM++ 2M Karras", "Euler a", dpmpp_2m_karras or UniPCMultistepScheduler; '
-            "`latentgen schedulers` lists all. [default: the checkpoint's own]",
-        ),
+        typer.Option(metavar="FOLDER", help="With a cascade.json. [default: the one in this package]"),
     ] = None
-
-    @property
-    def solver(self) -> str | None:
-        """The canonical name of --scheduler.
-
-        Raises:
-            InputError: the name is unknown; the error lists the nearest ones.
-        """
-        return None if self.scheduler is None else canonical_name(self.scheduler)
-
-
-@dataclass(frozen=True)
-class StageOptions:
-    """Settings of the stages of a cascade: one value for all, or one per stage, separated by commas."""
-
+    all_stages: Annotated[
+        bool,
+        typer.Option("--all-stages", help="Write the images of every stage, as out-1-NAME.png and so on."),
+    ] = False
     steps: Annotated[
         str | None, typer.Option(metavar="N[,N...]", help="Sampling steps. [default: the cascade's own]")
     ] = None
@@ -225,28 +248,6 @@ class StageOptions:
             metavar="SHARE[,SHARE...]", help="Of stages that do not upscale. [default: the cascade's own]"
         ),
     ] = None
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """Output file, and whether it carries the generation parameters."""
-
-    no_metadata: Annotated[
-        bool, typer.Option("--no-metadata", help="Write no prompt, seed or settings into the image.")
-    ] = False
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write: .png, .jpg or .webp.")
-    ] = Path("out.png")
-
-    def paths(self, count: int) -> list[Path]:
-        """The path itself for one image; out-1.png, out-2.png, ... for several; OutputError if not writable."""
-        from latentgen.image_file import check_output
-
-        path = self.output
-        paths = [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
-        for path in paths:
-            check_output(path)
-        return paths
 
 
 def model_name(model: str | None) -> str:
