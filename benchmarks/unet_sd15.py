@@ -26,7 +26,7 @@ from benchmarks.timing import Work, interleaved, report
 from latentgen.checkpoints.weights import Weights
 from latentgen.files import read_json
 from latentgen.models.config import CLIPTextConfig, VAEConfig
-from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
+from latentgen.models.layers import can_pack, pack_convolutions
 from latentgen.models.text import CLIPText
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig

@@ -19,7 +19,7 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointMismatchError, InputError
 from latentgen.memory import MemoryPolicy
 from latentgen.models.config import CLIPTextConfig, VAEConfig
-from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
+from latentgen.models.layers import can_pack, pack_convolutions
 from latentgen.models.pixels import PixelDecoder
 from latentgen.models.text import CLIPText, ContextLayer, TextEncoder, join_towers
 from latentgen.models.unet import UNet

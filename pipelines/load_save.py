@@ -21,7 +21,7 @@ from latentgen.diffusion.scheduler import Scheduler
 from latentgen.errors import CheckpointNotFoundError, ConfigError, InputError, OutputError
 from latentgen.files import quote, write_json
 from latentgen.models.config import CLIPTextConfig, VAEConfig
-from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
+from latentgen.models.layers import can_pack, pack_convolutions
 from latentgen.models.pixels import ImageDecoder, ImageEncoder, PixelDecoder, PixelEncoder
 from latentgen.models.text import CLIPText, TextEncoder, join_towers
 from latentgen.models.unet import UNet

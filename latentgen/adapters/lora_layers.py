@@ -98,7 +98,7 @@ def shared_copy(module: M) -> M:
     """A copy of a module that shares the parameters and buffers of the original.
 
     Attaching adapters to the copy, or detaching them, does not change the original. Convolutions with packed weights
-    (:mod:`latentgen.models.mkldnn_conv`) are packed again for the copy.
+    (:mod:`latentgen.models.layers`) are packed again for the copy.
     """
     tensors = (*module.parameters(), *module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -1,8 +1,9 @@
 """Key maps of the original layout of single files (CompVis, Stability AI): diffusers' names and their sources.
 
 For a configuration, a key map lists every tensor of the diffusers layout with the key that holds it in the
-original layout. It is a bijection, so the same map reads and writes. The layouts are those of the published files; the
-tests compare the maps with diffusers' converters.
+original layout. It is a bijection, so the same map reads and writes: `Weights.load_into` renames tensors as they load,
+`to_original` before they are written. The layouts are those of the published files; the tests compare the maps with
+diffusers' converters.
 """
 
 from __future__ import annotations

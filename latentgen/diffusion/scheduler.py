@@ -19,8 +19,8 @@ from latentgen.diffusion.solvers.single_step import (
     History,
     StepInputs,
     ddpm_step,
-    deterministic_step,
     euler_ancestral_step,
+    euler_step,
 )
 from latentgen.diffusion.solvers.table import SOLVERS, Solver
 from latentgen.diffusion.timesteps import DiffusionTimesteps
@@ -228,7 +228,7 @@ class Scheduler:
     @property
     def supports_cfg_pp(self) -> bool:
         """Whether a step accepts noise that x0 does not imply (CFG++): the steps of a single evaluation."""
-        return SOLVERS[self.solver].step in (deterministic_step, ddpm_step, euler_ancestral_step)
+        return SOLVERS[self.solver].step in (euler_step, ddpm_step, euler_ancestral_step)
 
     def evaluation_levels(
         self, levels: Sequence[NoiseLevel], *, start: int = 0, stop: int | None = None

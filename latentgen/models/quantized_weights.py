@@ -61,9 +61,9 @@ def _weight(layer: FrozenLinear | FrozenConv2d) -> Tensor:
     return layer.stored.dense(torch.float32)
 
 
-def _forward(layer: FrozenLinear | FrozenConv2d, input: Tensor) -> Tensor:
+def _forward(self: FrozenLinear | FrozenConv2d, input: Tensor) -> Tensor:
     """As that of nn.Linear or nn.Conv2d; gradients pass through, and none reach the weight."""
-    return cast(Tensor, _FrozenProduct.apply(_in_compute_dtype(input), layer))
+    return cast(Tensor, _FrozenProduct.apply(_in_compute_dtype(input), self))
 
 
 class FrozenLinear(nn.Linear):

@@ -20,7 +20,7 @@ from latentgen.checkpoints.folder import CheckpointFolder
 from latentgen.errors import AdapterError, InputError
 from latentgen.memory import on_device
 from latentgen.models.config import CLIPTextConfig
-from latentgen.models.mkldnn_conv import can_pack, pack_convolutions
+from latentgen.models.layers import can_pack, pack_convolutions
 from latentgen.models.text import CLIPText
 from latentgen.models.unet import UNet
 from latentgen.models.unet_config import UNetConfig

@@ -38,7 +38,7 @@ def test_a_loaded_folder_is_converted(tiny_checkpoint: Path) -> None:
 
 
 def test_without_packing_no_copy_is_made() -> None:
-    from latentgen.models.mkldnn_conv import PackedConv2d
+    from latentgen.models.layers import PackedConv2d
 
     plain = from_diffusers(build_pipeline(), memory=MemoryPolicy(pack_weights=False))
     assert not any(isinstance(module, PackedConv2d) for module in plain.unet.modules())

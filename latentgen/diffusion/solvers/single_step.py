@@ -139,7 +139,7 @@ def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def deterministic_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
+def euler_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """DDIM at eta 0 (arXiv 2010.02502, eq. 12), Euler (arXiv 2206.00364, algorithm 1) and flow matching's Euler."""
     return first_order_step(now, target)
 

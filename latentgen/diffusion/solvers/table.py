@@ -55,10 +55,8 @@ class Solver:
 
 
 # The conventions that several solvers share; the rows below state the differences.
-_DISCRETE = Solver(
-    single_step.deterministic_step, "leading", whole_timesteps="always", clips=True, thresholds=True
-)
-_K_DIFFUSION = Solver(single_step.deterministic_step, "linspace", in_sigma_ve=True, scales_start=True)
+_DISCRETE = Solver(single_step.euler_step, "leading", whole_timesteps="always", clips=True, thresholds=True)
+_K_DIFFUSION = Solver(single_step.euler_step, "linspace", in_sigma_ve=True, scales_start=True)
 _DPMPP = Solver(
     multistep.dpmpp_2m_step,
     "linspace",
@@ -102,5 +100,5 @@ SOLVERS: dict[SolverName, Solver] = {
     "unipc": replace(_DPMPP, step=multistep.unipc_step, memory=2, lowers_below=math.inf),
     "lcm": Solver(single_step.lcm_step, "leading", distilled=True, clips=True, thresholds=True),
     "tcd": Solver(single_step.tcd_step, "leading", distilled=True, end="first_level"),
-    "flow_euler": Solver(single_step.deterministic_step, "linspace", fixed_spacing=True, flow=True),
+    "flow_euler": Solver(single_step.euler_step, "linspace", fixed_spacing=True, flow=True),
 }

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from latentgen.models import mkldnn_conv
-from latentgen.models.mkldnn_conv import PackedConv2d, can_pack, pack_convolutions
+from latentgen.models import layers
+from latentgen.models.layers import PackedConv2d, can_pack, pack_convolutions
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this CPU has no packed convolutions")
 
@@ -97,6 +97,6 @@ def test_a_torch_without_the_kernels_is_noticed(monkeypatch: pytest.MonkeyPatch)
     def missing(*_: object) -> torch.Tensor:
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(mkldnn_conv, "_convolve", missing)
+    monkeypatch.setattr(layers, "_convolve", missing)
     assert not can_pack.__wrapped__(torch.float32)
     assert not can_pack(torch.float16)
