@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from reprlib import Repr
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from latentgen.errors import (
     CheckpointCorruptError,
@@ -43,8 +43,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         OutputError: the folder cannot be written, the disk is full, or ``path`` is a folder.
     """
     target = Path(path)
-    temporary = _temporary_name(target)
-    try:
+    with _temporary(target) as temporary:
         if target.is_dir():
             raise OutputError(f"cannot write {quote(target)}: it is a folder; pass the name of a file")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,16 +53,6 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(target)
         sync_folder(target.parent)
-    except LatentgenError:
-        raise
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {quote(target)}: {error.strerror or error}; nothing was changed there: free some "
-            "space or choose a folder that can be written"
-        ) from error
-    finally:
-        with suppress(OSError, ValueError):
-            temporary.unlink()
 
 
 @contextmanager
@@ -81,8 +70,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         OutputError: ``path`` exists and is not an empty folder, or the folder cannot be written.
     """
     target = Path(path)
-    temporary = _temporary_name(target)
-    try:
+    with _temporary(target) as temporary:
         is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
         if not (replace or is_free):
             raise OutputError(f"cannot write {quote(target)}: it exists; pass the name of a new folder")
@@ -95,6 +83,14 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             target.rmdir()  # empty; Windows does not rename over it
         temporary.replace(target)
         sync_folder(target.parent)
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A free name next to ``target``; what is left there is deleted, and an OSError becomes an OutputError."""
+    temporary = _temporary_name(target)
+    try:
+        yield temporary
     except LatentgenError:
         raise
     except OSError as error:
@@ -104,7 +100,9 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         if temporary != target:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError, ValueError):
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.unlink()
 
 
 def remove_folder(folder: Path) -> None:
@@ -187,18 +185,8 @@ def parse_json_object(data: bytes, where: str) -> dict[str, object]:
     Raises:
         CheckpointCorruptError: anything but such an object.
     """
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise CheckpointCorruptError(
-                f"{quote(where)} repeats the key {quote(key)}; download the file again"
-            )
-        return result
-
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointCorruptError(
@@ -207,6 +195,13 @@ def parse_json_object(data: bytes, where: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise CheckpointCorruptError(f"{quote(where)} is a JSON {type(value).__name__}; it must be an object")
     return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict, for ``object_pairs_hook``; ValueError if it repeats a key."""
+    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"it repeats the key {quote(repeated[0])}")
+    return dict(pairs)
 
 
 def safe_join(folder: Path, relative: object, field: str) -> Path:

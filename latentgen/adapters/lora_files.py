@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentgen.checkpoints.folder import as_path
 from latentgen.checkpoints.identify import UNSUPPORTED_ADAPTERS, likely_architecture
-from latentgen.checkpoints.io import Header, MappedFile, check_values, refuse_pickle
+from latentgen.checkpoints.io import Header, MappedFile, check_values, refuse_pickles
 from latentgen.checkpoints.weights import first_five
 from latentgen.errors import AdapterError, CheckpointNotFoundError, ConfigError, InputError
 from latentgen.files import parse_json_object, quote, read_json, safe_join
@@ -199,7 +199,7 @@ def read_lora(source: str | Path, *, component: str | None = None, check_factors
         config = None if file.name == _DIFFUSERS_FILE else _peft_config(file.parent)
         parts.append(_read_file(file, path.name, owner, config, check_factors))
     if not parts:
-        _refuse_pickles(path)
+        refuse_pickles(path)
         raise CheckpointNotFoundError(
             f"{quote(path)} holds no LoRA; looked for {_DIFFUSERS_FILE}, {' and '.join(_PEFT_FILES)}, and "
             f"folders {', '.join(COMPONENTS)} with these"
@@ -224,13 +224,8 @@ def lora_weights(folder: Path) -> dict[str, Path]:
         parts = {name: part for name, part in parts.items() if (part / config).is_file()}
     for part in parts.values():
         if not (part / weights).is_file():
-            _refuse_pickles(part)
+            refuse_pickles(part)
     return {name: safe_join(part, weights, "LoRA folder") for name, part in parts.items()}
-
-
-def _refuse_pickles(folder: Path) -> None:
-    for file in sorted(folder.iterdir()):
-        refuse_pickle(file)
 
 
 def _peft_config(folder: Path) -> PeftConfig:

@@ -107,7 +107,10 @@ def convert(
     source = as_path(source)
     if not source.exists():
         raise CheckpointNotFoundError(f"{quote(source)} does not exist; give a checkpoint's file or folder")
-    pickled = source.is_file() and is_pickle(source)
+    pickled = False
+    if source.is_file():
+        with open_checkpoint(source) as file:
+            pickled = is_pickle(source, file.read(9))
     target = pickle_target(source) if target is None and pickled else target
     to_file = pickled or str(target).endswith(".safetensors")
     if target is None or (not pickled and dtype is None and source.is_file() == to_file):

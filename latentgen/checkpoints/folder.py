@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentgen.checkpoints.io import PICKLE_SUFFIXES, refuse_pickle
+from latentgen.checkpoints.io import refuse_pickle, refuse_pickles
 from latentgen.checkpoints.weights import Weights, index_name, variant_infix
 from latentgen.errors import (
     CheckpointCorruptError,
@@ -17,7 +17,6 @@ from latentgen.errors import (
     ConfigError,
     InputError,
     OfflineError,
-    UnsafeCheckpointError,
 )
 from latentgen.files import quote, read_json, safe_join
 from latentgen.models.text_loading import load_tokenizer
@@ -198,16 +197,14 @@ class CheckpointFolder:
 
     def variants(self, component: str) -> list[str | None]:
         """The variants whose weights one component has; None is the default, named without a variant."""
-        matches = (_WEIGHT_FILE.fullmatch(name) for name in self._names(component))
+        folder = self.folder(component)
+        names = (file.name for file in folder.iterdir()) if folder.is_dir() else ()
+        matches = map(_WEIGHT_FILE.fullmatch, names)
         infixes = {match.group(2) or "" for match in matches if match}
         return [infix[1:] or None for infix in sorted(infixes)]
 
     def _file(self, component: str, name: str) -> Path:
         return safe_join(self.folder(component), name, quote(self.folder(component)))
-
-    def _names(self, component: str) -> list[str]:
-        folder = self.folder(component)
-        return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
 
     def _no_weights(self, component: str, variant: str | None) -> CheckpointError:
         folder, variants = self.folder(component), self.variants(component)
@@ -215,12 +212,8 @@ class CheckpointFolder:
         if variants:
             there = ", ".join(f"variant={quote(name)}" for name in variants)
             return CheckpointNotFoundError(f"{quote(folder)} has no {missing}; it has: {there}")
-        pickles = [name for name in self._names(component) if Path(name).suffix in PICKLE_SUFFIXES]
-        if pickles:
-            return UnsafeCheckpointError(
-                f"{quote(folder)} has its weights only as a pickle ({quote(pickles[0])}), which can run "
-                f"code when it is opened: convert it safely with `latentgen convert {folder / pickles[0]}`"
-            )
+        if folder.is_dir():
+            refuse_pickles(folder)
         return CheckpointNotFoundError(f"{quote(folder)} has no {missing}: it holds no .safetensors file")
 
 

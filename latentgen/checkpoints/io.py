@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ from latentgen.errors import (
     CheckpointValueError,
     UnsafeCheckpointError,
 )
-from latentgen.files import quote, wrong_content
+from latentgen.files import quote, unique_keys, wrong_content
 
 MAX_TENSORS = 20_000
 MAX_HEADER_BYTES = 16 * 2**20
@@ -97,7 +97,7 @@ def read_header(path: str | Path) -> Header:
         try:
             with safe_open(path, framework="np"):  # checks that the tensors fill the file without gaps
                 pass
-            header = Header(json.loads(text, object_pairs_hook=_unique), 8 + length, file_bytes)
+            header = Header(json.loads(text, object_pairs_hook=unique_keys), 8 + length, file_bytes)
         except (SafetensorError, ValueError, OSError) as error:
             sizes = f"it has {file_bytes:,} of {_declared_bytes(text, length)} bytes"
             raise CheckpointCorruptError(
@@ -114,15 +114,6 @@ def read_header(path: str | Path) -> Header:
                 f"1 to {MAX_DIMENSIONS} dimensions, none of size zero, and the dtypes {', '.join(TORCH_DTYPES)}"
             )
     return header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict; ValueError if it repeats a key, of which safetensors takes the last."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"its header repeats the key {next(key for key in keys if keys.count(key) > 1)!r}")
-    return entries
 
 
 def _declared_bytes(text: bytes, length: int) -> str:
@@ -143,20 +134,25 @@ def open_checkpoint(path: Path) -> BufferedReader:
         raise CheckpointNotFoundError(f"{quote(path)} cannot be read: {error.strerror or error}") from error
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raise UnsafeCheckpointError if the suffix of the file is that of a pickle."""
-    if path.suffix.lower() in PICKLE_SUFFIXES:
+def is_pickle(path: Path, head: bytes = b"") -> bool:
+    """Whether the suffix of a file or its first bytes are those of a pickle."""
+    # The length of a safetensors header can begin with the same bytes; JSON follows it.
+    return path.suffix.lower() in PICKLE_SUFFIXES or (head.startswith(_PICKLE_STARTS) and head[8:9] != b"{")
+
+
+def refuse_pickle(path: Path, head: bytes = b"") -> None:
+    """Raise UnsafeCheckpointError if the suffix of a file or its first bytes are those of a pickle."""
+    if is_pickle(path, head):
         raise UnsafeCheckpointError(
             f"{quote(path)} is a pickle, which can run code when it is opened; only .safetensors files are "
-            f"read: convert it safely with `latentgen convert {path.name}`"
+            f"read: convert it safely with `latentgen convert {path}`"
         )
 
 
-def is_pickle(path: Path) -> bool:
-    """Whether the suffix of a file or its first bytes are those of a pickle; CheckpointNotFoundError if unreadable."""
-    with open_checkpoint(path) as file:
-        head = file.read(9)
-    return path.suffix.lower() in PICKLE_SUFFIXES or _starts_as_pickle(head)
+def refuse_pickles(folder: Path) -> None:
+    """Raise UnsafeCheckpointError if the suffix of a file in the folder is that of a pickle."""
+    for file in sorted(folder.iterdir()):
+        refuse_pickle(file)
 
 
 class MappedFile:
@@ -266,22 +262,13 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     return len(data).to_bytes(8, "little") + data
 
 
-def _starts_as_pickle(head: bytes) -> bool:
-    # The length of a header can begin with the same bytes; JSON follows it.
-    return head.startswith(_PICKLE_STARTS) and head[8:9] != b"{"
-
-
 def _check_start(path: Path, head: bytes, length: int) -> None:
     """Refuse other content by the first bytes of a file and the length of the header that they state."""
     if problem := wrong_content(head):
         raise CheckpointCorruptError(
             f"{quote(path)} is {problem}, not a safetensors file; download the file again"
         )
-    if _starts_as_pickle(head):
-        raise UnsafeCheckpointError(
-            f"{quote(path)} is a pickle with the name of a safetensors file; it can run code when it is "
-            f"opened: convert it safely with `latentgen convert {path.name}`"
-        )
+    refuse_pickle(path, head)
     if length > MAX_HEADER_BYTES:
         raise CheckpointCorruptError(
             f"{quote(path)} is not a safetensors file: its first 8 bytes announce a header of {length:,} "

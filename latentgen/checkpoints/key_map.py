@@ -61,10 +61,6 @@ _VAE_RULES = (
     (r"to_out\.0", "proj_out"),
     ("to_([qkv])", r"\1"),
 )
-_CLIP_LAYER = (
-    *(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")),
-    *("layer_norm1", "mlp.fc1", "mlp.fc2", "layer_norm2"),
-)
 _OPENCLIP_LAYER = {
     "self_attn.out_proj": "attn.out_proj",
     "layer_norm1": "ln_1",
@@ -246,11 +242,7 @@ def vae_key_map(config: VAEConfig) -> KeyMap:
 
 def clip_key_map(config: CLIPTextConfig) -> KeyMap:
     """OpenAI's text encoder, which has the names of transformers in single files."""
-    names = ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]
-    for layer in range(config.num_hidden_layers):
-        names += (f"encoder.layers.{layer}.{name}.{kind}" for name in _CLIP_LAYER for kind in _BOTH)
-    names += (f"final_layer_norm.{kind}" for kind in _BOTH)
-    return {f"text_model.{name}": KeySource(f"text_model.{name}") for name in names}
+    return {name: KeySource(name) for name in openclip_key_map(config) if name.startswith("text_model.")}
 
 
 def openclip_key_map(config: CLIPTextConfig) -> KeyMap:

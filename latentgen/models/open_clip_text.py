@@ -17,7 +17,7 @@ from torch import nn
 from latentgen.checkpoints.families import CLIP_PAD, OPENCLIP_PAD, clip_tokenizer
 from latentgen.checkpoints.folder import as_path
 from latentgen.checkpoints.identify import identify
-from latentgen.checkpoints.io import read_header, refuse_pickle
+from latentgen.checkpoints.io import read_header, refuse_pickles
 from latentgen.checkpoints.key_map import openclip_key_map, to_diffusers_names, with_prefix
 from latentgen.checkpoints.weights import Weights, first_five
 from latentgen.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError, InputError
@@ -298,8 +298,7 @@ def _weights_file(path: Path) -> Path:
     for name in _WEIGHTS_FILES:
         if (path / name).is_file():
             return path / name
-    for file in sorted(path.iterdir()):
-        refuse_pickle(file)
+    refuse_pickles(path)
     raise CheckpointNotFoundError(
         f"{quote(path)} has no weights of open_clip; expected {' or '.join(_WEIGHTS_FILES)}"
     )

@@ -155,7 +155,7 @@ def test_declared_header_is_not_allocated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.pth", "pytorch_model.BIN", "a.pkl"])
 def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"anything")
-    with pytest.raises(UnsafeCheckpointError, match=f"latentgen convert {name}"):
+    with pytest.raises(UnsafeCheckpointError, match=f"latentgen convert .*{name}"):
         read_header(tmp_path / name)
 
 
