@@ -119,10 +119,10 @@ class Pipeline(ABC):
                 f"{image} of an image) and out_channels {latent}; this one has {unet.in_channels} and "
                 f"{unet.out_channels}, use the pipeline of its checkpoint"
             )
-        labelled = bool(unet.class_embed_type or unet.num_class_embeds)
-        if labelled != self._takes_noise_level:
+        labeled = bool(unet.class_embed_type or unet.num_class_embeds)
+        if labeled != self._takes_noise_level:
             raise ConfigError(
-                f"{type(self).__name__} needs a UNet {'without' if labelled else 'with'} class_labels"
+                f"{type(self).__name__} needs a UNet {'without' if labeled else 'with'} class_labels"
             )
 
     @classmethod
@@ -279,7 +279,7 @@ class Pipeline(ABC):
 
         Raises:
             AdapterError: a layer is not in this model or has another shape, or the name is taken.
-            CheckpointError: what is wrong with the file, in a subclass.
+            CheckpointError: the file is damaged or unsupported; the subclass says which.
             InputError: the weight is out of range.
         """
         lora, copy = read_lora(source), self._shared_copy()
@@ -319,7 +319,7 @@ class Pipeline(ABC):
 
         Raises:
             AdapterError: it is for another model family, or the token already exists.
-            CheckpointError: what is wrong with the file, in a subclass.
+            CheckpointError: the file is damaged or unsupported; the subclass says which.
         """
         towers = named_towers(self.unet, self.text_encoder)
         towers = with_vectors(towers, read_embedding(source, token=token))

@@ -81,7 +81,7 @@ class SingleFile:
             vae: a file that holds the VAE to use; see :func:`vae_weights`.
 
         Raises:
-            CheckpointError: what is wrong with the file, in a subclass; it may lack a component.
+            CheckpointError: the file is damaged, unsupported or lacks a component; the subclass says which.
             ConfigError: a configuration in ``config`` cannot be used.
             InputError: the file is something else, holds no averages, or does not declare what the UNet predicts.
         """
@@ -175,7 +175,7 @@ def vae_weights(path: str | Path, config: Mapping[str, object]) -> Weights:
             it belongs to the UNet that was trained on the latents.
 
     Raises:
-        CheckpointError: what is wrong with the file, in a subclass.
+        CheckpointError: the file is damaged or unsupported; the subclass says which.
         InputError: the file is something else.
     """
     path = as_path(path)

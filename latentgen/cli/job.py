@@ -78,7 +78,7 @@ def draw_cascade(prompt: str, options: CascadeOptions) -> None:
     """Generate with a cascade, write the images, and print their paths.
 
     Raises:
-        LatentgenError: what is wrong with an option, or with the cascade's files, in a subclass.
+        LatentgenError: an option is invalid, or a file of the cascade; the subclass says which.
     """
     from latentgen.pipelines.cascade import CascadePipeline
 

@@ -191,7 +191,7 @@ class PipelineOptions(CallOptions):
         """Load the model as this kind of pipeline, with its adapters.
 
         Raises:
-            LatentgenError: what is wrong with an option, or with the model's files, in a subclass.
+            LatentgenError: an option is invalid, or a file of the model; the subclass says which.
         """
         if _is_file(self.model):
             pipeline = kind.from_single_file(

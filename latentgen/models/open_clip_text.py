@@ -190,7 +190,7 @@ def load_open_clip(
 
     Raises:
         InputError: the file is something else, the configuration is missing, or `family` is unknown.
-        CheckpointError: what is wrong with the file, in a subclass.
+        CheckpointError: the file is damaged or unsupported; the subclass says which.
         ConfigError: as in :func:`from_open_clip`.
     """
     usage = _usage(family)

@@ -106,7 +106,7 @@ class CLIPText:
         """Load an encoder strictly, without initializing it first; `dtype` None is that of the files.
 
         Raises:
-            CheckpointError: the subclass says what is wrong with which file.
+            CheckpointError: a file is damaged or unsupported; the subclass says which.
         """
         model, prefix = empty_model(config, torch.device(device))
         weights.load_into(
