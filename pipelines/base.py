@@ -30,10 +30,9 @@ from latentgen.models.unet import UNet
 from latentgen.pipelines import load_save
 from latentgen.pipelines.arguments import check_options
 from latentgen.pipelines.call import LatentShape
-from latentgen.pipelines.conditioning import is_sdxl
 from latentgen.pipelines.images import padded
 from latentgen.pipelines.load_save import ABSENT, DTypeName, named_towers, save_folder
-from latentgen.pipelines.size_conditioning import BASE_TIME_IDS, REFINER_TIME_IDS, time_id_count
+from latentgen.pipelines.size_conditioning import BASE_TIME_IDS, REFINER_TIME_IDS
 
 _CPU = torch.device("cpu")
 
@@ -396,7 +395,7 @@ class Pipeline(ABC):
     @property
     def is_sdxl(self) -> bool:
         """Whether the UNet takes pooled embeddings and sizes, as SDXL's do."""
-        return is_sdxl(self.unet.config)
+        return self.unet.config.is_sdxl
 
     @property
     def uses_aesthetic_score(self) -> bool:
@@ -405,7 +404,7 @@ class Pipeline(ABC):
 
     @property
     def _time_ids(self) -> int:
-        return time_id_count(self.unet.config, self.text_encoder.pooled_width)
+        return self.unet.config.time_id_count(self.text_encoder.pooled_width)
 
     def _padded_to_latents(self, images: Tensor, count: int) -> tuple[Tensor, LatentShape]:
         """Images [N, 3, H, W] padded to whole latents, and the shape [B, C, h, w] of the latents of `count` outputs."""

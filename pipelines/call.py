@@ -27,7 +27,7 @@ from latentgen.pipelines.arguments import (
     check_seeds,
     match_count,
 )
-from latentgen.pipelines.conditioning import PromptInput, Prompts, is_sdxl, read_prompts
+from latentgen.pipelines.conditioning import PromptInput, Prompts, read_prompts
 from latentgen.pipelines.guidance_options import GuidanceOptions
 from latentgen.pipelines.size_conditioning import SizeConditioning
 from latentgen.prompts import DEFAULT_SYNTAX, PromptSyntax
@@ -321,7 +321,7 @@ def choose_scheduler(choice: AnyScheduler | None, pipeline: Pipeline) -> Schedul
         return pipeline.scheduler
     if isinstance(choice, str):
         chosen = pipeline.scheduler.with_solver(choice)
-        aligned_to_sd = is_sdxl(pipeline.unet.config) and chosen.sigmas == "align_your_steps"
+        aligned_to_sd = pipeline.is_sdxl and chosen.sigmas == "align_your_steps"
         return replace(chosen, sigmas="align_your_steps_xl") if aligned_to_sd else chosen
     if isinstance(choice, Scheduler):
         return choice

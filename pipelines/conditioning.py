@@ -15,9 +15,8 @@ from latentgen.errors import InputError
 from latentgen.memory import on_device
 from latentgen.models.text import Conditioning, TextEncoder
 from latentgen.models.unet import AddedConditioning
-from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines.arguments import as_prompts, check_tensor
-from latentgen.pipelines.size_conditioning import SizeConditioning, time_id_count, time_ids
+from latentgen.pipelines.size_conditioning import SizeConditioning, time_ids
 from latentgen.prompts import PromptSchedule, PromptSyntax, WeightedPrompt, read_prompt
 
 if TYPE_CHECKING:
@@ -30,11 +29,6 @@ Prompts = str | Sequence[str] | Conditioning
 PromptInput = PromptSchedule | Conditioning | None
 # The longest context that contexts of different lengths may be repeated to, in tokens.
 _MAX_REPEATED_TOKENS = 2**14
-
-
-def is_sdxl(config: UNetConfig) -> bool:
-    """Whether a UNet takes SDXL's added conditioning: pooled embeddings and time ids."""
-    return config.addition_embed_type is not None
 
 
 def read_prompts(
@@ -51,7 +45,7 @@ def read_prompts(
     context_shape = (None, None, encoder.context_width)
     context = check_tensor(f"{name}.context", prompts.context, "[B, S, D]", context_shape)
     pooled = None
-    if is_sdxl(pipeline.unet.config):
+    if pipeline.is_sdxl:
         pooled_shape = (context.shape[0], encoder.pooled_width)
         pooled = check_tensor(f"{name}.pooled", prompts.pooled, "[B, P]", pooled_shape)
     return tuple(_rows(Conditioning(context, pooled)))
@@ -94,9 +88,9 @@ def encode_prompts(pipeline: Pipeline, call: PipelineCall) -> list[PromptSegment
         encoded = _encode_texts(encoder, [item for texts in spans for item in zip(texts, skips, strict=True)])
 
     ids = None
-    if is_sdxl(config):
+    if config.is_sdxl:
         sizes = request.size_conditioning or SizeConditioning()
-        count = time_id_count(config, encoder.pooled_width)
+        count = config.time_id_count(encoder.pooled_width)
         ids = time_ids(sizes, count, call.size, negatives=len(request.negatives), prompts=len(request))
         ids = ids.to(device)
     segments = []

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from latentgen.errors import InputError
-from latentgen.models.unet_config import UNetConfig
 from latentgen.pipelines.arguments import check_number
 
 Pair = tuple[int, int]
@@ -56,18 +55,6 @@ class SizeConditioning:
                 )
         for name in ("aesthetic_score", "negative_aesthetic_score"):
             check_number(name, getattr(self, name), 0, _MAX_SCORE, "6 is usual")
-
-
-def time_id_count(config: UNetConfig, pooled_width: int) -> int:
-    """The number of time ids that a UNet takes; 0 without added conditioning, -1 if its widths do not match."""
-    if config.addition_embed_type is None:
-        return 0
-    assert config.projection_class_embeddings_input_dim is not None
-    assert config.addition_time_embed_dim is not None
-    numbers, rest = divmod(
-        config.projection_class_embeddings_input_dim - pooled_width, config.addition_time_embed_dim
-    )
-    return numbers if rest == 0 else -1
 
 
 def time_ids(sizes: SizeConditioning, count: int, size: Pair, *, negatives: int, prompts: int) -> Tensor:

@@ -333,4 +333,4 @@ def _size(size: int) -> str:
 
 
 def _trains_adapter(config: TrainConfig) -> bool:
-    return isinstance(config.task, FinetuneTask) and config.task.trains_adapter
+    return isinstance(config.task, FinetuneTask) and config.task.method.kind != "full"

@@ -165,6 +165,21 @@ class UNetConfig(StageConfig):
             for i in range(count)
         )
 
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the UNet takes SDXL's added conditioning: pooled embeddings and time ids."""
+        return self.addition_embed_type is not None
+
+    def time_id_count(self, pooled_width: int) -> int:
+        """The number of time ids that the UNet takes; 0 without added conditioning, -1 if the widths do not match."""
+        width, embed_dim = self.projection_class_embeddings_input_dim, self.addition_time_embed_dim
+        if not self.is_sdxl:
+            return 0
+        assert width is not None
+        assert embed_dim is not None
+        numbers, rest = divmod(width - pooled_width, embed_dim)
+        return numbers if rest == 0 else -1
+
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         self._check_lengths()

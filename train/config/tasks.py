@@ -287,21 +287,11 @@ class FinetuneTask(DiffusionTask):
     variant: str | None = None
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
 
-    @property
-    def trains_adapter(self) -> bool:
-        """Whether the run saves an adapter for the model that it starts from, not a whole model."""
-        return self.method.kind != "full"
-
-    @property
-    def init_lora(self) -> Path | None:
-        """The LoRA file that training starts from."""
-        return self.method.init_lora if isinstance(self.method, LoRAMethod) else None
-
     @model_validator(mode="after")
     def _fits_method(self) -> Self:
         kind = self.method.kind
         for field, value in (("guidance_scale", self.guidance_scale), ("convert_to", self.convert_to)):
-            if value is not None and self.trains_adapter:
+            if value is not None and kind != "full":
                 raise ValueError(f"{field} needs method full, which saves a whole model; found {kind}")
         if self.prior is not None and kind == "textual_inversion":
             raise ValueError("prior: textual_inversion does not change the model's weights; leave it out")

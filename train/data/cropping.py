@@ -46,13 +46,9 @@ class Cropper:
 
     def __init__(self, config: ImageData) -> None:
         self._config = config
-        square = (config.image_size, config.image_size)
-        shortest, longest = config.side_bounds
-        self.sizes: tuple[Size, ...] = (
-            bucket_sizes(config.image_size, config.bucket_step, shortest, longest)
-            if config.buckets
-            else (square,)
-        )
+        self.sizes: tuple[Size, ...] = ((config.image_size, config.image_size),)
+        if config.buckets:
+            self.sizes = bucket_sizes(config.image_size, config.bucket_step, *config.side_bounds)
         self.varies = config.crop == "random" or config.horizontal_flip
         self._shuffle_after = config.keep_tokens if config.caption_shuffle else None
 

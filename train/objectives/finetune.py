@@ -86,10 +86,9 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         self._preflight(preflight)
         classes = None
         if task.prior is not None:
-            model = f"{init_from}, {task.init_lora}"
-            classes = ClassImages(
-                task.prior, class_images, model=model, seed=seed, image_size=data.image_size
-            )
+            init_lora = task.method.init_lora if isinstance(task.method, LoRAMethod) else None
+            model, size = f"{init_from}, {init_lora}", data.image_size
+            classes = ClassImages(task.prior, class_images, model=model, seed=seed, image_size=size)
             self.unet.eval()
             self._text.module.eval()
             classes.generate(self._stages, device)
@@ -230,7 +229,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         """
         self.load_state_dict(dict(weights))
         self._method.save(self._stages, folder, half=self.task.save_half)
-        if self.task.trains_adapter and self.task.loss.zero_terminal_snr:
+        if self.task.loss.zero_terminal_snr and self.task.method.kind != "full":
             config = self.scheduler.to_config()
             write_json(folder / "scheduler" / "scheduler_config.json", config)
 
