@@ -6,14 +6,16 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentgen import __version__
 from latentgen.diffusion.solver_names import SAMPLERS
@@ -22,15 +24,12 @@ from latentgen.files import atomic_folder
 from latentgen.generation_parameters import GenerationParameters
 from latentgen.image_file import save_image
 from latentgen.pipelines.base import Pipeline
-from latentgen.pipelines.concat import ConcatImagePipeline
-from latentgen.pipelines.inpaint import InpaintPipeline
-from latentgen.pipelines.instruct_pix2pix import InstructPix2PixPipeline
 from latentgen.pipelines.sampling_loop import PipelineStep
 from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.pipelines.upscale import UpscalePipeline
 from latentgen.train.config import TrainConfig, Validation
 from latentgen.train.data import BatchIndices, CaptionedDataset, sample_rng
-from latentgen.train.ema import ema_scope, preview
+from latentgen.train.host_memory import temporarily_on
 from latentgen.train.metrics import Metrics
 from latentgen.train.objectives.base import Example, Objective
 
@@ -49,16 +48,8 @@ class NamedImage(NamedTuple):
 class Validator:
     """The validation of one run. It does not change the training: see `ema_scope`.
 
-    It uses the moving average of the weights if there is one, as the finished model does. The main process works, the
-    others wait; all must call the methods.
-
-    Args:
-        config: the recipe, with a section `validation`.
-        accelerator: where it runs.
-        objective: what is trained.
-        ema: the moving average, by parameter name.
-        data: the images to measure the loss on, if it is measured.
-        metrics: where results go.
+    It uses the moving average `ema` of the weights if there is one, as the finished model does. The main process works,
+    the others wait; all must call the methods. `data` are the images to measure the loss on, if it is measured.
 
     Raises:
         ConfigError: the task cannot do what the recipe asks for.
@@ -138,12 +129,9 @@ class Validator:
         """The images of a prompt, which do not depend on the other prompts."""
         last = self._run(_prompt_stream(pipeline, self._validation, prompt))
         images = zip(cast("list[Image.Image]", last.images()), last.seeds, strict=True)
+        parameters = partial(_parameters, pipeline, self._validation, step, prompt)
         return [
-            NamedImage(
-                f"prompt-{number:02d}-seed-{seed}",
-                image,
-                _parameters(pipeline, self._validation, step, prompt, image, seed),
-            )
+            NamedImage(f"prompt-{number:02d}-seed-{seed}", image, parameters(image, seed))
             for image, seed in images
         ]
 
@@ -267,15 +255,14 @@ def _prompt_stream(pipeline: Pipeline, validation: Validation, prompt: str) -> I
 
 
 def _example_stream(pipeline: Pipeline, validation: Validation, example: Example) -> Iterator[PipelineStep]:
+    arguments: dict[str, Any] = {} if example.mask is None else {"mask_image": example.mask}
     if isinstance(pipeline, UpscalePipeline):
-        stream = partial(pipeline.stream, image=example.input, noise_level=0)
-    elif isinstance(pipeline, InpaintPipeline) and example.mask is not None:
-        stream = partial(pipeline.stream, image=example.input, mask_image=example.mask)
-    else:
-        assert isinstance(pipeline, InstructPix2PixPipeline | ConcatImagePipeline)  # see check_validation
-        stream = partial(pipeline.stream, image=example.input)
-    return stream(
+        arguments = {"noise_level": 0}
+    of_images: Any = pipeline  # one that takes an image: see check_validation
+    return of_images.stream(
         example.caption,
+        image=example.input,
+        **arguments,
         negative_prompt=validation.negative_prompt,
         num_inference_steps=validation.num_inference_steps,
         guidance_scale=validation.guidance_scale,
@@ -302,3 +289,46 @@ def _parameters(
         version=f"latentgen {__version__}",
         other=(("Training step", str(step)),),
     )
+
+
+@contextmanager
+def ema_scope(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block `module` is in evaluation mode, uncompiled, and has `weights` instead of its own.
+
+    Afterwards everything is restored bit for bit: parameters have the same storage, of which an optimizer may hold
+    views; every submodule has its mode; and torch's generators have their states.
+
+    Args:
+        module: the module being trained.
+        weights: by parameter name, on any device; parameters that are not named keep their values.
+    """
+    parameters = dict(module.named_parameters())
+    trained = {name: parameters[name].data for name in weights}
+    modes = [(part, part.training) for part in module.modules()]
+    cuda = sorted({p.device.index for p in parameters.values() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda), torch.compiler.set_stance("force_eager"):
+        try:
+            for name, weight in weights.items():
+                parameters[name].data = weight.to(trained[name])
+            module.eval()
+            yield
+        finally:
+            for name, own in trained.items():
+                parameters[name].data = own
+            for part, mode in modes:
+                part.training = mode
+
+
+@contextmanager
+def preview(objective: Objective, pipeline: Pipeline, weights: Mapping[str, Tensor]) -> Iterator[Pipeline]:
+    """The pipeline of an objective, drawing with `weights` on the device that is trained on; see `ema_scope`.
+
+    The decoder and the text encoder are on that device inside the block only.
+    """
+    device, backend = next(objective.parameters()).device, pipeline.unet.attention_backend
+    others = nn.ModuleList([pipeline.decoder, pipeline.text_encoder.module])
+    with ema_scope(objective, weights), temporarily_on(others, device):
+        try:
+            yield replace(pipeline, device=device)
+        finally:
+            pipeline.unet.attention_backend = backend

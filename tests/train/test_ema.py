@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentgen.train.ema import ema_scope
+from latentgen.train.validation import ema_scope
 
 
 def make_model() -> nn.Sequential:
