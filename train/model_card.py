@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import yaml
@@ -46,34 +46,6 @@ _SHARED = ("TextToImagePipeline", "ImageToImagePipeline", "InpaintPipeline", "In
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class _Usage(NamedTuple):
-    """How to use what a folder holds.
-
-    Attributes:
-        title: what it is.
-        tags: for the Hub, besides its task.
-        pipeline: the class here; None if none loads it.
-        diffusers_class: the class in diffusers; None if that cannot run it.
-        guidance_scale: the model's, if it is not the default of diffusers.
-        attach: code that attaches an adapter to its base, here; `diffusers_attach` that in diffusers.
-        scheduler: the class of the scheduler in the folder of an adapter.
-        loader: the method that loads the model, or the base of an adapter, from `arguments`.
-        prediction_type: one more of these, that diffusers does not have.
-    """
-
-    title: str
-    tags: tuple[str, ...] = ()
-    pipeline: str | None = None
-    diffusers_class: str | None = None
-    guidance_scale: object = None
-    attach: str = ""
-    diffusers_attach: tuple[str, ...] = ()
-    scheduler: str | None = None
-    loader: str = "from_pretrained"
-    arguments: tuple[str, ...] = ('"."',)
-    prediction_type: str | None = None
-
-
 def write_card(
     folder: Path, config: TrainConfig, *, pipeline: Pipeline | None, images: int, parameters: int, steps: int
 ) -> None:
@@ -97,11 +69,11 @@ def write_card(
     if sheet is not None:
         with atomic_write(folder / SHEET) as target, sheet.open("rb") as source:
             shutil.copyfileobj(source, target)
-    hub_task, hub_id = _hub_task(use.pipeline), _hub_id(config.init_from)
+    diffusers_class, hub_task, hub_id = use["diffusers_class"], _hub_task(use), _hub_id(config.init_from)
     header = {
-        "library_name": "diffusers" if use.diffusers_class else "latentgen",
+        "library_name": "diffusers" if diffusers_class else "latentgen",
         **({"pipeline_tag": hub_task} if hub_task else {}),
-        "tags": [*([hub_task] if hub_task else []), *use.tags, "latentgen"],
+        "tags": [*([hub_task] if hub_task else []), *use.get("tags", ()), "latentgen"],
         **({"base_model": hub_id} if hub_id else {}),
     }
     text = Path(__file__).with_name(_TEMPLATE).read_text("utf-8")
@@ -120,83 +92,92 @@ def write_card(
         sheet=None if sheet is None else SHEET,
         prompts=[" ".join(text.split()) for text in prompts],
         prompt=repr(_example_prompt(config)),
-        images=_IMAGES.get(use.pipeline or "", {}),
-        diffusers_classes=sorted({use.diffusers_class, use.scheduler or use.diffusers_class}, key=str),
+        images=_IMAGES.get(use["pipeline"], {}),
+        diffusers_classes=sorted({diffusers_class, use.get("scheduler", diffusers_class)}, key=str),
         recipe=yaml.safe_dump(_public(config.model_dump(exclude=set(_OMITTED_FIELDS))), sort_keys=False),
     )
     with atomic_write(folder / CARD) as file:
         file.write(card.encode())
 
 
-def _usage(folder: Path, config: TrainConfig, base: Pipeline | None) -> _Usage:
-    """How to use what is in the folder: a whole model, or an adapter that is attached to `base`."""
+def _usage(folder: Path, config: TrainConfig, base: Pipeline | None) -> dict[str, Any]:
+    """How to use what is in the folder, for the template: a whole model, or an adapter that is attached to `base`.
+
+    `pipeline` is the class here, None if none loads it; `diffusers_class` that in diffusers, None if that cannot run
+    it; `guidance_scale` the model's, if it is not the default of diffusers; `scheduler` the class of the one in the
+    folder of an adapter. `loader` loads the model, or the base of an adapter, from `arguments`.
+    """
     task = config.task
     if base is None or not isinstance(task, FinetuneTask) or isinstance(task.method, FullMethod):
         return _model_usage(folder, config)
     method = task.method
     name, scale = base.diffusers_class, base.default_guidance_scale
-    use = _Usage(
-        title=f"A LoRA for {_base_name(config)}",
-        tags=("lora",),
-        pipeline=type(base).__name__,
-        diffusers_class=name,
-        guidance_scale=None if scale == default_guidance_scale_of(name) else scale,
-        attach=f'.with_lora("{DIFFUSERS_FILE}")',
-        diffusers_attach=(f'pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")',),
-        arguments=(),
-    )
+    use: dict[str, Any] = {
+        "title": f"A LoRA for {_base_name(config)}",
+        "tags": ["lora"],
+        "pipeline": type(base).__name__,
+        "diffusers_class": name,
+        "guidance_scale": None if scale == default_guidance_scale_of(name) else scale,
+        "attach": f'.with_lora("{DIFFUSERS_FILE}")',
+        "diffusers_attach": [f'pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")'],
+        "loader": "from_pretrained",
+    }
     if isinstance(method, TextualInversionMethod):
-        use = use._replace(
-            title=f"An embedding (textual inversion) for {_base_name(config)}",
-            tags=("textual_inversion",),
-            attach=f'.with_embedding("{EMBEDDING_FILE}")',
-            diffusers_attach=_load_embedding(base, method.token),
-        )
+        use |= {
+            "title": f"An embedding (textual inversion) for {_base_name(config)}",
+            "tags": ["textual_inversion"],
+            "attach": f'.with_embedding("{EMBEDDING_FILE}")',
+            "diffusers_attach": _load_embedding(base, method.token),
+        }
     if (folder / "scheduler").is_dir():
-        use = use._replace(scheduler=str(base.scheduler.to_config()["_class_name"]))
+        use["scheduler"] = str(base.scheduler.to_config()["_class_name"])
     path = config.init_from
     if path is None or path.resolve() == EMBEDDED_DEFAULT:
         return use
     model = _hub_id(path) or f"path/to/{path.name}"
-    variant = (f'variant="{task.variant}"',) if task.variant else ()
-    return use._replace(
-        loader="from_single_file" if model.endswith((".safetensors", ".ckpt")) else "from_pretrained",
-        arguments=(f'"{model}"', *variant),
-        prediction_type=task.prediction_type,
-    )
+    if model.endswith((".safetensors", ".ckpt")):
+        use["loader"] = "from_single_file"
+    variant = [f'variant="{task.variant}"'] if task.variant else []
+    return {**use, "arguments": [f'"{model}"', *variant], "prediction_type": task.prediction_type}
 
 
-def _model_usage(folder: Path, config: TrainConfig) -> _Usage:
+def _model_usage(folder: Path, config: TrainConfig) -> dict[str, Any]:
     if not (folder / "model_index.json").is_file():  # an objective that saves its weights alone
-        return _Usage("A model")
+        return {"title": "A model", "pipeline": None, "diffusers_class": None}
     index = read_json(folder / "model_index.json")
     name = str(index["_class_name"])
     if name == "AutoencoderKL":
-        return _Usage("An autoencoder", ("autoencoder",), name, name)
+        return {"title": "An autoencoder", "tags": ["autoencoder"], "pipeline": name, "diffusers_class": name}
     pipeline = "ConcatImagePipeline" if config.task.kind == "paired" else PIPELINE_CLASSES[name].readers[0]
     runs_in_diffusers = pipeline in _SHARED and name not in PIXEL_CLASSES
-    purpose = str(_hub_task(pipeline)).replace("-", " ")
-    title = "An upscaler" if pipeline == "UpscalePipeline" else f"A model for {purpose}"
-    return _Usage(title, (), pipeline, name if runs_in_diffusers else None, index.get(GUIDANCE_KEY))
+    use = {
+        "pipeline": pipeline,
+        "diffusers_class": name if runs_in_diffusers else None,
+        "guidance_scale": index.get(GUIDANCE_KEY),
+        "loader": "from_pretrained",
+        "arguments": ['"."'],
+    }
+    purpose = str(_hub_task(use)).replace("-", " ")
+    return {**use, "title": "An upscaler" if pipeline == "UpscalePipeline" else f"A model for {purpose}"}
 
 
-def _load_embedding(base: Pipeline, token: str) -> tuple[str, ...]:
+def _load_embedding(base: Pipeline, token: str) -> list[str]:
     """Code for diffusers, which takes the vectors of each text encoder of SDXL separately."""
     if not base.is_sdxl:
-        return (f'pipe.load_textual_inversion("{EMBEDDING_FILE}")',)
+        return [f'pipe.load_textual_inversion("{EMBEDDING_FILE}")']
     loads = (
         f'pipe.load_textual_inversion(vectors["{key}"], token={token!r}, text_encoder=pipe.{encoder}, '
         f"tokenizer=pipe.{TOKENIZERS[encoder]})"
         for encoder, key in SDXL_KEYS.items()
     )
-    return (f'vectors = load_file("{EMBEDDING_FILE}")', *loads)
+    return [f'vectors = load_file("{EMBEDDING_FILE}")', *loads]
 
 
-def _hub_task(pipeline: str | None) -> str | None:
-    """The task of a pipeline, by its name on the Hub."""
-    if pipeline in (None, "AutoencoderKL"):
+def _hub_task(use: Mapping[str, Any]) -> str | None:
+    """The Hub's name of what a pipeline does."""
+    if use["pipeline"] in (None, "AutoencoderKL"):
         return None
-    return "image-to-image" if pipeline in _IMAGES else "text-to-image"
+    return "image-to-image" if use["pipeline"] in _IMAGES else "text-to-image"
 
 
 def _example_prompt(config: TrainConfig) -> str:
