@@ -45,19 +45,11 @@ class GenerationParameters:
     which the format cannot distinguish.
 
     Attributes:
-        prompt: the prompt, of any number of lines.
-        negative_prompt: the negative prompt; "" for none.
-        steps: number of sampling steps.
         sampler: name of the solver, as in A1111.
         schedule_type: spacing of the noise levels, if it is not the sampler's own.
-        guidance_scale: scale of classifier-free guidance.
         seed: seed of this image.
-        width: pixels.
-        height: pixels.
         model_hash: short hash of the weights, as other programs write it.
-        model: name of the checkpoint.
         denoising_strength: strength of image to image, 0..1.
-        version: program that generated the image.
         other: further settings of other programs, in their order.
     """
 

@@ -10,7 +10,7 @@ attached adapters are not in a state_dict.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -175,7 +175,15 @@ def _targets(components: Components, lora: LoRA) -> list[_Target]:
             else:
                 targets[component, path] = target
     if unmatched or mismatched:
-        raise AdapterError(_mismatch_message(lora, components, unmatched, mismatched))
+        total = sum(map(len, lora.components.values()))
+        kinds = {"are not in this model or repeated": unmatched, "have another shape": mismatched}
+        problems = (f"{len(names)} {what} ({first_five(names)})" for what, names in kinds.items() if names)
+        absent = [name for name in lora.components if name not in components]
+        hint = f"; this model has no {', '.join(absent)}" if absent else ""
+        raise AdapterError(
+            f"LoRA {quote(lora.name)}: of its {total} layers, {', '.join(problems)}{hint}. It was probably made for "
+            "another family of models; nothing was changed"
+        )
     return list(targets.values())
 
 
@@ -202,23 +210,6 @@ def _fitted(module: nn.Module, path: str, adapter: LoRALayer) -> _Target | str:
     ones = [1] * len(kernel)
     down, up = down.reshape(adapter.rank, inputs, *kernel), up.reshape(outputs, adapter.rank, *ones)
     return _Target(parent, child, layer, down, up, adapter.scale, path)
-
-
-def _mismatch_message(
-    lora: LoRA, components: Components, unmatched: Sequence[str], mismatched: Sequence[str]
-) -> str:
-    total = sum(map(len, lora.components.values()))
-    problems = []
-    if unmatched:
-        problems.append(f"{len(unmatched)} are not in this model or repeated ({first_five(unmatched)})")
-    if mismatched:
-        problems.append(f"{len(mismatched)} have another shape ({first_five(mismatched)})")
-    absent = [name for name in lora.components if name not in components]
-    hint = f"; this model has no {', '.join(absent)}" if absent else ""
-    return (
-        f"LoRA {quote(lora.name)}: of its {total} layers, {', '.join(problems)}{hint}. It was probably made for "
-        "another family of models; nothing was changed"
-    )
 
 
 def _check_weight(weight: float) -> float:

@@ -184,11 +184,10 @@ def _with_tokens(tokenizer: CLIPTokenizer, token: str, count: int) -> CLIPTokeni
     unread = [
         name for name, index in added.items() if extended.encode(name, add_special_tokens=False) != [index]
     ]
-    if unread or added.get(token) != first or len(extended) != first + count:
-        raise AdapterError(f"the tokenizer cannot tell {quote(token)} from other tokens; give another token")
-    if token_expansions(added) != expected:
+    # The vectors of a token are numbered _1, _2, ...; they must not join those of another.
+    is_joined = token_expansions(added) != expected
+    if unread or is_joined or added.get(token) != first or len(extended) != first + count:
         raise AdapterError(
-            f"the token {quote(token)} would join the vectors of another, which are numbered _1, _2, ...; give "
-            "the embedding another token"
+            f"the tokenizer cannot tell the token {quote(token)} from others; give the embedding another token"
         )
     return extended

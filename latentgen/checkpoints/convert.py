@@ -165,15 +165,7 @@ def _check_target(source: Path, target: Path, variant: str | None, overwrite: bo
 
 
 def convert_file(source: Path, target: Path, writing: Writing) -> dict[str, TensorInfo]:
-    """Write a safetensors file in another precision; names, metadata and integers stay as they are.
-
-    Returns:
-        The tensors written.
-
-    Raises:
-        CheckpointError: the file cannot be read, or a value is NaN, infinite or too large for the dtype.
-        OutputError: the target cannot be written; existing files are never damaged.
-    """
+    """Write a safetensors file in another precision; names, metadata and integers stay as they are."""
     mapped = MappedFile(source)
     tensors = {name: mapped.tensor(name) for name in mapped.header}
     return _write(target, tensors, mapped.header.metadata, writing, source)
@@ -183,11 +175,6 @@ def convert_folder(source: CheckpointFolder, target: Path, writing: Writing) -> 
     """Write a folder in the diffusers layout in another precision.
 
     Integers, metadata and shards stay as they are; configurations and tokenizers are copied byte for byte.
-
-    Raises:
-        CheckpointError: a file cannot be read, a component has no weights or none that can be chosen, or a
-            value is NaN, infinite or too large for the dtype.
-        OutputError: the target exists or cannot be written; nothing is left there.
     """
     weights = {component: _weight_files(source, component) for component in source.components}
     known = {source.path / component for component in weights}.union(*weights.values())
@@ -213,10 +200,6 @@ def _weight_files(folder: CheckpointFolder, component: str) -> list[Path]:
     """The weight files of a component: those without a variant, else those of its only variant.
 
     Empty for a component without weights: a tokenizer, a scheduler, or one without a folder.
-
-    Raises:
-        CheckpointNotFoundError: there is a configuration without weights, or several variants.
-        UnsafeCheckpointError: there are only pickles.
     """
     path = folder.folder(component)
     if not (path / "config.json").is_file():
@@ -251,11 +234,6 @@ def write_single_file(folder: CheckpointFolder, target: Path, writing: Writing) 
 
     Configurations are left out, so the file can only be read again if the model is of a published family. The metadata
     holds the prediction type, as `modelspec.prediction_type`.
-
-    Raises:
-        CheckpointError: the folder's weights do not match its configurations, or cannot be read.
-        ConfigError: a configuration is not implemented, or the original layout cannot represent it.
-        OutputError: the target cannot be written; existing files are never damaged.
     """
     names = ("unet", "vae", *TOKENIZERS)
     configs = {name: folder.config(name) for name in names if name in folder.components}
@@ -277,12 +255,7 @@ def write_single_file(folder: CheckpointFolder, target: Path, writing: Writing) 
 
 
 def write_folder(file: SingleFile, target: Path, writing: Writing) -> Conversion:
-    """Write a single file as a new folder in the diffusers layout, with the configurations of its family.
-
-    Raises:
-        CheckpointError: the file's weights do not match its family, or cannot be read.
-        OutputError: the target exists or cannot be written; nothing is left there.
-    """
+    """Write a single file as a new folder in the diffusers layout, with the configurations of its family."""
     count = 0
     with atomic_folder(target) as new:
         for component in file.components:

@@ -261,19 +261,15 @@ def as_path(source: str | Path) -> Path:
 def _download(hub_id: str, revision: str | None, infix: str) -> Path:
     # Imported here: most runs need no network, and the import takes a noticeable part of a start.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     at = f"{hub_id}, revision {quote(revision)}," if revision else hub_id
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_patterns(infix))))
-    except GatedRepoError as error:
-        raise CheckpointNotFoundError(
-            f"{at} is gated on the Hub: accept its license on its page, then log in with `hf auth login`"
-        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointNotFoundError(
-            f"folder {quote(hub_id)} does not exist, and {at} is not on the Hub or is private: check the "
-            "spelling, or log in with `hf auth login`"
+            f"folder {quote(hub_id)} does not exist, and {at} is not on the Hub, or is private or gated: check the "
+            "spelling, accept the license on its page, or log in with `hf auth login`"
         ) from error
     # Any other failure is the network or the cache; their exceptions differ among releases of huggingface_hub.
     except Exception as error:

@@ -19,7 +19,17 @@ _FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL base", 1280: "SDXL refin
 _TASKS = {5: "depth-to-image", 7: "x4 upscaler", 8: "instruct-pix2pix", 9: "inpainting"}
 # The prefix of every key in checkpoints converted from pickles, once or twice.
 _STATE_DICT = "state_dict."
-_UNET = "model.diffusion_model."
+# The first convolution of a UNet, and what the file is.
+_UNETS: tuple[tuple[str, Kind, Layout, str], ...] = (
+    (
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "checkpoint",
+        "original",
+        "a single file in the original layout",
+    ),
+    ("input_blocks.0.0.weight", "unet", "original", "a UNet in the original layout"),
+    ("conv_in.weight", "unet", "diffusers", "a UNet"),
+)
 _VAE_SIGNS: dict[Layout, str] = {
     "original": "decoder.norm_out.weight",
     "diffusers": "decoder.conv_norm_out.weight",
@@ -108,33 +118,13 @@ _OTHERS = {
 }
 
 
-class UNetKind(NamedTuple):
-    """What distinguishes UNets: the width of the context (None: unconditional) and the input channels."""
-
-    context: int | None
-    in_channels: int
-
-    @property
-    def family(self) -> str:
-        """The published family, or "custom" where the context has another width."""
-        if self.in_channels == 7:
-            return "SD x4 upscaler"
-        family = "unconditional" if self.context is None else _FAMILIES.get(self.context, "custom")
-        task = _TASKS.get(self.in_channels)
-        return f"{family} {task}" if task else family
-
-    def __str__(self) -> str:
-        context = "no context" if self.context is None else f"context {self.context}"
-        return f"{self.family} ({self.in_channels} input channels, {context})"
-
-
 class Identity(NamedTuple):
     """What the weights in a file are.
 
     Attributes:
         kind: what they can be used as.
         name: a description, such as "a VAE with 4 latent channels".
-        family: of a checkpoint or UNet, as in :attr:`UNetKind.family`; of an adapter, the family of its base model.
+        family: of a checkpoint or UNet, "custom" for a context of another width; of an adapter, that of its base model.
         layout: "original" or "diffusers", where the kind has both.
         key_prefix: a prefix of every key that carries no meaning ("state_dict.").
         component_prefix: the prefix of the keys of a VAE, or of open_clip's text tower.
@@ -183,21 +173,6 @@ def declared_target(metadata: Mapping[str, str]) -> str | None:
 def has_zero_terminal_snr(names: Collection[str]) -> bool:
     """Whether a single file declares that its schedule ends in pure noise."""
     return bool(_ZERO_SNR & set(names))
-
-
-def unet_kind(tensors: Mapping[str, TensorInfo]) -> UNetKind | None:
-    """The kind of a UNet in the diffusers layout; None if the tensors are not one."""
-    if not any(name.startswith("down_blocks.") for name in tensors):
-        return None
-    return _unet_kind(tensors, "conv_in.weight")
-
-
-def _unet_kind(tensors: Mapping[str, TensorInfo], conv_in: str) -> UNetKind | None:
-    shape = _shape(tensors, conv_in)
-    if len(shape) != 4:
-        return None
-    contexts = (info.shape for name, info in tensors.items() if name.endswith(".attn2.to_k.weight"))
-    return UNetKind(next((shape[-1] for shape in contexts if shape), None), shape[1])
 
 
 def _key_prefix(names: Collection[str]) -> str:
@@ -263,15 +238,25 @@ def _other(tensors: Mapping[str, TensorInfo]) -> Identity | None:
 
 
 def _unet(tensors: Mapping[str, TensorInfo]) -> Identity | None:
-    if kind := _unet_kind(tensors, f"{_UNET}input_blocks.0.0.weight"):
-        return Identity(
-            "checkpoint", f"a single file in the original layout, {kind}", kind.family, "original"
-        )
-    if kind := _unet_kind(tensors, "input_blocks.0.0.weight"):
-        return Identity("unet", f"a UNet in the original layout, {kind}", kind.family, "original")
-    if kind := unet_kind(tensors):
-        return Identity("unet", f"a UNet, {kind}", kind.family, "diffusers")
+    """A UNet, alone or in a whole checkpoint, by its input channels and the width of its context."""
+    is_diffusers = any(name.startswith("down_blocks.") for name in tensors)
+    for conv_in, kind, layout, name in _UNETS:
+        shape = _shape(tensors, conv_in)
+        if len(shape) != 4 or (layout == "diffusers" and not is_diffusers):
+            continue
+        contexts = (info.shape for name, info in tensors.items() if name.endswith(".attn2.to_k.weight"))
+        context = next((shape[-1] for shape in contexts if shape), None)
+        family = _unet_family(context, shape[1])
+        width = "no context" if context is None else f"context {context}"
+        return Identity(kind, f"{name}, {family} ({shape[1]} input channels, {width})", family, layout)
     return None
+
+
+def _unet_family(context: int | None, in_channels: int) -> str:
+    if in_channels == 7:
+        return "SD x4 upscaler"
+    family = "unconditional" if context is None else _FAMILIES.get(context, "custom")
+    return f"{family} {_TASKS[in_channels]}" if in_channels in _TASKS else family
 
 
 def _vae(tensors: Mapping[str, TensorInfo]) -> Identity | None:

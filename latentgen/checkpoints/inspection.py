@@ -12,7 +12,7 @@ from latentgen.adapters.lora_files import COMPONENTS, lora_weights, read_lora
 from latentgen.adapters.textual_inversion import read_embedding
 from latentgen.checkpoints.families import FAMILIES
 from latentgen.checkpoints.folder import CheckpointFolder, as_path
-from latentgen.checkpoints.identify import declared_prediction, declared_target, identify, unet_kind
+from latentgen.checkpoints.identify import declared_prediction, declared_target, identify
 from latentgen.checkpoints.io import Header, TensorInfo, read_header
 from latentgen.errors import AdapterError, CheckpointNotFoundError, CheckpointValueError
 from latentgen.files import quote
@@ -173,8 +173,8 @@ def _inspect_folder(folder: CheckpointFolder) -> Inspection:
             continue
         tensors = folder.weights(component, variants[0]).tensors()
         parts[component] = ComponentSummary.of(tensors, variants)
-        if component == "unet" and (kind := unet_kind(tensors)):
-            family = kind.family
+        if component == "unet":
+            family = identify(tensors).family or "unknown"
     if not parts:
         raise CheckpointNotFoundError(
             f"no component of {quote(folder.path)} has weights in .safetensors files"

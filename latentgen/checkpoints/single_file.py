@@ -94,6 +94,8 @@ class SingleFile:
                 f"{quote(path)} is {identity.name}; give a whole checkpoint in the original layout, which has keys "
                 "like model.diffusion_model.input_blocks.0.0.weight"
             )
+        if prediction_type not in (None, *(allowed := get_args(DeclaredPrediction))):
+            raise InputError(f"prediction_type {quote(prediction_type)} is not one of {', '.join(allowed)}")
         keys = {key.removeprefix(key_prefix) for key in header}
         if config is None:
             configs = _published_configs(path, family, keys, header, prediction_type)
@@ -205,7 +207,6 @@ def _published_configs(
             f"{quote(path)} is {family}, not one of {', '.join(FAMILIES)}; give config=FOLDER, a folder in the "
             "diffusers layout with its configurations"
         )
-    _check_prediction(prediction_type)
     prediction_type = (
         prediction_type or declared_prediction(keys, header.metadata) or FAMILIES[family].prediction_type
     )
@@ -221,18 +222,11 @@ def _published_configs(
 def _folder_configs(
     folder: CheckpointFolder, prediction_type: DeclaredPrediction | None
 ) -> dict[str, dict[str, object]]:
-    _check_prediction(prediction_type)
     present = ("unet", "vae", *folder.components)  # without these two there is no checkpoint
     configs = {name: folder.config(name) for name in (*WEIGHT_COMPONENTS, *SCHEDULERS) if name in present}
     if prediction_type is not None and "scheduler" in configs:
         configs["scheduler"]["prediction_type"] = prediction_type
     return configs
-
-
-def _check_prediction(prediction_type: object) -> None:
-    allowed = get_args(DeclaredPrediction)
-    if prediction_type not in (None, *allowed):
-        raise InputError(f"prediction_type {quote(prediction_type)} is not one of {', '.join(allowed)}")
 
 
 def _model_index(family: str, configs: _Configs) -> dict[str, object]:

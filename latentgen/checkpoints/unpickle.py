@@ -90,19 +90,8 @@ def unpickle(
     tensors by name, also inside ``state_dict``; numbers, texts and the state of training are left out, as are tensors
     without elements. A textual-inversion embedding becomes one tensor with the name of its token.
 
-    Args:
-        dtype: what floating-point tensors become; None keeps each one's own.
-        advance: called with the number of bytes written since the last call.
-
-    Returns:
-        The number of tensors, and the names of the entries that were left out.
-
-    Raises:
-        InputError: the file is a safetensors file.
-        UnsafeCheckpointError: it references code that weights do not need; nothing was run.
-        CheckpointCorruptError: it is damaged, holds no weights, or takes too much time or memory.
-        CheckpointValueError: a weight is NaN or infinite, or too large for ``dtype``.
-        OutputError: the target cannot be written; existing files are never damaged.
+    Returns the number of tensors, and the names of the entries that were left out; ``advance`` is called with the
+    number of bytes written since the last call. Errors as :func:`latentgen.checkpoints.convert.convert`.
     """
     with open_checkpoint(source) as file:
         head = file.read(1024)

@@ -193,9 +193,11 @@ class PipelineOptions(CallOptions):
         Raises:
             LatentgenError: an option is invalid, or a file of the model; the subclass says which.
         """
-        if _is_file(self.model):
+        from latentgen.checkpoints.folder import as_path
+
+        if self.model is not None and as_path(self.model).is_file():
             pipeline = kind.from_single_file(
-                str(self.model),
+                self.model,
                 prediction_type=self.prediction_type,
                 vae=self.vae,
                 dtype=self.dtype,
@@ -267,13 +269,6 @@ def file_and_weight(text: str) -> tuple[Path, float]:
         return (Path(file), float(weight)) if colon else (Path(text), 1.0)
     except ValueError:
         return Path(text), 1.0
-
-
-def _is_file(model: str | None) -> bool:
-    try:
-        return model is not None and Path(model).is_file()
-    except (OSError, ValueError):  # not a valid path; loading reports it
-        return False
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,6 @@ from latentgen.checkpoints.identify import (
     has_zero_terminal_snr,
     identify,
     likely_architecture,
-    unet_kind,
 )
 from latentgen.checkpoints.io import TensorInfo, read_header
 from tests.checkpoints.single_files import Shapes, diffusers_shapes, leftovers, original_shapes, write_header
@@ -269,9 +268,7 @@ def test_families(in_channels: int, context: int | None, family: str) -> None:
     }
     if context is not None:
         tensors["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"] = info(1280, context)
-    kind = unet_kind(tensors)
-    assert kind is not None
-    assert kind.family == family
+    assert identify(tensors).family == family
     assert f"a UNet, {family} ({in_channels} input channels" in str(likely_architecture(tensors))
 
 
