@@ -106,11 +106,7 @@ def _temporary(target: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder atomically, by renaming it first; warn if the renamed folder cannot be deleted.
-
-    Raises:
-        OutputError: it cannot be renamed and is untouched.
-    """
+    """Delete a folder atomically: rename it (OutputError if that fails), then delete it (a warning if that fails)."""
     temporary = _temporary_name(folder)
     try:
         folder.rename(temporary)

@@ -70,11 +70,7 @@ class GenerationParameters:
 
     @property
     def scheduler(self) -> str:
-        """The library's name of the sampler and its schedule type, the `scheduler` argument of pipelines.
-
-        Raises:
-            InputError: there is no such sampler, or not with this spacing.
-        """
+        """The `scheduler` argument of pipelines; InputError if there is no such sampler with this schedule type."""
         return name_of_sampler(self.sampler, self.schedule_type)
 
     @property

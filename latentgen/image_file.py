@@ -68,11 +68,7 @@ def _read(source: Path | io.BytesIO, name: str, background: tuple[int, int, int]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image in memory as :func:`read_image` converts files.
-
-    Raises:
-        InputError: over 64 megapixels, or of a kind that cannot be converted to sRGB.
-    """
+    """Convert an image in memory as :func:`read_image` converts files, with the same errors."""
     _check_pixels(image, "the image")
     try:
         return _upright(image, WHITE)
@@ -119,11 +115,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def check_output(path: str | Path) -> None:
-    """Check that :func:`save_image` can write to ``path``; creates nothing.
-
-    Raises:
-        OutputError: no such format, ``path`` is a folder, or its folder cannot be written.
-    """
+    """Raise OutputError if :func:`save_image` cannot write to ``path``; creates nothing."""
     path = Path(path)
     _format_of(path)
     try:

@@ -78,12 +78,7 @@ def attached(components: Components) -> dict[str, float]:
 
 
 def set_weight(components: Components, name: str, weight: float) -> None:
-    """Change the weight of an attached adapter.
-
-    Raises:
-        AdapterError: no adapter of that name is attached.
-        InputError: as :func:`attach`.
-    """
+    """Change the weight of an attached adapter; AdapterError if there is none of that name, InputError as `attach`."""
     weight = _check_weight(weight)
     _check_attached(components, name)
     for module in components.values():
@@ -93,11 +88,7 @@ def set_weight(components: Components, name: str, weight: float) -> None:
 
 
 def detach(components: Components, name: str) -> None:
-    """Remove an adapter; without adapters, modules are exactly what they were before.
-
-    Raises:
-        AdapterError: no adapter of that name is attached.
-    """
+    """Remove an adapter: the modules are as before; AdapterError if there is none of that name."""
     _check_attached(components, name)
     for module in components.values():
         for parent in list(module.modules()):

@@ -89,11 +89,7 @@ class PeftConfig(StageConfig):
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], where: str) -> Self:
-        """Validate a config; `where` names it in errors.
-
-        Raises:
-            AdapterError: another kind of adapter than a plain LoRA, or a field out of bounds.
-        """
+        """Validate a config, named `where` in errors; AdapterError if it is no plain LoRA or out of bounds."""
         for name in fields.keys() - cls.model_fields.keys() - cls.training_fields:
             if fields[name] not in (None, False, "none", [], {}):
                 raise AdapterError(
@@ -107,8 +103,7 @@ class PeftConfig(StageConfig):
     def scale(self, layer: str, rank: int, where: str) -> float:
         """alpha / rank of a layer, or alpha / sqrt(rank) (arXiv:2312.03732) with `use_rslora`.
 
-        Raises:
-            AdapterError: the layer's tensors have another rank than the config says.
+        AdapterError if the layer's tensors have another rank than the config says.
         """
         expected = _look_up(self.rank_pattern, layer, self.r)
         if expected != rank:

@@ -169,11 +169,7 @@ class CheckpointFolder:
         return Weights(tuple(self.weight_files(component, variant)))
 
     def tokenizer(self, component: str) -> CLIPTokenizer:
-        """The tokenizer in the folder of that name.
-
-        Raises:
-            CheckpointNotFoundError, CheckpointCorruptError: it is missing or cannot be read.
-        """
+        """The tokenizer in the folder of that name; CheckpointNotFoundError, CheckpointCorruptError if unreadable."""
         return load_tokenizer(self.folder(component))
 
     def weight_files(self, component: str, variant: str | None = None) -> list[Path]:

@@ -126,12 +126,7 @@ class SingleFile:
         return dict(self._configs[self._known(component, self._configs)])
 
     def weights(self, component: str, variant: str | None = None) -> Weights:
-        """The weights of one component.
-
-        Raises:
-            CheckpointNotFoundError: no such component.
-            InputError: a variant is requested.
-        """
+        """The weights of one component; CheckpointNotFoundError if it does not exist, InputError for a variant."""
         if variant is not None:
             raise InputError(
                 f"variant {quote(variant)}: {quote(self.path)} is a single file and has no variants"
@@ -139,11 +134,7 @@ class SingleFile:
         return self._weights[self._known(component, self._weights)]
 
     def tokenizer(self, component: str) -> CLIPTokenizer:
-        """CLIP's tokenizer with the family's padding, or that of the folder with the configurations.
-
-        Raises:
-            CheckpointNotFoundError: no such component.
-        """
+        """CLIP's tokenizer with the family's padding, or that of the folder; errors as :meth:`config`."""
         source = self._tokenizers[self._known(component, self._tokenizers)]
         return (
             source.tokenizer(component)

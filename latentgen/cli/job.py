@@ -114,11 +114,7 @@ def draw_cascade(prompt: str, options: CascadeOptions) -> None:
 
 
 def _stage_settings(options: CascadeOptions, cascade: CascadePipeline) -> list[StageSettings]:
-    """The settings of each stage: from the command line, else the cascade's own.
-
-    Raises:
-        InputError: the number of values is not that of the stages, or a value is out of bounds.
-    """
+    """The settings of each stage: from the command line, else the cascade's own."""
     settings = [stage.settings for stage in cascade.stages]
     chosen = {
         "num_inference_steps": _values("--steps", options.steps, int, len(settings)),

@@ -63,11 +63,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class CallOptions:
-    """The options of every generating command, checked before anything heavy is imported.
-
-    Raises:
-        OutputError: the output cannot be written.
-    """
+    """The options of every generating command; OutputError, before anything is loaded, if it cannot be written."""
 
     model: Annotated[
         str | None,
@@ -133,11 +129,7 @@ class CallOptions:
 
 @dataclass(frozen=True)
 class PipelineOptions(CallOptions):
-    """The options of a command that calls one pipeline.
-
-    Raises:
-        InputError: the scheduler is unknown; the error lists the nearest ones.
-    """
+    """The options of a command that calls one pipeline; InputError if the scheduler is unknown."""
 
     vae: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A .safetensors file with another VAE for the model.")

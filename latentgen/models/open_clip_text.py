@@ -89,11 +89,7 @@ class OpenCLIPTextConfig(StageConfig):
     proj_bias: Literal[False] = False
 
     def to_clip(self) -> CLIPTextConfig:
-        """The configuration of transformers for the whole tower.
-
-        Raises:
-            ConfigError: a value is out of the bounds of CLIP.
-        """
+        """The configuration of transformers for the whole tower; ConfigError if it is out of the bounds of CLIP."""
         return _clip_config(
             projects=self.proj_type == "linear",
             vocab_size=self.vocab_size,
