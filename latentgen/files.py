@@ -176,11 +176,7 @@ def read_json(path: str | Path) -> dict[str, object]:
 
 
 def parse_json_object(data: bytes, where: str) -> dict[str, object]:
-    """Parse a JSON object without duplicate keys; ``where`` names the file in the error.
-
-    Raises:
-        CheckpointCorruptError: anything but such an object.
-    """
+    """Parse a JSON object without duplicate keys; CheckpointCorruptError, which names ``where``, for anything else."""
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:

@@ -206,9 +206,7 @@ def read_lora(source: str | Path, *, component: str | None = None, check_factors
 def lora_weights(folder: Path) -> dict[str, Path]:
     """The weights in the folder of a LoRA: those of each component, or "weights"; empty if there is no LoRA.
 
-    Raises:
-        UnsafeCheckpointError: they are a pickle.
-        UnsafePathError: a file lies outside of the folder.
+    UnsafeCheckpointError if they are a pickle, UnsafePathError if a file lies outside of the folder.
     """
     if (diffusers_file := safe_join(folder, _DIFFUSERS_FILE, "LoRA folder")).is_file():
         return {"weights": diffusers_file}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,10 +153,13 @@ def _inspect_weights(path: Path, headers: Mapping[str, Header]) -> Inspection:
     identities = [identify(header) for header in headers.values()]
     identity = min(identities, key=lambda identity: identity.kind == "unknown")
     family = next((identity.family for identity in identities if identity.family), None)
-    if identity.kind == "adapter" or path.is_dir():
-        facts = _adapter_facts(_lora_facts, path, family or declared_target(metadata))
-    elif identity.kind == "embedding":
-        facts = _adapter_facts(_embedding_facts, path, family)
+    if identity.kind in ("adapter", "embedding") or path.is_dir():
+        is_embedding = identity.kind == "embedding" and not path.is_dir()
+        facts = {"target": family or (not is_embedding and declared_target(metadata)) or "not stored"}
+        try:
+            facts |= _embedding_facts(path) if is_embedding else _lora_facts(path)
+        except (AdapterError, CheckpointValueError) as error:
+            facts["problem"] = str(error)
     else:
         keys = {key.removeprefix(identity.key_prefix) for header in headers.values() for key in header}
         facts = _checkpoint_facts(None, declared_prediction(keys, metadata))
@@ -190,15 +193,6 @@ def _checkpoint_facts(scheduler: object, prediction_type: object) -> dict[str, s
         fact: value if isinstance(value, str) and value.isprintable() else "not stored"
         for fact, value in facts.items()
     }
-
-
-def _adapter_facts(read: Callable[[Path], dict[str, str]], path: Path, target: str | None) -> dict[str, str]:
-    """Facts about an adapter, or the reason why it cannot be used."""
-    facts = {"target": target or "not stored"}
-    try:
-        return facts | read(path)
-    except (AdapterError, CheckpointValueError) as error:
-        return facts | {"problem": str(error)}
 
 
 def _lora_facts(path: Path) -> dict[str, str]:

@@ -167,11 +167,7 @@ class MappedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open a file and validate its header.
-
-        Raises:
-            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: the file cannot be read.
-        """
+        """Open a file and validate its header; errors as :func:`read_header`."""
         self.path = path
         self.header = read_header(path)
         try:

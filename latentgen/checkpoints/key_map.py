@@ -133,19 +133,14 @@ def with_prefix(key_map: KeyMap, prefix: str) -> KeyMap:
 def to_diffusers_names(state: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
     """Tensors of the original layout under diffusers' names; only transposed ones are copied.
 
-    Raises:
-        CheckpointMismatchError: a key of the map is missing, or ``state`` has another one.
+    CheckpointMismatchError if ``state`` lacks a key of the map, or has another one.
     """
     _compare(state, {source.key for source in key_map.values()})
     return {name: source.take(state[source.key]) for name, source in key_map.items()}
 
 
 def to_original(state: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
-    """Tensors under diffusers' names in the original layout; only fused and transposed ones are copied.
-
-    Raises:
-        CheckpointMismatchError: a name of the map is missing, or ``state`` has another one.
-    """
+    """The reverse of :func:`to_diffusers_names`, with the same errors; only fused and transposed tensors are copied."""
     _compare(state, key_map.keys())
     names: dict[str, list[str]] = {}
     for name, source in sorted(key_map.items(), key=lambda item: item[1].qkv_index or 0):

@@ -54,11 +54,7 @@ class Weights:
     key_map: KeyMap | None = None
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """The tensors by their names in the diffusers layout; reads only the headers.
-
-        Raises:
-            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: a file cannot be read.
-        """
+        """The tensors by their names in the diffusers layout, from the headers; errors as :func:`read_header`."""
         result: dict[str, TensorInfo] = {}
         for file in self.files:
             header = read_header(file)

@@ -75,11 +75,7 @@ def _settings(arguments: Mapping[str, Any]) -> dict[str, str]:
 
 
 def draw_cascade(prompt: str, options: CascadeOptions) -> None:
-    """Generate with a cascade, write the images, and print their paths.
-
-    Raises:
-        LatentgenError: an option is invalid, or a file of the cascade; the subclass says which.
-    """
+    """Generate with a cascade, write the images, and print their paths."""
     from latentgen.pipelines.cascade import CascadePipeline
 
     pipeline = CascadePipeline.from_pretrained(options.model, dtype=options.dtype, device=options.device)

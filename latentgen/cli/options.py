@@ -180,11 +180,7 @@ class PipelineOptions(CallOptions):
         return settings
 
     def load(self, kind: type[AnyPipeline]) -> AnyPipeline:
-        """Load the model as this kind of pipeline, with its adapters.
-
-        Raises:
-            LatentgenError: an option is invalid, or a file of the model; the subclass says which.
-        """
+        """Load the model as this kind of pipeline, with its adapters."""
         from latentgen.checkpoints.folder import as_path
 
         if self.model is not None and as_path(self.model).is_file():
