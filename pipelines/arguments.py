@@ -48,14 +48,14 @@ def match_count(name: str, rows: tuple[T, ...], count: int) -> tuple[T, ...]:
     return rows * count if len(rows) == 1 else rows
 
 
-def check_integer(name: str, value: Any, lowest: int, highest: int) -> int:
+def check_integer(name: str, value: Any, lowest: int, highest: int, hint: str = "") -> int:
     """A whole number in `lowest`..`highest`, of Python or numpy; bools are refused."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or not lowest <= number <= highest:
-        raise InputError(f"{name}={value!r} must be a whole number from {lowest} to {highest}")
+        raise InputError(f"{name}={value!r} must be a whole number from {lowest} to {highest}{hint}")
     return number
 
 
@@ -91,7 +91,7 @@ def check_size(
     if height is None or width is None:
         raise InputError("pass height and width; the checkpoint does not say what size it was trained at")
     for name, side in (("height", height), ("width", width)):
-        side = check_integer(name, side, factor, MAX_SIDE // factor * factor)
+        side = check_integer(name, side, factor, MAX_SIDE // factor * factor, f", a multiple of {factor}")
         if side % factor:
             below = side // factor * factor
             raise InputError(
@@ -139,8 +139,8 @@ def check_output_type(value: OutputType) -> OutputType:
     return value
 
 
-def check_options(name: str, value: T | None, kind: type[T]) -> T | None:
+def check_options(name: str, value: T | None, kind: type[T], hint: str = "") -> T | None:
     """An options object of class `kind`, or None."""
     if value is not None and not isinstance(value, kind):
-        raise InputError(f"{name}={value!r} must be a {kind.__name__}")
+        raise InputError(f"{name}={value!r} must be a {kind.__name__}{hint}")
     return value

@@ -276,7 +276,7 @@ def read_request(
     # A distilled UNet takes the scale as an input instead.
     outer_scale = 1.0 if pipeline.unet.config.time_cond_proj_dim else scale
     combine: Guidance = ClassifierFree(outer_scale)
-    if options := check_options("guidance", guidance, GuidanceOptions):
+    if options := check_options("guidance", guidance, GuidanceOptions, "; the scale is guidance_scale"):
         combine = options.guidance(outer_scale, sampling.scheduler)
     branches = {1: (), 2: negatives, 3: no_prompt * len(prompts) + negatives}
     return Request(

@@ -282,6 +282,7 @@ class TestBadArguments:
             ({"height": 17}, "height=17"),
             ({"num_inference_steps": 1001}, "num_inference_steps=1001 .*1000"),
             ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+            ({"guidance": 7.5}, "guidance=7.5 .*guidance_scale"),
             ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
             ({"seed": [1, 2]}, "seed"),
             ({"scheduler": "dpmpp_2m_karas"}, "dpmpp_2m_karras"),
