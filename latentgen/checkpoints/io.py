@@ -90,10 +90,10 @@ def read_header(path: str | Path) -> Header:
         raise CheckpointNotFoundError(f"{quote(path)} does not exist or is not a file")
     with open_checkpoint(path) as file:
         head = file.read(1024)
-        length = int.from_bytes(head[:8], "little")
-        _check_start(path, head, length)
+        length, file_bytes = int.from_bytes(head[:8], "little"), file.seek(0, 2)
+        _check_start(path, head, length, file_bytes)
         file.seek(8)
-        text, file_bytes = file.read(length), file.seek(0, 2)
+        text = file.read(length)
         try:
             with safe_open(path, framework="np"):  # checks that the tensors fill the file without gaps
                 pass
@@ -258,11 +258,11 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     return len(data).to_bytes(8, "little") + data
 
 
-def _check_start(path: Path, head: bytes, length: int) -> None:
+def _check_start(path: Path, head: bytes, length: int, file_bytes: int) -> None:
     """Refuse other content by the first bytes of a file and the length of the header that they state."""
     if problem := wrong_content(head):
         raise CheckpointCorruptError(
-            f"{quote(path)} is {problem}, not a safetensors file; download the file again"
+            f"{quote(path)} is {problem}, not a safetensors file (it has {file_bytes:,} bytes); download it again"
         )
     refuse_pickle(path, head)
     if length > MAX_HEADER_BYTES:

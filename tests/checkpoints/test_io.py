@@ -81,7 +81,7 @@ def test_a_length_that_looks_like_another_format_is_no_obstacle(tmp_path: Path, 
         (b"\0" * 4096, "zero bytes"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3438167534\n",
-            "LFS.*3,438,167,534 b",
+            "LFS.*3,438,167,534 b.*has 73 bytes",
         ),
         (b"<!DOCTYPE html>\n<html><head>", "HTML"),
         (b"\n <html lang=en>", "HTML"),
