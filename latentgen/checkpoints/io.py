@@ -118,6 +118,8 @@ def read_header(path: str | Path) -> Header:
 
 def _declared_bytes(text: bytes, length: int) -> str:
     """The size of the file according to its header, if that can be read."""
+    if len(text) < length:
+        return f"at least {8 + length:,}"
     try:
         entries = json.loads(text)
         ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]

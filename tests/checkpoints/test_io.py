@@ -107,6 +107,11 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             read_header(path)
     with pytest.raises(CheckpointCorruptError, match=f"{len(whole)}"):
         read_header(path)
+    path.write_bytes(whole[:20])
+    with pytest.raises(
+        CheckpointCorruptError, match=f"20 of at least {8 + int.from_bytes(whole[:8], 'little')}"
+    ):
+        read_header(path)
 
 
 @pytest.mark.parametrize(
