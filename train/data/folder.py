@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from latentgen.errors import InputError
+from latentgen.errors import DatasetError, InputError
 from latentgen.files import quote, wrong_content
 from latentgen.image_file import read_image
 from latentgen.train.config import FolderData, KohyaData
 from latentgen.train.data import Sample, digest_of
 from latentgen.train.data.cropping import Cropper, Size, enlargement
-from latentgen.train.data.sample_checks import in_threads, refuse, warn_skipped
+from latentgen.train.data.sample_checks import in_threads, refuse
 from latentgen.train.data.scan import Item, Listing, list_folder
 
 _HEAD_BYTES = 512
@@ -104,20 +104,16 @@ class ImageFolder:
         self._cropper = Cropper(config)
         self.is_random = self._cropper.varies
         listing, facts, bad = survey(config)
-        problems = list(listing.problems)
-        if config.on_bad_image == "skip":
-            warn_skipped(list(bad.values()))
-        else:
-            problems += bad.values()
+        where, skip = quote(config.path), config.on_bad_image == "skip"
+        refuse(where, listing.problems, list(bad.values()), skip=skip)
         good = [item for item in listing.items if item not in bad]
-        if not good and not problems:
-            problems.append("no image that can be used")
-        refuse(quote(config.path), problems)
+        if not good:
+            raise DatasetError(f"{where} has no image that can be used")
         self._items = [item for item in good for _ in range(item.repeats)]
         self._sizes = [self._cropper.size_for(facts[item.file].size) for item in self._items]
         numbers: dict[bytes, int] = {}
-        self.images = [numbers.setdefault(facts[item.file].digest, len(numbers)) for item in self._items]
         digests = {file: facts[file].digest for file in facts}
+        self.images = [numbers.setdefault(digests[item.file], len(numbers)) for item in self._items]
         self.digest = digest_of(
             (
                 listing.name(item.file),

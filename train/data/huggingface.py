@@ -25,7 +25,6 @@ from latentgen.train.data.sample_checks import (
     check_sample,
     in_threads,
     refuse,
-    warn_skipped,
 )
 
 if TYPE_CHECKING:
@@ -72,11 +71,7 @@ class HuggingFaceSet:
                 bad[row] = f"row {row}: {sample.image_problem}"
             if sample.size is not None:
                 self._sizes[row], digests[row] = sample.size, sample.digest
-        if config.on_bad_image == "skip":
-            warn_skipped(list(bad.values()))
-        else:
-            problems += bad.values()
-        refuse(self._where, problems)
+        refuse(self._where, problems, list(bad.values()), skip=config.on_bad_image == "skip")
         self._rows = [row for row in range(len(self._table)) if row not in bad]
         if not self._rows:
             raise DatasetError(f"{self._where} has no row that can be used")

@@ -117,16 +117,17 @@ def in_threads(function: Callable[[S], T], items: Sequence[S], *, title: str | N
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for thousands of images
 
 
-def warn_skipped(problems: Sequence[str]) -> None:
-    """Warn about the bad images that a recipe says to skip."""
-    if problems:
-        warnings.warn(f"{len(problems):,} images are left out: {_listed(problems)}", stacklevel=3)
+def refuse(
+    where: str, problems: Sequence[str], bad_images: Sequence[str] = (), *, skip: bool = False
+) -> None:
+    """Raise DatasetError if there are problems; the message lists the first fifty and counts all.
 
-
-def refuse(where: str, problems: Sequence[str]) -> None:
-    """Raise DatasetError if there are problems; the message lists the first fifty and counts all."""
-    if problems:
-        raise DatasetError(f"{where} has {len(problems):,} problems: {_listed(problems)}")
+    Problems of images are as bad, or only warned about if the recipe says to `skip` such images.
+    """
+    if bad_images and skip:
+        warnings.warn(f"{len(bad_images):,} images are left out: {_listed(bad_images)}", stacklevel=3)
+    if found := [*problems, *(() if skip else bad_images)]:
+        raise DatasetError(f"{where} has {len(found):,} problems: {_listed(found)}")
 
 
 def _listed(problems: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from latentgen.train.cache import TensorCache, content_key
 from latentgen.train.config import WebDataset
 from latentgen.train.data import Sample, digest_of
 from latentgen.train.data.cropping import Cropper, Size
-from latentgen.train.data.sample_checks import DataSurvey, UsableSample, refuse, warn_skipped
+from latentgen.train.data.sample_checks import DataSurvey, UsableSample, refuse
 from latentgen.train.data.sampler import SHARDS_TOGETHER
 from latentgen.train.data.tar_index import Member, OpenTar, ShardSurvey, survey_shard
 from latentgen.train.distributed import gather, own_share
@@ -59,15 +59,12 @@ class ShardSet:
         surveys = _survey_all(self._paths, config)
         problems = [problem for survey in surveys for problem in survey.problems]
         bad = [problem for survey in surveys for problem in survey.bad_images]
-        if config.on_bad_image == "skip":
-            warn_skipped(bad)
-        else:
-            problems += bad
+        where = f"data.shards ({len(self._paths):,} files)"
+        refuse(where, problems, bad, skip=config.on_bad_image == "skip")
         self._samples = [survey.samples for survey in surveys]
         self.shard_counts = tuple(map(len, self._samples))
-        if not any(self.shard_counts) and not problems:
-            problems.append(_NO_SAMPLE)
-        refuse(f"data.shards ({len(self._paths):,} files)", problems)
+        if not any(self.shard_counts):
+            raise DatasetError(f"{where} has {_NO_SAMPLE}")
         self.digest = digest_of(
             (self._stamps[path][0], hashlib.sha256(samples[:, :4].tobytes()).digest())
             for path, samples in zip(self._paths, self._samples, strict=True)
