@@ -24,15 +24,9 @@ _SECONDS = 20.0
 class DryRunReport:
     """The measurements of a dry run.
 
-    Attributes:
-        config: the recipe.
-        step: the step that the run would resume from; 0 for a new run.
-        trained, parameters: the number of trained parameters, and of all.
-        images, held_out: the number of images to train on, and of those for the validation loss.
-        samples: of an epoch, with all cached views of each image.
-        processes, device: the number of processes, and the device of each.
-        seconds_per_step: the median over a few steps.
-        peak_bytes: peak memory of the device; None where torch does not count it.
+    `step` is where the run would resume; `trained` and `parameters`, `images`, `held_out` and `samples` (of an epoch,
+    with all cached views of each image) are counts; `seconds_per_step` is the median over a few steps; `peak_bytes` is
+    None where torch does not count the device's memory.
     """
 
     config: TrainConfig
@@ -58,26 +52,20 @@ class DryRunReport:
         views = f", {self.samples:,} samples with their views" if self.samples != self.images else ""
         held_out = f"; {self.held_out:,} more for the validation loss" if self.held_out else ""
         yield f"images:   {self.images:,}{views}{held_out}"
-        yield (
-            f"batch:    {config.batch_size:,} = {each:,} samples x {self.processes} processes x {parts} "
-            "accumulated parts"
-        )
+        product = f"{each:,} samples x {self.processes} processes x {parts} accumulated parts"
+        yield f"batch:    {config.batch_size:,} = {product}"
         per_epoch = self.samples / config.batch_size
+        epochs = f"{per_epoch:,.4g} steps an epoch, {config.max_steps / per_epoch:,.4g} epochs"
         done = f", of which {self.step:,} are done" if self.step else ""
-        yield (
-            f"steps:    {config.max_steps:,}{done}; {per_epoch:,.4g} steps an epoch, "
-            f"{config.max_steps / per_epoch:,.4g} epochs"
-        )
+        yield f"steps:    {config.max_steps:,}{done}; {epochs}"
         if (unreached := config.optimizer.unreached(config.max_steps)) is not None:
             yield f"warning:  {unreached}"
         if self.peak_bytes is not None:
             yield f"memory:   {self.peak_bytes / 2**30:.1f} GiB on the device at its peak"
         rate = config.batch_size / self.seconds_per_step
         yield f"speed:    {self.seconds_per_step:.3g} s a step, {rate:.3g} samples/s"
-        yield (
-            f"left:     {timedelta(seconds=round(steps * self.seconds_per_step))} for {steps:,} steps, without "
-            "checkpoints and validation"
-        )
+        left = timedelta(seconds=round(steps * self.seconds_per_step))
+        yield f"left:     {left} for {steps:,} steps, without checkpoints and validation"
         yield f"nothing was written; {config.output_dir} is unchanged"
 
 

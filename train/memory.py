@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from latentgen.errors import ConfigError, MemoryBudgetError
 from latentgen.models.activation_checkpointing import Checkpointing, keeps
+from latentgen.models.quantized_weights import quantize_frozen
 from latentgen.train.config import FinetuneTask, TrainConfig
 from latentgen.train.data import plan_step
 from latentgen.train.host_memory import available_bytes
-from latentgen.train.networks import checkpoint_gradients, checkpointed_layers, store_base
+from latentgen.train.networks import checkpoint_gradients, checkpointed_layers
 from latentgen.train.objectives.base import Objective
 from latentgen.train.optimizer import state_bytes
 
@@ -104,7 +105,8 @@ def apply_memory_options(config: TrainConfig, accelerator: Accelerator, objectiv
         MemoryBudgetError: a step does not fit on the device, with the numbers and possible savings.
     """
     if config.memory.base_dtype != "fp32":
-        store_base(objective, config.memory.base_dtype)
+        for network in objective.children():
+            quantize_frozen(network, config.memory.base_dtype)
         if config.memory.planner:
             _check_step_fits(config, accelerator, objective)
     if config.memory.gradient_checkpointing:

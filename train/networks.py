@@ -1,4 +1,4 @@
-"""What training does to the networks of any objective: memory layout, compilation, checkpointing, smaller storage."""
+"""What training does to the networks of any objective: memory layout, compilation, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from torch import nn
 from latentgen.errors import ConfigError
 from latentgen.models.activation_checkpointing import Checkpointing, recomputing_contexts
 from latentgen.models.attention import Transformer2DModel
-from latentgen.models.config import StorageDtype
 from latentgen.models.layers import ResnetBlock2D
-from latentgen.models.quantized_weights import quantize_frozen
 from latentgen.models.unet import UNet
 
 if TYPE_CHECKING:
@@ -67,12 +65,6 @@ def checkpoint_gradients(module: nn.Module, how: Checkpointing) -> None:
     if (text := _trained_text_encoder(module)) is not None:
         for model in text if isinstance(text, nn.ModuleList) else [text]:
             _checkpoint_transformer(model, how)
-
-
-def store_base(module: nn.Module, storage: StorageDtype) -> None:
-    """Store the weights that are not trained in fewer bits; see quantize_frozen."""
-    for network in module.children():
-        quantize_frozen(network, storage)
 
 
 def _checkpoint_transformer(model: PreTrainedModel | Any, how: Checkpointing) -> None:

@@ -364,20 +364,11 @@ class Trainer:
 
 
 def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    differing = {
-        "missing": sorted(targets.keys() - sources.keys()),
-        "extra": sorted(sources.keys() - targets.keys()),
-        "of other shapes": sorted(
-            name for name in targets.keys() & sources.keys() if targets[name].shape != sources[name].shape
-        ),
-    }
-    if any(differing.values()):
-        differences = ", ".join(
-            f"{len(names)} {kind} ({first_five(names)})" for kind, names in differing.items() if names
-        )
+    ours, theirs = ({name: tensor.shape for name, tensor in side.items()} for side in (targets, sources))
+    if differing := dict(ours.items() ^ theirs.items()):
         raise ResumeError(
-            f"the checkpoint has other parameters than this run trains: {differences}; undo the change of networks, "
-            "or start a new run in another output_dir"
+            "the checkpoint has other parameters than this run, or of other shapes: "
+            f"{first_five(sorted(differing))}; undo the change of networks, or start a new run in another output_dir"
         )
     with torch.no_grad():
         for name, target in targets.items():

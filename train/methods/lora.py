@@ -116,7 +116,8 @@ class LoRATraining(Method):
         field = "targets" if component == "unet" else "text_targets"
         adaptable = set(layer_names(network).values())
         for target in self._targets(component):
-            paths = [path for path, _ in network.named_modules() if _ends_with(path, target)]
+            # As PEFT matches layers.
+            paths = [path for path, _ in network.named_modules() if f".{path}".endswith(f".{target}")]
             if wrong := [path for path in paths if path not in adaptable]:
                 raise ConfigError(
                     f"task.method.{field}: {quote(target)} names layers of the {component} that are neither linear nor "
@@ -192,11 +193,6 @@ def _factors(network: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]]:
             assert isinstance(down.weight, Tensor)
             assert isinstance(up.weight, Tensor)
             yield path, {"lora_A": down.weight, "lora_B": up.weight}
-
-
-def _ends_with(path: str, target: str) -> bool:
-    """Whether PEFT matches a layer with the target."""
-    return path == target or path.endswith(f".{target}")
 
 
 def _endings(paths: set[str]) -> str:

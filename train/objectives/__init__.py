@@ -26,26 +26,19 @@ def build_objective(
 ) -> Objective:
     """The objective of a recipe, on the CPU, its networks initialized at random or from `init_from`.
 
-    Args:
-        config: the recipe.
-        device: where images and captions are encoded.
-        assets: the folder with the tokenizer of text to image, if the run is resumed.
-        data: the training set; by default the whole set that the recipe names.
-        preflight: called with the objective before anything is generated or encoded.
+    Images and captions are encoded on `device`; `data` is by default the whole set that the recipe names; `assets` is
+    the folder with the tokenizer of text to image, if the run is resumed; `preflight` is called with the objective
+    before anything is generated or encoded.
     """
     data = open_data(config.data) if data is None else data
-    task = config.task
+    task, init_from = config.task, config.init_from
     if isinstance(task, AutoencoderTask):
-        autoencoder = AutoencoderObjective(task, data, init_from=config.init_from)
+        autoencoder = AutoencoderObjective(task, data, init_from=init_from)
         if preflight is not None:
             preflight(autoencoder)
         return autoencoder
-    options: dict[str, Any] = {
-        "seed": config.seed,
-        "device": device,
-        "init_from": config.init_from,
-        "preflight": preflight,
-    }
+    options: dict[str, Any] = {"seed": config.seed, "device": device, "init_from": init_from}
+    options["preflight"] = preflight
     if isinstance(task, FinetuneTask):
         return FinetuneObjective(task, data, class_images=config.output_dir / "class_images", **options)
     if isinstance(task, UpscaleTask):

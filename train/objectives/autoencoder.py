@@ -27,12 +27,8 @@ _CALIBRATION_BATCH = 32
 class AutoencoderObjective(Objective):
     """Reconstruction error in pixels and in their differences, and a small KL term towards the standard normal.
 
-    The pixel differences (edges) penalize blur: a blurred edge costs little in pixels and much in edges.
-
-    Args:
-        task: what the recipe says.
-        data: the images; captions are not used.
-        init_from: a folder with a `vae/` whose weights to start from, instead of random ones.
+    The pixel differences (edges) penalize blur: a blurred edge costs little in pixels and much in edges. `init_from` is
+    a folder with a `vae/` whose weights to start from, instead of random ones.
 
     Raises:
         ConfigError: the VAE's configuration is wrong or does not fit the images.

@@ -57,12 +57,8 @@ class Objective(nn.Module, ABC):
                 (images,) = batch
                 return Loss((self.network(images + 0.1 * torch.randn_like(images)) - images).square().mean(), {})
 
-    Args:
-        data: the training set.
-        views: how many views of each item count as samples of their own.
-
-    Attributes:
-        order: the samples of every step; its length is that of an epoch.
+    `order` has the samples of every step, and the length of an epoch, in which `views` views of each item count as
+    samples of their own.
     """
 
     order: BucketSampler
@@ -79,11 +75,8 @@ class Objective(nn.Module, ABC):
     def batch(self, plan: BatchIndices, views: list[Sample] | None = None) -> tuple[Tensor, ...]:
         """The inputs of `forward`: everything that is read or random, a function of the plan alone.
 
-        By default images [B, 3, H, W] in -1..1, float32, from one random view of each sample.
-
-        Args:
-            plan: which samples of which step.
-            views: from `prefetch`, where that has returned any.
+        By default images [B, 3, H, W] in -1..1, float32, from one random view of each sample. `views` are those that
+        `prefetch` has returned, if any.
         """
         if views is None:
             rngs = plan.rngs("view")
@@ -95,11 +88,9 @@ class Objective(nn.Module, ABC):
         """The mean loss of a batch."""
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the trained model; by default `weights` as model.safetensors.
+        """Write the trained model into an empty folder; by default `weights` as model.safetensors.
 
-        Args:
-            folder: an empty folder.
-            weights: the whole state of this module. Training is over, so the objective (on the CPU) may be modified.
+        `weights` are the whole state of this module. Training is over, so the objective, on the CPU, may be modified.
         """
         save_weights(dict(weights), folder, "model")
 
@@ -119,9 +110,7 @@ class Objective(nn.Module, ABC):
     def validation_loss(self, plan: BatchIndices, timesteps: int) -> Loss:
         """The mean loss of a batch of validation images, a function of the weights and the plan alone.
 
-        Args:
-            plan: the batch.
-            timesteps: at how many noise levels to measure a loss that depends on one; its parts are named after them.
+        A loss that depends on the noise level is measured at `timesteps` of them; its parts are named after these.
         """
         device = next(self.parameters()).device
         # Not self(...): Accelerate binds the forward of the instance, which for_validation has copied.

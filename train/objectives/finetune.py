@@ -28,7 +28,7 @@ from latentgen.train.objectives.base import Example, Loss, Preflight
 from latentgen.train.objectives.class_images import ClassImages
 from latentgen.train.objectives.degradation import random_mask
 from latentgen.train.objectives.latent_diffusion import LatentObjective
-from latentgen.train.objectives.latents import CondKind, LatentBatch, ViewSource, cond_image
+from latentgen.train.objectives.latents import LatentBatch, ViewSource, cond_image
 from latentgen.train.objectives.pretrained import check_data, load_model, own_memory
 
 # What a mask covers: for the encoder as near to 0 as 8 bits come.
@@ -78,6 +78,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         self._stages = replace(self._method.inject(pipeline), scheduler=self.scheduler)
         self.unet = self._stages.unet
         self._text = self._stages.text_encoder
+        self._cond_kind = "latents" if self.inpaints or self.edits else "none"
         self._check_dropout()
         own_memory(nn.ModuleList([self.unet, self._text.module]))
         self._vae = (self._stages.encoder(), self._stages.decoder)
@@ -196,10 +197,6 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         return ViewSource(
             self._data, self.task.views_per_image, self._seed, _mask_view if self.inpaints else None
         )
-
-    @property
-    def _cond_kind(self) -> CondKind:
-        return "latents" if self.inpaints or self.edits else "none"
 
     def for_validation(self, data: CaptionedDataset, seed: int) -> Self:
         """As LatentObjective.for_validation; without dropout of instructions and images, and without class images."""

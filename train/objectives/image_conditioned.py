@@ -28,7 +28,7 @@ from latentgen.train.data import CaptionedDataset, Sample
 from latentgen.train.objectives.base import Example, Preflight
 from latentgen.train.objectives.degradation import DEGRADATIONS, DETERMINISTIC, lower_resolution
 from latentgen.train.objectives.latent_diffusion import LatentObjective
-from latentgen.train.objectives.latents import CondKind, LatentBatch, ViewSource
+from latentgen.train.objectives.latents import LatentBatch, ViewSource
 from latentgen.train.objectives.pretrained import (
     check_fit,
     load_frozen_text_encoder,
@@ -113,6 +113,8 @@ class UpscaleObjective(ImageConditionedObjective[UpscaleTask]):
     arXiv:2106.15282): images that another model has generated differ from those that are scaled down.
     """
 
+    _cond_kind = "pixels"
+
     def _in_channels(self, vae: VAEConfig | PixelConfig) -> dict[int, str]:
         """The channels by the ratio of the low-resolution image's side to that of the latents."""
         enlargement, size = self.task.enlargement, self._data.image_size
@@ -123,10 +125,6 @@ class UpscaleObjective(ImageConditionedObjective[UpscaleTask]):
             vae.latent_channels + vae.out_channels * ratio**2: f"x{enlargement * vae.spatial_factor // ratio}"
             for ratio in ratios
         }
-
-    @property
-    def _cond_kind(self) -> CondKind:
-        return "pixels"
 
     def _cond_image(self, view: Sample, rng: random.Random) -> Image.Image:
         """The image in low resolution, without noise."""
@@ -170,6 +168,8 @@ class PairedObjective(ImageConditionedObjective[PairedTask]):
     (arXiv:2211.09800, section 3.2).
     """
 
+    _cond_kind = "latents"
+
     def _in_channels(self, vae: VAEConfig | PixelConfig) -> dict[int, str]:
         return {2 * vae.latent_channels: "the latents and those of an image"}
 
@@ -184,10 +184,6 @@ class PairedObjective(ImageConditionedObjective[PairedTask]):
         init_from.weights("unet").load_into(half, dtype=torch.float32)
         unet.load_state_dict(widened_state(half.state_dict(), config.in_channels))
         return unet
-
-    @property
-    def _cond_kind(self) -> CondKind:
-        return "latents"
 
     def _source(self) -> ViewSource:
         random_change = self.task.degradation not in DETERMINISTIC

@@ -101,10 +101,7 @@ class CachedView(NamedTuple):
 class CachedLatents(LatentDataset):
     """Fixed views that were encoded once; the items of a batch are their indices in the source.
 
-    Args:
-        source: the views.
-        views: the distinct ones, in the order of `source.distinct`.
-        cache: holds their latents.
+    `views` are the distinct ones, in the order of `source.distinct`; the cache holds their latents.
     """
 
     def __init__(self, source: ViewSource, views: Sequence[CachedView], cache: TensorCache) -> None:

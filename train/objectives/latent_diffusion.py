@@ -39,7 +39,6 @@ from latentgen.train.objectives.latents import (
 from latentgen.train.objectives.losses import (
     mean_loss,
     middles,
-    perturbed_noise,
     sample_errors,
     spread_timesteps,
     training_noise,
@@ -75,7 +74,6 @@ class LatentObjective(Objective, Generic[AnyTask]):
         device: where images are encoded; the objective itself stays on the CPU.
 
     Attributes:
-        task: what the recipe says.
         scheduler: the noise schedule and prediction type of the training.
         unet: the network that is trained.
         text_encoder: a child only if it is trained as well, or encodes in every step.
@@ -83,6 +81,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
 
     unet: UNet
     text_encoder: nn.Module
+    _cond_kind: CondKind = "none"  # what is stored of the conditioning image of each view
     _text: TextEncoder
     _conditioner: TextConditioner
     _latents: LatentDataset
@@ -143,7 +142,9 @@ class LatentObjective(Objective, Generic[AnyTask]):
         timesteps = spread_timesteps(plan, schedule.num_train_timesteps, self.task.timestep_shift)
         optional = []
         if loss.input_perturbation:
-            optional.append(perturbed_noise(plan, noise, loss.input_perturbation))
+            # arXiv:2301.11706, algorithm 1
+            more = plan.noise(noise.shape[1:], "input perturbation")
+            optional.append(noise + loss.input_perturbation * more)
         if loss.masked:
             optional.append(encoded.masks())
         text = self._conditioner.tensors(self._captions(encoded))
@@ -263,11 +264,6 @@ class LatentObjective(Objective, Generic[AnyTask]):
     def _source(self) -> ViewSource:
         """The views to encode: by default those of the images, unchanged."""
         return ViewSource(self._data, self.task.views_per_image, self._seed)
-
-    @property
-    def _cond_kind(self) -> CondKind:
-        """What is stored of the conditioning image of each view."""
-        return "none"
 
     def _pipeline_of(self, kind: type[AnyPipeline], diffusers_class: str, **own: Any) -> AnyPipeline:
         """A pipeline of the networks and the pretrained autoencoder, with fields of its own."""

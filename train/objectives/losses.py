@@ -70,11 +70,6 @@ def training_noise(plan: BatchIndices, shape: Sequence[int], loss: LatentLoss) -
     return noise
 
 
-def perturbed_noise(plan: BatchIndices, noise: Tensor, strength: float) -> Tensor:
-    """The noise [B, C, h, w] of the UNet's input where `noise` is to be predicted (arXiv:2301.11706, algorithm 1)."""
-    return noise + strength * plan.noise(noise.shape[1:], "input perturbation")
-
-
 def pyramid_noise(noise: Tensor, pyramid: PyramidNoise, rng: random.Random) -> Tensor:
     """Noise [C, h, w] of one sample with coarser noise added, scaled back to a standard deviation of 1.
 

@@ -26,9 +26,7 @@ _POOLED = "pooled"
 class TextConditioner:
     """Turns captions into tensors of a batch, and those into the conditioning of the UNet.
 
-    Args:
-        text: the text encoder.
-        cache: its outputs for the captions; with None each step encodes the token ids that its batch holds.
+    Without a `cache` of the encoder's outputs each step encodes the token ids that its batch holds.
     """
 
     def __init__(self, text: TextEncoder, cache: CaptionCache | None = None) -> None:

@@ -142,12 +142,8 @@ def train_tokenizer(corpus: Sequence[str], *, vocab_size: int, max_length: int) 
     `vocab_size` tokens.
 
     Every byte is a token, alone and at the end of a word, so that any Unicode text can be tokenized. The same corpus
-    gives the same tokenizer in every process, and so in a resumed run.
-
-    Args:
-        corpus: the captions.
-        vocab_size: tokens at most, the two special ones and the 512 bytes included.
-        max_length: tokens of the text encoder's window.
+    gives the same tokenizer in every process, and so in a resumed run. `vocab_size` includes the two special tokens and
+    the 512 bytes; `max_length` is the text encoder's window.
 
     Raises:
         ConfigError: `vocab_size` is too small for the bytes.

@@ -14,13 +14,7 @@ _SMALLEST_SIDE = 9
 
 
 class MatrixOptimizer(ChainedOptimizer):
-    """Optimizers that work on matrix views of some convolution kernels.
-
-    Args:
-        groups: the parameters.
-        parts: the optimizers, over the same groups with a matrix in place of each kernel.
-        views: each of these kernels with its matrix.
-    """
+    """Optimizers (`parts`) that work on a matrix in place of some kernels; `views` are each kernel with its own."""
 
     def __init__(
         self,

@@ -25,7 +25,6 @@ from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.losses import (
     elementwise_error,
     level_weights,
-    perturbed_noise,
     pyramid_noise,
     sample_errors,
     signal_to_noise,
@@ -338,9 +337,6 @@ def test_each_sample_has_its_own_whatever_it_is_batched_with(loss: LatentLoss):
             3, 0, batch_size=8, order=BucketSampler([range(9)]), parts=1, rank=rank, processes=2
         )
         assert torch.equal(training_noise(part, SHAPE, loss), whole[rank::2])
-        assert torch.equal(
-            perturbed_noise(part, whole[rank::2], 0.1), perturbed_noise(plan_of(8), whole, 0.1)[rank::2]
-        )
 
 
 def test_offset_noise_shifts_whole_channels():
