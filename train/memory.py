@@ -253,10 +253,7 @@ class _SavedTensors(TorchDispatchMode):
         def leave(*_: object) -> None:
             self._in_layer = False
 
-        return [
-            layer.register_forward_pre_hook(enter, with_kwargs=True),
-            layer.register_forward_hook(leave),
-        ]
+        return [layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)]
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd saves."""

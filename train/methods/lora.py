@@ -18,13 +18,7 @@ from latentgen.files import quote
 from latentgen.models.text_loading import name_in_files
 from latentgen.pipelines.base import Pipeline
 from latentgen.train.config.tasks import LoRAMethod
-from latentgen.train.methods.base import (
-    AnyPipeline,
-    Method,
-    layers_without_gradient,
-    save_adapter,
-    towers_of,
-)
+from latentgen.train.methods.base import AnyPipeline, Method, layers_without_gradient, save_adapter, towers_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -149,10 +143,7 @@ class LoRATraining(Method):
 
     @torch.no_grad()
     def _load_init_lora(
-        self,
-        source: Path,
-        networks: Mapping[str, nn.Module],
-        paths: Mapping[str, Mapping[str, str]],
+        self, source: Path, networks: Mapping[str, nn.Module], paths: Mapping[str, Mapping[str, str]]
     ) -> None:
         """Start from the factors of a file, rescaled to this run's alpha."""
         lora = read_lora(source)

@@ -29,12 +29,7 @@ from latentgen.train.objectives.base import Example, Preflight
 from latentgen.train.objectives.degradation import DEGRADATIONS, DETERMINISTIC, lower_resolution
 from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.latents import LatentBatch, ViewSource
-from latentgen.train.objectives.pretrained import (
-    check_fit,
-    load_frozen_text_encoder,
-    load_vae,
-    widened_state,
-)
+from latentgen.train.objectives.pretrained import check_fit, load_frozen_text_encoder, load_vae, widened_state
 
 ImageTask = TypeVar("ImageTask", UpscaleTask, PairedTask)
 

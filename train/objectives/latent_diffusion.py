@@ -89,13 +89,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
     _vae: tuple[ImageEncoder, ImageDecoder]
 
     def __init__(
-        self,
-        task: AnyTask,
-        data: CaptionedDataset,
-        scheduler: Scheduler,
-        *,
-        seed: int,
-        device: torch.device,
+        self, task: AnyTask, data: CaptionedDataset, scheduler: Scheduler, *, seed: int, device: torch.device
     ) -> None:
         super().__init__(data, views=max(1, task.views_per_image))
         self.task = task
