@@ -63,8 +63,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError("mixed_precision fp16 needs an accelerator, and there is none here; use bf16 or no")
     if (field := config.takes_gradients) is not None and accelerator.num_processes > 1:
         raise ConfigError(
-            f"{field} works in one process only, because gradients are used or moved before all "
-            f"{accelerator.num_processes} processes could average them; leave it out, or train in one process"
+            f"{field} works in one process only, and there are {accelerator.num_processes}; leave it out"
         )
     if config.memory.offload_optimizer:
         problem = (
@@ -201,8 +200,7 @@ def check_same_start(accelerator: Accelerator, step: int | None, output_dir: Pat
     steps: Any = accelerator.gather(own_step)
     if len(set(steps.tolist())) > 1:
         raise ResumeError(
-            f"the processes find different checkpoints in {quote(output_dir)}: output_dir must be one folder that all "
-            "of them share"
+            f"the processes find different checkpoints in output_dir {quote(output_dir)}: it must be one shared folder"
         )
 
 

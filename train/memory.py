@@ -82,8 +82,7 @@ def check_memory(config: TrainConfig, accelerator: Accelerator, objective: Objec
     if config.memory.base_dtype != "fp32":
         if not _trains_adapter(config):
             raise ConfigError(
-                f"memory.base_dtype is {config.memory.base_dtype}, but this task saves all weights, which must keep "
-                "their precision; remove it, or train an adapter"
+                f"memory.base_dtype {config.memory.base_dtype} is for adapters; remove it to train a whole model"
             )
     elif config.memory.planner:
         _check_step_fits(config, accelerator, objective)
@@ -92,8 +91,7 @@ def check_memory(config: TrainConfig, accelerator: Accelerator, objective: Objec
         size = copies * sum(p.nbytes for p in objective.parameters() if p.requires_grad)
         if (free := available_bytes(torch.device("cpu"))) < size:
             raise MemoryBudgetError(
-                f"memory.offload_optimizer: gradients and moments need {size / 1e9:.3g} GB of host memory, and "
-                f"{free / 1e9:.3g} GB are free; leave it out"
+                f"memory.offload_optimizer needs {size / 1e9:.3g} of {free / 1e9:.3g} GB free on the host; remove it"
             )
 
 

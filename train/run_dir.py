@@ -96,8 +96,7 @@ def state_to_resume(config: TrainConfig, *, processes: int = 1, quiet: bool = Fa
     changes = _allowed_changes(state, config)
     if state.step > config.max_steps:
         raise ResumeError(
-            f"the run in {quote(folder)} has done {state.step} steps, but max_steps is {config.max_steps}: raise it, "
-            "or choose another output_dir"
+            f"{quote(folder)} has {state.step} steps, and max_steps is {config.max_steps}: raise it"
         )
     notes = [f"the recipe changes at step {state.step}: {'; '.join(changes)}"] if changes else []
     if state.step == config.max_steps:

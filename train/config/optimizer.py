@@ -43,21 +43,14 @@ class Optimizer(Section):
     step_in_backward: bool = False
 
     @model_validator(mode="after")
-    def _can_step_in_backward(self) -> Self:
+    def _agrees(self) -> Self:
         if self.step_in_backward and self.name not in ("adamw", "adafactor"):
             raise ValueError(f"step_in_backward is for adamw and adafactor; name is {self.name}")
         if self.step_in_backward and self.max_grad_norm is not None:
-            raise ValueError(
-                f"step_in_backward cannot clip by the norm of all gradients; max_grad_norm is {self.max_grad_norm:g}, "
-                "set it to null"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _can_decay(self) -> Self:
+            raise ValueError(f"step_in_backward: set max_grad_norm to null; it is {self.max_grad_norm:g}")
         if self.decay_fraction and self.schedule != "warmup_stable_decay":
             raise ValueError(
-                f"decay_fraction is for schedule warmup_stable_decay, and schedule is {self.schedule}; remove one"
+                f"decay_fraction is for schedule warmup_stable_decay; schedule is {self.schedule}"
             )
         return self
 

@@ -126,10 +126,7 @@ class TrainConfig(Section):
     def _are_fields(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         names = tuple(map(current_name, names))
         if unknown := [name for name in names if not has_field(TrainConfig, name)]:
-            raise ValueError(
-                f"unknown field {', '.join(map(quote, unknown))}; write nested fields with dots, as in "
-                "optimizer.learning_rate"
-            )
+            raise ValueError(f"unknown field {', '.join(map(quote, unknown))}; nested fields have dots")
         return names
 
     @model_validator(mode="after")
@@ -144,31 +141,19 @@ class TrainConfig(Section):
         if self.batch_size % parts:
             yield f"batch_size: {self.batch_size} is not a multiple of gradient_accumulation_steps {parts}"
         if optimizer.step_in_backward and parts > 1:
-            yield (
-                "optimizer.step_in_backward: gradients are freed at once and cannot be accumulated; set "
-                f"gradient_accumulation_steps to 1 (it is {parts}) and lower batch_size"
-            )
+            yield f"optimizer.step_in_backward: set gradient_accumulation_steps to 1; it is {parts}"
         if memory.offload_optimizer and optimizer.name not in ("adamw", "adafactor"):
             yield f"memory.offload_optimizer: only for adamw and adafactor; optimizer.name is {optimizer.name}"
         if memory.offload_optimizer and optimizer.name == "adafactor" and optimizer.step_in_backward:
             yield "memory.offload_optimizer: adafactor with step_in_backward leaves nothing to offload; remove it"
         if self.takes_gradients is not None and self.mixed_precision == "fp16":
-            yield (
-                f"{self.takes_gradients}: the loss scaling of fp16 needs all gradients before the step; set "
-                "mixed_precision to bf16 or no"
-            )
+            yield f"{self.takes_gradients} does not work with fp16; set mixed_precision to bf16 or no"
         if optimizer.text_encoder_learning_rate is not None and not self._trains_text_encoder:
-            yield (
-                "optimizer.text_encoder_learning_rate: no text encoder is trained with the UNet; set "
-                "train_text_encoder to true if the task has it, or remove this rate"
-            )
+            yield "optimizer.text_encoder_learning_rate: set train_text_encoder to true, or remove it"
         if memory.ema_device == "cpu" and not self.ema_decay:
             yield "memory.ema_device: without ema_decay there is no moving average; set it, or remove ema_device"
         if self.compile and memory.gradient_checkpointing == "selective":
-            yield (
-                "memory.gradient_checkpointing: compile already selects what to recompute; use one of compile and "
-                "selective"
-            )
+            yield "memory.gradient_checkpointing: use one of selective and compile, which selects by itself"
 
     def _task_problems(self) -> Iterator[str]:
         task, no_weights = self.task, self.init_from is None
@@ -185,17 +170,11 @@ class TrainConfig(Section):
         validation, task = self.validation, self.task
         if validation is None:
             if self.validation_fraction:
-                yield (
-                    "validation_fraction: it is set but no validation is configured; add "
-                    "`validation: {loss_every: 500}`, or remove it"
-                )
+                yield "validation_fraction: add `validation: {loss_every: 500}`, or remove it"
             return
         needs_image = isinstance(task, UpscaleTask | PairedTask)
         if validation.prompts and (needs_image or isinstance(task, AutoencoderTask)):
-            yield (
-                f"validation.prompts: models of task.kind {task.kind} generate nothing from a prompt alone; remove "
-                "them, and set validation_fraction or validation.data, and validation.images"
-            )
+            yield f"validation.prompts: not for task.kind {task.kind}; remove them, and set validation.images"
         # Of a fine-tuned model the checkpoint says whether it takes images.
         if validation.images and not (needs_image or isinstance(task, FinetuneTask)):
             yield f"validation.images: models of task.kind {task.kind} take no input image; remove it"

@@ -252,8 +252,7 @@ class Prior(Section):
     def _has_one_caption(self) -> Self:
         if self.path is not None and not isinstance(self.prompt, str):
             raise ValueError(
-                f"prompt: with path it must be one, the caption of images without a text file; found "
-                f"{len(self.prompt)}: write the captions into text files, or leave path out"
+                f"prompt: with path it must be one, found {len(self.prompt)}; write captions into text files"
             )
         return self
 

@@ -84,10 +84,7 @@ def _notes(samples: Sequence[UsableSample], sizes: Sequence[Size]) -> Iterator[s
     for sample, size in zip(samples, sizes, strict=True):
         scale = enlargement(sample.size, size)
         if scale > 1:
-            yield (
-                f"{sample.name}: {pixels(sample.size)} is smaller than its view of {pixels(size)}; it would be "
-                f"enlarged to {scale:.2f} times its size"
-            )
+            yield f"{sample.name}: {pixels(sample.size)} is enlarged to {pixels(size)}, by {scale:.2f}"
     yield from (f"{sample.name}: its caption is empty" for sample in samples if "" in sample.captions)
     named = [(sample.name, text) for sample in samples for text in sample.captions]
     if not named:
@@ -97,7 +94,4 @@ def _notes(samples: Sequence[UsableSample], sizes: Sequence[Size]) -> Iterator[s
     rows = tokenizer([text for _, text in named], add_special_tokens=False, verbose=False).input_ids
     for (name, _), row in zip(named, rows, strict=True):
         if len(row) > room:
-            yield (
-                f"{name}: a caption of {len(row)} tokens, of which CLIP's window holds {room}; it is read in "
-                "several windows"
-            )
+            yield f"{name}: a caption of {len(row)} tokens is read in several of CLIP's windows of {room}"

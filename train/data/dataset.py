@@ -115,8 +115,7 @@ def check_sides(data: CaptionedDataset, factor: int) -> None:
     wrong = next((side for side in sides if side % factor), None)
     if wrong is not None:
         raise ConfigError(
-            f"an image has views of {wrong} pixels in height or width, and the autoencoder takes multiples of "
-            f"{factor}: set data.image_size, or with buckets data.bucket_step, to one"
+            f"the autoencoder takes multiples of {factor} pixels, not {wrong}: change data.image_size or bucket_step"
         )
 
 

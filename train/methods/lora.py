@@ -167,8 +167,7 @@ class LoRATraining(Method):
             )
         if layer.down.numel() != down.numel() or layer.up.numel() != up.numel():
             raise ConfigError(
-                f"{where} maps {layer.down.shape[1]} channels to {layer.up.shape[0]}, the layer {down.shape[1]} to "
-                f"{up.shape[0]}; it was made for another family of models"
+                f"{where} has shapes {list(layer.down.shape)} and {list(layer.up.shape)}; the layer has others"
             )
         down.copy_(layer.down.reshape(down.shape))
         up.copy_(layer.up.reshape(up.shape) * (layer.scale * self.config.rank / self.alpha))

@@ -58,8 +58,7 @@ class TextualInversionTraining(Method):
             len(tower.tokenizer(token, add_special_tokens=False).input_ids) == 1 for tower in towers.values()
         ):
             raise ConfigError(
-                f"task.method.token: {quote(token)} is a token of the model already; choose another, such as "
-                f"{quote(f'<{token}>')}"
+                f"task.method.token: {quote(token)} exists; choose another, such as {quote(f'<{token}>')}"
             )
         vectors = {name: self._initial_vectors(tower) for name, tower in towers.items()}
         try:
@@ -79,8 +78,7 @@ class TextualInversionTraining(Method):
         ids = tokenizer(config.initializer, add_special_tokens=False, verbose=False).input_ids
         if not ids or set(ids) & {*tokenizer.all_special_ids}:
             raise ConfigError(
-                f"task.method.initializer: {quote(config.initializer)} is unknown to the model's tokenizer; use a "
-                "plain word, such as the class of what is to be learned"
+                f"task.method.initializer: {quote(config.initializer)} is unknown to the tokenizer; use a plain word"
             )
         if len(ids) > config.num_vectors:
             pieces = ", ".join(map(quote, tokenizer.convert_ids_to_tokens(ids)))

@@ -94,8 +94,7 @@ class AutoencoderObjective(Objective):
 def _check_fit(config: VAEConfig, data: CaptionedDataset) -> None:
     if config.in_channels != 3 or config.out_channels != 3:
         raise ConfigError(
-            f"task.vae has {config.in_channels} in_channels and {config.out_channels} out_channels; the images "
-            "are RGB, so both must be 3"
+            f"task.vae: in_channels {config.in_channels} and out_channels {config.out_channels} must be 3"
         )
     check_sides(data, config.spatial_factor)
 

@@ -125,8 +125,7 @@ def _own_images(path: Path, prior: Prior, folder: Path, image_size: int) -> Capt
     """The user's own images: the center of each, as large as generated images."""
     if folder.resolve().is_relative_to(path.resolve()):
         raise ConfigError(
-            f"task.prior.path {quote(path)} contains the folder for generated class images; put your own "
-            "elsewhere, or choose another output_dir"
+            f"task.prior.path {quote(path)} contains output_dir, where class images are generated; change one of them"
         )
     data = FolderData(kind="imagefolder", path=path, image_size=image_size, caption=prior.prompt_of(0))
     try:

@@ -104,8 +104,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         task, default = self.task, FinetuneTask.model_fields["conditioning_dropout"].default
         if self.edits and task.caption_dropout:
             raise ConfigError(
-                "task.caption_dropout has no effect on a model that follows instructions; set "
-                "task.conditioning_dropout instead"
+                "instruction models have task.conditioning_dropout instead of task.caption_dropout"
             )
         if not self.edits and task.conditioning_dropout != default:
             raise ConfigError(

@@ -128,8 +128,7 @@ class CachedLatents(LatentDataset):
         entry = self._cache.get(key)
         if entry is None:
             raise CheckpointCorruptError(
-                f"the cache in {quote(str(self._cache.folder))} was damaged during this run; resume the run, which "
-                "computes again what is missing"
+                f"the cache {quote(str(self._cache.folder))} was damaged during this run; resume the run"
             )
         return entry[_ENTRY]
 

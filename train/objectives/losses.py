@@ -35,24 +35,19 @@ def training_scheduler(scheduler: Scheduler, loss: LatentLoss) -> Scheduler:
     if isinstance(scheduler.schedule, FlowSchedule):
         if loss.weighting is not None or loss.zero_terminal_snr:
             raise ConfigError(
-                "task.loss: weighting and zero_terminal_snr are for diffusion models, and task.scheduler is a "
-                "flow-matching scheduler; leave them out"
+                "task.loss: weighting and zero_terminal_snr are not for flow matching; remove them"
             )
         return scheduler
     if loss.zero_terminal_snr:
         if not scheduler.stores_zero_snr:
             raise ConfigError(
-                f"task.loss.zero_terminal_snr: the configuration of task.scheduler, "
-                f"{scheduler.to_config()['_class_name']}, has no rescale_betas_zero_snr; use DDIMScheduler or "
-                "DDPMScheduler"
+                "task.loss.zero_terminal_snr needs a task.scheduler of class DDIMScheduler or DDPMScheduler"
             )
         schedule = replace(scheduler.schedule, rescale_betas_zero_snr=True)
         scheduler = replace(scheduler, schedule=schedule, spacing="trailing")
     if scheduler.prediction_type == "epsilon" and scheduler.schedule.batch(torch.tensor([-1])).alpha == 0:
         raise ConfigError(
-            "task.scheduler.prediction_type is epsilon, from which x0 cannot be computed at the last timestep of a "
-            "schedule with zero terminal SNR; use v_prediction, or leave out task.loss.zero_terminal_snr and "
-            "task.scheduler.rescale_betas_zero_snr"
+            "task.scheduler.prediction_type epsilon does not work with zero_terminal_snr; use v_prediction"
         )
     return scheduler
 

@@ -57,9 +57,7 @@ def load_model(init_from: Path | None, task: FinetuneTask) -> Pipeline:
     name = checkpoint.model_index.get("_class_name")
     if name not in _PIPELINES:
         raise ConfigError(
-            f"init_from {quote(checkpoint.path)} is a {quote(name)}, which task.kind finetune does not support; use a "
-            f"model of one of these classes: {', '.join(map(str, _PIPELINES))}. Pixel-space models are trained further "
-            "with kind text_to_image, upscalers with kind upscale"
+            f"init_from {quote(checkpoint.path)} is a {quote(name)}; use one of {', '.join(map(str, _PIPELINES))}"
         )
     pipeline = _PIPELINES[name].from_checkpoint(
         checkpoint,
@@ -75,16 +73,12 @@ def load_model(init_from: Path | None, task: FinetuneTask) -> Pipeline:
         load_encoder=cache(partial(load_encoder, checkpoint, idle)),
     )
     if pipeline.uses_aesthetic_score:
-        raise ConfigError(
-            f"init_from {quote(checkpoint.path)} is SDXL's refiner, which requires an aesthetic score that training "
-            "sets do not have; fine-tune the base model"
-        )
+        raise ConfigError(f"init_from {quote(checkpoint.path)} is SDXL's refiner; fine-tune the base model")
     if pipeline.unet.config.time_cond_proj_dim is not None or isinstance(
         pipeline.scheduler.schedule, FlowSchedule
     ):
         raise ConfigError(
-            f"init_from {quote(checkpoint.path)} is distilled, or a flow-matching model, which this loss is not for; "
-            "fine-tune the model that it was made from"
+            f"init_from {quote(checkpoint.path)} is distilled or a flow-matching model; fine-tune what it was made from"
         )
     if task.convert_to is not None:
         pipeline = expand_in_channels(task.convert_to, pipeline)
@@ -146,16 +140,14 @@ def check_data(task: FinetuneTask, data: CaptionedDataset, pipeline: Pipeline) -
     shows_before = pipeline.unet.config.in_channels == 2 * pipeline.decoder.config.latent_channels
     if shows_before and data.sample(0, random.Random(0)).before is None:
         raise DatasetError(
-            "the model edits images, and the images of the training set lack the image before the edit; give each an "
-            "image `before`"
+            "the model edits images, but those of the training set have no image `before` the edit; add it"
         )
     method = task.method
     if isinstance(method, TextualInversionMethod):
         without = sum(method.token not in caption for caption in data.captions())
         if without:
             raise DatasetError(
-                f"{without} captions lack the token {quote(method.token)} that is to be learned; write it into each, "
-                f"as in {quote(f'a photo of {method.token}')}"
+                f"{without} captions lack the new token; write it into each: {quote(f'a photo of {method.token}')}"
             )
 
 

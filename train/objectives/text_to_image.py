@@ -115,8 +115,7 @@ def _text_encoder(
     saved = None if assets is None else assets / _TOKENIZER
     if saved is not None and not saved.is_dir():
         raise ResumeError(
-            f"{quote(saved)} is missing, and without the run's own tokenizer its weights are useless: copy it from a "
-            "model that this run has saved, or start a new run"
+            f"the run's own tokenizer {quote(saved)} is missing: copy it from a model that the run has saved"
         )
     if origin is not None:
         tokenizer = origin.tokenizer("tokenizer") if saved is None else load_tokenizer(saved)
@@ -153,8 +152,7 @@ def train_tokenizer(corpus: Sequence[str], *, vocab_size: int, max_length: int) 
 
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
-            f"text_encoder.vocab_size is {vocab_size}; it must be at least {MIN_VOCAB_SIZE}, the number of bytes and "
-            "special tokens"
+            f"text_encoder.vocab_size is {vocab_size}; bytes and special tokens alone are {MIN_VOCAB_SIZE}"
         )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(

@@ -107,7 +107,6 @@ def import_bitsandbytes_adamw() -> Any:
         from bitsandbytes.optim import AdamW8bit as Inner  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            f"optimizer.name adamw8bit needs bitsandbytes, which cannot be imported ({error}): pip install "
-            "bitsandbytes, or use adafactor"
+            f"optimizer.name adamw8bit: pip install bitsandbytes, or use adafactor ({error})"
         ) from None
     return Inner
