@@ -155,9 +155,7 @@ def load_latest(output_dir: Path) -> RunState:
             unfinished_row=state.get("window", {}),
             data_digest=state.get("data_digest"),
         )
-    remedy = (
-        "delete them or choose another output_dir" if has_checkpoint(output_dir) else "start without resume"
-    )
+    remedy = "delete them" if has_checkpoint(output_dir) else "start without resume"
     raise ResumeError(f"nothing to resume in {quote(output_dir)}: it holds no complete checkpoint; {remedy}")
 
 

@@ -62,13 +62,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if config.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigError("mixed_precision fp16 needs an accelerator, and there is none here; use bf16 or no")
     if (field := config.takes_gradients) is not None and accelerator.num_processes > 1:
-        raise ConfigError(
-            f"{field} works in one process only, and there are {accelerator.num_processes}; leave it out"
-        )
+        raise ConfigError(f"{field} works in one process only, not in {accelerator.num_processes}")
     if config.memory.offload_optimizer:
-        problem = (
-            f"memory.offload_optimizer saves nothing on {accelerator.device.type}, whose memory is the host's"
-        )
+        problem = f"memory.offload_optimizer saves nothing on {accelerator.device.type}"
         if accelerator.device.type == "mps":
             raise ConfigError(f"{problem}; set it to false")
         if (

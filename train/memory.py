@@ -81,9 +81,7 @@ def check_memory(config: TrainConfig, accelerator: Accelerator, objective: Objec
     """
     if config.memory.base_dtype != "fp32":
         if not _trains_adapter(config):
-            raise ConfigError(
-                f"memory.base_dtype {config.memory.base_dtype} is for adapters; remove it to train a whole model"
-            )
+            raise ConfigError(f"memory.base_dtype {config.memory.base_dtype} is for adapters only; remove it")
     elif config.memory.planner:
         _check_step_fits(config, accelerator, objective)
     if config.memory.offload_optimizer:

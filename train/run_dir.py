@@ -62,9 +62,7 @@ def run_lock(output_dir: Path, *, enabled: bool) -> Iterator[None]:
             f"another process trains in {quote(output_dir)}; wait for it, or choose another output_dir"
         ) from None
     except OSError as error:
-        raise OutputError(
-            f"output_dir {quote(output_dir)} cannot be written: {error.strerror or error}"
-        ) from error
+        raise OutputError(f"output_dir cannot be written: {error}") from error
     try:
         delete_temporary(output_dir)
         yield
@@ -89,15 +87,11 @@ def state_to_resume(config: TrainConfig, *, processes: int = 1, quiet: bool = Fa
     if config.resume != "latest" and not has_checkpoint(folder):
         return None
     if config.resume == "no":
-        raise ResumeError(
-            f"{quote(folder)} already holds a run: add --set resume=latest, or choose another output_dir"
-        )
+        raise ResumeError(f"{quote(folder)} already holds a run: add --set resume=latest")
     state = load_latest(folder)
     changes = _allowed_changes(state, config)
     if state.step > config.max_steps:
-        raise ResumeError(
-            f"{quote(folder)} has {state.step} steps, and max_steps is {config.max_steps}: raise it"
-        )
+        raise ResumeError(f"{quote(folder)} has {state.step} steps; raise max_steps, {config.max_steps}")
     notes = [f"the recipe changes at step {state.step}: {'; '.join(changes)}"] if changes else []
     if state.step == config.max_steps:
         notes.append(

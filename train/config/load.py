@@ -32,9 +32,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
-        raise ConfigError(
-            f"the recipe {path} must be a mapping of fields to values; see configs/train/ for examples"
-        )
+        raise ConfigError(f"the recipe {path} must map fields to values; see configs/train/ for examples")
     fields = with_current_names(fields)
     for override in overrides:
         _assign(fields, override)
@@ -55,9 +53,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             line = key.start_mark.line + 1
             if key.value in lines:
-                raise yaml.YAMLError(
-                    f"line {line}: {key.value} is already in line {lines[key.value]}; keep one of them"
-                )
+                raise yaml.YAMLError(f"line {line}: {key.value} is already in line {lines[key.value]}")
             lines[key.value] = line
         return node
 
@@ -81,9 +77,7 @@ def _message(detail: ErrorDetails) -> str:
     if kind == "value_error":  # one of ours, without pydantic's "Value error, "
         return str(detail.get("ctx", {}).get("error", detail["msg"]))
     if kind == "model_attributes_type":
-        return (
-            f"it must be a section with a kind, as in {{kind: {found if isinstance(found, str) else '...'}}}"
-        )
+        return f"it must be a section, as in {{kind: {found if isinstance(found, str) else '...'}}}"
     if kind == "model_type":
         return f"it must be a section, with its fields below it; found {quote(found)}"
     if kind in ("tuple_type", "list_type"):

@@ -49,9 +49,7 @@ class Optimizer(Section):
         if self.step_in_backward and self.max_grad_norm is not None:
             raise ValueError(f"step_in_backward: set max_grad_norm to null; it is {self.max_grad_norm:g}")
         if self.decay_fraction and self.schedule != "warmup_stable_decay":
-            raise ValueError(
-                f"decay_fraction is for schedule warmup_stable_decay; schedule is {self.schedule}"
-            )
+            raise ValueError(f"decay_fraction is for warmup_stable_decay; schedule is {self.schedule}")
         return self
 
     def unreached(self, max_steps: int) -> str | None:

@@ -251,9 +251,7 @@ class Prior(Section):
     @model_validator(mode="after")
     def _has_one_caption(self) -> Self:
         if self.path is not None and not isinstance(self.prompt, str):
-            raise ValueError(
-                f"prompt: with path it must be one, found {len(self.prompt)}; write captions into text files"
-            )
+            raise ValueError(f"prompt: with path it must be one caption for all; found {len(self.prompt)}")
         return self
 
     def prompt_of(self, number: int) -> str:

@@ -178,9 +178,7 @@ def split(data: CaptionedDataset, fraction: float) -> tuple[CaptionedDataset, Ca
     images = _shuffled_images(data)
     count = len(images)
     if count < 2:
-        raise DatasetError(
-            f"validation_fraction is {fraction:g} of {count} images; training needs at least one"
-        )
+        raise DatasetError(f"validation_fraction is {fraction:g} of {count} images; two are needed")
     held_out = max(1, round(fraction * count))
     items = sorted(item for image in images[held_out:] for item in image)
     validation = Subset(data, [image[0] for image in images[:held_out]])

@@ -163,9 +163,7 @@ def _open(config: HuggingFaceData) -> datasets.Dataset:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"data.kind huggingface needs the module {error.name}: pip install datasets"
-        ) from None
+        raise ConfigError(f"data.kind huggingface needs {error.name}: pip install datasets") from None
     try:
         if (path / "dataset_dict.json").is_file():
             path = path / _chosen_split(
@@ -211,9 +209,7 @@ def _parquet_files(config: HuggingFaceData) -> list[Path]:
         match = _SPLIT_FILE.match(file.stem)
         splits.setdefault(match[1] if match else "", []).append(file)
     if not splits:
-        raise DatasetError(
-            f"{quote(config.path)} holds neither a data set made by save_to_disk nor parquet files"
-        )
+        raise DatasetError(f"{quote(config.path)} holds no data set of save_to_disk, and no parquet files")
     return splits[_chosen_split(config, sorted(splits))]
 
 

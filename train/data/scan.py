@@ -74,7 +74,7 @@ def list_folder(config: FolderData | KohyaData) -> Listing:
     edits = [item.before is not None for item in listing.items if item.captions]
     if any(edits) and not all(edits):
         listing.problems.append(
-            f"{sum(edits)} of {len(edits)} images have a before_file_name; give it to all or to none"
+            f"{sum(edits)} of {len(edits)} images have a before_file_name; give it to all"
         )
     if not listing.items and not listing.problems:
         listing.problems.append(f"no image that can be used; known kinds: {', '.join(sorted(SUFFIXES))}")

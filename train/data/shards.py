@@ -109,9 +109,7 @@ class ShardSet:
     def _open_unchanged(self, path: Path) -> OpenTar:
         archive = OpenTar(path)
         if _stamp(path) != self._stamps[path]:
-            raise DatasetError(
-                f"{quote(path)} was changed while the run used it; resume the run with the original file"
-            )
+            raise DatasetError(f"{quote(path)} was changed during the run; resume with the original file")
         return archive
 
 
@@ -199,9 +197,7 @@ def expand_shards(names: Sequence[str]) -> list[Path]:
                 problems.append(f"{quote(expanded)} matches no file")
             paths += map(Path, found)
             if len(paths) > _MAX_SHARDS:
-                raise DatasetError(
-                    f"data.shards: {quote(name)} matches over {_MAX_SHARDS:,} files; name fewer"
-                )
+                raise DatasetError(f"data.shards: {quote(name)} matches over {_MAX_SHARDS:,} files")
     problems += [f"{quote(path)} is not a file that exists" for path in paths if not path.is_file()]
     problems += [f"{quote(path)} is named twice" for path, count in Counter(paths).items() if count > 1]
     refuse("data.shards", problems)
@@ -215,8 +211,6 @@ def _counted(name: str) -> Iterator[str]:
         return
     first, last = int(match[1]), int(match[2])
     if last < first or last - first >= _MAX_SHARDS:
-        raise DatasetError(
-            f"data.shards: {quote(match[0])} must count up, over at most {_MAX_SHARDS:,} numbers"
-        )
+        raise DatasetError(f"data.shards: {quote(match[0])} must count up, by at most {_MAX_SHARDS:,}")
     for number in range(first, last + 1):
         yield from _counted(f"{name[: match.start()]}{number:0{len(match[1])}}{name[match.end() :]}")

@@ -160,9 +160,7 @@ def _members(path: Path, problems: list[str]) -> Iterator[Member]:
             if block.strip(b"\0"):
                 raise tarfile.ReadError(f"it is damaged at byte {end:,}")
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        problems.append(
-            f"{quote(path)} cannot be read as a tar file ({error}); decompress it, or download it again"
-        )
+        problems.append(f"{quote(path)} cannot be read as a tar file ({error}); decompress or replace it")
 
 
 def _pair(path: Path, members: Iterable[Member], problems: list[str]) -> list[tuple[Member, Member]]:

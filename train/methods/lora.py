@@ -166,9 +166,7 @@ class LoRATraining(Method):
                 f"{where} has rank {layer.rank}, the recipe {self.config.rank}; set task.method.rank={layer.rank}"
             )
         if layer.down.numel() != down.numel() or layer.up.numel() != up.numel():
-            raise ConfigError(
-                f"{where} has shapes {list(layer.down.shape)} and {list(layer.up.shape)}; the layer has others"
-            )
+            raise ConfigError(f"{where} has other shapes: {list(layer.down.shape)}, {list(layer.up.shape)}")
         down.copy_(layer.down.reshape(down.shape))
         up.copy_(layer.up.reshape(up.shape) * (layer.scale * self.config.rank / self.alpha))
 

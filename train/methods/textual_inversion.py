@@ -57,9 +57,7 @@ class TextualInversionTraining(Method):
         if any(
             len(tower.tokenizer(token, add_special_tokens=False).input_ids) == 1 for tower in towers.values()
         ):
-            raise ConfigError(
-                f"task.method.token: {quote(token)} exists; choose another, such as {quote(f'<{token}>')}"
-            )
+            raise ConfigError(f"task.method.token: {quote(token)} exists; use another: {quote(f'<{token}>')}")
         vectors = {name: self._initial_vectors(tower) for name, tower in towers.items()}
         try:
             extended = with_embedding(towers, TextualInversion(token, vectors))

@@ -94,7 +94,7 @@ class AutoencoderObjective(Objective):
 def _check_fit(config: VAEConfig, data: CaptionedDataset) -> None:
     if config.in_channels != 3 or config.out_channels != 3:
         raise ConfigError(
-            f"task.vae: in_channels {config.in_channels} and out_channels {config.out_channels} must be 3"
+            f"task.vae: in_channels and out_channels must be 3, not {config.in_channels}, {config.out_channels}"
         )
     check_sides(data, config.spatial_factor)
 

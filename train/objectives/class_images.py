@@ -98,9 +98,7 @@ class ClassImages:
             OutputError: an image could not be written.
         """
         if isinstance(pipeline, InstructPix2PixPipeline):
-            raise ConfigError(
-                "task.prior: a model that edits images cannot generate one from a prompt alone; leave prior out"
-            )
+            raise ConfigError("task.prior: a model that edits images cannot generate any; leave it out")
         count = len(self._files)
         starts = range(self._own_count, count, _GROUP)
         groups = [range(first, min(first + _GROUP, count)) for first in starts]

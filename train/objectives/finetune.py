@@ -103,9 +103,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
         """Refuse the dropout of the other kind of model, which would have no effect."""
         task, default = self.task, FinetuneTask.model_fields["conditioning_dropout"].default
         if self.edits and task.caption_dropout:
-            raise ConfigError(
-                "instruction models have task.conditioning_dropout instead of task.caption_dropout"
-            )
+            raise ConfigError("set task.conditioning_dropout, not task.caption_dropout, for instructions")
         if not self.edits and task.conditioning_dropout != default:
             raise ConfigError(
                 "task.conditioning_dropout is for models that follow instructions; set task.caption_dropout instead"

@@ -34,21 +34,15 @@ def training_scheduler(scheduler: Scheduler, loss: LatentLoss) -> Scheduler:
     """
     if isinstance(scheduler.schedule, FlowSchedule):
         if loss.weighting is not None or loss.zero_terminal_snr:
-            raise ConfigError(
-                "task.loss: weighting and zero_terminal_snr are not for flow matching; remove them"
-            )
+            raise ConfigError("task.loss: weighting and zero_terminal_snr are not for flow matching")
         return scheduler
     if loss.zero_terminal_snr:
         if not scheduler.stores_zero_snr:
-            raise ConfigError(
-                "task.loss.zero_terminal_snr needs a task.scheduler of class DDIMScheduler or DDPMScheduler"
-            )
+            raise ConfigError("task.loss.zero_terminal_snr: use DDIMScheduler or DDPMScheduler")
         schedule = replace(scheduler.schedule, rescale_betas_zero_snr=True)
         scheduler = replace(scheduler, schedule=schedule, spacing="trailing")
     if scheduler.prediction_type == "epsilon" and scheduler.schedule.batch(torch.tensor([-1])).alpha == 0:
-        raise ConfigError(
-            "task.scheduler.prediction_type epsilon does not work with zero_terminal_snr; use v_prediction"
-        )
+        raise ConfigError("task.scheduler.prediction_type must be v_prediction for a zero terminal SNR")
     return scheduler
 
 

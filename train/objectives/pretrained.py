@@ -139,9 +139,7 @@ def check_data(task: FinetuneTask, data: CaptionedDataset, pipeline: Pipeline) -
     check_sides(data, factor)
     shows_before = pipeline.unet.config.in_channels == 2 * pipeline.decoder.config.latent_channels
     if shows_before and data.sample(0, random.Random(0)).before is None:
-        raise DatasetError(
-            "the model edits images, but those of the training set have no image `before` the edit; add it"
-        )
+        raise DatasetError("the model edits images: add an image `before` to those of the training set")
     method = task.method
     if isinstance(method, TextualInversionMethod):
         without = sum(method.token not in caption for caption in data.captions())
@@ -197,7 +195,7 @@ def check_fit(
         problems.append(f"task.unet.in_channels is {unet.in_channels}; with task.vae it can be {allowed}")
     if unet.out_channels != vae.latent_channels:
         problems.append(
-            f"task.unet.out_channels is {unet.out_channels}, but channels of the latents: {vae.latent_channels}"
+            f"task.unet.out_channels is {unet.out_channels}, but latents have {vae.latent_channels}"
         )
     if unet.cross_attention_dim != context_width:
         problems.append(

@@ -114,9 +114,7 @@ def _text_encoder(
     """The text encoder that the run starts with, and the run's tokenizer."""
     saved = None if assets is None else assets / _TOKENIZER
     if saved is not None and not saved.is_dir():
-        raise ResumeError(
-            f"the run's own tokenizer {quote(saved)} is missing: copy it from a model that the run has saved"
-        )
+        raise ResumeError(f"the tokenizer {quote(saved)} is missing: copy it from a model of this run")
     if origin is not None:
         tokenizer = origin.tokenizer("tokenizer") if saved is None else load_tokenizer(saved)
         return CLIPText.from_weights(config, tokenizer, origin.weights("text_encoder"), dtype=torch.float32)
@@ -151,9 +149,7 @@ def train_tokenizer(corpus: Sequence[str], *, vocab_size: int, max_length: int) 
     from transformers import CLIPTokenizer
 
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ConfigError(
-            f"text_encoder.vocab_size is {vocab_size}; bytes and special tokens alone are {MIN_VOCAB_SIZE}"
-        )
+        raise ConfigError(f"text_encoder.vocab_size is {vocab_size}; at least {MIN_VOCAB_SIZE} are needed")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

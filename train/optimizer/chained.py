@@ -106,7 +106,5 @@ def import_bitsandbytes_adamw() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit as Inner  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ConfigError(
-            f"optimizer.name adamw8bit: pip install bitsandbytes, or use adafactor ({error})"
-        ) from None
+        raise ConfigError(f"optimizer.name adamw8bit needs bitsandbytes: {error}") from None
     return Inner
