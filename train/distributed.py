@@ -62,7 +62,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if config.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigError("mixed_precision fp16 needs an accelerator, and there is none here; use bf16 or no")
     if (field := config.takes_gradients) is not None and accelerator.num_processes > 1:
-        raise ConfigError(f"{field} works in one process only, not in {accelerator.num_processes}")
+        raise ConfigError(f"{field} does not work in {accelerator.num_processes} processes")
     if config.memory.offload_optimizer:
         problem = f"memory.offload_optimizer saves nothing on {accelerator.device.type}"
         if accelerator.device.type == "mps":

@@ -58,7 +58,7 @@ TALL = "validation={prompts: [x], height: 17}"
             ConfigError,
             r"task\.method\.targets: 'x'",
         ),
-        ("lora_recipe", ("optimizer.name=adamw8bit",), ConfigError, "pip install bitsandbytes"),
+        ("lora_recipe", ("optimizer.name=adamw8bit",), ConfigError, "adamw8bit"),
         ("lora_recipe", ("task.loss.masked=true", PRIOR), ConfigError, r"task\.loss\.masked"),
     ],
 )

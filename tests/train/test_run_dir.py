@@ -146,7 +146,7 @@ def test_the_decay_of_an_average_may_change(lora_recipe: MakeRecipe):
 
 def test_a_run_with_all_its_steps_done(autoencoder_recipe: MakeRecipe):
     save_state(autoencoder_recipe())
-    with pytest.raises(ResumeError, match=r"3 steps, but max_steps is 2"):
+    with pytest.raises(ResumeError, match=r"3 steps.*max_steps, 2"):
         state_to_resume(autoencoder_recipe("resume=auto", "max_steps=2"))
     with pytest.warns(UserWarning, match="raise max_steps"):
         assert state_to_resume(autoencoder_recipe("resume=auto", "max_steps=3")) is not None

@@ -84,7 +84,7 @@ def _notes(samples: Sequence[UsableSample], sizes: Sequence[Size]) -> Iterator[s
     for sample, size in zip(samples, sizes, strict=True):
         scale = enlargement(sample.size, size)
         if scale > 1:
-            yield f"{sample.name}: {pixels(sample.size)} is enlarged to {pixels(size)}, by {scale:.2f}"
+            yield f"{sample.name}: {pixels(sample.size)} is smaller than {pixels(size)}, by {scale:.2f} times"
     yield from (f"{sample.name}: its caption is empty" for sample in samples if "" in sample.captions)
     named = [(sample.name, text) for sample in samples for text in sample.captions]
     if not named:

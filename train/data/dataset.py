@@ -115,7 +115,7 @@ def check_sides(data: CaptionedDataset, factor: int) -> None:
     wrong = next((side for side in sides if side % factor), None)
     if wrong is not None:
         raise ConfigError(
-            f"the autoencoder takes multiples of {factor} pixels, not {wrong}: change data.image_size or bucket_step"
+            f"the autoencoder takes multiples of {factor}, not {wrong} pixels: set data.image_size or data.bucket_step"
         )
 
 

@@ -53,7 +53,7 @@ def test_notes(image_folder: Path):
     assert not found.problems
     small = [note for note in found.notes if "smaller" in note]
     assert "black.png: 16x16 " in small[0]
-    assert " 1.50 times" in small[0]
+    assert " 1.50" in small[0]
     assert len(small) == 7
     others = [note for note in found.notes if note not in small]
     for part, note in zip(

@@ -157,8 +157,8 @@ def test_initial_weights_of_another_architecture(autoencoder_recipe: MakeRecipe,
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task.vae.in_channels=4", "both must be 3"),
-        ("data.image_size=17", r"17 pixels .* data\.image_size"),
+        ("task.vae.in_channels=4", "in_channels"),
+        ("data.image_size=17", r"17.* data\.image_size"),
         ("task.vae.latent_channels=0", "latent_channels"),
         ("task.vae.channels=3", "channels: unknown field"),
     ],

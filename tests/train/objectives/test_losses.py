@@ -198,7 +198,7 @@ def test_a_schedule_that_ends_without_signal_stays(text_to_image_recipe: MakeRec
 
 @pytest.mark.parametrize("override", [ZERO_SNR, "task.scheduler.rescale_betas_zero_snr=true"])
 def test_epsilon_is_refused_without_signal(override: str, text_to_image_recipe: MakeRecipe):
-    with pytest.raises(ConfigError, match=r"prediction_type is epsilon.*use v_prediction"):
+    with pytest.raises(ConfigError, match=r"prediction_type.*v_prediction"):
         build(text_to_image_recipe, override, "task.scheduler.prediction_type=epsilon")
 
 
