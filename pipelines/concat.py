@@ -34,11 +34,7 @@ class ConcatImagePipeline(Pipeline):
         return self.decoder.config.latent_channels
 
     def stream(
-        self,
-        prompt: Prompts = "",
-        *,
-        image: ImagesInput,
-        **options: Unpack[CallOptions],
+        self, prompt: Prompts = "", *, image: ImagesInput, **options: Unpack[CallOptions]
     ) -> Iterator[PipelineStep]:
         """Generate the counterparts of images step by step: each step has a preview, the last one the result.
 

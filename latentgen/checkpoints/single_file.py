@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from latentgen.checkpoints.families import COMPONENT_CLASSES, FAMILIES, WEIGHT_COMPONENTS, clip_tokenizer
-from latentgen.checkpoints.folder import (
-    LAYOUT_VERSION,
-    SCHEDULERS,
-    CheckpointFolder,
-    as_path,
-)
+from latentgen.checkpoints.folder import LAYOUT_VERSION, SCHEDULERS, CheckpointFolder, as_path
 from latentgen.checkpoints.identify import (
     DeclaredPrediction,
     declared_prediction,

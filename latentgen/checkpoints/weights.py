@@ -25,12 +25,7 @@ from latentgen.checkpoints.io import (
     write_tensors,
 )
 from latentgen.checkpoints.key_map import KeyMap, KeySource
-from latentgen.errors import (
-    CheckpointCorruptError,
-    CheckpointMismatchError,
-    InputError,
-    OutputError,
-)
+from latentgen.errors import CheckpointCorruptError, CheckpointMismatchError, InputError, OutputError
 from latentgen.files import atomic_write, encode_json, quote
 
 MAX_SHARD_BYTES = 10_000_000_000

@@ -100,10 +100,7 @@ _ENTRIES: dict[SolverName, _Entry] = {
     "lcm": _Entry(_DISTILLED_KEYS, _DISTILLED_DEFAULTS),
     "tcd": _Entry(_DISTILLED_KEYS, _DISTILLED_DEFAULTS),
     "flow_euler": _Entry(
-        tuple(_SIGMAS_FLAGS),
-        {"prediction_type": "flow_prediction"},
-        shared=_FLOW_KEYS,
-        is_flow=True,
+        tuple(_SIGMAS_FLAGS), {"prediction_type": "flow_prediction"}, shared=_FLOW_KEYS, is_flow=True
     ),
 }
 

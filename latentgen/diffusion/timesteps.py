@@ -65,11 +65,7 @@ class DiffusionTimesteps:
         if self._solver.distilled:
             return distilled_timesteps(train, self.original_inference_steps, num_steps)
         return spaced_timesteps(
-            self.spacing,
-            train,
-            num_steps,
-            steps_offset=self.steps_offset,
-            open_end=self._solver.open_end,
+            self.spacing, train, num_steps, steps_offset=self.steps_offset, open_end=self._solver.open_end
         )
 
     def _levels_at(self, timesteps: FloatArray) -> list[NoiseLevel]:
