@@ -52,13 +52,8 @@ def write_card(
     """Write `README.md` into the folder of a trained model, and next to it the newest sheet of validation prompts.
 
     The recipe is included with the last names of its folders alone, the images with their number alone, and no captions
-    but the prompts of the recipe: what a model was trained and validated on may be private.
-
-    Args:
-        folder: what an objective has saved.
-        config: the recipe.
-        pipeline: what an adapter was trained on.
-        images, parameters, steps: how many it was trained on; how many were trained; how many were done.
+    but the prompts of the recipe: what a model was trained and validated on may be private. An adapter was trained on
+    `pipeline`.
 
     Raises:
         OutputError: the folder cannot be written.

@@ -71,12 +71,7 @@ class GlyphPlacement(NamedTuple):
 class EmojiSet:
     """The glyphs, their captions and their renderings.
 
-    Args:
-        font: the `NotoColorEmoji.ttf` of Debian's `fonts-noto-color-emoji`.
-        annotations: the `annotations/en.xml` of Debian's `unicode-cldr-core`.
-        image_size: side of the square renderings, in pixels.
-        held_out: how many glyphs, spread evenly over the codepoints, are held out of training.
-        part: whether the set has the glyphs to train with, or those held out.
+    `held_out` glyphs, spread evenly over the codepoints, are held out of training; `part` is which of the two this is.
 
     Raises:
         DatasetError: a file does not exist, naming the package that contains it; or no glyph is left.

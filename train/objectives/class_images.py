@@ -34,14 +34,8 @@ _GROUP = 4
 class ClassImages:
     """A training set of a class: the user's own images, if there are any, then images that a model generates.
 
-    Call `generate` before `sample`.
-
-    Args:
-        prior: what to generate, and the least number of images; there are more if the user has more.
-        folder: where generated images are stored.
-        model: names the model that generates them.
-        seed: the run's seed.
-        image_size: the side of the images, which are squares.
+    Call `generate` before `sample`. There are more images than the recipe says if the user has more; all are squares.
+    `folder` is for generated ones, and `model` names the model that generates them.
 
     Raises:
         ConfigError: generated images would be stored among the user's own.
@@ -87,11 +81,7 @@ class ClassImages:
         """Generate the images that are missing.
 
         Each has its own seed and is written atomically, so that an interrupted run continues. Several processes share
-        the work.
-
-        Args:
-            pipeline: the model that training starts from, on the CPU.
-            device: where to generate.
+        the work. `pipeline` is the model that training starts from, on the CPU.
 
         Raises:
             ConfigError: the model requires an image.

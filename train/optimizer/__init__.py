@@ -31,13 +31,8 @@ def build_optimizer(
     """The optimizer of a recipe over the parameters of `module` that require gradients.
 
     They must have their final device and memory format. Their order does not depend on the learning rates, so a saved
-    state fits whatever these are; each group of `param_groups` has its own.
-
-    Args:
-        module: the module to train.
-        config: the section of the recipe.
-        text_parameters: those with `text_encoder_learning_rate`.
-        offload: keep gradients and moments in host memory; adamw and adafactor only.
+    state fits whatever these are; each group of `param_groups` has its own. `text_parameters` have
+    `text_encoder_learning_rate`. With `offload`, of adamw and adafactor, gradients and moments are in host memory.
 
     Raises:
         ConfigError: a package is missing.
