@@ -38,7 +38,8 @@ def training_scheduler(scheduler: Scheduler, loss: LatentLoss) -> Scheduler:
         return scheduler
     if loss.zero_terminal_snr:
         if not scheduler.stores_zero_snr:
-            raise ConfigError("task.loss.zero_terminal_snr: use DDIMScheduler or DDPMScheduler")
+            found = scheduler.to_config()["_class_name"]
+            raise ConfigError(f"task.loss.zero_terminal_snr: use DDIMScheduler or DDPMScheduler, not {found}")
         schedule = replace(scheduler.schedule, rescale_betas_zero_snr=True)
         scheduler = replace(scheduler, schedule=schedule, spacing="trailing")
     if scheduler.prediction_type == "epsilon" and scheduler.schedule.batch(torch.tensor([-1])).alpha == 0:
