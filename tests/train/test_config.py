@@ -207,7 +207,7 @@ def test_overrides_replace_fields_of_either_name(fields: dict[str, Any], tmp_pat
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_field_under_both_names_is_refused(fields: dict[str, Any], tmp_path: Path):
     both = {"held_out": 0.1, "validation_fraction": 0.1}
-    with pytest.raises(ConfigError, match=r"held_out.*validation_fraction"):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml.*held_out.*validation_fraction"):
         load(fields | both, tmp_path)
 
 

@@ -410,7 +410,7 @@ def test_midpoints_of_the_schedule():
         ("paired_recipe", ("validation.images=2",), "validation.images"),
         ("text_to_image_recipe", ("validation={}",), "validation: "),
         ("text_to_image_recipe", ('validation.prompts=["a\\0b"]',), "NUL"),
-        ("text_to_image_recipe", ("validation.data={kind: emoji, image_size: 64}",), "data.image_size"),
+        ("text_to_image_recipe", ("validation.data={kind: emoji, image_size: 64}",), "64.*image_size, 16"),
         (
             "text_to_image_recipe",
             ("validation_fraction=0.1", "validation.data={kind: emoji, image_size: 16}"),

@@ -33,7 +33,10 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"the recipe {path} must map fields to values; see configs/train/ for examples")
-    fields = with_current_names(fields)
+    try:
+        fields = with_current_names(fields)
+    except ConfigError as error:
+        raise ConfigError(f"the recipe {path} cannot be used: {error}") from None
     for override in overrides:
         _assign(fields, override)
     try:

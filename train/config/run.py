@@ -181,7 +181,10 @@ class TrainConfig(Section):
         if validation.images and not self.measures:
             yield "validation.images: no validation images; set validation_fraction or validation.data"
         if validation.data is not None and validation.data.image_size != self.data.image_size:
-            yield f"validation.data.image_size: it must equal data.image_size, {self.data.image_size}"
+            yield (
+                f"validation.data.image_size: it is {validation.data.image_size}; it must equal data.image_size, "
+                f"{self.data.image_size}"
+            )
         if validation.data is not None and self.validation_fraction:
             yield "validation.data: validation_fraction also provides the validation images; remove one of them"
         if not validation.prompts and not self.measures:
