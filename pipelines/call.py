@@ -321,7 +321,7 @@ def choose_scheduler(choice: AnyScheduler | None, pipeline: Pipeline) -> Schedul
         return pipeline.scheduler
     if isinstance(choice, str):
         chosen = pipeline.scheduler.with_solver(choice)
-        aligned_to_sd = pipeline.is_sdxl and chosen.sigmas == "align_your_steps"
+        aligned_to_sd = chosen.sigmas == "align_your_steps" and pipeline.is_sdxl
         return replace(chosen, sigmas="align_your_steps_xl") if aligned_to_sd else chosen
     if isinstance(choice, Scheduler):
         return choice

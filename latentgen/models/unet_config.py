@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeVar
 
@@ -165,7 +166,7 @@ class UNetConfig(StageConfig):
             for i in range(count)
         )
 
-    @property
+    @cached_property
     def is_sdxl(self) -> bool:
         """Whether the UNet takes SDXL's added conditioning: pooled embeddings and time ids."""
         return self.addition_embed_type is not None
