@@ -173,7 +173,7 @@ class Run:
     def _send(self, process: int, signals: tuple[int, ...]) -> None:
         for number in signals:
             os.kill(process, number)
-            _has_ended(process, 1.0)  # two of a kind at once are one, on a busy machine also a little later
+            _has_ended(process, 0.2)  # two of a kind at once are one
 
     def _train(self, output: Path, fault: Fault | None, size_limit: int | None, pipe: int) -> None:
         """The life of a child: never returns."""

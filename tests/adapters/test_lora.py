@@ -361,14 +361,8 @@ def _enlarge(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda tensors: _rename(tensors, _QUERY, f"{_QUERY}x"),
-            "to_qx",
-        ),
-        (
-            lambda tensors: _rename(tensors, _QUERY, "lora_te2_text_projection"),
-            "text_encoder_2",
-        ),
+        (lambda tensors: _rename(tensors, _QUERY, f"{_QUERY}x"), "to_qx"),
+        (lambda tensors: _rename(tensors, _QUERY, "lora_te2_text_projection"), "text_encoder_2"),
         (lambda tensors: _rename(tensors, _QUERY, "lora_unet_conv_norm_out"), "conv_norm_out"),
         (_widen, r"attn1.to_q .*\[32, 32\].*\[32, 48\]"),
         (_enlarge, "float16|not be finite"),

@@ -334,11 +334,7 @@ def _truncate(folder: Path) -> None:
     ],
 )
 def test_a_folder_is_written_whole_or_not_at_all(
-    folder: Path,
-    tmp_path: Path,
-    damage: Callable[[Path], None],
-    error: type[CheckpointError],
-    message: str,
+    folder: Path, tmp_path: Path, damage: Callable[[Path], None], error: type[CheckpointError], message: str
 ) -> None:
     damage(folder)
     with pytest.raises(error, match=message):
@@ -462,16 +458,19 @@ def test_targets_that_are_refused(tmp_path: Path, tiny_checkpoint: Path) -> None
     assert load_file(tmp_path / "b.safetensors")["w"].dtype == torch.float16
 
 
-@pytest.mark.parametrize("dtype", ["int8", torch.float16, ["float16"]])
-def test_dtypes_that_are_refused(tmp_path: Path, dtype: DTypeName) -> None:
-    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="float32, float16, bfloat16"):
-        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype=dtype)
-
-
-def test_variants_are_for_folders(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "options", "named"),
+    [
+        *(
+            ("a.safetensors", {"dtype": dtype}, "float32, float16, bfloat16")
+            for dtype in ("int8", torch.float16, [])
+        ),
+        ("a.safetensors", {"dtype": "float16", "variant": "fp16"}, "variant"),
+        ("a.pt", {"variant": "fp16"}, "variant"),
+    ],
+)
+def test_options_that_are_refused(tmp_path: Path, source: str, options: dict[str, Any], named: str) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
-    for source in ("a.safetensors", "a.pt"):
-        with pytest.raises(InputError, match="is for folders"):
-            convert(tmp_path / source, tmp_path / "b.safetensors", dtype="float16", variant="fp16")
+    with pytest.raises(InputError, match=named):
+        convert(tmp_path / source, tmp_path / "b.safetensors", **options)

@@ -255,11 +255,7 @@ def info(*shape: int) -> TensorInfo:
 
 @pytest.mark.parametrize(
     ("in_channels", "context", "family"),
-    [
-        (9, 768, "SD 1.x inpainting"),
-        (4, 256, "custom"),
-        (3, None, "unconditional"),
-    ],
+    [(9, 768, "SD 1.x inpainting"), (4, 256, "custom"), (3, None, "unconditional")],
 )
 def test_families(in_channels: int, context: int | None, family: str) -> None:
     tensors = {

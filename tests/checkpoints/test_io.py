@@ -14,14 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentgen.checkpoints import io
-from latentgen.checkpoints.io import (
-    TORCH_DTYPES,
-    Header,
-    MappedFile,
-    TensorInfo,
-    encode_header,
-    read_header,
-)
+from latentgen.checkpoints.io import TORCH_DTYPES, Header, MappedFile, TensorInfo, encode_header, read_header
 from latentgen.errors import (
     CheckpointCorruptError,
     CheckpointError,

@@ -211,10 +211,7 @@ def test_other_tensors_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
-    [
-        (FAMILIES["no-middle"], "mid_block_type"),
-        (FAMILIES["sdxl"] | {"num_class_embeds": 3}, "label_emb"),
-    ],
+    [(FAMILIES["no-middle"], "mid_block_type"), (FAMILIES["sdxl"] | {"num_class_embeds": 3}, "label_emb")],
 )
 def test_what_the_original_layout_cannot_hold(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):

@@ -52,10 +52,7 @@ CASES = [
     Case("dpmpp_sde", "sample_dpmpp_sde"),
     Case("dpmpp_2s", "sample_dpmpp_2s_ancestral", eta=0.0),
 ]
-THIRD_ORDER = [
-    Case("dpmpp_3m", "sample_dpmpp_3m_sde", eta=0.0),
-    Case("dpmpp_3m_sde", "sample_dpmpp_3m_sde"),
-]
+THIRD_ORDER = [Case("dpmpp_3m", "sample_dpmpp_3m_sde", eta=0.0), Case("dpmpp_3m_sde", "sample_dpmpp_3m_sde")]
 
 
 class TheirStep(NamedTuple):

@@ -135,12 +135,7 @@ def is_comparable(class_name: str, spacing: str, prediction_type: str) -> bool:
 def test_every_step_agrees(
     class_name: str, options: dict[str, Any], spacing: str, prediction_type: str
 ) -> None:
-    config = {
-        **STABLE_DIFFUSION,
-        **options,
-        "timestep_spacing": spacing,
-        "prediction_type": prediction_type,
-    }
+    config = {**STABLE_DIFFUSION, **options, "timestep_spacing": spacing, "prediction_type": prediction_type}
     # The weights of LMS's last step on exponential sigmas are so large that float32 loses a digit (float64: 2e-6).
     extrapolates = class_name == "LMSDiscreteScheduler" and "use_exponential_sigmas" in options
     assert difference(class_name, config) <= (3e-5 if extrapolates else TOLERANCE)

@@ -115,11 +115,7 @@ def test_agrees_with_open_clip(family: Any, quick_gelu: bool, custom: bool) -> N
 
 @pytest.mark.parametrize(
     "text_cfg",
-    [
-        {"mlp_ratio": 3.7362, "width": 40, "heads": 5},
-        {"context_length": 40},
-        {"block_type": "custom"},
-    ],
+    [{"mlp_ratio": 3.7362, "width": 40, "heads": 5}, {"context_length": 40}, {"block_type": "custom"}],
     ids=str,
 )
 def test_towers_of_other_proportions(text_cfg: dict[str, Any]) -> None:

@@ -84,11 +84,7 @@ def clipped_and_accumulated(
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_offloaded_gradients_train_to_the_same_bits(
-    max_norm: float | None,
-    parts: int,
-    memory_format: torch.memory_format,
-    name: str,
-    network: Network,
+    max_norm: float | None, parts: int, memory_format: torch.memory_format, name: str, network: Network
 ):
     network.to(memory_format=memory_format)
     other = copy.deepcopy(network)

@@ -385,9 +385,7 @@ def test_a_resumed_run_catches_up_on_validation(
     assert scalars[0] == scalars[1]
 
 
-def test_a_resumed_run_may_change_its_validation_but_not_the_split(
-    autoencoder_recipe: MakeRecipe,
-):
+def test_a_resumed_run_may_change_its_validation_but_not_the_split(autoencoder_recipe: MakeRecipe):
     train(autoencoder_recipe("max_steps=1", "validation_fraction=0.34", "validation.every=7"))
     resumed = autoencoder_recipe("max_steps=2", "resume=true", *LOSS)
     train(resumed)

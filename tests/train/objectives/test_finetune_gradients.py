@@ -225,10 +225,7 @@ def test_sdxl(method: dict[str, Any], prediction_type: str, tmp_path: Path):
     script = script_of(objective, pipe, batch, plan.items)
     embeds = []
     pooled = torch.empty(0)
-    for tokenizer, tower in (
-        (pipe.tokenizer, pipe.text_encoder),
-        (pipe.tokenizer_2, pipe.text_encoder_2),
-    ):
+    for tokenizer, tower in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
         output = tower(script.input_ids(tokenizer), output_hidden_states=True)
         pooled, embeds = output[0], [*embeds, output.hidden_states[-2]]
     views = [view for item in range(6) for view in fixed(item)]

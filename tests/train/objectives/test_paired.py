@@ -91,10 +91,7 @@ def test_a_text_to_image_model_is_where_it_begins(
         device=torch.device("cpu"),
     )
     objective = build(
-        paired_recipe(
-            f"task.unet={in_yaml(unet | {'in_channels': 8})}",
-            f"init_from={tiny_checkpoint}",
-        )
+        paired_recipe(f"task.unet={in_yaml(unet | {'in_channels': 8})}", f"init_from={tiny_checkpoint}")
     )
     batch = objective.batch(plan_for(objective))
     assert batch[4].abs().mean() > 0.1
