@@ -10,6 +10,7 @@ from PIL import Image
 
 from latentgen.errors import InputError
 from latentgen.pipelines.images import as_images, as_masks, for_each, padded
+from latentgen.pipelines.vae_ops import to_numpy, to_pil, to_unit
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
 EXPECTED = torch.from_numpy(LEVELS).permute(2, 0, 1)[None] / 127.5 - 1
@@ -135,3 +136,22 @@ def test_padding_repeats_the_border() -> None:
 
 def test_what_belongs_to_one_prompt_stands_together() -> None:
     assert for_each(torch.tensor([1, 2]), 6).tolist() == [1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_numpy_is_unit_range_with_channels_last(dtype: torch.dtype):
+    images = torch.tensor([-1.0, 0.0, 1.0], dtype=dtype).reshape(1, 3, 1, 1).expand(2, 3, 4, 5)
+    pixels = to_numpy(to_unit(images))
+    assert pixels.shape == (2, 4, 5, 3)
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(pixels[1, 3, 4], [0.0, 0.5, 1.0])
+
+
+def test_pil_rounds_as_diffusers_does():
+    from diffusers.image_processor import VaeImageProcessor
+
+    images = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(1)) * 2.4 - 1.2
+    expected = VaeImageProcessor().postprocess(images, output_type="pil")
+    for ours, theirs in zip(to_pil(to_unit(images)), expected, strict=True):
+        assert (ours.mode, ours.size) == ("RGB", (12, 8))
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
