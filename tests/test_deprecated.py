@@ -18,12 +18,9 @@ def test_an_argument_works_by_its_old_name_and_the_warning_names_both() -> None:
     assert caught[0].filename == __file__
 
 
-def test_the_new_name_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+def test_the_new_name_warns_of_nothing_and_excludes_the_old(recwarn: pytest.WarningsRecorder) -> None:
     assert _area(width=3, height=3) == 9
     assert not recwarn.list
-
-
-def test_both_names_at_once_are_refused() -> None:
     with pytest.raises(TypeError, match="width_of_image"):
         _area(width=3, **{"width_of_image": 3})
 

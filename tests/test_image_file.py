@@ -196,14 +196,9 @@ def test_check_output_leaves_nothing_behind(tmp_path: Path):
 def test_check_output_finds_what_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
-    for path in (
-        tmp_path / "file" / "out.png",
-        tmp_path / "folder.png",
-        tmp_path / f"{'n' * 300}.png",
-        "nul\0.png",
-    ):
+    for name in ("file/out.png", "folder.png", f"{'n' * 300}.png", "nul\0.png"):
         with pytest.raises(OutputError, match="cannot write"):
-            check_output(path)
+            check_output(tmp_path / name)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")

@@ -113,10 +113,8 @@ def _assert_taken(title: str, executed: set[CodeType]) -> None:
     """Every function that the walk names ran; of a class at least one method did."""
     ran = {(str(Path(code.co_filename).resolve()), code.co_firstlineno) for code in executed}
     for anchor in ANCHOR.finditer(_walks(PAGE.read_text("utf-8"))[title]):
-        file, (first, last) = (
-            str((ROOT / anchor["file"]).resolve()),
-            _lines_of(anchor["file"], anchor["symbol"]),
-        )
+        file = str((ROOT / anchor["file"]).resolve())
+        first, last = _lines_of(anchor["file"], anchor["symbol"])
         assert any(path == file and first <= line <= last for path, line in ran), anchor["symbol"]
 
 
