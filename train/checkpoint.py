@@ -114,7 +114,7 @@ def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:
         OutputError: it cannot be written, or does not read back; the older ones are intact.
     """
     folder = output_dir / f"checkpoint-{state.step:08d}"
-    with atomic_folder(folder, replace=True) as written:  # one of this step would be damaged
+    with atomic_folder(folder, replace=True) as written:  # an existing one of this step is damaged
         for stem, tensors in (("weights", state.weights), ("ema", state.ema), ("optimizer", state.optimizer)):
             if tensors:
                 save_weights(tensors, written, stem, max_shard_bytes=sys.maxsize)
@@ -129,7 +129,7 @@ def save_checkpoint(output_dir: Path, state: RunState, *, keep: int) -> Path:
         write_json(written / MANIFEST, {file.name: _sha256(file) for file in sorted(written.iterdir())})
         if not _is_complete(written):
             raise OutputError(f"{quote(folder)} does not read back as it was written; check the disk")
-    _delete_old(output_dir, state.step, keep)
+    delete_old_checkpoints(output_dir, state.step, keep)
     return folder
 
 
@@ -168,7 +168,7 @@ def _load(file: Path) -> dict[str, Tensor]:
     return load_file(file) if file.is_file() else {}
 
 
-def _delete_old(output_dir: Path, newest: int, keep: int) -> None:
+def delete_old_checkpoints(output_dir: Path, newest: int, keep: int) -> None:
     """Keep the checkpoint of step `newest` and the ones with a manifest before it, `keep` in all.
 
     Later ones are damaged: they were skipped when the run was resumed.

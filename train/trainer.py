@@ -18,7 +18,13 @@ from tqdm import tqdm
 from latentgen.checkpoints.weights import first_five
 from latentgen.errors import NumericalError, ResumeError
 from latentgen.files import atomic_folder
-from latentgen.train.checkpoint import RunState, flatten_optimizer, restore_optimizer, save_checkpoint
+from latentgen.train.checkpoint import (
+    RunState,
+    delete_old_checkpoints,
+    flatten_optimizer,
+    restore_optimizer,
+    save_checkpoint,
+)
 from latentgen.train.config import TrainConfig
 from latentgen.train.data import BatchIndices, CaptionedDataset, Splits, open_splits, plan_step, sample_rng
 from latentgen.train.data_loader import PlannedBatch, load_batches
@@ -74,7 +80,9 @@ def train(config: TrainConfig) -> Path:
         if state is not None:
             trainer.restore(state)
         if is_main:
-            if state is None and isinstance(trainer.objective, TextToImageObjective):
+            if state is not None:  # the run may have been killed before it deleted them
+                delete_old_checkpoints(output_dir, state.step, config.keep_checkpoints)
+            elif isinstance(trainer.objective, TextToImageObjective):
                 trainer.objective.save_tokenizer(output_dir)
             if (unreached := config.optimizer.unreached(config.max_steps)) is not None:
                 print(f"warning: {unreached}", file=sys.stderr)

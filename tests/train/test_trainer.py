@@ -249,6 +249,10 @@ def test_a_signal_ends_the_run_after_the_step(
     train(autoencoder_recipe("checkpoint_every=100", "resume=true"))
     last = "checkpoint-00000004"
     assert_same_checkpoint(config.output_dir / last, whole.output_dir / last)
+    # A run that is killed between its last checkpoint and the deletion of an old one deletes it when it is resumed.
+    shutil.copytree(config.output_dir / last, config.output_dir / "checkpoint-00000003")
+    train(autoencoder_recipe("checkpoint_every=100", "resume=true", "keep_checkpoints=1"))
+    assert [folder.name for folder in config.output_dir.glob("checkpoint-*")] == [last]
 
 
 def test_sigterm_to_the_command(autoencoder_recipe: MakeRecipe, tmp_path: Path):
