@@ -188,12 +188,9 @@ def test_unknown_formats_are_refused(name: str, write, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_output_leaves_nothing_behind(tmp_path: Path):
+def test_check_output_finds_what_cannot_be_written_and_leaves_nothing(tmp_path: Path):
     check_output(tmp_path / "new" / "folder" / "out.PNG")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_check_output_finds_what_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
     for name in ("file/out.png", "folder.png", f"{'n' * 300}.png", "nul\0.png"):

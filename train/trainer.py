@@ -375,7 +375,7 @@ def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> 
     ours, theirs = ({name: tensor.shape for name, tensor in side.items()} for side in (targets, sources))
     if differing := dict(ours.items() ^ theirs.items()):
         raise ResumeError(
-            "the checkpoint has other parameters than this run, or of other shapes: "
+            f"the checkpoint and this run differ in {len(differing)} parameters or their shapes: "
             f"{first_five(sorted(differing))}; undo the change of networks, or start a new run in another output_dir"
         )
     with torch.no_grad():

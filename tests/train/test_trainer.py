@@ -273,6 +273,5 @@ def test_a_checkpoint_of_other_parameters_is_refused_with_few_names(lora_recipe:
     forget_accelerate()
     other = lora_recipe("task.method.targets=[to_q]")
     trainer = Trainer(other, Accelerator(cpu=True), build_objective(other, device=torch.device("cpu")))
-    names = r"\d+ extra \(unet[^;]+; ([^;]+; ){4}\.\.\.\);"
-    with pytest.raises(ResumeError, match=names):
+    with pytest.raises(ResumeError, match=r"\d+ parameters.*: unet[^;]+; ([^;]+; ){4}\.\.\.;"):
         trainer.restore(load_latest(config.output_dir))
