@@ -1,4 +1,4 @@
-"""Tensors under the hash of what they were computed from: in memory, or on disk for all runs and processes to share."""
+"""A cache of tensors, keyed by a hash of their inputs: in memory, or on disk, where runs and processes share it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from latentgen.checkpoints.io import MappedFile, write_tensors
 from latentgen.errors import CheckpointCorruptError, CheckpointError
 from latentgen.files import atomic_write, quote
 
-# A pack is written when it has grown to one of these, or is as old as this: a run that is killed loses no more.
+# A pack is written when it reaches one of these sizes or this age, so a killed run loses no more than that.
 PACK_BYTES = 64 * 2**20
 PACK_ENTRIES = 4096
 PACK_SECONDS = 60.0
 _SUFFIX = ".safetensors"
 _NAME = re.compile(r"[0-9a-f]{64}/[a-z_]+")
-# Temporary files of a killed process are deleted once they are so old that nobody can be writing them.
+# Temporary files older than this are left over from a killed process, and are deleted.
 _STALE_SECONDS = 24 * 3600.0
 
 
@@ -38,16 +38,16 @@ class _Place(NamedTuple):
 class TensorCache:
     """A folder of entries, each a few tensors under a key from :func:`content_key`; tensors are read memory-mapped.
 
-    Entries are in packs: safetensors files of up to 64 MiB with random names, as a file for each of a million entries
-    would be slow to list, copy and delete. A pack appears when it is complete and is never written again, so that any
-    number of processes can read and write at once; two that compute the same entry both write it, which only costs
+    Entries are stored in packs, safetensors files of up to 64 MiB with random names: a million files of one entry each
+    would be slow to list, copy and delete. A pack appears when it is complete and is never modified, so any number of
+    processes can read and write at the same time; if two compute the same entry, both write it, which only costs
     space. Every tensor has a checksum: a damaged pack is deleted with a warning, and its entries are computed again.
     The folder may be deleted whenever no run uses it.
 
-    An object serves one thread; after a fork, parent and child may both read.
+    Use an object from one thread only; after a fork, parent and child may both read.
 
     Args:
-        folder: of the packs, created when the first is written; None keeps the entries in memory.
+        folder: where the packs are, created with the first one; None keeps the entries in memory.
     """
 
     def __init__(self, folder: Path | None) -> None:

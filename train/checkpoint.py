@@ -169,7 +169,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def delete_old_checkpoints(output_dir: Path, newest: int, keep: int) -> None:
-    """Keep the checkpoint of step `newest` and the ones with a manifest before it, `keep` in all.
+    """Of the checkpoints with a manifest up to step `newest`, keep the last `keep`; delete all others.
 
     Later ones are damaged: they were skipped when the run was resumed.
     """

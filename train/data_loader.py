@@ -24,7 +24,7 @@ _Loaded = tuple[BatchIndices, list[Sample] | None, tuple[Tensor, ...] | None]
 def load_batches(
     objective: Objective, plans: Iterable[BatchIndices], *, workers: int, pin_memory: bool
 ) -> Iterator[Iterator[PlannedBatch]]:
-    """Each plan with its batch, on the CPU; the workers end with the block, however it ends.
+    """Each plan with its batch, on the CPU; the workers are stopped when the block ends, even with an error.
 
     A batch is a function of its plan, so workers change the speed only. They are forked: each shares the objective as
     it is now, networks included, without a copy, and uses no accelerator. The part that needs one runs in this process:

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate's precision, distribution and trackers on this machine.
+    """The Accelerator of a run, with the recipe's precision, gradient accumulation and trackers.
 
     Raises:
         ConfigError: the recipe cannot run on this machine, or in this number of processes.
@@ -64,7 +64,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if (field := config.takes_gradients) is not None and accelerator.num_processes > 1:
         raise ConfigError(f"{field} does not work in {accelerator.num_processes} processes")
     if config.memory.offload_optimizer:
-        problem = f"memory.offload_optimizer saves nothing on {accelerator.device.type}"
+        problem = f"memory.offload_optimizer has no effect on {accelerator.device.type}"
         if accelerator.device.type == "mps":
             raise ConfigError(f"{problem}; set it to false")
         if (
@@ -91,7 +91,7 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         raise ConfigError("weights are sharded with the second version of FSDP only; set fsdp_version: 2")
     plugin = accelerator.state.fsdp_plugin
     refused = {
-        # The UNet computes what is constant over a run from inside its blocks before it calls them.
+        # Before it calls its blocks, the UNet uses layers inside them to compute what is constant over a run.
         "an fsdp_auto_wrap_policy (use NO_WRAP)": plugin is not None and plugin.auto_wrap_policy is not None,
         f"optimizer.name {config.optimizer.name} (use adamw)": config.optimizer.name != "adamw",
         f"task.kind {config.task.kind}": isinstance(config.task, AutoencoderTask),
@@ -124,12 +124,12 @@ def wrap_for_sharding(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     return ShardedModule(module) if accelerator.distributed_type == DistributedType.FSDP else module
 
 
-# With tensors that are not sharded the following do nothing, so callers need not know. All processes must call them,
-# with the same tensors.
+# The functions below do nothing to tensors that are not sharded, so callers need not check. All processes
+# must call them, with the same tensors.
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a shard."""
+    """The full tensor, gathered if each process holds only a shard."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -245,7 +245,7 @@ def agree_on_signal(accelerator: Accelerator, number: int) -> int:
 
 @contextmanager
 def reraise_lost_process() -> Iterator[None]:
-    """Inside the block a broken connection to another process is an error of the library.
+    """Inside the block a broken connection to another process raises LostProcessError.
 
     Raises:
         LostProcessError: another process of the run ended.

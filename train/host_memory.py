@@ -1,4 +1,4 @@
-"""Free memory, and memory that a process returns to the system, where the system can take it."""
+"""Measures free memory, and returns unused memory of the process to the system where that is possible."""
 
 from __future__ import annotations
 

@@ -33,13 +33,13 @@ from latentgen.train.optimizer import state_bytes
 
 # Suggestions that save a smaller fraction of the total are left out.
 _MIN_SAVING = 0.02
-# The batch is estimated from so many samples: their captions may need different numbers of windows.
+# The batch's shapes are estimated from this many samples, as captions may need different numbers of windows.
 _MAX_SAMPLES = 8
 
 
 Activations = Mapping[Checkpointing, int]
-"""Bytes that the forward pass saves for the backward pass, by the kind of gradient checkpointing; with it they are what
-is saved between the layers, and the largest recomputed layer."""
+"""Bytes that the forward pass saves for the backward pass, by the kind of gradient checkpointing: with checkpointing,
+what is saved between the layers plus what the largest recomputed layer saves."""
 
 
 class MemoryPlan(NamedTuple):
@@ -50,7 +50,7 @@ class MemoryPlan(NamedTuple):
     Attributes:
         frozen: weights that are not trained.
         trained: trained weights.
-        gradients: all of them; if each is used or offloaded at once, the largest, and one more that is loaded back.
+        gradients: all of them; with step_in_backward the largest; with offloading twice that, as one is loaded back.
         optimizer: the optimizer's state.
         average: the moving average, if it is on the device.
         activations: for the backward pass; None if they cannot be estimated.

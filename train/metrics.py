@@ -25,8 +25,8 @@ LOG = "log.jsonl"
 NAN_ADVICE = (
     "lower optimizer.learning_rate, or train with mixed_precision bf16 or no; the last checkpoint is intact"
 )
-# Keys of an unfinished row in checkpoints: the number of its steps, and after the name of a metric of a subset of the
-# samples, their number.
+# Keys of an unfinished row in checkpoints: the number of its steps; and, appended to the name of a metric over a subset
+# of the samples, the number of these samples.
 _STEPS = "steps"
 _COUNT = ": samples"
 _GRAD_NORM = "grad_norm"
@@ -38,8 +38,8 @@ class Metrics:
     """The metrics of one run.
 
     A row of `log.jsonl` holds the means since the previous row, over all steps and processes. The metric of a subset of
-    the samples is a mean over those samples, and left out if there were none. Rows hold no time, so that the log is a
-    function of the recipe; the progress bar and the trackers also get the samples per second.
+    the samples is a mean over those samples, and left out if there were none. Rows hold no times, so that the log
+    depends only on the recipe; the progress bar and the trackers also get the samples per second.
 
     Attributes:
         progress: the values in the progress bar, by name.

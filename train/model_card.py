@@ -51,9 +51,9 @@ def write_card(
 ) -> None:
     """Write `README.md` into the folder of a trained model, and next to it the newest sheet of validation prompts.
 
-    The recipe is included with the last names of its folders alone, the images with their number alone, and no captions
-    but the prompts of the recipe: what a model was trained and validated on may be private. An adapter was trained on
-    `pipeline`.
+    The training and validation data may be private: the card has the recipe with only the last part of each path, only
+    the number of the images, and no captions except the recipe's prompts. `pipeline` is the one that an adapter was
+    trained on.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -98,9 +98,9 @@ def write_card(
 def _usage(folder: Path, config: TrainConfig, base: Pipeline | None) -> dict[str, Any]:
     """How to use what is in the folder, for the template: a whole model, or an adapter that is attached to `base`.
 
-    `pipeline` is the class here, None if none loads it; `diffusers_class` that in diffusers, None if that cannot run
-    it; `guidance_scale` the model's, if it is not the default of diffusers; `scheduler` the class of the one in the
-    folder of an adapter. `loader` loads the model, or the base of an adapter, from `arguments`.
+    `pipeline` is latentgen's class, None if none loads it; `diffusers_class` is diffusers' class, None if it cannot run
+    the model; `guidance_scale` is the model's, if it differs from diffusers' default; `scheduler` is the class of the
+    scheduler in an adapter's folder. `loader` loads the model, or the base of an adapter, from `arguments`.
     """
     task = config.task
     if base is None or not isinstance(task, FinetuneTask) or isinstance(task.method, FullMethod):
@@ -137,7 +137,7 @@ def _usage(folder: Path, config: TrainConfig, base: Pipeline | None) -> dict[str
 
 
 def _model_usage(folder: Path, config: TrainConfig) -> dict[str, Any]:
-    if not (folder / "model_index.json").is_file():  # an objective that saves its weights alone
+    if not (folder / "model_index.json").is_file():  # an objective that saves only its weights
         return {"title": "A model", "pipeline": None, "diffusers_class": None}
     index = read_json(folder / "model_index.json")
     name = str(index["_class_name"])

@@ -1,4 +1,4 @@
-"""What training does to the networks of any objective: memory layout, compilation, gradient checkpointing."""
+"""Memory layout, compilation and gradient checkpointing of the networks of any objective."""
 
 from __future__ import annotations
 

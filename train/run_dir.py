@@ -17,7 +17,7 @@ from latentgen.train.checkpoint import RunState, has_checkpoint, load_latest
 from latentgen.train.config import TrainConfig, in_one_line
 
 _LOCK = ".lock"
-# Fields in which a resumed run may differ. max_steps alone changes what is computed: it moves the end of the
+# Fields in which a resumed run may differ. Of these only max_steps changes what is computed: it moves the end of the
 # learning rate's schedule.
 _FREE_FIELDS = frozenset(
     {
@@ -27,7 +27,7 @@ _FREE_FIELDS = frozenset(
         "memory.planner",
     }
 )
-# Fields in which it may not differ even if allow_changes names them: the checkpoint would mean nothing.
+# Fields in which it may not differ even if allow_changes names them: the checkpoint would not fit the run.
 _FIXED_FIELDS = frozenset(
     {
         *("task.kind", "task.method.kind", "task.method.rank", "task.method.targets"),
@@ -91,7 +91,9 @@ def state_to_resume(config: TrainConfig, *, processes: int = 1, quiet: bool = Fa
     state = load_latest(folder)
     changes = _allowed_changes(state, config)
     if state.step > config.max_steps:
-        raise ResumeError(f"{quote(folder)} has {state.step} steps; raise max_steps, {config.max_steps}")
+        raise ResumeError(
+            f"{quote(folder)} has {state.step} steps, more than max_steps, {config.max_steps}; raise it"
+        )
     notes = [f"the recipe changes at step {state.step}: {'; '.join(changes)}"] if changes else []
     if state.step == config.max_steps:
         notes.append(

@@ -178,7 +178,7 @@ class Trainer:
         _copy_into(self.trainable, state.weights)
         _copy_into(self.ema, state.ema)
         restore_optimizer(self._optimizer, state.optimizer)
-        if self.accelerator.scaler is not None and state.scaler:  # there was none before fp16
+        if self.accelerator.scaler is not None and state.scaler:  # a checkpoint without fp16 has none
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
         self.metrics.restore(state.unfinished_row)
         self.step = state.step
@@ -331,14 +331,14 @@ class Trainer:
         return losses, subsets
 
     def _loss(self, plan: BatchIndices, batch: tuple[Tensor, ...]) -> Loss:
-        """The loss of one part of the batch, a function of the weights, the plan and the batch alone."""
+        """The loss of one part of the batch, which depends only on the weights, the plan and the batch."""
         batch = tuple(tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)
         # Dropout draws from the global generator; seeded here, it draws the same in a resumed run.
         torch.manual_seed(sample_rng(plan.seed, "network", plan.step, plan.samples[0]).getrandbits(63))
         return self._model(*batch)
 
     def _clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to this norm if theirs is higher; returns theirs."""
+        """Scale the gradients down to `max_norm` if their norm is higher; returns their norm before."""
         if self._offloaded is not None:
             return self._offloaded.clip_grad_norm(max_norm)
         norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), max_norm)

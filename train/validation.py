@@ -82,7 +82,7 @@ class Validator:
                 self._examples.append(objective.validation_example(data.sample(item, rng), rng))
 
     def start(self, step: int) -> None:
-        """Validate before the first step, or what a run that was stopped after `step` has not validated."""
+        """Validate before the first step, or catch up on what a run that was stopped after `step` did not validate."""
         images = self._images_are_due(step) and not _step_folder(self._config.output_dir, step).is_dir()
         self._validate(step, images, self._loss_is_due(step) and not self._metrics.has_validation(step))
 
@@ -151,7 +151,7 @@ class Validator:
 
     def _run(self, steps: Iterator[PipelineStep]) -> PipelineStep:
         """The last step. The networks run as in training; the latents are decoded later, in the decoder's dtype."""
-        with self._accelerator.autocast():  # not around the decoder, as many latents overflow in float16
+        with self._accelerator.autocast():  # not around the decoder, which may overflow in float16
             (last,) = deque(steps, maxlen=1)
         return last
 
@@ -204,7 +204,7 @@ def check_validation(validation: Validation, held_out: CaptionedDataset | None, 
         objective.validation_example(held_out.sample(0, rng), rng)
     with preview(objective, pipeline, {}) as previewed:
         for prompt in validation.prompts:
-            # It checks its arguments now, and would compute when it is iterated.
+            # This checks the arguments now; it would compute only when iterated.
             _prompt_stream(previewed, validation, prompt)
 
 
@@ -321,7 +321,7 @@ def ema_scope(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None
 
 @contextmanager
 def preview(objective: Objective, pipeline: Pipeline, weights: Mapping[str, Tensor]) -> Iterator[Pipeline]:
-    """The pipeline of an objective, drawing with `weights` on the device that is trained on; see `ema_scope`.
+    """The pipeline of an objective, generating with `weights` on the training device; see `ema_scope`.
 
     The decoder and the text encoder are on that device inside the block only.
     """

@@ -29,9 +29,9 @@ class ImageData(Section):
     """How images are cropped, and captions changed.
 
     Images are scaled to cover the view and cropped, at the center or at random, and mirrored half of the time with
-    `horizontal_flip`. A view is a square of `image_size`; with `buckets` it is the rectangle nearest to the
-    image's aspect ratio, of an area of at most `image_size` squared and with sides that are multiples of `bucket_step`
-    from `min_side` to `max_side` (half and double of `image_size` by default).
+    `horizontal_flip`. A view is a square of `image_size`; with `buckets` it is the rectangle whose aspect
+    ratio is nearest to the image's, with an area of at most `image_size` squared and sides that are multiples of
+    `bucket_step` from `min_side` to `max_side` (by default half and twice `image_size`).
 
     `caption_prefix` is added before every caption. `caption_shuffle` shuffles the parts of a caption between commas
     each time it is drawn, except for the first `keep_tokens`.
@@ -114,7 +114,7 @@ class KohyaData(ImageData):
       keep_tokens: 1
     ```
 
-    An epoch shows each image of a sub-folder that many times; the name is the caption of images without a text file
+    Each image of a sub-folder appears `REPEATS` times in an epoch; `NAME` is the caption of images without a text file
     (`.txt`, `.caption`). Everything else is as in FolderData.
     """
 

@@ -46,7 +46,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may not appear twice; other loaders take the last."""
+    """A YAML loader that rejects duplicate keys; other loaders use the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

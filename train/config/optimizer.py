@@ -63,11 +63,11 @@ class Optimizer(Section):
         )
 
     def rate_at(self, step: int, max_steps: int) -> float:
-        """The learning rate of step `step`, the first of which is 0."""
+        """The learning rate at step `step`, counted from 0."""
         return self.learning_rate * self.factor_at(step, max_steps)
 
     def factor_at(self, step: int, max_steps: int) -> float:
-        """The fraction, in 0..1, of the learning rate in step `step`, the first of which is 0."""
+        """The factor in 0..1 that scales the learning rate at step `step`, counted from 0."""
         if self.schedule == "warmup_stable_decay":
             warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
             left = (max_steps - step) / max_steps
@@ -88,8 +88,8 @@ class Memory(Section):
     third more time; with `selective` only those that are cheap to recompute, for a tenth more. `ema_device: cpu` puts
     the moving average into host memory: exact. `offload_optimizer` puts gradients and AdamW's moments into host memory,
     and loads them one parameter at a time: exact, on CUDA, for adamw and adafactor, in one process and not in fp16.
-    `base_dtype` is the dtype in which frozen weights are stored; computations are in the run's precision. With
-    `planner` the memory of a step is estimated and printed before the first step, and an error if it does not fit.
+    `base_dtype` is the dtype in which frozen weights are stored; computations are in the run's precision. The
+    `planner` estimates the memory of a step and prints it before the first step; a step that does not fit is an error.
     """
 
     gradient_checkpointing: Checkpointing = False

@@ -40,13 +40,13 @@ class Validation(Section):
     and so on, in `samples/` of the run's folder. `height`, `width` and `guidance_scale` are by default the model's.
     `at_start` validates before the first step, too.
 
-    Image-conditioned models generate `images` of the validation images instead: a row has the input, the output and the
-    target. An inpainting model receives a random mask of each image, an instruction model the image before the edit,
-    with the caption as the instruction.
+    Image-conditioned models instead generate an output for each of the first `images` validation images; a row has the
+    input, the output and the target. An inpainting model receives a random mask of each image, an instruction
+    model the image before the edit, with the caption as the instruction.
 
     Every `loss_every` steps the loss is measured on the first `loss_images` images of `data`, or of the recipe's
     `validation_fraction`: the plain mean squared error at `timesteps` timesteps, the middles of as many equal parts of
-    the schedule, with noise that depends on `seed` alone. So it can be compared between runs.
+    the schedule, with noise that depends only on `seed`, so that it can be compared between runs.
     """
 
     prompts: tuple[str, ...] = ()
@@ -75,9 +75,9 @@ class TrainConfig(Section):
     """One recipe.
 
     `init_from` is a folder in the diffusers layout whose weights training starts from (fine-tuning also accepts a
-    single file, and without `init_from` starts from the embedded default model); `batch_size` is the samples of an
-    optimizer step over all processes and accumulated parts; with `ema_decay` 0 there is no moving average; `compile`
-    takes minutes before the first step and makes the others faster (on a CPU it needs a C++ compiler).
+    single file, and without `init_from` starts from the embedded default model); `batch_size` is the number of samples
+    in an optimizer step over all processes and accumulated parts; with `ema_decay` 0 there is no moving average;
+    `compile` takes minutes before the first step and makes the others faster (on a CPU it needs a C++ compiler).
 
     `workers` processes for each training process prepare the batches ahead; the batches are the same to the bit.
 
@@ -153,7 +153,7 @@ class TrainConfig(Section):
         if memory.ema_device == "cpu" and not self.ema_decay:
             yield "memory.ema_device: without ema_decay there is no moving average; set it, or remove ema_device"
         if self.compile and memory.gradient_checkpointing == "selective":
-            yield "memory.gradient_checkpointing: use one of selective and compile, which selects by itself"
+            yield "memory.gradient_checkpointing: selective is not for compile, which selects by itself; remove one"
 
     def _task_problems(self) -> Iterator[str]:
         task, no_weights = self.task, self.init_from is None
@@ -175,7 +175,7 @@ class TrainConfig(Section):
         needs_image = isinstance(task, UpscaleTask | PairedTask)
         if validation.prompts and (needs_image or isinstance(task, AutoencoderTask)):
             yield f"validation.prompts: not for task.kind {task.kind}; remove them, and set validation.images"
-        # Of a fine-tuned model the checkpoint says whether it takes images.
+        # For fine-tuning, the checkpoint determines whether the model takes images.
         if validation.images and not (needs_image or isinstance(task, FinetuneTask)):
             yield f"validation.images: models of task.kind {task.kind} take no input image; remove it"
         if validation.images and not self.measures:

@@ -196,7 +196,7 @@ class FullMethod(Section):
 class LoRAMethod(Section):
     """Train factors of `rank` next to frozen layers (arXiv:2106.09685); saves them in diffusers' and kohya's formats.
 
-    `targets` are the ends of the paths of the UNet's layers: `ff.net.0.proj` and `ff.net.2` are those of feed-forward
+    `targets` are suffixes of the paths of the UNet's layers: `ff.net.0.proj` and `ff.net.2` are those of feed-forward
     layers, `conv1` and `conv2` convolutions. `text_targets` are those of the text encoders, which are trained with
     `train_text_encoder`. The output of the factors is scaled by `alpha` / `rank`; `alpha` is by default the rank.
     `init_lora` is a LoRA file of the same rank and layers that training starts from.
@@ -231,7 +231,7 @@ class Prior(Section):
     """Prior preservation (DreamBooth, arXiv:2208.12242, section 3.2): the model should not forget the rest of a class.
 
     Before the first step the initial model generates `images` images of `prompt`, or of several prompts in turn. Each
-    step trains on as many of them as of the training set, with their loss multiplied by `weight`.
+    step trains on as many class images as training images, with the loss of the class images multiplied by `weight`.
 
     `path` is a folder of the user's own images of the class, with its sub-folders: all of them are used, and the model
     generates the rest of `images`. They may have captions as in FolderData; `prompt` is that of the others.
@@ -269,8 +269,8 @@ class FinetuneTask(DiffusionTask):
     `convert_to` turns a text-to-image model into one for inpainting or instructions: its UNet gets additional input
     channels, whose weights are initialized with zeros (arXiv:2211.09800, section 3.2).
 
-    `conditioning_dropout` replaces `caption_dropout` for models that follow instructions: how often the instruction
-    alone, the image alone, and both are dropped (arXiv:2211.09800, section 3.2.1).
+    `conditioning_dropout` replaces `caption_dropout` for models that follow instructions: how often only the
+    instruction, only the image, and both are dropped (arXiv:2211.09800, section 3.2.1).
 
     The other fields are those of DiffusionTask; only whole models save a `guidance_scale`.
     """

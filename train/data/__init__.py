@@ -32,7 +32,7 @@ class Splits(NamedTuple):
 def open_splits(config: TrainConfig) -> Splits:
     """The data sets of a recipe: its `data`, and the `validation_fraction` of it or `validation.data`.
 
-    The validation images depend on the number of images alone.
+    The validation images depend only on the number of images.
 
     Raises:
         DatasetError: listing all errors of a data set.

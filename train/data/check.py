@@ -16,14 +16,14 @@ from latentgen.train.data.sample_checks import DataSurvey, UsableSample
 
 
 class BucketCount(NamedTuple):
-    """How much of a set goes to one bucket: images, and samples of an epoch, in which images are repeated."""
+    """The contents of a bucket: the number of images, and of samples per epoch, which counts repeats."""
 
     images: int
     samples: int
 
 
 class Report(NamedTuple):
-    """How many images can be used, their captions, and their buckets by size; problems, and what may be unintended."""
+    """The number of usable images and captions; the buckets by size; problems; and notes on what may be unintended."""
 
     images: int
     captions: int
@@ -80,7 +80,7 @@ def _data_survey(survey: FolderSurvey) -> DataSurvey:
 
 
 def _notes(samples: Sequence[UsableSample], sizes: Sequence[Size]) -> Iterator[str]:
-    """Small images, empty captions, and captions beyond CLIP's window, with whose tokenizer the tokens are counted."""
+    """Notes on small images, empty captions, and captions that exceed CLIP's window, counted with CLIP's tokenizer."""
     for sample, size in zip(samples, sizes, strict=True):
         scale = enlargement(sample.size, size)
         if scale > 1:

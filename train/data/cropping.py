@@ -118,14 +118,14 @@ def bucket_sizes(image_size: int, step: int, shortest: int, longest: int) -> tup
 
 @lru_cache(2**16)
 def nearest_size(original: Size, sizes: tuple[Size, ...]) -> Size:
-    """The size of the nearest aspect ratio, by quotient so that portrait and landscape are treated alike.
+    """The size with the nearest aspect ratio, compared by quotient so that portrait and landscape are treated alike.
 
-    Of sizes of the same ratio it is the largest.
+    If several sizes have that ratio, it is the largest of them.
     """
     ratio = math.log(original[0] / original[1])
 
     def distance(size: Size) -> tuple[float, int, Size]:
-        # Rounded, for logarithms of equal ratios differ in their last digits.
+        # Rounded, because logarithms of equal ratios differ in their last digits.
         return round(abs(math.log(size[0] / size[1]) - ratio), 9), -size[0] * size[1], size
 
     return min(sizes, key=distance)

@@ -19,8 +19,8 @@ from latentgen.train.data.sampler import Sharded, sample_rng
 class Captions(NamedTuple):
     """The possible captions of one image, drawn by weight.
 
-    With `shuffle_after` the parts of a caption between commas, except for so many, are shuffled each time that it is
-    drawn, as in kohya's trainers.
+    With `shuffle_after` the comma-separated parts of a caption, except for the first `shuffle_after`, are shuffled each
+    time it is drawn, as in kohya's trainers.
     """
 
     texts: tuple[str, ...]
@@ -47,7 +47,7 @@ class Sample(NamedTuple):
         original_size: height and width of the whole image, before it was scaled and cropped; None if it is the same.
         crop_corner: top and left of the crop in the scaled image, in pixels.
         mask: where the loss counts, "L", as large as the image; None for everywhere.
-        before: the image that this one is an edit of, RGB, as large; None if it is not an edit.
+        before: the image before the edit, RGB, of the same size; None if `image` is not an edit.
     """
 
     image: Image.Image
@@ -62,7 +62,7 @@ class CaptionedDataset(Protocol):
     """A set of items, each seen through random views.
 
     Attributes:
-        image_size: the side of square views; of others the side of a square of their largest area.
+        image_size: the side of square views; for other views, the side of a square with their largest area.
     """
 
     image_size: int
@@ -91,7 +91,7 @@ class TrainingSet(CaptionedDataset, Protocol):
     """A set that was opened from a recipe.
 
     Attributes:
-        digest: of its content, as far as opening it has read.
+        digest: a digest of the content that was read when it was opened.
     """
 
     digest: str
@@ -106,7 +106,7 @@ def digest_of(parts: Iterable[object]) -> str:
 
 
 def check_sides(data: CaptionedDataset, factor: int) -> None:
-    """Refuse views whose sides an autoencoder cannot divide by its `factor`.
+    """Raise an error if a side of a view is not a multiple of the autoencoder's `factor`.
 
     Raises:
         ConfigError: naming the first such side.
@@ -115,7 +115,8 @@ def check_sides(data: CaptionedDataset, factor: int) -> None:
     wrong = next((side for side in sides if side % factor), None)
     if wrong is not None:
         raise ConfigError(
-            f"the autoencoder takes multiples of {factor}, not {wrong} pixels: set data.image_size or data.bucket_step"
+            f"a side of {wrong} pixels is not a multiple of {factor}, which the autoencoder requires: change "
+            "data.image_size or data.bucket_step"
         )
 
 
@@ -127,13 +128,13 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
 
 @runtime_checkable
 class Repeating(Protocol):
-    """A data set in which several items may be of one image: `images` has a number for the image of each item."""
+    """A data set in which several items may share an image: `images` holds the number of each item's image."""
 
     images: Sequence[int]
 
 
 class Subset:
-    """Some `items` of a data set, in their order; its tokenizer is that of the whole set."""
+    """Some `items` of a data set, in this order; `captions` returns those of the whole set, for the same tokenizer."""
 
     def __init__(self, whole: CaptionedDataset, items: Sequence[int]) -> None:
         self.image_size = whole.image_size
@@ -169,8 +170,8 @@ class ShardedSubset(Subset):
 def split(data: CaptionedDataset, fraction: float) -> tuple[CaptionedDataset, CaptionedDataset]:
     """The items to train on, and one item of each validation image, of which there is at least one.
 
-    The validation images depend on the number of images alone, by a shuffle: periodic data (frames of one scene, views
-    of one object) is not sampled in step with its period. None of their items is trained on.
+    The validation images are chosen by a shuffle that depends only on the number of images, so that periodic data
+    (frames of one scene, views of one object) is not sampled at its period. None of their items is trained on.
 
     Raises:
         DatasetError: there are fewer than two images.
@@ -178,7 +179,7 @@ def split(data: CaptionedDataset, fraction: float) -> tuple[CaptionedDataset, Ca
     images = _shuffled_images(data)
     count = len(images)
     if count < 2:
-        raise DatasetError(f"validation_fraction is {fraction:g} of {count} images; two are needed")
+        raise DatasetError(f"validation_fraction={fraction:g} needs at least 2 images; there are {count}")
     held_out = max(1, round(fraction * count))
     items = sorted(item for image in images[held_out:] for item in image)
     validation = Subset(data, [image[0] for image in images[:held_out]])

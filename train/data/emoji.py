@@ -42,7 +42,7 @@ GROUNDS = {
     "black": (20, 20, 24),
 }
 
-# A keyword that more glyphs share than this ("face", "person") does not say what to draw.
+# Keywords that more glyphs than this share ("face", "person") are too vague for a caption.
 COMMON_KEYWORD = 20
 
 Part = Literal["training", "held_out"]
@@ -71,7 +71,7 @@ class GlyphPlacement(NamedTuple):
 class EmojiSet:
     """The glyphs, their captions and their renderings.
 
-    `held_out` glyphs, spread evenly over the codepoints, are held out of training; `part` is which of the two this is.
+    `held_out` glyphs, spread evenly over the codepoints, are held out of training; `part` selects one of the two sets.
 
     Raises:
         DatasetError: a file does not exist, naming the package that contains it; or no glyph is left.
@@ -158,7 +158,7 @@ def _draw(character: str, typeface: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def caption_on(name: str, ground: str | None) -> str:
-    """The caption of a thing on a ground: "slice of pizza on a teal background", or the name alone on white."""
+    """The caption of a glyph on a background: "slice of pizza on a teal background", or only its name on white."""
     if ground is None:
         return name
     article = "an" if ground[0] in "aeiou" else "a"

@@ -89,7 +89,7 @@ class ImageFolder:
     """A folder of images, as described by FolderData and KohyaData.
 
     Every file is decoded once at the start. Bad images are an error, or left out with a warning if the recipe says
-    so; they are never replaced. An image that an epoch shows several times is as many items.
+    so; they are never replaced. An image that is repeated n times is n items.
 
     Attributes:
         images: a number for the image of each item; files of the same bytes are one image.

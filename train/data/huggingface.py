@@ -63,7 +63,7 @@ class HuggingFaceSet:
         problems: list[str] = []
         bad: dict[int, str] = {}
         for row, sample in enumerate(_check_rows(self._table, config) if config.check_images else ()):
-            # Checkpoints have the digest of five fields; the last two were texts of errors, which may change.
+            # Five fields, to match the digests in checkpoints; the last two were error messages, whose text may change.
             contents.append(digest_of((sample.captions, sample.size, sample.digest, None, None)))
             if sample.caption_problem:
                 problems.append(f"row {row}: {sample.caption_problem}")
@@ -209,7 +209,7 @@ def _parquet_files(config: HuggingFaceData) -> list[Path]:
         match = _SPLIT_FILE.match(file.stem)
         splits.setdefault(match[1] if match else "", []).append(file)
     if not splits:
-        raise DatasetError(f"{quote(config.path)} holds no data set of save_to_disk, and no parquet files")
+        raise DatasetError(f"{quote(config.path)} has neither a data set of save_to_disk nor parquet files")
     return splits[_chosen_split(config, sorted(splits))]
 
 

@@ -44,7 +44,7 @@ def read_metadata(file: Path, name: str, rows: Rows, problems: list[str]) -> lis
     unread: dict[str, None] = {}
     try:
         text = file.read_text("utf-8-sig")
-        # Read before any row is used, so that a file with a bad end is one problem.
+        # Read to the end before any row is used, so that a damaged file is one problem.
         lines = list(_csv_rows(text) if file.suffix == ".csv" else _json_rows(text))
     except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
         problems.append(f"{name} cannot be read: {error}")
@@ -86,7 +86,7 @@ def _parse_row(folder: Path, fields: str | Mapping[Any, Any], rows: Rows) -> Row
     elif None in fields or None in fields.values():
         raise ValueError("it has more or fewer cells than the first line; put texts with commas in quotes")
     else:
-        # A cell cannot be left out: without a file it is empty.
+        # CSV cannot omit a cell: an empty one means that there is no such file.
         fields = {name: value for name, value in fields.items() if value or not name.endswith("file_name")}
     if not isinstance(fields, dict):
         raise ValueError('it must be an object, {"file_name": "...", "text": "..."}')

@@ -106,8 +106,8 @@ def decode_captions(data: bytes, *, is_json: bool) -> tuple[str, ...]:
 
 
 def in_threads(function: Callable[[S], T], items: Sequence[S], *, title: str | None = None) -> list[T]:
-    """`function` of each item, several at a time: Pillow and files release the GIL. A `title` shows a progress bar."""
-    # Made for each call: the threads of a lasting pool would not be there after a fork.
+    """Apply `function` to each item in threads: Pillow and file reads release the GIL. `title` shows a progress bar."""
+    # A new pool for each call, because the threads of a shared one would not survive a fork.
     pool = ThreadPoolExecutor(THREADS)
     try:
         results = pool.map(function, items)
@@ -122,7 +122,7 @@ def refuse(
 ) -> None:
     """Raise DatasetError if there are problems; the message lists the first fifty and counts all.
 
-    Problems of images are as bad, or only warned about if the recipe says to `skip` such images.
+    Bad images are problems, too; with `skip` they are only a warning.
     """
     if bad_images and skip:
         warnings.warn(f"{len(bad_images):,} images are left out: {_listed(bad_images)}", stacklevel=3)

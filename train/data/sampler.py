@@ -1,4 +1,4 @@
-"""Which items a step trains on, and all of its randomness: functions of (seed, step, sample) alone.
+"""Which items a step trains on, and all of its randomness, which depends only on (seed, step, sample).
 
 Each step has images of one size.
 """
@@ -25,17 +25,17 @@ SHARDS_TOGETHER = 8
 
 
 def sample_rng(seed: int, *position: int | str) -> random.Random:
-    """The generator of one position of a run, for instance (step, sample): a function of its arguments alone."""
+    """The generator of one position of a run, such as (step, sample); it depends only on the arguments."""
     return random.Random("/".join(map(str, (seed, *position))))
 
 
 def shard_order(
     seed: int, epoch: int, counts: Sequence[int], *, together: int = SHARDS_TOGETHER, bucket: int = 0
 ) -> NDArray[np.int64]:
-    """The order of the items in an epoch over shards that hold `counts` of them: a function of the arguments alone.
+    """The order of the items in an epoch over shards that hold `counts` of them; it depends only on the arguments.
 
-    The shards are shuffled, and then the items of every `together` shards that follow each other, so that no more than
-    these are read from at a time. Each `bucket`, where images have several sizes, has its own order.
+    The shards are shuffled, and then the items within each group of `together` consecutive shards, so that only the
+    shards of one group are read at a time. Each `bucket`, where images have several sizes, has its own order.
     """
     generator = np.random.RandomState(sample_rng(seed, "shards", epoch, bucket).getrandbits(32))
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
@@ -176,8 +176,8 @@ def plan_step(
 ) -> list[BatchIndices]:
     """Split the global batch of a step over `processes` and into `parts` accumulated one after the other.
 
-    The global batch is a function of (seed, step) alone. All plans are equally large if `batch_size` is a multiple of
-    `parts * processes`, as the mean of their means requires.
+    The global batch depends only on (seed, step). If `batch_size` is a multiple of `parts * processes`, all plans have
+    the same size, so that the mean of their means is the mean of the batch.
     """
     plans = []
     for part in range(parts):

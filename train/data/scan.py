@@ -25,7 +25,7 @@ _KOHYA_FOLDER = re.compile(r"([0-9]{1,9})_(.*\S)", re.DOTALL)
 
 
 class Item(NamedTuple):
-    """One image of a set, and how often an epoch shows it; without captions if these have problems.
+    """One image of a set, and its repeats per epoch; `captions` is empty if they have problems.
 
     `mask` is an image that is white where the loss counts, `before` the image that this one is an edit of.
     """
@@ -74,7 +74,7 @@ def list_folder(config: FolderData | KohyaData) -> Listing:
     edits = [item.before is not None for item in listing.items if item.captions]
     if any(edits) and not all(edits):
         listing.problems.append(
-            f"{sum(edits)} of {len(edits)} images have a before_file_name; give it to all"
+            f"{sum(edits)} of {len(edits)} images have a before_file_name; add it to all or none"
         )
     if not listing.items and not listing.problems:
         listing.problems.append(f"no image that can be used; known kinds: {', '.join(sorted(SUFFIXES))}")
@@ -94,7 +94,7 @@ def _list_kohya(listing: Listing) -> None:
                 if file.suffix.lower() in SUFFIXES
             )
         elif not 1 <= int(name[1]) <= MAX_REPEATS:
-            listing.problems.append(f"{listing.name(entry)}: allowed are 1 to {MAX_REPEATS:,} repeats")
+            listing.problems.append(f"{listing.name(entry)}: repeats must be from 1 to {MAX_REPEATS:,}")
         else:
             _list_images(listing, files, caption=name[2], repeats=int(name[1]))
 
@@ -110,7 +110,7 @@ def _list_images(listing: Listing, files: list[Path], *, caption: str | None, re
                 warnings.warn(f"{name}: columns ignored: {columns}", stacklevel=4)
     referenced = {file for row in rows.values() if row for file in (row.mask, row.before) if file}
     images = {file for file in files if file.suffix.lower() in SUFFIXES} | referenced | rows.keys()
-    # Of two text files that differ in the case of their suffix the last counts, which is in lower case.
+    # If two text files differ only in the case of their suffix, the last one is used, which is in lower case.
     texts = {(file.with_suffix(""), file.suffix.lower()): file for file in files}
     caption_files = {
         image: texts.get((image.with_suffix(""), ".txt")) or texts.get((image.with_suffix(""), ".caption"))
@@ -184,7 +184,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def read_captions(file: Path) -> tuple[str, ...]:
-    """The captions in a file, one a line; blank lines are ignored, and a file of nothing else holds the empty caption.
+    """The captions in a file, one per line, without blank lines; a file with only blank lines holds the empty caption.
 
     Raises:
         OSError, UnicodeDecodeError: it cannot be read.

@@ -198,7 +198,7 @@ def expand_shards(names: Sequence[str]) -> list[Path]:
             paths += map(Path, found)
             if len(paths) > _MAX_SHARDS:
                 raise DatasetError(f"data.shards: {quote(name)} matches over {_MAX_SHARDS:,} files")
-    problems += [f"{quote(path)} is not a file that exists" for path in paths if not path.is_file()]
+    problems += [f"{quote(path)} does not exist or is not a file" for path in paths if not path.is_file()]
     problems += [f"{quote(path)} is named twice" for path, count in Counter(paths).items() if count > 1]
     refuse("data.shards", problems)
     return paths

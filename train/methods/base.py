@@ -1,4 +1,4 @@
-"""What a fine-tuning method is; and full fine-tuning, which trains the networks themselves."""
+"""The interface of fine-tuning methods; and full fine-tuning, which trains the networks themselves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Method(ABC):
 
         Args:
             pipeline: from `inject`, on the CPU. Training is over, so its stages may be modified.
-            folder: where to.
+            folder: the output folder.
             half: in float16 instead of float32.
         """
 
@@ -70,7 +70,7 @@ def towers_of(pipeline: Pipeline) -> dict[str, CLIPText]:
 
 
 def layers_without_gradient(towers: Sequence[CLIPText]) -> list[nn.Module]:
-    """The layers of text encoders on whose output the UNet's conditioning does not depend.
+    """The layers of text encoders that do not affect the UNet's conditioning.
 
     The context of SDXL leaves out the last layer of each, and only the second one's pooled state is used. Parameters
     that never get gradients would stop a distributed run.

@@ -184,7 +184,7 @@ def _factors(network: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _endings(paths: set[str]) -> str:
-    """The shortest targets that name the layers: what follows the last number, or the whole path."""
+    """The shortest targets that name the layers: the last name in each path, with any numbers after it."""
     endings: set[str] = set()
     for path in paths:
         parts = path.split(".")

@@ -1,4 +1,4 @@
-"""What is trained: one objective for each kind of task, and the one that a recipe names."""
+"""The training objectives, one for each kind of task; `build_objective` builds that of a recipe."""
 
 from __future__ import annotations
 

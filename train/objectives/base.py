@@ -45,8 +45,8 @@ class Example(NamedTuple):
 class Objective(nn.Module, ABC):
     """A module whose `forward` is the loss of a batch. The parameters that require gradients are trained.
 
-    A subclass needs `forward` alone: batches are then images, and the weights are saved in one file. Its networks are
-    its children; one named `text_encoder` may have a learning rate of its own.
+    A subclass needs only `forward`: by default batches are images, and the weights are saved in one file. Its networks
+    are its children; one named `text_encoder` may have its own learning rate.
 
         class Denoiser(Objective):
             def __init__(self, data: CaptionedDataset) -> None:
@@ -69,11 +69,11 @@ class Objective(nn.Module, ABC):
         self.order = BucketSampler.of(data, views=views)
 
     def prefetch(self, plan: BatchIndices) -> list[Sample] | None:
-        """What a data loader process reads for `batch`; None if it runs `batch` itself, which uses no accelerator."""
+        """The views a data loader process reads for `batch`; None if it runs all of `batch`, without an accelerator."""
         return None
 
     def batch(self, plan: BatchIndices, views: list[Sample] | None = None) -> tuple[Tensor, ...]:
-        """The inputs of `forward`: everything that is read or random, a function of the plan alone.
+        """The inputs of `forward`: everything that is read or random. They depend only on the plan.
 
         By default images [B, 3, H, W] in -1..1, float32, from one random view of each sample. `views` are those that
         `prefetch` has returned, if any.
@@ -108,7 +108,7 @@ class Objective(nn.Module, ABC):
         return other
 
     def validation_loss(self, plan: BatchIndices, timesteps: int) -> Loss:
-        """The mean loss of a batch of validation images, a function of the weights and the plan alone.
+        """The mean loss of a batch of validation images, which depends only on the weights and the plan.
 
         A loss that depends on the noise level is measured at `timesteps` of them; its parts are named after these.
         """

@@ -27,15 +27,15 @@ from latentgen.train.config import FolderData, Prior
 from latentgen.train.data import CaptionedDataset, Captions, Sample, open_data, sample_rng
 from latentgen.train.host_memory import temporarily_on
 
-# Images that are generated together, always the same ones: the others of a batch can change the last bits of one.
+# Images are generated in fixed groups of this size: the others of a batch can change the last bits of an image.
 _GROUP = 4
 
 
 class ClassImages:
     """A training set of a class: the user's own images, if there are any, then images that a model generates.
 
-    Call `generate` before `sample`. There are more images than the recipe says if the user has more; all are squares.
-    `folder` is for generated ones, and `model` names the model that generates them.
+    Call `generate` before `sample`. If the user has more images than the recipe says, all are used; all are square.
+    `folder` is for generated images, and `model` names the model that generates them.
 
     Raises:
         ConfigError: generated images would be stored among the user's own.
@@ -60,7 +60,7 @@ class ClassImages:
         return max(self._own_count, len(self._files))
 
     def sample(self, index: int, rng: random.Random) -> Sample:
-        """Image `index`, not random. Without a mask of its own its mask is full: a masked loss counts everywhere."""
+        """Image `index`, not random. If it has no mask, it gets a full one, so a masked loss counts everywhere."""
         if self._own is not None and index < self._own_count:
             view = self._own.sample(index, rng)
         else:

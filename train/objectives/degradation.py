@@ -44,7 +44,7 @@ def to_gray(image: Image.Image, _: random.Random) -> Image.Image:
 
 
 def crop_margins(image: Image.Image, rng: random.Random) -> Image.Image:
-    """The image within one to four margins of random width, at random sides."""
+    """The image with gray margins of random width on one to four random sides."""
     width, height = image.size
     margins = dict.fromkeys(("left", "top", "right", "bottom"), 0)
     for place in rng.sample(tuple(margins), rng.randint(1, len(margins))):

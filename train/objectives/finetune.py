@@ -31,7 +31,7 @@ from latentgen.train.objectives.latent_diffusion import LatentObjective
 from latentgen.train.objectives.latents import LatentBatch, ViewSource, cond_image
 from latentgen.train.objectives.pretrained import check_data, load_model, own_memory
 
-# What a mask covers: for the encoder as near to 0 as 8 bits come.
+# The color under a mask: as close to 0 in the encoder's -1..1 as 8 bits allow.
 _GRAY = (127, 127, 127)
 _METHODS: Mapping[type[FullMethod | LoRAMethod | TextualInversionMethod], Callable[[Any], Method]] = {
     FullMethod: FullFinetuning,
@@ -183,7 +183,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
     def _conditioning_dropout(self, plan: BatchIndices) -> tuple[list[bool], Tensor]:
         """Whether each sample keeps its instruction, and its image [B, 1, 1, 1] (arXiv:2211.09800, section 3.2.1).
 
-        Of `rate` each: the instruction alone is dropped, both are, the image alone is.
+        Each has probability `rate`: only the instruction is dropped, both are dropped, only the image is dropped.
         """
         rate = self.task.conditioning_dropout
         draws = [rng.random() for rng in plan.rngs("conditioning")]
@@ -219,7 +219,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write what the method has trained, in float16 if the recipe says so.
 
-        With an adapter for a model whose schedule training has rescaled, the scheduler to sample with is written too.
+        If training has rescaled the model's schedule, an adapter is saved together with the scheduler to sample with.
         """
         self.load_state_dict(dict(weights))
         self._method.save(self._stages, folder, half=self.task.save_half)
@@ -229,7 +229,7 @@ class FinetuneObjective(LatentObjective[FinetuneTask]):
 
 
 def _mask_view(view: Sample, rng: random.Random) -> Sample:
-    """A view as an edit of its masked image, by a random mask."""
+    """A view whose conditioning image `before` is its image under a random mask."""
     return view._replace(before=_masked(view.image, random_mask(view.image.size, rng)))
 
 

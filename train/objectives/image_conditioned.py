@@ -104,8 +104,8 @@ class ImageConditionedObjective(LatentObjective[ImageTask]):
 class UpscaleObjective(ImageConditionedObjective[UpscaleTask]):
     """A UNet conditioned on the image in low resolution.
 
-    That is noised as well, to a random level which is an input too (noise conditioning augmentation,
-    arXiv:2106.15282): images that another model has generated differ from those that are scaled down.
+    That image is noised as well, to a random level that is also an input (noise conditioning augmentation,
+    arXiv:2106.15282), because images that another model has generated differ from downscaled ones.
     """
 
     _cond_kind = "pixels"

@@ -53,7 +53,7 @@ def encode_views(
         encoder: on the CPU, where its weights stay unless they are needed in every step.
         device: where it encodes.
         source: the views.
-        cond: what to store of the conditioning image `before` of each view, which then all must have.
+        cond: what to store of the conditioning image `before` of each view; unless "none", every view must have one.
         cache_dir: the folder of the cache.
 
     Raises:
@@ -87,7 +87,7 @@ def _open_cache(encoder: ImageEncoder, device: torch.device, cache_dir: Path | N
 
 
 class CachedView(NamedTuple):
-    """A view that was encoded before: its latents, and those or the pixels of its conditioning image, by their keys."""
+    """An encoded view: the cache keys of its latents, and of the latents or the pixels of its conditioning image."""
 
     info: ViewInfo
     key: str
@@ -136,8 +136,8 @@ class CachedLatents(LatentDataset):
 class _CacheFiller:
     """Puts views into a cache.
 
-    Batches of one image size all have one shape, filled up if need be: kernels may add in another order for another
-    shape, and the latents of an image would depend on how many others were missing from the cache.
+    All batches of one image size are padded to the same shape: kernels may sum in another order for another shape, and
+    the latents of an image would depend on how many others were missing from the cache.
     """
 
     def __init__(self, encoder: ViewEncoder, source: ViewSource, cond: CondKind, cache: TensorCache) -> None:
@@ -149,7 +149,7 @@ class _CacheFiller:
         self._waiting: dict[tuple[int, int], dict[str, Image.Image]] = {}
 
     def fill(self, indices: Sequence[int]) -> dict[int, CachedView]:
-        """Encode what the cache lacks of the views of `indices`."""
+        """Encode those of the views `indices` that are not in the cache."""
         cached = {}
         views = self._source.stream(indices)
         bar = tqdm(views, "encoding the images", len(indices), mininterval=1.0, disable=not indices)

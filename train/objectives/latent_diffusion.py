@@ -46,7 +46,7 @@ from latentgen.train.objectives.losses import (
 )
 from latentgen.train.objectives.text_conditioning import CaptionCache, TextConditioner
 
-# Pixels of latents up to which all attention scores of a batch are cheap to hold.
+# Up to this many latent pixels, all attention scores of a batch are cheap to hold.
 SMALL_LATENTS = 32 * 32
 # The memory that the conditioning of all captions may take.
 CAPTION_BYTES = 4 * 2**30
@@ -221,7 +221,7 @@ class LatentObjective(Objective, Generic[AnyTask]):
             return
         encoder = ShapeOnlyEncoder(self._vae[0], torch.device("cpu"))
         self._latents = OnTheFlyLatents(source, encoder, self._cond_kind)
-        # Not in `cache_dir`, which all processes must enter with the same captions.
+        # Without `cache_dir`, to which all processes would have to add the same captions.
         self._choose_conditioner(None)
         preflight(self)
 

@@ -112,10 +112,10 @@ def _in_threads(draw: Callable[[S], T], places: Sequence[S]) -> list[T]:
 
 
 class ViewInfo(NamedTuple):
-    """What is known of a view apart from its latents.
+    """The metadata of a view: everything except its latents.
 
     Attributes:
-        captions: what it may be called.
+        captions: its possible captions.
         size: height and width.
         original_size: height and width of the whole image.
         crop_corner: top and left of the crop.
@@ -143,9 +143,9 @@ class EncodedView(NamedTuple):
     """A view in latents, on the CPU.
 
     Attributes:
-        info: what else is known of it.
+        info: its metadata.
         posterior: mean and standard deviation of its latents, float16 [2, C, h, w].
-        cond: of its conditioning image, the same, or the pixels, uint8 [3, H, W]; None if none is stored.
+        cond: the same for its conditioning image, or its pixels, uint8 [3, H, W]; None if nothing is stored.
     """
 
     info: ViewInfo
@@ -198,14 +198,14 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 
 def cond_image(view: Sample) -> Image.Image:
-    """The image that a view is an edit of.
+    """The conditioning image `before` of a view.
 
     Raises:
         DatasetError: there is none.
     """
     if view.before is None:
         raise DatasetError(
-            "an image lacks the image `before` its edit, on which this model is conditioned; add one to each image"
+            "an image has no image `before` its edit, which this model requires; add before_file_name to each image"
         )
     return view.before
 

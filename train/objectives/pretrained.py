@@ -32,7 +32,7 @@ from latentgen.pipelines.text_to_image import TextToImagePipeline
 from latentgen.train.config import FinetuneTask, TextualInversionMethod
 from latentgen.train.data import CaptionedDataset, check_sides
 
-# How networks are loaded that are mostly idle: in float32 on the CPU, mapped from the file where it holds float32.
+# How mostly idle networks are loaded: in float32 on the CPU, mapped from the file where it holds float32.
 IDLE = LoadOptions(torch.float32, torch.device("cpu"), as_in_file=True)
 # The class that a checkpoint declares -> the pipeline that runs and saves it.
 _PIPELINES: Mapping[object, type[Pipeline]] = {
@@ -78,7 +78,7 @@ def load_model(init_from: Path | None, task: FinetuneTask) -> Pipeline:
         pipeline.scheduler.schedule, FlowSchedule
     ):
         raise ConfigError(
-            f"init_from {quote(checkpoint.path)} is distilled or a flow-matching model; fine-tune what it was made from"
+            f"init_from {quote(checkpoint.path)} is distilled or a flow-matching model; fine-tune its base model"
         )
     if task.convert_to is not None:
         pipeline = expand_in_channels(task.convert_to, pipeline)
@@ -199,8 +199,8 @@ def check_fit(
         )
     if unet.cross_attention_dim != context_width:
         problems.append(
-            f"task.unet.cross_attention_dim is {unet.cross_attention_dim}, but hidden_size of task.text_encoder: "
-            f"{context_width}"
+            f"task.unet.cross_attention_dim is {unet.cross_attention_dim}; it must be {context_width}, the "
+            "hidden_size of task.text_encoder"
         )
     if problems:
         raise ConfigError("the parts of the recipe do not fit each other: " + "; ".join(problems))

@@ -79,9 +79,9 @@ class TextConditioner:
 class CaptionCache:
     """The conditioning of captions by a text encoder that is not trained; each distinct caption is encoded once.
 
-    That of a caption does not depend on the others, nor on which were encoded before: all encoder batches have the same
-    number of rows, filled up with empty captions. So a run with `cache_dir` equals one without it bit for bit, on
-    devices of one kind. With it memory holds only the keys.
+    The conditioning of a caption does not depend on other captions, nor on which were encoded before: all encoder
+    batches have the same number of rows, padded with empty captions. So a run with `cache_dir` equals one without
+    it bit for bit, on devices of one kind. With it memory holds only the keys.
 
     Args:
         text: the encoder, on the CPU, where its weights stay; they must not change afterwards.

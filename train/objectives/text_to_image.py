@@ -38,7 +38,7 @@ MIN_VOCAB_SIZE = 2 + 2 * 256
 
 
 class TextToImageObjective(LatentObjective[TextToImageTask]):
-    """A UNet conditioned on captions alone; the text encoder is trained along with it, or frozen.
+    """A UNet conditioned only on captions; the text encoder is trained along with it, or frozen.
 
     Without an autoencoder the mean of the cached views is the pixels, and their standard deviation 0.
 

@@ -15,9 +15,9 @@ ParameterGroup = dict[str, Any]
 
 
 class ChainedOptimizer(torch.optim.Optimizer):
-    """Several optimizers as one: its groups are theirs, one after the other, and they step at its learning rates.
+    """Several optimizers as one, with the groups of all of them in order; each steps at the rates of its groups.
 
-    The optimizers may work on views of the parameters, one for one.
+    An optimizer may hold views in place of the parameters, one for each, in the same order.
     """
 
     def __init__(self, groups: Sequence[ParameterGroup], parts: Sequence[torch.optim.Optimizer]) -> None:

@@ -1,4 +1,4 @@
-"""Muon and Adafactor, which work on matrices: a convolution kernel [O, I, k, k] takes part as [O, I * k * k]."""
+"""Muon and Adafactor, which work on matrices: a convolution kernel [O, I, k, k] is treated as [O, I * k * k]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SMALLEST_SIDE = 9
 
 
 class MatrixOptimizer(ChainedOptimizer):
-    """Optimizers (`parts`) that work on a matrix in place of some kernels; `views` are each kernel with its own."""
+    """Optimizers (`parts`) that update matrices in place of some kernels; `views` pairs each kernel with its matrix."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from latentgen.train.optimizer.chained import ChainedOptimizer, ParameterGroup, 
 class HostTensor:
     """A buffer in host memory for a tensor of a parameter's shape, dtype and memory format.
 
-    Next to CUDA it is pinned, and copies in both directions are asynchronous, in the order of the current stream.
+    For a CUDA parameter it is pinned, and copies both ways are asynchronous, in the order of the current stream.
     """
 
     def __init__(self, parameter: Tensor) -> None:
@@ -107,7 +107,7 @@ class OffloadedGradients(ChainedOptimizer):
         """Let `step` scale the gradients down to `max_norm` if their global norm is higher.
 
         Returns:
-            [] their norm before, on their device.
+            Their norm before clipping, a scalar on their device.
         """
         norms = [self._norms[p] for p in self._parameters if p in self._norms]
         norm = get_total_norm(norms) if norms else torch.zeros((), device=self._parameters[0].device)
