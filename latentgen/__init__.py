@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 # `configs`, `pipelines` and `train` are folders at the top of the repository: installing maps them into the package,
-# and a checkout links to them. Where links are plain files (git on Windows), the folder above joins the search path.
+# and a checkout links to them. Where links are plain files (git on Windows), add the folder above to the search path.
 if not (Path(__file__).parent / "pipelines").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 

@@ -57,11 +57,11 @@ def _read(source: Path | io.BytesIO, name: str, background: tuple[int, int, int]
             return _upright(image, background)
     except InputError:
         raise
-    except Image.DecompressionBombError as error:  # far over the limit, without the size
+    except Image.DecompressionBombError as error:  # far over the limit; the error has no size
         raise InputError(f"{name} has more than {MAX_PIXELS:,} pixels; make it smaller") from error
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
     except Exception as error:
-        # Pillow's message names the file, which in memory is an object.
+        # Pillow's message contains the name of the file, or for bytes in memory the repr of an object.
         is_unnamed = isinstance(error, UnidentifiedImageError) and not isinstance(source, Path)
         reason = "unknown format" if is_unnamed else error
         raise InputError(f"{name} cannot be read as an image ({reason}); replace or remove it") from error

@@ -114,7 +114,7 @@ def _step(when: str, steps: int) -> int:
     """The step that a number means: a number of steps, or with a decimal point a fraction of them."""
     if "." not in when:
         return int(min(float(when), steps))
-    # Rounded first, or else 0.29 of 100 steps were 28.
+    # Round first; otherwise 0.29 of 100 steps would be 28.
     return math.floor(round(min(max(float(when), 0.0), 1.0) * steps, 6))
 
 

@@ -1,8 +1,8 @@
 """Prompts: their syntax, their weights, and chunks for prompts longer than the text encoder's window.
 
 The syntax is that of A1111's web UI: `(w)`, `(w:1.2)` and `[w]` are weights, `BREAK` begins a chunk, `[from:to:when]`
-and `[one|other]` switch. As there, switches are resolved first, in the text, and weights are read from the result.
-Reading takes time linear in the prompt's length, and no recursion.
+and `[one|other]` switch. As in A1111, switches are resolved first, in the text, and weights are read from the result.
+Parsing takes time linear in the prompt's length, and does not recurse.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 PromptSyntax = Literal["explicit", "a1111", "plain"]
 DEFAULT_SYNTAX: PromptSyntax = "explicit"
 
-# Far beyond any use; it keeps the context finite in float16.
+# Far above any useful value; keeps the context finite in float16.
 MAX_WEIGHT = 1000.0
 _BARE = {"(": 1.1, "[": 1 / 1.1}
 # No repetition can match the same characters in two ways, which would take quadratic time.
@@ -44,7 +44,7 @@ class WeightedPrompt:
     """A prompt with weights, the input of a text encoder.
 
     Attributes:
-        parts: each begins a new chunk; of one piece or more.
+        parts: each begins a new chunk and has at least one piece.
     """
 
     parts: tuple[tuple[Piece, ...], ...]
@@ -113,7 +113,7 @@ def check_prompts(prompts: Sequence[str | WeightedPrompt]) -> None:
 
 
 def read_prompt(text: str, syntax: PromptSyntax, steps: int) -> PromptSchedule:
-    """Read a prompt for a run of so many steps.
+    """Read a prompt for a run of `steps` steps.
 
     Raises:
         InputError: the syntax is unknown, a weight is out of range, or a long prompt switches too often.

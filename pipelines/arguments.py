@@ -101,7 +101,7 @@ def check_size(
 
 
 def check_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """The seeds of `count` images: consecutive from a number, a sequence as it is, or random."""
+    """The seeds of `count` images: consecutive ones from a number, the ones of a sequence, or random ones."""
     if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
         if len(seed) != count:
             raise InputError(

@@ -102,7 +102,7 @@ class Pipeline(ABC):
         """How many channels of a conditioning image the UNet takes, concatenated to the noisy latents."""
         return 0
 
-    # Whether the UNet takes the noise level of the conditioning image, as class label.
+    # Whether the UNet takes the noise level of the conditioning image as a class label.
     _takes_noise_level: ClassVar[bool] = False
 
     @property

@@ -73,10 +73,10 @@ class CallOptions(UnguidedOptions, total=False):
             them. In "plain" every character is text.
         num_inference_steps: steps of the solver, over the whole schedule.
         timesteps: decreasing, one for each step; replaces `num_inference_steps` and the scheduler's spacing.
-        sigmas: decreasing noise levels sigma / alpha, one for each step and one where the run ends, mostly 0;
-            replaces `num_inference_steps`. For flow-matching models sigma before the shift; the end may be omitted.
+        sigmas: decreasing noise levels sigma / alpha, one for each step and one for the end of the run, usually 0;
+            replaces `num_inference_steps`. Flow-matching models take sigma before the shift; the end may be omitted.
         guidance_scale: scale of classifier-free guidance (arXiv:2207.12598, eq. 6, as 1 + w); 1 or less
-            is no guidance, in half the time. By default the checkpoint's own (the embedded model has one), else
+            turns guidance off and halves the time. By default the checkpoint's own (the embedded model has one), else
             7.5, or 5 for SDXL, as in diffusers.
         guidance: further options: rescaling, an interval, a perpendicular negative prompt, CFG++.
         num_images_per_prompt: images per prompt.
@@ -173,7 +173,7 @@ class Request:
 class ImageNoise:
     """Standard normal noise, drawn for each image on its own.
 
-    Image i's noise comes from a CPU generator seeded with seeds[i] alone, so an image depends neither on the rest of
+    Image i's noise comes from a CPU generator seeded with only seeds[i], so an image depends neither on the rest of
     the batch nor on the device. It equals what diffusers draws from a list of CPU generators.
     """
 
@@ -182,7 +182,7 @@ class ImageNoise:
         self._device = device
 
     def draw(self, shape: Sequence[int]) -> Tensor:
-        """The next draw of each image, `shape` [C, h, w]: float32 [B, C, h, w] on the device."""
+        """Draw the next noise of each image, of `shape` [C, h, w], as float32 [B, C, h, w] on the device."""
         # A copy from pinned memory does not wait for the device.
         noise = torch.empty((len(self._generators), *shape), pin_memory=self._device.type == "cuda")
         for row, generator in zip(noise, self._generators, strict=True):
@@ -256,7 +256,7 @@ def read_request(
     output_type: OutputType = "pil",
     progress: bool = True,
 ) -> Request:
-    """Check the arguments of CallOptions. One prompt serves several input `images`."""
+    """Check the arguments of CallOptions. A single prompt is used for all input `images`."""
     sampling = choose_sampling(pipeline, scheduler, num_inference_steps, timesteps, sigmas)
     read = partial(read_prompts, pipeline, prompt_syntax, sampling.total)
     prompts = read("prompt", prompt)

@@ -119,7 +119,7 @@ class StageResult(NamedTuple):
 
 
 def _last(stream: Callable[P, Iterator[StageResult]]) -> Callable[P, StageResult]:
-    """Make a stream a function that runs all stages and returns the last result."""
+    """Turn a stream into a function that runs all stages and returns the last result."""
 
     @wraps(stream)
     def call(*args: P.args, **kwargs: P.kwargs) -> StageResult:
@@ -191,7 +191,7 @@ class CascadePipeline:
         """A cascade of pipelines that stay in memory.
 
         Raises:
-            InputError: there are none, or the first is not text to image, or another is.
+            InputError: there are no pipelines, the first is not text to image, or a later one is.
         """
         for index, pipeline in enumerate(pipelines):
             if isinstance(pipeline, TextToImagePipeline) != (index == 0):

@@ -16,17 +16,17 @@ from latentgen.pipelines.sampling_loop import PipelineStep, denoise, run_to_end
 
 @dataclass(frozen=True, eq=False)
 class ConcatImagePipeline(Pipeline):
-    """Turns images into their counterparts, learned from pairs: color from grayscale, a whole image from a part.
+    """Translates images as learned from pairs of images, for example to colorize or to complete them.
 
     The UNet takes twice the channels of the latents. The second half is the image: the mean of its latents without the
-    scaling factor, as in InstructPix2Pix, so that diffusers' pipeline of that name can load the checkpoints. Unlike
-    there, guidance has two branches, both with the image, and the prompt is optional. Attributes and loading are those
+    scaling factor, as in InstructPix2Pix, so that diffusers' pipeline of that name can load the checkpoints. But
+    its guidance has two branches, both with the image, and the prompt is optional. Attributes and loading are those
     of :class:`Pipeline`.
     """
 
     @property
     def diffusers_class(self) -> str:
-        # That of diffusers is equal at image_guidance_scale=1.
+        # diffusers' pipeline computes the same at image_guidance_scale=1.
         return PIXEL_CONCAT_CLASS if self.is_pixel_space else "StableDiffusionInstructPix2PixPipeline"
 
     @property
@@ -36,14 +36,14 @@ class ConcatImagePipeline(Pipeline):
     def stream(
         self, prompt: Prompts = "", *, image: ImagesInput, **options: Unpack[CallOptions]
     ) -> Iterator[PipelineStep]:
-        """Generate the counterparts of images step by step: each step has a preview, the last one the result.
+        """Translate images step by step: each step has a preview, the last one the result.
 
         Other arguments: :class:`CallOptions`. Errors: :meth:`TextToImagePipeline.stream`.
 
         Args:
             prompt: for models trained with text; one for all images or one for each.
             image: the input; one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a
-                tensor [3, H, W] of floats in 0..1. Any size; the result has the same.
+                tensor [3, H, W] of floats in 0..1. Any size; the result has the same size.
             guidance_scale: scale of classifier-free guidance; use 1 or less for models without text, in half the time.
         """
         images = as_images("image", image)

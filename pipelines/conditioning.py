@@ -34,7 +34,7 @@ _MAX_REPEATED_TOKENS = 2**14
 def read_prompts(
     pipeline: Pipeline, syntax: PromptSyntax, steps: int, name: str, prompts: Prompts
 ) -> tuple[PromptInput, ...]:
-    """One entry for each prompt of the argument `name`, in a run of so many steps.
+    """Read the prompts of the argument `name` for a run of `steps` steps; one entry for each prompt.
 
     Raises:
         InputError: a prompt is invalid; names it.
@@ -68,8 +68,8 @@ class PromptSegment(NamedTuple):
 def encode_prompts(pipeline: Pipeline, call: PipelineCall) -> list[PromptSegment]:
     """The UNet's conditioning: one segment for all steps, or one for each change of a prompt.
 
-    Equal prompts are encoded once, and the encoding of one does not depend on the others. `clip_skip` is for the
-    positive prompts alone, as in diffusers.
+    Equal prompts are encoded once, and the encoding of one does not depend on the others. `clip_skip` applies
+    only to the positive prompts, as in diffusers.
     """
     request, steps, device = call.request, call.sampling.steps, pipeline.device
     rows = [*((row, 0) for row in request.negatives), *((row, request.clip_skip) for row in request.prompts)]

@@ -42,7 +42,7 @@ class ImageToImagePipeline(Pipeline):
         Args:
             prompt: one for all images or one for each.
             image: one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a tensor
-                [3, H, W] of floats in 0..1. Any size; the result has the same.
+                [3, H, W] of floats in 0..1. Any size; the result has the same size.
             strength: 0..1, the fraction of the steps to take, the last ones. 1.0 ignores the input image, like text to
                 image; 0.0 returns it unchanged but for the VAE's encoding and decoding, in a single PipelineStep.
             num_inference_steps: steps of the whole run, before `strength`.
@@ -58,7 +58,7 @@ class ImageToImagePipeline(Pipeline):
             posterior = encode_images(self.encoder(), padded, self.device, len(request))
             if not sampling.steps:
                 return InitialLatents(posterior.mean)
-            # Sample the posterior before the noise, the order of diffusers.
+            # Sample the posterior before drawing the noise, as diffusers does.
             x0 = posterior.sample(noise.draw(shape[1:]))
             return InitialLatents(sampling.noised(x0, noise.draw(shape[1:])))
 

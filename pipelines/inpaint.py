@@ -105,7 +105,7 @@ class InpaintPipeline(Pipeline):
         Args:
             prompt: describes the whole image; one for all images or one for each.
             image: one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a tensor
-                [3, H, W] of floats in 0..1. Any size; the result has the same.
+                [3, H, W] of floats in 0..1. Any size; the result has the same size.
             mask_image: white, or 1, where to repaint; of the image's size, one for all or one for each. All other
                 pixels of the result equal the image, to the byte (8 bits, RGB).
             strength: above 0 to 1, the fraction of the steps to take, the last ones. Below 1 the result keeps traces of
@@ -191,7 +191,7 @@ class InpaintPipeline(Pipeline):
 def in_latents(masks: Tensor, factor: int) -> Tensor:
     """Resize masks [B, 1, H, W] to [B, 1, h, w] by the top left pixel of each latent, as diffusers does.
 
-    A mask without any of these pixels marks all latents that it touches.
+    If a mask contains none of these pixels, all latents that it touches are masked.
     """
     corners, touched = masks[..., ::factor, ::factor], F.max_pool2d(masks, factor)
     return torch.where(corners.amax(dim=(2, 3), keepdim=True) > 0, corners, touched)

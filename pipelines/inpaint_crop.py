@@ -73,7 +73,7 @@ class Canvas:
         return torch.cat(parts) * 2 - 1
 
     def model_masks(self) -> Tensor:
-        """The masks of the crops, float32 [B, 1, h, w]: 1 where any of the pixels resized to one has a mask."""
+        """The masks of the crops, float32 [B, 1, h, w]: 1 where any of the pixels resized to it is masked."""
         parts = [
             self._padded((F.interpolate(box.of(mask), self._fitted_size(box), mode="area") > 0).float())
             for mask, box in zip(self.masks.split(1), self.boxes, strict=True)

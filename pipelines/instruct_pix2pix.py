@@ -50,7 +50,7 @@ class InstructPix2PixPipeline(Pipeline):
         Args:
             prompt: the instruction, such as "make it snowy"; one for all images or one for each.
             image: one image for all prompts or one for each: a path, a PIL image, an array [H, W, 3] or a tensor
-                [3, H, W] of floats in 0..1. Any size; the result has the same.
+                [3, H, W] of floats in 0..1. Any size; the result has the same size.
             guidance_scale: how closely to follow the instruction; 1 or less turns all guidance off.
             image_guidance_scale: how closely to follow the image; less than 1 turns all guidance off.
         """

@@ -79,7 +79,7 @@ PIPELINE_CLASSES: Mapping[str, PipelineClass] = {
     "StableDiffusionUpscalePipeline": PipelineClass(("UpscalePipeline",), 9.0),
     PIXEL_UPSCALE_CLASS: PipelineClass(("UpscalePipeline",), 9.0),
 }
-# A checkpoint's own, in model_index.json; diffusers ignores keys that begin with an underscore.
+# The key of a checkpoint's own scale in model_index.json; diffusers ignores keys that begin with an underscore.
 GUIDANCE_KEY = "_guidance_scale"
 # Components that our pipelines load, and those that they ignore.
 USED = ("unet", "vae", *SCHEDULERS, *TOKENIZERS, *TOKENIZERS.values())

@@ -182,7 +182,7 @@ def _denoising_bytes(pipeline: Pipeline, call: PipelineCall) -> int:
 
 @dataclass
 class StepCounter:
-    """The current step; the noise level alone does not say which step's prompt a solver's evaluation needs."""
+    """The current step; a solver may evaluate other noise levels too, so a level does not determine the prompt."""
 
     step: int
 
@@ -284,7 +284,7 @@ class Output(NamedTuple):
         images: by `output_type`: "pil" a list of images, "np" float32 [B, H, W, 3] in 0..1, "pt" float32 [B, 3, H, W]
             in 0..1 on the device, "latent" float32 [B, C, h, w] on the device. In the order of the prompts, the images
             of one prompt together.
-        seeds: the seed of each image; with the same arguments it reproduces that image alone.
+        seeds: the seed of each image; with the same arguments it reproduces that image without the others.
     """
 
     images: Images

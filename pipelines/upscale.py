@@ -41,7 +41,7 @@ DEFAULT_TILE = 256
 
 
 def low_res_ratio(unet: UNetConfig, vae: VAEConfig | PixelConfig) -> int:
-    """The side of the low-resolution image over the side of the latents, from the UNet's in_channels.
+    """The ratio of the low-resolution image's side to the latents' side, from the UNet's in_channels.
 
     An image larger than the latents is reshaped by space-to-depth (arXiv:1609.05158): ratio x ratio pixels become
     channels, so the UNet takes the channels of the latents plus ratio**2 times those of an image.
@@ -194,7 +194,7 @@ class UpscalePipeline(Pipeline):
         def prepare_latents(noise: ImageNoise) -> InitialLatents:
             level = self.low_res_scheduler.schedule.level(noise_level)
             low_res = for_each(whole, len(request)).to(self.device)
-            # Draw this noise before that of the latents, the order of diffusers.
+            # Draw this noise before that of the latents, as diffusers does.
             noised = level.alpha * low_res + level.sigma * noise.draw(low_res.shape[1:])
             label = torch.tensor([noise_level], device=self.device)
             channels = as_channels(noised, self._ratio, self.enlargement)

@@ -1,4 +1,4 @@
-"""Decode latents to images, with retries when memory or float16 does not suffice; convert images to arrays and PIL."""
+"""Decode latents to images, retrying when memory runs out or float16 overflows; convert images to arrays and PIL."""
 
 from __future__ import annotations
 

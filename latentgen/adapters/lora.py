@@ -1,10 +1,10 @@
 """LoRA adapters on the modules of a pipeline: attach several, change their weights, detach them, or merge one.
 
-A component is a module under its name in the diffusers layout: "unet", "text_encoder" (of a
-:class:`latentgen.models.text.CLIPText`, its `model`), "text_encoder_2".
+A component is a module under its name in the diffusers layout: "unet", "text_encoder" (the
+`model` of a :class:`latentgen.models.text.CLIPText`), "text_encoder_2".
 
-These functions change the modules in place, and so every pipeline that holds them; pass them a :func:`shared_copy`,
-which copies no weight, to leave the original unchanged. They are not thread-safe. Only :func:`merge` replaces weights;
+These functions change the modules in place, and so every pipeline that uses them. To leave the original unchanged, pass
+a :func:`shared_copy`, which copies no weight. They are not thread-safe. Only :func:`merge` replaces weights;
 attached adapters are not in a state_dict.
 """
 
@@ -135,7 +135,7 @@ def _merged(target: _Target, weight: float) -> Tensor:
 
 def _branch(target: _Target, name: str, weight: float) -> LowRankBranch:
     base = target.layer.weight
-    # Copies: in a file, tensors begin at any byte, and kernels round otherwise for some of these addresses.
+    # Copies: in a file, tensors may start at any byte, and kernels round differently at some addresses.
     down, up = (factor.to(base.device, base.dtype, copy=True) for factor in (target.down, target.up))
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
         raise AdapterError(

@@ -27,7 +27,7 @@ Format = Literal["kohya", "diffusers", "peft"]
 Role = Literal["down", "up", "alpha"]
 MAX_ALPHA = 1e6
 Alpha = Annotated[float, Field(ge=-MAX_ALPHA, le=MAX_ALPHA)]
-# PEFT takes regular expressions; only names are read, because an expression from a file may never end.
+# PEFT allows regular expressions; only names are read, because matching an expression may never end.
 LayerName = Annotated[str, Field(pattern=r"\A\^?[A-Za-z0-9_.-]+\z")]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -51,7 +51,7 @@ _ROLES: Mapping[str, Role] = {
     "_lora.down.weight": "down", "_lora.up.weight": "up",
     ".alpha": "alpha",
 }  # fmt: skip
-# Early diffusers named the projections of an attention after the UNet's, in text encoders too.
+# Early diffusers used the UNet's names of attention projections in text encoders too.
 _LEGACY_PROJECTION = re.compile(r"(.*\.)?(to_q|to_k|to_v|to_out)")
 _LEGACY_NAMES = {
     "unet": {"to_out": "to_out.0"},
@@ -84,12 +84,12 @@ class PeftConfig(StageConfig):
     use_rslora: bool = False
     rank_pattern: dict[LayerName, Alpha] | None = None
     alpha_pattern: dict[LayerName, Alpha] | None = None
-    # The others change the weights of the base model, which the file does not hold.
+    # Other methods change the weights of the base model, and the file does not hold the changed weights.
     init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] = True
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], where: str) -> Self:
-        """Validate a config, named `where` in errors; AdapterError if it is no plain LoRA or out of bounds."""
+        """Validate a config, named `where` in errors; AdapterError if it is not a plain LoRA or is out of bounds."""
         for name in fields.keys() - cls.model_fields.keys() - cls.training_fields:
             if fields[name] not in (None, False, "none", [], {}):
                 raise AdapterError(
@@ -252,7 +252,7 @@ def _read_file(
 
 
 def _layers(header: Header, component: str | None, where: str) -> _Layers:
-    """The layers of a file: all of its keys are known, and every layer is complete, with possible shapes and dtypes."""
+    """The layers of a file: all of its keys are known, and every layer is complete, with valid shapes and dtypes."""
     for kind, ends in UNSUPPORTED_ADAPTERS.items():
         if matches := [key for key in header if key.endswith(ends)]:
             raise AdapterError(

@@ -112,7 +112,7 @@ def flat(path: str) -> str:
 def layer_names(module: nn.Module) -> dict[str, str]:
     """Flat name -> path, for every linear layer and convolution that an adapter can be attached to.
 
-    A UNet's layers also have their names in the original layout. Names of two layers are left out.
+    A UNet's layers also have their names in the original layout. A name that two layers share is left out.
     """
     paths = [path for path, layer in module.named_modules() if _is_adaptable(layer)]
     claims = [(flat(path), path) for path in paths]

@@ -116,8 +116,8 @@ def _check_token(token: str, where: str) -> None:
 def with_embedding(encoders: Mapping[str, CLIPText], embedding: TextualInversion) -> dict[str, CLIPText]:
     """Copies of the text encoders of a model with one more token; the originals are unchanged.
 
-    A token with n vectors becomes n tokens, "<cat>", "<cat>_1", ..., as in diffusers; a prompt writes the first. The
-    copies share all weights but the table of embeddings; the new rows have its dtype and device.
+    A token with n vectors becomes n tokens, "<cat>", "<cat>_1", ..., as in diffusers; a prompt contains the first. The
+    copies share all weights except the embedding table; the new rows have its dtype and device.
 
     Args:
         encoders: text encoders by component; each needs its own vectors.
@@ -180,11 +180,11 @@ def _with_tokens(tokenizer: CLIPTokenizer, token: str, count: int) -> CLIPTokeni
         expected[first] = tuple(range(first, first + count))
     extended.add_tokens(tokens)
     added = extended.get_added_vocab()
-    # Tokens are found in lower case, and may be a part of one another.
+    # Tokens are matched in lower case, and one may be part of another.
     unread = [
         name for name, index in added.items() if extended.encode(name, add_special_tokens=False) != [index]
     ]
-    # The vectors of a token are numbered _1, _2, ...; they must not join those of another.
+    # The vectors of a token are numbered _1, _2, ...; they must not be read as those of another token.
     is_joined = token_expansions(added) != expected
     if unread or is_joined or added.get(token) != first or len(extended) != first + count:
         raise AdapterError(

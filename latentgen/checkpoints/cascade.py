@@ -3,7 +3,7 @@
     {"stages": [{"folder": "outline", "num_inference_steps": 25},
                 {"folder": "upscale", "num_inference_steps": 10, "guidance_scale": 1.0, "noise_level": 20}]}
 
-A stage's folder is in the diffusers layout. Components that its `model_index.json` names and that it lacks are read
+A stage's folder is in the diffusers layout. Components that its `model_index.json` names but the folder lacks are read
 from the cascade's folder, so that stages can share a text encoder and an autoencoder.
 """
 
@@ -21,14 +21,14 @@ from latentgen.models.config import StageConfig
 
 INDEX = "cascade.json"
 
-# Far beyond any use, as are the bounds of its numbers.
+# Far above any useful value, like the bounds of the fields of a stage.
 MAX_STAGES = 16
 
 
 class StageEntry(StageConfig):
     """One stage in `cascade.json`: its folder, and its settings where a call has none.
 
-    `num_inference_steps`, `guidance_scale` and `scheduler` mean what they mean to a pipeline; `noise_level` is for
+    `num_inference_steps`, `guidance_scale` and `scheduler` are those of a pipeline call; `noise_level` is for
     upscalers. A stage with a `strength` refines the previous stage's image at the same resolution (img2img).
     """
 

@@ -35,7 +35,7 @@ _VAE_SIGNS: dict[Layout, str] = {
     "diffusers": "decoder.conv_norm_out.weight",
 }
 _VAE_PREFIXES = ("", "first_stage_model.", "vae.")
-# open_clip's CLIP has the text tower at the top level, its CustomTextCLIP under a name.
+# open_clip's CLIP has the text tower at the top level, its CustomTextCLIP in the submodule `text`.
 _OPEN_CLIP_PREFIXES = ("", "text.")
 # Source: https://github.com/Stability-AI/ModelSpec; kohya's scripts write them.
 _PREDICTIONS: Mapping[str, DeclaredPrediction] = {
@@ -155,7 +155,7 @@ def likely_architecture(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def declared_prediction(names: Collection[str], metadata: Mapping[str, str]) -> DeclaredPrediction | None:
-    """What the network of a single file predicts, if the file declares it; the weights do not show it."""
+    """What the network of a single file predicts, if the file declares it; the weights do not tell."""
     if _V_PREDICTION & set(names):
         return "v_prediction"
     declared = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
@@ -220,7 +220,7 @@ def _embedding(tensors: Mapping[str, TensorInfo]) -> Identity | None:
 
 
 def _open_clip(tensors: Mapping[str, TensorInfo]) -> Identity | None:
-    """A model saved by open_clip: both towers, or the text tower alone."""
+    """A model saved by open_clip: both towers, or only the text tower."""
     for prefix in _OPEN_CLIP_PREFIXES:
         embedding = _shape(tensors, f"{prefix}token_embedding.weight")
         if len(embedding) == 2 and f"{prefix}positional_embedding" in tensors:

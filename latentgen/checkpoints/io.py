@@ -52,7 +52,7 @@ class TensorInfo(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorInfo:
-        """Of a tensor, or of its copy with another dtype."""
+        """The information for a tensor, or for its copy with another dtype."""
         dtype = dtype or tensor.dtype
         return cls(DTYPE_NAMES[dtype], tuple(tensor.shape), tensor.numel() * dtype.itemsize)
 
@@ -138,7 +138,7 @@ def open_checkpoint(path: Path) -> BufferedReader:
 
 def is_pickle(path: Path, head: bytes = b"") -> bool:
     """Whether the suffix of a file or its first bytes are those of a pickle."""
-    # The length of a safetensors header can begin with the same bytes; JSON follows it.
+    # A safetensors file can begin with the same bytes, its header's length, but then JSON follows.
     return path.suffix.lower() in PICKLE_SUFFIXES or (head.startswith(_PICKLE_STARTS) and head[8:9] != b"{")
 
 
@@ -161,7 +161,7 @@ class MappedFile:
     """A memory-mapped safetensors file: tensors are read as they are used.
 
     Writing to a tensor does not change the file, and replacing the file does not change the tensors, which keep the
-    mapping alive. Truncating the file in place ends the process when a tensor is used (SIGBUS).
+    mapping alive. If the file is truncated in place, using a tensor kills the process (SIGBUS).
 
     Attributes:
         path: the file.
@@ -261,7 +261,7 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 
 
 def _check_start(path: Path, head: bytes, length: int, file_bytes: int) -> None:
-    """Refuse other content by the first bytes of a file and the length of the header that they state."""
+    """Refuse a file whose first bytes are other content, or declare a header that is too long."""
     if problem := wrong_content(head):
         raise CheckpointCorruptError(
             f"{quote(path)} is {problem}, not a safetensors file (it has {file_bytes:,} bytes); download it again"

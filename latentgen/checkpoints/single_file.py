@@ -45,7 +45,7 @@ class SingleFile:
     Attributes:
         path: the file.
         family: one of ``FAMILIES``, or "custom" if the configurations come from a folder.
-        model_index: the content of the `model_index.json` of an equal folder.
+        model_index: the content of the `model_index.json` of an equivalent folder.
     """
 
     path: Path

@@ -41,7 +41,7 @@ from latentgen.errors import (
 )
 from latentgen.files import atomic_write, quote, wrong_content
 
-# CPU time of the child: for importing torch, and for reading the file. The wall clock runs faster on a busy machine.
+# CPU time of the child: for importing torch, and for reading the file. A busy machine takes more wall-clock time.
 START_SECONDS = 120
 BYTES_PER_SECOND = 5_000_000
 WALL_CLOCK = 5
@@ -316,7 +316,7 @@ def _load(source: Path, archive: bool) -> object:
 def _extract(loaded: object, stem: str) -> State:
     """The tensors of a state dict, which may be inside ``state_dict``, or of an embedding.
 
-    Only the slots of the types are used: the attributes of an OrderedDict come from the file.
+    Only methods of the types are called: a file can set the attributes of an OrderedDict.
     """
     if not isinstance(loaded, dict):
         raise ValueError(f"it holds a {type(loaded).__name__}, not a state dict")

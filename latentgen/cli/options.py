@@ -1,4 +1,4 @@
-"""The options that generating commands share, in dataclasses, and what every command prints with."""
+"""The options that generating commands share, in dataclasses, and the printing helpers of all commands."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class CallOptions:
-    """The options of every generating command; OutputError, before anything is loaded, if it cannot be written."""
+    """The options of every generating command; OutputError, before loading anything, if --output cannot be written."""
 
     model: Annotated[
         str | None,
@@ -265,7 +265,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same, with runs of whitespace collapsed to one space."""
+    """As `printable`, with runs of whitespace collapsed to one space."""
     return printable(" ".join(text.split()))
 
 

@@ -21,7 +21,7 @@ from latentgen.diffusion.sigmas import falling_numbers, sigmas_between
 from latentgen.diffusion.solver_names import Sigmas
 from latentgen.errors import ConfigError, InputError
 
-# Far beyond any use; it keeps the levels of a run apart.
+# Far above any useful value; keeps the levels of a run distinct.
 _MAX_SHIFT = 1000.0
 
 
@@ -31,7 +31,7 @@ class FlowSchedule:
 
     ``x = (1 - sigma) * x0 + sigma * noise`` (arXiv 2403.03206, eq. 13), and the network receives the timestep
     ``num_train_timesteps * sigma``. shift moves the levels of a run towards noise (above 1) or towards data (below 1),
-    as larger images need more of it (arXiv 2403.03206, eq. 23).
+    and larger images need a larger shift (arXiv 2403.03206, eq. 23).
 
     Raises ConfigError for values outside their bounds.
     """
@@ -45,7 +45,7 @@ class FlowSchedule:
             raise ConfigError(f"shift is {self.shift}; it must lie in {1.0 / _MAX_SHIFT:g}..{_MAX_SHIFT:g}")
 
     def shifted(self, sigmas: FloatArray) -> FloatArray:
-        """Values of sigma in 0..1 after the shift, in 0..1 too."""
+        """Apply the shift to values of sigma in 0..1; the results are in 0..1 too."""
         return self.shift * sigmas / (self.shift * sigmas + (1.0 - sigmas))
 
     def level(self, timestep: float) -> NoiseLevel:
@@ -58,7 +58,7 @@ class FlowSchedule:
     def batch(self, timesteps: Tensor) -> BatchNoiseLevel:
         """The noise levels at timesteps [B] in 0..num_train_timesteps, for training, on their device.
 
-        alpha and sigma are [B, 1, 1, 1] float32. shift does not apply: it is for drawing the timesteps.
+        alpha and sigma are [B, 1, 1, 1] float32. shift is not applied here, but when the timesteps are drawn.
         """
         sigma = (timesteps.float() / self.num_train_timesteps).view(-1, 1, 1, 1)
         return BatchNoiseLevel(1.0 - sigma, sigma, timesteps)
@@ -108,6 +108,6 @@ class FlowTimesteps:
         noisy = timesteps[timesteps > 0.0]
         if not len(noisy):
             raise InputError("custom timesteps or sigmas need at least one value above 0")
-        # float64's rounding must not exceed pure noise.
+        # Rounding in float64 must not take a level beyond pure noise.
         clamped = np.minimum(noisy, self.schedule.num_train_timesteps)
         return (*(self.schedule.level(float(timestep)) for timestep in clamped), CLEAN)

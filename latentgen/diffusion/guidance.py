@@ -48,10 +48,10 @@ def is_guided(guidance_scale: float) -> bool:
 
 @dataclass(frozen=True)
 class ClassifierFree(Guidance):
-    """Classifier-free guidance (arXiv:2207.12598, eq. 6, its w being scale - 1).
+    """Classifier-free guidance (arXiv:2207.12598, eq. 6, with w = scale - 1).
 
     Takes the unconditional and the conditional output and gives
-    ``unconditional + scale * (conditional - unconditional)``; at a scale of 1 and below, the conditional one alone.
+    ``unconditional + scale * (conditional - unconditional)``; at a scale of 1 or less, only the conditional output.
 
     Raises InputError for a scale of NaN or infinity.
     """
@@ -72,9 +72,9 @@ class ClassifierFree(Guidance):
 
 @dataclass(frozen=True)
 class TextAndImage(Guidance):
-    """Guidance by an image and by a text, each with a scale of its own (arXiv:2211.09800, eq. 3).
+    """Guidance by an image and by a text, each with its own scale (arXiv:2211.09800, eq. 3).
 
-    Takes the unconditional output, that for the image alone and that for image and text.
+    Takes the unconditional output, the output for only the image, and the output for image and text.
     """
 
     scale: float
@@ -101,7 +101,7 @@ class PerpendicularNegative(Guidance):
         unconditional, negative, conditional = outputs
         towards, away = conditional - unconditional, negative - unconditional
         dims = tuple(range(1, towards.ndim))
-        # Equal outputs have no direction to be along.
+        # Equal outputs have no direction to project onto: avoid dividing by zero.
         norm = towards.square().sum(dims, keepdim=True).clamp(min=torch.finfo(towards.dtype).tiny)
         along = (towards * away).sum(dims, keepdim=True) / norm
         return unconditional + self.scale * (towards - self.negative_scale * (away - along * towards))
@@ -111,7 +111,7 @@ class PerpendicularNegative(Guidance):
 class Rescaled(Guidance):
     """Rescales the result of a guidance to the standard deviation of the conditional output.
 
-    phi blends the two (arXiv:2305.08891, eq. 15 and 16): 0 leaves the result, 1 rescales it fully; the paper has 0.7.
+    phi blends the two (arXiv:2305.08891, eq. 15 and 16): 0 keeps the result, 1 rescales it fully; the paper uses 0.7.
     """
 
     guidance: Guidance
@@ -146,7 +146,7 @@ class GuidanceInterval(Guidance):
         object.__setattr__(self, "num_branches", self.guidance.num_branches)
 
     def branches_at(self, level: NoiseLevel) -> int:
-        """Those of the guidance, or 1 outside."""
+        """The number of the wrapped guidance, or 1 outside the interval."""
         return self.guidance.branches_at(level) if self.lowest <= level.timestep < self.highest else 1
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
@@ -155,7 +155,7 @@ class GuidanceInterval(Guidance):
 
 @dataclass(frozen=True)
 class CFGPlusPlus(Guidance):
-    """CFG++ (arXiv:2406.08070, algorithm 2): an interpolation, not an extrapolation, of the two outputs.
+    """CFG++ (arXiv:2406.08070, algorithm 2): interpolates between the two outputs instead of extrapolating.
 
     scale, the paper's lambda, is 0..1. A step keeps the noise of the unconditional output; see `guided`.
     """

@@ -19,7 +19,7 @@ Denoiser = Callable[[Tensor, NoiseLevel], "Tensor | Denoised"]
 
 
 class Denoised(NamedTuple):
-    """An alternative return value of a denoiser: a step goes towards x0, with the noise from noise_x0 to x.
+    """An alternative return value of a denoiser: a step uses x0, and the noise that leads from noise_x0 to x.
 
     Both are [B, C, H, W].
     """
@@ -54,7 +54,7 @@ def to_x0(
 
 
 def _less(tensor: Tensor, scale: float | Tensor, other: Tensor) -> Tensor:
-    """``tensor - scale * other``, a new tensor; in one operation where the scale is one number."""
+    """``tensor - scale * other``, a new tensor; a single operation if the scale is a number."""
     return tensor - scale * other if isinstance(scale, Tensor) else torch.sub(tensor, other, alpha=scale)
 
 

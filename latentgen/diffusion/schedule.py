@@ -1,6 +1,6 @@
 """Noise levels and the noise schedule of diffusion models: how much noise there is at each timestep.
 
-Everything is ``x = alpha * x0 + sigma * noise``. Diffusion preserves the variance, ``alpha = sqrt(alphas_cumprod)``
+Noisy data is ``x = alpha * x0 + sigma * noise``. Diffusion preserves the variance, ``alpha = sqrt(alphas_cumprod)``
 and ``sigma = sqrt(1 - alphas_cumprod)``; flow matching goes straight from noise to data, ``alpha = 1 - sigma``.
 ``sigma_ve`` is ``sigma / alpha``, the noise level of the variance-exploding form. All of it is computed in float64,
 before a run begins.
@@ -68,7 +68,7 @@ CLEAN = NoiseLevel(1.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The noise that a model was trained on.
+    """The noise schedule that a model was trained with.
 
     Fields are named as in ``scheduler_config.json``. `linear` and `scaled_linear` run from beta_start to
     beta_end (the latter linearly in the square root); `squaredcos_cap_v2` is the cosine schedule (arXiv
@@ -185,12 +185,12 @@ class NoiseSchedule:
     def truncated_timestep_at(self, sigmas_ve: FloatArray) -> FloatArray:
         """The whole timesteps at or below those of `timestep_at`, as diffusers truncates them.
 
-        It compares with a logarithm in float32, by whose rounding it may miss the last timestep: on the schedule of
-        Stable Diffusion the network receives 998 there. On others the last bits may decide otherwise.
+        diffusers compares with a logarithm in float32, whose rounding can miss the last timestep: with the schedule of
+        Stable Diffusion, the network receives 998 there. With other schedules, the result may differ from diffusers'.
         """
         last_sigma = self.sigmas_ve[-1].astype(np.float32)
         last = self.num_train_timesteps - 1 - int(math.log(last_sigma) < float(np.log(last_sigma)))
-        # What is whole but for float64's rounding stays.
+        # Values that are whole up to rounding in float64 stay.
         return np.minimum(np.floor(self.timestep_at(sigmas_ve) + 1e-6), last)
 
 

@@ -86,7 +86,7 @@ class Scheduler:
         self._check_kind()
 
     def _check_kind(self) -> None:
-        """Schedule, solver and prediction type are all of diffusion, or all of flow matching."""
+        """Check that schedule, solver and prediction type are all for diffusion, or all for flow matching."""
         is_flow = isinstance(self.schedule, FlowSchedule)
         if is_flow != SOLVERS[self.solver].flow:
             flow = ", ".join(name for name, (solver, _) in NAMED.items() if SOLVERS[solver].flow)
@@ -197,7 +197,7 @@ class Scheduler:
         start: int = 0,
         stop: int | None = None,
     ) -> Iterator[Step]:
-        """Run over `levels`, as `levels()` returns them, and yield every step from `start` to before `stop`.
+        """Run over `levels`, as `levels()` returns them, and yield every step from `start` up to `stop` - 1.
 
         latents [B, C, H, W] are at levels[start] and not changed; their dtype is that of all arithmetic here, so it
         should be float32. noise draws standard normal noise shaped like latents, at exactly the steps at which
@@ -214,8 +214,8 @@ class Scheduler:
     def steps_before(self, levels: Sequence[NoiseLevel], share: float) -> int:
         """The number of steps over `levels` within the first `share` (0..1) of the schedule's timesteps.
 
-        There one model continues for another (arXiv:2211.01324, section 4), as diffusers' denoising_end and
-        denoising_start do.
+        After these steps another model can continue (arXiv:2211.01324, section 4), as with diffusers' denoising_end and
+        denoising_start.
         """
         cutoff = self.schedule.cutoff(share)
         return sum(level.timestep >= cutoff for level in levels[:-1])
@@ -227,7 +227,7 @@ class Scheduler:
 
     @property
     def supports_cfg_pp(self) -> bool:
-        """Whether a step accepts noise that x0 does not imply (CFG++): the steps of a single evaluation."""
+        """Whether a step accepts noise that x0 does not imply (CFG++): only steps with one evaluation do."""
         return SOLVERS[self.solver].step in (euler_step, ddpm_step, euler_ancestral_step)
 
     def evaluation_levels(
@@ -317,7 +317,7 @@ class Scheduler:
         return schedule.level(0) if stays_noisy else CLEAN
 
     def _order(self, solver: Solver, steps_left: int, num_steps: int) -> int:
-        """The highest order of a step when `steps_left`, itself included, remain."""
+        """The highest order of a step when `steps_left` steps remain, this one included."""
         if self.lower_order_final and num_steps < solver.lowers_below:
             return min(solver.memory + 1, steps_left)
         euler = solver.lowers_at_clean_end and (self.euler_at_final or self.final_sigmas_type == "zero")

@@ -113,7 +113,7 @@ def _wrong(key: str, value: object, allowed: str) -> ConfigError:
 
 
 def _typed(kind: type) -> Reader:
-    """A reader of one type. Whole numbers are floats, too; true and false are not numbers."""
+    """A reader of one type. Whole numbers are accepted as floats; true and false are not accepted as numbers."""
 
     def read(key: str, value: object) -> object:
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):

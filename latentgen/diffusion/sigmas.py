@@ -69,7 +69,7 @@ def sgm_uniform_sigmas(schedule: NoiseSchedule, num_steps: int) -> FloatArray:
 
 
 def _resampled(published: tuple[float, ...], num_steps: int) -> FloatArray:
-    """A published list of sigma_ve at another number of steps, linear in the logarithm; the last is left out."""
+    """Resample a published list of sigma_ve to `num_steps`, linearly in the logarithm; the last is left out."""
     points = np.linspace(0.0, len(published) - 1, num_steps + 1)[:-1]
     return np.exp(np.interp(points, np.arange(len(published)), np.log(published)))
 

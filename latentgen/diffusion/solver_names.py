@@ -1,4 +1,4 @@
-"""The names of the solvers and their spacings: in this library, in diffusers, and in A1111 and its relatives.
+"""The names of the solvers and their spacings: in this library, in diffusers, and in A1111 and similar programs.
 
 Imports no torch, so that the command and recipes can use it at no cost.
 """
@@ -141,7 +141,7 @@ NAMED: dict[str, tuple[SolverName, Sigmas | None]] = {
 }
 SOLVER_NAMES: tuple[str, ...] = tuple(NAMED)
 
-# Own name -> (sampler, schedule type) of A1111 and its relatives.
+# Own name -> (sampler, schedule type) of A1111 and similar programs.
 SAMPLERS: dict[str, tuple[str, str | None]] = {
     name: (SOLVER_TABLE[solver].sampler, SIGMAS[sigmas].schedule_type if sigmas else None)
     for name, (solver, sigmas) in NAMED.items()

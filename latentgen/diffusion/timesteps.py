@@ -39,7 +39,7 @@ class DiffusionTimesteps:
         return (*levels, self.end)
 
     def at_timesteps(self, timesteps: Sequence[float]) -> tuple[NoiseLevel, ...]:
-        """The levels at custom, falling timesteps, which must be whole for solvers outside of sigma_ve."""
+        """The levels at custom, falling timesteps, which must be whole unless the solver works in sigma_ve."""
         numbers = falling_numbers("timesteps", timesteps, self.schedule.num_train_timesteps - 1)
         solver = self._solver
         if (solver.whole_timesteps == "always" or not solver.in_sigma_ve) and (numbers % 1.0).any():

@@ -1,7 +1,7 @@
 """Activation checkpointing: recompute a layer's activations in the backward pass (arXiv:1604.06174).
 
-All of them, or with "selective" those that are cheap for their size (arXiv:2205.05198, section 5): results of
-convolutions, matrix products and attention whose elements are sums of many are kept. Both are exact.
+Either all of them, or with "selective" those that are cheap for their size (arXiv:2205.05198, section 5): results of
+convolutions, matrix products and attention whose elements are sums of many terms are kept. Both are exact.
 """
 
 from __future__ import annotations

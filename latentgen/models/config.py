@@ -21,7 +21,7 @@ StorageDtype = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 
 
 class StageConfig(BaseModel):
-    """A stage's `config.json`, by the names of the JSON; unknown fields and wrong types are refused.
+    """A stage's `config.json`, with the field names of the JSON; unknown fields and wrong types are refused.
 
     Keys with an underscore (`_class_name`, `_diffusers_version`, ...) are metadata of the file and ignored.
     """

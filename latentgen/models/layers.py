@@ -1,7 +1,7 @@
 """The convolutional layers that the UNet and the VAE share.
 
 Parameter names are those of the diffusers layout, so that its checkpoints load with no key map. Feature maps are
-[B, C, H, W] and stay channels_last if they come in so.
+[B, C, H, W] and stay channels_last if the input is.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def timestep_embedding(
 
 
 class _Packed(NamedTuple):
-    """A packed weight, and the weight that it was made from, whose address stays in use as long as this does."""
+    """A packed weight, and the weight that it was made from, which is held so that its address is not reused."""
 
     weight: Tensor
     version: int

@@ -71,7 +71,7 @@ _USAGES: Mapping[str, _Usage] = {
 
 
 class OpenCLIPTextConfig(StageConfig):
-    """open_clip's `text_cfg`, with `embed_dim` and `quick_gelu` from next to it; other fields differ from CLIP."""
+    """open_clip's `text_cfg`, plus `embed_dim` and `quick_gelu` from the level above; other fields differ from CLIP."""
 
     diffusers_class: ClassVar[str] = "open_clip's text tower"
 

@@ -30,7 +30,7 @@ class PixelConfig:
 
 
 class PixelEncoder(AttentionStage):
-    """Images to themselves."""
+    """The identity, in place of a VAE's encoder."""
 
     config = PixelConfig()
     spatial_factor = 1
@@ -41,7 +41,7 @@ class PixelEncoder(AttentionStage):
 
 
 class PixelDecoder(AttentionStage):
-    """Images to themselves."""
+    """The identity, in place of a VAE's decoder."""
 
     config = PixelConfig()
     spatial_factor = 1

@@ -1,4 +1,4 @@
-"""Layers whose frozen weights are stored in fewer bits, and computed with in the precision of the input.
+"""Layers that store frozen weights in fewer bits, and compute in the precision of the input.
 
 While low-rank adapters are trained, the weights of the model are constant and need no memory in float32
 (arXiv:2305.14314). Each layer dequantizes its weight when it computes, in the forward and again in the backward pass.
@@ -62,7 +62,7 @@ def _weight(layer: FrozenLinear | FrozenConv2d) -> Tensor:
 
 
 def _forward(self: FrozenLinear | FrozenConv2d, input: Tensor) -> Tensor:
-    """As that of nn.Linear or nn.Conv2d; gradients pass through, and none reach the weight."""
+    """The forward of nn.Linear or nn.Conv2d, with gradients for the input but not for the weight."""
     return cast(Tensor, _FrozenProduct.apply(_in_compute_dtype(input), self))
 
 
@@ -87,7 +87,7 @@ def quantize_frozen(module: nn.Module, storage: StorageDtype) -> None:
 
     They stay nn.Linear and nn.Conv2d, whose `weight` can be read, but is not in the state_dict. Norms, embeddings,
     biases and everything trained stay as they are. Call it once the weights are final and adapters have been added:
-    peft builds those of a convolution with the class of the adapted layer.
+    peft builds the adapter of a convolution with the class of the adapted layer.
     """
     if storage == "fp32":
         return

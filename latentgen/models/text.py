@@ -51,7 +51,7 @@ class CLIPText:
     Attributes:
         config: the configuration of the model.
         model: the transformer; move it, train it and evaluate it like any module.
-        tokenizer: of the model's training.
+        tokenizer: the one that the model was trained with.
         layer: which hidden states are the context.
         towers: the text transformers of this encoder, here itself.
         module: all weights of this encoder.

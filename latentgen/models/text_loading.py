@@ -85,7 +85,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     # The tokenizers library raises bare Exception for a malformed file.
     except Exception as error:
         raise CheckpointCorruptError(f"the tokenizer in {quote(folder)} cannot be read: {error}") from error
-    # How it was loaded must not be saved with it.
+    # The options of loading must not be saved with the tokenizer.
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer

@@ -17,7 +17,7 @@ from latentgen.models.unet_config import UNetConfig, UNetStage
 class ForwardState:
     """One pass through the UNet: passes each layer its part of the constants, and stores the skip connections.
 
-    Rows that differ in their context alone (the two of classifier-free guidance) are one row up to the first
+    Rows that differ only in their context (the two of classifier-free guidance) are computed as one up to the first
     transformer.
 
     Args:
@@ -73,7 +73,7 @@ def repeat_rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 class DownBlock2D(nn.Module):
-    """Resnet blocks, each followed by a transformer where the stage attends, then a halving."""
+    """Resnet blocks, each followed by a transformer if the stage has attention, then downsampling."""
 
     def __init__(self, config: UNetConfig, stage: UNetStage, *, downsample: bool) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class UNetMidBlock2DCrossAttn(nn.Module):
     def __init__(self, config: UNetConfig, stage: UNetStage) -> None:
         super().__init__()
         self.resnets = _resnets(config, [(stage.channels, stage.channels)] * 2)
-        # The middle never follows only_cross_attention.
+        # The middle block ignores only_cross_attention.
         self.attentions = _transformers(config, stage._replace(only_cross_attention=False), 1)
 
     def forward(self, hidden: Tensor, state: ForwardState) -> Tensor:
@@ -113,7 +113,7 @@ class UNetMidBlock2DCrossAttn(nn.Module):
 
 
 class UpBlock2D(nn.Module):
-    """Resnet blocks on the feature map joined with its skip connections, transformers, then a doubling."""
+    """Resnet blocks on the feature map joined with its skip connections, transformers, then upsampling."""
 
     def __init__(self, config: UNetConfig, stage: UNetStage, *, upsample: bool) -> None:
         super().__init__()

@@ -45,7 +45,7 @@ class UNetStage(NamedTuple):
 
 
 class UNetConfig(StageConfig):
-    """A diffusers `unet/config.json`. A field whose type admits a single value is not implemented beyond it.
+    """A diffusers `unet/config.json`. Where a field's type allows a single value, others are not implemented.
 
     Covers SD 1.x and 2.x, SDXL base and refiner, inpainting, instruct-pix2pix, the x4 upscaler, class labels
     (`num_class_embeds`), a continuous scalar (`class_embed_type="timestep"`), FiLM resnet blocks

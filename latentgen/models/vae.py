@@ -19,7 +19,7 @@ from latentgen.models.config import VAEConfig
 from latentgen.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 
 NORM_EPS = 1e-6
-# The prefixes of each half's weights in a file of both.
+# The prefixes of the decoder's and the encoder's weights in a file that holds both.
 DECODER_KEYS = ("decoder.", "post_quant_conv.")
 ENCODER_KEYS = ("encoder.", "quant_conv.")
 

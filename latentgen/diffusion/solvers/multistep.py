@@ -23,7 +23,7 @@ from latentgen.diffusion.solvers.single_step import (
     weighted_sum,
 )
 
-# Weights of the latest outputs, the last first, by how many there are.
+# The number of outputs -> their weights, that of the latest first.
 _ADAMS_BASHFORTH = {
     1: (1.0,),
     2: (3 / 2, -1 / 2),
@@ -43,7 +43,7 @@ def dpmpp_2m_sde_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -
 
 
 def dpmpp_3m_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
-    """DPM-Solver++ 3M (arXiv 2211.01095): of the orders of 2M until there is a history of two."""
+    """DPM-Solver++ 3M (arXiv 2211.01095): with the orders of 2M until the history has two entries."""
     return first_order_step(now.with_x0(_third_order_x0(now, target, inputs, rate=1.0)), target)
 
 
@@ -86,7 +86,7 @@ def _third_order_x0(now: Evaluation, target: NoiseLevel, inputs: StepInputs, *, 
 
 
 def dpmpp_2s_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
-    """DPM-Solver++ 2S (arXiv 2211.01095, algorithm 1), in pairs: the second step goes from where the first began.
+    """DPM-Solver++ 2S (arXiv 2211.01095, algorithm 1), in pairs: the second step starts where the first started.
 
     It goes along the x0 half way in log_snr, on the line through the two.
     """
@@ -101,7 +101,7 @@ def dpmpp_2s_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Te
 def pndm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
     """PNDM in its linear multistep form, PLMS (arXiv 2202.09778, algorithm 2): Adams-Bashforth on the raw outputs.
 
-    It is of order 4 after three steps; the first, of order 2, evaluates both of its ends.
+    It is of order 4 after three steps; the first step has order 2 and evaluates the network at both of its ends.
     """
     outputs = [item.output for item in (now, *inputs.history)]
     if len(outputs) > 1 or inputs.is_last:

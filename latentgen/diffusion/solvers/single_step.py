@@ -7,9 +7,9 @@ One step covers a family. With ``u = eta * (sigma' / sigma) * sqrt(1 - alpha**2 
     x' = alpha' * x0 + sqrt(sigma'**2 - u**2) * noise_hat + u * z,    noise_hat = (x - alpha * x0) / sigma
 
 is DDIM for any eta (arXiv 2010.02502, eq. 12 and 16), DDPM with its small variance (arXiv 2006.11239, eq. 6
-and 7) and Euler ancestral at eta 1, Euler (arXiv 2206.00364, algorithm 1) at eta 0, that of flow matching (arXiv
-2209.03003) too: they differ in their noise levels, not in the step. LCM and TCD are this step with a u of
-their own. All others are the same step along an x0 (or noise) combined from several evaluations.
+and 7) and Euler ancestral at eta 1, Euler (arXiv 2206.00364, algorithm 1) and flow matching's Euler (arXiv
+2209.03003) at eta 0: they differ in their noise levels, not in the step. LCM and TCD are this step with another
+u. All others are the same step along an x0 (or noise) combined from several evaluations.
 """
 
 from __future__ import annotations
@@ -155,9 +155,9 @@ def euler_ancestral_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs
 
 
 def lcm_step(now: Evaluation, target: NoiseLevel, inputs: StepInputs) -> Tensor:
-    """Latent consistency models (arXiv 2310.04378): to x0, then back to the target with fresh noise alone.
+    """Latent consistency models (arXiv 2310.04378): to x0, then back to the target with only fresh noise.
 
-    A skip connection makes x0 of x at timestep 0; its sigma_data is 0.5.
+    A skip connection with sigma_data 0.5 makes x0 equal to x at timestep 0.
     """
     scaled = now.level.timestep * inputs.timestep_scaling
     skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
@@ -222,5 +222,5 @@ def middle_in_log_sigma(level: NoiseLevel, target: NoiseLevel, schedule: Schedul
 
 
 def same_sigma(level: NoiseLevel, target: NoiseLevel, schedule: Schedule) -> NoiseLevel:
-    """The target, at the timestep that has its sigma_ve: not quite its own where that was rounded."""
+    """The target with the timestep of its sigma_ve, which may differ from its own timestep, if that was rounded."""
     return schedule.level_at_sigma_ve(target.sigma / target.alpha)
