@@ -205,7 +205,7 @@ def _fitted(module: nn.Module, path: str, adapter: LoRALayer) -> _Target | str:
 
 def _check_weight(weight: float) -> float:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= _MAX_WEIGHT:
-        raise InputError(f"weight={quote(weight)} has to be a number of at most {_MAX_WEIGHT:g}")
+        raise InputError(f"weight={quote(weight)} must be a number of at most {_MAX_WEIGHT:g}")
     return float(weight)
 
 

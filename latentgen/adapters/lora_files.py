@@ -281,7 +281,7 @@ def _layers(header: Header, component: str | None, where: str) -> _Layers:
         f"{owner}: {layer}" for (owner, layer), keys in layers.items() if not {"down", "up"} <= keys.keys()
     ]:
         raise AdapterError(
-            f"{where}: {len(broken)} of {len(layers)} layers lack one of their two factors "
+            f"{where}: {len(broken)} of {len(layers)} layers have only one of their two factors "
             f"({first_five(broken)}); download the file again"
         )
     if wrong := [problem for keys in layers.values() if (problem := _shape_problem(keys, header))]:

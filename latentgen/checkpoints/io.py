@@ -269,6 +269,6 @@ def _check_start(path: Path, head: bytes, length: int, file_bytes: int) -> None:
     refuse_pickle(path, head)
     if length > MAX_HEADER_BYTES:
         raise CheckpointCorruptError(
-            f"{quote(path)} is not a safetensors file: its first 8 bytes announce a header of {length:,} "
+            f"{quote(path)} is not a safetensors file: its first 8 bytes declare a header of {length:,} "
             f"bytes, at most {MAX_HEADER_BYTES:,} are allowed"
         )

@@ -233,7 +233,7 @@ def _check_sizes(state: State, size: int, records: set[int] | None) -> None:
     distinct = {storage.data_ptr(): storage.nbytes() for storage in storages}
     claimed = sum(distinct.values())
     if claimed > size or (records is not None and not records.issuperset(distinct.values())):
-        raise ValueError(f"it declares tensors of {claimed:,} bytes, which its {size:,} bytes do not hold")
+        raise ValueError(f"it declares tensors of {claimed:,} bytes and has only {size:,} bytes")
     if (total := sum(tensor.nbytes for tensor in state.tensors.values())) > MAX_GROWTH * size:
         raise ValueError(
             f"its {size:,} bytes would become {total:,}, because its tensors overlap; at most {MAX_GROWTH} times the "

@@ -285,4 +285,4 @@ def _remove_weights(folder: Path, stem: str, infix: str, *, keep: Collection[str
             try:
                 file.unlink()
             except OSError as error:
-                raise OutputError(f"{quote(file)} is outdated and cannot be deleted: {error}") from error
+                raise OutputError(f"cannot delete {quote(file)}, left by an earlier save: {error}") from error

@@ -91,7 +91,7 @@ class Scheduler:
         if is_flow != SOLVERS[self.solver].flow:
             flow = ", ".join(name for name, (solver, _) in NAMED.items() if SOLVERS[solver].flow)
             raise ConfigError(
-                f"solver {self.solver!r} does not sample models with a {type(self.schedule).__name__}; use "
+                f"solver {self.solver!r} does not support a {type(self.schedule).__name__}; use "
                 + (flow if is_flow else "another, such as euler: `latentgen schedulers` lists all")
             )
         if (self.prediction_type == "flow_prediction") != is_flow:

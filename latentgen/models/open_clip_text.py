@@ -225,7 +225,7 @@ def _text_tower(model: Any) -> Any:
     """The module that contains the text tower: the model itself, or a part of it."""
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"model has to be an open_clip model, not {quote(model)}: create one with open_clip.create_model(NAME, "
+            f"model must be an open_clip model, not {quote(model)}: create one with open_clip.create_model(NAME, "
             'pretrained=TAG); install open_clip with pip install "latentgen[openclip]"'
         )
     tower = model.get_submodule("text") if "text" in dict(model.named_children()) else model

@@ -198,9 +198,9 @@ class UNet(AttentionStage):
         }
         for name, value in conditioning.items():
             if required[name] and value is None:
-                raise InputError(f"{name}: this UNet requires it")
+                raise InputError(f"this UNet requires {name}")
             if not required[name] and value is not None:
-                raise InputError(f"{name}: this UNet has no input for it; leave it out")
+                raise InputError(f"this UNet does not take {name}; leave it out")
 
     def _guidance_emb(self, guidance_scale: Tensor | float, device: torch.device) -> Tensor:
         """Embed w = guidance_scale - 1 as [1 or B, time_cond_proj_dim] (arXiv:2310.04378, section 4.2)."""
@@ -234,7 +234,7 @@ class UNet(AttentionStage):
         if joined.shape[1] != config.projection_class_embeddings_input_dim:
             raise InputError(
                 f"added: text_embeds {list(added.text_embeds.shape)} and time_ids {list(added.time_ids.shape)}"
-                f" make {joined.shape[1]} channels of {config.projection_class_embeddings_input_dim}"
+                f" have {joined.shape[1]} channels; this UNet requires {config.projection_class_embeddings_input_dim}"
             )
         return self.add_embedding(joined.to(self.conv_in.weight.dtype))
 
