@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -133,11 +133,21 @@ def test_nothing_is_saved_for_the_backward_pass(storage: StorageDtype, network: 
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_adapters_of_peft_learn_over_stored_weights(storage: StorageDtype, sd1_fields: dict[str, Any]):
+def test_adapters_of_peft_learn_over_stored_weights(storage: StorageDtype):
     from peft import LoraConfig, inject_adapter_in_model
 
+    fields = {
+        "sample_size": 8,
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
     torch.manual_seed(0)
-    plain = UNet(UNetConfig.from_json(sd1_fields | {"layers_per_block": 1})).requires_grad_(False)
+    plain = UNet(UNetConfig.from_json(fields)).requires_grad_(False)
     stored = copy.deepcopy(plain)
     gradients = []
     for unet in (plain, stored):
@@ -148,11 +158,11 @@ def test_adapters_of_peft_learn_over_stored_weights(storage: StorageDtype, sd1_f
             quantize_frozen(unet, storage)
         unet.gradient_checkpointing = True
         torch.manual_seed(2)
-        output = unet(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 7, 24))
+        output = unet(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 7, 16))
         output.square().mean().backward()
         trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         assert trained
         assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
         gradients.append(torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]))
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    assert 0 < error < {"bf16": 0.02, "fp16": 0.004, "fp8": 0.2, "int8": 0.05}[storage]
+    assert 0 < error < {"bf16": 0.02, "fp16": 0.004, "fp8": 0.15, "int8": 0.05}[storage]
